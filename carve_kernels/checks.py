@@ -1,0 +1,91 @@
+"""Checks of arguments at the public edge: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+class BackendUnavailable(RuntimeError):
+    """A room was asked for by name and cannot serve; the message says why and how to mend it."""
+
+
+def describe(value: Any) -> str:
+    """A value in an error message: tensors by dtype and shape, the rest by type and a short repr."""
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def tensor(name: str, value: Any, *, shape: tuple[int | None | str, ...], dtypes: Collection[torch.dtype]) -> torch.Tensor:
+    """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
+    fits = value.ndim == len(shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(shape, value.shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
+    if value.dtype not in dtypes:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
+    return value
+
+
+def number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> float:
+    """Check a finite real number, ends included."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    result = float(value)
+    if result != result or result in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}: expected a finite number, got {describe(value)}")
+    if (low is not None and result < low) or (high is not None and result > high):
+        raise ValueError(f"{name}: expected a number {_range(low, high)}, got {describe(value)}")
+    return result
+
+
+def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
+    """Check a whole number, ends included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    result = int(value)
+    if (low is not None and result < low) or (high is not None and result > high):
+        raise ValueError(f"{name}: expected an integer {_range(low, high)}, got {describe(value)}")
+    return result
+
+
+def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+    """Check that a value is one of a few."""
+    if not any(type(value) is type(option) and value == option for option in allowed):
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """Check a string that says something."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {describe(value)}")
+    if not value.strip():
+        raise ValueError(f"{name}: expected a string with at least one visible character, got {describe(value)}")
+    return value
+
+
+def size(name: str, value: Any) -> tuple[int, int]:
+    """Check a (height, width) pair of positive whole numbers."""
+    if not isinstance(value, (tuple, list, torch.Size)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (height, width), got {describe(value)}")
+    return integer(f"{name}[0]", value[0], low=1), integer(f"{name}[1]", value[1], low=1)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"of at least {low}"
+    if low is None:
+        return f"of at most {high}"
+    return f"from {low} to {high}"
