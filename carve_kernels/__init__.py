@@ -1,0 +1,78 @@
+"""Attention maps of vision-language models at FlashAttention speed, and CARVE on top of them.
+
+Every public name is loaded when it is first used, so that `import carve_kernels` needs torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from carve_kernels.backends import explain
+    from carve_kernels.checks import BackendUnavailable
+    from carve_kernels.hf.engine import CarveEngine
+    from carve_kernels.hf.layouts import layout_of
+    from carve_kernels.hf.loading import load
+    from carve_kernels.hf.session import capture_attention
+    from carve_kernels.maps import AttentionMaps
+    from carve_kernels.ops.capture import capture, capture_layers
+    from carve_kernels.ops.contrast import contrast
+    from carve_kernels.ops.regions import regions
+    from carve_kernels.ops.zoom import zoom
+    from carve_kernels.pipeline import Preset, carve
+    from carve_kernels.types import View, VisualLayout
+
+__version__ = "0.1.0"
+
+# A submodule of the package itself must not share a name with a key: once loaded, it would take the name's place.
+_SOURCES = {
+    "AttentionMaps": "maps",
+    "BackendUnavailable": "checks",
+    "CarveEngine": "hf.engine",
+    "Preset": "pipeline",
+    "View": "types",
+    "VisualLayout": "types",
+    "capture": "ops.capture",
+    "capture_attention": "hf.session",
+    "capture_layers": "ops.capture",
+    "carve": "pipeline",
+    "contrast": "ops.contrast",
+    "explain": "backends",
+    "layout_of": "hf.layouts",
+    "load": "hf.loading",
+    "regions": "ops.regions",
+    "zoom": "ops.zoom",
+}
+
+__all__ = [
+    "AttentionMaps",
+    "BackendUnavailable",
+    "CarveEngine",
+    "Preset",
+    "View",
+    "VisualLayout",
+    "__version__",
+    "capture",
+    "capture_attention",
+    "capture_layers",
+    "carve",
+    "contrast",
+    "explain",
+    "layout_of",
+    "load",
+    "regions",
+    "zoom",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'carve_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"carve_kernels.{_SOURCES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
