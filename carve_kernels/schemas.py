@@ -1,0 +1,31 @@
+"""The schemas of the compiled operators, with their fakes. C++ registers implementations only.
+
+Every operator writes into `out` and returns nothing: one that returned its mutated argument would fail `opcheck`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+torch.library.define(
+    "carve_kernels::contrast_cpu",
+    "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int grid_h, int grid_w, float lam, "
+    "bool lam_is_mean, str normalize, Tensor(a!) out) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::contrast_cpu")
+def _contrast_cpu(
+    task: torch.Tensor,
+    general: torch.Tensor,
+    layer_weights: torch.Tensor,
+    step_weights: torch.Tensor,
+    grid_h: int,
+    grid_w: int,
+    lam: float,
+    lam_is_mean: bool,
+    normalize: str,
+    out: torch.Tensor,
+) -> None:
+    return None

@@ -1,0 +1,72 @@
+// The CPU operators, registered through torch's stable ABI; their schemas are in carve_kernels/schemas.py.
+
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "carve.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == dims, "contrast_cpu: ", name, ": expected ", dims, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "contrast_cpu: ", name, ": unexpected dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "contrast_cpu: ", name, ": expected a contiguous tensor");
+}
+
+carve::Normalize parse_normalize(const std::string& name) {
+  if (name == "none") return carve::Normalize::kNone;
+  if (name == "sum") return carve::Normalize::kSum;
+  if (name == "max") return carve::Normalize::kMax;
+  STD_TORCH_CHECK(name == "minmax", "contrast_cpu: normalize: expected none, sum, max or minmax, got ", name);
+  return carve::Normalize::kMinmax;
+}
+
+void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer_weights, const Tensor& step_weights,
+                  int64_t grid_h, int64_t grid_w, double lam, bool lam_is_mean, const std::string& normalize,
+                  Tensor out) {
+  check_tensor(task, "task", 3, ScalarType::Float);
+  check_tensor(general, "general", 3, ScalarType::Float);
+  check_tensor(layer_weights, "layer_weights", 1, ScalarType::Double);
+  check_tensor(step_weights, "step_weights", 1, ScalarType::Double);
+  check_tensor(out, "out", 2, ScalarType::Float);
+  const int64_t layers = task.size(0);
+  const int64_t steps = task.size(1);
+  const int64_t general_steps = general.size(1);
+  STD_TORCH_CHECK(grid_h > 0 && grid_w > 0 && task.size(2) / grid_w == grid_h && task.size(2) % grid_w == 0,
+                  "contrast_cpu: task: expected ", grid_h, " x ", grid_w, " tokens, got ", task.size(2));
+  STD_TORCH_CHECK(general.size(0) == layers && general.size(2) == task.size(2),
+                  "contrast_cpu: general: expected the layers and tokens of task");
+  STD_TORCH_CHECK(general_steps == steps || general_steps == 1,
+                  "contrast_cpu: general: expected 1 or ", steps, " steps, got ", general_steps);
+  STD_TORCH_CHECK(layer_weights.size(0) == layers, "contrast_cpu: layer_weights: expected one for each layer");
+  STD_TORCH_CHECK(step_weights.size(0) == steps, "contrast_cpu: step_weights: expected one for each step");
+
+  carve::ContrastParams params{};
+  params.task = task.const_data_ptr<float>();
+  params.general = general.const_data_ptr<float>();
+  params.layer_weights = layer_weights.const_data_ptr<double>();
+  params.step_weights = step_weights.const_data_ptr<double>();
+  params.out = out.mutable_data_ptr<float>();
+  params.layers = layers;
+  params.steps = steps;
+  params.general_steps = general_steps;
+  params.grid_h = grid_h;
+  params.grid_w = grid_w;
+  params.height = out.size(0);
+  params.width = out.size(1);
+  params.lam = lam;
+  params.lam_is_mean = lam_is_mean;
+  params.normalize = parse_normalize(normalize);
+  carve::contrast_cpu(params);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) { m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu)); }
