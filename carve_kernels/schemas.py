@@ -29,3 +29,17 @@ def _contrast_cpu(
     out: torch.Tensor,
 ) -> None:
     return None
+
+
+torch.library.define(
+    "carve_kernels::capture_layers",
+    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, float scale, "
+    "float softcap, int window, Tensor step, int first, str backend, Tensor(a!) maps, Tensor(b!) mass, "
+    "Tensor(c!) entropy) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::capture_layers")
+def _capture_layers(*_arguments: object) -> None:
+    return None
