@@ -1,0 +1,51 @@
+PYTHON ?= python3
+# Words for pip: TORCH="torch==2.13.0 --index-url URL" takes another build, for a GPU or for a CPU alone.
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+OLDEST_TRANSFORMERS ?= transformers==5.0.0
+# More requirements for the tests' environment.
+PINS ?=
+CXX ?= g++
+VENV ?= .venv
+
+PIP = $(VENV)/bin/python -m pip
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp)
+
+.PHONY: demo test prove sanitize clean
+
+demo: $(VENV)/.package
+	$(VENV)/bin/carve-kernels demo --output out/demo
+
+test: $(VENV)/.tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+# The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
+prove: sanitize
+	$(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
+
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+		csrc/cpu/contrast.cpp tests/native/contrast.cpp -o build/contrast_sanitized
+	build/contrast_sanitized
+
+clean:
+	rm -rf .venv build out *.egg-info carve_kernels/*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+# torchvision without its own choice of torch: only its Python part is needed, by some processors of transformers.
+$(VENV)/.tests: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e ".[test]" $(PINS)
+	$(PIP) install --no-deps $(TORCHVISION)
+	touch $(VENV)/.package $@

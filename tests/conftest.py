@@ -1,0 +1,47 @@
+"""The same surroundings for every test: no network, few threads, fixed seeds, torchvision that can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _make_torchvision_importable() -> torch.library.Library | None:
+    """Give torchvision the schemas that its import expects, where its compiled part does not fit this torch."""
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except ModuleNotFoundError as error:
+        if error.name == "torchvision":
+            return None
+        raise
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    schemas = torch.library.Library("torchvision", "DEF")
+    schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    importlib.import_module("torchvision")
+    return schemas
+
+
+# Kept for the length of the run: the schemas go when the library object does.
+_TORCHVISION = _make_torchvision_importable()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
