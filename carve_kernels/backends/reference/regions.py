@@ -1,0 +1,103 @@
+"""The regions of a saliency with numpy and scipy: threshold, label, score, rank, keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import torch
+from scipy import ndimage
+
+from carve_kernels.types import Regions
+
+# A flat map that was resized differs from a flat one by a few roundings.
+FLAT = 16
+
+
+def supports(*_args: Any, **_options: Any) -> str | None:
+    """The reference serves everything."""
+    return None
+
+
+def forward(
+    saliency: torch.Tensor,
+    *,
+    keep: float,
+    top: int | None = None,
+    floor: int | None = None,
+    connectivity: int = 4,
+    score: str = "sum",
+) -> Regions:
+    """The kept regions, or the whole image and the reason; see `carve_kernels.regions`."""
+    values = saliency.detach().cpu().numpy()
+    reason = _nothing_to_choose(values)
+    if reason is not None:
+        return whole(saliency, reason)
+
+    threshold = values.dtype.type(numpy.percentile(values, 100 * (1 - keep)))
+    labels, count = ndimage.label(values >= threshold, ndimage.generate_binary_structure(2, connectivity // 4))
+    order, scores = _rank(values, labels, count, score)
+    # The release floors count * keep, and keeps `floor` regions where that is fewer.
+    kept = order[: top if floor is None else max(floor, int(count * keep))]
+
+    chosen = numpy.zeros(count + 1, dtype=bool)
+    chosen[kept + 1] = True
+    slices = ndimage.find_objects(labels)
+    edges = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in (slices[i] for i in kept)]
+    boxes = numpy.array(edges, dtype=numpy.int64)
+    x0, y0, x1, y1 = (int(edge) for edge in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
+    device = saliency.device
+    return Regions(
+        mask=torch.from_numpy(chosen[labels]).to(device),
+        boxes=torch.from_numpy(boxes).to(device),
+        scores=torch.from_numpy(scores[kept]).to(device),
+        box=(x0, y0, x1, y1),
+    )
+
+
+def whole(saliency: torch.Tensor, reason: str) -> Regions:
+    """No region: the whole image is kept, and the reason says why."""
+    height, width = saliency.shape
+    return Regions(
+        mask=torch.ones(height, width, dtype=torch.bool, device=saliency.device),
+        boxes=torch.empty(0, 4, dtype=torch.int64, device=saliency.device),
+        scores=torch.empty(0, dtype=torch.float64, device=saliency.device),
+        box=(0, 0, width, height),
+        reason=reason,
+    )
+
+
+def _nothing_to_choose(values: numpy.ndarray) -> str | None:
+    if values.size == 0:
+        return "the saliency is empty"
+    low, high = float(values.min()), float(values.max())
+    if not numpy.isfinite([low, high]).all():
+        return "the saliency is not finite"
+    if high - low <= FLAT * float(numpy.finfo(values.dtype).eps) * max(abs(low), abs(high)):
+        return "the saliency is constant"
+    return None
+
+
+def _rank(values: numpy.ndarray, labels: numpy.ndarray, count: int, score: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Region numbers from 0, best first, and the score of every region."""
+    pixels = numpy.flatnonzero(labels)
+    owner = labels.reshape(-1)[pixels] - 1
+    inside = values.reshape(-1)[pixels].astype(numpy.float64)
+
+    # Whole numbers add up to the same sum in any order. 36 bits a pixel fit in int64 up to 2^26 pixels, fewer beyond.
+    one = 2.0 ** min(36, 62 - values.size.bit_length())
+    peak = float(numpy.abs(values).max())
+    sums = numpy.zeros(count, dtype=numpy.int64)
+    numpy.add.at(sums, owner, numpy.rint(inside / peak * one).astype(numpy.int64))
+    scores = sums / one * peak
+    key: numpy.ndarray = sums
+    if score == "mean":
+        key = scores = scores / numpy.bincount(owner, minlength=count)
+    elif score == "max":
+        key = scores = numpy.full(count, -numpy.inf)
+        numpy.maximum.at(scores, owner, inside)
+
+    # Written from the last pixel to the first, the first pixel of each region is what remains.
+    first = numpy.empty(count, dtype=numpy.int64)
+    first[owner[::-1]] = pixels[::-1]
+    return numpy.lexsort((first, -key)), scores

@@ -1,0 +1,1 @@
+"""The public functions: check the arguments, resolve the room, run it, return a typed result."""

@@ -1,0 +1,128 @@
+"""The public `contrast`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from carve_kernels import checks
+from carve_kernels.backends import resolve
+from carve_kernels.types import Size
+
+NORMALIZE = ("none", "sum", "max", "minmax")
+
+
+def contrast(
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grid: Size | Sequence[Size],
+    size: Size | Sequence[Size],
+    *,
+    lam: float | str = "mean",
+    layer_weights: Sequence[float] | torch.Tensor | None = None,
+    step_weights: Sequence[float] | torch.Tensor | None = None,
+    normalize: str = "none",
+    check: bool | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Contrast the map of a question with the map of a general instruction, on the pixels of the image.
+
+    Equals, with a ratio of 0 where `general + lam` is 0::
+
+        lam = general.mean(-1, keepdim=True) if lam == "mean" else lam
+        fused = (task / (general + lam) * layer_weights[:, None, None] * step_weights[:, None]).sum((0, 1))
+        fused = fused                                            # normalize="none"
+        fused = fused / fused.sum()                              # "sum"
+        fused = fused / fused.max()                              # "max"
+        fused = (fused - fused.min()) / (fused.max() - fused.min())  # "minmax"
+        saliency = interpolate(fused.reshape(1, 1, *grid), size, mode="bilinear", antialias=True)[0, 0]
+
+    =============  ==================  ==============  ==========================================================
+    name           dtype               shape           meaning
+    =============  ==================  ==============  ==========================================================
+    task           float32 or float64  [L, T, N]       attention on each token, by layer and step
+    general        as task             [L, T or 1, N]  the same for the general instruction
+    grid           int                 (GH, GW)        rows and columns of tokens, GH * GW = N
+    size           int                 (H, W)          pixels to spread the grid over
+    lam            float or "mean"                     added to general; "mean" = the mean of that general map
+    layer_weights  float               [L]             None = 1 for every layer
+    step_weights   float               [T]             None = 1, 2, 3, ...
+    check          bool or None                        look for NaN and negatives; None = on the CPU only
+    (result)       as task             [H, W]          the saliency
+    =============  ==================  ==============  ==========================================================
+
+    Several views of one map: give a list of grids and a list of sizes; N is the views side by side, the mean and the
+    normalisation go over all of them, and the result is a list. A fused map that is 0 (or flat, for "minmax")
+    normalises to 0. `task` and `general` are paired step by step; `carve` does the pairing.
+
+    Raises TypeError or ValueError for an argument of the wrong kind, shape or range (a grid that does not hold N
+    tokens, lam < 0, negative weights, NaN in the maps), and BackendUnavailable for a room that cannot serve.
+
+    Source: the contrast, the fusion and the upsampling of CARVE (arXiv 2509.06461); "mean" and `normalize` are ours.
+    """
+    checks.tensor("task", task, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
+    layers, steps, tokens = task.shape
+    if min(task.shape) < 1:
+        raise ValueError(f"task: expected at least one layer, step and token, got {checks.describe(task)}")
+    checks.tensor("general", general, shape=(layers, f"{steps} or 1", tokens), dtypes=(task.dtype,))
+    if general.shape[1] not in (1, steps):
+        raise ValueError(f"general: expected {steps} steps or 1 to go with task, got {checks.describe(general)}")
+    if general.device != task.device:
+        raise ValueError(f"general: expected a tensor on {task.device} like task, got {checks.describe(general)}")
+    if lam != "mean":
+        lam = checks.number("lam", lam, low=0)
+    checks.choice("normalize", normalize, NORMALIZE)
+    grid, size = _views(grid, size, tokens)
+    if check or (check is None and task.device.type == "cpu"):
+        _check_values("task", task)
+        _check_values("general", general)
+    options = {
+        "lam": lam,
+        "layer_weights": weights("layer_weights", layer_weights, [1.0] * layers),
+        "step_weights": weights("step_weights", step_weights, range(1, steps + 1)),
+        "normalize": normalize,
+    }
+    room = resolve("contrast", backend, task.device, task, general, grid, size, **options)
+    return room.forward(task, general, grid, size, **options)
+
+
+def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
+    """Check one weight for each of len(default) things, float64 on the CPU."""
+    values = default if value is None else value.tolist() if isinstance(value, torch.Tensor) else value
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of numbers, got {checks.describe(value)}")
+    if len(values) != len(default):
+        raise ValueError(f"{name}: expected {len(default)} weights, got {len(values)}: {checks.describe(value)}")
+    listed = [checks.number(f"{name}[{index}]", weight, low=0) for index, weight in enumerate(values)]
+    return torch.tensor(listed, dtype=torch.float64)
+
+
+def _views(grid: Any, size: Any, tokens: int) -> tuple[Any, Any]:
+    """Check one grid and size, or as many of each."""
+    if not is_several(grid):
+        grid, size = checks.size("grid", grid), checks.size("size", size)
+        listed = [grid]
+    else:
+        if not is_several(size) or len(size) != len(grid):
+            raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
+        grid = listed = [checks.size(f"grid[{index}]", view) for index, view in enumerate(grid)]
+        size = [checks.size(f"size[{index}]", view) for index, view in enumerate(size)]
+    held = sum(rows * columns for rows, columns in listed)
+    if held != tokens:
+        shown = " + ".join(f"{rows} x {columns}" for rows, columns in listed)
+        raise ValueError(f"grid: expected the {tokens} tokens of task, got {shown} = {held} tokens")
+    return grid, size
+
+
+def is_several(value: Any) -> bool:
+    """A sequence of sequences stands for several views, a plain one for a single view."""
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(view, Sequence) for view in value)
+
+
+def _check_values(name: str, value: torch.Tensor) -> None:
+    low, high = (float(bound) for bound in value.aminmax())
+    if not 0 <= low <= high < float("inf"):
+        got = "NaN" if low != low else f"values from {low:g} to {high:g}"
+        raise ValueError(f"{name}: expected finite values of at least 0, got {got}")

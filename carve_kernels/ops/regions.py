@@ -1,0 +1,89 @@
+"""The public `regions`."""
+
+from __future__ import annotations
+
+import torch
+
+from carve_kernels import checks
+from carve_kernels.backends import resolve
+from carve_kernels.types import Regions
+
+SCORES = ("sum", "mean", "max")
+CONNECTIVITY = (4, 8)
+
+
+def regions(
+    saliency: torch.Tensor,
+    *,
+    keep: float,
+    top: int | None = None,
+    floor: int | None = None,
+    connectivity: int = 4,
+    score: str = "sum",
+    check: bool | None = None,
+    backend: str = "auto",
+) -> Regions:
+    """Cut a saliency at its highest pixels and keep the best connected regions.
+
+    Equals::
+
+        threshold = numpy.percentile(saliency, 100 * (1 - keep))        # linear, in the saliency's own dtype
+        labels, count = scipy.ndimage.label(saliency >= threshold)      # 4- or 8-connected
+        scores = scipy.ndimage.sum(saliency, labels, range(1, count + 1))
+        kept = scores.argsort()[::-1][: top or max(floor, int(count * keep))]
+        mask = numpy.isin(labels, kept + 1)
+
+    ============  ==================  ======  ===================================================================
+    name          dtype               shape   meaning
+    ============  ==================  ======  ===================================================================
+    saliency      float32 or float64  [H, W]  from `contrast`, or any other
+    keep          float                       share of the pixels above the threshold, in (0, 1]
+    top           int or None                 keep at most so many regions (the paper), or:
+    floor         int or None                 keep max(floor, int(count * keep)) regions (the release)
+    connectivity  int                         4, or 8 to join over corners
+    score         str                         "sum", "mean" or "max" of the saliency inside a region
+    check         bool or None                look for NaN; None = on the CPU only
+    (result)      Regions                     mask, boxes, scores, their union box; reason when nothing was kept
+    ============  ==================  ======  ===================================================================
+
+    Sums go over whole numbers, rint(saliency / max(abs(saliency)) * 2^36) (fewer bits beyond 2^26 pixels, so that no
+    sum can overflow), hence every room ranks alike; equal scores stand in the order of their first pixel. Negative
+    values are legal and count as they are. As in the release a pixel that equals the threshold is kept: where the
+    lowest value fills more than 1 - keep of the pixels, the threshold is that value and everything is one region.
+
+    A saliency that is empty, infinite somewhere, or flat (to 16 roundings of its dtype, which upsampling may add) has
+    no region: the mask is all True, the box the whole image, and `reason` says why.
+
+    Raises TypeError or ValueError for an argument of the wrong kind, shape or range (not exactly one of top and floor,
+    NaN in the saliency), and BackendUnavailable for a room that cannot serve.
+
+    Source: the threshold and the region selection of CARVE (arXiv 2509.06461), where top is K; floor is the release's.
+    """
+    checks.tensor("saliency", saliency, shape=("H", "W"), dtypes=(torch.float32, torch.float64))
+    keep = share("keep", keep)
+    top, floor = limits(top, floor)
+    checks.choice("connectivity", connectivity, CONNECTIVITY)
+    checks.choice("score", score, SCORES)
+    if (check or (check is None and saliency.device.type == "cpu")) and bool(saliency.isnan().any()):
+        raise ValueError(f"saliency: expected no NaN, got {int(saliency.isnan().sum())} in {checks.describe(saliency)}")
+    options = {"keep": keep, "top": top, "floor": floor, "connectivity": connectivity, "score": score}
+    result: Regions = resolve("regions", backend, saliency.device, saliency, **options).forward(saliency, **options)
+    return result
+
+
+def share(name: str, value: float) -> float:
+    """Check a share in (0, 1]."""
+    if checks.number(name, value, low=0, high=1) == 0:
+        raise ValueError(f"{name}: expected a share above 0 and at most 1, got {checks.describe(value)}")
+    return float(value)
+
+
+def limits(top: int | None, floor: int | None) -> tuple[int | None, int | None]:
+    """Check that one of top and floor is given."""
+    if (top is None) == (floor is None):
+        raise ValueError(
+            f"top, floor: expected exactly one of them and None for the other, got top={top!r} and floor={floor!r}"
+        )
+    if top is not None:
+        return checks.integer("top", top, low=1), None
+    return None, checks.integer("floor", floor, low=1)

@@ -1,0 +1,146 @@
+"""The public `zoom`, and what it needs to know of pictures."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from carve_kernels import checks
+from carve_kernels.types import Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RESAMPLE = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+SIZES = ("longer", "cover")
+
+_log = logging.getLogger("carve_kernels")
+
+
+def zoom(
+    image: Image,
+    mask: torch.Tensor | None,
+    box: Sequence[int],
+    *,
+    fill: Sequence[int] = (0, 0, 0),
+    resample: str = "lanczos",
+    size: str | Size = "longer",
+    limit: float = 4.0,
+) -> Image:
+    """Blank what the mask leaves out, crop to the box and magnify the rest.
+
+    Equals, with `scale` as `size` has it::
+
+        pixels = numpy.where(mask[..., None], image, fill)[y0:y1, x0:x1]
+        refined = Image.fromarray(pixels).resize((round(w * scale), round(h * scale)), resample)
+
+    ========  ===================  ======  ======================================================================
+    name      type                 shape   meaning
+    ========  ===================  ======  ======================================================================
+    image     PIL image                    any 8- or 16-bit mode; transparency is laid on white
+    mask      bool tensor or None  [H, W]  what stays; None = everything
+    box       int                  4       x0 y0 x1 y1 inside the image, x1 y1 exclusive
+    fill      int                  3       colour outside the mask
+    resample  str                          "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos"
+    size      str or int           (h, w)  "longer": the longer side reaches the image's longer side (the paper);
+                                           "cover": both sides reach the image's, each cut to int (the release);
+                                           or exactly (h, w)
+    limit     float                        the result has at most so many times the image's pixels
+    (result)  PIL image, RGB
+    ========  ===================  ======  ======================================================================
+
+    "longer" and "cover" keep the aspect and give way to `limit`: only then does the longer side ("longer"), or one
+    side ("cover"), fall short of the image's by more than a pixel; it is logged. The picture's EXIF orientation is
+    the caller's to apply.
+
+    Raises TypeError or ValueError for an argument of the wrong kind, shape or range: a mask of another size than the
+    image, a box that leaves it, an exact size beyond the limit, a mode without a fixed range (32-bit, float).
+
+    Source: the refinement step of CARVE (arXiv 2509.06461); resampling, `limit` and exact sizes are ours.
+    """
+    picture = to_rgb("image", image)
+    width, height = picture.size
+    x0, y0, x1, y1 = _box(box, picture.size)
+    colour(fill)
+    checks.choice("resample", resample, RESAMPLE)
+    target = _target((y1 - y0, x1 - x0), (height, width), size, checks.number("limit", limit, low=1))
+
+    from PIL import Image
+
+    part = picture.crop((x0, y0, x1, y1))
+    if mask is not None:
+        checks.tensor("mask", mask, shape=("H", "W"), dtypes=(torch.bool,))
+        if tuple(mask.shape) != (height, width):
+            raise ValueError(
+                f"mask: expected {height} x {width} (rows x columns) like the image, "
+                f"got {mask.shape[0]} x {mask.shape[1]}"
+            )
+        inside = Image.fromarray(mask[y0:y1, x0:x1].cpu().numpy().astype("uint8") * 255)
+        part = Image.composite(part, Image.new("RGB", part.size, tuple(fill)), inside)
+    return part.resize((target[1], target[0]), Image.Resampling[resample.upper()])
+
+
+def to_rgb(name: str, image: Any) -> Image:
+    """Check an image and bring it to 8-bit RGB: transparency on white, 16 bits cut to 8; RGB comes back as it is."""
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: expected a PIL image, got {checks.describe(image)}")
+    if min(image.size) < 1:
+        raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: expected an 8- or 16-bit mode such as RGB, got mode {image.mode}")
+    if image.mode.startswith("I;16"):
+        import numpy
+
+        image = Image.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def colour(fill: Any) -> tuple[int, ...]:
+    """Check the three values of a colour."""
+    if not isinstance(fill, Sequence) or isinstance(fill, str) or len(fill) != 3:
+        raise TypeError(f"fill: expected three values (red, green, blue), got {checks.describe(fill)}")
+    return tuple(checks.integer(f"fill[{index}]", value, low=0, high=255) for index, value in enumerate(fill))
+
+
+def _box(box: Any, image_size: tuple[int, int]) -> list[int]:
+    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
+        raise TypeError(f"box: expected four integers (x0, y0, x1, y1), got {checks.describe(box)}")
+    x0, y0, x1, y1 = edges = [checks.integer(f"box[{index}]", edge) for index, edge in enumerate(box)]
+    width, height = image_size
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ValueError(
+            f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
+            f"{height} high, got {tuple(edges)}"
+        )
+    return edges
+
+
+def _target(part: Size, whole: Size, size: str | Size, limit: float) -> Size:
+    """The (height, width) to magnify a part of an image to."""
+    height, width = part
+    most = limit * whole[0] * whole[1]
+    if not isinstance(size, str):
+        exact = checks.size("size", size)
+        if exact[0] * exact[1] > most:
+            raise ValueError(f"size: expected at most {limit:g} times the image's pixels, {most:.0f}, got {exact}")
+        return exact
+    if checks.choice("size", size, SIZES) == "longer":
+        scale = max(whole) / max(part)
+        wanted = round(height * scale), round(width * scale)
+    else:
+        scale = max(whole[1] / width, whole[0] / height)
+        wanted = int(height * scale), int(width * scale)
+    if wanted[0] * wanted[1] > most:
+        scale = math.sqrt(most / (height * width))
+        wanted = int(height * scale), int(width * scale)
+        _log.info("zoom: %s capped at %s, %g times the image's pixels", size, wanted, limit)
+    return wanted

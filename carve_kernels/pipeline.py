@@ -1,0 +1,183 @@
+"""The stages in order, from maps and an image: the pairing of steps, `carve`. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from carve_kernels import checks
+from carve_kernels.ops.contrast import contrast, is_several, weights
+from carve_kernels.ops.regions import regions
+from carve_kernels.ops.zoom import to_rgb, zoom
+from carve_kernels.presets import Preset, check_steps
+from carve_kernels.types import Box, Regions, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["CarveOutcome", "Preset", "carve", "pair"]
+
+
+@dataclass(frozen=True)
+class CarveOutcome:
+    """What `carve` found.
+
+    ========  =========  ======  ====================================================================
+    name      dtype      shape   meaning
+    ========  =========  ======  ====================================================================
+    saliency  as task    [H, W]  contrast on the pixels of the whole image, 0 where no view looks
+    regions   Regions            mask, boxes, scores and box in pixels of the whole image
+    refined   PIL image          the kept regions magnified, or the image itself
+    reason    str                why the whole image was kept, or None
+    ========  =========  ======  ====================================================================
+    """
+
+    saliency: torch.Tensor
+    regions: Regions
+    refined: Image
+    reason: str | None = None
+
+
+def pair(
+    task: torch.Tensor, general: torch.Tensor, steps: str, *, step_weights: Sequence[float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pair the steps of two answers: task [L, T1, N] and general [L, T2, N] -> both [L, T, N], and weights [T].
+
+    "t_start" pairs first with first, "t_end" last with last, "t_full" step t with t up to the shorter answer.
+    The weights are 1, 2, 3, ..., or the first T of `step_weights`, which only "t_full" takes.
+    """
+    check_steps(steps, step_weights)
+    if steps == "t_start":
+        task, general = task[:, :1], general[:, :1]
+    elif steps == "t_end":
+        task, general = task[:, -1:], general[:, -1:]
+    count = min(task.shape[1], general.shape[1])
+    given = None if step_weights is None else step_weights[:count]
+    return task[:, :count], general[:, :count], weights("step_weights", given, range(1, count + 1)).to(task)
+
+
+def carve(
+    image: Image,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    *,
+    grid: Size | Sequence[Size],
+    preset: str | Preset | Mapping[str, Any] = "paper",
+    box: Box | Sequence[Box] | None = None,
+    backend: str = "auto",
+) -> CarveOutcome:
+    """CARVE from maps and an image: pair the steps, contrast, regions, zoom.
+
+    Equals, on the part of the image that the grid covers::
+
+        task, general, step_weights = pair(task, general, preset.steps, step_weights=preset.step_weights)
+        saliency = contrast(task, general, grid, (y1 - y0, x1 - x0), lam=preset.lam, step_weights=step_weights)
+        found = regions(saliency, keep=preset.keep, top=preset.top, floor=preset.floor)
+        refined = zoom(image, found.mask, found.box, size=preset.size)
+
+    ========  ==================  ==========  =====================================================================
+    name      dtype               shape       meaning
+    ========  ==================  ==========  =====================================================================
+    image     PIL image           H x W       the original; any mode that `zoom` takes
+    task      float32 or float64  [L, T1, N]  attention on each token, by layer and step of the answer
+    general   as task             [L, T2, N]  the same for the general instruction
+    grid      int                 (GH, GW)    rows and columns of tokens; or a list of grids, N = all of them
+    preset    str, Preset, dict               "paper", "release", or your own
+    box       float               4           x0 y0 x1 y1 of the image that the grid covers, pixels (rounded);
+                                              None = the whole image; a list for a list of grids
+    (result)  CarveOutcome                    saliency, regions, refined image, reason
+    ========  ==================  ==========  =====================================================================
+
+    Outside the box there is no evidence: the saliency is 0 there, the mask False, and `keep` is a share of the
+    pixels inside. Of several views a later one overwrites an earlier one, so give the base first and finer tiles
+    after it; `keep` is then a share of the rectangle around all of them. A degenerate map (no steps, constant, all 0)
+    keeps the whole image: refined = the original, and `reason` says why.
+
+    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image.
+
+    Source: the pipeline of CARVE (arXiv 2509.06461); the presets name the values of the paper and of its release.
+    """
+    settings = Preset.of(preset)
+    original = to_rgb("image", image)
+    several = is_several(grid)
+    grids: Any = list(grid) if several else [grid]
+    boxes: Any = [None] * len(grids) if box is None else list(box) if is_several(box) else [box]
+    if len(boxes) != len(grids):
+        raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
+    parts = [_rectangle(part, original.size) for part in boxes]
+    for name, maps in (("task", task), ("general", general)):
+        checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
+
+    saliency = torch.zeros(original.height, original.width, dtype=task.dtype, device=task.device)
+    if task.numel() == 0 or general.numel() == 0:
+        return _unchanged(original, saliency, "the maps are empty")
+    task, general, by_step = pair(task, general, settings.steps, step_weights=settings.step_weights)
+    sizes = [(bottom - top, right - left) for left, top, right, bottom in parts]
+    views = contrast(
+        task,
+        general,
+        grid,
+        sizes if several else sizes[0],
+        lam=settings.lam,
+        layer_weights=settings.layer_weights,
+        step_weights=by_step,
+        normalize=settings.normalize,
+        backend=backend,
+    )
+    for (left, top, right, bottom), view in zip(parts, views if several else [views], strict=True):
+        saliency[top:bottom, left:right] = view
+    edges = list(zip(*parts, strict=True))
+    return _finish(original, saliency, (min(edges[0]), min(edges[1]), max(edges[2]), max(edges[3])), settings, backend)
+
+
+def _finish(
+    image: Image, saliency: torch.Tensor, covered: tuple[int, int, int, int], preset: Preset, backend: str
+) -> CarveOutcome:
+    """The regions of the covered part, in pixels of the whole image, and the refined image."""
+    left, top, right, bottom = covered
+    found = regions(
+        saliency[top:bottom, left:right],
+        keep=preset.keep,
+        top=preset.top,
+        floor=preset.floor,
+        connectivity=preset.connectivity,
+        score=preset.score,
+        backend=backend,
+    )
+    if found.reason is not None:
+        return _unchanged(image, saliency, found.reason)
+    mask = torch.zeros_like(saliency, dtype=torch.bool)
+    mask[top:bottom, left:right] = found.mask
+    shift = (left, top, left, top)
+    box = tuple(edge + offset for edge, offset in zip(found.box, shift, strict=True))
+    placed = Regions(mask, found.boxes + found.boxes.new_tensor(shift), found.scores, box)  # type: ignore[arg-type]
+    refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
+    return CarveOutcome(saliency, placed, refined)
+
+
+def _unchanged(image: Image, saliency: torch.Tensor, reason: str) -> CarveOutcome:
+    boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
+    scores = torch.empty(0, dtype=torch.float64, device=saliency.device)
+    mask = torch.ones_like(saliency, dtype=torch.bool)
+    return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason)
+
+
+def _rectangle(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box in whole pixels, at least one, inside an image (width, height)."""
+    width, height = size
+    if box is None:
+        return 0, 0, width, height
+    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
+        raise TypeError(f"box: expected four numbers (x0, y0, x1, y1), got {checks.describe(box)}")
+    x0, y0, x1, y1 = (checks.number(f"box[{index}]", edge) for index, edge in enumerate(box))
+    # Half a pixel is what rounding gives and takes.
+    if not (-0.5 <= x0 < x1 <= width + 0.5 and -0.5 <= y0 < y1 <= height + 0.5):
+        raise ValueError(
+            f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
+            f"{height} high, got {(x0, y0, x1, y1)}"
+        )
+    left, top = min(max(0, round(x0)), width - 1), min(max(0, round(y0)), height - 1)
+    return left, top, max(left + 1, min(round(x1), width)), max(top + 1, min(round(y1), height))

@@ -1,0 +1,184 @@
+"""Every parameter of CARVE under a name: the paper's values, the release's values, or your own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from carve_kernels import checks
+from carve_kernels.ops.contrast import NORMALIZE, weights
+from carve_kernels.ops.regions import CONNECTIVITY, SCORES, limits, share
+from carve_kernels.ops.zoom import RESAMPLE, SIZES, colour
+from carve_kernels.types import Size
+
+STEPS = ("t_start", "t_end", "t_full")
+IMAGES = ("refined", "original+refined")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Every parameter of CARVE; the defaults are the paper's, and `# ours` where the paper is silent."""
+
+    name: str = "paper"
+    layers: str | tuple[int, ...] = "paper"
+    rows: str | int | tuple[Any, ...] = "last"
+    steps: str = "t_end"
+    step_weights: tuple[float, ...] | None = None  # 1, 2, 3, ...
+    layer_weights: tuple[float, ...] | None = None  # all 1
+    lam: float | str = "mean"  # ours
+    normalize: str = "none"
+    keep: float = 0.4
+    top: int | None = 2
+    floor: int | None = None
+    connectivity: int = 4  # ours
+    score: str = "sum"
+    fill: tuple[int, ...] = (0, 0, 0)
+    resample: str = "lanczos"  # ours
+    size: str | Size = "longer"
+    limit: float = 4.0  # ours
+    general_prompt: str = "Write a general description of the image."
+    suffix: str = ""
+    images: str = "refined"
+    max_new_tokens: int = 32  # ours
+    max_pixels: int | None = 448 * 448
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Preset:
+        """The paper's values; layers 20 to 25, or the same share of a model with fewer than 26 layers (ours)."""
+        return cls(**overrides)
+
+    @classmethod
+    def release(cls, **overrides: Any) -> Preset:
+        """The values of the code that the paper's authors released; `limit` is ours."""
+        values: dict[str, Any] = {
+            "name": "release",
+            "layers": "release",
+            "steps": "t_full",
+            "lam": 1e-8,
+            "keep": 0.2,
+            "top": None,
+            "floor": 3,
+            "size": "cover",
+            "suffix": " Answer the question using a single word or phrase.",
+            "images": "original+refined",
+            "max_pixels": 256 * 28 * 28,
+        }
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def of(cls, preset: str | Preset | Mapping[str, Any]) -> Preset:
+        """A preset from its name, from a dict as `to_dict` makes it, or the preset itself."""
+        if isinstance(preset, Preset):
+            return preset
+        return cls.from_dict({"preset": preset} if isinstance(preset, str) else preset)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preset:
+        """A preset from {"preset": "paper", ...what differs}, as a model's carve.json holds it."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"preset: expected a name, a Preset or a dict, got {checks.describe(values)}")
+        overrides = dict(values)
+        base = checks.choice("preset", overrides.pop("preset", "paper"), ("paper", "release"))
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in overrides if key not in known]
+        if unknown:
+            names = ", ".join(["preset", *known])
+            raise ValueError(f"preset: expected keys among {names}, got {', '.join(map(repr, unknown))}")
+        return cls.release(**overrides) if base == "release" else cls.paper(**overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes, ready for JSON: the named preset and what differs from it."""
+        base = Preset.release() if self.name == "release" else Preset.paper()
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(base)
+        return {"preset": base.name} | {key: value for key, value in mine.items() if value != theirs[key]}
+
+    def __post_init__(self) -> None:
+        # JSON has lists where this has tuples.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        checks.text("name", self.name)
+        if isinstance(self.layers, tuple):
+            _integers("layers", self.layers)
+        else:
+            checks.choice("layers", self.layers, ("paper", "release"))
+        _check_rows(self.rows)
+        check_steps(self.steps, self.step_weights)
+        if self.layer_weights is not None:
+            weights("layer_weights", self.layer_weights, self.layer_weights)
+        if self.lam != "mean":
+            checks.number("lam", self.lam, low=0)
+        checks.choice("normalize", self.normalize, NORMALIZE)
+        share("keep", self.keep)
+        limits(self.top, self.floor)
+        checks.choice("connectivity", self.connectivity, CONNECTIVITY)
+        checks.choice("score", self.score, SCORES)
+        colour(self.fill)
+        checks.choice("resample", self.resample, RESAMPLE)
+        if isinstance(self.size, str):
+            checks.choice("size", self.size, SIZES)
+        else:
+            checks.size("size", self.size)
+        checks.number("limit", self.limit, low=1)
+        checks.text("general_prompt", self.general_prompt)
+        if not isinstance(self.suffix, str):
+            raise TypeError(f"suffix: expected a string, got {checks.describe(self.suffix)}")
+        checks.choice("images", self.images, IMAGES)
+        checks.integer("max_new_tokens", self.max_new_tokens, low=1)
+        if self.max_pixels is not None:
+            checks.integer("max_pixels", self.max_pixels, low=1)
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The layers of a model with so many of them; negative numbers count from its end."""
+        checks.integer("depth", depth, low=1)
+        if self.layers == "release":
+            found = tuple(range(20, min(26, depth)))
+            if not found:
+                raise ValueError(
+                    f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
+                    "preset paper scales them to any depth"
+                )
+            return found
+        if self.layers == "paper":
+            if depth >= 26:
+                return tuple(range(20, 26))
+            start = min(round(20 * depth / 28), depth - 1)
+            return tuple(range(start, max(start + 1, round(26 * depth / 28))))
+        numbers = _integers("layers", self.layers)
+        outside = [number for number in numbers if not -depth <= number < depth]
+        if outside:
+            raise ValueError(f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {outside}")
+        found = tuple(number % depth for number in numbers)
+        if len(set(found)) < len(found):
+            raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
+        return found
+
+
+def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
+    """Check which steps are read, and that weights stand where several steps are."""
+    checks.choice("steps", steps, STEPS)
+    if step_weights is None:
+        return
+    if steps != "t_full":
+        raise ValueError(f"step_weights: expected None with {steps}, which reads one step, got {step_weights!r}")
+    weights("step_weights", step_weights, step_weights)
+
+
+def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
+    if not values:
+        raise ValueError(f"{name}: expected at least one number, got {values!r}")
+    return tuple(checks.integer(f"{name}[{index}]", value) for index, value in enumerate(values))
+
+
+def _check_rows(rows: Any) -> None:
+    if isinstance(rows, tuple) and rows[:1] == ("word",):
+        checks.text("rows[1]", rows[1] if len(rows) == 2 else None)
+    elif isinstance(rows, tuple):
+        _integers("rows", rows)
+    elif isinstance(rows, int):
+        checks.integer("rows", rows, low=1)
+    else:
+        checks.choice("rows", rows, ("last", "question"))
