@@ -132,29 +132,35 @@ class Preset:
             checks.integer("max_pixels", self.max_pixels, low=1)
 
     def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The layers of a model with so many of them; negative numbers count from its end."""
-        checks.integer("depth", depth, low=1)
-        if self.layers == "release":
-            found = tuple(range(20, min(26, depth)))
-            if not found:
-                raise ValueError(
-                    f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
-                    "preset paper scales them to any depth"
-                )
-            return found
-        if self.layers == "paper":
-            if depth >= 26:
-                return tuple(range(20, 26))
-            start = min(round(20 * depth / 28), depth - 1)
-            return tuple(range(start, max(start + 1, round(26 * depth / 28))))
-        numbers = _integers("layers", self.layers)
-        outside = [number for number in numbers if not -depth <= number < depth]
-        if outside:
-            raise ValueError(f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {outside}")
-        found = tuple(number % depth for number in numbers)
-        if len(set(found)) < len(found):
-            raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
+        """The layers of a model with so many of them."""
+        return layers_of(self.layers, depth)
+
+
+def layers_of(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers of a model with `depth` of them: "paper", "release", or numbers, where -1 is the last."""
+    checks.integer("depth", depth, low=1)
+    if layers == "release":
+        found = tuple(range(20, min(26, depth)))
+        if not found:
+            raise ValueError(
+                f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
+                "preset paper scales them to any depth"
+            )
         return found
+    if layers == "paper":
+        start = min(round(20 * depth / 28), depth - 1)
+        return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
+    if isinstance(layers, str) or not isinstance(layers, (int, Sequence)):
+        raise ValueError(f"layers: expected 'paper', 'release' or layer numbers, got {checks.describe(layers)}")
+    numbers = _integers("layers", [layers] if isinstance(layers, int) else layers)
+    if any(not -depth <= number < depth for number in numbers):
+        raise ValueError(
+            f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {list(numbers)}"
+        )
+    found = tuple(number % depth for number in numbers)
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
+    return found
 
 
 def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
