@@ -73,10 +73,7 @@ class BuildOperators(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        in_tree = Path("carve_kernels", target.name)
-        # A library of an earlier build must not pass for this one's.
-        for stale in (target, in_tree) if self.editable_mode else (target,):
-            stale.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         reason = build(ext.sources, target)
         if reason is not None:
             warnings.warn(
@@ -84,6 +81,12 @@ class BuildOperators(build_ext):
                 "The reference room serves. To build: pip install --no-build-isolation -e . with a C++ compiler.",
                 stacklevel=1,
             )
+
+    def copy_extensions_to_source(self) -> None:
+        # A library of an earlier build in the source tree must not pass for one that was not built this time.
+        for ext in self.extensions:
+            Path("carve_kernels", Path(self.get_ext_fullpath(ext.name)).name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 setup(

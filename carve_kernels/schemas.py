@@ -9,7 +9,7 @@ import torch
 
 torch.library.define(
     "carve_kernels::contrast_cpu",
-    "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int grid_h, int grid_w, float lam, "
+    "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, str normalize, Tensor(a!) out) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -21,8 +21,7 @@ def _contrast_cpu(
     general: torch.Tensor,
     layer_weights: torch.Tensor,
     step_weights: torch.Tensor,
-    grid_h: int,
-    grid_w: int,
+    shapes: list[int],
     lam: float,
     lam_is_mean: bool,
     normalize: str,

@@ -7,20 +7,27 @@ namespace carve {
 
 enum class Normalize { kNone, kSum, kMax, kMinmax };
 
-// All arrays are contiguous and row-major.
-struct ContrastParams {
-  const float* task;            // [layers, steps, grid_h * grid_w]
-  const float* general;         // [layers, general_steps, grid_h * grid_w]
-  const double* layer_weights;  // [layers]
-  const double* step_weights;   // [steps]
-  float* out;                   // [height, width]
-  int64_t layers;
-  int64_t steps;
-  int64_t general_steps;  // steps, or 1: the same general map for every step
+// One rectangle of tokens and the pixels that it is spread over.
+struct ViewShape {
   int64_t grid_h;
   int64_t grid_w;
   int64_t height;
   int64_t width;
+};
+
+// All arrays are contiguous and row-major; the tokens of the views, and their pixels, stand one view after the other.
+struct ContrastParams {
+  const float* task;            // [layers, steps, tokens]
+  const float* general;         // [layers, general_steps, tokens]
+  const double* layer_weights;  // [layers]
+  const double* step_weights;   // [steps]
+  const ViewShape* views;       // [view_count]; tokens is the sum of grid_h * grid_w
+  float* out;                   // the sum of height * width
+  int64_t layers;
+  int64_t steps;
+  int64_t general_steps;  // steps, or 1: the same general map for every step
+  int64_t tokens;
+  int64_t view_count;
   double lam;
   bool lam_is_mean;  // lam is the mean of each general map over its tokens, and `lam` is not read
   Normalize normalize;

@@ -1,6 +1,7 @@
 // The CPU operators, registered through torch's stable ABI; their schemas are in carve_kernels/schemas.py.
 
 #include <string>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,20 +29,38 @@ carve::Normalize parse_normalize(const std::string& name) {
   return carve::Normalize::kMinmax;
 }
 
+// Rows of (grid_h, grid_w, height, width), which together use all the tokens and all the pixels.
+std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, int64_t tokens, int64_t pixels) {
+  STD_TORCH_CHECK(shapes.size() % 4 == 0, "contrast_cpu: shapes: expected four numbers for each view");
+  std::vector<carve::ViewShape> views;
+  for (size_t start = 0; start < shapes.size(); start += 4) {
+    const carve::ViewShape view{shapes[start], shapes[start + 1], shapes[start + 2], shapes[start + 3]};
+    // Divisions first: the products of absurd sizes would overflow before they could be compared.
+    STD_TORCH_CHECK(view.grid_h > 0 && view.grid_w > 0 && view.grid_h <= tokens / view.grid_w && view.height > 0 &&
+                        view.width > 0 && view.height <= pixels / view.width,
+                    "contrast_cpu: shapes: expected views that fit in ", tokens, " tokens and ", pixels, " pixels");
+    tokens -= view.grid_h * view.grid_w;
+    pixels -= view.height * view.width;
+    views.push_back(view);
+  }
+  STD_TORCH_CHECK(tokens == 0 && pixels == 0, "contrast_cpu: shapes: ", tokens, " tokens and ", pixels,
+                  " pixels belong to no view");
+  return views;
+}
+
 void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer_weights, const Tensor& step_weights,
-                  int64_t grid_h, int64_t grid_w, double lam, bool lam_is_mean, const std::string& normalize,
-                  Tensor out) {
+                  std::vector<int64_t> shapes, double lam, bool lam_is_mean, std::string normalize, Tensor out) {
   check_tensor(task, "task", 3, ScalarType::Float);
   check_tensor(general, "general", 3, ScalarType::Float);
   check_tensor(layer_weights, "layer_weights", 1, ScalarType::Double);
   check_tensor(step_weights, "step_weights", 1, ScalarType::Double);
-  check_tensor(out, "out", 2, ScalarType::Float);
+  check_tensor(out, "out", 1, ScalarType::Float);
   const int64_t layers = task.size(0);
   const int64_t steps = task.size(1);
   const int64_t general_steps = general.size(1);
-  STD_TORCH_CHECK(grid_h > 0 && grid_w > 0 && task.size(2) / grid_w == grid_h && task.size(2) % grid_w == 0,
-                  "contrast_cpu: task: expected ", grid_h, " x ", grid_w, " tokens, got ", task.size(2));
-  STD_TORCH_CHECK(general.size(0) == layers && general.size(2) == task.size(2),
+  const int64_t tokens = task.size(2);
+  const std::vector<carve::ViewShape> views = parse_shapes(shapes, tokens, out.size(0));
+  STD_TORCH_CHECK(general.size(0) == layers && general.size(2) == tokens,
                   "contrast_cpu: general: expected the layers and tokens of task");
   STD_TORCH_CHECK(general_steps == steps || general_steps == 1,
                   "contrast_cpu: general: expected 1 or ", steps, " steps, got ", general_steps);
@@ -53,14 +72,13 @@ void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer
   params.general = general.const_data_ptr<float>();
   params.layer_weights = layer_weights.const_data_ptr<double>();
   params.step_weights = step_weights.const_data_ptr<double>();
+  params.views = views.data();
   params.out = out.mutable_data_ptr<float>();
   params.layers = layers;
   params.steps = steps;
   params.general_steps = general_steps;
-  params.grid_h = grid_h;
-  params.grid_w = grid_w;
-  params.height = out.size(0);
-  params.width = out.size(1);
+  params.tokens = tokens;
+  params.view_count = static_cast<int64_t>(views.size());
   params.lam = lam;
   params.lam_is_mean = lam_is_mean;
   params.normalize = parse_normalize(normalize);

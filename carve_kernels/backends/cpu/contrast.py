@@ -1,0 +1,57 @@
+"""Contrast by the compiled operator: one pass over the maps in float64, whatever the number of layers and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from carve_kernels.types import Size
+
+
+def supports(task: torch.Tensor, general: torch.Tensor, *_args: Any, **_options: Any) -> str | None:
+    """Why these arguments cannot be served, or None."""
+    for name, value in (("task", task), ("general", general)):
+        if value.dtype != torch.float32:
+            return f"{name} is {value.dtype}, this room serves torch.float32; use backend='reference'"
+        if value.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires a gradient, which this room does not have; use backend='reference'"
+    return None
+
+
+def forward(
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grid: Size | Sequence[Size],
+    size: Size | Sequence[Size],
+    *,
+    lam: float | str,
+    layer_weights: torch.Tensor | Sequence[float] | None = None,
+    step_weights: torch.Tensor | Sequence[float] | None = None,
+    normalize: str = "none",
+) -> torch.Tensor | list[torch.Tensor]:
+    """The saliency of one view, or a list of them for lists of grids and sizes; see `carve_kernels.contrast`."""
+    layers, steps, _ = task.shape
+    several = not isinstance(grid[0], int)
+    grids = cast("Sequence[Size]", grid if several else [grid])
+    sizes = cast("Sequence[Size]", size if several else [size])
+    out = task.new_empty(sum(height * width for height, width in sizes))
+    torch.ops.carve_kernels.contrast_cpu(
+        task.contiguous(),
+        general.contiguous(),
+        _weights([1.0] * layers if layer_weights is None else layer_weights),
+        _weights(range(1, steps + 1) if step_weights is None else step_weights),
+        [number for view in zip(grids, sizes, strict=True) for pair in view for number in pair],
+        0.0 if lam == "mean" else float(lam),
+        lam == "mean",
+        normalize,
+        out,
+    )
+    parts = out.split([height * width for height, width in sizes])
+    saliency = [part.view(view) for part, view in zip(parts, sizes, strict=True)]
+    return saliency if several else saliency[0]
+
+
+def _weights(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64).contiguous()

@@ -1,0 +1,131 @@
+"""Every operator under `carve_kernels::`: its schema, its fake and its implementation agree, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
+from carve_kernels.backends import cpu
+
+
+def contrast_cpu() -> tuple[Any, ...]:
+    shapes = [3, 5, 11, 7, 2, 2, 1, 3]
+    return (
+        torch.rand(2, 3, 19),
+        torch.rand(2, 1, 19),
+        torch.rand(2, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+        shapes,
+        0.1,
+        False,
+        "minmax",
+        torch.full((11 * 7 + 3,), float("nan")),
+    )
+
+
+def capture_layers() -> tuple[Any, ...]:
+    layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
+    return (
+        [torch.randn(batch, 4, rows, 32) for _ in range(layers)],
+        [torch.randn(batch, 2, keys, 32) for _ in range(layers)],
+        torch.arange(tokens, dtype=torch.int32).expand(batch, -1).contiguous(),
+        torch.rand(batch, 1, rows, keys) < 0.7,
+        None,
+        [torch.randn(4) for _ in range(layers)],
+        0.2,
+        0.0,
+        0,
+        torch.tensor(1),
+        0,
+        "auto",
+        torch.zeros(3, layers, batch, rows, tokens),
+        torch.zeros(3, layers, batch, rows),
+        torch.zeros(3, layers, batch, rows),
+    )
+
+
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "carve_kernels::capture_layers": capture_layers,
+    "carve_kernels::contrast_cpu": contrast_cpu,
+}
+
+
+def registered() -> list[str]:
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("carve_kernels::"))
+
+
+def operator(name: str) -> Any:
+    if name.endswith("_cpu") and (reason := cpu.unavailable()):
+        pytest.skip(reason)
+    return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+
+
+def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The arguments that the schema says are written."""
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    return [value for value, is_written in zip(arguments, written, strict=True) if is_written]
+
+
+def test_every_operator_has_a_sample() -> None:
+    assert registered() == sorted(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operator_writes_its_outputs_and_returns_nothing(name: str) -> None:
+    op, arguments = operator(name), SAMPLES[name]()
+    before = [out.clone() for out in outputs(op, arguments)]
+    assert op(*arguments) is None
+    assert outputs(op, arguments)
+    for old, new in zip(before, outputs(op, arguments), strict=True):
+        assert not torch.equal(old, new)
+        assert new.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(operator(name), SAMPLES[name]())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_compiled_equals_eager(name: str) -> None:
+    op, arguments = operator(name), SAMPLES[name]()
+    eager = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments)
+    op(*eager)
+
+    def step(arguments: tuple[Any, ...], written: list[torch.Tensor]) -> list[torch.Tensor]:
+        op(*arguments)
+        return [out * 2 for out in written]
+
+    written = outputs(op, arguments)
+    doubled = torch.compile(step, fullgraph=True)(arguments, written)
+    for out, twice, wanted in zip(written, doubled, outputs(op, eager), strict=True):
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(twice, wanted * 2, rtol=0, atol=0)
+
+
+def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::contrast_cpu")
+    good = contrast_cpu()
+    wrong: list[tuple[int, Any, str]] = [
+        (0, good[0].double(), "dtype"),
+        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "contiguous"),
+        (0, torch.rand(3, 19), "dimensions"),
+        (0, torch.rand(3, 3, 19), "layers"),
+        (1, torch.rand(2, 2, 19), "steps"),
+        (1, torch.rand(2, 1, 18), "tokens"),
+        (2, torch.rand(3, dtype=torch.float64), "layer_weights"),
+        (3, torch.rand(2, dtype=torch.float64), "step_weights"),
+        (4, [3, 5, 11], "four numbers"),
+        (4, [3, 5, 11, 7], "no view"),
+        (4, [2**62, 2**62, 11, 7, 2, 2, 1, 3], "fit"),
+        (4, [3, 5, -11, -7, 2, 2, 1, 3], "fit"),
+        (7, "maximum", "normalize"),
+        (8, torch.empty(79), "pixels"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
