@@ -1,0 +1,92 @@
+"""The public names: which they are, that they load on first use, and that their signatures change on purpose only."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import carve_kernels
+
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+NAMES = [
+    "AttentionMaps",
+    "BackendUnavailable",
+    "CarveEngine",
+    "Preset",
+    "View",
+    "VisualLayout",
+    "capture",
+    "capture_attention",
+    "capture_layers",
+    "carve",
+    "contrast",
+    "explain",
+    "layout_of",
+    "load",
+    "regions",
+    "zoom",
+]
+
+
+def signatures() -> list[str]:
+    """One line for each public function, and for each class and its public methods."""
+    lines = []
+    for name in NAMES:
+        value = getattr(carve_kernels, name)
+        members = {name: value}
+        if inspect.isclass(value) and not issubclass(value, Exception):
+            for inner, member in vars(value).items():
+                called = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+                if inspect.isfunction(called) and (not inner.startswith("_") or inner == "__call__"):
+                    members[f"{name}.{inner}"] = called
+        if not (inspect.isclass(value) and issubclass(value, Exception)):
+            lines += [f"{inner}{inspect.signature(member)}" for inner, member in members.items()]
+    return lines
+
+
+def test_all_lists_the_public_names() -> None:
+    assert sorted(carve_kernels.__all__) == sorted([*NAMES, "__version__"])
+    assert set(carve_kernels.__all__) <= set(dir(carve_kernels))
+
+
+def test_signatures_are_those_of_the_snapshot() -> None:
+    """After a change on purpose: `python -m tests.test_public_api` writes the snapshot anew."""
+    assert signatures() == SNAPSHOT.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_has_a_docstring(name: str) -> None:
+    own = vars(getattr(carve_kernels, name)).get("__doc__") or getattr(carve_kernels, name).__doc__
+    assert own and not own.startswith(f"{name}("), "a dataclass writes its fields there if nobody else does"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_submodule_can_take_the_place_of_a_name(name: str) -> None:
+    assert importlib.util.find_spec(f"carve_kernels.{name}") is None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'contrats'"):
+        carve_kernels.contrats  # noqa: B018
+
+
+def test_names_load_on_first_use() -> None:
+    program = (
+        "import sys, carve_kernels\n"
+        "assert not any(name.startswith('carve_kernels.') for name in sys.modules)\n"
+        "carve_kernels.View\n"
+        "assert 'carve_kernels.types' in sys.modules and 'carve_kernels.ops' not in sys.modules\n"
+        "carve_kernels.contrast, carve_kernels.carve\n"
+        "assert callable(carve_kernels.contrast) and callable(carve_kernels.carve)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text("\n".join(signatures()) + "\n")
