@@ -31,6 +31,15 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """The modules around the transformers model, outermost first."""
+    around, inner = [], model
+    while not isinstance(inner, PreTrainedModel):
+        around.append(inner)
+        inner = next(inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None)  # type: ignore[assignment]
+    return around
+
+
 def text_backbone(model: nn.Module) -> PreTrainedModel:
     """The text decoder: the module whose `layers` read the tokens.
 

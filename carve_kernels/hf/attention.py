@@ -1,0 +1,197 @@
+"""Attention that also captures: the function in use runs as it is, then the chosen rows of the chosen layers are captured.
+
+While a session is open, the entry of the implementation in use stands wrapped where the model looks it up: in the
+registry of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's `eager_attention_forward`.
+The configuration, the name and so the masks stay as they were. A module takes part only if it carries recorders.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+RECORDERS = "_carve_recorders"
+EAGER = "eager_attention_forward"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+Attention = Callable[..., Any]
+
+
+class Recorder(Protocol):
+    """What a module carries: told of every call of its attention."""
+
+    def record(
+        self,
+        index: int,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> None: ...
+
+
+def capturing(attention: Attention) -> Attention:
+    """An attention function that calls another one and then tells the module's recorders."""
+
+    def capturing_attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        output = attention(module, query, key, value, attention_mask, *args, **options)
+        for recorder, index in getattr(module, RECORDERS, ()):
+            recorder.record(index, module, query, key, attention_mask, options)
+        return output
+
+    return capturing_attention
+
+
+class _Patches:
+    """The wrapped entries of all open sessions, counted, so that sessions may end in any order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._open: dict[tuple[int, str], tuple[int, Attention, Attention | None]] = {}
+
+    def enter(self, place: Any, name: str) -> None:
+        with self._lock:
+            count, wrapper, before = self._open.get((id(place), name), (0, None, None))
+            if wrapper is None:
+                before = _own_entry(place, name)
+                wrapper = capturing(before if before is not None else place[name])
+                _set_entry(place, name, wrapper)
+            self._open[id(place), name] = (count + 1, wrapper, before)
+
+    def leave(self, place: Any, name: str) -> None:
+        with self._lock:
+            count, wrapper, before = self._open[id(place), name]
+            if count > 1:
+                self._open[id(place), name] = (count - 1, wrapper, before)
+                return
+            del self._open[id(place), name]
+            # An entry that somebody else has replaced meanwhile is theirs.
+            if _own_entry(place, name) is wrapper:
+                _set_entry(place, name, before)
+
+
+PATCHES = _Patches()
+
+
+def place_of(module: nn.Module, layer: int) -> tuple[Any, str]:
+    """Where the attention function of a module is looked up: (its registry or its modeling file, the name)."""
+    modeling = sys.modules[type(module).__module__]
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    registry = getattr(modeling, REGISTRY, None)
+    if registry is None or implementation is None:
+        raise ValueError(
+            f"model: layer {layer} ({type(module).__name__}) does not look its attention up in transformers' "
+            "AttentionInterface, so nothing can be captured beside it"
+        )
+    if implementation != "eager":
+        return registry, implementation
+    if not hasattr(modeling, EAGER):
+        raise ValueError(
+            f"model: {modeling.__name__} has no {EAGER}; use attn_implementation='sdpa' for layer {layer}"
+        )
+    return modeling, EAGER
+
+
+def visible(
+    implementation: str,
+    attention_mask: Any,
+    rows: torch.Tensor,
+    query_length: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None]:
+    """What the captured rows [B, R] see, from whatever the implementation was given: (mask, positions, window).
+
+    sdpa and eager get a 4-D mask, bool or additive; flex a BlockMask; flash a 2-D padding mask or None beside the
+    window. None under sdpa means all keys for one row, else top-left causal over a tail that nobody sees.
+    """
+    flash = "flash" in implementation
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        chosen = attention_mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
+        index = rows[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3])
+        chosen = chosen.gather(2, index)
+        if chosen.dtype != torch.bool:
+            chosen = chosen > torch.finfo(chosen.dtype).min / 2
+        return chosen, None, None
+    if isinstance(attention_mask, torch.Tensor):
+        width = attention_mask.shape[1]
+        column = torch.arange(keys, device=rows.device)
+        seen = torch.nn.functional.pad(attention_mask.bool(), (0, keys - width))[:, None, None, :]
+        if causal:
+            last = (rows + (width - query_length))[:, None, :, None]
+            seen = seen & (column <= last)
+            if window is not None:
+                seen = seen & (column > last - window)
+        return seen.expand(-1, -1, rows.shape[1], -1), None, None
+    if attention_mask is not None:
+        return _block_mask_rows(attention_mask, rows, keys), None, None
+    if flash and causal:
+        return None, rows + (keys - query_length), window
+    if not flash and implementation != "eager" and query_length > 1 and causal:
+        return None, rows, None
+    return None, None, None
+
+
+def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -> torch.Tensor:
+    """Which columns of the prompt are no padding, bool [B, total] on the CPU, from the mask that a model was called with.
+
+    A 2-D mask says so itself; a prepared one (`generate` with a static cache hands over a dict of them) by what its last
+    row sees.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    attended = torch.ones(batch, total, dtype=torch.bool)
+    if attention_mask is None:
+        return attended
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        row = attention_mask.bool()
+    else:
+        last = torch.full((batch, 1), length - 1, dtype=torch.int64)
+        if isinstance(attention_mask, torch.Tensor):
+            last = last.to(attention_mask.device)
+        seen, _, _ = visible("", attention_mask, last, length, total, causal=True, window=None)
+        row = attended if seen is None else seen[:, 0, 0]
+    width = min(total, row.shape[1])
+    attended[:, :width] = row[:, :width].cpu()
+    return attended
+
+
+def _block_mask_rows(block_mask: Any, rows: torch.Tensor, keys: int) -> torch.Tensor:
+    batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
+    column = torch.arange(keys, device=rows.device)[None, None, :]
+    head = torch.zeros((), dtype=torch.long, device=rows.device)
+    seen = block_mask.mask_mod(batch, head, rows[:, :, None], column)
+    return seen.expand(rows.shape[0], rows.shape[1], keys)[:, None].contiguous()
+
+
+def _own_entry(place: Any, name: str) -> Attention | None:
+    if isinstance(place, type(sys)):
+        entry: Attention | None = getattr(place, name)
+        return entry
+    own: Attention | None = place._local_mapping.get(name)
+    return own
+
+
+def _set_entry(place: Any, name: str, entry: Attention | None) -> None:
+    if isinstance(place, type(sys)):
+        setattr(place, name, entry)
+    elif entry is None:
+        del place[name]
+    else:
+        place[name] = entry

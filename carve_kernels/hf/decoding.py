@@ -1,0 +1,122 @@
+"""What open sessions change about decoding on a model: refused ways of it, and compiled calls, which skip hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from torch import nn
+
+GUARD = "_carve_guard"
+
+# Ways of decoding whose forwards are not one new token for each prompt, and the values that turn them off.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "dola_layers": (None,),
+    "penalty_alpha": (None,),
+}
+
+_OPENING = threading.Lock()
+
+
+class Decoder(Protocol):
+    """What an open session does before and after a forward."""
+
+    eos: tuple[int, ...] | None
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class DecodingGuard:
+    """The open sessions of one model, and its `generate` and compiled calls while there are any."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sessions: list[Decoder] = []
+        self.thread = threading.get_ident()
+        self.stack = ExitStack()
+        self._model = model
+        if hasattr(model, "generate"):
+            self._shadow("generate", self._generate(model.generate))
+        if hasattr(model, "get_compiled_call"):
+            compiled: Callable[..., Any] = model.get_compiled_call
+            self._shadow("get_compiled_call", lambda *args, **kwargs: self._around(compiled(*args, **kwargs)))
+        if model._compiled_call_impl is not None:
+            self._shadow("_compiled_call_impl", self._around(model._compiled_call_impl))
+
+    def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def captured_generate(*args: Any, **kwargs: Any) -> Any:
+            config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")
+            for name, off in _REFUSED.items():
+                value = kwargs.get(name, getattr(config, name, None))
+                if value not in off:
+                    raise ValueError(f"{name}: expected {off[-1]} inside capture_attention, got {value!r}")
+            ends = end_tokens(kwargs.get("eos_token_id", getattr(config, "eos_token_id", None)))
+            for session in self.sessions:
+                session.eos = ends
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                for session in self.sessions:
+                    session.eos = None
+
+        return captured_generate
+
+    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A compiled call, which skips the hooks, with what the hooks of the sessions do."""
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for session in self.sessions:
+                    stack.callback(session.end)
+                    session.begin(args, kwargs)
+                return call(*args, **kwargs)
+
+        return around
+
+    def _shadow(self, name: str, value: Any) -> None:
+        """Set an attribute on the instance itself; the stack puts back what stood there."""
+        attributes = self._model.__dict__
+        if name in attributes:
+            self.stack.callback(attributes.__setitem__, name, attributes[name])
+        else:
+            self.stack.callback(attributes.pop, name, None)
+        attributes[name] = value
+
+
+def join(model: nn.Module, session: Decoder) -> None:
+    """Add a session to a model; one thread may have several on it."""
+    with _OPENING:
+        guard = model.__dict__.get(GUARD)
+        if guard is not None and guard.thread != threading.get_ident():
+            raise RuntimeError("model: another thread has a session open on this model, open one at a time")
+        if guard is None:
+            guard = model.__dict__[GUARD] = DecodingGuard(model)
+        guard.sessions.append(session)
+
+
+def leave(model: nn.Module, session: Decoder) -> None:
+    """Take a session away; the last one leaves the model as it was."""
+    with _OPENING:
+        guard = model.__dict__[GUARD]
+        guard.sessions.remove(session)
+        if not guard.sessions:
+            guard.stack.close()
+            del model.__dict__[GUARD]
+
+
+def end_tokens(ends: Any) -> tuple[int, ...]:
+    """An eos_token_id of a generation config, as ids."""
+    if ends is None:
+        return ()
+    if hasattr(ends, "tolist"):
+        ends = ends.tolist()
+    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -1,0 +1,232 @@
+"""The record of one prefill and the steps behind it: buffers, tensors that the attention reads, bookkeeping by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
+from carve_kernels.backends.reference.capture import entropy
+from carve_kernels.hf.attention import visible
+from carve_kernels.hf.rows import Rows
+from carve_kernels.maps import AttentionMaps
+from carve_kernels.types import Capture, VisualLayout
+
+OnLayer = Callable[[int, int, Capture], None]
+# What a buffer of masses holds until something is captured; a mass is never negative.
+_UNSEEN = -1.0
+
+
+@dataclass
+class _Batch:
+    """Layers of one forward that wait to be captured together, since they share all but query, key and sink."""
+
+    first: int
+    like: tuple[float, float, int, int | None]
+    given: Any
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    positions: torch.Tensor | None
+    window: int | None
+    query: list[torch.Tensor] = field(default_factory=list)
+    key: list[torch.Tensor] = field(default_factory=list)
+    sink: list[torch.Tensor] = field(default_factory=list)
+
+    def takes(self, index: int, like: tuple[float, float, int, int | None], given: Any) -> bool:
+        return self.given is given and self.like == like and index == self.first + len(self.query)
+
+
+class Record:
+    """Captures of one prefill and its decode steps. The attention of a module calls `record`; the session the rest."""
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        rows: Rows,
+        tokens: torch.Tensor,
+        layout: VisualLayout | None,
+        *,
+        device: torch.device,
+        past: int,
+        length: int,
+        max_steps: int,
+        eos: tuple[int, ...],
+        on_layer: OnLayer | None,
+        backend: str,
+    ) -> None:
+        batch, captured = rows.index.shape
+        self.layers, self.layout = layers, layout
+        self.last, self.weight = rows.last, rows.weight
+        self.tokens = tokens.to(device)
+        self.rows = (rows.index - past).to(device)
+        self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
+        self.slot = torch.zeros((), dtype=torch.int64, device=device)
+        self.buffers = _buffers(1, len(layers), batch, captured, tokens.shape[1], device)
+        self.later: Capture | None = None
+        self.target = self.buffers
+        self.active = True
+        self.step = 0
+        self.max_steps = max_steps
+        self.eos = eos
+        self.length = past + length
+        self.fed: list[torch.Tensor] = []
+        self.dtype = ""
+        self.on_layer, self.backend = on_layer, backend
+        self.pending: _Batch | None = None
+
+    def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
+        """Prepare for a decode step: `seen` tokens stand in the cache then, row `column` of the query is captured."""
+        self.step += 1
+        self.length = seen
+        self.seen.fill_(seen)
+        self.pending = None
+        self.active = self.last and self.step < self.max_steps
+        if not self.active:
+            return
+        if ids is not None:
+            self.fed.append(ids[:, -1].detach().to(self.tokens.device, copy=True))
+        batch = self.tokens.shape[0]
+        if self.later is None:
+            steps = self.max_steps - 1
+            self.later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], self.tokens.device)
+            self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=self.tokens.device)
+            self.target = self.later
+        self.slot.fill_(self.step - 1)
+        self.rows.fill_(column)
+
+    def record(
+        self,
+        index: int,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> None:
+        if not self.active:
+            return
+        if options.get("position_bias") is not None:
+            raise ValueError(f"layers: layer {self.layers[index]} adds a position bias, which cannot be captured")
+        if options.get("cache") is not None:
+            raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
+        query, key = query.detach(), key.detach()
+        _, heads, length, size = query.shape
+        scaling = options.get("scaling")
+        scale = float(scaling) if scaling is not None else size**-0.5
+        like = (scale, float(options.get("softcap") or 0.0), key.shape[2], options.get("sliding_window"))
+        pending = self.pending
+        if pending is None or not pending.takes(index, like, attention_mask):
+            self._flush()
+            pending = self._batch(index, module, like, attention_mask, length, options.get("is_causal"))
+            self.pending = pending
+        pending.query.append(query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size)))
+        pending.key.append(key)
+        if options.get("s_aux") is not None:
+            pending.sink.append(options["s_aux"].detach())
+        self.dtype = str(query.dtype).removeprefix("torch.")
+        if index == len(self.layers) - 1 or self.on_layer is not None:
+            self._flush()
+        if self.on_layer is not None:
+            slot = int(self.slot)
+            self.on_layer(self.layers[index], self.step, Capture(*(part[slot, index] for part in self.target)))
+
+    def _batch(
+        self,
+        index: int,
+        module: nn.Module,
+        like: tuple[float, float, int, int | None],
+        attention_mask: Any,
+        length: int,
+        causal: bool | None,
+    ) -> _Batch:
+        _, _, keys, sliding_window = like
+        mask, positions, window = visible(
+            module.config._attn_implementation,  # type: ignore[union-attr, arg-type]
+            attention_mask,
+            self.rows,
+            length,
+            keys,
+            causal=getattr(module, "is_causal", True) if causal is None else causal,
+            window=sliding_window,
+        )
+        # A sliding cache hands over its last keys only: the column of a token moves left, and out.
+        tokens = (self.tokens - (self.seen - keys).clamp(min=0)).to(torch.int32)
+        return _Batch(index, like, attention_mask, tokens, mask, positions, window)
+
+    def _flush(self) -> None:
+        pending = self.pending
+        self.pending = None
+        if pending is None:
+            return
+        scale, softcap, _, _ = pending.like
+        torch.ops.carve_kernels.capture_layers(
+            pending.query, pending.key, pending.tokens, pending.mask, pending.positions, pending.sink, scale, softcap,
+            pending.window or 0, self.slot, pending.first, self.backend, *self.target,
+        )  # fmt: skip
+
+    def result(self) -> AttentionMaps:
+        """What has been captured so far, as tensors of its own."""
+        steps = min(self.step + 1, self.max_steps) if self.last else 1
+        first = Capture(*(part[0] for part in self.buffers))
+        used = self.tokens >= 0
+        alive = self._alive(steps)
+        if self.weight is not None:
+            first = _averaged(first, self.weight.to(used.device), used)
+        layers, batch, rows = first.mass.shape
+        shape = (batch, len(self.layers), steps, rows)
+        values = torch.zeros(*shape, self.tokens.shape[1], device=used.device)
+        mass, spread = torch.zeros(shape, device=used.device), torch.zeros(shape, device=used.device)
+        values[:, :, 0], mass[:, :, 0], spread[:, :, 0] = (part.transpose(0, 1) for part in first)
+        valid = torch.zeros(shape, dtype=torch.bool, device=used.device)
+        valid[:, :, 0] = True
+        if steps > 1 and self.later is not None:
+            later = Capture(*(part[: steps - 1, :, :, 0] for part in self.later))
+            for target, part in zip((values, mass, spread), later, strict=True):
+                target[:, :, 1:, -1] = part.movedim((0, 1, 2), (2, 1, 0))
+            valid[:, :, 1:, -1] = True
+        if bool(((mass == _UNSEEN) & valid).any()):
+            missing = ((mass == _UNSEEN) & valid).any(-1).any(-1).any(0).nonzero()[:, 0]
+            raise RuntimeError(
+                f"layers: nothing was captured in layers {[self.layers[place] for place in missing]}; their attention "
+                "was not called in the captured forward (was the implementation switched inside the session?)"
+            )
+        # All tokens out of a row's window give exactly 0: the map is missing, it is not black.
+        valid &= alive[:, None, :, None] & ((mass > 0) | ~used.any(-1)[:, None, None, None])
+        values[~valid], mass[~valid], spread[~valid] = 0.0, 0.0, 0.0
+        kept = int(alive.any(0).nonzero()[-1]) + 1
+        return AttentionMaps(
+            values[:, :, :kept], mass[:, :, :kept], spread[:, :, :kept], valid[:, :, :kept],
+            self.layers, tuple(range(kept)), self.tokens.clone(), self.dtype, self.layout,
+        )  # fmt: skip
+
+    def _alive(self, steps: int) -> torch.Tensor:
+        """Which rows of the batch still run at each step, bool [B, T]: the end token is never a query."""
+        batch = self.tokens.shape[0]
+        alive = torch.ones(batch, steps, dtype=torch.bool, device=self.tokens.device)
+        if not self.eos:
+            return alive
+        ends = torch.tensor(self.eos, device=self.tokens.device)
+        for step, ids in enumerate(self.fed[: steps - 1], start=1):
+            alive[:, step] = alive[:, step - 1] & ~torch.isin(ids, ends)
+        return alive
+
+
+def _buffers(steps: int, layers: int, batch: int, rows: int, tokens: int, device: torch.device) -> Capture:
+    shape = (steps, layers, batch, rows)
+    return Capture(
+        torch.zeros(*shape, tokens, device=device),
+        torch.full(shape, _UNSEEN, device=device),
+        torch.zeros(shape, device=device),
+    )
+
+
+def _averaged(first: Capture, weight: torch.Tensor, used: torch.Tensor) -> Capture:
+    """The mean over groups of rows: maps [L, B, Q, N] with weight [B, R, Q]; an unseen row keeps its mark."""
+    maps = weight @ first.maps
+    mass = torch.where((first.mass == _UNSEEN).any(-1, keepdim=True), _UNSEEN, maps.sum(-1))
+    spread = torch.stack([entropy(layer, used) for layer in maps])
+    return Capture(maps, mass, spread)

@@ -1,0 +1,176 @@
+"""AttentionMaps: what a session has captured, kept, saved and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carve_kernels import checks
+from carve_kernels.picture import saliency_image
+from carve_kernels.types import View, VisualLayout
+
+_FORMAT = "carve_kernels.AttentionMaps/1"
+_TENSORS = ("values", "mass", "entropy", "valid", "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps:
+    """Head-averaged attention of the captured rows to the visual tokens, step by step.
+
+    =======  ==================  ===============  ================================================================
+    name     dtype               shape            meaning
+    =======  ==================  ===============  ================================================================
+    values   float32             [B, L, T, R, N]  probabilities; zero where there is no token and where not valid
+    mass     float32             [B, L, T, R]     sum of the values over the tokens
+    entropy  float32             [B, L, T, R]     H / ln N of the values renormalised over the tokens, 0 to 1
+    valid    bool                [B, L, T, R]     False: no such map (row finished, rows of step 0 only, keys gone)
+    layers   int                 L                numbers of the captured layers
+    steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as row
+    tokens   int32               [B, N]           columns of the visual tokens in the sequence, -1 is padding
+    dtype    str                                  dtype that the model's attention ran in
+    layout   VisualLayout, None                   grids and boxes of the tokens, where known
+    =======  ==================  ===============  ================================================================
+    """
+
+    values: torch.Tensor
+    mass: torch.Tensor
+    entropy: torch.Tensor
+    valid: torch.Tensor
+    layers: tuple[int, ...]
+    steps: tuple[int, ...]
+    tokens: torch.Tensor
+    dtype: str
+    layout: VisualLayout | None = None
+
+    def __repr__(self) -> str:
+        batch, layers, steps, rows, tokens = self.values.shape
+        return (
+            f"AttentionMaps(batch={batch}, layers={list(self.layers)}, steps={steps}, rows={rows}, tokens={tokens}, "
+            f"dtype={self.dtype!r}, layout={'known' if self.layout is not None else None})"
+        )
+
+    def view(self, b: int = 0, i: int = 0) -> torch.Tensor:
+        """Maps of view i of batch row b on its grid, [L, T, R, GH, GW]."""
+        if self.layout is None:
+            raise ValueError("layout: expected maps with a layout, got none; see layout_of and with_layout")
+        checks.integer("b", b, low=0, high=len(self.layout.views) - 1)
+        views = self.layout.views[b]
+        checks.integer("i", i, low=0, high=len(views) - 1)
+        return self.values[b][..., self.layout.spans(b)[i]].unflatten(-1, views[i].grid)
+
+    def last_step(self, b: int = 0) -> int:
+        """The last step at which batch row b has maps in every layer: t_end."""
+        steps = self.valid[b].any(-1).all(0).nonzero()
+        if not len(steps):
+            raise ValueError(f"maps: expected a step with maps for batch row {b}, got none")
+        return int(steps[-1])
+
+    def with_layout(self, layout: VisualLayout) -> AttentionMaps:
+        """The same maps with a layout, whose tokens must be the captured ones."""
+        if not torch.equal(layout.tokens(), self.tokens.cpu()):
+            raise ValueError(
+                f"layout: expected the {_counts(self.tokens)} captured tokens of each row, "
+                f"got other positions ({_counts(layout.tokens())})"
+            )
+        return replace(self, layout=layout)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        target = Path(path)
+        header = {
+            "format": _FORMAT,
+            "layers": list(self.layers),
+            "steps": list(self.steps),
+            "dtype": self.dtype,
+            "layout": None if self.layout is None else _layout_to_json(self.layout),
+        }
+        data = save(
+            {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS},
+            metadata={"carve": json.dumps(header)},
+        )
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> AttentionMaps:
+        """Read what `save` wrote."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("carve", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)!r} ({error})") from error
+        if header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
+            raise ValueError(f"path: expected maps written by AttentionMaps.save, got {os.fspath(path)!r}")
+        layout = None
+        if header["layout"] is not None:
+            layout = _layout_from_json(header["layout"], tensors["tokens"])
+        return AttentionMaps(
+            **tensors,
+            layers=tuple(header["layers"]),
+            steps=tuple(header["steps"]),
+            dtype=header["dtype"],
+            layout=layout,
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        if self.layout is None or not self.layout.views[0]:
+            return None
+        last = self.view(0, 0)[:, self.last_step(0)]
+        rows = self.valid[0, :, self.last_step(0)].all(0)
+        grid = last[:, rows].mean((0, 1))
+        factor = max(1, 448 // max(grid.shape))
+        image = saliency_image(grid)
+        buffer = BytesIO()
+        image.resize((image.width * factor, image.height * factor), 0).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def _counts(tokens: torch.Tensor) -> list[int]:
+    return [int(count) for count in (tokens >= 0).sum(-1)]
+
+
+def _layout_to_json(layout: VisualLayout) -> dict[str, Any]:
+    return {
+        "sizes": [[list(size) for size in row] for row in layout.sizes],
+        "views": [
+            [
+                {"grid": view.grid, "box": view.box, "image": view.image, "frame": view.frame, "kind": view.kind}
+                for view in row
+            ]
+            for row in layout.views
+        ],
+    }
+
+
+def _layout_from_json(data: dict[str, Any], tokens: torch.Tensor) -> VisualLayout:
+    rows = []
+    for row, entries in enumerate(data["views"]):
+        views, start = [], 0
+        for entry in entries:
+            height, width = entry["grid"]
+            end = start + height * width
+            frame = None if entry["frame"] is None else tuple(entry["frame"])
+            views.append(
+                View(tokens[row, start:end], (height, width), tuple(entry["box"]), entry["image"], frame, entry["kind"])
+            )
+            start = end
+        rows.append(tuple(views))
+    return VisualLayout(tuple(rows), tuple(tuple((size[0], size[1]) for size in row) for row in data["sizes"]))
