@@ -24,10 +24,10 @@ def place(config: Any, processor: Any, inputs: Any, sizes: list[Size]) -> list[P
     shown = pixels.shape[-2], pixels.shape[-1]
     grid = shown[0] // patch_height, shown[1] // patch_width
     covered = grid[0] * patch_height, grid[1] * patch_width
-    default = config.vision_feature_select_strategy == "default"
-    lead = getattr(processor, "num_additional_image_tokens", 0) - int(default)
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    lead = max(0, getattr(processor, "num_additional_image_tokens", 0) - dropped)
     count = grid[0] * grid[1]
-    columns = torch.arange(count) + max(lead, 0)
+    columns = torch.arange(lead, lead + count)
     return [
         Placing(count + lead, (Part(columns, grid, _box(processor.image_processor, size, shown, covered)),))
         for size in sizes
@@ -57,9 +57,9 @@ def _box(settings: Any, size: Size, shown: Size, covered: Size) -> Box:
         )
     spans = []
     for axis, original in enumerate((rows, columns)):
-        scale = resized[axis] / original
         start = _crop_start(settings, resized[axis] - cropped[axis])
-        spans.append((start / scale - pad[axis], (start + covered[axis]) / scale - pad[axis]))
+        first, end = (place * original / resized[axis] - pad[axis] for place in (start, start + covered[axis]))
+        spans.append((first, end))
     (top, bottom), (left, right) = spans
     return left, top, right, bottom
 

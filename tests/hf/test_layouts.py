@@ -1,0 +1,330 @@
+"""Layouts: the positions are the image tokens, the grids are the processor's, the boxes land on what was planted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from carve_kernels import layout_of
+from carve_kernels.hf.backbone import image_token_positions
+from carve_kernels.types import View
+from tests.hf import tiny
+
+TEXTS = ["what digit is red", "x", "Write a general description of the image."]
+PICTURES = [tiny.picture(120, 60), tiny.picture(90, 151, 1), tiny.picture(201, 200, 2)]
+CROP_84 = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
+
+
+@pytest.fixture(scope="module")
+def llava() -> tuple[Any, Any]:
+    return tiny.tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def qwen() -> tuple[Any, Any]:
+    return tiny.tiny_qwen2_5_vl()
+
+
+@pytest.fixture(scope="module", params=[tiny.tiny_llava, tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+def family(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return request.param()
+
+
+def torchvision_clip(**settings: Any) -> Any:
+    pytest.importorskip("torchvision")
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(**settings)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_are_the_image_tokens_of_each_row(family: tuple[Any, Any], side: str) -> None:
+    model, processor = family
+    inputs = tiny.inputs_for(processor, PICTURES, TEXTS, padding_side=side)
+    layout = layout_of(model, processor, inputs, PICTURES)
+    assert layout.sizes == (((60, 120),), ((151, 90),), ((200, 201),))
+    positions = image_token_positions(model, inputs["input_ids"])
+    for row, (view,) in enumerate(layout.views):
+        expected = (inputs["input_ids"][row] == model.config.image_token_id).nonzero().flatten()
+        assert torch.equal(view.tokens.long(), expected)
+        assert torch.equal(view.tokens, positions[row])
+        assert view.tokens.dtype == torch.int32
+        assert (view.image, view.frame, view.kind) == (0, None, "base")
+
+
+@pytest.mark.parametrize(("width", "height", "grid"), [(120, 60, (2, 4)), (90, 151, (5, 3)), (500, 125, (4, 16))])
+def test_qwen_grid_is_the_processors_and_covers_the_whole_image(
+    qwen: tuple[Any, Any], width: int, height: int, grid: tuple[int, int]
+) -> None:
+    model, processor = qwen
+    image = tiny.picture(width, height)
+    layout = layout_of(model, processor, tiny.inputs_for(processor, [image], ["x"]), [image])
+    view = layout.views[0][0]
+    assert view.grid == grid
+    assert view.box == (0, 0, width, height)
+
+
+def test_several_images_in_a_row_and_rows_of_unequal_count(family: tuple[Any, Any]) -> None:
+    model, processor = family
+    rows = [[PICTURES[0], PICTURES[1]], [PICTURES[2]]]
+    inputs = tiny.inputs_for(processor, rows, TEXTS[:2])
+    layout = layout_of(model, processor, inputs, rows)
+    assert [[view.image for view in row] for row in layout.views] == [[0, 1], [0]]
+    for row, views in enumerate(layout.views):
+        expected = (inputs["input_ids"][row] == model.config.image_token_id).nonzero().flatten()
+        assert torch.equal(torch.cat([view.tokens for view in views]).long(), expected)
+
+
+def test_two_images_side_by_side_are_told_apart_by_their_grids(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    inputs = processor(images=PICTURES[:2], text=["<image><image> x"], return_tensors="pt")
+    first, second = layout_of(model, processor, inputs, PICTURES[:2]).views[0]
+    assert first.tokens[-1] + 1 == second.tokens[0]
+    assert first.box != second.box
+
+
+def test_a_row_without_image_has_no_views(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    inputs = tiny.inputs_for(processor, [[PICTURES[0]], []], TEXTS[:2])
+    layout = layout_of(model, processor, inputs, [[PICTURES[0]], []])
+    assert [len(row) for row in layout.views] == [1, 0]
+    assert layout.tokens().shape == (2, 36)
+
+
+def test_images_as_sizes_as_one_image_and_under_a_wrapper(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    inputs = tiny.inputs_for(processor, PICTURES[:1], ["x"])
+    expected = layout_of(model, processor, inputs, [[PICTURES[0]]]).views[0][0]
+    for images in (PICTURES[0], (60, 120), [(60, 120)], [[(60, 120)]]):
+        view = layout_of(torch.nn.DataParallel(model), processor, inputs, images).views[0][0]
+        assert view.box == expected.box
+        assert torch.equal(view.tokens, expected.tokens)
+
+
+def test_sizes_are_those_of_the_upright_picture(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    sideways = tiny.picture(60, 120)
+    sideways.getexif()[0x0112] = 6
+    upright = sideways.transpose(Image.Transpose.ROTATE_270)
+    inputs = tiny.inputs_for(processor, [upright], ["x"])
+    layout = layout_of(model, processor, inputs, [sideways])
+    assert layout.sizes == (((60, 120),),)
+    assert layout.views[0][0].box == (30, 0, 90, 60)
+
+
+GEOMETRIES = {
+    "clip": (CLIPImageProcessorPil, CROP_84),
+    "clip on torchvision": (torchvision_clip, CROP_84),
+    "smaller crop, rest of a patch": (
+        CLIPImageProcessorPil,
+        {"size": {"shortest_edge": 112}, "crop_size": {"height": 73, "width": 90}},
+    ),
+    "odd crop on torchvision": (
+        torchvision_clip,
+        {"size": {"shortest_edge": 112}, "crop_size": {"height": 73, "width": 90}},
+    ),
+    "stretched": (
+        CLIPImageProcessorPil,
+        {"size": {"height": 84, "width": 84}, "do_center_crop": False},
+    ),
+    "crop larger than the picture": (
+        CLIPImageProcessorPil,
+        {"size": {"shortest_edge": 61}, "crop_size": {"height": 84, "width": 210}},
+    ),
+    "crop larger, on torchvision": (
+        torchvision_clip,
+        {"size": {"shortest_edge": 61}, "crop_size": {"height": 84, "width": 210}},
+    ),
+    "not resized": (CLIPImageProcessorPil, {"do_resize": False, "crop_size": {"height": 154, "width": 84}}),
+    "padded to a square": (LlavaImageProcessorPil, {**CROP_84, "do_pad": True}),
+    "llava, not padded": (LlavaImageProcessorPil, CROP_84),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(("width", "height"), [(336, 168), (167, 301)])
+def test_box_lands_on_a_planted_square(llava: tuple[Any, Any], name: str, width: int, height: int) -> None:
+    model, processor = llava
+    make, settings = GEOMETRIES[name]
+    image_processor = make(**settings)
+    centre = (width // 2 + 23, height // 2 - 17)
+    image = Image.new("RGB", (width, height))
+    ImageDraw.Draw(image).rectangle([centre[0] - 10, centre[1] - 10, centre[0] + 9, centre[1] + 9], fill="white")
+    pixels = image_processor(image, return_tensors="pt")["pixel_values"]
+    view = _view_of(model, processor, image_processor, pixels, image)
+
+    rows, columns = view.grid
+    seen = _bright_centre(pixels[0, 0, : rows * 14, : columns * 14])
+    left, top, right, bottom = view.box
+    found = left + seen[0] / (columns * 14) * (right - left), top + seen[1] / (rows * 14) * (bottom - top)
+    # In pixels of the resized picture, or of the original where those are larger.
+    tolerance = 0.25 * max((right - left) / (columns * 14), (bottom - top) / (rows * 14), 1)
+    assert abs(found[0] - centre[0]) < tolerance
+    assert abs(found[1] - centre[1]) < tolerance
+
+
+def test_llava_on_a_wide_image_sees_the_centre_and_a_stretched_map_misses(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    image = Image.new("RGB", (336, 168))
+    ImageDraw.Draw(image).rectangle([230, 20, 249, 39], fill="white")
+    inputs = tiny.inputs_for(processor, [image], ["x"])
+    view = layout_of(model, processor, inputs, [image]).views[0][0]
+    assert (view.grid, view.box) == ((6, 6), (84, 0, 252, 168))
+    seen = _bright_centre(inputs["pixel_values"][0, 0])
+    assert 230 <= 84 + seen[0] / 84 * 168 <= 250
+    stretched = seen[0] / 84 * 336
+    assert not 230 <= stretched <= 250
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (3, 1), (2, 5)])
+def test_each_token_shows_its_own_place(family: tuple[Any, Any], place: tuple[int, int]) -> None:
+    model, processor = family
+    image = tiny.picture(168, 112)
+    inputs = tiny.inputs_for(processor, [image], ["x"])
+    view = layout_of(model, processor, inputs, [image]).views[0][0]
+    (rows, columns), (left, top, right, bottom) = view.grid, view.box
+    cell = (right - left) / columns, (bottom - top) / rows
+    corner = left + place[1] * cell[0], top + place[0] * cell[1]
+    changed = image.copy()
+    ImageDraw.Draw(changed).rectangle(
+        [corner[0] + 2, corner[1] + 2, corner[0] + cell[0] - 3, corner[1] + cell[1] - 3], fill="white"
+    )
+    before, after = (_embedded(model, tiny.inputs_for(processor, [each], ["x"])) for each in (image, changed))
+    moved = (after - before)[0, view.tokens.long()].norm(dim=-1)
+    assert int(moved.argmax()) == place[0] * columns + place[1]
+
+
+def test_class_token_is_in_no_view() -> None:
+    model, processor = tiny.tiny_llava(strategy="full")
+    inputs = tiny.inputs_for(processor, PICTURES, TEXTS)
+    for row, (view,) in enumerate(layout_of(model, processor, inputs, PICTURES).views):
+        marked = (inputs["input_ids"][row] == model.config.image_token_id).nonzero().flatten()
+        assert len(marked) == 37
+        assert torch.equal(view.tokens.long(), marked[1:])
+
+
+def test_no_image_in_the_prompt(family: tuple[Any, Any]) -> None:
+    model, processor = family
+    inputs = processor(text=["what digit is red"], return_tensors="pt")
+    with pytest.raises(ValueError, match="no image token in the prompt"):
+        layout_of(model, processor, inputs, [PICTURES[0]])
+
+
+def test_images_that_do_not_match_the_inputs(family: tuple[Any, Any]) -> None:
+    model, processor = family
+    two = tiny.inputs_for(processor, [PICTURES[:2]], ["x"])
+    with pytest.raises(ValueError, match=r"hold 2 image.*got 1; give every image .*view\.image"):
+        layout_of(model, processor, two, [PICTURES[0]])
+    rows = tiny.inputs_for(processor, [PICTURES[:2], PICTURES[2:]], TEXTS[:2])
+    with pytest.raises(ValueError, match=r"row 0 has 2 image.*got 1; give the images of each row"):
+        layout_of(model, processor, rows, [PICTURES[:1], PICTURES[1:]])
+    with pytest.raises(ValueError, match=r"each of the 2 row.*got 3"):
+        layout_of(model, processor, rows, PICTURES)
+
+
+@pytest.mark.parametrize("keep", [20, 1])
+def test_a_prompt_that_was_cut_off(family: tuple[Any, Any], keep: int) -> None:
+    model, processor = family
+    inputs = tiny.inputs_for(processor, [PICTURES[2]], ["x"])
+    needs = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    end = int((inputs["input_ids"] == model.config.image_token_id).nonzero()[0, 1]) + keep
+    inputs["input_ids"] = inputs["input_ids"][:, :end]
+    with pytest.raises(
+        ValueError, match=f"row 0 has {keep} image tokens, its grid of . x . needs {needs}; .*truncated"
+    ):
+        layout_of(model, processor, inputs, [PICTURES[2]])
+
+
+def test_one_token_too_many(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    inputs = tiny.inputs_for(processor, [PICTURES[0]], ["x"])
+    extra = torch.full((1, 1), model.config.image_token_id)
+    first = int((inputs["input_ids"] == model.config.image_token_id).nonzero()[0, 1])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :first], extra, inputs["input_ids"][:, first:]], dim=1)
+    with pytest.raises(ValueError, match=r"37 image tokens.*6 x 6 needs 36"):
+        layout_of(model, processor, inputs, [PICTURES[0]])
+
+
+def test_a_processor_that_drops_a_patch_as_if_it_were_a_class_token() -> None:
+    model, processor = tiny.tiny_llava()
+    processor.num_additional_image_tokens = 0
+    inputs = tiny.inputs_for(processor, [PICTURES[0]], ["x"])
+    with pytest.raises(ValueError, match=r"35 image tokens.*6 x 6 needs 36"):
+        layout_of(model, processor, inputs, [PICTURES[0]])
+
+
+def test_inputs_that_are_not_what_a_processor_returns(family: tuple[Any, Any]) -> None:
+    model, processor = family
+    inputs = dict(tiny.inputs_for(processor, [PICTURES[0]], ["x"]))
+    with pytest.raises(ValueError, match="video"):
+        layout_of(model, processor, {**inputs, "pixel_values_videos": torch.zeros(1)}, [PICTURES[0]])
+    del inputs["pixel_values"]
+    inputs.pop("image_grid_thw", None)
+    with pytest.raises(ValueError, match=r"expected '(pixel_values|image_grid_thw)' from the processor, got attention"):
+        layout_of(model, processor, inputs, [PICTURES[0]])
+
+
+@pytest.mark.parametrize("images", ["x.png", None, 3])
+def test_images_of_a_wrong_type(llava: tuple[Any, Any], images: Any) -> None:
+    model, processor = llava
+    with pytest.raises(TypeError, match="images: expected"):
+        layout_of(model, processor, tiny.inputs_for(processor, [PICTURES[0]], ["x"]), images)
+
+
+def test_settings_that_did_not_make_the_inputs(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    inputs = tiny.inputs_for(processor, [PICTURES[0]], ["x"])
+    unknown: dict[str, Any] = {
+        r"84 x 84, but .* make 70 x 70": {"crop_size": {"height": 70, "width": 70}},
+        "the size .* is not known": {"size": {"max_height": 84, "max_width": 84}},
+        "the padding of": {"do_pad": True},
+    }
+    for message, settings in unknown.items():
+        other = tiny.tiny_llava(**settings)[1]
+        with pytest.raises(ValueError, match=message):
+            layout_of(model, other, inputs, [PICTURES[0]])
+    with pytest.raises(ValueError, match=r"pixel_values of shape \[images, 3, H, W\]"):
+        layout_of(model, processor, {**inputs, "pixel_values": torch.zeros(4, 588)}, [PICTURES[0]])
+
+
+def test_unsupported_family_names_the_supported_ones() -> None:
+    inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    with pytest.raises(ValueError, match="llava, qwen2_5_vl, qwen2_vl, got 'llama'"):
+        layout_of(tiny.tiny_llama(), None, inputs, [(3, 3)])
+
+
+def _view_of(model: Any, processor: Any, image_processor: Any, pixels: torch.Tensor, image: Image.Image) -> View:
+    """The view of a prompt that the given image processor would have led to."""
+    count = (pixels.shape[-2] // 14) * (pixels.shape[-1] // 14)
+    inputs = {"input_ids": torch.full((1, count), model.config.image_token_id), "pixel_values": pixels}
+    whole = type(processor)(
+        image_processor,
+        processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return layout_of(model, whole, inputs, [image]).views[0][0]
+
+
+def _bright_centre(channel: torch.Tensor) -> tuple[float, float]:
+    """Centre of mass (x, y) of what is brighter than half-way, in pixels of the channel."""
+    weight = (channel - (channel.amax() + channel.amin()) / 2).clamp_min(0)
+    rows, columns = (torch.arange(length) + 0.5 for length in channel.shape)
+    return float((weight.sum(0) * columns).sum() / weight.sum()), float((weight.sum(1) * rows).sum() / weight.sum())
+
+
+def _embedded(model: Any, inputs: Any) -> torch.Tensor:
+    """What the text decoder is given."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with hook, torch.no_grad():
+        model(**inputs)
+    return seen[0]

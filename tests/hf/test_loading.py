@@ -1,0 +1,174 @@
+"""Loading a checkpoint directory: what comes back, and an error before any work for what is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import load
+from carve_kernels.hf import loading
+from carve_kernels.hf.loading import profile_of
+from tests.hf import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(*tiny.tiny_llava(), tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("family", [tiny.tiny_llava, tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+def test_loaded_model_answers_as_the_saved_one(
+    family: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = family()
+    tiny.save(model, processor, tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded, its_processor = load(tmp_path)
+    assert loaded.name_or_path == str(tmp_path)
+    assert not loaded.training
+    assert loaded.dtype == torch.float32
+    assert type(its_processor) is type(processor)
+    inputs = tiny.inputs_for(processor, [tiny.picture(90, 60)], ["what digit is red"])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_dtype_and_device(checkpoint: Path) -> None:
+    model, _ = load(checkpoint, dtype=torch.bfloat16, device="meta")
+    assert model.dtype == torch.bfloat16
+    assert model.device.type == "meta"
+
+
+def _unlink(*names: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return spoil
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return spoil
+
+
+def _family(name: str | None) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": name}))
+
+    return spoil
+
+
+def _shorten(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _pickle(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shards = {"a": "one.safetensors", "b": "two.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no directory": (shutil.rmtree, "checkpoint is missing"),
+    "no config": (_unlink("config.json"), r"no config\.json"),
+    "broken config": (_write("config.json", "{"), r"config\.json cannot be read as JSON"),
+    "config of another shape": (_write("config.json", "[]"), r"JSON object in .*config\.json, got list"),
+    "other family": (_family("blip"), "llava, qwen2_5_vl, qwen2_vl, .* says 'blip'"),
+    "no family": (_family(None), "says None"),
+    "no weights": (_unlink("model.safetensors"), r"no weights, neither model\.safetensors nor"),
+    "half a file": (_shorten, r"model\.safetensors is no whole safetensors file"),
+    "a pointer": (_write("model.safetensors", "version https://git-lfs"), "is no whole safetensors file"),
+    "a missing shard": (_index, r"weights that are not there: two\.safetensors"),
+    "pickles": (_pickle, "pickles .* allow_pickle=True"),
+    "no processor": (_unlink("processor_config.json"), "processor"),
+    "no tokenizer": (_unlink("tokenizer.json", "tokenizer_config.json"), "processor in .* cannot be loaded"),
+    "broken profile": (_write("carve.json", "[1]"), r"JSON object in .*carve\.json, got list"),
+}
+
+
+@pytest.mark.usefixtures("no_weights_read")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_before_any_weight_is_read(copy: Path, fault: str) -> None:
+    spoil, message = FAULTS[fault]
+    spoil(copy)
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_a_file_is_no_directory(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is a file"):
+        load(checkpoint / "config.json")
+
+
+def test_pickles_load_for_who_insists(copy: Path) -> None:
+    expected = load(copy)[0].state_dict()
+    _pickle(copy)
+    found = load(copy, allow_pickle=True)[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_weights_that_lack_a_tensor(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.2.self_attn.q_proj.weight"))
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 tensor.*layers\.2\.self_attn\.q_proj"):
+        load(copy)
+
+
+@pytest.mark.usefixtures("no_weights_read")
+def test_a_processor_that_wants_torchvision(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(ImportError, match="pip install torchvision"):
+        load(checkpoint)
+
+
+def test_profile(tmp_path: Path) -> None:
+    assert profile_of(tmp_path) is None
+    (tmp_path / "carve.json").write_text('{"layers": [0]}')
+    assert profile_of(tmp_path) == {"layers": [0]}
+    (tmp_path / "carve.json").write_text("{")
+    with pytest.raises(ValueError, match=r"carve\.json cannot be read as JSON"):
+        profile_of(tmp_path)

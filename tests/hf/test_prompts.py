@@ -1,0 +1,195 @@
+"""Pictures of every kind become upright RGB, prompts hold their images, and bad ones are named."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carve_kernels.hf.layouts import layout_of
+from carve_kernels.hf.prompts import build_prompt, open_image, prepare
+from tests.hf import tiny
+
+
+@pytest.fixture(scope="module")
+def llava() -> tuple[Any, Any]:
+    return tiny.tiny_llava()
+
+
+@pytest.fixture(scope="module", params=[tiny.tiny_llava, tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+def family(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return request.param()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "RGBA", "LA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (5, 3), "white").convert(mode)
+    opened = open_image(image)
+    assert (opened.mode, opened.size) == ("RGB", (5, 3))
+    assert np.asarray(opened).min() >= 254
+
+
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    half.putpixel((1, 0), (0, 0, 0, 0))
+    half.save(tmp_path / "alpha.png")
+    half.quantize(4).save(tmp_path / "palette.png")
+    for name in ("alpha.png", "palette.png"):
+        opened = open_image(tmp_path / name)
+        assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    values = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    opened = open_image(str(tmp_path / "deep.png"))
+    assert np.asarray(opened)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = tiny.picture(40, 24)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    opened = open_image(tmp_path / "turned.png")
+    assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_the_given_image_is_not_changed() -> None:
+    image = tiny.picture(8, 8)
+    opened = open_image(image)
+    opened.putpixel((0, 0), (1, 2, 3))
+    assert image.getpixel((0, 0)) != (1, 2, 3)
+
+
+def test_files_that_are_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image: .*none\.png is missing"):
+        open_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="is no file"):
+        open_image(tmp_path)
+    (tmp_path / "words.png").write_text("words")
+    with pytest.raises(ValueError, match=r"words\.png cannot be read as an image"):
+        open_image(tmp_path / "words.png")
+    tiny.picture(64, 64).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"half\.png cannot be read as an image"):
+        open_image(tmp_path / "half.png")
+    with pytest.raises(TypeError, match="expected a path or a PIL image, got int"):
+        open_image(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="floating-point"):
+        open_image(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
+def test_damaged_files_give_an_image_or_the_named_error(tmp_path: Path, suffix: str) -> None:
+    tiny.picture(48, 40).save(tmp_path / f"whole.{suffix}")
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    damaged = tmp_path / f"damaged.{suffix}"
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        content = bytearray(whole)
+        for place in generator.integers(0, len(content), 4):
+            content[place] = int(generator.integers(0, 256))
+        damaged.write_bytes(bytes(content[: generator.integers(1, len(content) + 1)]))
+        try:
+            assert open_image(damaged).mode == "RGB"
+        except ValueError as error:
+            assert str(error).startswith("image: ")
+
+
+def test_too_many_pixels(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match=r"400000000 pixels.*178956970.*raise max_image_pixels"):
+        open_image(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match=r"9 x 7 = 63 pixels, at most 62"):
+        open_image(Image.new("L", (9, 7)), max_image_pixels=62)
+    with pytest.raises(ValueError, match=r"400000000 pixels, at most 399999999"):
+        open_image(tmp_path / "huge.png", max_image_pixels=399_999_999)
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (50, 3), (3, 50), (1, 150)])
+def test_tiny_pictures_work(family: tuple[Any, Any], size: tuple[int, int]) -> None:
+    model, processor = family
+    image = open_image(Image.new("RGB", size, "red"))
+    inputs = prepare(processor, [image], build_prompt(processor, "x"))
+    view = layout_of(model, processor, inputs, [image]).views[0][0]
+    assert view.box[2] > view.box[0]
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_prompt_is_the_chat_templates(family: tuple[Any, Any]) -> None:
+    processor = family[1]
+    for count in (0, 1, 2):
+        prompt = build_prompt(processor, "what digit is red", count)
+        assert prompt == tiny.prompts_for(processor, ["what digit is red"], [count])[0]
+        assert prompt.count(processor.image_token) == count
+
+
+def test_prompt_without_a_template_and_with_one_that_drops_images(llava: tuple[Any, Any]) -> None:
+    processor = copy.copy(llava[1])
+    processor.chat_template = None
+    assert build_prompt(processor, "x") == "<image>\nx"
+    assert build_prompt(processor, "x", 2) == "<image>\n<image>\nx"
+    processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(ValueError, match=r"chat template put 0 image\(s\) in the prompt, expected 1"):
+        build_prompt(processor, "x")
+
+
+def test_bad_texts(llava: tuple[Any, Any]) -> None:
+    processor = llava[1]
+    for text in ("", "  \n"):
+        with pytest.raises(ValueError, match="text: expected a string with at least one visible"):
+            build_prompt(processor, text)
+    with pytest.raises(ValueError, match="holds the image token '<image>'"):
+        build_prompt(processor, "what is <image>?")
+    with pytest.raises(TypeError, match="text: expected a string"):
+        build_prompt(processor, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_images"):
+        build_prompt(processor, "x", -1)
+
+
+def test_images_must_fit_the_prompt(family: tuple[Any, Any]) -> None:
+    processor = family[1]
+    image = tiny.picture(60, 60)
+    with pytest.raises(ValueError, match=r"the prompt has 1 image\(s\), got 2"):
+        prepare(processor, [image, image], build_prompt(processor, "x"))
+    with pytest.raises(ValueError, match=r"the prompt has 0 image\(s\), got 1"):
+        prepare(processor, [image], build_prompt(processor, "x", 0))
+    assert "pixel_values" not in prepare(processor, [], build_prompt(processor, "x", 0))
+
+
+def test_inputs_are_those_of_the_processor(family: tuple[Any, Any]) -> None:
+    processor = family[1]
+    image = tiny.picture(90, 60)
+    inputs = prepare(processor, [image], build_prompt(processor, "x"), device="cpu")
+    expected = tiny.inputs_for(processor, [image], ["x"])
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_max_pixels_bounds_the_grid_and_leaves_the_processor_alone() -> None:
+    _, processor = tiny.tiny_qwen2_5_vl()
+    before = dict(processor.image_processor.size)
+    image = tiny.picture(400, 200)
+    prompt = build_prompt(processor, "x")
+    for limit in (56 * 56 * 4, 28 * 28):
+        _, rows, columns = prepare(processor, [image], prompt, max_pixels=limit)["image_grid_thw"][0].tolist()
+        assert rows * columns * 14 * 14 <= limit
+    assert dict(processor.image_processor.size) == before
+    free = prepare(processor, [image], prompt)["image_grid_thw"]
+    assert int(free.prod()) * 14 * 14 > 56 * 56 * 4
+    with pytest.raises(ValueError, match="max_pixels"):
+        prepare(processor, [image], prompt, max_pixels=0)
+
+
+def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, Any]) -> None:
+    processor = llava[1]
+    image = tiny.picture(90, 60)
+    inputs = prepare(processor, [image], build_prompt(processor, "x"), max_pixels=10)
+    assert inputs["pixel_values"].shape == (1, 3, 84, 84)
