@@ -38,7 +38,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
             An image is a PIL image or a pair (height, width), of the upright picture (EXIF-transposed)
     ======  ==========================================================================================
 
-    A box is in pixels of that picture, and reaches outside of it where the processor padded it. The layout is on the CPU.
+    A box is in pixels of that picture, and reaches outside of it where the processor padded it.
 
     Raises ValueError if the family is not supported, no image is in the prompt, the images do not match the prompt,
     or the image tokens do not fit the grid.
