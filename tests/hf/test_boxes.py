@@ -1,4 +1,4 @@
-"""The box of a centre-cropped picture: a planted square, found in the pixels that the model sees, is where it was put."""
+"""The box of a centre crop: a planted square, found in the pixels that the model sees, is where it was put."""
 
 from __future__ import annotations
 
