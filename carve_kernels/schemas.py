@@ -10,7 +10,7 @@ import torch
 torch.library.define(
     "carve_kernels::contrast_cpu",
     "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
-    "bool lam_is_mean, str normalize, Tensor(a!) out) -> ()",
+    "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -24,7 +24,7 @@ def _contrast_cpu(
     shapes: list[int],
     lam: float,
     lam_is_mean: bool,
-    normalize: str,
+    normalize: int,
     out: torch.Tensor,
 ) -> None:
     return None

@@ -1,6 +1,5 @@
 // The CPU operators, registered through torch's stable ABI; their schemas are in carve_kernels/schemas.py.
 
-#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -21,12 +20,10 @@ void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarTy
   STD_TORCH_CHECK(tensor.is_contiguous(), "contrast_cpu: ", name, ": expected a contiguous tensor");
 }
 
-carve::Normalize parse_normalize(const std::string& name) {
-  if (name == "none") return carve::Normalize::kNone;
-  if (name == "sum") return carve::Normalize::kSum;
-  if (name == "max") return carve::Normalize::kMax;
-  STD_TORCH_CHECK(name == "minmax", "contrast_cpu: normalize: expected none, sum, max or minmax, got ", name);
-  return carve::Normalize::kMinmax;
+carve::Normalize parse_normalize(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(carve::Normalize::kMinmax),
+                  "contrast_cpu: normalize: expected a number from 0 to 3, got ", number);
+  return static_cast<carve::Normalize>(number);
 }
 
 // Rows of (grid_h, grid_w, height, width), which together use all the tokens and all the pixels.
@@ -49,7 +46,7 @@ std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, i
 }
 
 void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer_weights, const Tensor& step_weights,
-                  std::vector<int64_t> shapes, double lam, bool lam_is_mean, std::string normalize, Tensor out) {
+                  std::vector<int64_t> shapes, double lam, bool lam_is_mean, int64_t normalize, Tensor out) {
   check_tensor(task, "task", 3, ScalarType::Float);
   check_tensor(general, "general", 3, ScalarType::Float);
   check_tensor(layer_weights, "layer_weights", 1, ScalarType::Double);

@@ -9,6 +9,9 @@ import torch
 
 from carve_kernels.types import Size
 
+# In the order of carve::Normalize. A number, since the stable ABI of torch 2.13 leaks every string argument.
+_NORMALIZE = ("none", "sum", "max", "minmax")
+
 
 def supports(task: torch.Tensor, general: torch.Tensor, *_args: Any, **_options: Any) -> str | None:
     """Why these arguments cannot be served, or None."""
@@ -45,7 +48,7 @@ def forward(
         [number for view in zip(grids, sizes, strict=True) for pair in view for number in pair],
         0.0 if lam == "mean" else float(lam),
         lam == "mean",
-        normalize,
+        _NORMALIZE.index(normalize),
         out,
     )
     parts = out.split([height * width for height, width in sizes])
