@@ -44,8 +44,9 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-# torchvision without its own choice of torch: only its Python part is needed, by some processors of transformers.
+# Some processors of transformers want torchvision. Its compiled part may not fit this torch and then breaks every import
+# of transformers, so it stands where tests/conftest.py alone looks for it.
 $(VENV)/.tests: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[test]" $(PINS)
-	$(PIP) install --no-deps $(TORCHVISION)
+	$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
 	touch $(VENV)/.package $@

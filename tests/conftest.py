@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 
 
 def _make_torchvision_importable() -> torch.library.Library | None:
-    """Give torchvision the schemas that its import expects, where its compiled part does not fit this torch."""
+    """Find the torchvision of `make test`; where its compiled part does not fit this torch, give it its schemas."""
+    sys.path.append(str(Path(sys.prefix, "torchvision")))
     try:
         importlib.import_module("torchvision")
         return None

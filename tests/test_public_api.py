@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import subprocess
@@ -89,4 +90,5 @@ def test_names_load_on_first_use() -> None:
 
 
 if __name__ == "__main__":
+    importlib.import_module("tests.conftest")
     SNAPSHOT.write_text("\n".join(signatures()) + "\n")
