@@ -136,7 +136,8 @@ def _fit(image: Image.Image | None, tile: int) -> Image.Image | None:
 
 
 def _text(text: str, width: int, size: int, colour: tuple[int, int, int]) -> Image.Image:
-    """Text wrapped to a width; nothing takes no room."""
+    """Text of a readable size wrapped to a width; nothing takes no room."""
+    size = max(size, 12)
     font = ImageFont.load_default(size)
     lines = [line for paragraph in text.splitlines() for line in _wrap(paragraph, width, font)]
     step = round(size * 1.35)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ class Preset:
         return layers_of(self.layers, depth)
 
 
-def layers_of(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
+def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     """The layers of a model with `depth` of them: "paper", "release", or numbers, where -1 is the last."""
     checks.integer("depth", depth, low=1)
     if layers == "release":
@@ -150,9 +150,9 @@ def layers_of(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
     if layers == "paper":
         start = min(round(20 * depth / 28), depth - 1)
         return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
-    if isinstance(layers, str) or not isinstance(layers, (int, Sequence)):
+    if isinstance(layers, str) or not isinstance(layers, (int, Iterable)):
         raise ValueError(f"layers: expected 'paper', 'release' or layer numbers, got {checks.describe(layers)}")
-    numbers = _integers("layers", [layers] if isinstance(layers, int) else layers)
+    numbers = _integers("layers", (layers,) if isinstance(layers, int) else tuple(layers))
     if any(not -depth <= number < depth for number in numbers):
         raise ValueError(
             f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {list(numbers)}"

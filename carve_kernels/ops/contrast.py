@@ -118,7 +118,7 @@ def _views(grid: Any, size: Any, tokens: int) -> tuple[Any, Any]:
 
 def is_several(value: Any) -> bool:
     """A sequence of sequences stands for several views, a plain one for a single view."""
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(view, Sequence) for view in value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(view, (list, tuple)) for view in value)
 
 
 def _check_values(name: str, value: torch.Tensor) -> None:

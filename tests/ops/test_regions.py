@@ -1,0 +1,187 @@
+"""Regions: against scipy and against a search by hand, ties, degenerate saliencies, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from carve_kernels import BackendUnavailable, contrast, regions
+from tests.ops.planted import maps, serving
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def room(request: pytest.FixtureRequest) -> str:
+    options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
+    return serving("regions", request.param, torch.rand(4, 4), **options)
+
+
+def saliency(size: tuple[int, int] = (61, 83), seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A real contrast, with strides that are not dense."""
+    task, general = maps((9, 12), seed=seed)
+    wide = torch.full((size[0], 2 * size[1]), float("nan"), dtype=dtype)
+    found = wide[:, ::2]
+    found.copy_(contrast(task.to(dtype), general.to(dtype), (9, 12), size, backend="reference"))
+    return found
+
+
+def boxes_of(labels: numpy.ndarray, kept: list[int]) -> list[list[int]]:
+    found = []
+    for label in kept:
+        y, x = numpy.nonzero(labels == label)
+        found.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("keep", [0.05, 0.2, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("score", ["sum", "mean", "max"])
+def test_equals_scipy(room: str, dtype: torch.dtype, keep: float, connectivity: int, score: str) -> None:
+    values = saliency(dtype=dtype)
+    found = regions(values, keep=keep, top=2, connectivity=connectivity, score=score, backend=room)
+    array = values.numpy()
+    structure = numpy.ones((3, 3)) if connectivity == 8 else None
+    labels, count = ndimage.label(array >= numpy.percentile(array, 100 * (1 - keep)), structure)
+    measure = {"sum": ndimage.sum, "mean": ndimage.mean, "max": ndimage.maximum}[score]
+    scores = measure(array.astype(numpy.float64), labels, range(1, count + 1))
+    kept = [int(label) + 1 for label in numpy.argsort(-numpy.asarray(scores), kind="stable")[:2]]
+    assert found.reason is None
+    assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, kept))
+    assert found.boxes.tolist() == boxes_of(labels, kept)
+    numpy.testing.assert_allclose(found.scores.numpy(), [scores[label - 1] for label in kept], rtol=1e-9)
+    edges = found.boxes
+    assert found.box == (*edges[:, :2].amin(0).tolist(), *edges[:, 2:].amax(0).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 9), columns=st.integers(1, 9), eight=st.booleans())
+def test_a_search_by_hand_finds_the_same(data: Any, rows: int, columns: int, eight: bool) -> None:
+    levels = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 8]), min_size=rows * columns, max_size=rows * columns))
+    keep = data.draw(st.sampled_from([0.1, 0.2, 0.5, 1.0]))
+    floor = data.draw(st.integers(1, 4))
+    values = torch.tensor(levels, dtype=torch.float32).reshape(rows, columns)
+    if len(set(levels)) == 1:
+        assert regions(values, keep=keep, floor=floor).reason == "the saliency is constant"
+        return
+    above = values.numpy() >= numpy.percentile(values.numpy(), 100 * (1 - keep))
+    left = [(y, x) for y in range(rows) for x in range(columns) if above[y, x]]
+    groups = []
+    while left:
+        group, edge = [], [left.pop(0)]
+        while edge:
+            y, x = edge.pop()
+            group.append((y, x))
+            near = [
+                (b, a) for b, a in left if max(abs(b - y), abs(a - x)) == 1 and (eight or abs(b - y) + abs(a - x) == 1)
+            ]
+            left = [pixel for pixel in left if pixel not in near]
+            edge += near
+        groups.append(sorted(group))
+    # Powers of two add up exactly, so that ties are ties: the first pixel decides.
+    groups.sort(key=lambda group: (-sum(float(values[pixel]) for pixel in group), group[0]))
+    kept = groups[: max(floor, int(len(groups) * keep))]
+    found = regions(values, keep=keep, floor=floor, connectivity=8 if eight else 4)
+    assert [[y, x] for y, x in sorted(pixel for group in kept for pixel in group)] == found.mask.nonzero().tolist()
+    assert found.scores.tolist() == [sum(float(values[pixel]) for pixel in group) for group in kept]
+    firsts = [(min(y for y, _ in group), min(x for _, x in group)) for group in kept]
+    assert [(box[1], box[0]) for box in found.boxes.tolist()] == firsts
+
+
+def test_top_is_a_cap_and_floor_is_a_floor(room: str) -> None:
+    values = torch.zeros(21, 41)
+    values[1::4, 1::4] = torch.rand(5, 10) + 1
+    share = 50 / values.numel()
+    assert len(regions(values, keep=share, top=2, backend=room).boxes) == 2
+    assert len(regions(values, keep=share, top=99, backend=room).boxes) == 50
+    assert len(regions(values, keep=share, floor=3, backend=room).boxes) == max(3, int(50 * share))
+    # The release floors count * p: 15 regions of 50 at p = 0.3 are more than 3.
+    many = torch.rand(50, 1).repeat(1, 2)
+    many[::2] = 0
+    found = regions(many, keep=0.48, floor=3, backend=room)
+    _, count = ndimage.label(many.numpy() >= numpy.percentile(many.numpy(), 52.0))
+    assert len(found.boxes) == int(count * 0.48) > 3
+
+
+def test_equal_scores_stand_in_raster_order(room: str) -> None:
+    values = torch.zeros(9, 9)
+    for y, x in [(7, 1), (1, 7), (1, 1), (4, 4)]:
+        values[y, x] = 1 / 3
+    found = regions(values, keep=4 / 81, top=4, backend=room)
+    assert found.boxes[:, :2].tolist() == [[1, 1], [7, 1], [4, 4], [1, 7]]
+
+
+def test_many_small_values_are_not_lost_beside_a_large_one(room: str) -> None:
+    values = torch.full((40, 40), 1e-4)
+    values[:, 20] = 0
+    values[0, :20] = 1.0
+    values[5, 30] = 1.001
+    found = regions(values, keep=0.97, top=2, score="sum", backend=room)
+    assert found.scores.tolist() == pytest.approx([20 + 780e-4, 1.001 + 759e-4], rel=1e-6)
+
+
+def test_negative_values_count_as_they_are(room: str) -> None:
+    values = saliency() - 1000
+    moved, plain = (regions(part, keep=0.2, top=1, score="max", backend=room) for part in (values, values + 1000))
+    assert moved.scores[0] < 0 and torch.equal(moved.mask, plain.mask)
+
+
+def test_the_lowest_value_as_threshold_keeps_everything(room: str) -> None:
+    values = torch.zeros(10, 10)
+    values[3, 3] = 1
+    found = regions(values, keep=0.2, top=1, backend=room)
+    assert found.reason is None and found.box == (0, 0, 10, 10) and bool(found.mask.all())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (torch.zeros(5, 7), "constant"),
+        (torch.full((5, 7), 3.3), "constant"),
+        (torch.full((5, 7), 3.3) * (1 + 2e-7 * torch.rand(5, 7)), "constant"),
+        (torch.ones(1, 1), "constant"),
+        (torch.zeros(0, 7), "empty"),
+        (torch.full((3, 4), float("inf")), "not finite"),
+        (torch.tensor([[1.0, float("-inf")]]), "not finite"),
+    ],
+)
+def test_nothing_to_choose_keeps_the_whole_image(room: str, values: torch.Tensor, reason: str) -> None:
+    found = regions(values, keep=0.2, top=2, backend=room)
+    height, width = values.shape
+    assert found.reason is not None and reason in found.reason
+    assert bool(found.mask.all()) and found.mask.shape == values.shape and found.mask.dtype == torch.bool
+    assert found.box == (0, 0, width, height) and found.boxes.shape == (0, 4) and found.scores.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"saliency": [[1.0]]}, TypeError, "saliency: expected a tensor"),
+        ({"saliency": torch.rand(3)}, ValueError, "saliency: expected shape"),
+        ({"saliency": torch.zeros(3, 3, dtype=torch.int64)}, TypeError, "saliency: expected dtype"),
+        ({"saliency": torch.tensor([[1.0, float("nan")]])}, ValueError, "saliency: expected no NaN, got 1"),
+        ({"keep": 0}, ValueError, "keep: expected a share above 0"),
+        ({"keep": 1.01}, ValueError, "keep: expected a number from 0 to 1"),
+        ({"keep": "0.2"}, TypeError, "keep: expected a number"),
+        ({"top": None}, ValueError, "expected exactly one of them"),
+        ({"floor": 3}, ValueError, "got top=2 and floor=3"),
+        ({"top": 0}, ValueError, "top: expected an integer of at least 1"),
+        ({"top": None, "floor": 1.5}, TypeError, "floor: expected an integer"),
+        ({"connectivity": 6}, ValueError, "connectivity: expected one of 4, 8"),
+        ({"score": "area"}, ValueError, "score: expected one of"),
+        ({"backend": "cuda"}, BackendUnavailable, "cuda"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        regions(**{"saliency": torch.rand(4, 4), "keep": 0.2, "top": 2, **changes})
+
+
+def test_nan_that_was_not_looked_for_still_gives_no_region() -> None:
+    found = regions(torch.tensor([[1.0, float("nan")]]), keep=0.5, top=1, check=False)
+    assert found.reason == "the saliency is not finite"
