@@ -12,13 +12,13 @@ from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
 from carve_kernels.ops.zoom import to_rgb, zoom
-from carve_kernels.presets import Preset, check_steps, layers_of
+from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CarveOutcome", "Preset", "carve", "layers_of", "pair"]
+__all__ = ["CarveOutcome", "Preset", "carve", "pair"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, Preset, carve
-from carve_kernels.pipeline import layers_of, pair
+from carve_kernels.pipeline import pair
+from carve_kernels.presets import layers_of
 from tests.ops.planted import maps
 from tests.tolerances import relative
 
