@@ -21,7 +21,9 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def tensor(name: str, value: Any, *, shape: tuple[int | None | str, ...], dtypes: Collection[torch.dtype]) -> torch.Tensor:
+def tensor(
+    name: str, value: Any, *, shape: tuple[int | str | None, ...], dtypes: Collection[torch.dtype]
+) -> torch.Tensor:
     """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")

@@ -50,7 +50,7 @@ class AttentionMaps:
     layout: VisualLayout | None = None
 
     def __repr__(self) -> str:
-        batch, layers, steps, rows, tokens = self.values.shape
+        batch, _, steps, rows, tokens = self.values.shape
         return (
             f"AttentionMaps(batch={batch}, layers={list(self.layers)}, steps={steps}, rows={rows}, tokens={tokens}, "
             f"dtype={self.dtype!r}, layout={'known' if self.layout is not None else None})"

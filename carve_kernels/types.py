@@ -7,6 +7,7 @@ T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class VisualLayout:
         ends = [0]
         for view in self.views[row]:
             ends.append(ends[-1] + view.tokens.numel())
-        return tuple(slice(start, end) for start, end in zip(ends, ends[1:], strict=False))
+        return tuple(slice(start, end) for start, end in pairwise(ends))
 
 
 class Capture(NamedTuple):

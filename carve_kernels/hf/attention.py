@@ -1,4 +1,4 @@
-"""Attention that also captures: the function in use runs as it is, then the chosen rows of the chosen layers are captured.
+"""Attention that also captures: the function in use runs as it is, then chosen rows of chosen layers are captured.
 
 While a session is open, the entry of the implementation in use stands wrapped where the model looks it up: in the
 registry of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's `eager_attention_forward`.
@@ -100,9 +100,7 @@ def place_of(module: nn.Module, layer: int) -> tuple[Any, str]:
     if implementation != "eager":
         return registry, implementation
     if not hasattr(modeling, EAGER):
-        raise ValueError(
-            f"model: {modeling.__name__} has no {EAGER}; use attn_implementation='sdpa' for layer {layer}"
-        )
+        raise ValueError(f"model: {modeling.__name__} has no {EAGER}; use attn_implementation='sdpa' for layer {layer}")
     return modeling, EAGER
 
 
@@ -149,10 +147,10 @@ def visible(
 
 
 def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -> torch.Tensor:
-    """Which columns of the prompt are no padding, bool [B, total] on the CPU, from the mask that a model was called with.
+    """Which columns of the prompt are no padding, bool [B, total] on the CPU, by the mask that a model was called with.
 
-    A 2-D mask says so itself; a prepared one (`generate` with a static cache hands over a dict of them) by what its last
-    row sees.
+    A 2-D mask says so itself; a prepared one (`generate` with a static cache hands over a dict of them) by what its
+    last row sees.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))

@@ -29,7 +29,7 @@ class Decoder(Protocol):
 
     eos: tuple[int, ...] | None
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
     def end(self) -> None: ...
 
@@ -37,7 +37,7 @@ class Decoder(Protocol):
 class DecodingGuard:
     """The open sessions of one model, and its `generate` and compiled calls while there are any."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.sessions: list[Decoder] = []
         self.thread = threading.get_ident()
         self.stack = ExitStack()
@@ -45,7 +45,7 @@ class DecodingGuard:
         if hasattr(model, "generate"):
             self._shadow("generate", self._generate(model.generate))
         if hasattr(model, "get_compiled_call"):
-            compiled: Callable[..., Any] = model.get_compiled_call
+            compiled = model.get_compiled_call
             self._shadow("get_compiled_call", lambda *args, **kwargs: self._around(compiled(*args, **kwargs)))
         if model._compiled_call_impl is not None:
             self._shadow("_compiled_call_impl", self._around(model._compiled_call_impl))
@@ -77,7 +77,7 @@ class DecodingGuard:
             with ExitStack() as stack:
                 for session in self.sessions:
                     stack.callback(session.end)
-                    session.begin(args, kwargs)
+                    session.begin(self, args, kwargs)
                 return call(*args, **kwargs)
 
         return around

@@ -58,11 +58,11 @@ class Record:
         on_layer: OnLayer | None,
         backend: str,
     ) -> None:
-        batch, captured = rows.index.shape
+        batch, captured = rows.columns.shape
         self.layers, self.layout = layers, layout
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
-        self.rows = (rows.index - past).to(device)
+        self.rows = (rows.columns - past).to(device)
         self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers = _buffers(1, len(layers), batch, captured, tokens.shape[1], device)
@@ -176,7 +176,7 @@ class Record:
         alive = self._alive(steps)
         if self.weight is not None:
             first = _averaged(first, self.weight.to(used.device), used)
-        layers, batch, rows = first.mass.shape
+        _, batch, rows = first.mass.shape
         shape = (batch, len(self.layers), steps, rows)
         values = torch.zeros(*shape, self.tokens.shape[1], device=used.device)
         mass, spread = torch.zeros(shape, device=used.device), torch.zeros(shape, device=used.device)

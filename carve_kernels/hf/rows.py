@@ -15,16 +15,16 @@ RowsSpec = str | int | Sequence[int] | tuple[str, str]
 class Rows(NamedTuple):
     """Captured rows of a prefill.
 
-    ======  =======  =========  =================================================================
-    name    dtype    shape      meaning
-    ======  =======  =========  =================================================================
-    index   int64    [B, Q]     columns of the captured rows
-    weight  float32  [B, R, Q]  mean over rows: maps[R] = weight @ maps[Q]; None where R = Q
-    last    bool                whether the last of them is the prompt's last row
-    ======  =======  =========  =================================================================
+    =======  =======  =========  ================================================================
+    name     dtype    shape      meaning
+    =======  =======  =========  ================================================================
+    columns  int64    [B, Q]     columns of the captured rows
+    weight   float32  [B, R, Q]  mean over rows: maps[R] = weight @ maps[Q]; None where R = Q
+    last     bool                whether the last of them is the prompt's last row
+    =======  =======  =========  ================================================================
     """
 
-    index: torch.Tensor
+    columns: torch.Tensor
     weight: torch.Tensor | None
     last: bool
 
@@ -52,7 +52,7 @@ def resolve_rows(
 ) -> Rows:
     """Find the rows in a prompt: ids int64 [B, S], attended bool [B, S], visual tokens int32 [B, N], on the CPU."""
     if rows == "last" or isinstance(rows, int):
-        count = 1 if rows == "last" else int(rows)  # type: ignore[arg-type]
+        count = 1 if rows == "last" else int(rows)
         picked = []
         for row, mask in enumerate(attended):
             columns = mask.nonzero()[:, 0]

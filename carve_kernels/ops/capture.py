@@ -123,8 +123,8 @@ def capture_layers(
     ===========  ================  ==================  =====================================================
 
     The other arguments are those of `capture` and serve all the layers. A step outside [0, T) is an error on a CPU and
-    undefined elsewhere. Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a room that
-    cannot serve. Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
+    undefined elsewhere. Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a room
+    that cannot serve. Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
         raise ValueError(

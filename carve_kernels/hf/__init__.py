@@ -1,0 +1,1 @@
+"""transformers: sessions, layouts, prompts, loading, the engine."""
