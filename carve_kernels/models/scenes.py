@@ -1,7 +1,7 @@
 """Scenes of coloured digits among clutter: the world that the embedded small model lives in.
 
-A scene is a function of (seed, level, split) alone. Its true picture is 384 x 384 while the model sees 96 x 96, so that a
-crop of the picture shows more than the model saw. Levels go from 2 large digits to 8 digits of one patch's size.
+A scene is a function of (seed, level, split) alone. Its true picture is 384 x 384 while the model sees 96 x 96, so
+that a crop of the picture shows more than the model saw. Levels go from 2 large digits to 8 of one patch's size.
 """
 
 from __future__ import annotations
@@ -119,10 +119,8 @@ def _background(rng: np.random.Generator, texture: int) -> Image.Image:
 
 
 def _free(box: Box, taken: list[Box], margin: int) -> bool:
-    return all(
-        box[2] + margin <= other[0] or other[2] + margin <= box[0] or box[3] + margin <= other[1] or other[3] + margin <= box[1]
-        for other in taken
-    )
+    x0, y0, x1, y1 = box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
+    return all(x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0 for other in taken)
 
 
 def _place(rng: np.random.Generator, size: tuple[int, int], taken: list[Box], margin: int) -> Box | None:
