@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carve_kernels import BackendUnavailable
-from carve_kernels.backends import resolve
+from carve_kernels.backends import SUPPORT, resolve
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,11 @@ def maps(
     bump = torch.exp(-((y - row) ** 2 + (x - column) ** 2) / 4.0).flatten()
     task.mul_(1 + 25 * bump)
     return task, general
+
+
+def rooms(stage: str) -> list[str]:
+    """The rooms that claim a stage and serve tensors on a CPU."""
+    return [room for room in ("reference", "cpu") if SUPPORT[stage][room] is None]
 
 
 def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
-from tests.ops.planted import maps, serving
+from tests.ops.planted import maps, rooms, serving
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=rooms("regions"))
 def room(request: pytest.FixtureRequest) -> str:
     options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
     return serving("regions", request.param, torch.rand(4, 4), **options)
