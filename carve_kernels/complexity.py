@@ -35,4 +35,4 @@ def complexity(image: Image) -> dict[str, float]:
     edges = canny(rgb2gray(pixels))
     counts, _ = numpy.histogram(rgb2hsv(pixels)[..., 0], bins=HUES, range=(0.0, 1.0))
     share = counts[counts > 0] / counts.sum()
-    return {"edges": float(edges.mean()), "colours": float(-(share * numpy.log(share)).sum() / math.log(HUES))}
+    return {"edges": float(edges.mean()), "colours": float((share * -numpy.log(share)).sum() / math.log(HUES)) + 0.0}

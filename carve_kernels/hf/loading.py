@@ -57,11 +57,12 @@ def load(
 
 
 def profile_of(directory: str | Path) -> dict[str, Any] | None:
-    """The `carve.json` of a checkpoint directory, or None if it has none.
+    """The `carve.json` of a checkpoint directory (or the file itself, by its path), or None if there is none.
 
     Raises ValueError if the file holds no JSON object.
     """
-    path = Path(directory) / "carve.json"
+    path = Path(directory)
+    path = path / "carve.json" if path.is_dir() else path
     return _json_object(path) if path.is_file() else None
 
 

@@ -195,7 +195,7 @@ class Record:
                 "was not called in the captured forward (was the implementation switched inside the session?)"
             )
         # All tokens out of a row's window give exactly 0: the map is missing, it is not black.
-        valid &= alive[:, None, :, None] & ((mass > 0) | ~used.any(-1)[:, None, None, None])
+        valid &= alive[:, None, :, None] & ((mass != 0) | ~used.any(-1)[:, None, None, None])
         values[~valid], mass[~valid], spread[~valid] = 0.0, 0.0, 0.0
         kept = int(alive.any(0).nonzero()[-1]) + 1
         return AttentionMaps(

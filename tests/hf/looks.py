@@ -1,0 +1,84 @@
+"""What the session tests share: models, inputs, and what eager `output_attentions` says of the same generation."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+
+from tests.hf.tiny import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
+
+FAMILIES = {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen2_5_vl, "qwen2_vl": tiny_qwen2_vl}
+TEXTS = ["what digit is red", "where is the square at the left of the image", "hello"]
+PICTURES = [picture(120, 80, 1), picture(90, 140, 2), picture(100, 100, 3)]
+STEPS = 5
+
+
+@functools.cache
+def family(name: str) -> tuple[Any, Any]:
+    """A model that all tests of a process share; they must leave it as it was."""
+    return FAMILIES[name]()
+
+
+@functools.cache
+def inputs_of(name: str, batch: int) -> Any:
+    return inputs_for(family(name)[1], PICTURES[:batch], TEXTS[:batch])
+
+
+def visual(model: Any, inputs: Any) -> list[torch.Tensor]:
+    """The columns of the image tokens of each row, found without the package."""
+    return [(row == model.config.image_token_id).nonzero()[:, 0] for row in inputs["input_ids"]]
+
+
+def generate(model: Any, inputs: Any, steps: int = STEPS, **options: Any) -> Any:
+    with torch.no_grad():
+        return model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+
+
+@functools.cache
+def eager(name: str, batch: int, cache: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences, and the head means of eager's last rows at the image tokens: [B, L, T, N], zero where padded."""
+    model, inputs = family(name)[0], inputs_of(name, batch)
+    other = copy.deepcopy(model)
+    other.set_attn_implementation({"text_config": "eager"})
+    output = generate(other, inputs, output_attentions=True, cache_implementation=cache)
+    columns = visual(model, inputs)
+    maps = torch.zeros(batch, 4, STEPS, max(map(len, columns)))
+    for step, layers in enumerate(output.attentions):
+        for layer, attention in enumerate(layers):
+            for row in range(batch):
+                maps[row, layer, step, : len(columns[row])] = attention[row, :, -1, columns[row]].mean(0)
+    return output.sequences, maps
+
+
+@functools.cache
+def exact(name: str, batch: int) -> torch.Tensor:
+    """The same maps in float64: each prompt alone, without padding, its answer behind it in one forward."""
+    model = copy.deepcopy(family(name)[0]).double()
+    model.set_attn_implementation({"text_config": "eager"})
+    answers = eager(name, batch, "dynamic")[0][:, -STEPS:]
+    maps = torch.zeros(batch, 4, STEPS, eager(name, batch, "dynamic")[1].shape[-1], dtype=torch.float64)
+    for row in range(batch):
+        alone = inputs_for(family(name)[1], PICTURES[row : row + 1], TEXTS[row : row + 1])
+        alone["pixel_values"] = alone["pixel_values"].double()
+        length = alone["input_ids"].shape[1]
+        alone["input_ids"] = torch.cat([alone["input_ids"], answers[row : row + 1, :-1]], 1)
+        for key in ("attention_mask", "mm_token_type_ids"):
+            if key in alone:
+                fill = torch.full((1, STEPS - 1), int(key == "attention_mask"))
+                alone[key] = torch.cat([alone[key], fill], 1)
+        with torch.no_grad():
+            attentions = model(**alone, output_attentions=True).attentions
+        columns = visual(model, alone)[0]
+        for layer, attention in enumerate(attentions):
+            maps[row, layer, :, : len(columns)] = attention[0, :, length - 1 :][..., columns].mean(0)
+    return maps

@@ -1,0 +1,177 @@
+"""What a session refuses, when it says so, and that nothing is changed by then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import capture_attention, layout_of
+from tests.hf.looks import PICTURES, TEXTS, family, generate, inputs_of
+from tests.hf.test_session import state
+from tests.hf.tiny import inputs_for, tiny_llama, tiny_llava
+
+AT_ONCE: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "layer too high": (ValueError, "layers: expected numbers from -4 to 3 for 4 layers, got", {"layers": [4]}),
+    "layer too low": (ValueError, "layers: expected numbers from -4 to 3", {"layers": [-5]}),
+    "layer twice": (ValueError, "layers: expected each layer once", {"layers": [3, -1]}),
+    "no layer": (ValueError, "layers: expected at least one number", {"layers": []}),
+    "layer name": (ValueError, "layers: expected 'paper'", {"layers": "deep"}),
+    "layer float": (TypeError, r"layers\[0\]: expected an integer", {"layers": [1.0]}),
+    "steps": (ValueError, "max_steps: expected an integer of at least 1", {"max_steps": 0}),
+    "steps float": (TypeError, "max_steps: expected an integer", {"max_steps": 2.0}),
+    "callback": (TypeError, "on_layer: expected a function", {"on_layer": 3}),
+    "backend": (ValueError, "backend: expected one of", {"backend": "torch"}),
+    "tokens text": (TypeError, "tokens: expected a VisualLayout", {"tokens": "image"}),
+    "tokens empty": (ValueError, "tokens: expected at least one column", {"tokens": []}),
+    "tokens float": (ValueError, "tokens: expected at least one column", {"tokens": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_refused_at_once(name: str) -> None:
+    error, message, options = AT_ONCE[name]
+    model = family("llava")[0]
+    before = state(model)
+    with pytest.raises(error, match=message):
+        capture_attention(model, **{"layers": [0], **options})
+    assert state(model) == before
+
+
+def test_no_model() -> None:
+    with pytest.raises(TypeError, match="model: expected a transformers model"):
+        capture_attention("llava")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected a transformers model"):
+        capture_attention(torch.nn.Linear(2, 2))
+
+
+def test_a_layer_without_softmax_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llava()[0]
+    types = ["linear_attention", "full_attention", "full_attention", "full_attention"]
+    monkeypatch.setattr(model.config.text_config, "layer_types", types, raising=False)
+    with pytest.raises(ValueError, match=r"layer 0 has no softmax attention, expected layers among \[1, 2, 3\]"):
+        capture_attention(model, layers=[0, 1])
+
+
+IN_THE_FORWARD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "beams": ("num_beams: expected 1 inside capture_attention, got 2", {}, {"num_beams": 2}),
+    "sequences": (
+        "num_return_sequences: expected 1", {}, {"num_return_sequences": 2, "do_sample": True},
+    ),
+    "lookup": ("prompt_lookup_num_tokens: expected None", {}, {"prompt_lookup_num_tokens": 3}),
+    "assistant": ("assistant_model: expected None", {}, {"assistant_model": object()}),
+    "tokens behind the prompt": (r"tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
+    "tokens of another batch": ("tokens: expected 1 or 3 rows", {"tokens": torch.zeros(2, 4).int()}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_THE_FORWARD)
+def test_refused_before_the_model_runs(name: str) -> None:
+    message, session_options, options = IN_THE_FORWARD[name]
+    model = family("llava")[0]
+    before = state(model)
+    ran: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with (
+        pytest.raises(ValueError, match=message),
+        capture_attention(model, **{"layers": [0], **session_options}),
+        torch.no_grad(),
+    ):
+        model.generate(**{**inputs_of("llava", 3), "max_new_tokens": 2, "do_sample": False, **options})
+    hook.remove()
+    assert not ran and state(model) == before
+
+
+def test_a_generation_config_may_ask_for_beams() -> None:
+    model = tiny_llava()[0]
+    model.generation_config.num_beams = 3
+    with pytest.raises(ValueError, match="num_beams"), capture_attention(model, layers=[0]):
+        model.generate(**inputs_of("llava", 1), max_new_tokens=2)
+
+
+def test_no_image_in_the_prompt() -> None:
+    model, processor = family("llava")
+    ids = processor.tokenizer("what digit is red", return_tensors="pt")["input_ids"]
+    with (
+        pytest.raises(ValueError, match="input_ids: expected image tokens in the prompt, got none"),
+        capture_attention(model, layers=[0]),
+    ):
+        model(input_ids=ids)
+
+
+def test_a_text_model_needs_tokens() -> None:
+    model = tiny_llama()
+    ids = torch.arange(20)[None]
+    with capture_attention(model, layers="all", tokens=[3, 4, 5]) as session, torch.no_grad():
+        model(input_ids=ids)
+    assert session.maps.values.shape == (1, 4, 1, 1, 3) and bool((session.maps.mass > 0).all())
+    with pytest.raises(ValueError, match="names no image token"), capture_attention(model, layers=[0]):
+        model(input_ids=ids)
+
+
+def test_embeddings_need_tokens() -> None:
+    model = tiny_llama()
+    embeds = model.get_input_embeddings()(torch.arange(20)[None])
+    with torch.no_grad(), capture_attention(model, layers=[0], tokens=[3]) as session:
+        model(inputs_embeds=embeds)
+    assert session.maps.steps == (0,)
+    with pytest.raises(ValueError, match="tokens: expected the columns"), capture_attention(model, layers=[0]):
+        model(inputs_embeds=embeds)
+
+
+def test_a_prefix_from_outside_the_session_needs_tokens() -> None:
+    model, inputs = family("llava")[0], inputs_of("llava", 1)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    more = torch.tensor([[70, 71]])
+    with pytest.raises(ValueError, match="tokens: expected the columns"), capture_attention(model, layers=[0]):
+        model(input_ids=more, past_key_values=cache)
+
+
+def test_truncated_and_miscounted_images() -> None:
+    model, processor = family("llava")
+    inputs = inputs_for(processor, PICTURES[:1], TEXTS[:1])
+    cut = {**inputs, "input_ids": inputs["input_ids"][:, :20], "attention_mask": inputs["attention_mask"][:, :20]}
+    with pytest.raises(ValueError, match=r"image tokens, its grid of 6 x 6 needs 36; the prompt was probably trunc"):
+        layout_of(model, processor, cut, PICTURES[:1])
+    layout = layout_of(model, processor, inputs, PICTURES[:1])
+    with (
+        pytest.raises(ValueError, match="was the prompt truncated"),
+        capture_attention(model, layers=[0], tokens=layout),
+        torch.no_grad(),
+    ):
+        model(**{key: part[:, :20] if part.ndim == 2 else part for key, part in inputs.items()})
+
+
+def test_maps_before_a_forward_and_a_session_twice() -> None:
+    session = capture_attention(family("llava")[0], layers=[0])
+    with session, pytest.raises(RuntimeError, match="maps: expected a forward of the model inside the session"):
+        _ = session.maps
+    with pytest.raises(RuntimeError, match="session: expected a new session"):
+        session.__enter__()
+
+
+def test_an_implementation_switched_inside_is_noticed() -> None:
+    model = tiny_llava()[0]
+    with capture_attention(model, layers=[0]) as session:
+        model.set_attn_implementation({"text_config": "eager"})
+        generate(model, inputs_of("llava", 1), steps=1)
+        with pytest.raises(RuntimeError, match=r"nothing was captured in layers \[0\]"):
+            _ = session.maps
+
+
+def test_a_foreign_entry_put_in_meanwhile_is_left_alone() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = tiny_llava()[0]
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"](*args, **kwargs)
+
+    try:
+        with capture_attention(model, layers=[0]):
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
