@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ class CarveOutcome:
     regions   Regions            mask, boxes, scores and box in pixels of the whole image
     refined   PIL image          the kept regions magnified, or the image itself
     reason    str                why the whole image was kept, or None
+    seconds   dict               time of each of the stages contrast, regions and zoom that ran
     ========  =========  ======  ====================================================================
     """
 
@@ -39,6 +41,7 @@ class CarveOutcome:
     regions: Regions
     refined: Image
     reason: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def pair(
@@ -113,9 +116,10 @@ def carve(
 
     saliency = torch.zeros(original.height, original.width, dtype=task.dtype, device=task.device)
     if task.numel() == 0 or general.numel() == 0:
-        return _unchanged(original, saliency, "the maps are empty")
+        return _unchanged(original, saliency, "the maps are empty", {})
     task, general, by_step = pair(task, general, settings.steps, step_weights=settings.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in parts]
+    start = time.perf_counter()
     views = contrast(
         task,
         general,
@@ -129,15 +133,22 @@ def carve(
     )
     for (left, top, right, bottom), view in zip(parts, views if several else [views], strict=True):
         saliency[top:bottom, left:right] = view
-    edges = list(zip(*parts, strict=True))
-    return _finish(original, saliency, (min(edges[0]), min(edges[1]), max(edges[2]), max(edges[3])), settings, backend)
+    seconds = {"contrast": time.perf_counter() - start}
+    lows, highs = torch.tensor(parts).amin(0).tolist(), torch.tensor(parts).amax(0).tolist()
+    return _finish(original, saliency, (lows[0], lows[1], highs[2], highs[3]), settings, backend, seconds)
 
 
 def _finish(
-    image: Image, saliency: torch.Tensor, covered: tuple[int, int, int, int], preset: Preset, backend: str
+    image: Image,
+    saliency: torch.Tensor,
+    covered: tuple[int, int, int, int],
+    preset: Preset,
+    backend: str,
+    seconds: dict[str, float],
 ) -> CarveOutcome:
     """The regions of the covered part, in pixels of the whole image, and the refined image."""
     left, top, right, bottom = covered
+    start = time.perf_counter()
     found = regions(
         saliency[top:bottom, left:right],
         keep=preset.keep,
@@ -147,22 +158,25 @@ def _finish(
         score=preset.score,
         backend=backend,
     )
+    seconds["regions"] = time.perf_counter() - start
     if found.reason is not None:
-        return _unchanged(image, saliency, found.reason)
+        return _unchanged(image, saliency, found.reason, seconds)
     mask = torch.zeros_like(saliency, dtype=torch.bool)
     mask[top:bottom, left:right] = found.mask
     shift = (left, top, left, top)
     box = tuple(edge + offset for edge, offset in zip(found.box, shift, strict=True))
     placed = Regions(mask, found.boxes + found.boxes.new_tensor(shift), found.scores, box)  # type: ignore[arg-type]
+    start = time.perf_counter()
     refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
-    return CarveOutcome(saliency, placed, refined)
+    seconds["zoom"] = time.perf_counter() - start
+    return CarveOutcome(saliency, placed, refined, None, seconds)
 
 
-def _unchanged(image: Image, saliency: torch.Tensor, reason: str) -> CarveOutcome:
+def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
     boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
     scores = torch.empty(0, dtype=torch.float64, device=saliency.device)
     mask = torch.ones_like(saliency, dtype=torch.bool)
-    return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason)
+    return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason, seconds)
 
 
 def _rectangle(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -102,8 +102,7 @@ class CarveEngine:
         general_inputs = self._inputs([original], self._prompt(preset.general_prompt))
         general_layout = layout_of(self.model, self.processor, general_inputs, [original])
 
-        seconds: dict[str, float] = {}
-        clock = _Clock(seconds, on_progress)
+        clock = _Clock(on_progress)
         with clock.stage("task"):
             task = self._look(inputs, layout, preset.rows, preset.max_new_tokens)
         with clock.stage("general"):
@@ -138,7 +137,11 @@ class CarveEngine:
             regions=outcome.regions,
             entropy=_entropy(task.maps, preset.steps),
             complexity=complexity(original),
-            seconds=seconds,
+            seconds={
+                **{name: clock.seconds[name] for name in ("task", "general")},
+                **outcome.seconds,
+                "answer": clock.seconds["answer"],
+            },
             preset=preset,
             reason=outcome.reason,
             answer_ids=task.ids,
@@ -190,15 +193,16 @@ class CarveEngine:
 class _Clock:
     """Times the stages and reports them."""
 
-    def __init__(self, seconds: dict[str, float], on_progress: OnProgress | None) -> None:
-        self._seconds, self._report = seconds, on_progress or (lambda stage, done, total: None)
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._report = on_progress or (lambda stage, done, total: None)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._report(name, STAGES.index(name), len(STAGES))
         start = time.perf_counter()
         yield
-        self._seconds[name] = time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start
 
     def finish(self) -> None:
         self._report("done", len(STAGES), len(STAGES))

@@ -61,7 +61,7 @@ IN_THE_FORWARD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "lookup": ("prompt_lookup_num_tokens: expected None", {}, {"prompt_lookup_num_tokens": 3}),
     "assistant": ("assistant_model: expected None", {}, {"assistant_model": object()}),
-    "tokens behind the prompt": (r"tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
+    "tokens behind the prompt": ("tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
     "tokens of another batch": ("tokens: expected 1 or 3 rows", {"tokens": torch.zeros(2, 4).int()}, {}),
 }  # fmt: skip
 
