@@ -1,0 +1,61 @@
+"""The command line: carve-kernels demo, run, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from carve_kernels import __version__
+from carve_kernels.cli.demo import demo
+from carve_kernels.cli.doctor import doctor
+from carve_kernels.cli.output import exit_code, fail
+from carve_kernels.cli.run import run
+
+INTERRUPTED = 130
+
+
+class _Commands(typer.core.TyperGroup):
+    """Ends every command alike: an expected error is one line, `--debug` shows where it came from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was written")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            code = exit_code(error)
+            if code is None or ctx.params.get("debug"):
+                raise
+            fail(error)
+            raise typer.Exit(code) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"carve-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """See where a vision-language model looks, keep that part of the image, and ask again (CARVE)."""
+
+
+app.command()(demo)
+app.command(no_args_is_help=True)(run)
+app.command()(doctor)

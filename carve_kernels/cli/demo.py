@@ -1,0 +1,43 @@
+"""carve-kernels demo: the embedded model looks at an embedded scene."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# A scene of the test split that the model answers wrongly as it is, and rightly once its own profile has carved it.
+SEED, LEVEL = 0, 4
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/demo"),
+    scene: Annotated[int, typer.Option("--scene", min=0, help="Seed of the scene; any number draws another.")] = SEED,
+    level: Annotated[
+        int, typer.Option("--level", min=1, max=4, help="How crowded: 1 has 2 large digits, 4 has 8.")
+    ] = LEVEL,
+) -> None:
+    """Look into the embedded small model: one scene, carved by the model's own profile and by the paper's preset."""
+    from carve_kernels.cli.looking import look
+    from carve_kernels.cli.report import Question
+    from carve_kernels.hf.loading import load, profile_of
+    from carve_kernels.models import small
+    from carve_kernels.models.scenes import draw_scene
+    from carve_kernels.presets import Preset
+
+    drawn = draw_scene(scene, level, split="test")
+    facts = {
+        "scene": {"seed": scene, "level": level, "split": "test", "box": list(drawn.box), "general": drawn.general}
+    }
+    profile = Preset.from_dict(profile_of(small()) or {})
+    # The words are the model's own, since it knows no others; everything else is the paper's.
+    paper = Preset.paper(
+        general_prompt=profile.general_prompt, suffix=profile.suffix, max_new_tokens=profile.max_new_tokens
+    )
+    look(
+        output,
+        Question(drawn.image, drawn.question, drawn.answer, facts),
+        {"profile": profile, "paper": paper},
+        lambda: load(small(), dtype="float32"),
+    )

@@ -1,0 +1,79 @@
+"""What demo and run share: load a model, look at one image under one or more presets, write what was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from carve_kernels.cli.output import Announce, results, stages
+from carve_kernels.cli.report import FILES, Look, Question, summarise, write
+from carve_kernels.hf.engine import CarveEngine
+from carve_kernels.presets import Preset
+
+_TEXTS = {
+    "task": "looking for the question",
+    "general": "looking at the whole",
+    "carve": "contrast, regions, zoom",
+    "answer": "asking again",
+}
+
+
+def look(
+    output: Path,
+    asked: Question,
+    presets: Mapping[str, Preset],
+    load: Callable[[], tuple[Any, Any]],
+    backend: str = "auto",
+) -> None:
+    """Fill the folder `output` with everything seen under each preset, the first one's in full, and print a summary."""
+    start = time.perf_counter()
+    with results(output, FILES) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
+        announce("loading the model")
+        model, processor = load()
+        loaded = time.perf_counter() - start
+        found = {}
+        for name, preset in presets.items():
+            engine = CarveEngine(model, processor, preset=preset, backend=backend)
+            found[name] = engine(asked.image, asked.text, on_progress=_announcer(announce, name))
+        announce("writing")
+        seen = Look(asked, _facts(model), found, {"load": loaded, "total": time.perf_counter() - start})
+        write(folder, seen)
+    summarise(seen, output)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars and the advice of transformers off the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _announcer(announce: Announce, name: str) -> Callable[[str, int, int], None]:
+    def report(stage: str, done: int, total: int) -> None:
+        if stage in _TEXTS:
+            announce(f"{name}: {_TEXTS[stage]}")
+
+    return report
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    return {
+        "directory": model.name_or_path,
+        "type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": model.config.get_text_config()._attn_implementation,
+    }

@@ -1,0 +1,123 @@
+"""What every command shares: folders filled all or nothing, errors in one line, a bar over the stages, versions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+PACKAGES = ("torch", "transformers", "triton", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "safetensors")
+
+Announce = Callable[[str], None]
+
+
+def fail(message: object) -> None:
+    """One red line on stderr."""
+    hint = "; carve-kernels doctor says what is missing" if isinstance(message, ImportError) else ""
+    Console(stderr=True).print(Text(f"error: {one_line(message)}{hint}", style="bold red"), soft_wrap=True)
+
+
+def one_line(message: object) -> str:
+    """A text without line breaks, and without anything else that would steer a terminal."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)).split())
+
+
+def exit_code(error: Exception) -> int | None:
+    """2 for an argument that does not fit, 1 for anything else that can be expected, None for a fault of ours."""
+    if isinstance(error, (ValueError, TypeError)):
+        return 2
+    if isinstance(error, (ImportError, OSError, MemoryError)):
+        return 1
+    if sys.modules.get("torch") is None:
+        return None
+    import torch
+
+    from carve_kernels.checks import BackendUnavailable
+
+    return 1 if isinstance(error, (BackendUnavailable, torch.OutOfMemoryError)) else None
+
+
+def versions() -> dict[str, str | None]:
+    """The version of Python and of each package, None where it is missing."""
+    from carve_kernels import __version__
+
+    found: dict[str, str | None] = {"carve_kernels": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@contextmanager
+def results(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder; at the end its files, called `names`, move into `folder` all together, or none does.
+
+    Raises OSError at once if that cannot work, so that nobody waits for a model in vain.
+    """
+    folder = folder.absolute()
+    base = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not base.is_dir():
+        raise NotADirectoryError(f"output: {base} is no folder; choose another --output")
+    taken = [name for name in names if (folder / name).is_dir()]
+    if taken:
+        raise IsADirectoryError(f"output: {folder / taken[0]} is a folder; choose another --output")
+    try:
+        # On the same file system as `folder`, so that a move is a renaming.
+        temporary = Path(tempfile.mkdtemp(prefix=".carve-", dir=base))
+    except OSError as error:
+        raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
+    try:
+        yield temporary
+        _move(temporary, folder, names)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(source: Path, folder: Path, names: Sequence[str]) -> None:
+    before = source / "before"
+    before.mkdir()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, before / name)
+            os.replace(source / name, folder / name)
+    except BaseException:
+        for name in names:
+            if (before / name).exists():
+                os.replace(before / name, folder / name)
+            elif not (source / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def stages(total: int) -> Iterator[Announce]:
+    """A bar on stderr over so many stages; what it yields is called with a text when a stage begins."""
+    columns = SpinnerColumn(), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+        begun = 0
+
+        def announce(text: str) -> None:
+            nonlocal begun
+            progress.update(bar, completed=begun, description=text)
+            begun += 1
+
+        yield announce

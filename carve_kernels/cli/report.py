@@ -1,0 +1,240 @@
+"""What was seen, for people and for programs: the panel, the JSON, the files, the table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from carve_kernels.cli.output import one_line, versions
+from carve_kernels.maps import AttentionMaps
+from carve_kernels.picture import Tile, kept, overlay, panel, saliency_image
+from carve_kernels.types import CarveResult
+
+FILES = ("panel.png", "saliency.png", "saliency.npy", "result.json", "image.png", "refined.png", "maps.safetensors")
+
+_VERDICTS = {None: "", True: ", right", False: ", wrong"}
+_STYLES = {None: "", True: "green", False: "red"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about which image, and, where they are known, the right answer and more facts for the record."""
+
+    image: Image.Image
+    text: str
+    truth: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the engine saw and answered under each preset, and what it was asked with."""
+
+    asked: Question
+    model: Mapping[str, Any]
+    by_preset: Mapping[str, CarveResult]
+    seconds: Mapping[str, float]
+
+
+def write(folder: Path, seen: Look) -> None:
+    """Write every file of FILES: the panel and the JSON hold all presets, the other files belong to the first."""
+    first = next(iter(seen.by_preset.values()))
+    rows = [_row(name, result, seen.asked.truth) for name, result in seen.by_preset.items()]
+    _panel(rows, seen).save(folder / "panel.png")
+    saliency_image(first.saliency).save(folder / "saliency.png")
+    numpy.save(folder / "saliency.npy", first.saliency.cpu().numpy().astype(numpy.float32))
+    (folder / "result.json").write_text(json.dumps(record(seen), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    first.image.save(folder / "image.png")
+    first.refined.save(folder / "refined.png")
+    first.task.save(folder / "maps.safetensors")
+    # It was written as a temporary file, which others may not read.
+    shutil.copymode(folder / "result.json", folder / "maps.safetensors")
+
+
+def record(seen: Look) -> dict[str, Any]:
+    """Every number of a look, ready for JSON."""
+    asked = seen.asked
+    first = next(iter(seen.by_preset.values()))
+    return {
+        "question": asked.text,
+        "truth": asked.truth,
+        "image": {"width": asked.image.width, "height": asked.image.height},
+        **asked.facts,
+        "complexity": first.complexity,
+        "model": dict(seen.model),
+        "presets": {name: _numbers(result, asked.truth) for name, result in seen.by_preset.items()},
+        "seconds": dict(seen.seconds),
+        "versions": versions(),
+    }
+
+
+def summarise(seen: Look, folder: Path) -> None:
+    """Print the answers under each preset and where the files are."""
+    table = Table(title=Text(seen.asked.text), title_justify="left", title_style="bold")
+    for column in ("", "plain answer", "refined answer", "kept", "entropy", "seconds"):
+        table.add_column(column)
+    for name, result in seen.by_preset.items():
+        table.add_row(
+            Text(name),
+            _answer(result.answer, seen.asked.truth),
+            _answer(result.refined_answer, seen.asked.truth),
+            Text(result.reason or f"{_share(result):.0%} of the image"),
+            f"{_average(result.entropy):.2f}",
+            f"{sum(result.seconds.values()):.1f}",
+        )
+    console = Console()
+    console.print(table)
+    if seen.asked.truth is not None:
+        console.print(Text(f"true answer: {seen.asked.truth}"))
+    console.print(Text(f"loading {seen.seconds['load']:.1f} s, all {seen.seconds['total']:.1f} s"))
+    console.print(Text(f"{folder}/: {', '.join(FILES)}"), soft_wrap=True)
+
+
+def is_right(answer: str, truth: str | None) -> bool | None:
+    """Whether an answer is the true one, None where nobody knows."""
+    return None if truth is None else answer.strip().casefold() == truth.strip().casefold()
+
+
+def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
+    regions, layout = result.regions, result.task.layout
+    return {
+        "answer": result.answer,
+        "right": is_right(result.answer, truth),
+        "refined_answer": result.refined_answer,
+        "refined_right": is_right(result.refined_answer, truth),
+        "answer_ids": list(result.answer_ids),
+        "refined_ids": list(result.refined_ids),
+        "prompt": result.prompt,
+        "preset": result.preset.to_dict(),
+        "layers": list(result.task.layers),
+        "views": [{"grid": list(view.grid), "box": list(view.box), "kind": view.kind} for view in layout.views[0]],
+        "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
+        "dtype": result.task.dtype,
+        "entropy": {str(layer): value for layer, value in result.entropy.items()},
+        "mass": {
+            "task": _mass(result.task, result.preset.steps),
+            "general": _mass(result.general, result.preset.steps),
+        },
+        "boxes": regions.boxes.tolist(),
+        "scores": regions.scores.tolist(),
+        "box": list(regions.box),
+        "kept": _share(result),
+        "reason": result.reason,
+        "saliency": {"low": float(result.saliency.min()), "high": float(result.saliency.max())},
+        "refined": {"width": result.refined.width, "height": result.refined.height},
+        "seconds": result.seconds,
+    }
+
+
+def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
+    model = seen.model
+    truth = "" if seen.asked.truth is None else f"   True answer: {seen.asked.truth}."
+    facts = (
+        f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
+        f"attention {model['attention']}; image {seen.asked.image.width} x {seen.asked.image.height}; "
+        f"{seen.seconds['total']:.1f} s with the load"
+    )
+    return panel(rows, title=f"\u201c{_short(seen.asked.text)}\u201d{truth}", caption=facts)
+
+
+def _row(name: str, result: CarveResult, truth: str | None) -> list[Tile]:
+    preset, layout = result.preset, result.task.layout
+    box, grid = layout.views[0][0].box, " x ".join(map(str, layout.views[0][0].grid))
+    lam = "the mean of the general map" if preset.lam == "mean" else f"{preset.lam:g}"
+    if result.reason is None:
+        x0, y0, x1, y1 = result.box
+        count = len(result.boxes)
+        found = f"{count} region{'s' * (count > 1)}, {_share(result):.0%} of the image\nbox {x0}, {y0} to {x1}, {y1}"
+    else:
+        found = f"the whole image: {result.reason}"
+    return [
+        Tile(result.image, f"{name.capitalize()}\nPlain answer: {_verdict(result.answer, truth)}", _settings(result)),
+        Tile(
+            overlay(result.image, _grid(result.task, preset.steps), box=box),
+            "Where it looks for the question",
+            f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, "
+            f"mass {_average(_mass(result.task, preset.steps)):.3f}",
+        ),
+        Tile(
+            overlay(result.image, _grid(result.general, preset.steps), box=box),
+            "Where it looks in general",
+            f"\u201c{_short(preset.general_prompt)}\u201d\nmass {_average(_mass(result.general, preset.steps)):.3f}",
+        ),
+        Tile(overlay(result.image, result.saliency), "Contrast", f"question / (general + lambda)\nlambda: {lam}"),
+        Tile(kept(result.image, result.regions), "Kept", found),
+        Tile(
+            result.refined,
+            f"Refined answer: {_verdict(result.refined_answer, truth)}",
+            f"refined image, {result.refined.width} x {result.refined.height}"
+            + (", shown after the original" if preset.images == "original+refined" else ""),
+        ),
+    ]
+
+
+def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor:
+    """The mean over rows and over the steps that are read: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
+    end = maps.last_step(0) + 1
+    start, stop = {"t_start": (0, 1), "t_end": (end - 1, end), "t_full": (0, end)}[steps]
+    valid = maps.valid[0, :, start:stop].flatten(1)
+    chosen = values[0, :, start:stop].flatten(1, 2)
+    return torch.stack([layer[mask].mean(0) for layer, mask in zip(chosen, valid, strict=True)]).cpu()
+
+
+def _grid(maps: AttentionMaps, steps: str) -> torch.Tensor:
+    """The first view's map, the mean over the layers, [GH, GW]."""
+    layout = maps.layout
+    if layout is None:
+        raise ValueError("layout: expected maps with a layout, got none")
+    mean = _read(maps.values, maps, steps).mean(0)
+    return mean[layout.spans(0)[0]].unflatten(0, layout.views[0][0].grid)
+
+
+def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
+    """The share of the attention that falls on the image, by layer."""
+    mass = _read(maps.mass, maps, steps)
+    return {str(layer): float(value) for layer, value in zip(maps.layers, mass, strict=True)}
+
+
+def _average(by_layer: dict[Any, float]) -> float:
+    return sum(by_layer.values()) / len(by_layer)
+
+
+def _share(result: CarveResult) -> float:
+    return float(result.mask.float().mean())
+
+
+def _settings(result: CarveResult) -> str:
+    preset = result.preset
+    rows = f"the word {preset.rows[1]!r}" if preset.rows[:1] == ("word",) else preset.rows
+    return f"layers {_span(result.task.layers)}; row: {rows}; {preset.steps}; keeps {preset.keep:.0%}"
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    first, last = layers[0], layers[-1]
+    if len(layers) > 2 and layers == tuple(range(first, last + 1)):
+        return f"{first} to {last}"
+    return ", ".join(map(str, layers))
+
+
+def _verdict(answer: str, truth: str | None) -> str:
+    return f"\u201c{_short(answer)}\u201d{_VERDICTS[is_right(answer, truth)]}"
+
+
+def _answer(answer: str, truth: str | None) -> Text:
+    return Text(_verdict(answer, truth), style=_STYLES[is_right(answer, truth)])
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(one_line(text), 90, placeholder=" \u2026")

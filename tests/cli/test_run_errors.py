@@ -1,0 +1,174 @@
+"""carve-kernels run when something is wrong: one clear line, and nothing changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from carve_kernels.cli import output as output_module
+from carve_kernels.cli.report import FILES
+from tests.cli.conftest import QUESTION, Invoke, content
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["-i", "missing.png"], 2, "image: missing.png is missing"),
+        (["-i", "text.png"], 2, "image: text.png cannot be read as an image"),
+        (["-i", "huge.png"], 2, "image: huge.png is too large"),
+        (["--max-image-pixels", "100"], 2, "160 x 96 = 15360 pixels"),
+        (["--max-image-pixels", "0"], 2, "max_image_pixels: "),
+        (["-q", " "], 2, "question: "),
+        (["-m", "missing"], 2, "missing is missing"),
+        (["-m", "bare"], 2, "bare has no weights"),
+        (["-m", "pickled"], 2, "as pickles"),
+        (["-m", "pickled/config.json"], 2, "is a file"),
+        (["--layers", "7"], 2, "layers: expected numbers from -4 to 3"),
+        (["--layers", "two"], 2, "layers: expected 20-25, or 3,5"),
+        (["--layers", "5-2"], 2, "layers: expected a range that rises"),
+        (["--rows", "first"], 2, "rows: expected last, 4, question"),
+        (["--rows", "word:blue"], 2, "rows: expected a word of the prompt, got 'blue'"),
+        (["--rows", "0"], 2, "rows: "),
+        (["--steps", "t_middle"], 2, "steps: expected one of 't_start'"),
+        (["--max-new-tokens", "0"], 2, "max_new_tokens: "),
+        (["--lam", "-1"], 2, "lam: expected a number of at least 0"),
+        (["--lam", "little"], 2, "lam: expected a number or mean"),
+        (["--keep", "0"], 2, "keep: "),
+        (["--keep", "1.5"], 2, "keep: "),
+        (["--top", "0"], 2, "top: "),
+        (["--preset", "mine"], 2, "preset: expected one of 'paper', 'release'"),
+        (["--preset", "unknown.json"], 2, "'colour'"),
+        (["--preset", "text.json"], 2, "preset: text.json cannot be read as JSON"),
+        (["--preset", "missing.json"], 2, "preset: missing.json cannot be read"),
+        (["--dtype", "float8"], 2, "dtype: expected one of 'auto'"),
+        (["--device", "nowhere"], 2, "device: 'nowhere' cannot be used here"),
+        (["--attn", "fast"], 2, "attn_implementation"),
+        (["--backend", "gpu"], 2, "backend: "),
+        (["--backend", "cuda"], 1, "backend='cuda': "),
+        (["-o", "text.png"], 1, "text.png is no folder"),
+        (["-o", "text.png/deep/er"], 1, "text.png is no folder"),
+        (["-o", "blocked"], 1, "panel.png is a folder"),
+        (["-o", "lost"], 1, "lost is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Invoke,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.png", "text.json"):
+        Path(name).write_text("not what its name says")
+    if "huge.png" in words:
+        Image.new("1", (20_000, 20_000)).save("huge.png")
+    Path("unknown.json").write_text('{"colour": "red"}')
+    Path("blocked/panel.png").mkdir(parents=True)
+    Path("lost").symlink_to("nowhere")
+    for name in ("bare", "pickled"):
+        Path(name).mkdir()
+        for file in checkpoint.iterdir():
+            if file.suffix != ".safetensors":
+                Path(name, file.name).write_bytes(file.read_bytes())
+    Path("pickled/pytorch_model.bin").write_bytes(b"")
+    before = content(tmp_path)
+
+    done = run(*words)
+    assert done.exit_code == code, done.output
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert content(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob(".carve-*"))
+
+
+def test_a_bad_output_is_found_before_the_model_is_loaded(
+    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    assert run("-o", tmp_path / "file").exit_code == 1
+
+    def refuse(**settings: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(output_module.tempfile, "mkdtemp", refuse)
+    done = run()
+    assert done.exit_code == 1
+    assert "cannot write into" in done.stderr
+    assert "Permission denied" in done.stderr
+
+
+def interrupt(*args: Any, **settings: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["hf.engine.CarveEngine._answer", "hf.loading.load", "cli.report.json.dumps"])
+def test_an_interruption_leaves_everything_as_it_was(
+    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "result.json").write_text("old")
+    monkeypatch.setattr(f"carve_kernels.{place}", interrupt)
+    done = run()
+    assert done.exit_code == 130
+    assert done.stderr == "error: interrupted; nothing was written\n"
+    assert content(tmp_path) == {"out/result.json": b"old"}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_failure_while_moving_takes_everything_back(
+    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    folder = tmp_path / "deep/out"
+    if exists:
+        folder.mkdir(parents=True)
+        for name in FILES[1:4]:
+            (folder / name).write_text("old")
+    before = content(tmp_path)
+    rename = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(target).parent == folder and Path(target).name == FILES[4]:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(output_module.os, "replace", fail)
+    done = run("-o", folder)
+    assert done.exit_code == 1
+    assert "No space left" in done.stderr
+    assert content(tmp_path) == before
+    assert (tmp_path / "deep").exists() == exists
+
+
+def test_debug_shows_where_an_error_came_from(carve: Invoke, tmp_path: Path) -> None:
+    done = carve("--debug", "run", "-m", tmp_path, "-i", "missing.png", "-q", QUESTION)
+    assert isinstance(done.exception, ValueError)
+
+
+def test_an_unexpected_error_is_not_hidden(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*args: Any, **settings: Any) -> None:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr("carve_kernels.hf.engine.CarveEngine.__call__", fault)
+    assert isinstance(run().exception, KeyError)
+
+
+def test_a_missing_library_points_to_the_doctor(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: Any, **settings: Any) -> None:
+        raise ImportError("the processor needs\n  a library")
+
+    monkeypatch.setattr("carve_kernels.hf.loading.load", missing)
+    done = run()
+    assert done.exit_code == 1
+    assert done.stderr == "error: the processor needs a library; carve-kernels doctor says what is missing\n"
