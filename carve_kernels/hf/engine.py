@@ -107,7 +107,7 @@ class CarveEngine:
             task = self._look(inputs, layout, preset.rows, preset.max_new_tokens)
         with clock.stage("general"):
             # The word of a question need not stand in the general instruction: its tokens together take its place.
-            rows = "question" if isinstance(preset.rows, tuple) else preset.rows
+            rows = "question" if isinstance(preset.rows, tuple) and preset.rows[0] == "word" else preset.rows
             steps = 1 if preset.steps == "t_start" else preset.max_new_tokens
             general = self._look(general_inputs, general_layout, rows, steps)
         with clock.stage("carve"):

@@ -26,6 +26,7 @@ class Planner:
         self,
         model: nn.Module,
         layers: tuple[int, ...],
+        device: torch.device | None,
         rows: RowsSpec,
         tokens: VisualLayout | torch.Tensor | Sequence[int] | None,
         processor: Any,
@@ -35,7 +36,7 @@ class Planner:
     ) -> None:
         self.record: Record | None = None
         self.eos: tuple[int, ...] | None = None
-        self._model, self._layers, self._rows = model, layers, rows
+        self._model, self._layers, self._device, self._rows = model, layers, device, rows
         self._tokenizer = None if processor is None else tokenizer_of(processor)
         self._suffix = template_suffix(processor) if rows == "question" and processor is not None else 0
         self._tokens, self._layout = check_tokens(tokens)
@@ -112,7 +113,7 @@ class Planner:
             rows,
             tokens,
             self._layout,
-            device=source.device,
+            device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
             max_steps=self._max_steps,

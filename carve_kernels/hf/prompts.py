@@ -92,6 +92,10 @@ def prepare(
         settings["images_kwargs"] = {
             "size": {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
         }
+    first = getattr(processor.tokenizer, "bos_token", None)
+    if first and prompt.startswith(first):
+        # The template has put it there; the tokenizer would put another one before it.
+        settings["add_special_tokens"] = False
     inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
     return inputs if device is None else inputs.to(device)
 

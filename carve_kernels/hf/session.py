@@ -114,6 +114,7 @@ class CaptureSession:
         self._planner = Planner(
             self._model,
             self.layers,
+            _device(self._modules, self.layers),
             check_rows(rows, None if processor is None else tokenizer_of(processor)),
             tokens,
             processor,
@@ -180,6 +181,18 @@ class CaptureSession:
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     """The layers argument as ascending numbers: the order in which a forward meets them."""
     return tuple(range(depth)) if layers == "all" else tuple(sorted(layers_of(layers, depth)))
+
+
+def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device | None:
+    """Where the captured layers are; None where their weights are parked elsewhere until they run."""
+    devices = {parameter.device for module in modules for parameter in module.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"layers: expected layers on one device, got layers {list(layers)} on {sorted(map(str, devices))}; open a "
+            "session for the layers of each device"
+        )
+    device = devices.pop() if devices else None
+    return None if device is None or device.type == "meta" else device
 
 
 def _push(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:

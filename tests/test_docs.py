@@ -1,0 +1,117 @@
+"""The README and the docs say what is true: their code runs, their commands exist, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import carve_kernels
+from carve_kernels.models import small
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/README.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = {"demo", "run", "doctor"}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = [(path.relative_to(ROOT).as_posix(), BLOCK.findall(path.read_text(encoding="utf-8"))) for path in PAGES]
+    return [(name, code) for name, parts in found for kind, code in parts if kind == language]
+
+
+def lines() -> list[tuple[str, str]]:
+    """Every command line of a shell block, without its comment, and every one in backquotes."""
+    shell = [(name, line.split("#")[0].strip()) for name, code in blocks("sh") for line in code.splitlines()]
+    inline = [
+        (path.relative_to(ROOT).as_posix(), code)
+        for path in PAGES
+        for code in re.findall(r"`((?:make|carve-kernels|python -m|python examples)[^`]*)`", path.read_text("utf-8"))
+    ]
+    return sorted({entry for entry in shell + inline if entry[1]})
+
+
+@pytest.mark.skipif(not (small() / "model.safetensors").exists(), reason="the embedded model is not built")
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_code_blocks_run(page: str, code: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"import tests.hf.tiny\n{code}"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(code.splitlines()) <= 15
+
+
+@pytest.mark.parametrize(("page", "line"), lines())
+def test_commands_exist(page: str, line: str, tmp_path: Path) -> None:
+    words = line.split()
+    if words[0] == "make":
+        result = subprocess.run(["make", "-n", *words[1:2]], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    elif words[0] == "carve-kernels":
+        assert len(words) == 1 or words[1] in COMMANDS
+        shown = subprocess.run(
+            [sys.executable, "-m", "carve_kernels", *words[1:2], "--help"],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        )  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in shown.stdout
+    elif words[:2] == ["python", "-m"]:
+        shown = subprocess.run(
+            [sys.executable, "-m", words[2], *[word for word in words[3:4] if not word.startswith("-")], "--help"],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        )  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in shown.stdout
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[0] in {"pip", "tail", "nohup"} and shutil.which(words[0])
+
+
+def test_links_lead_somewhere() -> None:
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_families_of_the_docs_are_those_of_the_code() -> None:
+    from carve_kernels.hf.layouts import FAMILIES
+
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    column = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert set(FAMILIES) == set(re.findall(r"`(\w+)`", " ".join(column)))
+
+
+def test_the_presets_of_the_docs_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    paper, release = carve_kernels.Preset.paper(), carve_kernels.Preset.release()
+    cells = {row.split("|")[1].strip(): row.split("|")[2:4] for row in page.splitlines() if row.startswith("| ")}
+    assert f"top {paper.keep:.0%}".replace("%", " %") in cells["kept pixels"][0]
+    assert f"top {release.keep:.0%}".replace("%", " %") in cells["kept pixels"][1]
+    assert f"best {paper.top}" in cells["kept regions"][0] and f"at least {release.floor}" in cells["kept regions"][1]
+    assert paper.lam == "mean" and '"mean"' in cells["lam"][0]
+    assert f"{release.lam:g}".replace("e-08", "e-8") == cells["lam"][1].strip()
+    assert f'"{release.suffix}"' in cells["suffix of every prompt"][1] and paper.suffix == ""
+    assert all(
+        str(preset.max_new_tokens) in cell for preset, cell in zip((paper, release), cells["new tokens"], strict=True)
+    )
+    assert f"at most {paper.limit:g} times" in page and f"`{paper.steps}`" in cells["steps"][0]
+    assert paper.connectivity == release.connectivity == 4 and "4-connected" in page
+
+
+@pytest.mark.parametrize("name", sorted(set(carve_kernels.__all__) - {"__version__"}))
+def test_public_docstrings_say_what_they_must(name: str) -> None:
+    public = getattr(carve_kernels, name)
+    text = public.__doc__ or ""
+    assert re.match(r"[A-Z][^\n]+", text), "a first sentence"
+    if name in {"capture", "capture_layers", "contrast", "regions", "zoom", "carve", "capture_attention"}:
+        assert "Equals" in text and "Raises" in text and "Source" in text and "=====" in text
