@@ -140,7 +140,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
 
 def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
     model = seen.model
-    truth = "" if seen.asked.truth is None else f"   True answer: {seen.asked.truth}."
+    truth = "" if seen.asked.truth is None else f" \u2014 the true answer is \u201c{seen.asked.truth}\u201d"
     facts = (
         f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
         f"attention {model['attention']}; image {seen.asked.image.width} x {seen.asked.image.height}; "
@@ -194,11 +194,7 @@ def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor
 
 def _grid(maps: AttentionMaps, steps: str) -> torch.Tensor:
     """The first view's map, the mean over the layers, [GH, GW]."""
-    layout = maps.layout
-    if layout is None:
-        raise ValueError("layout: expected maps with a layout, got none")
-    mean = _read(maps.values, maps, steps).mean(0)
-    return mean[layout.spans(0)[0]].unflatten(0, layout.views[0][0].grid)
+    return _read(maps.view()[None], maps, steps).mean(0)
 
 
 def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
@@ -217,15 +213,24 @@ def _share(result: CarveResult) -> float:
 
 def _settings(result: CarveResult) -> str:
     preset = result.preset
-    rows = f"the word {preset.rows[1]!r}" if preset.rows[:1] == ("word",) else preset.rows
-    return f"layers {_span(result.task.layers)}; row: {rows}; {preset.steps}; keeps {preset.keep:.0%}"
+    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; keeps {preset.keep:.0%}"
+
+
+def _looking(rows: str | int | tuple[Any, ...]) -> str:
+    """Which tokens look."""
+    if isinstance(rows, int):
+        return f"last {rows} tokens"
+    if isinstance(rows, tuple):
+        return f"word {rows[1]!r}" if rows[0] == "word" else f"tokens {', '.join(map(str, rows))}"
+    return {"last": "last token", "question": "tokens of the question"}[rows]
 
 
 def _span(layers: tuple[int, ...]) -> str:
     first, last = layers[0], layers[-1]
-    if len(layers) > 2 and layers == tuple(range(first, last + 1)):
-        return f"{first} to {last}"
-    return ", ".join(map(str, layers))
+    if first == last:
+        return f"layer {first}"
+    run = layers == tuple(range(first, last + 1))
+    return f"layers {first} to {last}" if run else f"layers {', '.join(map(str, layers))}"
 
 
 def _verdict(answer: str, truth: str | None) -> str:

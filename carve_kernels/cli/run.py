@@ -121,7 +121,7 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
 
 
 def parse_rows(text: str) -> str | int | tuple[Any, ...]:
-    """ "last", "question", "4" for the last four, "word:red", or positions "3,5"."""
+    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2"."""
     kind, colon, word = text.partition(":")
     if colon and kind == "word":
         return ("word", word)

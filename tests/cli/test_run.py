@@ -104,6 +104,14 @@ def test_the_profile_of_the_checkpoint_is_the_default(run: Invoke, tmp_path: Pat
     assert "rows" not in result_of(tmp_path / "out")["presets"]["paper"]["preset"]
 
 
+@pytest.mark.parametrize(("words", "rows"), [("last", "last"), ("2", 2), ("question", "question"), ("-3,-2", [-3, -2])])
+def test_rows(run: Invoke, tmp_path: Path, words: str, rows: Any) -> None:
+    done = run("--rows", words, "--steps", "t_full")
+    assert done.exit_code == 0, done.output
+    (numbers,) = result_of(tmp_path / "out")["presets"].values()
+    assert numbers["preset"].get("rows", "last") == rows
+
+
 def test_dtype_and_attention(run: Invoke, tmp_path: Path) -> None:
     model, processor = tiny.tiny_llava()
     folder = tiny.save(model.to(torch.float16), processor, tmp_path / "half")
