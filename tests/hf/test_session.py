@@ -23,10 +23,8 @@ def state(model: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     modeling = {sys.modules[type(module).__module__] for module in attention_modules(model).values()}
-    # `generate` itself notes the size of its last cache on the model.
-    own = {"_previous_max_cache_length"}
     return (
-        {name: sorted(set(module.__dict__) - own) for name, module in model.named_modules()},
+        {name: sorted(module.__dict__) for name, module in model.named_modules()},
         [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()],
         model.config._attn_implementation,
         model.config.text_config._attn_implementation,
