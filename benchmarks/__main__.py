@@ -1,0 +1,115 @@
+"""`python -m benchmarks capture | engine`: answers checked, opponents timed in turns, tables printed, JSON written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import bench_capture, bench_engine, cases, machine
+from benchmarks.answers import WrongAnswer
+from benchmarks.models import Shape
+from carve_kernels.models import small
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+
+Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: shows that it works, measures nothing.")]
+Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number there as JSON.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice by default.")]
+
+
+@app.command()
+def capture(
+    quick: Quick = False,
+    full: Annotated[bool, typer.Option(help="Go up to 32768 keys.")] = False,
+    geometry: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.GEOMETRIES)}; all.")] = None,
+    rounds: Annotated[int, typer.Option(min=3)] = 31,
+    budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """One call of capture beside eager attention, today's idiom, the best of plain torch and a read of the keys."""
+    unknown = set(geometry or ()) - set(cases.GEOMETRIES)
+    if unknown:
+        raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
+    chosen = list(cases.standard(geometry or cases.GEOMETRIES, cases.FULL_LENGTHS if full else cases.LENGTHS))
+    if quick:
+        chosen, rounds = cases.QUICK, 3
+    with _reporting("capture", output, threads, bench_capture.tables) as report, _progress(len(chosen)) as advance:
+        report["settings"] = {"rounds": rounds, "budget": budget}
+        report["results"] = bench_capture.measure(chosen, rounds=rounds, budget=budget, advance=advance)
+
+
+@app.command()
+def engine(
+    quick: Quick = False,
+    layers: Annotated[int, typer.Option(min=1)] = 28,
+    hidden: Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Tokens of the prompt, for seconds; 2048.")] = None,
+    memory: Annotated[list[int] | None, typer.Option(min=64, help="The same, for memory; 2048 and 8192.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
+    rounds: Annotated[int, typer.Option(min=3)] = 9,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """A session in a whole random model of Qwen2.5-VL's shape: seconds, peak memory, and the engine by stages."""
+    shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
+    if quick:
+        shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
+    directory = model or (small() if bench_engine.has_small() else None)
+    total = 2 * len(lengths) + len(peaks) + (directory is not None)
+    with _reporting("engine", output, threads, bench_engine.tables) as report, _progress(total) as advance:
+        report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_engine.LAYERS}
+        report["results"] = {
+            "price": bench_engine.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
+            "memory": bench_engine.memory(shape, peaks, rows=rows, advance=advance),
+            "stages": directory and bench_engine.stages(directory, rounds=rounds, advance=advance),
+        }
+
+
+@contextmanager
+def _reporting(
+    name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
+) -> Iterator[dict[str, Any]]:
+    """Hands out a report to fill, prints it and writes it; a wrong answer ends the command with what is wrong."""
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"--output: {output.parent} is no directory")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report: dict[str, Any] = {"benchmark": name, "machine": machine.describe()}
+    try:
+        yield report
+    except WrongAnswer as error:
+        typer.echo(f"nothing is timed, since an answer is wrong: {error}", err=True)
+        raise typer.Exit(1) from error
+    # A file or a pipe has no width of its own, and the default of 80 would break every cell.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    for table in tables(report["results"]):
+        console.print(table)
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checking", total=total)
+        yield lambda done: progress.update(task, advance=1, description=done)
+
+
+if __name__ == "__main__":
+    app()

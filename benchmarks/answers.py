@@ -1,0 +1,36 @@
+"""An answer is checked, and checked not to be trivial, before anything is timed."""
+
+from __future__ import annotations
+
+import torch
+
+
+class WrongAnswer(RuntimeError):
+    """An opponent does not compute what it is timed for, or what it computes is too dull to tell."""
+
+
+def check_truth(name: str, truth: torch.Tensor) -> None:
+    """Truth [..., N] must be finite and positive, with a peak in every row: a wrong map may equal a flat one."""
+    if not bool(truth.isfinite().all()) or bool((truth <= 0).any()):
+        raise WrongAnswer(f"{name}: expected positive probabilities as the truth, got others")
+    peak = float((truth.amax(-1) / truth.median(-1).values).min())
+    if peak < 4:
+        raise WrongAnswer(f"{name}: expected a peak of 4 medians in every row of the truth, got {peak:.2f}: it is flat")
+
+
+def check_maps(name: str, found: torch.Tensor, truth: torch.Tensor, *, relative: float, correlation: float) -> None:
+    """Found maps must be the truth, by the largest relative error of an element and by correlation."""
+    if found.shape != truth.shape:
+        raise WrongAnswer(f"{name}: expected maps {tuple(truth.shape)}, got {tuple(found.shape)}")
+    found, truth = found.double(), truth.double()
+    error = float(((found - truth).abs() / truth).max())
+    # NaN compares false with everything, so the question is what holds and not what fails.
+    if not error <= relative:
+        raise WrongAnswer(f"{name}: expected a relative error of at most {relative:.1e}, got {error:.1e}")
+    likeness = correlate(found, truth)
+    if not likeness >= correlation:
+        raise WrongAnswer(f"{name}: expected a correlation of at least {correlation}, got {likeness:.6f}")
+
+
+def correlate(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([found.double().flatten(), truth.double().flatten()]))[0, 1])

@@ -1,0 +1,57 @@
+"""What a measurement was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, threads, instruction sets, memory, load and versions."""
+    flags = set(_field("/proc/cpuinfo", "flags").split())
+    return {
+        "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": "amx_bf16" in flags,
+        "last_level_cache": last_level_cache(),
+        "memory": kilobytes("/proc/meminfo", "MemTotal"),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "carve-kernels")},
+    }
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of a core; 64 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
+    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=64 * 2**20)
+
+
+def kilobytes(path: str, name: str) -> int:
+    """A field in kB of a file of /proc, in bytes; 0 where there is none."""
+    return 1024 * int((_field(path, name) or "0").split()[0])
+
+
+def _field(path: str, name: str) -> str:
+    if not Path(path).exists():
+        return ""
+    lines = Path(path).read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,112 @@
+"""A random model in the shape of Qwen2.5-VL, and prompts for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import nn
+
+HEAD_SIZE = 128
+VISUAL_SHARE = 0.8
+VOCABULARY = 512
+MERGE = 2
+PATCH_VALUES = 3 * 2 * 14 * 14
+_START, _END, _IMAGE, _VIDEO, _EOS = range(VOCABULARY - 5, VOCABULARY)
+
+
+class Shape(NamedTuple):
+    """Size of the language model; a group of four query heads shares a key head, the head size is that of the 7B."""
+
+    layers: int
+    hidden: int
+    dtype: str
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD_SIZE
+
+    @property
+    def key_heads(self) -> int:
+        return max(1, self.heads // 4)
+
+
+def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
+    """Weights of a size that keeps activations near 1, attention peaked and greedy answers varied."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": 11 * shape.hidden // 4,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 65536,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": _EOS,
+        "pad_token_id": 0,
+    }
+    # A small tower: the price of a session is one of the language model, which this benchmark looks at.
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": shape.hidden,
+        "fullatt_block_indexes": [],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=_START,
+        vision_end_token_id=_END,
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
+    )
+    dtype = getattr(torch, shape.dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            scale = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            parameter.normal_(std=1.5 * scale if ".q_proj" in name or ".k_proj" in name else scale, generator=generator)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def prompt(length: int, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of `length` tokens, four fifths of them visual: a text, one picture of noise, a text."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, int((VISUAL_SHARE * length) ** 0.5))
+    columns = int(VISUAL_SHARE * length) // rows
+    visual = rows * columns
+    before = (length - visual) // 2
+    text = torch.randint(1, _START, (length - visual - 2,), generator=generator)
+    picture = torch.full((visual + 2,), _IMAGE)
+    picture[0], picture[-1] = _START, _END
+    ids = torch.cat([text[:before], picture, text[before:]])[None]
+    patches = torch.randn(visual * MERGE**2, PATCH_VALUES, generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == _IMAGE).int(),
+        "pixel_values": patches.to(getattr(torch, dtype)),
+        "image_grid_thw": torch.tensor([[1, MERGE * rows, MERGE * columns]]),
+    }
+
+
+def noise(side: int, seed: int = 0) -> Image.Image:
+    """A square picture of noise in 8 x 8 blocks."""
+    blocks = torch.randint(0, 256, (side // 8, side // 8, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(blocks.byte().numpy()).resize((side, side), Image.Resampling.NEAREST)

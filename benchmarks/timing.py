@@ -1,0 +1,83 @@
+"""Paired timing in one process: opponents take turns, so that a noisy neighbour hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.machine import last_level_cache
+
+Run = Callable[[], Any]
+Before = Callable[[Run], Any]
+
+
+class Spread(NamedTuple):
+    """What a row of measurements says: its middle, its tenth and its ninetieth percentile, how many there were."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low, middle, high = np.percentile(values, (10, 50, 90)).tolist()
+        return cls(middle, low, high, len(values))
+
+    def show(self, digits: int = 3) -> str:
+        return f"{self.median:.{digits}g} ({self.p10:.{digits}g}-{self.p90:.{digits}g})"
+
+
+class Flush:
+    """Empties the caches by a read of more than the last level holds; calls are timed cold behind it."""
+
+    def __init__(self) -> None:
+        # Ones, since untouched zeros are all the same page of memory.
+        self._buffer = torch.ones(last_level_cache() * 5 // 4 // 4)
+
+    def __call__(self, _run: Run) -> None:
+        self._buffer.sum()
+
+
+def warm(run: Run) -> None:
+    """Before a warm call: the same call, so that its data are where it left them and not where an opponent did."""
+    run()
+
+
+def as_it_comes(_run: Run) -> None:
+    """Before a call that is far longer than any cache remembers: nothing."""
+
+
+def paired(
+    runs: Mapping[str, Run], *, rounds: int, before: Before, budget: float = math.inf, least: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each opponent in each round A B C, A B C, ...; after `least` rounds the budget (seconds) ends them."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + budget
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= least and time.perf_counter() > end:
+                break
+            for name, run in runs.items():
+                before(run)
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, other: str) -> Spread:
+    """How many times longer `name` takes than `other`, round by round."""
+    return Spread.of([a / b for a, b in zip(seconds[name], seconds[other], strict=True)])

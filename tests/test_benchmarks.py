@@ -1,0 +1,173 @@
+"""The benchmarks run, write what they found, and stop at a wrong answer before they time anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from benchmarks import bench_capture, bench_engine, cases, timing
+from benchmarks.__main__ import app
+from benchmarks.models import Shape
+from carve_kernels.types import Capture
+from tests.hf import tiny
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--quick", "--threads", "1"])
+
+
+def report_of(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    found: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
+    assert found["machine"]["threads"] == 1
+    assert found["machine"]["torch"] == torch.__version__
+    return found
+
+
+def untimed(*_args: object, **_options: object) -> None:
+    pytest.fail("timed before the answers were checked")
+
+
+def test_capture_reports_every_opponent_cold_and_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    result = run("capture", "--output", str(tmp_path / "capture.json"))
+    assert result.exit_code == 0, result.output
+    lines = report_of(tmp_path / "capture.json")["results"]
+    assert [line["caches"] for line in lines] == ["cold", "warm"] * len(cases.QUICK)
+    for line in lines:
+        names = {"capture", "capture reference", "(a) eager", "(b) repeat", "(c) folded", "(f) read"}
+        assert names <= set(line["seconds"])
+        assert set(line["ratio_to_capture"]) == set(line["seconds"]) - {"capture"}
+        assert all(0 < spread["p10"] <= spread["median"] <= spread["p90"] for spread in line["seconds"].values())
+    assert "(c) folded" in result.output
+
+
+def test_engine_reports_seconds_memory_and_stages(tmp_path: Path) -> None:
+    checkpoint = tiny.save(*tiny.tiny_llava(), tmp_path / "checkpoint")
+    result = run("engine", "--model", str(checkpoint), "--output", str(tmp_path / "engine.json"))
+    assert result.exit_code == 0, result.output
+    found = report_of(tmp_path / "engine.json")["results"]
+    assert [line["new_tokens"] for line in found["price"]] == [1, 2]
+    assert all(set(line["seconds"]) == {"plain", "session", "eager"} for line in found["price"])
+    (memory,) = found["memory"]
+    assert memory["eager_measured"] and memory["bound"] == 2 * 128 * 4
+    assert {"task", "general", "answer"} <= set(found["stages"])
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros": torch.zeros_like,
+    "nan": lambda maps: maps * float("nan"),
+    "another token": lambda maps: maps.roll(1, -1),
+    "too much": lambda maps: maps * 1.01,
+    "flat": lambda maps: maps.mean(-1, keepdim=True).expand_as(maps),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_room_stops_capture(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench_capture.capture
+
+    def broken(*args: Any, **options: Any) -> Capture:
+        found = honest(*args, **options)
+        return found._replace(maps=FAULTS[fault](found.maps))
+
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "capture", broken)
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output
+
+
+def test_a_wrong_opponent_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def averaged(given: cases.Problem) -> torch.Tensor:
+        query = given.query.unflatten(1, (-1, given.group)).mean(2, keepdim=True).expand(-1, -1, given.group, -1, -1)
+        return honest(dataclasses.replace(given, query=query.flatten(1, 2)))
+
+    honest = bench_capture.folded
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "folded", averaged)
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "(c) folded" in result.output
+
+
+def test_a_flat_truth_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "truth", lambda given: torch.full((1, 1, given.tokens.shape[1]), 1e-3))
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "flat" in result.output
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_maps_stop_engine(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda answer: answer._replace(maps=FAULTS[fault](answer.maps)))
+    result = run("engine")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output
+
+
+def test_another_token_stops_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda answer: answer._replace(ids=answer.ids + 1))
+    result = run("engine")
+    assert result.exit_code == 1
+    assert "tokens" in result.output
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
+    honest = bench_engine.opponents
+
+    def opponents(*args: Any) -> dict[str, Callable[[], Any]]:
+        runs = honest(*args)
+        session = runs[bench_engine.SESSION]
+        return {**runs, bench_engine.SESSION: lambda: fault(session())}
+
+    monkeypatch.setattr(bench_engine, "opponents", opponents)
+    monkeypatch.setattr(bench_engine, "paired", untimed)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    result = run("capture", "--output", str(tmp_path / "missing" / "capture.json"))
+    assert result.exit_code == 2
+
+
+class Once:
+    """Stands for the fixture of pytest-benchmark."""
+
+    group = ""
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        return run(*args)
+
+
+def test_the_forms_for_pytest_run() -> None:
+    benchmark = Once()
+    bench_capture.test_capture(benchmark, cases.QUICK[0], "(c) folded")
+    assert benchmark.group == str(cases.QUICK[0])
+    bench_engine.test_generate(benchmark, "float32", bench_engine.SESSION)
+
+
+def test_rounds_are_paired_and_the_budget_ends_them() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ABC"}
+    seconds = timing.paired(runs, rounds=9, before=timing.as_it_comes, budget=0.0, least=2)
+    assert "".join(order) == "ABC" * 3
+    assert [len(values) for values in seconds.values()] == [2, 2, 2]
+    assert timing.ratio({"A": [2.0, 9.0], "B": [1.0, 3.0]}, "A", "B").median == 2.5
+
+
+def test_a_geometry_keeps_its_groups() -> None:
+    assert (Shape(28, 1024, "bfloat16").heads, Shape(28, 1024, "bfloat16").key_heads) == (8, 2)
+    assert Shape(2, 256, "float32").key_heads == 1

@@ -1,0 +1,53 @@
+"""Peak memory of a session over a plain forward: rows x heads x S, where eager keeps S x S of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import peak_of_tensors
+from carve_kernels import capture_attention
+from tests.hf import tiny
+
+# Scores, their exponentials, and the picked probabilities of one layer at a time.
+ARRAYS = 4
+# Blocks of keys on their way to float32, buffers of the maps, rows of the query.
+CONSTANT = 2**19
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.tiny_llama()
+
+
+def forward(model: Any, length: int, rows: int | None, **options: Any) -> Callable[[], None]:
+    ids = torch.randint(5, 300, (1, length))
+    tokens = range(length // 10, length * 9 // 10)
+
+    def run() -> None:
+        session = nullcontext() if rows is None else capture_attention(model, layers="all", rows=rows, tokens=tokens)
+        with torch.no_grad(), session:
+            model(ids, logits_to_keep=1, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: int, rows: int) -> None:
+    plain, session = (peak_of_tensors(forward(model, length, captured)) for captured in (None, rows))
+    bound = rows * model.config.num_attention_heads * length * 4
+    assert session - plain <= ARRAYS * bound + CONSTANT
+
+
+def test_the_ruler_sees_what_eager_keeps() -> None:
+    model, length = tiny.tiny_llama(), 1024
+    plain = peak_of_tensors(forward(model, length, None))
+    model.set_attn_implementation("eager")
+    eager = peak_of_tensors(forward(model, length, None, output_attentions=True))
+    config = model.config
+    assert eager - plain >= config.num_hidden_layers * config.num_attention_heads * length**2 * 4
