@@ -140,7 +140,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
 
 def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
     model = seen.model
-    truth = "" if seen.asked.truth is None else f" \u2014 the true answer is \u201c{seen.asked.truth}\u201d"
+    truth = "" if seen.asked.truth is None else f"; the true answer is \u201c{seen.asked.truth}\u201d"
     facts = (
         f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
         f"attention {model['attention']}; image {seen.asked.image.width} x {seen.asked.image.height}; "
@@ -242,4 +242,4 @@ def _answer(answer: str, truth: str | None) -> Text:
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(one_line(text), 90, placeholder=" \u2026")
+    return textwrap.shorten(one_line(text), 90, placeholder=" ...")
