@@ -45,6 +45,8 @@ class Planner:
         # The ids behind the cache, in the pieces that came, on their device: joined only where a prefill needs them.
         self._history: list[torch.Tensor] | None = None
         self._inside: list[object] = []
+        # Whether a forward that was planned is under way: a part of the model that is called alone is none.
+        self.running = False
         self._thread: int | None = None
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,17 +57,15 @@ class Planner:
         if self._inside and self._inside[0] is not source:
             self._inside.append(source)
             return
-        self._inside = [source]
-        try:
-            self._plan(args, kwargs)
-        except BaseException:
-            self._inside = []
-            raise
+        self._inside, self.running = [], False
+        self._plan(args, kwargs)
+        self._inside, self.running = [source], True
 
     def end(self) -> None:
         """After a forward."""
         if self._inside:
             self._inside.pop()
+        self.running = bool(self._inside)
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments

@@ -188,16 +188,19 @@ class Record:
             for target, part in zip((values, mass, spread), later, strict=True):
                 target[:, :, 1:, -1] = part.movedim((0, 1, 2), (2, 1, 0))
             valid[:, :, 1:, -1] = True
-        if bool(((mass == _UNSEEN) & valid).any()):
-            missing = ((mass == _UNSEEN) & valid).any(-1).any(-1).any(0).nonzero()[:, 0]
+        unseen = ((mass == _UNSEEN) & valid).any(-1).any(0)
+        # A step that was interrupted is not there yet.
+        finished = steps - int(steps > 1 and bool(unseen[:, -1].any()))
+        if bool(unseen[:, :finished].any()):
+            missing = [layer for layer, gone in zip(self.layers, unseen[:, :finished].any(-1), strict=True) if gone]
             raise RuntimeError(
-                f"layers: nothing was captured in layers {[self.layers[place] for place in missing]}; their attention "
-                "was not called in the captured forward (was the implementation switched inside the session?)"
+                f"layers: nothing was captured in layers {missing}; their attention was not called in the captured "
+                "forward (was the implementation switched inside the session?)"
             )
         # All tokens out of a row's window give exactly 0: the map is missing, it is not black.
         valid &= alive[:, None, :, None] & ((mass != 0) | ~used.any(-1)[:, None, None, None])
         values[~valid], mass[~valid], spread[~valid] = 0.0, 0.0, 0.0
-        kept = int(alive.any(0).nonzero()[-1]) + 1
+        kept = int(alive[:, :finished].any(0).nonzero()[-1]) + 1
         return AttentionMaps(
             values[:, :, :kept], mass[:, :, :kept], spread[:, :, :kept], valid[:, :, :kept],
             self.layers, tuple(range(kept)), self.tokens.clone(), self.dtype, self.layout,

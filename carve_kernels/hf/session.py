@@ -153,7 +153,7 @@ class CaptureSession:
     def record(self, index: int, *call: Any) -> None:
         """Called by the attention of a captured layer."""
         record = self._planner.record
-        if record is not None:
+        if record is not None and self._planner.running:
             record.record(index, *call)
 
     def _install(self, stack: ExitStack) -> None:

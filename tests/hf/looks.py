@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -47,13 +46,18 @@ def generate(model: Any, inputs: Any, steps: int = STEPS, **options: Any) -> Any
         )
 
 
+def in_eager(name: str) -> Any:
+    """A model with the same weights that attends by eager; made anew, since a copy may run parts of its original."""
+    model, _ = FAMILIES[name]()
+    model.set_attn_implementation({"text_config": "eager"})
+    return model
+
+
 @functools.cache
 def eager(name: str, batch: int, cache: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences, and the head means of eager's last rows at the image tokens: [B, L, T, N], zero where padded."""
-    model, inputs = family(name)[0], inputs_of(name, batch)
-    other = copy.deepcopy(model)
-    other.set_attn_implementation({"text_config": "eager"})
-    output = generate(other, inputs, output_attentions=True, cache_implementation=cache)
+    model, inputs = in_eager(name), inputs_of(name, batch)
+    output = generate(model, inputs, output_attentions=True, cache_implementation=cache)
     columns = visual(model, inputs)
     maps = torch.zeros(batch, 4, STEPS, max(map(len, columns)))
     for step, layers in enumerate(output.attentions):
@@ -66,8 +70,7 @@ def eager(name: str, batch: int, cache: str) -> tuple[torch.Tensor, torch.Tensor
 @functools.cache
 def exact(name: str, batch: int) -> torch.Tensor:
     """The same maps in float64: each prompt alone, without padding, its answer behind it in one forward."""
-    model = copy.deepcopy(family(name)[0]).double()
-    model.set_attn_implementation({"text_config": "eager"})
+    model = in_eager(name).double()
     answers = eager(name, batch, "dynamic")[0][:, -STEPS:]
     maps = torch.zeros(batch, 4, STEPS, eager(name, batch, "dynamic")[1].shape[-1], dtype=torch.float64)
     for row in range(batch):

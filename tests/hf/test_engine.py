@@ -15,7 +15,7 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset, carve, load
 from carve_kernels.complexity import complexity
 from carve_kernels.hf.prompts import build_prompt, prepare
-from tests.hf.looks import family
+from tests.hf.looks import family, in_eager
 from tests.hf.test_session import state
 from tests.hf.tiny import picture, save, tiny_llava
 
@@ -36,15 +36,11 @@ def greedy(name: str, images: list[Image.Image], text: str, preset: Preset) -> l
 
 def last_rows(name: str, text: str, preset: Preset) -> list[torch.Tensor]:
     """Eager's head means at the image tokens, [L, N] for each step."""
-    import copy
-
-    model, processor = family(name)
-    other = copy.deepcopy(model)
-    other.set_attn_implementation({"text_config": "eager"})
+    model, processor = in_eager(name), family(name)[1]
     inputs = prepare(processor, [PHOTO], build_prompt(processor, text), None, preset.max_pixels)
     columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
     with torch.no_grad():
-        output = other.generate(
+        output = model.generate(
             **inputs, do_sample=False, max_new_tokens=preset.max_new_tokens, return_dict_in_generate=True,
             output_attentions=True,
         )  # fmt: skip

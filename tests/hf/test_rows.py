@@ -9,20 +9,16 @@ import pytest
 import torch
 
 from carve_kernels import capture_attention
-from tests.hf.looks import TEXTS, eager, family, generate, inputs_of, visual
+from tests.hf.looks import TEXTS, eager, family, generate, in_eager, inputs_of, visual
 
 LAYERS = 4
 
 
 def full(name: str, batch: int) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
     """Inputs, eager's head means of the prefill [B, L, S, S], image columns."""
-    import copy
-
-    model, inputs = family(name)[0], inputs_of(name, batch)
-    other = copy.deepcopy(model)
-    other.set_attn_implementation({"text_config": "eager"})
+    model, inputs = in_eager(name), inputs_of(name, batch)
     with torch.no_grad():
-        attentions = other(**inputs, output_attentions=True).attentions
+        attentions = model(**inputs, output_attentions=True).attentions
     return inputs, torch.stack([layer.mean(1) for layer in attentions], 1), visual(model, inputs)
 
 

@@ -24,8 +24,8 @@ def state(model: Any) -> Any:
 
     modeling = {sys.modules[type(module).__module__] for module in attention_modules(model).values()}
     return (
-        {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()],
+        {(name, key) for name, module in model.named_modules() for key in module.__dict__},
+        {(name, len(module._forward_pre_hooks), len(module._forward_hooks)) for name, module in model.named_modules()},
         model.config._attn_implementation,
         model.config.text_config._attn_implementation,
         model.config.vision_config._attn_implementation,
@@ -257,6 +257,15 @@ def decoder_hook(model: Any, layer: int, order: list[str]) -> Any:
     )
 
 
+def test_a_part_of_the_model_that_is_called_alone_changes_nothing() -> None:
+    model, inputs = family("llava")[0], inputs_of("llava", 1)
+    with capture_attention(model, layers="all") as session, torch.no_grad():
+        model(**inputs)
+        before = session.maps
+        model.model.language_model(input_ids=torch.arange(4, 30)[None])
+    assert torch.equal(session.maps.values, before.values)
+
+
 def test_nested_sessions_on_one_model_end_in_any_order() -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     before = state(model)
@@ -365,6 +374,10 @@ def test_an_interrupted_generation_leaves_the_model_as_it_was(
         generate(model, inputs)
     hook.remove()
     assert state(model) == before
+    # The steps before the third are whole.
+    assert torch.allclose(
+        session.maps.values[:, :, :, 0], eager("llava", 1, "dynamic")[1][:, :, :2], rtol=1e-4, atol=1e-7
+    )
     with capture_attention(model, layers="all") as session:
         hook = decoder_layers(model)[2].mlp.register_forward_pre_hook(interrupt)
         calls.clear()

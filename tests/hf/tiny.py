@@ -212,7 +212,9 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
 
 def _finish(model_class: Any, config: Any, tokenizer: Any, seed: int) -> Any:
     """Weights of a size that keeps activations near 1, attention peaked and greedy answers varied."""
-    model = model_class(config).float().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
