@@ -36,10 +36,13 @@ def forward(model: Any, length: int, rows: int | None, **options: Any) -> Callab
     return run
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("length", [2048, 8192])
-def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: int, rows: int) -> None:
-    plain, session = (peak_of_tensors(forward(model, length, captured)) for captured in (None, rows))
+def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: int, rows: int, use_cache: bool) -> None:
+    plain, session = (
+        peak_of_tensors(forward(model, length, captured, use_cache=use_cache)) for captured in (None, rows)
+    )
     bound = rows * model.config.num_attention_heads * length * 4
     assert session - plain <= ARRAYS * bound + CONSTANT
 

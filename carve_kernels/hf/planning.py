@@ -58,7 +58,11 @@ class Planner:
             self._inside.append(source)
             return
         self._inside, self.running = [], False
-        self._plan(args, kwargs)
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        record = self._plan(given)
+        record.together = self._on_layer is None and self._cached(given)
+        self.record = record
         self._inside, self.running = [source], True
 
     def end(self) -> None:
@@ -67,9 +71,7 @@ class Planner:
             self._inside.pop()
         self.running = bool(self._inside)
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+    def _plan(self, given: dict[str, Any]) -> Record:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
@@ -80,16 +82,16 @@ class Planner:
             self._same_thread()
             record.advance(ids, record.length + 1, 0)
             self._history = None if ids is None or self._history is None else [*self._history, ids.detach()]
-            return
+            return record
         past = 0 if cache is None else int(cache.get_seq_length())
         if record is not None and past == 0 and self._repeats(ids):
             self._same_thread()
             record.advance(ids, length, length - 1)
             self._history = [ids.detach()]  # type: ignore[union-attr]
-            return
-        self._prefill(ids, source, past, given.get("attention_mask"))
+            return record
+        return self._prefill(ids, source, past, given.get("attention_mask"))
 
-    def _prefill(self, ids: torch.Tensor | None, source: torch.Tensor, past: int, attention_mask: Any) -> None:
+    def _prefill(self, ids: torch.Tensor | None, source: torch.Tensor, past: int, attention_mask: Any) -> Record:
         self.record, self._thread = None, threading.get_ident()
         batch, length = source.shape[:2]
         total = past + length
@@ -108,7 +110,7 @@ class Planner:
                 f"rows: expected rows of this forward, which starts at column {past} behind a cache, got "
                 f"column {int(rows.columns.min())}; use rows='last' for a chunked prefill"
             )
-        self.record = Record(
+        return Record(
             self._layers,
             rows,
             tokens,
@@ -143,6 +145,11 @@ class Planner:
                 "truncated?"
             )
         return tokens
+
+    def _cached(self, given: dict[str, Any]) -> bool:
+        wanted = given.get("use_cache")
+        config = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
+        return bool(wanted if wanted is not None else getattr(config, "use_cache", False))
 
     def _known(self, batch: int, length: int) -> torch.Tensor | None:
         """The ids of the whole sequence on the CPU, if they passed through this session."""

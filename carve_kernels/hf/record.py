@@ -76,6 +76,8 @@ class Record:
         self.fed: list[torch.Tensor] = []
         self.dtype = ""
         self.on_layer, self.backend = on_layer, backend
+        # Whether layers wait for each other: a cache holds their keys anyway; without one they would be held for this.
+        self.together = True
         self.pending: _Batch | None = None
 
     def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
@@ -128,7 +130,7 @@ class Record:
         if options.get("s_aux") is not None:
             pending.sink.append(options["s_aux"].detach())
         self.dtype = str(query.dtype).removeprefix("torch.")
-        if index == len(self.layers) - 1 or self.on_layer is not None:
+        if index == len(self.layers) - 1 or not self.together:
             self._flush()
         if self.on_layer is not None:
             slot = int(self.slot)
