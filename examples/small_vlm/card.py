@@ -34,8 +34,8 @@ ACCURACY = """
 ## Accuracy
 
 {samples} test scenes a level; chance is 10 %. `raw`, `contrast` and `general` are crops from these maps with the
-profile (`carve.json`: `{profile}`), chosen on {validation_samples} validation scenes each of levels 3 and 4, which
-share no seed with training. `random` and `perfect` are squares of the same size, anywhere and around the asked digit.
+profile (`carve.json`: `{profile}`), chosen on {validation_samples} validation scenes a level, which share no
+seed with training. `random` and `perfect` are squares of the same size, anywhere and around the asked digit.
 `paper` is preset `paper` with its own layers, steps, keep and top.
 
 """

@@ -80,7 +80,7 @@ def main() -> None:
     else:
         minutes = tuple(options.minutes)
         train(options.output, minutes, options.shards, SHARD_SCENES, compiled=True)
-        evaluate(model, options.samples, 100, minutes)
+        evaluate(model, options.samples, 60, minutes)
 
 
 if __name__ == "__main__":
