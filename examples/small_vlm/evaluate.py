@@ -22,7 +22,7 @@ from torch import Tensor
 
 from build import GRID
 from carve_kernels import Preset, carve, zoom
-from carve_kernels.models.scenes import GENERAL, LEVELS, SIZE, Box, Scene, Split, draw_scene
+from carve_kernels.models.scenes import DIGITS, GENERAL, LEVELS, SIZE, Box, Scene, Split, draw_scene
 
 VALIDATION_SEED = 10_000_000
 MINUTES = (22.0, 45.0)
@@ -109,10 +109,18 @@ def choose(reader: Reader, count: int) -> tuple[Preset, list[dict[str, Any]]]:
     return replace(best, max_new_tokens=16), tried
 
 
+def described(seen: Seen) -> float:
+    """Share of the digits that the general list names with the right colour."""
+    shares = []
+    for text, scene in zip(seen.general.texts, seen.scenes, strict=True):
+        shares.append(np.mean([f"{placed.colour} {DIGITS[placed.digit]}" in text for placed in scene.digits]))
+    return float(np.mean(shares))
+
+
 def crops(reader: Reader, seen: Seen, profile: Preset) -> dict[str, float]:
     """Accuracy plain and after every kind of crop."""
     place = np.random.default_rng(0)
-    found = {"plain": float(np.mean(seen.right))}
+    found = {"plain": float(np.mean(seen.right)), "described": described(seen)}
     for kind in ("raw", "contrast", "general"):
         found[kind] = accuracy(reader, seen, kind, profile)
     found["contrast, lam mean"] = accuracy(reader, seen, "contrast", replace(profile, lam="mean"))

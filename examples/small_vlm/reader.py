@@ -19,10 +19,15 @@ CHUNK = 50
 
 @dataclass
 class Look:
-    """First answered words [n], and maps [n, L, 2, N]: step 0 is the prompt's last row, 1 the last answer word's."""
+    """Answers [n], and maps [n, L, 2, N]: step 0 is the prompt's last row, 1 the last answer word's."""
 
-    words: list[str]
+    texts: list[str]
     maps: Tensor
+
+    @property
+    def words(self) -> list[str]:
+        """The first word of each answer."""
+        return [text.partition(" ")[0] for text in self.texts]
 
 
 class Reader:
@@ -67,12 +72,12 @@ class Reader:
     def look(self, images: list[Image.Image], questions: list[str] | None, limit: int) -> Look:
         """Ask with maps; None asks for the general description."""
         texts = questions or [GENERAL] * len(images)
-        words, maps = [], []
+        found, maps = [], []
         for at in range(0, len(images), CHUNK):
             answers, part = self._rows(self._inputs(images[at : at + CHUNK], texts[at : at + CHUNK]), limit)
-            words += self.processor.batch_decode(answers[:, :1])
+            found += self.processor.batch_decode(answers, skip_special_tokens=True)
             maps.append(part)
-        return Look(words, torch.cat(maps))
+        return Look(found, torch.cat(maps))
 
 
 def box_tokens(box: Box) -> np.ndarray:
