@@ -213,7 +213,7 @@ def _share(result: CarveResult) -> float:
 
 def _settings(result: CarveResult) -> str:
     preset = result.preset
-    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; keeps {preset.keep:.0%}"
+    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; top {preset.keep:.0%} of the pixels"
 
 
 def _looking(rows: str | int | tuple[Any, ...]) -> str:

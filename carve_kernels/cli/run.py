@@ -69,7 +69,8 @@ def run(
         _option("Load pickle weights, which can run code of whoever wrote them.", "--allow-pickle", "Machine"),
     ] = False,
     max_image_pixels: Annotated[
-        int | None, _option("Refuse images with more pixels than this.", "--max-image-pixels", "Machine")
+        int | None,
+        _option("Refuse images with more pixels than this. Default: 178956970.", "--max-image-pixels", "Machine"),
     ] = None,
 ) -> None:
     """Ask a local checkpoint about an image, see where it looks, keep that part, and ask again."""
