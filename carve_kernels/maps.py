@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -69,7 +69,10 @@ class AttentionMaps:
         """The last step at which batch row b has maps in every layer: t_end."""
         steps = self.valid[b].any(-1).all(0).nonzero()
         if not len(steps):
-            raise ValueError(f"maps: expected a step with maps for batch row {b}, got none")
+            raise ValueError(
+                f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (do they "
+                "stand before the image, or beyond a sliding window?)"
+            )
         return int(steps[-1])
 
     def with_layout(self, layout: VisualLayout) -> AttentionMaps:
@@ -97,13 +100,12 @@ class AttentionMaps:
             {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS},
             metadata={"carve": json.dumps(header)},
         )
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            temporary.write_bytes(data)
             os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @staticmethod

@@ -26,9 +26,12 @@ def look(
     asked: Question,
     presets: Mapping[str, Preset],
     load: Callable[[], tuple[Any, Any]],
-    backend: str = "auto",
+    **options: Any,
 ) -> None:
-    """Fill the folder `output` with everything seen under each preset, the first one's in full, and print a summary."""
+    """Fill the folder `output` with everything seen under each preset, the first one's in full, and print a summary.
+
+    `options` are the engine's: backend, max_image_pixels.
+    """
     start = time.perf_counter()
     with results(output, FILES) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
         announce("loading the model")
@@ -36,7 +39,7 @@ def look(
         loaded = time.perf_counter() - start
         found = {}
         for name, preset in presets.items():
-            engine = CarveEngine(model, processor, preset=preset, backend=backend)
+            engine = CarveEngine(model, processor, preset=preset, **options)
             found[name] = engine(asked.image, asked.text, on_progress=_announcer(announce, name))
         announce("writing")
         seen = Look(asked, _facts(model), found, {"load": loaded, "total": time.perf_counter() - start})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,8 +58,6 @@ def write(folder: Path, seen: Look) -> None:
     first.image.save(folder / "image.png")
     first.refined.save(folder / "refined.png")
     first.task.save(folder / "maps.safetensors")
-    # It was written as a temporary file, which others may not read.
-    shutil.copymode(folder / "result.json", folder / "maps.safetensors")
 
 
 def record(seen: Look) -> dict[str, Any]:

@@ -95,13 +95,15 @@ def run(
     if top is not None:
         changes["floor"] = None
     settings = dataclasses.replace(base, **changes)
-    opened = open_image(image, MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
+    limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
+    opened = open_image(image, limit)
     look(
         output,
         Question(opened, question),
         {name: settings},
         lambda: _load(model, dtype, _device(device), attn, allow_pickle),
-        backend,
+        backend=backend,
+        max_image_pixels=limit,
     )
 
 

@@ -18,7 +18,7 @@ from carve_kernels.complexity import complexity
 from carve_kernels.hf.backbone import decoder_layers, unwrap
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.loading import profile_of
-from carve_kernels.hf.prompts import build_prompt, open_image, prepare
+from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.session import capture_attention
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import carve
@@ -42,16 +42,17 @@ class _Look(NamedTuple):
 class CarveEngine:
     """CARVE on a model: engine(image, question) -> CarveResult.
 
-    ==========  =======================================================================================================
-    argument    meaning
-    ==========  =======================================================================================================
-    model       a transformers model of a supported family
-    processor   its processor
-    preset      "paper", "release", a Preset or a dict of its fields; None takes the profile, and "paper" without one
-    profile     a dict, or the path of a carve.json: which rows and layers of this model see the question. None takes
-                the carve.json of the model's directory where there is one; False takes none
-    backend     the room that captures, contrasts and finds regions
-    ==========  =======================================================================================================
+    ================  =================================================================================================
+    argument          meaning
+    ================  =================================================================================================
+    model             a transformers model of a supported family
+    processor         its processor
+    preset            "paper", "release", a Preset or a dict of its fields; None takes the profile, and "paper" without
+    profile           a dict, or the path of a carve.json: which rows and layers of this model see the question. None
+                      takes the carve.json of the model's directory where there is one; False takes none
+    backend           the room that captures, contrasts and finds regions
+    max_image_pixels  the most pixels that an image may have
+    ================  =================================================================================================
 
     Calling it: `image` is a path or a PIL image; `question` a text; `prompt`, if given, the whole text that the model
     reads, with one image token, in place of the chat template's; `on_progress(stage, done, total)` is called before
@@ -70,8 +71,10 @@ class CarveEngine:
         preset: str | Preset | Mapping[str, Any] | None = None,
         profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None = None,
         backend: str = "auto",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         self.model, self.processor, self.backend = model, processor, backend
+        self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = _preset(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))
 
@@ -95,7 +98,7 @@ class CarveEngine:
                     f"prompt: expected None where the last question shows two images (images={preset.images!r}), since "
                     f"one prompt cannot hold one image and then two; got {checks.describe(prompt)}"
                 )
-        original = open_image(image)
+        original = open_image(image, self.max_image_pixels)
         asked = self._prompt(question) if prompt is None else prompt
         inputs = self._inputs([original], asked)
         layout = layout_of(self.model, self.processor, inputs, [original])
