@@ -53,12 +53,12 @@ def zoom(
     (result)  PIL image, RGB
     ========  ===================  ======  ======================================================================
 
-    "longer" and "cover" keep the aspect and give way to `limit`: only then does the longer side ("longer"), or one
-    side ("cover"), fall short of the image's by more than a pixel; it is logged. The picture's EXIF orientation is
-    the caller's to apply.
+    "longer" and "cover" keep the aspect. Every size gives way to `limit`, in its own aspect: only then does the longer
+    side ("longer"), one side ("cover") or an exact side fall short by more than a pixel; it is logged. The picture's
+    EXIF orientation is the caller's to apply.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range: a mask of another size than the
-    image, a box that leaves it, an exact size beyond the limit, a mode without a fixed range (32-bit, float).
+    image, a box that leaves it, a mode without a fixed range (32-bit, float).
 
     Source: the refinement step of CARVE (arXiv 2509.06461); resampling, `limit` and exact sizes are ours.
     """
@@ -129,11 +129,8 @@ def _target(part: Size, whole: Size, size: str | Size, limit: float) -> Size:
     height, width = part
     most = limit * whole[0] * whole[1]
     if not isinstance(size, str):
-        exact = checks.size("size", size)
-        if exact[0] * exact[1] > most:
-            raise ValueError(f"size: expected at most {limit:g} times the image's pixels, {most:.0f}, got {exact}")
-        return exact
-    if checks.choice("size", size, SIZES) == "longer":
+        height, width = wanted = checks.size("size", size)
+    elif checks.choice("size", size, SIZES) == "longer":
         scale = max(whole) / max(part)
         wanted = round(height * scale), round(width * scale)
     else:
@@ -141,6 +138,7 @@ def _target(part: Size, whole: Size, size: str | Size, limit: float) -> Size:
         wanted = int(height * scale), int(width * scale)
     if wanted[0] * wanted[1] > most:
         scale = math.sqrt(most / (height * width))
-        wanted = int(height * scale), int(width * scale)
+        rows = max(1, min(int(height * scale), int(most)))
+        wanted = rows, max(1, min(int(width * scale), int(most) // rows))
         _log.info("zoom: %s capped at %s, %g times the image's pixels", size, wanted, limit)
     return wanted
