@@ -17,7 +17,11 @@ def describe(value: Any) -> str:
     """A value in an error message: tensors by dtype and shape, the rest by type and a short repr."""
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not print integers of thousands of digits.
+        text = "too long to print"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
@@ -43,7 +47,10 @@ def number(name: str, value: Any, *, low: float | None = None, high: float | Non
     """Check a finite real number, ends included."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        result = float("inf")
     if result != result or result in (float("inf"), float("-inf")):
         raise ValueError(f"{name}: expected a finite number, got {describe(value)}")
     if (low is not None and result < low) or (high is not None and result > high):

@@ -50,7 +50,8 @@ def pair(
     """Pair the steps of two answers: task [L, T1, N] and general [L, T2, N] -> both [L, T, N], and weights [T].
 
     "t_start" pairs first with first, "t_end" last with last, "t_full" step t with t up to the shorter answer.
-    The weights are 1, 2, 3, ..., or the first T of `step_weights`, which only "t_full" takes.
+    The weights are 1, 2, 3, ..., or the first T of `step_weights`, which only "t_full" takes; steps beyond the given
+    weights are not read.
     """
     check_steps(steps, step_weights)
     if steps == "t_start":
@@ -58,6 +59,8 @@ def pair(
     elif steps == "t_end":
         task, general = task[:, -1:], general[:, -1:]
     count = min(task.shape[1], general.shape[1])
+    if step_weights is not None:
+        count = min(count, len(step_weights))
     given = None if step_weights is None else step_weights[:count]
     return task[:, :count], general[:, :count], weights("step_weights", given, range(1, count + 1)).to(task)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -24,10 +25,17 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _OPENING = threading.Lock()
 
 
+class Decoding(NamedTuple):
+    """What a running `generate` says of its forwards: tokens that end a row, and whether the prompt comes in chunks."""
+
+    eos: tuple[int, ...]
+    chunked: bool
+
+
 class Decoder(Protocol):
     """What an open session does before and after a forward."""
 
-    eos: tuple[int, ...] | None
+    decoding: Decoding | None
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
@@ -51,22 +59,29 @@ class DecodingGuard:
             self._shadow("_compiled_call_impl", self._around(model._compiled_call_impl))
 
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(generate)
+
         def captured_generate(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
-            if kwargs.get("assistant_model") is not None:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
+            config = given.get("generation_config") or getattr(self._model, "generation_config", None)
+            if given.get("assistant_model") is not None:
                 raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")
             for name, off in _REFUSED.items():
-                value = kwargs.get(name, getattr(config, name, None))
+                value = given.get(name, getattr(config, name, None))
                 if value not in off:
                     raise ValueError(f"{name}: expected {off[-1]} inside capture_attention, got {value!r}")
-            ends = end_tokens(kwargs.get("eos_token_id", getattr(config, "eos_token_id", None)))
+            decoding = Decoding(
+                end_tokens(given.get("eos_token_id", getattr(config, "eos_token_id", None))),
+                given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None,
+            )
             for session in self.sessions:
-                session.eos = ends
+                session.decoding = decoding
             try:
                 return generate(*args, **kwargs)
             finally:
                 for session in self.sessions:
-                    session.eos = None
+                    session.decoding = None
 
         return captured_generate
 

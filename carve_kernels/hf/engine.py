@@ -21,7 +21,7 @@ from carve_kernels.hf.loading import profile_of
 from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.session import capture_attention
 from carve_kernels.maps import AttentionMaps
-from carve_kernels.pipeline import carve
+from carve_kernels.pipeline import CarveOutcome, carve
 from carve_kernels.presets import Preset
 from carve_kernels.types import CarveResult, VisualLayout
 
@@ -57,7 +57,8 @@ class CarveEngine:
     Calling it: `image` is a path or a PIL image; `question` a text; `prompt`, if given, the whole text that the model
     reads, with one image token, in place of the chat template's; `on_progress(stage, done, total)` is called before
     each of the stages task, general, carve and answer, and once more at the end. Decoding is greedy under the model's
-    own generation config.
+    own generation config. Where the refined image is the original, or cannot be shown, the refined answer is the
+    plain one.
 
     Raises TypeError or ValueError, before the model runs, for arguments that do not fit, an unreadable image included.
     Source: CARVE, arXiv 2509.06461.
@@ -77,6 +78,9 @@ class CarveEngine:
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = _preset(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))
+        weights = self.preset.layer_weights
+        if weights is not None and len(weights) != len(self.layers):
+            raise ValueError(f"layer_weights: expected one for each of layers {list(self.layers)}, got {weights!r}")
 
     def __call__(
         self,
@@ -125,7 +129,7 @@ class CarveEngine:
                 backend=self.backend,
             )
         with clock.stage("answer"):
-            ids, answer = self._answer(original, outcome.refined, question, asked, task, outcome.reason)
+            ids, answer, reason = self._answer(original, outcome, question, asked, task)
         clock.finish()
         return CarveResult(
             question=question,
@@ -146,20 +150,27 @@ class CarveEngine:
                 "answer": clock.seconds["answer"],
             },
             preset=preset,
-            reason=outcome.reason,
+            reason=reason,
             answer_ids=task.ids,
             refined_ids=ids,
         )
 
     def _answer(
-        self, original: Image.Image, refined: Image.Image, question: str, asked: str, task: _Look, reason: str | None
-    ) -> tuple[tuple[int, ...], str]:
-        if self.preset.images == "refined":
-            if reason is not None:
-                return task.ids, task.answer
-            return self._generate(self._inputs([refined], asked), self.preset.max_new_tokens)
-        inputs = self._inputs([original, refined], self._prompt(question, 2))
-        return self._generate(inputs, self.preset.max_new_tokens)
+        self, original: Image.Image, outcome: CarveOutcome, question: str, asked: str, task: _Look
+    ) -> tuple[tuple[int, ...], str, str | None]:
+        """The refined answer as ids and text, and why it is the plain one, or None."""
+        alone = self.preset.images == "refined"
+        if alone and outcome.reason is not None:
+            return task.ids, task.answer, outcome.reason
+        try:
+            if alone:
+                inputs = self._inputs([outcome.refined], asked)
+            else:
+                inputs = self._inputs([original, outcome.refined], self._prompt(question, 2))
+        except ValueError as error:
+            # A crop may be thinner than a processor takes; the looks that led to it are not thrown away.
+            return task.ids, task.answer, f"the refined image cannot be shown to the model: {error}"
+        return *self._generate(inputs, self.preset.max_new_tokens), outcome.reason
 
     def _prompt(self, text: str, images: int = 1) -> str:
         return build_prompt(self.processor, text + self.preset.suffix, images)
@@ -186,11 +197,22 @@ class CarveEngine:
             do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens, max_length=None
         )
         config.update(**dict.fromkeys(_SAMPLING))
-        with torch.no_grad():
+        with torch.no_grad(), _positions_kept(unwrap(self.model)):
             output = self.model.generate(**inputs, generation_config=config)
         sequence = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
         answer = self.processor.decode(sequence, skip_special_tokens=True)
         return tuple(sequence.tolist()), answer.strip()
+
+
+@contextmanager
+def _positions_kept(model: Any) -> Iterator[None]:
+    """Puts back what some models (Qwen's) note of the last prompt's positions: a caller may be decoding on it."""
+    noted = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    try:
+        yield
+    finally:
+        for module, deltas in noted:
+            module.rope_deltas = deltas
 
 
 class _Clock:

@@ -13,7 +13,7 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.hf.attention import attended_columns
 from carve_kernels.hf.backbone import image_token_positions
-from carve_kernels.hf.decoding import end_tokens
+from carve_kernels.hf.decoding import Decoding, end_tokens
 from carve_kernels.hf.record import OnLayer, Record
 from carve_kernels.hf.rows import RowsSpec, resolve_rows, template_suffix, tokenizer_of
 from carve_kernels.types import VisualLayout
@@ -35,7 +35,7 @@ class Planner:
         backend: str,
     ) -> None:
         self.record: Record | None = None
-        self.eos: tuple[int, ...] | None = None
+        self.decoding: Decoding | None = None
         self._model, self._layers, self._device, self._rows = model, layers, device, rows
         self._tokenizer = None if processor is None else tokenizer_of(processor)
         self._suffix = template_suffix(processor) if rows == "question" and processor is not None else 0
@@ -47,11 +47,11 @@ class Planner:
         self._inside: list[object] = []
         # Whether a forward that was planned is under way: a part of the model that is called alone is none.
         self.running = False
-        self._thread: int | None = None
+        self._thread: threading.Thread | None = None
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward; a wrapper and the model inside it count as one. Raises before the model has run."""
-        if self._inside and self._thread != threading.get_ident():
+        if self._inside and self._thread is not threading.current_thread():
             raise RuntimeError("model: two threads run it inside one session, give each its own model and session")
         # A forward that Ctrl-C ended is never reported as ended: the same source begins again.
         if self._inside and self._inside[0] is not source:
@@ -61,7 +61,8 @@ class Planner:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         record = self._plan(given)
-        record.together = self._on_layer is None and self._cached(given)
+        if record is not None:
+            record.together = self._on_layer is None and self._cached(given)
         self.record = record
         self._inside, self.running = [source], True
 
@@ -71,7 +72,7 @@ class Planner:
             self._inside.pop()
         self.running = bool(self._inside)
 
-    def _plan(self, given: dict[str, Any]) -> Record:
+    def _plan(self, given: dict[str, Any]) -> Record | None:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
@@ -79,20 +80,21 @@ class Planner:
         length = source.shape[1]
         record, cache = self.record, given.get("past_key_values")
         if record is not None and length == 1 and _follows(cache, record.length):
-            self._same_thread()
+            self._own_thread()
             record.advance(ids, record.length + 1, 0)
             self._history = None if ids is None or self._history is None else [*self._history, ids.detach()]
             return record
         past = 0 if cache is None else int(cache.get_seq_length())
         if record is not None and past == 0 and self._repeats(ids):
-            self._same_thread()
+            self._own_thread()
             record.advance(ids, length, length - 1)
             self._history = [ids.detach()]  # type: ignore[union-attr]
             return record
         return self._prefill(ids, source, past, given.get("attention_mask"))
 
-    def _prefill(self, ids: torch.Tensor | None, source: torch.Tensor, past: int, attention_mask: Any) -> Record:
-        self.record, self._thread = None, threading.get_ident()
+    def _prefill(self, ids: torch.Tensor | None, source: torch.Tensor, past: int, attention_mask: Any) -> Record | None:
+        self._own_thread()
+        self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
         if ids is None:
@@ -104,6 +106,8 @@ class Planner:
         known = self._known(batch, total)
         attended = attended_columns(attention_mask, batch, length, total)
         tokens = self._visual_tokens(known, batch, total)
+        if tokens is None:
+            return None
         rows = resolve_rows(self._rows, known, attended, tokens, self._tokenizer, self._suffix)
         if bool((rows.columns < past).any()):
             raise ValueError(
@@ -124,7 +128,8 @@ class Planner:
             backend=self._backend,
         )
 
-    def _visual_tokens(self, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor:
+    def _visual_tokens(self, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+        """The columns of the visual tokens, int32 [B, N]; None in a chunk of a prompt before its first image."""
         if self._tokens is None:
             if ids is None:
                 raise ValueError(
@@ -133,6 +138,8 @@ class Planner:
                 )
             found = image_token_positions(self._model, ids)
             if not any(len(row) for row in found):
+                if self.decoding is not None and self.decoding.chunked:
+                    return None
                 raise ValueError("input_ids: expected image tokens in the prompt, got none; was the image left out?")
             width = max(len(row) for row in found)
             return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=-1) for row in found])
@@ -166,14 +173,16 @@ class Planner:
         return before is not None and bool(torch.equal(ids[:, :-1].detach().cpu(), before))
 
     def _end_tokens(self) -> tuple[int, ...]:
-        if self.eos is not None:
-            return self.eos
+        if self.decoding is not None:
+            return self.decoding.eos
         return end_tokens(getattr(getattr(self._model, "generation_config", None), "eos_token_id", None))
 
-    def _same_thread(self) -> None:
-        if self._thread != threading.get_ident():
+    def _own_thread(self) -> None:
+        """A session follows one thread; another may take over once that one has ended, as workers of a streamer do."""
+        if self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
             raise RuntimeError(
-                "model: a step of another thread's generation came inside this session; give each thread its own model"
+                f"model: {threading.current_thread().name} runs it inside a session that captures another thread, "
+                f"{self._thread.name}; give each thread its own model and session"
             )
 
 

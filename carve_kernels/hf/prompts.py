@@ -80,7 +80,8 @@ def prepare(
     `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin); processors
     of a fixed size ignore it. The processor itself is not changed.
 
-    Raises ValueError if prompt and images differ in number.
+    Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
+    that is 200 times longer than wide).
     """
     expected = prompt.count(processor.image_token)
     if expected != len(images):
@@ -96,7 +97,11 @@ def prepare(
     if first and prompt.startswith(first):
         # The template has put it there; the tokenizer would put another one before it.
         settings["add_special_tokens"] = False
-    inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
+    try:
+        inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
+    except ValueError as error:
+        sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
+        raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
 
 
@@ -114,6 +119,8 @@ def _opened(path: Path, limit: int) -> Image.Image:
 
 def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
     width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"expected at least one pixel, got {width} x {height}")
     if width * height > limit:
         raise ValueError(
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "

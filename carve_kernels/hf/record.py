@@ -19,6 +19,8 @@ from carve_kernels.types import Capture, VisualLayout
 OnLayer = Callable[[int, int, Capture], None]
 # What a buffer of masses holds until something is captured; a mass is never negative.
 _UNSEEN = -1.0
+# Decode steps that buffers are made for at first; they double when an answer is longer.
+STEPS = 64
 
 
 @dataclass
@@ -92,11 +94,16 @@ class Record:
         if ids is not None:
             self.fed.append(ids[:, -1].detach().to(self.tokens.device, copy=True))
         batch = self.tokens.shape[0]
-        if self.later is None:
-            steps = self.max_steps - 1
-            self.later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], self.tokens.device)
-            self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=self.tokens.device)
-            self.target = self.later
+        room = 0 if self.later is None else self.later.mass.shape[0]
+        if self.step > room:
+            steps = min(self.max_steps - 1, max(STEPS, 2 * room))
+            later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], self.tokens.device)
+            if self.later is None:
+                self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=self.tokens.device)
+            else:
+                for target, part in zip(later, self.later, strict=True):
+                    target[:room] = part
+            self.later = self.target = later
         self.slot.fill_(self.step - 1)
         self.rows.fill_(column)
 

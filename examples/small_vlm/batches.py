@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from forward import GENERAL_WIDTH, QUESTION_WIDTH, QUESTIONS, SUFFIX
+from model import GRID, ID, IMAGE, PATCH
 from pool import PARTIAL, VIEWS_PER_SCENE, WHOLE
 from torch import Tensor
 
-from build import GRID, ID, IMAGE, PATCH
 from carve_kernels.models.scenes import COLOURS, DIGITS
 
 DIGIT_IDS = [ID[word] for word in DIGITS]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from card import write_card
+from model import GRID
 from PIL import Image
 from reader import Look, Reader, box_tokens
 from torch import Tensor
 
-from build import GRID
 from carve_kernels import Preset, carve, zoom
 from carve_kernels.models.scenes import DIGITS, GENERAL, LEVELS, SIZE, Box, Scene, Split, draw_scene
 

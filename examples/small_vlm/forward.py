@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from model import HEADS, ID, WIDTH
 from torch import Tensor
 from torch.nn import functional as F
-
-from build import HEADS, ID, WIDTH
 
 QUESTIONS = 6
 QUESTION_WIDTH = 5

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from model import GRID
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from build import GRID
 from carve_kernels.models.scenes import GENERAL, SIZE, Box
 
 CHUNK = 50

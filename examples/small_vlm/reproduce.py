@@ -15,11 +15,11 @@ import torch
 from batches import Sampler
 from evaluate import MINUTES, evaluate
 from forward import Runner
+from model import build_model, export
 from pool import SHARD_SCENES, draw_pool, first_stage, load_pool
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from train import load, make_optimizer, run_stage
 
-from build import build_model, export
 from carve_kernels.models import scenes
 
 SEED = 1

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from batches import COLOUR_IDS, DIGIT_IDS, IGNORE, NOTHING, Batch, Sampler
 from forward import GENERAL_WIDTH, SUFFIX, Runner, patch_logits
+from model import ID
 from torch import Tensor
 from torch.nn import functional as F
-
-from build import ID
 
 BATCH = 32
 PAIR_EVERY = 8

@@ -223,6 +223,7 @@ def test_bad_input_is_refused_before_the_model_runs(tmp_path: Path) -> None:
         (ValueError, "question: expected a string with at least one visible", (PHOTO, "  ")),
         (TypeError, "question: expected a string", (PHOTO, None)),
         (ValueError, "question|text", (PHOTO, "<image> what")),
+        (ValueError, "image: cannot be used .expected at least one pixel, got 0 x 0", (Image.new("RGB", (0, 0)), "a")),
         (TypeError, "image: expected one image, got 2; choose one", ([PHOTO, PHOTO], QUESTION)),
         (TypeError, "image: expected a path or a PIL image", (numpy.zeros((4, 4, 3)), QUESTION)),
         (ValueError, "image: .*broken.png cannot be read", (broken, QUESTION)),
@@ -235,6 +236,36 @@ def test_bad_input_is_refused_before_the_model_runs(tmp_path: Path) -> None:
             engine(*arguments)
     hook.remove()
     assert not ran and state(model) == before
+
+
+def test_what_the_model_noted_of_positions_is_put_back() -> None:
+    model, processor = family("qwen2_5_vl")
+    inputs = prepare(processor, [PHOTO], build_prompt(processor, QUESTION))
+    engine = CarveEngine(model, processor, preset=SHORT)
+    following = torch.tensor([[70]])
+    with torch.no_grad():
+        alone, beside = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        expected = model(input_ids=following, past_key_values=alone).logits
+        deltas = model.model.rope_deltas.clone()
+        engine(picture(300, 80), QUESTION)
+        assert torch.equal(model.model.rope_deltas, deltas)
+        assert torch.equal(model(input_ids=following, past_key_values=beside).logits, expected)
+
+
+def test_a_refined_image_that_the_processor_refuses_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = family("qwen2_5_vl")
+    thin = Preset.paper(max_new_tokens=4, size=(1, 600))
+    result = CarveEngine(model, processor, preset=thin)(PHOTO, QUESTION)
+    assert result.reason is not None and "600 x 1 pixels" in result.reason
+    assert result.refined_ids == result.answer_ids and 0 < int(result.mask.sum()) < 160 * 240
+
+
+def test_weights_of_layers_are_counted_at_once() -> None:
+    model, processor = family("llava")
+    with pytest.raises(ValueError, match=r"layer_weights: expected one for each of layers \[0\]"):
+        CarveEngine(model, processor, preset={"layers": [0], "layer_weights": [1, 2]})
+    preset = {"layers": [0], "steps": "t_full", "step_weights": [1, 2], "max_new_tokens": 5}
+    assert CarveEngine(model, processor, preset=preset)(PHOTO, QUESTION).saliency.shape == (160, 240)
 
 
 def test_max_new_tokens_0() -> None:

@@ -215,6 +215,24 @@ def test_a_chunked_prefill_and_a_second_turn() -> None:
     assert torch.allclose(session.maps.values, whole.maps.values, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chunks_whose_first_holds_no_image(name: str) -> None:
+    model, inputs = family(name)[0], inputs_of(name, 1)
+    start = int(visual(model, inputs)[0][0])
+    assert start > 3
+    with capture_attention(model, layers="all") as session:
+        generate(model, inputs, prefill_chunk_size=start - 1)
+    assert torch.allclose(session.maps.values[:, :, :, 0], eager(name, 1, "dynamic")[1], rtol=1e-4, atol=1e-7)
+
+
+def test_buffers_grow_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("carve_kernels.hf.record.STEPS", 1)
+    model, inputs = family("llava")[0], inputs_of("llava", 3)
+    with capture_attention(model, layers="all", max_steps=10**9) as session:
+        generate(model, inputs)
+    assert torch.allclose(session.maps.values[:, :, :, 0], eager("llava", 3, "dynamic")[1], rtol=1e-4, atol=1e-7)
+
+
 def test_max_steps_bounds_what_is_kept() -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     with capture_attention(model, layers="all", max_steps=2) as session:

@@ -175,3 +175,38 @@ def test_a_foreign_entry_put_in_meanwhile_is_left_alone() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_a_generation_config_in_second_place_is_read_too() -> None:
+    from transformers import GenerationConfig
+
+    model, inputs = family("llava")[0], dict(inputs_of("llava", 1))
+    ids = inputs.pop("input_ids")
+    with pytest.raises(ValueError, match="num_beams: expected 1"), capture_attention(model, layers=[0]):
+        model.generate(ids, GenerationConfig(num_beams=3, max_new_tokens=2), **inputs)
+    answer = generate(model, inputs_of("llava", 1)).sequences[0, -5:].tolist()
+    with capture_attention(model, layers=[0]) as session:
+        model.generate(ids, GenerationConfig(eos_token_id=answer[2], max_new_tokens=5, do_sample=False), **inputs)
+    assert session.maps.steps == (0, 1, 2)
+
+
+def test_a_forward_of_another_thread_does_not_replace_a_record() -> None:
+    import threading
+
+    model, inputs = family("llava")[0], inputs_of("llava", 1)
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            generate(model, inputs, steps=1)
+        except RuntimeError as error:
+            errors.append(error)
+
+    with capture_attention(model, layers=[0]) as session, torch.no_grad():
+        model(**inputs)
+        before = session.maps
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert "captures another thread" in str(errors[0])
+        assert torch.equal(session.maps.values, before.values)
