@@ -6,7 +6,8 @@
 #include "carve.h"
 #include "isa.h"
 
-#define CARVE_INLINE static inline __attribute__((always_inline))
+#define CARVE_INLINE_MEMBER inline __attribute__((always_inline))
+#define CARVE_INLINE static CARVE_INLINE_MEMBER
 
 namespace carve {
 
