@@ -27,11 +27,9 @@ def tensor(
     """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
-    fits = value.ndim == len(shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(shape, value.shape, strict=False)
-    )
-    if not fits:
+    have = value.shape
+    if len(have) != len(shape) or any(type(want) is int and want != have[place] for place, want in enumerate(shape)):
+        wanted = "[" + ", ".join(str(size) for size in shape) + "]"
         raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
     if value.dtype not in dtypes:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))

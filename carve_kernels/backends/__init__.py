@@ -6,6 +6,7 @@ A room is a package with `unavailable() -> str | None`; its stage modules have `
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -78,7 +79,7 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     devices = _DEVICES.get(room)
     if device is not None and devices is not None and device.type not in devices:
         return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
-    unavailable: str | None = importlib.import_module(f"{__name__}.{room}").unavailable()
+    unavailable: str | None = _import(room).unavailable()
     if unavailable is not None:
         return unavailable
     try:
@@ -91,4 +92,9 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
 
 
 def _module(stage: str, room: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{room}.{stage}")
+    return _import(f"{room}.{stage}")
+
+
+@functools.cache
+def _import(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,35 +43,55 @@ def forward(
     out: Capture | None = None,
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
-    batch, query_heads, rows, _ = query.shape
-    each = heads == "each"
-    count = tokens.shape[1]
-    dense = out is None or out.maps.stride(-1) == 1
-    if out is None or not dense:
-        shape = (batch, query_heads, rows, count) if each else (batch, rows, count)
+    written = out
+    if out is None or out.maps.stride(-1) != 1:
+        batch, query_heads, rows, _ = query.shape
+        middle = (query_heads,) if heads == "each" else ()
         written = Capture(
-            torch.empty(shape), torch.empty(batch, rows), torch.empty(batch, rows)
+            query.new_empty((batch, *middle, rows, tokens.shape[1]), dtype=torch.float32),
+            query.new_empty((batch, rows), dtype=torch.float32),
+            query.new_empty((batch, rows), dtype=torch.float32),
         )
-    else:
-        written = out
-    torch.ops.carve_kernels.capture_cpu(
-        [query],
-        [key],
-        tokens,
-        mask,
-        positions,
-        [] if sink is None else [sink.float()],
-        None if lse is None else lse.float().contiguous(),
-        scale,
-        softcap or 0.0,
-        window or 0,
-        each,
-        None,
-        0,
-        *written,
-    )
-    if out is None or dense:
-        return written
-    for target, part in zip(out, written, strict=True):
-        target.copy_(part)
-    return out
+    assert written is not None
+    torch.ops.carve_kernels.capture_cpu.default(
+        [query], [key], tokens, mask, positions, [] if sink is None else [_dense(sink)],
+        None if lse is None else _dense(lse), scale, softcap or 0.0, window or 0, heads == "each", None, 0, *written,
+    )  # fmt: skip
+    if out is not None and out is not written:
+        for target, part in zip(out, written, strict=True):
+            target.copy_(part)
+        return out
+    return written
+
+
+def forward_layers(
+    query: Sequence[torch.Tensor],
+    key: Sequence[torch.Tensor],
+    tokens: torch.Tensor,
+    *,
+    sink: Sequence[torch.Tensor],
+    step: torch.Tensor,
+    first: int,
+    out: Capture,
+    scale: float,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    softcap: float | None,
+    window: int | None,
+) -> bool:
+    """Capture several layers into one step of `out`, in one call; False where the layers differ too much for that."""
+    if out.maps.stride(-1) != 1 or supports(query[0], key[0], tokens, out=out) is not None:
+        return False
+    for layer in range(1, len(query)):
+        alike = query[layer].shape == query[0].shape and key[layer].shape == key[0].shape
+        if not alike or supports(query[layer], key[layer], tokens) is not None:
+            return False
+    torch.ops.carve_kernels.capture_cpu.default(
+        query, key, tokens, mask, positions, [_dense(one) for one in sink], None, scale, softcap or 0.0, window or 0,
+        False, step, first, *out,
+    )  # fmt: skip
+    return True
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
