@@ -44,7 +44,7 @@ struct ScoreKernels {
   void (*scores)(const ScoreBlock& block);
 };
 
-// Scores of one row and chunk, to be replaced by exp(logit - top).
+// Scores of one row and chunk, to be replaced by 2^(logit - top). All logits that are kept are in base 2.
 struct ChunkRow {
   float* scores;
   int64_t keys;
@@ -98,7 +98,7 @@ struct Summary {
 struct CaptureKernels {
   ScoreKernels score[3];  // by Float
   Peak (*softmax)(const ChunkRow& row);
-  // tops[chunk] becomes exp(tops[chunk] - top) in place.
+  // tops[chunk] becomes 2^(tops[chunk] - top) in place.
   void (*relate)(float* tops, int64_t count, float top);
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);

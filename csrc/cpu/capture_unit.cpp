@@ -12,6 +12,7 @@ constexpr int64_t kScratchFloats = int64_t{1} << 18;
 // Where that leaves fewer rows for one read of the keys than half of this, this many share it, and the exponentials
 // spill: a row of a group of 7 costs 84 bytes a key there and back, another read of bfloat16 keys 256.
 constexpr int64_t kSpilledRows = 8;
+constexpr float kLog2E = 1.44269504088896341f;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -84,7 +85,8 @@ UnitPlan::UnitPlan(const CaptureParams& params, const CaptureKernels& kernels)
     : params(params), kernels(kernels), score(kernels.score[static_cast<int>(params.type)]) {
   group = params.heads / params.key_heads;
   chunks = (params.keys + kChunk - 1) / kChunk;
-  stride = round_up(params.keys, kKeyTile);
+  // A line more than the keys need: rows a power of two apart would all fall into one set of the L1.
+  stride = round_up(params.keys, kKeyTile) + 16;
   tops_stride = round_up(chunks, 16);
   const int64_t fitting = kScratchFloats / std::max<int64_t>(group * stride, 1);
   const int64_t most = std::max<int64_t>(fitting < kSpilledRows / 2 ? kSpilledRows : fitting, 1);
@@ -171,9 +173,9 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
     const float* sums = sums_of(plan, scratch, line);
     float top = *std::max_element(tops, tops + plan.chunks);
     const bool dead = top == -INFINITY;
-    const float sink = unit.layer->sink != nullptr ? unit.layer->sink[head] : -INFINITY;
+    const float sink = unit.layer->sink != nullptr ? unit.layer->sink[head] * kLog2E : -INFINITY;
     if (p.lse != nullptr) {
-      top = p.lse[(unit.batch * p.heads + head) * p.rows + row];
+      top = p.lse[(unit.batch * p.heads + head) * p.rows + row] * kLog2E;
     } else {
       top = std::max(top, sink);
     }
@@ -183,7 +185,7 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
     }
     plan.kernels.relate(tops, plan.chunks, top);
     if (p.lse != nullptr) continue;
-    double total = std::exp(static_cast<double>(sink) - static_cast<double>(top));
+    double total = std::exp2(static_cast<double>(sink) - static_cast<double>(top));
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) total += static_cast<double>(tops[chunk]) * sums[chunk];
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) tops[chunk] = static_cast<float>(tops[chunk] / total);
   }

@@ -96,7 +96,7 @@ def test_any_strides(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
-def test_exponentials_are_right_to_two_units(isa: str) -> None:
+def test_exponentials_are_right_to_the_last_units(isa: str) -> None:
     """One token a key and logits from 0 down to -86: each probability is exp(logit) over a sum that is known."""
     if isa not in available():
         pytest.skip(f"this machine has no {isa}")
@@ -108,11 +108,11 @@ def test_exponentials_are_right_to_two_units(isa: str) -> None:
     with cpu.forced_isa(isa):
         found = capture(query, key, torch.arange(4096)[None], scale=1.0, backend="cpu").maps[0, 0].double()
     truth = logits.double().softmax(-1)
-    # The exponential, its place under the chunk's maximum (a difference of up to 86), the factor and their product.
-    error = ((found - truth) / truth).abs()
-    first = error[:512].max() / torch.finfo(torch.float32).eps
-    assert first < 2.5
-    assert error[truth > 1e-36].max() < 40 * torch.finfo(torch.float32).eps
+    # Units of float32: 2 for the power and the sum, and 1 for each unit of the logit, whose own rounding that is.
+    error = ((found - truth) / truth).abs() / torch.finfo(torch.float32).eps
+    normal = truth > 1e-36
+    assert bool((error < 2 - logits.double())[normal].all())
+    assert error[logits > -1].max() < 2
 
 
 def test_what_the_room_refuses_says_why() -> None:
