@@ -108,10 +108,10 @@ def test_exponentials_are_right_to_the_last_units(isa: str) -> None:
     with cpu.forced_isa(isa):
         found = capture(query, key, torch.arange(4096)[None], scale=1.0, backend="cpu").maps[0, 0].double()
     truth = logits.double().softmax(-1)
-    # Units of float32: 2 for the power and the sum, and 1 for each unit of the logit, whose own rounding that is.
+    # Units of float32: 2 for the power and the sum, and those of a logit in base 2, up to 1.5 times it.
     error = ((found - truth) / truth).abs() / torch.finfo(torch.float32).eps
     normal = truth > 1e-36
-    assert bool((error < 2 - logits.double())[normal].all())
+    assert bool((error < 2 - 1.5 * logits.double())[normal].all())
     assert error[logits > -1].max() < 2
 
 
