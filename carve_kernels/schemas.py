@@ -60,9 +60,7 @@ def _capture_cpu(*_arguments: object) -> None:
 
 
 # Writes the instructions in use and the best there are; changes them first unless wanted is -2 (-1: as at the start).
-torch.library.define(
-    "carve_kernels::isa_cpu", "(int wanted, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag
-)
+torch.library.define("carve_kernels::isa_cpu", "(int wanted, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("carve_kernels::isa_cpu")

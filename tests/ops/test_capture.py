@@ -52,7 +52,7 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
 
 
 # The compiled room once for each set of instructions: "cpu avx2".
-ROOMS = [name for room in rooms("capture") for name in ([f"cpu {isa}" for isa in cpu.ISAS] if room == "cpu" else [room])]
+ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def supports(
     if query.dtype not in _FLOATS:
         return f"query is {query.dtype}, this room serves float32, float16 and bfloat16; use backend='reference'"
     if key.stride(3) != 1 and key.shape[3] > 1:
-        return f"the elements of a key are {key.stride(3)} apart, this room wants them side by side; use key.contiguous()"
+        return f"the elements of a key are {key.stride(3)} apart and not side by side; use key.contiguous()"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "query or key requires a gradient, which this room does not have; use backend='reference'"
     if out is not None and any(part.dtype != torch.float32 for part in out):
