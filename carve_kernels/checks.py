@@ -61,10 +61,11 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     """Check that a value is one of a few."""
-    if not any(type(value) is type(option) and value == option for option in allowed):
-        options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
-    return value
+    for option in allowed:
+        if type(value) is type(option) and value == option:
+            return value
+    options = ", ".join(repr(option) for option in allowed)
+    raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
 
 
 def text(name: str, value: Any) -> str:

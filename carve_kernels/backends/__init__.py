@@ -79,7 +79,7 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     devices = _DEVICES.get(room)
     if device is not None and devices is not None and device.type not in devices:
         return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
-    unavailable: str | None = _import(room).unavailable()
+    unavailable: str | None = _package(room).unavailable()
     if unavailable is not None:
         return unavailable
     try:
@@ -91,10 +91,11 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     return None
 
 
+@functools.cache
 def _module(stage: str, room: str) -> ModuleType:
-    return _import(f"{room}.{stage}")
+    return importlib.import_module(f"{__name__}.{room}.{stage}")
 
 
 @functools.cache
-def _import(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+def _package(room: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{room}")
