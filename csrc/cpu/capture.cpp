@@ -116,10 +116,13 @@ class Captures {
     const int64_t turns = (units + threads - 1) / threads;
     // With a thread in four idle, or more, the threads share each unit instead.
     const bool whole = threads == 1 || plan_.chunks < 2 || 4 * units >= 3 * turns * threads;
-    share(units, whole && threads > 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; whole && index < end; ++index) run_unit(unit_at(first_pair, index, sums));
-    });
-    for (int64_t index = 0; !whole && index < units; ++index) split_unit(unit_at(first_pair, index, sums));
+    if (whole) {
+      share(units, threads > 1, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) run_unit(unit_at(first_pair, index, sums));
+      });
+    } else {
+      for (int64_t index = 0; index < units; ++index) split_unit(unit_at(first_pair, index, sums));
+    }
     const int64_t rows = pairs * p_.rows;
     share(rows, threads > 1 && rows * p_.token_count * p_.key_heads > kSerialElements, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) finish_row(first_pair, index, sums);
