@@ -9,27 +9,30 @@ CXX ?= g++
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
-SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp)
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+SANITIZE = -std=c++17 -g -O1 -w -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
 .PHONY: demo test prove sanitize clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
 
-test: $(VENV)/.tests
+test: $(VENV)/.tests sanitize
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
-# The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
-prove: sanitize
+# The long proof, run by hand: the tests with the oldest transformers that is supported.
+prove:
 	$(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
 	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
-		csrc/cpu/contrast.cpp tests/native/contrast.cpp -o build/contrast_sanitized
+	$(CXX) $(SANITIZE) csrc/cpu/contrast.cpp tests/native/contrast.cpp -o build/contrast_sanitized
 	build/contrast_sanitized
+	$(CXX) $(SANITIZE) -pthread csrc/cpu/isa.cpp csrc/cpu/capture*.cpp tests/native/capture.cpp \
+		-o build/capture_sanitized
+	build/capture_sanitized
 
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so

@@ -16,8 +16,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/cpu/contrast.cpp", "csrc/cpu/register.cpp"]
-HEADERS = ["csrc/carve.h"]
+SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-shared"]
 OLDEST_TORCH = "0x020a000000000000"  # 2.10

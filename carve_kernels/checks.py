@@ -31,11 +31,9 @@ def tensor(
     """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
-    fits = value.ndim == len(shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(shape, value.shape, strict=False)
-    )
-    if not fits:
+    have = value.shape
+    if len(have) != len(shape) or any(type(want) is int and want != have[place] for place, want in enumerate(shape)):
+        wanted = "[" + ", ".join(str(size) for size in shape) + "]"
         raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
     if value.dtype not in dtypes:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
@@ -70,10 +68,11 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     """Check that a value is one of a few."""
-    if not any(type(value) is type(option) and value == option for option in allowed):
-        options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
-    return value
+    for option in allowed:
+        if type(value) is type(option) and value == option:
+            return value
+    options = ", ".join(repr(option) for option in allowed)
+    raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
 
 
 def text(name: str, value: Any) -> str:

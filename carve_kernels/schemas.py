@@ -42,3 +42,27 @@ torch.library.define(
 @torch.library.register_fake("carve_kernels::capture_layers")
 def _capture_layers(*_arguments: object) -> None:
     return None
+
+
+# One or several layers of one shape. With a step the outputs have [steps, layers] in front, as those of capture_layers.
+torch.library.define(
+    "carve_kernels::capture_cpu",
+    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, Tensor? lse, "
+    "float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) maps, Tensor(b!) mass, "
+    "Tensor(c!) entropy) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::capture_cpu")
+def _capture_cpu(*_arguments: object) -> None:
+    return None
+
+
+# Writes the instructions in use and the best there are; changes them first unless wanted is -2 (-1: as at the start).
+torch.library.define("carve_kernels::isa_cpu", "(int wanted, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("carve_kernels::isa_cpu")
+def _isa_cpu(wanted: int, out: torch.Tensor) -> None:
+    return None

@@ -35,4 +35,63 @@ struct ContrastParams {
 
 void contrast_cpu(const ContrastParams& params);
 
+enum class Float { kFloat32, kFloat16, kBfloat16 };
+
+// Calls body(begin, end, context) for parts of [0, count), in any order and on any threads.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, Body body, void* context);
+
+// A matrix of int32 or int64, or none.
+struct IndexMatrix {
+  const void* data;
+  bool wide;
+  int64_t strides[2];
+
+  int64_t at(int64_t row, int64_t column) const {
+    const int64_t offset = row * strides[0] + column * strides[1];
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+// What differs from layer to layer. Strides count elements.
+struct CaptureLayer {
+  const void* query;  // [batch, heads, rows, size]
+  int64_t query_strides[4];
+  const void* key;  // [batch, key_heads, keys, size], elements of a key side by side
+  int64_t key_strides[3];
+  const float* sink;  // [heads], or null
+  float* maps;        // [batch, rows, tokens], or [batch, heads, rows, tokens] for each head; tokens side by side
+  float* mass;        // [batch, rows]
+  float* entropy;     // [batch, rows]
+};
+
+struct CaptureParams {
+  const CaptureLayer* layers;
+  int64_t layer_count;
+  int64_t batch;
+  int64_t heads;
+  int64_t key_heads;
+  int64_t rows;
+  int64_t keys;
+  int64_t size;
+  int64_t token_count;
+  Float type;             // of query and key
+  IndexMatrix tokens;     // [batch, token_count]; a token outside [0, keys) is padding
+  IndexMatrix positions;  // [batch, rows], the last key that a row sees, or none
+  const uint8_t* mask;    // [batch, heads, rows, keys], or null
+  int64_t mask_strides[4];
+  const float* lse;  // [batch, heads, rows], dense, or null
+  float scale;
+  float softcap;   // 0: none
+  int64_t window;  // 0: none; needs positions
+  bool each;       // maps of each head and not of their mean
+  int64_t maps_strides[3];  // of batch, head and row
+  int64_t mass_strides[2];  // of batch and row
+  int64_t entropy_strides[2];
+  ParallelFor parallel_for;
+  int64_t threads;  // a hint; the result is the same for any number
+};
+
+void capture_cpu(const CaptureParams& params);
+
 }  // namespace carve

@@ -51,9 +51,21 @@ def capture_layers() -> tuple[Any, ...]:
     )
 
 
+def capture_cpu() -> tuple[Any, ...]:
+    query, key, tokens, mask, positions, sink, *rest = capture_layers()
+    scale, softcap, window, step, first, _, *out = rest
+    return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
+
+
+def isa_cpu() -> tuple[Any, ...]:
+    return -2, torch.full((2,), -1)
+
+
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "carve_kernels::capture_cpu": capture_cpu,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::contrast_cpu": contrast_cpu,
+    "carve_kernels::isa_cpu": isa_cpu,
 }
 
 
@@ -146,3 +158,49 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
     for index, value, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*good[:index], value, *good[index + 1 :])
+
+
+def test_capture_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::capture_cpu")
+    good = capture_cpu()
+    query, key, tokens, mask = good[:4]
+    wrong: list[tuple[dict[int, Any], str]] = [
+        ({0: []}, "one entry a layer"),
+        ({0: query[:1]}, "one entry a layer"),
+        ({5: good[5][:1]}, "one entry a layer"),
+        ({0: [part.double() for part in query]}, "query: expected float32"),
+        ({0: [query[0], query[1][:, :2]]}, "same shapes"),
+        ({1: [key[0], key[1][:, :, 1:]]}, "same shapes"),
+        ({1: [part.half() for part in key]}, "key: expected the dtype"),
+        ({1: [part[..., ::2] for part in key], 0: [part[..., ::2] for part in query]}, "side by side"),
+        ({1: [part.expand(-1, 2, -1, -1)[:, :1].repeat(1, 3, 1, 1) for part in key]}, "heads that divide"),
+        ({2: tokens.float()}, "tokens: expected int32"),
+        ({2: tokens[:1]}, "tokens: expected shape"),
+        ({3: mask.float()}, "mask: expected bool"),
+        ({3: mask[..., 1:]}, "mask: expected the batch"),
+        ({4: torch.zeros(2, 2, dtype=torch.int64)}, "positions: expected shape"),
+        ({5: [part[1:] for part in good[5]]}, "sink: expected"),
+        ({6: torch.zeros(2, 4, 2)}, "lse: expected"),
+        ({9: 3}, "window: expected positions"),
+        ({11: None}, "one entry a layer"),
+        ({11: torch.tensor(3)}, "step: expected a step below 3"),
+        ({11: torch.tensor(-1)}, "step: expected a step of at least 0"),
+        ({11: torch.tensor(1.0)}, "step: expected one int64"),
+        ({12: 1}, "expected first"),
+        ({12: -1}, "expected first"),
+        ({13: good[13][..., 1:]}, "maps: unexpected shape"),
+        ({13: good[13].double()}, "maps: expected float32"),
+        ({14: good[14][0]}, "mass: unexpected number of dimensions"),
+        ({15: good[15][:, :1]}, "entropy: expected first"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*(changes.get(index, value) for index, value in enumerate(good)))
+
+
+def test_isa_cpu_refuses_what_there_is_not() -> None:
+    op = operator("carve_kernels::isa_cpu")
+    with pytest.raises(RuntimeError, match="expected a number up to 3"):
+        op(4, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="expected two int64"):
+        op(-2, torch.zeros(2))

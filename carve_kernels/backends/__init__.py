@@ -6,6 +6,7 @@ A room is a package with `unavailable() -> str | None`; its stage modules have `
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -22,7 +23,7 @@ _LATER = "not built yet in this version; use backend='auto' or backend='referenc
 
 # Why a cell is empty, or None for a cell that is there.
 SUPPORT: dict[str, dict[str, str | None]] = {
-    "capture": {"reference": None, "cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    "capture": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
     "contrast": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
     "regions": {"reference": None, "cpu": _LATER, "triton": _LATER, "cuda": _LATER},
 }
@@ -78,7 +79,7 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     devices = _DEVICES.get(room)
     if device is not None and devices is not None and device.type not in devices:
         return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
-    unavailable: str | None = importlib.import_module(f"{__name__}.{room}").unavailable()
+    unavailable: str | None = _package(room).unavailable()
     if unavailable is not None:
         return unavailable
     try:
@@ -90,5 +91,11 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     return None
 
 
+@functools.cache
 def _module(stage: str, room: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{room}.{stage}")
+
+
+@functools.cache
+def _package(room: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{room}")

@@ -113,7 +113,7 @@ def _machine() -> Iterator[Line]:
     from carve_kernels.backends import cpu
 
     extension = cpu.unavailable()
-    yield "extension", _yes(extension is None), extension or ""
+    yield "extension", _yes(extension is None), extension or "kernels in use: {}, best here: {}".format(*cpu.isa())
     yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "GPU", _yes(bool(names)), ", ".join(names) or "none that torch sees; the CPU serves"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carve_kernels import capture, capture_layers
+from carve_kernels.backends import cpu
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
 from tests.ops.attention import Case, exact, planted, poisoned, textbook
@@ -28,6 +31,7 @@ CASES = {
     "many heads": Case(query_heads=28, key_heads=4, size=128, keys=203, tokens=51),
     "no groups": Case(query_heads=3, key_heads=3, size=40),
     "more rows than tokens": Case(rows=33, tokens=2, ragged=False),
+    "two tiles of rows": Case(rows=13, query_heads=8, key_heads=2, size=72, keys=161),
     "longer than a block": Case(batch=1, rows=2, keys=2300, tokens=700, query_heads=2, key_heads=1, size=32),
     "one key": Case(keys=1, tokens=1, view="all", ragged=False),
     "no tokens": Case(tokens=0, ragged=False),
@@ -47,10 +51,29 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
     return case, arguments, options
 
 
-@pytest.fixture(params=rooms("capture"))
-def room(request: pytest.FixtureRequest) -> str:
+# The compiled room once for each set of instructions: "cpu avx2".
+ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
+
+
+@contextmanager
+def entered(name: str) -> Iterator[str]:
+    """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
+    room, *isa = name.split()
     arguments, options = planted(Case())
-    return serving("capture", request.param, *arguments, **options)
+    serving("capture", room, *arguments, **options)
+    if not isa:
+        yield room
+        return
+    if cpu.ISAS.index(isa[0]) > cpu.ISAS.index(cpu.isa()[1]):
+        pytest.skip(f"this machine has no {isa[0]}")
+    with cpu.forced_isa(isa[0]):
+        yield room
+
+
+@pytest.fixture(params=ROOMS)
+def room(request: pytest.FixtureRequest) -> Iterator[str]:
+    with entered(request.param) as room:
+        yield room
 
 
 def close(found: torch.Tensor, own: torch.Tensor, truth: torch.Tensor, slack: float) -> None:
@@ -118,11 +141,11 @@ def test_every_head_size(room: str, size: int) -> None:
         seed=st.integers(0, 1000),
     )
 )
-@pytest.mark.parametrize("name", rooms("capture"))
+@pytest.mark.parametrize("name", ROOMS)
 def test_any_shape_and_mask(name: str, case: Case) -> None:
     arguments, options = planted(case)
-    serving("capture", name, *arguments, **options)
-    check(name, case, arguments, options)
+    with entered(name) as room:
+        check(room, case, arguments, options)
 
 
 def test_a_row_that_sees_nothing_gives_zeros(room: str) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import carve_kernels.schemas  # noqa: F401  (the operators' schemas must stand before their implementations register)
+
+# The sets of instructions that the kernels are compiled for, in the order of carve::Isa.
+ISAS = ("plain", "avx2", "avx512", "amx")
 
 _MEND = "pip install --no-build-isolation -e . with a C++ compiler"
 _LIBRARY = Path(__file__).resolve().parents[2] / "_C.abi3.so"
@@ -22,4 +27,31 @@ def unavailable() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"the extension {_LIBRARY.name} failed to load ({error}); {_MEND}"
+    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
     return None
+
+
+def isa() -> tuple[str, str]:
+    """The instructions in use, which CARVE_KERNELS_CPU may name, and the best of this machine."""
+    return _switch(-2)
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Within this context the kernels use one set of instructions, or raise ValueError where the machine lacks it."""
+    before, _ = isa()
+    _switch(ISAS.index(name))
+    try:
+        yield
+    finally:
+        _switch(ISAS.index(before))
+
+
+def _switch(wanted: int) -> tuple[str, str]:
+    out = torch.empty(2, dtype=torch.int64)
+    try:
+        torch.ops.carve_kernels.isa_cpu(wanted, out)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    used, best = out.tolist()
+    return ISAS[used], ISAS[best]
