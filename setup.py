@@ -16,8 +16,14 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/cpu/contrast.cpp", "csrc/cpu/register.cpp"]
-HEADERS = ["csrc/carve.h"]
+SOURCES = [
+    "csrc/cpu/contrast.cpp",
+    "csrc/cpu/contrast_resize.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/parallel.cpp",
+    "csrc/cpu/register.cpp",
+]
+HEADERS = ["csrc/carve.h", "csrc/cpu/contrast_resize.h", "csrc/cpu/isa.h", "csrc/cpu/parallel.h"]
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-shared"]
 OLDEST_TORCH = "0x020a000000000000"  # 2.10
