@@ -13,7 +13,7 @@ namespace carve {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kTokensPerPart = 512;
+constexpr int64_t kRatiosPerPart = 1 << 17;  // less is not worth waking a thread
 
 // A fixed number of sums side by side: wide instructions or not, the same bits.
 CARVE_INLINE inline double sum_of(const float* values, int64_t count) {
@@ -54,7 +54,7 @@ std::vector<double> fuse(const ContrastParams& p, Isa isa) {
   std::vector<double> fused(static_cast<size_t>(p.tokens), 0.0);
   const std::vector<double> lams = find_lams(p, isa);
   // Parts of the tokens, so that each token's sum is taken in one order by one thread.
-  parallel_for(p.tokens, kTokensPerPart, [&](int64_t begin, int64_t end) {
+  parallel_for(p.tokens, kRatiosPerPart / (p.layers * p.steps) + 1, [&](int64_t begin, int64_t end) {
     run_wide(isa, [&]() CARVE_INLINE {
       for (int64_t layer = 0; layer < p.layers; ++layer) {
         for (int64_t step = 0; step < p.steps; ++step) {
