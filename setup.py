@@ -21,9 +21,13 @@ SOURCES = [
     "csrc/cpu/contrast_resize.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/parallel.cpp",
+    "csrc/cpu/regions.cpp",
+    "csrc/cpu/regions_runs.cpp",
+    "csrc/cpu/regions_threshold.cpp",
     "csrc/cpu/register.cpp",
+    "csrc/cpu/register_regions.cpp",
 ]
-HEADERS = ["csrc/carve.h", "csrc/cpu/contrast_resize.h", "csrc/cpu/isa.h", "csrc/cpu/parallel.h"]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 # Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

@@ -8,6 +8,7 @@
 #include "contrast_resize.h"
 #include "isa.h"
 #include "parallel.h"
+#include "wide.h"
 
 namespace carve {
 namespace {
@@ -87,7 +88,7 @@ void normalize(std::vector<double>& fused, Normalize kind) {
 }  // namespace
 
 void contrast_cpu(const ContrastParams& params) {
-  const Isa isa = chosen_isa();
+  const Isa isa = active_isa();
   std::vector<double> fused = fuse(params, isa);
   normalize(fused, params.normalize);
   const double* grid = fused.data();

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "wide.h"
 
 namespace carve {
 namespace {

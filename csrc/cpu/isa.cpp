@@ -1,11 +1,15 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
-#if CARVE_X86 && defined(__linux__)
+#ifdef CARVE_X86
 #include <cpuid.h>
+#endif
+#if defined(CARVE_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -13,49 +17,78 @@
 namespace carve {
 namespace {
 
-constexpr const char* kVariable = "CARVE_KERNELS_CPU";
-constexpr const char* kNames[] = {"plain", "avx2", "avx512", "amx"};  // in the order of Isa
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "amx"};
+constexpr int kUndecided = -1;
+std::atomic<int> chosen{kUndecided};
 
-bool has_amx() {
-#if CARVE_X86 && defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22;
-  constexpr unsigned kAmxTile = 1u << 24;
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long kTileData = 18;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
-  // Without the kernel's permission, which holds for the whole process, the first tile instruction is a fault.
+#if defined(CARVE_X86) && defined(__linux__)
+// The kernel saves no tile registers of a process that has not asked for them: their first use would be a SIGILL.
+bool ask_for_tiles() {
+  constexpr unsigned kTileBf16 = (1u << 22) | (1u << 24);
+  constexpr int kRequestPermission = 0x1023;
+  constexpr int kTileData = 18;
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTileBf16) != kTileBf16) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#else
+[[maybe_unused]] bool ask_for_tiles() { return false; }
+#endif
 
-Isa best_isa() {
-#if CARVE_X86
+Isa detect() {
+#ifdef CARVE_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return has_amx() ? Isa::kAmx : Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) return ask_for_tiles() ? Isa::kAmx : Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPlain;
 }
 
+int check_available(int number, const std::string& name) {
+  const int best = static_cast<int>(best_isa());
+  if (number > best) {
+    throw std::runtime_error("CARVE_KERNELS_CPU: expected at most '" + std::string(kNames[best]) +
+                             "' on this machine, got '" + name + "'");
+  }
+  return number;
+}
+
+int from_environment() {
+  const char* name = std::getenv("CARVE_KERNELS_CPU");
+  if (name == nullptr || *name == '\0') return static_cast<int>(best_isa());
+  for (int number = 0; number < 4; ++number) {
+    if (std::strcmp(name, kNames[number]) == 0) return check_available(number, name);
+  }
+  throw std::runtime_error("CARVE_KERNELS_CPU: expected one of 'plain', 'avx2', 'avx512', 'amx', got '" +
+                           std::string(name) + "'");
+}
+
 }  // namespace
 
-Isa chosen_isa() {
-  static const Isa best = best_isa();
-  const char* name = std::getenv(kVariable);
-  if (name == nullptr || *name == '\0') return best;
-  for (int index = 0; index <= static_cast<int>(Isa::kAmx); ++index) {
-    if (std::string(name) != kNames[index]) continue;
-    if (index <= static_cast<int>(best)) return static_cast<Isa>(index);
-    throw std::runtime_error(std::string(kVariable) + "=" + name + ": this machine has no more than " +
-                             kNames[static_cast<int>(best)]);
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa active_isa() {
+  int number = chosen.load(std::memory_order_relaxed);
+  if (number == kUndecided) {
+    number = from_environment();
+    chosen.store(number, std::memory_order_relaxed);
   }
-  throw std::runtime_error(std::string(kVariable) + ": expected plain, avx2, avx512 or amx, got " + name);
+  return static_cast<Isa>(number);
+}
+
+void force_isa(int64_t number) {
+  if (number > 3) throw std::runtime_error("isa: expected a number up to 3, got " + std::to_string(number));
+  const int wanted = number < 0 ? kUndecided : static_cast<int>(number);
+  chosen.store(wanted < 0 ? kUndecided : check_available(wanted, kNames[wanted]), std::memory_order_relaxed);
 }
 
 }  // namespace carve
