@@ -25,11 +25,18 @@ test: $(VENV)/.tests
 prove: sanitize
 	$(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
+# What needs no torch is tested without it.
+NATIVE = csrc/cpu/isa.cpp csrc/cpu/contrast.cpp csrc/cpu/contrast_resize.cpp csrc/cpu/regions.cpp \
+	csrc/cpu/regions_runs.cpp csrc/cpu/regions_threshold.cpp tests/native/parallel.cpp
+SANITIZED = $(CXX) -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -fno-sanitize-recover=all -pthread -Icsrc $(NATIVE)
+
 sanitize:
 	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
-		csrc/cpu/contrast.cpp tests/native/contrast.cpp -o build/contrast_sanitized
-	build/contrast_sanitized
+	for stage in contrast regions; do \
+		$(SANITIZED) -fsanitize=address,undefined tests/native/$$stage.cpp -o build/$$stage.sanitized && \
+		$(SANITIZED) -fsanitize=thread tests/native/$$stage.cpp -o build/$$stage.threads && \
+		build/$$stage.sanitized && CARVE_KERNELS_CPU=plain build/$$stage.sanitized && build/$$stage.threads || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so

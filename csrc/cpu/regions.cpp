@@ -95,14 +95,14 @@ std::vector<int32_t> rank(const RegionsParams& p, const FixedPoint& fixed, std::
   std::vector<int32_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   // Sums are compared as whole numbers, of which two may round to the same score.
-  std::partial_sort(order.begin(), order.begin() + kept, order.end(), [&](int32_t one, int32_t other) {
+  const auto is_better = [&](int32_t one, int32_t other) {
     const Region& a = regions[one];
     const Region& b = regions[other];
-    if (p.score == Score::kSum ? a.sum != b.sum : a.score != b.score) {
-      return p.score == Score::kSum ? a.sum > b.sum : a.score > b.score;
-    }
-    return one < other;
-  });
+    if (p.score == Score::kSum) return a.sum != b.sum ? a.sum > b.sum : one < other;
+    return a.score != b.score ? a.score > b.score : one < other;
+  };
+  std::nth_element(order.begin(), order.begin() + kept, order.end(), is_better);
+  std::sort(order.begin(), order.begin() + kept, is_better);
   order.resize(static_cast<size_t>(kept));
   return order;
 }

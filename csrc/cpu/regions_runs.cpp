@@ -10,7 +10,7 @@
 namespace carve {
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 64;  // too many to be unrolled, which would keep them from becoming vectors
 constexpr int64_t kPixelsPerStrip = 1 << 15;
 constexpr int64_t kWord = 8;
 // Added to a double below 2^51 it leaves no bits behind the point: rint(), with the whole number in the low bits.

@@ -1,9 +1,10 @@
 #include "regions_threshold.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <limits>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -13,15 +14,15 @@
 namespace carve {
 namespace {
 
-constexpr int64_t kLanes = 16;
+// As many values are compared side by side: too many for the compiler to unroll, whose vectors end where unrolling starts.
+constexpr int64_t kLanes = 64;
 constexpr int64_t kValuesPerPart = 1 << 16;
-constexpr int64_t kBins = 2048;
+constexpr int64_t kBins = 1 << 11;
 // Neighbours in a picture fall into the same bin: with one table each increment would wait for the one before.
 constexpr int64_t kTables = 4;
 constexpr int64_t kBlock = 256;
-// Fewer candidates, or those that are left after so many rounds, are put in order outright.
+// Fewer candidates are put in order outright.
 constexpr int64_t kFewCandidates = 1 << 12;
-constexpr int kRounds = 4;
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -55,17 +56,28 @@ CARVE_INLINE inline Range<T> scan_range(const T* values, int64_t count) {
   return range;
 }
 
-// Equal steps over a range. Rounding never turns the order of two values round, so that bins are in order.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+// A whole number for each value, in the same order.
+template <class T>
+CARVE_INLINE inline Bits<T> key_of(T value) {
+  constexpr Bits<T> kTop = Bits<T>(1) << (8 * sizeof(T) - 1);
+  Bits<T> bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits ^ ((bits & kTop) ? ~Bits<T>(0) : kTop);
+}
+
+// Equal steps from the least key of a range to the greatest.
 template <class T>
 struct Bins {
-  T low;
-  T scale;
+  Bits<T> low;
+  int shift = 0;
 
-  explicit Bins(const Range<T>& range) : low(range.low), scale(T(kBins - 1) / (range.high - range.low)) {}
-
-  // Not where the range is a single value, too wide or too narrow for T.
-  bool are_usable() const { return scale > T(0) && scale < kInfinity<T>; }
-  CARVE_INLINE int32_t operator()(T value) const { return static_cast<int32_t>((value - low) * scale); }
+  explicit Bins(const Range<T>& range) : low(key_of(range.low)) {
+    while ((key_of(range.high) - low) >> shift >= kBins) ++shift;
+  }
+  CARVE_INLINE int32_t operator()(T value) const { return static_cast<int32_t>((key_of(value) - low) >> shift); }
 };
 
 using Counts = std::vector<uint32_t>;
@@ -93,53 +105,65 @@ Counts count_all(Isa isa, const T* values, int64_t count, const Bins<T>& bins) {
   return total;
 }
 
-// The values in one bin, and the least value above it.
+// The values in one bin, `size` of them, and the least value above it.
 template <class T>
 struct Candidates {
   std::vector<T> values;
   T next;
 };
 
+// Up to kLanes values.
 template <class T>
-CARVE_INLINE inline void gather_bin(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
-                                    std::vector<T>& found, T& next) {
-  T least[kLanes];
-  for (T& lane : least) lane = next;
-  for (int64_t start = 0; start < count; start += kBlock) {
-    const int64_t size = count - start < kBlock ? count - start : kBlock;
-    int32_t hits[kLanes] = {};
-    int64_t index = 0;
-    for (; index + kLanes <= size; index += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const T value = values[start + index + lane];
-        const int32_t place = bins(value);
-        hits[lane] |= place == bin;
-        const T above = place > bin ? value : kInfinity<T>;
-        least[lane] = above < least[lane] ? above : least[lane];
-      }
-    }
-    int32_t hit = 0;
-    for (int32_t lane : hits) hit |= lane;
-    if (!hit && index == size) continue;
-    for (index = hit ? 0 : index; index < size; ++index) {
-      const T value = values[start + index];
-      const int32_t place = bins(value);
-      if (place == bin) found.push_back(value);
-      if (place > bin && value < least[0]) least[0] = value;
-    }
+CARVE_INLINE inline void gather_few(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
+                                    std::vector<T>& found) {
+  const size_t size = found.size();
+  found.resize(size + kLanes);
+  T* end = found.data() + size;
+  for (int64_t index = 0; index < count; ++index) {
+    *end = values[index];
+    end += bins(values[index]) == bin;
   }
-  for (T lane : least) next = lane < next ? lane : next;
+  found.resize(static_cast<size_t>(end - found.data()));
 }
 
 template <class T>
-Candidates<T> gather(Isa isa, const T* values, int64_t count, const Bins<T>& bins, int32_t bin, T next) {
+CARVE_INLINE inline void gather_bin(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
+                                    Candidates<T>& found) {
+  T least[kLanes];
+  for (T& lane : least) lane = found.next;
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) {
+    int32_t hits = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T value = values[index + lane];
+      const int32_t place = bins(value);
+      hits |= place == bin;
+      const T above = place > bin ? value : kInfinity<T>;
+      least[lane] = above < least[lane] ? above : least[lane];
+    }
+    if (hits) gather_few(values + index, kLanes, bins, bin, found.values);
+  }
+  gather_few(values + index, count - index, bins, bin, found.values);
+  for (; index < count; ++index) {
+    if (bins(values[index]) > bin) least[0] = std::min(least[0], values[index]);
+  }
+  for (T lane : least) found.next = std::min(found.next, lane);
+}
+
+template <class T>
+Candidates<T> gather(Isa isa, const T* values, int64_t count, const Bins<T>& bins, int32_t bin, size_t size, T next) {
   Candidates<T> all{{}, next};
   std::mutex guard;
   parallel_for(count, kValuesPerPart, [&](int64_t begin, int64_t end) {
     Candidates<T> part{{}, next};
-    run_wide(isa, [&]() CARVE_INLINE { gather_bin(values + begin, end - begin, bins, bin, part.values, part.next); });
+    part.values.reserve(size + kLanes);
+    run_wide(isa, [&]() CARVE_INLINE { gather_bin(values + begin, end - begin, bins, bin, part); });
     const std::lock_guard<std::mutex> lock(guard);
-    all.values.insert(all.values.end(), part.values.begin(), part.values.end());
+    if (all.values.empty()) {
+      all.values.swap(part.values);
+    } else {
+      all.values.insert(all.values.end(), part.values.begin(), part.values.end());
+    }
     all.next = std::min(all.next, part.next);
   });
   return all;
@@ -154,21 +178,22 @@ std::pair<T, T> select(std::vector<T>& values, int64_t rank, T next) {
   return {*place, after == values.end() ? next : *after};
 }
 
-// As above. Each round keeps the values in the bin that holds the rank, until few are left.
+// As above. A round keeps the values in the bin that holds the rank, whose keys share 11 bits more: 3 rounds at most for
+// float, 6 for double.
 template <class T>
 std::pair<T, T> select_pair(Isa isa, const T* values, int64_t count, Range<T> range, int64_t rank) {
   Candidates<T> candidates{{}, range.high};
-  for (int round = 0;; ++round) {
+  while (true) {
     if (range.low == range.high) return {range.low, rank + 1 < count ? range.low : candidates.next};
-    const Bins<T> bins(range);
-    if (count <= kFewCandidates || round == kRounds || !bins.are_usable()) {
+    if (count <= kFewCandidates) {
       if (candidates.values.empty()) candidates.values.assign(values, values + count);
       return select(candidates.values, rank, candidates.next);
     }
+    const Bins<T> bins(range);
     const Counts counts = count_all(isa, values, count, bins);
     int32_t bin = 0;
     for (; rank >= counts[bin]; ++bin) rank -= counts[bin];
-    candidates = gather(isa, values, count, bins, bin, candidates.next);
+    candidates = gather(isa, values, count, bins, bin, counts[bin], candidates.next);
     values = candidates.values.data();
     count = static_cast<int64_t>(candidates.values.size());
     range = find_range(isa, values, count);
