@@ -63,7 +63,7 @@ struct RegionsOutcome {
   int64_t box[4];
 };
 
-// Throws std::length_error where more regions are to be kept than there is room for.
+// Throws std::runtime_error where more regions are to be kept than there is room for.
 RegionsOutcome regions_cpu(const RegionsParams& params);
 
 }  // namespace carve

@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "regions_runs.h"
@@ -112,8 +113,11 @@ RegionsOutcome write_whole(const RegionsParams& p, Reason reason) {
   return {0, reason, {0, 0, p.width, p.height}};
 }
 
-RegionsOutcome write_kept(const RegionsParams& p, const std::vector<Region>& regions, const std::vector<int32_t>& kept) {
-  if (static_cast<int64_t>(kept.size()) > p.capacity) throw std::length_error("boxes: too little room for the regions");
+RegionsOutcome write_boxes(const RegionsParams& p, const std::vector<Region>& regions,
+                           const std::vector<int32_t>& kept) {
+  if (static_cast<int64_t>(kept.size()) > p.capacity) {
+    throw std::runtime_error("regions_cpu: boxes: expected room for " + std::to_string(kept.size()) + " regions");
+  }
   RegionsOutcome outcome{static_cast<int64_t>(kept.size()), Reason::kNone, {p.width, p.height, 0, 0}};
   int64_t* box = p.boxes;
   double* score = p.scores;
@@ -167,7 +171,7 @@ RegionsOutcome find_regions(const RegionsParams& p) {
   std::vector<Region> regions = collect(runs, forest, owners);
   const std::vector<int32_t> kept = rank(p, fixed, regions);
   write_mask(p, runs, owners, regions.size(), kept);
-  return write_kept(p, regions, kept);
+  return write_boxes(p, regions, kept);
 }
 
 }  // namespace

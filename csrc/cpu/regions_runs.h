@@ -14,8 +14,8 @@ struct Run {
   int32_t row;
   int32_t begin;
   int32_t end;
-  int64_t sum;   // in fixed point
-  double peak;   // the largest value
+  int64_t sum;  // in fixed point
+  double peak;  // the largest value
 };
 
 // One is this much in fixed point: sums of whole numbers are the same in any order.

@@ -14,7 +14,7 @@
 namespace carve {
 namespace {
 
-// As many values are compared side by side: too many for the compiler to unroll, whose vectors end where unrolling starts.
+// So many values are compared side by side: too many to be unrolled, which would keep them from becoming vectors.
 constexpr int64_t kLanes = 64;
 constexpr int64_t kValuesPerPart = 1 << 16;
 constexpr int64_t kBins = 1 << 11;
@@ -178,8 +178,8 @@ std::pair<T, T> select(std::vector<T>& values, int64_t rank, T next) {
   return {*place, after == values.end() ? next : *after};
 }
 
-// As above. A round keeps the values in the bin that holds the rank, whose keys share 11 bits more: 3 rounds at most for
-// float, 6 for double.
+// As above. A round keeps the values in the bin that holds the rank, and halves the width of their keys eleven times:
+// three rounds at most for float, six for double.
 template <class T>
 std::pair<T, T> select_pair(Isa isa, const T* values, int64_t count, Range<T> range, int64_t rank) {
   Candidates<T> candidates{{}, range.high};

@@ -37,7 +37,9 @@ def forward(
     score: str = "sum",
 ) -> Regions:
     """The kept regions, or the whole image and the reason; see `carve_kernels.regions`."""
-    room = _most_regions(*saliency.shape, keep, top, floor, connectivity)
+    height, width = saliency.shape
+    room = _most_regions(height, width, connectivity)
+    room = min(room, max(floor or 0, int(room * keep)) if top is None else top)
     mask = saliency.new_empty(saliency.shape, dtype=torch.bool)
     # Memory of the worst case that is never touched costs nothing; what was written is copied out of it.
     boxes = saliency.new_empty(room, 4, dtype=torch.int64)
@@ -59,7 +61,6 @@ def forward(
     return Regions(mask, boxes[:kept].clone(), scores[:kept].clone(), (x0, y0, x1, y1), _REASONS[reason])
 
 
-def _most_regions(height: int, width: int, keep: float, top: int | None, floor: int | None, connectivity: int) -> int:
-    """More regions than this cannot be kept: no two pixels of a checkerboard touch, or of every second row of one."""
-    most = (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
-    return min(most, top) if floor is None else min(most, max(floor, int(most * keep)))
+def _most_regions(height: int, width: int, connectivity: int) -> int:
+    # The pixels of one colour of a checkerboard do not touch, nor do those of every second row and column.
+    return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
