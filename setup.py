@@ -24,7 +24,7 @@ SOURCES = [
     "csrc/cpu/regions.cpp",
     "csrc/cpu/regions_runs.cpp",
     "csrc/cpu/regions_threshold.cpp",
-    "csrc/cpu/register.cpp",
+    "csrc/cpu/register_contrast.cpp",
     "csrc/cpu/register_regions.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))

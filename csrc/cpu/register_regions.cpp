@@ -5,9 +5,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "carve.h"
+#include "register_checks.h"
 
 namespace {
 
@@ -15,12 +15,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kOutcomeSize = 6;
-
-void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == dims, "regions_cpu: ", name, ": expected ", dims, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "regions_cpu: ", name, ": unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "regions_cpu: ", name, ": expected a contiguous tensor");
-}
 
 carve::RegionsParams parse_options(double keep, int64_t top, int64_t floor, int64_t connectivity, int64_t score) {
   STD_TORCH_CHECK(keep > 0.0 && keep <= 1.0, "regions_cpu: keep: expected a share in (0, 1], got ", keep);
@@ -43,11 +37,11 @@ void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor
                  Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   carve::RegionsParams params = parse_options(keep, top, floor, connectivity, score);
   params.is_double = saliency.scalar_type() == ScalarType::Double;
-  check_tensor(saliency, "saliency", 2, params.is_double ? ScalarType::Double : ScalarType::Float);
-  check_tensor(mask, "mask", 2, ScalarType::Bool);
-  check_tensor(boxes, "boxes", 2, ScalarType::Long);
-  check_tensor(scores, "scores", 1, ScalarType::Double);
-  check_tensor(outcome, "outcome", 1, ScalarType::Long);
+  carve::check_tensor(saliency, "regions_cpu: saliency", 2, params.is_double ? ScalarType::Double : ScalarType::Float);
+  carve::check_tensor(mask, "regions_cpu: mask", 2, ScalarType::Bool);
+  carve::check_tensor(boxes, "regions_cpu: boxes", 2, ScalarType::Long);
+  carve::check_tensor(scores, "regions_cpu: scores", 1, ScalarType::Double);
+  carve::check_tensor(outcome, "regions_cpu: outcome", 1, ScalarType::Long);
   params.height = saliency.size(0);
   params.width = saliency.size(1);
   params.capacity = boxes.size(0);
