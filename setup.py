@@ -16,18 +16,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = [
-    "csrc/cpu/contrast.cpp",
-    "csrc/cpu/contrast_resize.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/parallel.cpp",
-    "csrc/cpu/regions.cpp",
-    "csrc/cpu/regions_runs.cpp",
-    "csrc/cpu/regions_threshold.cpp",
-    "csrc/cpu/register_contrast.cpp",
-    "csrc/cpu/register_regions.cpp",
-]
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 # Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

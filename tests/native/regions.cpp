@@ -92,7 +92,7 @@ bool run(int kind, int64_t height, int64_t width, double keep, int64_t top, carv
 int main() {
   const std::vector<std::pair<int64_t, int64_t>> sizes = {{0, 7}, {7, 0},  {1, 1},   {1, 2},    {2, 1},       {1, 7},
                                                           {1, 8}, {1, 9},  {5, 63},  {17, 64},  {9, 65},      {300, 1},
-                                                          {1, 100000},     {100000, 1}, {331, 257}};
+                                                          {1, 40000},      {40000, 1}, {263, 257}};
   int failures = 0;
   for (const auto& [height, width] : sizes) {
     for (int kind = 0; kind < 8; ++kind) {
