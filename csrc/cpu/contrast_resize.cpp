@@ -11,7 +11,7 @@
 namespace carve {
 namespace {
 
-constexpr int64_t kPixelsPerPart = 1 << 15;
+constexpr int64_t kWrittenPerPart = 1 << 17;
 
 // Where the pixels of a line look among its cells, and how much: tap-major, all pixels of tap 0 first.
 struct Taps {
@@ -152,7 +152,7 @@ void resize(Isa isa, const double* grid, const ViewShape& view, float* out) {
   }
   const Taps columns = make_taps(isa, view.grid_w, view.width);
   const Taps rows = make_taps(isa, grid_h, view.height);
-  parallel_for(view.height, kPixelsPerPart / view.width + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(view.height, kWrittenPerPart / view.width + 1, [&](int64_t begin, int64_t end) {
     WideRows wide(isa, grid, view.grid_w, columns);
     for (int64_t y = begin; y < end; ++y) {
       const auto [above, below] = wide.at(rows.cells[y], rows.cells[view.height + y]);

@@ -5,6 +5,10 @@
 
 namespace carve {
 
+// For passes that take about a nanosecond a pixel: on a busy machine the wait for a second thread is longer than a pass
+// over fewer pixels.
+constexpr int64_t kPixelsPerPart = 1 << 20;
+
 // Defined by whoever links the kernels. Calls body(context, begin, end) for parts of [0, count) of at least `grain`.
 void parallel_parts(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 

@@ -103,7 +103,7 @@ std::vector<Run> find_runs(Isa isa, const T* values, int64_t height, int64_t wid
                            const FixedPoint& fixed) {
   const int64_t strip_rows = kPixelsPerStrip / width + 1;
   std::vector<std::vector<Run>> strips(static_cast<size_t>((height + strip_rows - 1) / strip_rows));
-  parallel_for(static_cast<int64_t>(strips.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(static_cast<int64_t>(strips.size()), kPixelsPerPart / kPixelsPerStrip, [&](int64_t begin, int64_t end) {
     RowScanner<T> scanner(width, threshold, score, fixed);
     run_wide(isa, [&]() CARVE_INLINE {
       for (int64_t strip = begin; strip < end; ++strip) {

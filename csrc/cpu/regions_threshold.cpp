@@ -16,9 +16,6 @@ namespace {
 
 // So many values are compared side by side: too many to be unrolled, which would keep them from becoming vectors.
 constexpr int64_t kLanes = 64;
-// Less is not worth waking a thread: a scan runs at the speed of the cache, counting takes some cycles a value.
-constexpr int64_t kScannedPerPart = 1 << 20;
-constexpr int64_t kCountedPerPart = 1 << 17;
 constexpr int64_t kBins = 1 << 11;
 // Neighbours in a picture fall into the same bin: with one table each increment would wait for the one before.
 constexpr int64_t kTables = 4;
@@ -98,7 +95,7 @@ template <class T>
 Counts count_all(Isa isa, const T* values, int64_t count, const Bins<T>& bins) {
   Counts total(kBins, 0);
   std::mutex guard;
-  parallel_for(count, kCountedPerPart, [&](int64_t begin, int64_t end) {
+  parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Counts tables(kTables * kBins, 0);
     run_wide(isa, [&]() CARVE_INLINE { count_bins(values + begin, end - begin, bins, tables.data()); });
     const std::lock_guard<std::mutex> lock(guard);
@@ -156,7 +153,7 @@ template <class T>
 Candidates<T> gather(Isa isa, const T* values, int64_t count, const Bins<T>& bins, int32_t bin, size_t size, T next) {
   Candidates<T> all{{}, next};
   std::mutex guard;
-  parallel_for(count, kScannedPerPart, [&](int64_t begin, int64_t end) {
+  parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Candidates<T> part{{}, next};
     part.values.reserve(size + kLanes);
     run_wide(isa, [&]() CARVE_INLINE { gather_bin(values + begin, end - begin, bins, bin, part); });
@@ -208,7 +205,7 @@ template <class T>
 Range<T> find_range(Isa isa, const T* values, int64_t count) {
   Range<T> range{values[0], values[0], true};
   std::mutex guard;
-  parallel_for(count, kScannedPerPart, [&](int64_t begin, int64_t end) {
+  parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Range<T> part;
     run_wide(isa, [&]() CARVE_INLINE { part = scan_range(values + begin, end - begin); });
     const std::lock_guard<std::mutex> lock(guard);

@@ -154,7 +154,7 @@ def test_very_long_pictures(shape: tuple[int, int], picture: str) -> None:
 @pytest.mark.parametrize("picture", ["noise", "ties", "magnitudes"])
 def test_any_number_of_threads_finds_the_same(picture: str, threads: Any) -> None:
     serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
-    values = PICTURES[picture](torch.randn(700, 611))
+    values = PICTURES[picture](torch.randn(1603, 1511))
     wanted = regions(values, keep=0.3, floor=3, backend="cpu")
     for count in (2, 3, 5):
         threads(count)
