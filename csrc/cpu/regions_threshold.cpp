@@ -62,6 +62,7 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 template <class T>
 CARVE_INLINE inline Bits<T> key_of(T value) {
   constexpr Bits<T> kTop = Bits<T>(1) << (8 * sizeof(T) - 1);
+  value += T(0);  // -0 becomes 0: they are equal, and a range that starts at the one holds the other
   Bits<T> bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits ^ ((bits & kTop) ? ~Bits<T>(0) : kTop);
