@@ -10,9 +10,12 @@ VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
-SANITIZE = -std=c++17 -g -O1 -w -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
-.PHONY: demo test prove sanitize clean
+# The kernels need no torch: they are tested without it.
+NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+
+.PHONY: demo test prove sanitize races clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
@@ -22,17 +25,24 @@ test: $(VENV)/.tests sanitize
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
-# The long proof, run by hand: the tests with the oldest transformers that is supported.
-prove:
+# The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
+prove: sanitize races
 	$(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
 	mkdir -p build
-	$(CXX) $(SANITIZE) csrc/cpu/contrast.cpp tests/native/contrast.cpp -o build/contrast_sanitized
+	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/contrast*.cpp tests/native/contrast.cpp -o build/contrast_sanitized
+	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/regions*.cpp tests/native/regions.cpp -o build/regions_sanitized
+	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/capture*.cpp tests/native/capture.cpp -o build/capture_sanitized
 	build/contrast_sanitized
-	$(CXX) $(SANITIZE) -pthread csrc/cpu/isa.cpp csrc/cpu/capture*.cpp tests/native/capture.cpp \
-		-o build/capture_sanitized
+	build/regions_sanitized
 	build/capture_sanitized
+
+# Two threads that write to the same place are a fault even where the result is right.
+races:
+	mkdir -p build
+	$(CXX) $(NATIVE) -fsanitize=thread csrc/cpu/regions*.cpp tests/native/regions.cpp -o build/regions_races
+	build/regions_races
 
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so

@@ -19,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 HEADERS = sorted(str(path) for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-shared"]
+# Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
+ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *ARITHMETIC, "-Wall", "-shared"]
 OLDEST_TORCH = "0x020a000000000000"  # 2.10
 
 

@@ -31,6 +31,19 @@ def _contrast_cpu(
 
 
 torch.library.define(
+    "carve_kernels::regions_cpu",
+    "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, Tensor(b!) boxes, "
+    "Tensor(c!) scores, Tensor(d!) outcome) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::regions_cpu")
+def _regions_cpu(*_arguments: object) -> None:
+    return None
+
+
+torch.library.define(
     "carve_kernels::capture_layers",
     "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, float scale, "
     "float softcap, int window, Tensor step, int first, str backend, Tensor(a!) maps, Tensor(b!) mass, "

@@ -94,4 +94,35 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
+enum class Score { kSum, kMean, kMax };
+
+// Why there is no region.
+enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel };
+
+struct RegionsParams {
+  const void* saliency;  // [height, width], contiguous; double where `is_double`, else float
+  bool is_double;
+  int64_t height;
+  int64_t width;
+  double keep;
+  int64_t top;    // keep at most so many regions, or 0 for:
+  int64_t floor;  // keep max(floor, int(count * keep)) regions
+  int64_t connectivity;
+  Score score;
+  int64_t capacity;  // regions that `boxes` and `scores` have room for
+  bool* mask;        // [height, width]
+  int64_t* boxes;    // [capacity, 4], x0 y0 x1 y1, best first
+  double* scores;    // [capacity]
+};
+
+// How many regions were kept, and the union of their boxes: the whole image where it is none, which has a reason.
+struct RegionsOutcome {
+  int64_t kept;
+  Reason reason;
+  int64_t box[4];
+};
+
+// Throws std::runtime_error where more regions are to be kept than there is room for.
+RegionsOutcome regions_cpu(const RegionsParams& params);
+
 }  // namespace carve

@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,13 @@ def _make_torchvision_importable() -> torch.library.Library | None:
 
 # Kept for the length of the run: the schemas go when the library object does.
 _TORCHVISION = _make_torchvision_importable()
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, until the test is over."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

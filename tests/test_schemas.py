@@ -30,6 +30,24 @@ def contrast_cpu() -> tuple[Any, ...]:
     )
 
 
+def regions_cpu() -> tuple[Any, ...]:
+    saliency = torch.zeros(5, 9)
+    saliency[1, 1:4] = 1.0
+    saliency[3, 6] = 2.0
+    return (
+        saliency,
+        4 / 45,
+        2,
+        0,
+        4,
+        1,
+        torch.zeros(5, 9, dtype=torch.bool),
+        torch.full((2, 4), -1),
+        torch.zeros(2, dtype=torch.float64),
+        torch.full((6,), -1),
+    )
+
+
 def capture_layers() -> tuple[Any, ...]:
     layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
     return (
@@ -66,6 +84,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::contrast_cpu": contrast_cpu,
     "carve_kernels::isa_cpu": isa_cpu,
+    "carve_kernels::regions_cpu": regions_cpu,
 }
 
 
@@ -204,3 +223,32 @@ def test_isa_cpu_refuses_what_there_is_not() -> None:
         op(4, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="expected two int64"):
         op(-2, torch.zeros(2))
+
+
+def test_regions_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::regions_cpu")
+    good = regions_cpu()
+    wrong: list[tuple[int, Any, str]] = [
+        (0, torch.zeros(5, 9, dtype=torch.float16), "dtype"),
+        (0, torch.zeros(9, 5).T, "contiguous"),
+        (0, torch.zeros(45), "dimensions"),
+        (1, 0.0, "keep"),
+        (1, float("nan"), "keep"),
+        (2, 0, "top, floor"),
+        (3, 1, "top, floor"),
+        (2, -2, "top, floor"),
+        (4, 6, "connectivity"),
+        (5, 3, "score"),
+        (6, torch.zeros(9, 5, dtype=torch.bool), "shape"),
+        (6, torch.zeros(5, 9), "dtype"),
+        (7, torch.zeros(2, 3, dtype=torch.int64), "four numbers"),
+        (7, torch.zeros(1, 4, dtype=torch.int64), "as many"),
+        (8, torch.zeros(2), "dtype"),
+        (9, torch.zeros(5, dtype=torch.int64), "6 numbers"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
+    little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
+    with pytest.raises(RuntimeError, match="room for 2 regions"):
+        op(*little)

@@ -25,7 +25,7 @@ _LATER = "not built yet in this version; use backend='auto' or backend='referenc
 SUPPORT: dict[str, dict[str, str | None]] = {
     "capture": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
     "contrast": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
-    "regions": {"reference": None, "cpu": _LATER, "triton": _LATER, "cuda": _LATER},
+    "regions": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
 }
 
 # The rooms that `auto` tries on a type of device, best first; the reference comes after them on every device.

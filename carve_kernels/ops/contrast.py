@@ -90,7 +90,9 @@ def contrast(
 
 def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
     """Check one weight for each of len(default) things, float64 on the CPU."""
-    values = default if value is None else value.tolist() if isinstance(value, torch.Tensor) else value
+    if value is None:
+        return torch.tensor(default, dtype=torch.float64)
+    values = value.tolist() if isinstance(value, torch.Tensor) else value
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{name}: expected a sequence of numbers, got {checks.describe(value)}")
     if len(values) != len(default):

@@ -2,57 +2,70 @@
 
 #include "carve.h"
 
-#include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
+
+#include "contrast_resize.h"
+#include "isa.h"
+#include "parallel.h"
+#include "wide.h"
 
 namespace carve {
 namespace {
 
-// The part of a line of `in` cells that one of `out` pixels sees: bilinear, widened by the scale when it shrinks.
-struct Tap {
-  int64_t first;
-  std::vector<double> weights;
-};
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRatiosPerPart = 1 << 17;  // less is not worth waking a thread
 
-std::vector<Tap> make_taps(int64_t in, int64_t out) {
-  const double scale = static_cast<double>(in) / static_cast<double>(out);
-  const double support = std::max(scale, 1.0);
-  std::vector<Tap> taps(static_cast<size_t>(out));
-  for (int64_t pixel = 0; pixel < out; ++pixel) {
-    const double center = scale * (static_cast<double>(pixel) + 0.5);
-    const int64_t first = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-    const int64_t last = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in);
-    Tap& tap = taps[static_cast<size_t>(pixel)];
-    for (int64_t cell = first; cell < last; ++cell) {
-      const double distance = std::abs((static_cast<double>(cell) + 0.5 - center) / support);
-      // A cell at the very edge has no weight, and must not hand on a NaN either.
-      if (distance >= 1.0) continue;
-      if (tap.weights.empty()) tap.first = cell;
-      tap.weights.push_back(1.0 - distance);
-    }
-    const double total = std::accumulate(tap.weights.begin(), tap.weights.end(), 0.0);
-    for (double& weight : tap.weights) weight /= total;
+// A fixed number of sums side by side: wide instructions or not, the same bits.
+CARVE_INLINE inline double sum_of(const float* values, int64_t count) {
+  double lanes[kLanes] = {};
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(values[index + lane]);
   }
-  return taps;
+  double total = 0.0;
+  for (double lane : lanes) total += lane;
+  for (; index < count; ++index) total += static_cast<double>(values[index]);
+  return total;
 }
 
-std::vector<double> fuse(const ContrastParams& p) {
-  std::vector<double> fused(static_cast<size_t>(p.tokens), 0.0);
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    for (int64_t step = 0; step < p.steps; ++step) {
-      const float* task = p.task + (layer * p.steps + step) * p.tokens;
-      const float* general = p.general + (layer * p.general_steps + (p.general_steps == 1 ? 0 : step)) * p.tokens;
-      const double lam =
-          p.lam_is_mean ? std::accumulate(general, general + p.tokens, 0.0) / static_cast<double>(p.tokens) : p.lam;
-      const double weight = p.layer_weights[layer] * p.step_weights[step];
-      for (int64_t token = 0; token < p.tokens; ++token) {
-        const double floor = static_cast<double>(general[token]) + lam;
-        fused[token] += weight * (floor > 0.0 ? static_cast<double>(task[token]) / floor : 0.0);
-      }
+// What is added to each general map, [layers, general_steps].
+std::vector<double> find_lams(const ContrastParams& p, Isa isa) {
+  std::vector<double> lams(static_cast<size_t>(p.layers * p.general_steps), p.lam);
+  if (!p.lam_is_mean) return lams;
+  run_wide(isa, [&]() CARVE_INLINE {
+    for (size_t map = 0; map < lams.size(); ++map) {
+      const float* general = p.general + static_cast<int64_t>(map) * p.tokens;
+      lams[map] = sum_of(general, p.tokens) / static_cast<double>(p.tokens);
     }
+  });
+  return lams;
+}
+
+CARVE_INLINE inline void add_ratios(const float* __restrict task, const float* __restrict general, double lam,
+                                    double weight, int64_t count, double* __restrict fused) {
+  for (int64_t token = 0; token < count; ++token) {
+    const double floor = static_cast<double>(general[token]) + lam;
+    const double ratio = static_cast<double>(task[token]) / floor;
+    fused[token] += weight * (floor > 0.0 ? ratio : 0.0);
   }
+}
+
+std::vector<double> fuse(const ContrastParams& p, Isa isa) {
+  std::vector<double> fused(static_cast<size_t>(p.tokens), 0.0);
+  const std::vector<double> lams = find_lams(p, isa);
+  // Parts of the tokens, so that each token's sum is taken in one order by one thread.
+  parallel_for(p.tokens, kRatiosPerPart / (p.layers * p.steps) + 1, [&](int64_t begin, int64_t end) {
+    run_wide(isa, [&]() CARVE_INLINE {
+      for (int64_t layer = 0; layer < p.layers; ++layer) {
+        for (int64_t step = 0; step < p.steps; ++step) {
+          const int64_t map = layer * p.general_steps + (p.general_steps == 1 ? 0 : step);
+          add_ratios(p.task + (layer * p.steps + step) * p.tokens + begin, p.general + map * p.tokens + begin,
+                     lams[map], p.layer_weights[layer] * p.step_weights[step], end - begin, fused.data() + begin);
+        }
+      }
+    });
+  });
   return fused;
 }
 
@@ -72,41 +85,17 @@ void normalize(std::vector<double>& fused, Normalize kind) {
   for (double& value : fused) value = range > 0.0 ? (value - offset) / range : 0.0;
 }
 
-void resize(const double* grid, const ViewShape& view, float* out) {
-  const std::vector<Tap> columns = make_taps(view.grid_w, view.width);
-  const std::vector<Tap> rows = make_taps(view.grid_h, view.height);
-  std::vector<double> wide(static_cast<size_t>(view.grid_h * view.width), 0.0);
-  for (int64_t row = 0; row < view.grid_h; ++row) {
-    const double* from = grid + row * view.grid_w;
-    double* to = wide.data() + row * view.width;
-    for (int64_t x = 0; x < view.width; ++x) {
-      const Tap& tap = columns[x];
-      to[x] = std::inner_product(tap.weights.begin(), tap.weights.end(), from + tap.first, 0.0);
-    }
-  }
-  std::vector<double> line(static_cast<size_t>(view.width));
-  for (int64_t y = 0; y < view.height; ++y) {
-    std::fill(line.begin(), line.end(), 0.0);
-    const Tap& tap = rows[y];
-    for (size_t index = 0; index < tap.weights.size(); ++index) {
-      const double weight = tap.weights[index];
-      const double* from = wide.data() + (tap.first + static_cast<int64_t>(index)) * view.width;
-      for (int64_t x = 0; x < view.width; ++x) line[x] += weight * from[x];
-    }
-    std::transform(line.begin(), line.end(), out + y * view.width, [](double v) { return static_cast<float>(v); });
-  }
-}
-
 }  // namespace
 
 void contrast_cpu(const ContrastParams& params) {
-  std::vector<double> fused = fuse(params);
+  const Isa isa = active_isa();
+  std::vector<double> fused = fuse(params, isa);
   normalize(fused, params.normalize);
   const double* grid = fused.data();
   float* out = params.out;
   for (int64_t index = 0; index < params.view_count; ++index) {
     const ViewShape& view = params.views[index];
-    resize(grid, view, out);
+    resize(isa, grid, view, out);
     grid += view.grid_h * view.grid_w;
     out += view.height * view.width;
   }

@@ -133,6 +133,18 @@ def test_laws(factor: float, seed: int, lam: Any) -> None:
         assert relative(both, plain) < roundings(16)
 
 
+@pytest.mark.parametrize("size", [(700, 611), (5, 90_000), (90_000, 3), (9, 7)])
+def test_any_number_of_threads_gives_the_same_bits(size: Any, threads: Any) -> None:
+    task, general = maps((24, 31), layers=20, steps=13)
+    serving("contrast", "cpu", task, general)
+    grids, sizes = [(20, 31), (4, 31)], [size, size[::-1]]
+    wanted = contrast(task, general, grids, sizes, backend="cpu")
+    for count in (2, 3, 5):
+        threads(count)
+        for view, same in zip(wanted, contrast(task, general, grids, sizes, backend="cpu"), strict=True):
+            assert torch.equal(view, same)
+
+
 def test_float64_stays_float64() -> None:
     task, general = maps((4, 5))
     assert contrast(task.double(), general.double(), (4, 5), (9, 8)).dtype == torch.float64

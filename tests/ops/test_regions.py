@@ -7,11 +7,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
+from carve_kernels.types import Regions
 from tests.ops.planted import maps, rooms, serving
 
 
@@ -91,6 +92,83 @@ def test_a_search_by_hand_finds_the_same(data: Any, rows: int, columns: int, eig
     assert found.scores.tolist() == [sum(float(values[pixel]) for pixel in group) for group in kept]
     firsts = [(min(y for y, _ in group), min(x for _, x in group)) for group in kept]
     assert [(box[1], box[0]) for box in found.boxes.tolist()] == firsts
+
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 20), st.integers(1, 80)),
+    st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 64), (1, 65), (65, 1), (3, 4100), (4100, 3), (300, 257)]),
+)
+# Names of pictures made from normal noise and what they are good for.
+PICTURES: dict[str, Any] = {
+    "noise": lambda noise: noise,
+    "positive": lambda noise: noise.abs(),
+    "ties": lambda noise: (noise * 2).round(),
+    "plateaus": lambda noise: (noise > 0.5).to(noise.dtype),
+    "magnitudes": lambda noise: (noise * 20).exp(),
+    "mostly zero": lambda noise: noise * (noise > 1.2),
+    "nearly flat": lambda noise: 1000 + noise * 1e-2,
+    "overflow": lambda noise: noise * torch.finfo(noise.dtype).max / 4,
+    "subnormal": lambda noise: noise.round() * torch.finfo(noise.dtype).smallest_normal / 8,
+    "constant": lambda noise: torch.full_like(noise, -3.3),
+}
+
+
+def assert_same(found: Regions, wanted: Regions) -> None:
+    assert found.reason == wanted.reason
+    assert found.box == wanted.box
+    for name in ("mask", "boxes", "scores"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
+
+
+@settings(max_examples=300, deadline=None)
+@example(
+    shape=(3, 4100),  # zeros of both signs
+    picture="mostly zero",
+    dtype=torch.float64,
+    keep=0.05,
+    limit={"top": 1},
+    connectivity=4,
+    score="sum",
+    seed=4,
+)
+@given(
+    shape=SHAPES,
+    picture=st.sampled_from(sorted(PICTURES)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
+    limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
+    connectivity=st.sampled_from([4, 8]),
+    score=st.sampled_from(["sum", "mean", "max"]),
+    seed=st.integers(0, 999),
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_the_compiled_room_is_the_reference(
+    shape: tuple[int, int], picture: str, dtype: torch.dtype, keep: float, limit: Any, seed: int, **options: Any
+) -> None:
+    serving("regions", "cpu", torch.rand(4, 4), keep=keep, **limit, **options)
+    noise = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    values = PICTURES[picture](noise)
+    options |= {"keep": keep, "check": False, **limit}
+    assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
+@pytest.mark.parametrize("picture", ["noise", "ties", "magnitudes"])
+def test_very_long_pictures(shape: tuple[int, int], picture: str) -> None:
+    serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
+    values = PICTURES[picture](torch.randn(shape))
+    options: dict[str, Any] = {"keep": 0.2, "floor": 3}
+    assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
+
+
+@pytest.mark.parametrize("picture", ["noise", "ties", "magnitudes"])
+def test_any_number_of_threads_finds_the_same(picture: str, threads: Any) -> None:
+    serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
+    values = PICTURES[picture](torch.randn(1603, 1511))
+    wanted = regions(values, keep=0.3, floor=3, backend="cpu")
+    for count in (2, 3, 5):
+        threads(count)
+        assert_same(regions(values, keep=0.3, floor=3, backend="cpu"), wanted)
 
 
 def test_top_is_a_cap_and_floor_is_a_floor(room: str) -> None:
@@ -185,3 +263,10 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
 def test_nan_that_was_not_looked_for_still_gives_no_region() -> None:
     found = regions(torch.tensor([[1.0, float("nan")]]), keep=0.5, top=1, check=False)
     assert found.reason == "the saliency is not finite"
+
+
+def test_a_range_that_overflows_has_no_region(room: str) -> None:
+    extreme = torch.finfo(torch.float32).max
+    with numpy.errstate(all="ignore"):
+        found = regions(torch.tensor([[-extreme, extreme, -extreme, -extreme]]), keep=0.3, top=1, backend=room)
+    assert found.reason is not None and "too wide" in found.reason and bool(found.mask.all())

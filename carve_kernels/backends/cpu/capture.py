@@ -43,8 +43,9 @@ def forward(
     out: Capture | None = None,
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
-    written = out
-    if out is None or out.maps.stride(-1) != 1:
+    if out is not None and out.maps.stride(-1) == 1:
+        written = out
+    else:
         batch, query_heads, rows, _ = query.shape
         middle = (query_heads,) if heads == "each" else ()
         written = Capture(
@@ -52,16 +53,15 @@ def forward(
             query.new_empty((batch, rows), dtype=torch.float32),
             query.new_empty((batch, rows), dtype=torch.float32),
         )
-    assert written is not None
     torch.ops.carve_kernels.capture_cpu.default(
         [query], [key], tokens, mask, positions, [] if sink is None else [_dense(sink)],
         None if lse is None else _dense(lse), scale, softcap or 0.0, window or 0, heads == "each", None, 0, *written,
     )  # fmt: skip
-    if out is not None and out is not written:
-        for target, part in zip(out, written, strict=True):
-            target.copy_(part)
-        return out
-    return written
+    if out is None or out is written:
+        return written
+    for target, part in zip(out, written, strict=True):
+        target.copy_(part)
+    return out
 
 
 def forward_layers(

@@ -36,6 +36,9 @@ def forward(
 
     threshold = values.dtype.type(numpy.percentile(values, 100 * (1 - keep)))
     labels, count = ndimage.label(values >= threshold, ndimage.generate_binary_structure(2, connectivity // 4))
+    if count == 0:
+        # The difference of extreme values overflows in the percentile, and no value reaches infinity.
+        return whole(saliency, "the range of the saliency is too wide for its dtype")
     order, scores = _rank(values, labels, count, score)
     # The release floors count * keep, and keeps `floor` regions where that is fewer.
     kept = order[: top if floor is None else max(floor, int(count * keep))]

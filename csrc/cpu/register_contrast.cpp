@@ -1,24 +1,19 @@
-// The CPU operators, registered through torch's stable ABI; their schemas are in carve_kernels/schemas.py.
+// The contrast operator, registered through torch's stable ABI; its schema is in carve_kernels/schemas.py.
 
+#include <limits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "carve.h"
+#include "register_checks.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == dims, "contrast_cpu: ", name, ": expected ", dims, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "contrast_cpu: ", name, ": unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "contrast_cpu: ", name, ": expected a contiguous tensor");
-}
 
 carve::Normalize parse_normalize(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(carve::Normalize::kMinmax),
@@ -28,6 +23,7 @@ carve::Normalize parse_normalize(int64_t number) {
 
 // Rows of (grid_h, grid_w, height, width), which together use all the tokens and all the pixels.
 std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, int64_t tokens, int64_t pixels) {
+  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "contrast_cpu: task: expected fewer than 2^31 tokens");
   STD_TORCH_CHECK(shapes.size() % 4 == 0, "contrast_cpu: shapes: expected four numbers for each view");
   std::vector<carve::ViewShape> views;
   for (size_t start = 0; start < shapes.size(); start += 4) {
@@ -47,11 +43,11 @@ std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, i
 
 void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer_weights, const Tensor& step_weights,
                   std::vector<int64_t> shapes, double lam, bool lam_is_mean, int64_t normalize, Tensor out) {
-  check_tensor(task, "task", 3, ScalarType::Float);
-  check_tensor(general, "general", 3, ScalarType::Float);
-  check_tensor(layer_weights, "layer_weights", 1, ScalarType::Double);
-  check_tensor(step_weights, "step_weights", 1, ScalarType::Double);
-  check_tensor(out, "out", 1, ScalarType::Float);
+  carve::check_tensor(task, "contrast_cpu: task", 3, ScalarType::Float);
+  carve::check_tensor(general, "contrast_cpu: general", 3, ScalarType::Float);
+  carve::check_tensor(layer_weights, "contrast_cpu: layer_weights", 1, ScalarType::Double);
+  carve::check_tensor(step_weights, "contrast_cpu: step_weights", 1, ScalarType::Double);
+  carve::check_tensor(out, "contrast_cpu: out", 1, ScalarType::Float);
   const int64_t layers = task.size(0);
   const int64_t steps = task.size(1);
   const int64_t general_steps = general.size(1);
