@@ -66,10 +66,10 @@ struct TokenRuns {
   int64_t used;
 };
 
-thread_local std::vector<Run> run_buffer;
+thread_local std::vector<KeyRun> run_buffer;
 thread_local std::vector<TokenRuns> token_runs_buffer;
 
-void find_runs(const CaptureParams& p, std::vector<Run>& runs, std::vector<TokenRuns>& rows) {
+void find_runs(const CaptureParams& p, std::vector<KeyRun>& runs, std::vector<TokenRuns>& rows) {
   runs.clear();
   rows.clear();
   for (int64_t batch = 0; batch < p.batch; ++batch) {
@@ -199,7 +199,7 @@ class Captures {
 
   const CaptureParams& p_;
   const UnitPlan plan_;
-  const std::vector<Run>& runs_;
+  const std::vector<KeyRun>& runs_;
   const std::vector<TokenRuns>& token_runs_;
 };
 

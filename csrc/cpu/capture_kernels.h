@@ -61,7 +61,7 @@ struct Peak {
 };
 
 // Tokens [token, token + count) are the keys [key, key + count) of one chunk.
-struct Run {
+struct KeyRun {
   int64_t token;
   int64_t key;
   int64_t count;
@@ -73,7 +73,7 @@ struct GatherRow {
   int64_t head_stride;
   int64_t factor_stride;
   int64_t heads;
-  const Run* runs;
+  const KeyRun* runs;
   int64_t run_count;
   float* sum;        // [tokens], zero before: the sum over the heads
   float* each;       // [heads, each_stride], or null

@@ -203,7 +203,7 @@ void clear_padding(const UnitPlan& plan, const Unit& unit) {
   }
 }
 
-void gather_runs(const UnitPlan& plan, const Unit& unit, const Run* runs, int64_t count, const float* scratch) {
+void gather_runs(const UnitPlan& plan, const Unit& unit, const KeyRun* runs, int64_t count, const float* scratch) {
   const CaptureParams& p = plan.params;
   float* const from = const_cast<float*>(scratch);
   for (int64_t row = 0; row < unit.rows; ++row) {

@@ -41,6 +41,6 @@ void pack_unit(const UnitPlan& plan, const Unit& unit, float* scratch, float* st
 void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* scratch, float* staging);
 void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch);
 void clear_padding(const UnitPlan& plan, const Unit& unit);
-void gather_runs(const UnitPlan& plan, const Unit& unit, const Run* runs, int64_t count, const float* scratch);
+void gather_runs(const UnitPlan& plan, const Unit& unit, const KeyRun* runs, int64_t count, const float* scratch);
 
 }  // namespace carve

@@ -46,7 +46,7 @@ class Forest {
   std::vector<int32_t> parents_;
 };
 
-void join_rows(const std::vector<Run>& runs, int64_t connectivity, Forest& forest) {
+void join_rows(const std::vector<PixelRun>& runs, int64_t connectivity, Forest& forest) {
   const int32_t reach = connectivity == 8 ? 1 : 0;
   const size_t count = runs.size();
   size_t above = 0;
@@ -61,11 +61,11 @@ void join_rows(const std::vector<Run>& runs, int64_t connectivity, Forest& fores
 }
 
 // The regions in the order of their first pixels; `owners` has the number of the region of each run.
-std::vector<Region> collect(const std::vector<Run>& runs, Forest& forest, std::vector<int32_t>& owners) {
+std::vector<Region> collect(const std::vector<PixelRun>& runs, Forest& forest, std::vector<int32_t>& owners) {
   std::vector<Region> regions;
   owners.resize(runs.size());
   for (size_t index = 0; index < runs.size(); ++index) {
-    const Run& run = runs[index];
+    const PixelRun& run = runs[index];
     const size_t root = static_cast<size_t>(forest.find(static_cast<int32_t>(index)));
     if (root == index) {
       owners[index] = static_cast<int32_t>(regions.size());
@@ -131,13 +131,13 @@ RegionsOutcome write_boxes(const RegionsParams& p, const std::vector<Region>& re
   return outcome;
 }
 
-void write_mask(const RegionsParams& p, const std::vector<Run>& runs, const std::vector<int32_t>& owners,
+void write_mask(const RegionsParams& p, const std::vector<PixelRun>& runs, const std::vector<int32_t>& owners,
                 size_t region_count, const std::vector<int32_t>& kept) {
   std::vector<bool> chosen(region_count, false);
   for (const int32_t number : kept) chosen[number] = true;
   std::fill(p.mask, p.mask + p.height * p.width, false);
   for (size_t index = 0; index < runs.size(); ++index) {
-    const Run& run = runs[index];
+    const PixelRun& run = runs[index];
     bool* row = p.mask + run.row * p.width;
     if (chosen[owners[index]]) std::fill(row + run.begin, row + run.end, true);
   }
@@ -161,7 +161,7 @@ RegionsOutcome find_regions(const RegionsParams& p) {
   while (count >> bits != 0) ++bits;
   const FixedPoint fixed{largest, std::ldexp(1.0, std::min(36, 62 - bits))};
   const T threshold = find_threshold(isa, values, count, range, p.keep);
-  const std::vector<Run> runs = find_runs(isa, values, p.height, p.width, threshold, p.score, fixed);
+  const std::vector<PixelRun> runs = find_runs(isa, values, p.height, p.width, threshold, p.score, fixed);
   // The range of extreme values overflows, and an infinite threshold may be above all of them.
   if (runs.empty()) return write_whole(p, Reason::kNoPixel);
 

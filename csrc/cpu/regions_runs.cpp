@@ -63,7 +63,7 @@ class RowScanner {
       : width_(width), threshold_(threshold), score_(score), fixed_(fixed),
         edges_(static_cast<size_t>((width + kWord) / kWord * kWord), 0) {}
 
-  CARVE_INLINE void scan(const T* values, int32_t row, std::vector<Run>& runs) {
+  CARVE_INLINE void scan(const T* values, int32_t row, std::vector<PixelRun>& runs) {
     mark_edges(values, width_, threshold_, edges_.data());
     int32_t begin = -1;
     for (size_t start = 0; start < edges_.size(); start += kWord) {
@@ -79,8 +79,8 @@ class RowScanner {
   }
 
  private:
-  CARVE_INLINE Run measure(const T* values, int32_t row, int32_t begin, int32_t end) const {
-    Run run{row, begin, end, 0, 0.0};
+  CARVE_INLINE PixelRun measure(const T* values, int32_t row, int32_t begin, int32_t end) const {
+    PixelRun run{row, begin, end, 0, 0.0};
     if (score_ == Score::kMax) {
       run.peak = find_peak(values + begin, end - begin);
     } else {
@@ -99,10 +99,10 @@ class RowScanner {
 }  // namespace
 
 template <class T>
-std::vector<Run> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
+std::vector<PixelRun> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
                            const FixedPoint& fixed) {
   const int64_t strip_rows = kPixelsPerStrip / width + 1;
-  std::vector<std::vector<Run>> strips(static_cast<size_t>((height + strip_rows - 1) / strip_rows));
+  std::vector<std::vector<PixelRun>> strips(static_cast<size_t>((height + strip_rows - 1) / strip_rows));
   parallel_for(static_cast<int64_t>(strips.size()), kPixelsPerPart / kPixelsPerStrip, [&](int64_t begin, int64_t end) {
     RowScanner<T> scanner(width, threshold, score, fixed);
     run_wide(isa, [&]() CARVE_INLINE {
@@ -114,12 +114,12 @@ std::vector<Run> find_runs(Isa isa, const T* values, int64_t height, int64_t wid
       }
     });
   });
-  std::vector<Run> runs;
-  for (const std::vector<Run>& strip : strips) runs.insert(runs.end(), strip.begin(), strip.end());
+  std::vector<PixelRun> runs;
+  for (const std::vector<PixelRun>& strip : strips) runs.insert(runs.end(), strip.begin(), strip.end());
   return runs;
 }
 
-template std::vector<Run> find_runs(Isa, const float*, int64_t, int64_t, float, Score, const FixedPoint&);
-template std::vector<Run> find_runs(Isa, const double*, int64_t, int64_t, double, Score, const FixedPoint&);
+template std::vector<PixelRun> find_runs(Isa, const float*, int64_t, int64_t, float, Score, const FixedPoint&);
+template std::vector<PixelRun> find_runs(Isa, const double*, int64_t, int64_t, double, Score, const FixedPoint&);
 
 }  // namespace carve

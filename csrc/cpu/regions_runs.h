@@ -10,7 +10,7 @@
 namespace carve {
 
 // Pixels of a row side by side, with what their region's score is made of.
-struct Run {
+struct PixelRun {
   int32_t row;
   int32_t begin;
   int32_t end;
@@ -26,7 +26,7 @@ struct FixedPoint {
 
 // Runs from left to right and from top to bottom. Only what the score needs is measured.
 template <class T>
-std::vector<Run> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
+std::vector<PixelRun> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
                            const FixedPoint& fixed);
 
 }  // namespace carve
