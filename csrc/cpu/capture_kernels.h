@@ -53,6 +53,7 @@ struct ChunkRow {
   const uint8_t* mask;  // [keys], or null
   float scale;
   float softcap;
+  const char* ahead;  // fetched meanwhile, as many bytes as there are of scores; any address will do
 };
 
 struct Peak {

@@ -136,29 +136,28 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
     const Span span = visible(p, unit.batch, unit.first_row + row, start, keys);
     seen = span.first < span.last;
   }
+  const int64_t* strides = unit.layer->key_strides;
+  const int64_t offset = unit.batch * strides[0] + unit.key_head * strides[1] + start * strides[2];
+  const int64_t bytes = p.type == Float::kFloat32 ? 4 : 2;
+  const char* key = static_cast<const char*>(unit.layer->key) + offset * bytes;
   if (seen) {
-    const int64_t bytes = p.type == Float::kFloat32 ? 4 : 2;
-    const int64_t* strides = unit.layer->key_strides;
-    const int64_t offset = unit.batch * strides[0] + unit.key_head * strides[1] + start * strides[2];
-    const ScoreBlock block = {static_cast<const char*>(unit.layer->key) + offset * bytes,
-                              strides[2],
-                              keys,
-                              p.size,
-                              packed_of(plan, scratch),
-                              unit.rows * plan.group,
-                              scores_of(plan, scratch, 0) + start,
-                              plan.stride,
-                              staging};
-    plan.score.scores(block);
+    plan.score.scores({key, strides[2], keys, p.size, packed_of(plan, scratch), unit.rows * plan.group,
+                       scores_of(plan, scratch, 0) + start, plan.stride, staging});
   }
-  uint8_t dense[kChunk];
+  // Memory would idle while exponentials are taken: fetch the next chunk, past the tile that the scores have fetched.
+  const bool dense = strides[2] == p.size;
+  const int64_t chunk_bytes = kChunk * p.size * bytes;
+  const char* next = key + (keys + kKeyTile) * p.size * bytes;
+  constexpr int64_t kRowBytes = kChunk * static_cast<int64_t>(sizeof(float));
+  uint8_t masked[kChunk];
   for (int64_t line = 0; line < unit.rows * plan.group; ++line) {
     const int64_t row = unit.first_row + line / plan.group;
     const int64_t head = unit.key_head * plan.group + line % plan.group;
     const Span span = visible(p, unit.batch, row, start, keys);
     float* scores = scores_of(plan, scratch, line) + start;
-    const uint8_t* mask = seen ? mask_of(p, unit.batch, head, row, start, keys, dense) : nullptr;
-    const Peak peak = plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap});
+    const uint8_t* mask = seen ? mask_of(p, unit.batch, head, row, start, keys, masked) : nullptr;
+    const char* ahead = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
+    const Peak peak = plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, ahead});
     tops_of(plan, scratch, line)[chunk] = peak.top;
     sums_of(plan, scratch, line)[chunk] = peak.sum;
   }
