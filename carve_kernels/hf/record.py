@@ -132,7 +132,9 @@ class Record:
             self._flush()
             pending = self._batch(index, module, like, attention_mask, length, options.get("is_causal"))
             self.pending = pending
-        pending.query.append(query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size)))
+        if length > 1 or self.rows.shape[1] > 1:
+            query = query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size))
+        pending.query.append(query)
         pending.key.append(key)
         if options.get("s_aux") is not None:
             pending.sink.append(options["s_aux"].detach())
