@@ -37,10 +37,6 @@ void contrast_cpu(const ContrastParams& params);
 
 enum class Float { kFloat32, kFloat16, kBfloat16 };
 
-// Calls body(begin, end, context) for parts of [0, count), in any order and on any threads.
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t count, Body body, void* context);
-
 // A matrix of int32 or int64, or none.
 struct IndexMatrix {
   const void* data;
@@ -88,7 +84,6 @@ struct CaptureParams {
   int64_t maps_strides[3];  // of batch, head and row
   int64_t mass_strides[2];  // of batch and row
   int64_t entropy_strides[2];
-  ParallelFor parallel_for;
   int64_t threads;  // a hint; the result is the same for any number
 };
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import carve_kernels
-from carve_kernels.models import small
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/README.md")])
@@ -36,7 +35,6 @@ def lines() -> list[tuple[str, str]]:
     return sorted({entry for entry in shell + inline if entry[1]})
 
 
-@pytest.mark.skipif(not (small() / "model.safetensors").exists(), reason="the embedded model is not built")
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_code_blocks_run(page: str, code: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "capture_unit.h"
+#include "parallel.h"
 
 namespace carve {
 namespace {
@@ -133,8 +134,7 @@ class Captures {
   void share(int64_t count, bool parallel, const F& body) const {
     if (count <= 0) return;
     if (!parallel) return body(int64_t{0}, count);
-    const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-    p_.parallel_for(count, call, const_cast<F*>(&body));
+    parallel_for(count, 1, body);
   }
 
   Unit unit_at(int64_t first_pair, int64_t index, float* sums) const {

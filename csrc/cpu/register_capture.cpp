@@ -133,10 +133,6 @@ int64_t parse_step(const std::optional<Tensor>& step) {
   return value;
 }
 
-void share_out(int64_t count, carve::Body body, void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 void capture_cpu(std::vector<Tensor> query, std::vector<Tensor> key, Tensor tokens, std::optional<Tensor> mask,
                  std::optional<Tensor> positions, std::vector<Tensor> sink, std::optional<Tensor> lse, double scale,
                  double softcap, int64_t window, bool each, std::optional<Tensor> step, int64_t first, Tensor maps,
@@ -176,7 +172,6 @@ void capture_cpu(std::vector<Tensor> query, std::vector<Tensor> key, Tensor toke
   }
   p.layers = all.data();
   p.layer_count = layers;
-  p.parallel_for = share_out;
   p.threads = torch::stable::get_num_threads();
   carve::capture_cpu(p);
 }

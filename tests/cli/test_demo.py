@@ -17,8 +17,6 @@ from carve_kernels.models.scenes import draw_scene
 from tests.cli.conftest import Invoke, content
 from tests.hf import tiny
 
-EMBEDDED = (models.small() / "model.safetensors").is_file()
-
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -62,7 +60,6 @@ def test_an_output_that_cannot_be_written(carve: Invoke, stand_in: Path, tmp_pat
     assert "file is no folder" in done.stderr
 
 
-@pytest.mark.skipif(not EMBEDDED, reason="the embedded model is not there")
 def test_the_embedded_model(tmp_path: Path) -> None:
     # The demo needs no torchvision, and one that does not fit this torch would break it.
     code = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_module('carve_kernels')"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
 
+from carve_kernels.hf.backbone import attention_modules
 from tests.hf.tiny import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
 
 FAMILIES = {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen2_5_vl, "qwen2_vl": tiny_qwen2_vl}
@@ -88,3 +90,21 @@ def exact(name: str, batch: int) -> torch.Tensor:
         for layer, attention in enumerate(attentions):
             maps[row, layer, :, : len(columns)] = attention[0, :, length - 1 :][..., columns].mean(0)
     return maps
+
+
+def state(model: Any) -> Any:
+    """All that a session might leave behind."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    modeling = {sys.modules[type(module).__module__] for module in attention_modules(model).values()}
+    return (
+        {(name, key) for name, module in model.named_modules() for key in module.__dict__},
+        {(name, len(module._forward_pre_hooks), len(module._forward_hooks)) for name, module in model.named_modules()},
+        model.config._attn_implementation,
+        model.config.text_config._attn_implementation,
+        model.config.vision_config._attn_implementation,
+        dict(ALL_ATTENTION_FUNCTIONS._local_mapping),
+        dict(ALL_ATTENTION_FUNCTIONS._global_mapping),
+        {module.__name__: module.eager_attention_forward for module in modeling},
+        dict(model.generation_config.to_dict()),
+    )

@@ -15,8 +15,7 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset, carve, load
 from carve_kernels.complexity import complexity
 from carve_kernels.hf.prompts import build_prompt, prepare
-from tests.hf.looks import family, in_eager
-from tests.hf.test_session import state
+from tests.hf.looks import family, in_eager, state
 from tests.hf.tiny import picture, save, tiny_llava
 
 QUESTION = "what digit is red"
@@ -298,15 +297,3 @@ def test_ctrl_c_in_the_middle_leaves_the_model_as_it_was() -> None:
     assert state(model) == before
     result = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
     assert list(result.answer_ids) == greedy("qwen2_5_vl", [PHOTO], QUESTION, SHORT)
-
-
-def test_complexity_knows_busy_from_plain_and_grey_from_coloured() -> None:
-    plain, busy = Image.new("RGB", (200, 100), "white"), picture(200, 100, 3)
-    assert complexity(plain) == {"edges": 0.0, "colours": 0.0}
-    assert complexity(busy)["edges"] > 0.05 and complexity(busy)["colours"] > 0.7
-    assert complexity(busy.convert("L"))["colours"] == 0.0
-    ramp = numpy.zeros((10, 180, 3), dtype=numpy.uint8)
-    ramp[..., 2] = 255
-    ramp[..., 0] = numpy.arange(180)
-    assert 0.2 < complexity(Image.fromarray(ramp))["colours"] < 1
-    assert complexity(Image.new("RGB", (1, 1))) == {"edges": 0.0, "colours": 0.0}

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from carve_kernels import capture_attention, layout_of
-from tests.hf.looks import PICTURES, TEXTS, family, generate, inputs_of
-from tests.hf.test_session import state
+from tests.hf.looks import PICTURES, TEXTS, family, generate, inputs_of, state
 from tests.hf.tiny import inputs_for, tiny_llama, tiny_llava
 
 AT_ONCE: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include <sys/mman.h>
@@ -68,12 +67,6 @@ void fill(Guarded<T>& result, int64_t count, int seed) {
       result[index] = static_cast<T>(bits >> 16);
     }
   }
-}
-
-void on_threads(int64_t count, carve::Body body, void* context) {
-  std::thread other(body, count / 2, count, context);
-  body(0, count / 2, context);
-  other.join();
 }
 
 struct Result {
@@ -148,7 +141,6 @@ Result run(const Shape& shape, carve::Float type, View view, bool each, int64_t 
   params.maps_strides[0] = (each ? shape.heads : 1) * shape.rows * shape.tokens;
   params.mass_strides[0] = params.entropy_strides[0] = shape.rows;
   params.mass_strides[1] = params.entropy_strides[1] = 1;
-  params.parallel_for = on_threads;
   params.threads = threads;
   carve::capture_cpu(params);
   return result;
