@@ -2,7 +2,7 @@ PYTHON ?= python3
 # Words for pip: TORCH="torch==2.13.0 --index-url URL" takes another build, for a GPU or for a CPU alone.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
-OLDEST_TRANSFORMERS ?= transformers==5.0.0
+OLDEST_TRANSFORMERS ?= transformers==5.12.0
 # More requirements for the tests' environment.
 PINS ?=
 CXX ?= g++
