@@ -40,7 +40,7 @@ def forward(
     grids = cast("Sequence[Size]", grid if several else [grid])
     sizes = cast("Sequence[Size]", size if several else [size])
     out = task.new_empty(sum(height * width for height, width in sizes))
-    torch.ops.carve_kernels.contrast_cpu(
+    torch.ops.carve_kernels.contrast_cpu.default(
         task.contiguous(),
         general.contiguous(),
         _weights([1.0] * layers if layer_weights is None else layer_weights),
@@ -51,9 +51,10 @@ def forward(
         _NORMALIZE.index(normalize),
         out,
     )
+    if not several:
+        return out.view(sizes[0])
     parts = out.split([height * width for height, width in sizes])
-    saliency = [part.view(view) for part, view in zip(parts, sizes, strict=True)]
-    return saliency if several else saliency[0]
+    return [part.view(view) for part, view in zip(parts, sizes, strict=True)]
 
 
 def _weights(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
