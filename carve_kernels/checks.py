@@ -37,7 +37,7 @@ def tensor(
     # A loop: these checks stand before every call, and any() over a generator takes three times as long.
     if fits:
         for want, got in zip(shape, have, strict=True):
-            if want != got and type(want) is int:
+            if type(want) is int and want != got:
                 fits = False
     if not fits:
         wanted = "[" + ", ".join(str(size) for size in shape) + "]"
