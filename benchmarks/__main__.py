@@ -55,14 +55,15 @@ def cpu(
     quick: Quick = False,
     cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: what the goals name.")] = "all",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, again and again; 1 and 2.")] = None,
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds of one cell, warm or cold; 3 rounds or more.")] = 1.0,
+    budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
     markdown: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables there.")] = None,
 ) -> None:
     """The CPU room against its goals: capture, contrast, regions, a model with a session, the price of a call."""
     _check_output("--markdown", markdown)
     counts, lengths = threads or [1, 2], [128] if quick else [2048, 8192]
-    chosen, seconds = bench_cpu.cases_of(cells, quick), 0.0 if quick else budget
+    chosen = bench_cpu.cases_of(cells, quick)
+    seconds = bench_cpu.budget_of(cells, quick) if budget is None else budget
     total = bench_cpu.total(chosen, counts, lengths)
     with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}

@@ -23,6 +23,13 @@ def cases_of(cells: str, quick: bool) -> list[Case]:
     return cpu_capture.HEADLINE if cells == "headline" else cpu_capture.everything()
 
 
+def budget_of(cells: str, quick: bool) -> float:
+    """Seconds of a cell: the whole table shall take some ten minutes."""
+    if quick:
+        return 0.0
+    return 1.0 if cells == "headline" else 0.6
+
+
 def total(cases: list[Case], threads: list[int], lengths: list[int]) -> int:
     return (len(cases) + PIXELS) * len(threads) + len(lengths) + 3
 
