@@ -1,13 +1,14 @@
-"""`python -m benchmarks capture | engine`: answers checked, opponents timed in turns, tables printed, JSON written."""
+"""`python -m benchmarks capture | cpu | engine`: answers checked, opponents timed in turns, tables, JSON."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import bench_capture, bench_engine, cases, machine
+from benchmarks import bench_capture, bench_cpu, bench_engine, cases, lines, machine
 from benchmarks.answers import WrongAnswer
 from benchmarks.models import Shape
 from carve_kernels.models import small
@@ -47,6 +48,28 @@ def capture(
     with _reporting("capture", output, threads, bench_capture.tables) as report, _progress(len(chosen)) as advance:
         report["settings"] = {"rounds": rounds, "budget": budget}
         report["results"] = bench_capture.measure(chosen, rounds=rounds, budget=budget, advance=advance)
+
+
+@app.command()
+def cpu(
+    quick: Quick = False,
+    cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: what the goals name.")] = "all",
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, again and again; 1 and 2.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
+    output: Output = None,
+    markdown: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables there.")] = None,
+) -> None:
+    """The CPU room against its goals: capture, contrast, regions, a model with a session, the price of a call."""
+    _check_output("--markdown", markdown)
+    counts, lengths = threads or [1, 2], [128] if quick else [2048, 8192]
+    chosen = bench_cpu.cases_of(cells, quick)
+    seconds = bench_cpu.budget_of(cells, quick) if budget is None else budget
+    total = bench_cpu.total(chosen, counts, lengths)
+    with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
+        report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
+        report["results"] = bench_cpu.measure(chosen, counts, lengths, quick=quick, budget=seconds, advance=advance)
+    if markdown is not None:
+        markdown.write_text(lines.markdown(report))
 
 
 @app.command()
@@ -84,11 +107,11 @@ def _reporting(
     name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
 ) -> Iterator[dict[str, Any]]:
     """Hands out a report to fill, prints it and writes it; a wrong answer ends the command with what is wrong."""
-    if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"--output: {output.parent} is no directory")
+    _check_output("--output", output)
     if threads is not None:
         torch.set_num_threads(threads)
-    report: dict[str, Any] = {"benchmark": name, "machine": machine.describe()}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    report: dict[str, Any] = {"benchmark": name, "command": command, "machine": machine.describe()}
     try:
         yield report
     except WrongAnswer as error:
@@ -96,11 +119,17 @@ def _reporting(
         raise typer.Exit(1) from error
     # A file or a pipe has no width of its own, and the default of 80 would break every cell.
     console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(report["command"])
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     for table in tables(report["results"]):
         console.print(table)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{option}: {path.parent} is no directory")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from carve_kernels.backends import cpu
+
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -23,12 +25,13 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx": "amx_bf16" in flags,
+        "instructions": cpu.isa()[0] if cpu.unavailable() is None else None,
         "last_level_cache": last_level_cache(),
         "memory": kilobytes("/proc/meminfo", "MemTotal"),
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "carve-kernels")},
+        **{name: _version(name) for name in ("torch", "transformers", "numpy", "scipy", "pillow", "carve-kernels")},
     }
 
 

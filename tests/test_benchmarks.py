@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_capture, bench_engine, cases, timing
+from benchmarks import bench_capture, bench_engine, cases, cpu_capture, cpu_pixels, lines, timing
 from benchmarks.__main__ import app
 from benchmarks.models import Shape
 from carve_kernels.types import Capture
@@ -61,6 +61,56 @@ def test_engine_reports_seconds_memory_and_stages(tmp_path: Path) -> None:
     (memory,) = found["memory"]
     assert memory["eager_measured"] and memory["bound"] == 2 * 128 * 4
     assert {"task", "general", "answer"} <= set(found["stages"])
+
+
+def test_cpu_reports_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_capture, "last_level_cache", lambda: 2**20)
+    files = tmp_path / "cpu.json", tmp_path / "cpu.md"
+    result = run("cpu", "--output", str(files[0]), "--markdown", str(files[1]))
+    assert result.exit_code == 0, result.output
+    report = report_of(files[0])
+    found: dict[str, list[Any]] = {}
+    for line in report["results"]:
+        found.setdefault(line["table"].partition(":")[0], []).append(line)
+    assert [line["labels"]["caches"] for line in found["capture"]] == ["warm", "cold"] * 2
+    assert all({"capture", "(b) repeat", "(c) folded", "(f) read"} <= set(line["seconds"]) for line in found["capture"])
+    assert set(found["contrast"][0]["ratios"]) == {"torch", "(f) fill", "(d) release"}
+    assert [line["labels"]["saliency"] for line in found["regions"]] == ["smooth", "white noise"]
+    assert {"decode step", "captures of a prefill", "one row", "call overhead"} <= set(found)
+    assert files[1].read_text().startswith("Command: `python -m benchmarks")
+    assert all(f"### {line['table']}" in files[1].read_text() for line in report["results"])
+
+
+def test_wrong_regions_stop_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = cpu_pixels.regions
+    monkeypatch.setattr(cpu_capture, "measure", lambda *_args, **_options: iter(()))
+    monkeypatch.setattr(cpu_pixels, "regions", lambda *args, **options: honest(*args, **{**options, "keep": 0.3}))
+    result = run("cpu")
+    assert result.exit_code == 1
+    assert "mask" in result.output
+
+
+def test_a_cold_call_reads_what_was_read_longest_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_capture, "last_level_cache", lambda: 2**16)
+    turns = cpu_capture.Turns()
+    key = torch.randn(1, 2, 8, 64)
+    turns.fill(key)
+    assert sum(copy.nbytes for copy in turns.keys) > 2**16
+    assert len({copy.data_ptr() for copy in turns.keys}) == len(turns.keys)
+    assert all(torch.equal(copy, key) for copy in turns.keys)
+    order = []
+    for _ in range(len(turns.keys) + 1):
+        turns(lambda: None)
+        order.append(turns.turn)
+    assert order == [*range(1, len(turns.keys)), 0, 1]
+
+
+@pytest.mark.parametrize(("value", "most", "met"), [(2.0, False, True), (1.9, False, False), (2.1, True, False)])
+def test_a_goal_is_met_or_missed(value: float, most: bool, met: bool) -> None:
+    spread = timing.Spread(value, 0.0, 9.0, 3)
+    goals = [lines.Goal("way", 2.0, most), lines.Goal("absent", 1.0)]
+    (goal,) = lines.line("table", {}, {"way": spread}, goals)["goals"]
+    assert goal == {"goal": f"way {'<=' if most else '>='} 2", "met": met}
 
 
 FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -33,6 +33,8 @@ PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 
 _DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
 
+_BACKENDS = ("auto", *ROOMS)
+
 _log = logging.getLogger("carve_kernels")
 
 
@@ -42,7 +44,7 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
     A room that is asked for by name serves or raises `BackendUnavailable`; `auto` takes the first that serves.
     """
     checks.choice("stage", stage, STAGES)
-    checks.choice("backend", backend, ("auto", *ROOMS))
+    checks.choice("backend", backend, _BACKENDS)
     rooms = (*PREFERRED.get(device.type, ()), "reference") if backend == "auto" else (backend,)
     reasons: list[str] = []
     for room in rooms:

@@ -78,10 +78,18 @@ def contrast(
     if check or (check is None and task.device.type == "cpu"):
         _check_values("task", task)
         _check_values("general", general)
+    if layer_weights is None:
+        layer_weights = torch.ones(layers, dtype=torch.float64)
+    else:
+        layer_weights = weights("layer_weights", layer_weights, range(layers))
+    if step_weights is None:
+        step_weights = torch.arange(1, steps + 1, dtype=torch.float64)
+    else:
+        step_weights = weights("step_weights", step_weights, range(steps))
     options = {
         "lam": lam,
-        "layer_weights": weights("layer_weights", layer_weights, [1.0] * layers),
-        "step_weights": weights("step_weights", step_weights, range(1, steps + 1)),
+        "layer_weights": layer_weights,
+        "step_weights": step_weights,
         "normalize": normalize,
     }
     room = resolve("contrast", backend, task.device, task, general, grid, size, **options)
@@ -124,7 +132,8 @@ def is_several(value: Any) -> bool:
 
 
 def _check_values(name: str, value: torch.Tensor) -> None:
-    low, high = (float(bound) for bound in value.aminmax())
+    least, most = value.aminmax()
+    low, high = least.item(), most.item()
     if not 0 <= low <= high < float("inf"):
         got = "NaN" if low != low else f"values from {low:g} to {high:g}"
         raise ValueError(f"{name}: expected finite values of at least 0, got {got}")

@@ -37,23 +37,23 @@ def forward(
     """The saliency of one view, or a list of them for lists of grids and sizes; see `carve_kernels.contrast`."""
     layers, steps, _ = task.shape
     several = not isinstance(grid[0], int)
-    grids = cast("Sequence[Size]", grid if several else [grid])
-    sizes = cast("Sequence[Size]", size if several else [size])
-    out = task.new_empty(sum(height * width for height, width in sizes))
-    torch.ops.carve_kernels.contrast_cpu(
+    views = cast("list[tuple[Size, Size]]", list(zip(grid, size, strict=True)) if several else [(grid, size)])
+    pixels = [height * width for _, (height, width) in views]
+    out = task.new_empty(sum(pixels))
+    torch.ops.carve_kernels.contrast_cpu.default(
         task.contiguous(),
         general.contiguous(),
         _weights([1.0] * layers if layer_weights is None else layer_weights),
         _weights(range(1, steps + 1) if step_weights is None else step_weights),
-        [number for view in zip(grids, sizes, strict=True) for pair in view for number in pair],
+        [number for tokens, shape in views for number in (*tokens, *shape)],
         0.0 if lam == "mean" else float(lam),
         lam == "mean",
         _NORMALIZE.index(normalize),
         out,
     )
-    parts = out.split([height * width for height, width in sizes])
-    saliency = [part.view(view) for part, view in zip(parts, sizes, strict=True)]
-    return saliency if several else saliency[0]
+    if not several:
+        return out.view(views[0][1])
+    return [part.view(shape) for part, (_, shape) in zip(out.split(pixels), views, strict=True)]
 
 
 def _weights(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
