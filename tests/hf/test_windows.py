@@ -1,0 +1,73 @@
+"""Soft caps, sinks and sliding windows of real model classes: the session's maps are eager's at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import capture_attention
+
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "sliding_window": 16,
+}
+TOKENS = range(4, 12)
+LENGTH, STEPS = 24, 10
+
+
+def model_of(name: str) -> Any:
+    import transformers
+
+    config, model, options = {
+        "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"attn_logit_softcapping": 2.0}),
+        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 32}),
+        "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        "mistral": ("MistralConfig", "MistralForCausalLM", {}),
+    }[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **options)).eval()
+        with torch.no_grad():
+            for key, parameter in made.named_parameters():
+                if "q_proj.weight" in key or "k_proj.weight" in key or "sinks" in key:
+                    parameter.normal_(0, 0.3)
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("gemma2", "eager"), ("gemma3", "sdpa"), ("gemma3", "eager"), ("gpt_oss", "eager"), ("mistral", "sdpa")],
+)
+def test_maps_are_eagers_and_what_a_window_has_lost_is_missing(name: str, implementation: str) -> None:
+    model = model_of(name)
+    ids = torch.randint(5, 90, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": STEPS, "do_sample": False}
+    model.set_attn_implementation(implementation)
+    with torch.no_grad(), capture_attention(model, layers="all", tokens=list(TOKENS)) as session:
+        model.generate(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model.generate(**inputs, return_dict_in_generate=True, output_attentions=True)
+    missing = 0
+    for step, layers in enumerate(output.attentions):
+        for layer, attention in enumerate(layers):
+            # A sliding cache hands over its last keys only.
+            columns = torch.tensor(TOKENS) - (LENGTH + step - attention.shape[-1])
+            expected = attention[:, :, -1][..., columns.clamp(min=0)].mean(1) * (columns >= 0)
+            found, valid = session.maps.values[:, layer, step, 0], session.maps.valid[:, layer, step, 0]
+            assert torch.equal(valid, expected.sum(-1) > 0)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+            missing += int((~valid).sum())
+    assert missing > 0 and bool(session.maps.valid.any())
