@@ -27,7 +27,7 @@ test: $(VENV)/.tests sanitize
 
 # The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
 prove: sanitize races
-	$(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
+	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
 	mkdir -p build

@@ -12,11 +12,17 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import hypothesis
 import numpy
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# The same search every time, so that a red run is a change's own; `make prove` searches anew.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("searching", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def _make_torchvision_importable() -> torch.library.Library | None:
