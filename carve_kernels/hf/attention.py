@@ -10,30 +10,17 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+# On a module that takes part: (recorder, index) pairs, whose `record` is told of every call of its attention.
 RECORDERS = "_carve_recorders"
 EAGER = "eager_attention_forward"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
 Attention = Callable[..., Any]
-
-
-class Recorder(Protocol):
-    """What a module carries: told of every call of its attention."""
-
-    def record(
-        self,
-        index: int,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> None: ...
 
 
 def capturing(attention: Attention) -> Attention:

@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
+from carve_kernels.ops.zoom import to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
@@ -126,17 +126,4 @@ def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "
             "shrink it first"
         )
-    return _rgb(ImageOps.exif_transpose(image))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point, of unknown range; convert it to 8 bits first")
-    if image.mode.startswith("I"):
-        # Pillow clips these to 255 instead of scaling them.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return to_rgb("image", ImageOps.exif_transpose(image))

@@ -58,7 +58,7 @@ def zoom(
     EXIF orientation is the caller's to apply.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range: a mask of another size than the
-    image, a box that leaves it, a mode without a fixed range (32-bit, float).
+    image, a box that leaves it, a mode without a fixed range (float).
 
     Source: the refinement step of CARVE (arXiv 2509.06461); resampling, `limit` and exact sizes are ours.
     """
@@ -85,19 +85,20 @@ def zoom(
 
 
 def to_rgb(name: str, image: Any) -> Image:
-    """Check an image and bring it to 8-bit RGB: transparency on white, 16 bits cut to 8; RGB comes back as it is."""
+    """Check an image and bring it to 8-bit RGB: transparency on white, 16 bits scaled to 8; RGB comes back as it is."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: expected a PIL image, got {checks.describe(image)}")
     if min(image.size) < 1:
         raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"{name}: expected an 8- or 16-bit mode such as RGB, got mode {image.mode}")
-    if image.mode.startswith("I;16"):
+    if image.mode == "F":
+        raise ValueError(f"{name}: expected an 8- or 16-bit mode such as RGB, got F, floating-point of unknown range")
+    if image.mode.startswith("I"):
         import numpy
 
-        image = Image.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
+        # Pillow would clip these to 255; files of 16 bits may come as 32.
+        image = Image.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
