@@ -1,7 +1,8 @@
 """Which room serves which stage, and why a room does not: `SUPPORT`, `resolve` and `explain`.
 
-A room is a package with `unavailable() -> str | None`; its stage modules have `forward(...)` and
-`supports(...) -> str | None`, with the signature of the reference. Rooms are imported when they are first asked.
+A room is a package with `unavailable() -> str | None` and `devices() -> tuple[str, ...]`, the types of device that it
+serves (none named: every one); its stage modules have `forward(...)` and `supports(...) -> str | None`, with the
+signature of the reference. Rooms are imported when they are first asked.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ SUPPORT: dict[str, dict[str, str | None]] = {
 
 # The rooms that `auto` tries on a type of device, best first; the reference comes after them on every device.
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
-
-_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
 
 _BACKENDS = ("auto", *ROOMS)
 
@@ -78,8 +77,8 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     missing = SUPPORT[stage][room]
     if missing is not None:
         return missing
-    devices = _DEVICES.get(room)
-    if device is not None and devices is not None and device.type not in devices:
+    devices: tuple[str, ...] = _package(room).devices()
+    if device is not None and devices and device.type not in devices:
         return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
     unavailable: str | None = _package(room).unavailable()
     if unavailable is not None:

@@ -18,6 +18,10 @@ _MEND = "pip install --no-build-isolation -e . with a C++ compiler"
 _LIBRARY = Path(__file__).resolve().parents[2] / "_C.abi3.so"
 
 
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Load the extension once; why it is not there, and the line that would mend it, or None."""

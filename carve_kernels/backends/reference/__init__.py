@@ -4,3 +4,8 @@
 def unavailable() -> str | None:
     """The reference is always here."""
     return None
+
+
+def devices() -> tuple[str, ...]:
+    """None is named: tensors may be anywhere."""
+    return ()

@@ -1,0 +1,29 @@
+"""What a kernel moves and computes, counted from its own loop bounds: the common coin of rooms, roofline and tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """The work of one call on a device.
+
+    =============  =====  ===================================================================
+    name           dtype  meaning
+    =============  =====  ===================================================================
+    read_bytes     int    bytes that the kernels load from device memory, each load once
+    written_bytes  int    bytes that they store
+    operations     int    multiplications and additions of the matrix products, 2 for each pair
+    launches       int    kernels that are launched
+    =============  =====  ===================================================================
+    """
+
+    read_bytes: int
+    written_bytes: int
+    operations: int
+    launches: int
+
+    def __add__(self, other: object) -> Work:  # type: ignore[override]
+        if not isinstance(other, Work):
+            return NotImplemented
+        return Work(*(mine + yours for mine, yours in zip(self, other, strict=True)))
