@@ -23,7 +23,7 @@ class Work(NamedTuple):
     operations: int
     launches: int
 
-    def __add__(self, other: object) -> Work:  # type: ignore[override]
+    def __add__(self, other: object) -> Work:
         if not isinstance(other, Work):
             return NotImplemented
         return Work(*(mine + yours for mine, yours in zip(self, other, strict=True)))
