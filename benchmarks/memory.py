@@ -50,6 +50,15 @@ def peak_in_fresh_process(what: str, shape: Shape, length: int, rows: int) -> Pe
 
 def peak_of_tensors(run: Callable[[], Any]) -> int:
     """The most bytes that torch's CPU allocator held at one time during a call, beyond what stood before."""
+    return max(event["Total Allocated"] for event in allocator_events(run))
+
+
+def allocations(run: Callable[[], Any]) -> int:
+    """How often a call asked torch's CPU allocator for memory."""
+    return sum(event["Bytes"] > 0 for event in allocator_events(run))
+
+
+def allocator_events(run: Callable[[], Any]) -> list[dict[str, int]]:
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         run()
@@ -57,7 +66,7 @@ def peak_of_tensors(run: Callable[[], Any]) -> int:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    return [event["args"] for event in events if event.get("name") == "[memory]"]
 
 
 def eager_bytes(shape: Shape, length: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import peak_of_tensors
+from benchmarks.memory import allocations, peak_of_tensors
 from carve_kernels import capture_attention
 from tests.hf import tiny
 
@@ -54,3 +54,25 @@ def test_the_ruler_sees_what_eager_keeps() -> None:
     eager = peak_of_tensors(forward(model, length, None, output_attentions=True))
     config = model.config
     assert eager - plain >= config.num_hidden_layers * config.num_attention_heads * length**2 * 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_capture_allocates_nothing_after_the_first_step(model: Any, padded: bool) -> None:
+    ids = torch.randint(5, 300, (2, 64))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 1 - int(padded)
+
+    def of_each_step(session: Any) -> list[int]:
+        with torch.no_grad(), session:
+            cache = model(ids, attention_mask=mask, logits_to_keep=1).past_key_values
+            seen, found = mask, []
+            for _ in range(4):
+                seen = torch.cat([seen, seen.new_ones(2, 1)], 1)
+                step = {"attention_mask": seen, "past_key_values": cache, "logits_to_keep": 1}
+                found.append(allocations(lambda step=step: model(ids[:, :1], **step)))
+        return found
+
+    plain = of_each_step(nullcontext())
+    captured = of_each_step(capture_attention(model, layers="all", tokens=range(7, 50)))
+    assert captured[0] > plain[0]
+    assert captured[1:] == plain[1:]

@@ -109,8 +109,10 @@ def visible(
     flash = "flash" in implementation
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         chosen = attention_mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
-        index = rows[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3])
-        chosen = chosen.gather(2, index)
+        # The one row of a decode step is that of the mask, which need not be copied.
+        if query_length > 1 or rows.shape[1] > 1:
+            index = rows[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3])
+            chosen = chosen.gather(2, index)
         if chosen.dtype != torch.bool:
             chosen = chosen > torch.finfo(chosen.dtype).min / 2
         return chosen, None, None
@@ -126,7 +128,7 @@ def visible(
         return seen.expand(-1, -1, rows.shape[1], -1), None, None
     if attention_mask is not None:
         return _block_mask_rows(attention_mask, rows, keys), None, None
-    if flash and causal:
+    if flash and causal and (query_length > 1 or window is not None):
         return None, rows + (keys - query_length), window
     if not flash and implementation != "eager" and query_length > 1 and causal:
         return None, rows, None

@@ -75,7 +75,9 @@ class Record:
         self.max_steps = max_steps
         self.eos = eos
         self.length = past + length
-        self.fed: list[torch.Tensor] = []
+        # The tokens fed at each decode step: a record allocates nothing after its first one.
+        self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
+        self.columns = self.tokens.to(torch.int32)
         self.dtype = ""
         self.on_layer, self.backend = on_layer, backend
         # Whether layers wait for each other: a cache holds their keys anyway; without one they would be held for this.
@@ -91,21 +93,26 @@ class Record:
         self.active = self.last and self.step < self.max_steps
         if not self.active:
             return
-        if ids is not None:
-            self.fed.append(ids[:, -1].detach().to(self.tokens.device, copy=True))
-        batch = self.tokens.shape[0]
         room = 0 if self.later is None else self.later.mass.shape[0]
         if self.step > room:
-            steps = min(self.max_steps - 1, max(STEPS, 2 * room))
-            later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], self.tokens.device)
-            if self.later is None:
-                self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=self.tokens.device)
-            else:
-                for target, part in zip(later, self.later, strict=True):
-                    target[:room] = part
-            self.later = self.target = later
+            self._make_room(room, min(self.max_steps - 1, max(STEPS, 2 * room)))
+        if ids is not None:
+            self.fed[self.step - 1].copy_(ids[:, -1].detach())
         self.slot.fill_(self.step - 1)
         self.rows.fill_(column)
+
+    def _make_room(self, room: int, steps: int) -> None:
+        batch, device = self.tokens.shape[0], self.tokens.device
+        later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], device)
+        # No token has this number, so a step whose ids nobody knows ends nothing.
+        fed = torch.full((steps, batch), -1, dtype=torch.int64, device=device)
+        if self.later is None:
+            self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        else:
+            for target, part in zip((*later, fed), (*self.later, self.fed), strict=True):
+                target[:room] = part
+        self.later = self.target = later
+        self.fed = fed
 
     def record(
         self,
@@ -164,9 +171,14 @@ class Record:
             causal=getattr(module, "is_causal", True) if causal is None else causal,
             window=sliding_window,
         )
-        # A sliding cache hands over its last keys only: the column of a token moves left, and out.
-        tokens = (self.tokens - (self.seen - keys).clamp(min=0)).to(torch.int32)
-        return _Batch(index, like, attention_mask, tokens, mask, positions, window)
+        return _Batch(index, like, attention_mask, self._columns(keys), mask, positions, window)
+
+    def _columns(self, keys: int) -> torch.Tensor:
+        """Where the tokens stand among these keys: a sliding cache hands over its last ones only, so they move left."""
+        # A compiled forward must not depend on how many keys have been seen, or it would compile anew at each step.
+        if not torch.compiler.is_compiling() and self.length <= keys:
+            return self.columns
+        return (self.tokens - (self.seen - keys).clamp(min=0)).to(torch.int32)
 
     def _flush(self) -> None:
         pending = self.pending
@@ -224,7 +236,7 @@ class Record:
         if not self.eos:
             return alive
         ends = torch.tensor(self.eos, device=self.tokens.device)
-        for step, ids in enumerate(self.fed[: steps - 1], start=1):
+        for step, ids in enumerate(self.fed[: min(steps - 1, self.step)], start=1):
             alive[:, step] = alive[:, step - 1] & ~torch.isin(ids, ends)
         return alive
 
