@@ -1,0 +1,178 @@
+"""Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
+
+As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, and runs the programs of a
+grid in one order. `faithful` mends the first two for a run; `programs_in` changes the order; `traffic` counts what
+kernels load and store. All lean on private names of the interpreter: the canary in `test_interpreter.py` tells when
+they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+_MENDED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
+SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _MENDED}
+SHIPPED["apply_impl"] = interpreter.ReduceOps.apply_impl
+
+
+def widen(bits: numpy.ndarray) -> numpy.ndarray:
+    """The float32 values of bfloat16 bits."""
+    return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def narrow(values: numpy.ndarray) -> numpy.ndarray:
+    """The bfloat16 bits of float32 values, to nearest, ties to even."""
+    values = numpy.ascontiguousarray(values, numpy.float32)
+    bits = values.view(numpy.uint32)
+    rounded = ((bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))) >> 16).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(values), numpy.uint16(0x7FC0), rounded)
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def _wide(handle: Any) -> Any:
+    return Handle(widen(handle.data), tl.float32) if _is_bfloat16(handle) else handle
+
+
+def _narrow_result(values: numpy.ndarray) -> Any:
+    # Comparisons give booleans, whatever they compare.
+    return Handle(values, tl.int1) if values.dtype == numpy.bool_ else Handle(narrow(values), tl.bfloat16)
+
+
+def _refuse_bfloat16(value: Any) -> None:
+    if value.dtype.scalar == tl.bfloat16:
+        raise NotImplementedError("the interpreter computes this on bit patterns: widen bfloat16 to float32 first")
+
+
+def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+    return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
+
+
+def _cast(self: Any, source: Any, target: Any) -> Any:
+    wide = _wide(source)
+    if target.scalar != tl.bfloat16:
+        return wide if wide.dtype.scalar == target.scalar else SHIPPED["cast_impl"](self, wide, target)
+    return source if _is_bfloat16(source) else Handle(narrow(source.data.astype(numpy.float32)), tl.bfloat16)
+
+
+def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+    if not (_is_bfloat16(left) or _is_bfloat16(right)):
+        return SHIPPED["binary_op"](self, left, right, operation)
+    return _narrow_result(operation(_wide(left).data, _wide(right).data))
+
+
+def _unary(self: Any, argument: Any, operation: Any) -> Any:
+    if not _is_bfloat16(argument):
+        return SHIPPED["unary_op"](self, argument, operation)
+    return _narrow_result(operation(_wide(argument).data))
+
+
+def _fma(self: Any, left: Any, right: Any, total: Any) -> Any:
+    _refuse_bfloat16(total)
+    return SHIPPED["create_fma"](self, left, right, total)
+
+
+def _reduce(self: Any, inputs: Any) -> Any:
+    for value in inputs:
+        _refuse_bfloat16(value)
+    return SHIPPED["apply_impl"](self, inputs)
+
+
+def _set_hint(self: Any, name: str, values: list[int]) -> None:
+    # On a GPU a false hint reads the wrong bytes or faults.
+    # Of a block the hint speaks of the first element of each run, which only the compiler knows.
+    if name == "tt.divisibility" and self.data.size == 1 and int(self.data.item()) % values[0]:
+        raise ValueError(f"the kernel says that {self.data.item()} is a multiple of {values[0]}")
+    self.attr[name] = values
+
+
+@contextlib.contextmanager
+def faithful() -> Iterator[None]:
+    """bfloat16 computed from values and rounded to nearest even; alignment hints held against the addresses."""
+    mended = {"create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma}
+    with contextlib.ExitStack() as stack:
+        for name, method in mended.items():
+            stack.enter_context(mock.patch.object(Builder, name, method))
+        stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
+        stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
+        yield
+
+
+@contextlib.contextmanager
+def as_shipped() -> Iterator[None]:
+    """The interpreter's own bfloat16, inside of `faithful`."""
+    with contextlib.ExitStack() as stack:
+        for name in _MENDED:
+            stack.enter_context(mock.patch.object(Builder, name, SHIPPED[name]))
+        yield
+
+
+@contextlib.contextmanager
+def programs_in(order: str, seed: int = 0) -> Iterator[None]:
+    """Run the programs of each grid in "forward", "reverse" or "shuffled" order."""
+    shipped = Builder.set_grid_idx
+
+    def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
+        _, height, depth = self.grid_dim
+        count = self.grid_dim[0] * height * depth
+        turn = (x * height + y) * depth + z
+        if order == "reverse":
+            turn = count - 1 - turn
+        elif order == "shuffled":
+            turn = random.Random(f"{seed} {count}").sample(range(count), count)[turn]
+        shipped(self, turn // (height * depth), turn // depth % height, turn % depth)
+
+    with mock.patch.object(Builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
+class Traffic:
+    """What the kernels of a `traffic` block asked for: bytes under their masks, and launches by kernel name."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self.written_bytes = 0
+        self.launches: list[str] = []
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count each element that `tl.load` and `tl.store` touch, every time that they touch it."""
+    counted = Traffic()
+    load, store, run = Builder.create_masked_load, Builder.create_masked_store, interpreter.InterpretedFunction.run
+
+    def size_of(pointers: Any, mask: Any) -> int:
+        bits: int = pointers.get_element_ty().primitive_bitwidth
+        return int(numpy.broadcast_to(mask.data, pointers.data.shape).sum()) * max(1, bits // 8)
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        counted.read_bytes += size_of(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        counted.written_bytes += size_of(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_run(self: Any, *args: Any, **options: Any) -> Any:
+        counted.launches.append(self.__name__)
+        return run(self, *args, **options)
+
+    with (
+        mock.patch.object(Builder, "create_masked_load", counting_load),
+        mock.patch.object(Builder, "create_masked_store", counting_store),
+        mock.patch.object(interpreter.InterpretedFunction, "run", counting_run),
+    ):
+        yield counted
