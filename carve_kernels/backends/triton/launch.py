@@ -1,0 +1,106 @@
+"""Kernels that are compiled once and then launched directly, with alignment hints that the host derives.
+
+Triton's own launcher looks at every argument of every call to find out which compiled kernel it needs: about ten times
+the cost of `torch.empty`, which for one captured row is more than the kernel takes. Here nothing of an argument matters
+but its dtype, so that a short key finds the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import triton
+
+# What a load of 128 bits needs of its address.
+VECTOR_BYTES = 16
+
+Pointers = tuple["torch.Tensor | tuple[torch.Tensor, ...] | None", ...]
+
+
+class Kernel:
+    """A kernel and what it was compiled to; a decorator instead of `triton.jit`.
+
+    The parameters are, in this order: pointers (tensors, tuples of tensors of one dtype, or None), numbers (with a type
+    as annotation, such as `tl.int64`) and constants (`tl.constexpr`).
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        functools.update_wrapper(self, function)
+        runtime = [
+            name
+            for name, parameter in inspect.signature(function).parameters.items()
+            if "constexpr" not in str(parameter.annotation)
+        ]
+        # No value of an argument makes another kernel: neither 1, nor a multiple of 16, nor an aligned pointer.
+        self.jit = triton.jit(function, do_not_specialize=runtime)
+        self._interpreted = not isinstance(self.jit, triton.JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        pointers: Pointers,
+        numbers: tuple[int | float, ...],
+        constants: tuple[Any, ...],
+        *,
+        device: torch.device,
+        warps: int,
+        stages: int,
+    ) -> None:
+        """Launch on the current stream of the tensors' device; the first launch of a key compiles."""
+        if self._interpreted:
+            self.jit[grid](*pointers, *numbers, *constants)
+            return
+        key = (device, constants, warps, stages, *map(_kind, pointers))
+        compiled = self._compiled.get(key)
+        with _on(device):
+            if compiled is None:
+                self._compiled[key] = self.jit[grid](
+                    *pointers, *numbers, *constants, num_warps=warps, num_stages=stages
+                )
+            else:
+                # Addresses as plain integers: of a tensor the driver is asked each time where it lives.
+                compiled[grid](*map(_address, pointers), *numbers, *constants)
+
+
+def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: int) -> int:
+    """The largest power of two, at most 16, that divides every address and every stride, in bytes.
+
+    A hint that is missing costs 16-bit loads instead of 128-bit ones; a false one reads wrong bytes or faults.
+    """
+    merged = VECTOR_BYTES
+    for address in addresses:
+        merged |= address
+    for stride in strides:
+        merged |= stride * element_size
+    return merged & -merged
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides, with 0 for dimensions of one element: no index moves along those, so any stride may stand there."""
+    return tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _kind(pointer: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Any:
+    """What of a pointer argument makes another kernel."""
+    if isinstance(pointer, tuple):
+        return len(pointer), pointer[0].dtype
+    return None if pointer is None else pointer.dtype
+
+
+def _address(pointer: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Any:
+    if isinstance(pointer, tuple):
+        return tuple([one.data_ptr() for one in pointer])
+    return None if pointer is None else pointer.data_ptr()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The device made current, which Triton launches on; nothing where it is already."""
+    if device.index is None or device.index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)
