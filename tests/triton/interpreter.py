@@ -108,6 +108,17 @@ def faithful() -> Iterator[None]:
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
         stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
+        # As shipped, each sum and product is taken again in 64 bits, and what comes out is thrown away.
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
+        yield
+
+
+@contextlib.contextmanager
+def overflows_are_errors() -> Iterator[None]:
+    """Integer sums and products that leave their type raise, as an offset in 32 bits that should have had 64."""
+    options = interpreter.InterpreterOptions(debug=True)
+    with mock.patch.object(interpreter.interpreter_builder, "options", options):
         yield
 
 
