@@ -56,7 +56,8 @@ class Kernel:
         if self._interpreted:
             self.jit[grid](*pointers, *numbers, *constants)
             return
-        key = (device, constants, warps, stages, *map(_kind, pointers))
+        addresses = tuple(map(_address, pointers))
+        key = (device, constants, warps, stages, *map(_kind, pointers, addresses))
         compiled = self._compiled.get(key)
         with _on(device):
             if compiled is None:
@@ -65,7 +66,7 @@ class Kernel:
                 )
             else:
                 # Addresses as plain integers: of a tensor the driver is asked each time where it lives.
-                compiled[grid](*map(_address, pointers), *numbers, *constants)
+                compiled[grid](*addresses, *numbers, *constants)
 
 
 def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: int) -> int:
@@ -86,17 +87,18 @@ def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _kind(pointer: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Any:
-    """What of a pointer argument makes another kernel."""
-    if isinstance(pointer, tuple):
-        return len(pointer), pointer[0].dtype
-    return None if pointer is None else pointer.dtype
-
-
 def _address(pointer: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Any:
     if isinstance(pointer, tuple):
         return tuple([one.data_ptr() for one in pointer])
     return None if pointer is None else pointer.data_ptr()
+
+
+def _kind(pointer: torch.Tensor | tuple[torch.Tensor, ...] | None, address: Any) -> Any:
+    """What of a pointer argument makes another kernel."""
+    if isinstance(pointer, tuple):
+        # Triton specialises what stands in a tuple by alignment, whatever it was told of the parameter.
+        return pointer[0].dtype, *[one % VECTOR_BYTES == 0 for one in address]
+    return None if pointer is None else pointer.dtype
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
