@@ -11,6 +11,7 @@ import triton.language as tl
 
 from carve_kernels.backends.triton.capture_parts import (
     lanes, last_of_row, load_key, load_query, normaliser, pick, range_of_rows, scores, summary, visible,
+    whole,
 )  # fmt: skip
 from carve_kernels.backends.triton.launch import Kernel
 
@@ -42,7 +43,7 @@ def capture_statistics_kernel(
     row, member, live = lanes(tile % row_tiles, tile // row_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
     head = key_head * group + member
     query = load_query(
-        pick(query_ptrs, layer, ALIGN) + b * tl.multiple_of(stride_query_b, UNIT), stride_query_a, stride_query_r,
+        pick(query_ptrs, layer, ALIGN) + b * whole(stride_query_b, UNIT), stride_query_a, stride_query_r,
         stride_query_d, head, row, live, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE,
     )  # fmt: skip
     positions_at = b * stride_positions_b + row * stride_positions_r
@@ -51,8 +52,8 @@ def capture_statistics_kernel(
     stop = tl.minimum(tl.minimum(start + span, keys), tl.max(last, 0) + 1)
     if HAS_WINDOW:
         start += tl.maximum(tl.min(after, 0) + 1 - start, 0) // BLOCK_KEY * BLOCK_KEY
-    key_ptr = pick(key_ptrs, layer, ALIGN) + b * tl.multiple_of(stride_key_b, UNIT)
-    key_ptr += key_head * tl.multiple_of(stride_key_k, UNIT)
+    key_ptr = pick(key_ptrs, layer, ALIGN) + b * whole(stride_key_b, UNIT)
+    key_ptr += key_head * whole(stride_key_k, UNIT)
     mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
     maximum = tl.full([BLOCK_ROW * BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROW * BLOCK_GROUP], tl.float32)
@@ -103,8 +104,8 @@ def capture_map_kernel(
     unit = tl.program_id(0) // blocks
     b = (unit // row_tiles).to(tl.int64)
     layer = tl.program_id(2)
-    query_ptr = pick(query_ptrs, layer, ALIGN) + b * tl.multiple_of(stride_query_b, UNIT)
-    key_ptr = pick(key_ptrs, layer, ALIGN) + b * tl.multiple_of(stride_key_b, UNIT)
+    query_ptr = pick(query_ptrs, layer, ALIGN) + b * whole(stride_query_b, UNIT)
+    key_ptr = pick(key_ptrs, layer, ALIGN) + b * whole(stride_key_b, UNIT)
     sink_ptr = None
     if sink_ptrs is not None:
         sink_ptr = pick(sink_ptrs, layer, 1)
@@ -125,7 +126,7 @@ def capture_map_kernel(
         row, member, live = lanes(unit % row_tiles, index % group_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
         head = key_head * group + member
         key = load_key(
-            key_ptr + key_head * tl.multiple_of(stride_key_k, UNIT), stride_key_s, stride_key_d, column, used,
+            key_ptr + key_head * whole(stride_key_k, UNIT), stride_key_s, stride_key_d, column, used,
             HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE,
         )  # fmt: skip
         query = load_query(
@@ -158,7 +159,7 @@ def capture_map_kernel(
     ticket_ptr += layer * (batch * row_tiles) + unit
     if last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks, PARTS):
         mass, entropy = summary(part_ptr, line, fits, blocks, BLOCK_ROW, PARTS, BLOCK_PART)
-        at = step * stride_mass_t + place * stride_mass_l + b * stride_mass_b + row * stride_mass_r
-        tl.store(mass_ptr + at, mass, mask=row < rows_to_write)
-        at = step * stride_entropy_t + place * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
-        tl.store(entropy_ptr + at, entropy, mask=row < rows_to_write)
+        mass_at = step * stride_mass_t + place * stride_mass_l + b * stride_mass_b + row * stride_mass_r
+        entropy_at = step * stride_entropy_t + place * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
+        tl.store(mass_ptr + mass_at, mass, mask=row < rows_to_write)
+        tl.store(entropy_ptr + entropy_at, entropy, mask=row < rows_to_write)

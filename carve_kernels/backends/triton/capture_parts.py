@@ -21,6 +21,12 @@ def pick(tensors, layer, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def whole(stride, UNIT: tl.constexpr):
+    """A stride that is a multiple of UNIT, which the compiler can see: a hint on an argument of a kernel is lost."""
+    return tl.multiple_of(stride, UNIT) // UNIT * UNIT
+
+
+@triton.jit
 def lanes(row_tile, group_tile, rows, group, BLOCK_ROW: tl.constexpr, BLOCK_GROUP: tl.constexpr):
     """The row and the head within its group of each lane of a tile, and which lanes there are."""
     lane = tl.arange(0, BLOCK_ROW * BLOCK_GROUP)
@@ -36,7 +42,7 @@ def load_query(
 ):  # fmt: skip
     """[M, D] of the rows and heads of the lanes, 0 where there are none."""
     dim = tl.arange(0, BLOCK_SIZE)
-    at = head[:, None] * tl.multiple_of(stride_a, UNIT) + row[:, None] * tl.multiple_of(stride_r, UNIT)
+    at = head[:, None] * whole(stride_a, UNIT) + row[:, None] * whole(stride_r, UNIT)
     if IS_DENSE:
         at += dim[None, :]
     else:
@@ -51,7 +57,7 @@ def load_key(
 ):  # fmt: skip
     """[N, D] of some columns of the keys of one head, 0 where there are none."""
     dim = tl.arange(0, BLOCK_SIZE)
-    at = column.to(tl.int64)[:, None] * tl.multiple_of(stride_s, UNIT)
+    at = column.to(tl.int64)[:, None] * whole(stride_s, UNIT)
     if IS_DENSE:
         at += dim[None, :]
     else:
@@ -161,13 +167,13 @@ def summary(part_ptr, line, fits, blocks, BLOCK_ROW: tl.constexpr, PARTS: tl.con
         at = (line[:, None] * blocks + first + part[None, :]) * PARTS
         mass += tl.load(part_ptr + at, mask=there, other=0.0)
         count += tl.load(part_ptr + at + 2, mask=there, other=0.0)
-    whole = tl.sum(mass, 1)
+    total = tl.sum(mass, 1)
     used = tl.sum(count, 1)
     spread = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
     for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
         there = fits[:, None] & (first + part < blocks)[None, :]
         at = (line[:, None] * blocks + first + part[None, :]) * PARTS
-        share = tl.load(part_ptr + at, mask=there, other=0.0) / tl.where(whole > 0, whole, 1.0)[:, None]
+        share = tl.load(part_ptr + at, mask=there, other=0.0) / tl.where(total > 0, total, 1.0)[:, None]
         inner = tl.load(part_ptr + at + 1, mask=there, other=0.0)
         spread += share * (inner - tl.log2(tl.where(share > 0, share, 1.0)))
-    return whole, tl.where(used > 1, tl.sum(spread, 1) / tl.log2(tl.maximum(used, 2.0)), 0.0)
+    return total, tl.where(used > 1, tl.sum(spread, 1) / tl.log2(tl.maximum(used, 2.0)), 0.0)
