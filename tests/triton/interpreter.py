@@ -1,14 +1,15 @@
 """Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
 
-As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, and runs the programs of a
-grid in one order. `faithful` mends the first two for a run; `programs_in` changes the order; `traffic` counts what
-kernels load and store. All lean on private names of the interpreter: the canary in `test_interpreter.py` tells when
-they change.
+As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, gives numbers the type of
+their value instead of their annotation, and runs the programs of a grid in one order. `faithful` mends the first three
+for a run; `programs_in` changes the order; `traffic` counts what kernels load and store. All lean on private names of
+the interpreter: the canary in `test_interpreter.py` tells when they change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from unittest import mock
 
 import numpy
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import interpreter, jit
 
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
@@ -24,6 +25,7 @@ Handle = interpreter.TensorHandle
 _MENDED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
 SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _MENDED}
 SHIPPED["apply_impl"] = interpreter.ReduceOps.apply_impl
+SHIPPED["_init_args_hst"] = interpreter.GridExecutor._init_args_hst
 
 
 def widen(bits: numpy.ndarray) -> numpy.ndarray:
@@ -99,15 +101,38 @@ def _set_hint(self: Any, name: str, values: list[int]) -> None:
     self.attr[name] = values
 
 
+_NUMBERS = {
+    "i32": (numpy.int32, tl.int32),
+    "i64": (numpy.int64, tl.int64),
+    "fp32": (numpy.float32, tl.float32),
+}
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    """A number as a compiled kernel gets it: a stride that is annotated with 64 bits has them, however small it is."""
+    if annotation not in _NUMBERS or not isinstance(value, (int, float)):
+        return value
+    of_numpy, of_triton = _NUMBERS[annotation]
+    return tl.tensor(Handle(numpy.array([value], of_numpy), of_triton), of_triton)
+
+
+def _on_host(self: Any, args: Any, named: Any) -> tuple[list[Any], dict[str, Any]]:
+    positional, keywords = SHIPPED["_init_args_hst"](self, args, named)
+    types = {name: jit._normalize_ty(kind) for name, kind in inspect.get_annotations(self.fn).items()}
+    values = [_typed(value, types.get(name, "")) for name, value in zip(self.arg_names, positional, strict=False)]
+    return values, {name: _typed(value, types.get(name, "")) for name, value in keywords.items()}
+
+
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """bfloat16 computed from values and rounded to nearest even; alignment hints held against the addresses."""
+    """bfloat16 from values, rounded to nearest even; hints held against addresses; numbers of their annotated types."""
     mended = {"create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma}
     with contextlib.ExitStack() as stack:
         for name, method in mended.items():
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
         stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "_init_args_hst", _on_host))
         # As shipped, each sum and product is taken again in 64 bits, and what comes out is thrown away.
         options = interpreter.InterpreterOptions(sanitize_overflow=False)
         stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
@@ -151,39 +176,60 @@ def programs_in(order: str, seed: int = 0) -> Iterator[None]:
 
 
 class Traffic:
-    """What the kernels of a `traffic` block asked for: bytes under their masks, and launches by kernel name."""
+    """What the kernels of a `traffic` block moved, and their names in the order of their launches.
+
+    An element that a program loads again comes from its cache, so it is read once; each store is counted.
+    """
 
     def __init__(self) -> None:
         self.read_bytes = 0
         self.written_bytes = 0
         self.launches: list[str] = []
+        self._of_program: dict[int, list[numpy.ndarray]] = {}
+
+    def load(self, addresses: numpy.ndarray, size: int) -> None:
+        self._of_program.setdefault(size, []).append(addresses)
+
+    def end_program(self) -> None:
+        for size, addresses in self._of_program.items():
+            self.read_bytes += size * numpy.unique(numpy.concatenate(addresses)).size
+        self._of_program.clear()
 
 
 @contextlib.contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Count each element that `tl.load` and `tl.store` touch, every time that they touch it."""
+    """Count the elements that `tl.load` and `tl.store` touch under their masks."""
     counted = Traffic()
-    load, store, run = Builder.create_masked_load, Builder.create_masked_store, interpreter.InterpretedFunction.run
+    load, store, begin = Builder.create_masked_load, Builder.create_masked_store, Builder.set_grid_idx
+    run = interpreter.InterpretedFunction.run
 
-    def size_of(pointers: Any, mask: Any) -> int:
-        bits: int = pointers.get_element_ty().primitive_bitwidth
-        return int(numpy.broadcast_to(mask.data, pointers.data.shape).sum()) * max(1, bits // 8)
+    def touched(pointers: Any, mask: Any) -> tuple[numpy.ndarray, int]:
+        addresses = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape)]
+        return addresses.ravel(), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
     def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        counted.read_bytes += size_of(pointers, mask)
+        counted.load(*touched(pointers, mask))
         return load(self, pointers, mask, *rest)
 
     def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        counted.written_bytes += size_of(pointers, mask)
+        addresses, size = touched(pointers, mask)
+        counted.written_bytes += size * addresses.size
         return store(self, pointers, value, mask, *rest)
+
+    def counting_begin(self: Any, *place: int) -> None:
+        counted.end_program()
+        begin(self, *place)
 
     def counting_run(self: Any, *args: Any, **options: Any) -> Any:
         counted.launches.append(self.__name__)
-        return run(self, *args, **options)
+        result = run(self, *args, **options)
+        counted.end_program()
+        return result
 
     with (
         mock.patch.object(Builder, "create_masked_load", counting_load),
         mock.patch.object(Builder, "create_masked_store", counting_store),
+        mock.patch.object(Builder, "set_grid_idx", counting_begin),
         mock.patch.object(interpreter.InterpretedFunction, "run", counting_run),
     ):
         yield counted

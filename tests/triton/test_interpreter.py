@@ -43,6 +43,16 @@ def _hint_kernel(left_ptr, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _sum_kernel(left, right, out_ptr):
+    tl.store(out_ptr, left + right)
+
+
+@triton.jit
+def _product_kernel(left: tl.int64, right, out_ptr):
+    tl.store(out_ptr, left * right)
+
+
+@triton.jit
 def _order_kernel(turn_ptr, order_ptr):
     place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
     turn = tl.load(turn_ptr)
@@ -51,9 +61,10 @@ def _order_kernel(turn_ptr, order_ptr):
 
 
 @triton.jit
-def _copy_kernel(left_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def _double_kernel(left_ptr, out_ptr, count, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + place, tl.load(left_ptr + place, mask=place < count), mask=place < count)
+    twice = tl.load(left_ptr + place, mask=place < count) + tl.load(left_ptr + place, mask=place < count)
+    tl.store(out_ptr + place, twice, mask=place < count)
 
 
 def halves(*shape: int) -> torch.Tensor:
@@ -105,6 +116,15 @@ def test_a_false_hint_is_an_error() -> None:
             _hint_kernel[(1,)](pointer, stride, UNIT=8)
 
 
+def test_numbers_have_their_annotated_type() -> None:
+    out = torch.zeros(1, dtype=torch.int64)
+    with interpreter.overflows_are_errors():
+        _product_kernel[(1,)](2**20, 2**20, out)
+        assert int(out) == 2**40
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="overflow"):
+            _sum_kernel[(1,)](2**30, 2**30, out)
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
 def test_programs_run_in_the_order_that_is_asked_for(order: str) -> None:
     turn, places = torch.zeros(1, dtype=torch.int32), torch.full((24,), -1, dtype=torch.int32)
@@ -115,11 +135,11 @@ def test_programs_run_in_the_order_that_is_asked_for(order: str) -> None:
     assert (places.tolist() == list(range(24))[::-1]) == (order == "reverse")
 
 
-def test_traffic_counts_what_the_masks_let_through() -> None:
+def test_traffic_counts_what_the_masks_let_through_once_for_a_program() -> None:
     left, out = torch.randn(100), torch.empty(100)
     with interpreter.traffic() as traffic:
-        _copy_kernel[(2,)](left, out, 100, BLOCK=64)
-        _copy_kernel[(1,)](left.half(), out.half(), 7, BLOCK=64)
+        _double_kernel[(2,)](left, out, 100, BLOCK=64)
+        _double_kernel[(1,)](left.half(), out.half(), 7, BLOCK=64)
     assert traffic.read_bytes == traffic.written_bytes == 4 * 100 + 2 * 7
-    assert traffic.launches == ["_copy_kernel", "_copy_kernel"]
-    assert torch.equal(left, out)
+    assert traffic.launches == ["_double_kernel", "_double_kernel"]
+    assert torch.equal(left + left, out)

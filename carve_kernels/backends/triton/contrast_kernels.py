@@ -109,7 +109,7 @@ def _weight(token, pixel, tokens, pixels):
 
 @triton.jit
 def _scale(summary_ptr, blocks, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """What normalising takes off, and what it divides by: infinity where everything becomes 0."""
+    """What normalising takes off, and what it divides by: 0 where everything becomes 0."""
     low = float("inf")
     high = float("-inf")
     total = 0.0
@@ -125,7 +125,7 @@ def _scale(summary_ptr, blocks, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
     if NORMALIZE == "sum":
         span = total
     # Minimum and maximum pass over a NaN, the sum does not.
-    return low, tl.where((span > 0) & (total == total), span, float("inf"))
+    return low, tl.where((span > 0) & (total == total), span, 0.0)
 
 
 @Kernel
@@ -162,7 +162,6 @@ def contrast_pixels_kernel(
     taps_y = tl.cdiv(2 * tl.maximum(rows, height), height)
     taps_x = tl.cdiv(2 * tl.maximum(columns, width), width)
     low = 0.0
-    span = 1.0
     if NORMALIZE != "none":
         low, span = _scale(scratch_ptr + tokens, blocks, NORMALIZE, 128)
     fused_ptr = scratch_ptr + _sum_before(grid_rows, grid_columns, view, VIEWS)
@@ -180,7 +179,9 @@ def contrast_pixels_kernel(
             place = (first_y + tap_y)[:, None] * columns + (first_x + tap_x)[None, :]
             value = tl.load(fused_ptr + place, mask=both, other=0.0) - low
             total += tl.where(both, weight_y[:, None] * weight_x[None, :] * value, 0.0)
-    total = total / (sum_y[:, None] * sum_x[None, :]) / span
+    total = total / (sum_y[:, None] * sum_x[None, :])
+    if NORMALIZE != "none":
+        total = tl.where(span > 0, total / tl.where(span > 0, span, 1.0), 0.0)
     saliency_ptr += _sum_before(heights, widths, view, VIEWS)
     place = own_y.to(tl.int64)[:, None] * width + own_x[None, :]
     tl.store(saliency_ptr + place, total, mask=(own_y < height)[:, None] & (own_x < width)[None, :])
