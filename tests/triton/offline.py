@@ -144,7 +144,8 @@ def row_of(kernel: CompiledKernel, case: str, target: str) -> Row:
 def _row_of_amd(kernel: CompiledKernel, case: str, target: str) -> Row:
     listing = kernel.asm["amdgcn"]
     found = {name: int(count) for name, count in re.findall(r"^\s+\.(\w+):\s+(\d+)$", listing, re.MULTILINE)}
-    stack = found["private_segment_fixed_size"] + 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    stack = found["private_segment_fixed_size"] + 4 * found["vgpr_spill_count"]
     opcodes = re.findall(r"^\s+([a-z]\w+)", listing, re.MULTILINE)
     return Row(kernel.name, case, target, found["vgpr_count"], stack, kernel.metadata.shared, _count(opcodes))
 

@@ -125,6 +125,11 @@ def test_numbers_have_their_annotated_type() -> None:
             _sum_kernel[(1,)](2**30, 2**30, out)
 
 
+def test_an_overflow_of_a_float_is_an_error() -> None:
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="RuntimeWarning"):
+        _double_kernel[(1,)](torch.full((4,), 3e38), torch.empty(4), 4, BLOCK=4)
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
 def test_programs_run_in_the_order_that_is_asked_for(order: str) -> None:
     turn, places = torch.zeros(1, dtype=torch.int32), torch.full((24,), -1, dtype=torch.int32)

@@ -75,7 +75,7 @@ def forward(
         ),
         (lam == "mean", plan.block_token),
         device=task.device,
-        warps=4,
+        warps=plan.warps,
         stages=1,
     )
     pixels = [height * width for _, (height, width) in views]

@@ -23,20 +23,22 @@ class GridPlan(NamedTuple):
     maps: int
     blocks: int
     block_token: int
+    warps: int
 
 
 def plan_grid(maps: int, tokens: int) -> GridPlan:
     """Cut `maps` maps (layers times steps) of `tokens` tokens.
 
     With lam="mean" a program reads the whole of its general maps, so that B blocks read them B times: four blocks at
-    most, unless a block would pass 4096 tokens (32 for a thread). It then reads (1 + 2 / B) * tokens for each map of
-    its chunk, and the last program of a block reads tokens / B for each chunk: with B = 4 the two are equal at
+    most, unless a block would pass 4096 tokens. A program then reads (1 + 2 / B) * tokens for each map of its chunk,
+    and the last program of a block reads tokens / B for each chunk: with B = 4 the two are equal at
     chunks = sqrt(6 * maps), without the mean at sqrt(2 * maps). sqrt(4 * maps) is near both; 6 layers and 32 steps
-    make 28 * 4 programs.
+    make 28 * 4 programs. Of a long block a thread holds 8 tokens: with 32 it spills.
     """
     block_token = min(max(1 << (-(-tokens // 4) - 1).bit_length(), 128), 4096)
     maps_of_chunk = -(-maps // math.ceil(math.sqrt(4 * maps)))
-    return GridPlan(-(-maps // maps_of_chunk), maps_of_chunk, -(-tokens // block_token), block_token)
+    warps = max(block_token // 256, 4)
+    return GridPlan(-(-maps // maps_of_chunk), maps_of_chunk, -(-tokens // block_token), block_token, warps)
 
 
 def is_too_long(grid: Size, size: Size) -> bool:
