@@ -134,9 +134,7 @@ def forward_layers(
             out, step, out.maps.shape[0], first + start, (by_step, by_layer, by_batch, 0, by_row, by_token),
             out.mass.stride(), out.entropy.stride(), False,
         )  # fmt: skip
-        _launch(
-            tuple(query[start:stop]), tuple(key[start:stop]), tuple(sink[start:stop]) or None, shared, slot
-        )
+        _launch(tuple(query[start:stop]), tuple(key[start:stop]), tuple(sink[start:stop]) or None, shared, slot)
         start = stop
     return True
 
@@ -160,8 +158,8 @@ def _launch(
     if not batch or not rows:
         return
     device, element_size = query[0].device, query[0].element_size()
-    divided = plan(query_heads, key_heads, rows, keys, size)
-    tile = tiles.of(device, divided.block_size, element_size)
+    divided = plan(query_heads, key_heads, rows, keys, size, element_size)
+    tile = tiles.tiles_of(device, element_size, divided.block_row * divided.block_group, divided.block_size)
     blocks = max(ceiling(tokens.shape[1], tile.map.block), 1)
     layers = len(query)
     statistics = 0 if lse is not None else layers * batch * query_heads * rows * divided.splits

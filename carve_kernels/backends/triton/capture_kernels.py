@@ -60,9 +60,7 @@ def capture_statistics_kernel(
     for first in tl.range(start, stop, BLOCK_KEY):
         column = first + tl.arange(0, BLOCK_KEY)
         there = column < stop
-        key = load_key(
-            key_ptr, stride_key_s, stride_key_d, column, there, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE
-        )
+        key = load_key(key_ptr, stride_key_s, stride_key_d, column, there, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE)
         seen = visible(mask_ptr, mask_at, stride_mask_s, live, column, there, after, last)
         score = scores(query, key, seen, scale, cap, HAS_SOFTCAP)
         higher = tl.maximum(maximum, tl.max(score, 1))

@@ -14,9 +14,11 @@ PARTS = 3
 # a thread of 128.
 MOST_SPLITS = 32
 
-# Rows times heads of a tile. 16 is the M of mma.sync, 64 that of wgmma and tcgen05; beyond, the query tile of
-# 256 dimensions and the scores leave no registers.
-LEAST_LANES, MOST_LANES = 16, 64
+# Rows times heads of a tile, by the bytes of an element. 16 is the M of mma.sync, 64 that of wgmma and tcgen05; beyond,
+# a query of 256 dimensions and its scores leave no registers. float32 has no matrix units but TF32's, whose three digits
+# are too few: each thread holds whole rows of its operands, and 16 lanes are what fits.
+LEAST_LANES = 16
+MOST_LANES = {2: 64, 4: 16}
 
 
 class Plan(NamedTuple):
@@ -31,15 +33,16 @@ class Plan(NamedTuple):
     block_size: int
 
 
-def plan(query_heads: int, key_heads: int, rows: int, keys: int, size: int) -> Plan:
+def plan(query_heads: int, key_heads: int, rows: int, keys: int, size: int, element_size: int) -> Plan:
     """A tile of lanes, and splits of the keys, which follow from the number of keys and rows alone.
 
     Splits make programs: one row of Qwen2.5-VL-7B at 4,096 keys gives 16 splits x 4 key heads x 6 layers = 384 programs
     for the 108 to 148 multiprocessors of a GPU. Many rows make programs by themselves, and read less scratch.
     """
     group = query_heads // key_heads
-    block_group = min(power_of_two(group), MOST_LANES)
-    block_row = min(max(power_of_two(rows), LEAST_LANES // block_group, 1), MOST_LANES // block_group)
+    lanes = MOST_LANES[element_size]
+    block_group = min(power_of_two(group), lanes)
+    block_row = min(max(power_of_two(rows), LEAST_LANES // block_group, 1), lanes // block_group)
     most = MOST_SPLITS if rows <= 16 else MOST_SPLITS // 4
     wanted = min(max(keys // 256, 1), most)
     span = 128 * ceiling(ceiling(keys, wanted), 128) or 128
