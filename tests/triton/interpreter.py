@@ -60,7 +60,9 @@ def _refuse_bfloat16(value: Any) -> None:
 
 
 def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
-    return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
+    # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
+    with numpy.errstate(invalid="ignore"):
+        return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:

@@ -39,9 +39,10 @@ class Row(NamedTuple):
         return sum(count for name, count in self.opcodes.items() if re.match(pattern, name))
 
 
-def faults(row: Row, version: str) -> list[str]:
-    """Everything that is wrong with a row, in words; `version` is the Triton that made it."""
-    return [*_faults_of_memory(row), *_faults_of_opcodes(row), *_faults_of_registers(row, version)]
+def faults(row: Row, version: str | None) -> list[str]:
+    """Everything that is wrong with a row, in words; the table of registers counts for the Triton that made it."""
+    registers = _faults_of_registers(row, version) if version else ()
+    return [*_faults_of_memory(row), *_faults_of_opcodes(row), *registers]
 
 
 def _faults_of_memory(row: Row) -> Iterator[str]:

@@ -3,6 +3,7 @@
     python -m tests.triton.offline            the rows of `make test`, as JSON
     python -m tests.triton.offline --all      every head size, option and target, held against the limits
     python -m tests.triton.offline --write    write the registers of all rows to registers.json
+    python -m tests.triton.offline --case "bfloat16 head size 128 rows 1" --target 90    one, as JSON
 
 Kernels are launched through the room's own `forward`, with a stub in the place of the driver, so that tiles, hints and
 specialisation are those of a real call. Never under TRITON_INTERPRET: kernels would be interpreted.
@@ -175,23 +176,36 @@ def compile_all(wanted: list[Case], targets: tuple[str, ...]) -> Iterator[Row]:
             yield from rows
 
 
+def compile_apart(root: Path, *arguments: str) -> list[Row]:
+    """The rows of `python -m tests.triton.offline` in a folder, from a process where Triton does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton.offline", *arguments]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr[-3000:])
+    return [Row(*row) for row in json.loads(result.stdout)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--all", action="store_true", help="every head size, option and target, held against the limits"
     )
     parser.add_argument("--write", action="store_true", help="write the registers of all rows to registers.json")
+    parser.add_argument("--case", help="compile only this case")
+    parser.add_argument("--target", default=TARGETS, nargs=1, help="compile only for this target")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted")
     if not arguments.all and not arguments.write:
-        json.dump({"triton": triton.__version__, "rows": list(compile_all(cases(), TARGETS))}, sys.stdout)
+        wanted = [case for case in more_cases() if case.name == arguments.case] if arguments.case else cases()
+        json.dump(list(compile_all(wanted, tuple(arguments.target))), sys.stdout)
         return 0
     registers = {}
     failed = 0
     for row in compile_all(more_cases(), MORE_TARGETS):
         registers[row.name] = row.registers
-        found = [] if arguments.write else faults(row, triton.__version__)
+        found = faults(row, None if arguments.write else triton.__version__)
         print(
             f"{row.name}: {row.registers} registers, {row.shared_bytes} bytes shared", *found, sep="\n    ", flush=True
         )
