@@ -10,13 +10,12 @@ import torch
 
 from carve_kernels.backends.triton import tiles
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
-from carve_kernels.backends.triton.capture_plan import LOG2E, MOST_SPLITS, PARTS, ceiling, plan
+from carve_kernels.backends.triton.capture_plan import LOG2E, PARTS, ceiling, plan
 from carve_kernels.backends.triton.launch import alignment, strides_of
 from carve_kernels.backends.triton.workspace import Workspace
 from carve_kernels.types import Capture
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCK_PART = 32
 _NOWHERE = (0, 0, 0, 0)
 # A window that reaches beyond every position, and that no position overflows.
 _FARTHEST = 2**62
@@ -175,10 +174,7 @@ def _launch(
         *query_strides, *key_strides, *(_NOWHERE if mask is None else strides_of(mask)),
         *(_NOWHERE[:2] if positions is None else strides_of(positions)),
     )  # fmt: skip
-    if softcap is None:
-        factors = scale * LOG2E, 0.0
-    else:
-        factors = scale * 2 * LOG2E / softcap, softcap * LOG2E
+    factors = (scale * LOG2E, 0.0) if softcap is None else (scale * 2 * LOG2E / softcap, softcap * LOG2E)
     counts = batch, query_heads, key_heads, rows, keys, divided.splits
     shape = size, divided.block_size, divided.block_row, divided.block_group
     dense = size == 1 or query_strides[3] == key_strides[3] == 1
@@ -200,6 +196,6 @@ def _launch(
             0 if sink is None else sink[0].stride(0), *slot.map_strides, *slot.mass_strides, *slot.entropy_strides,
             *counts, tokens.shape[1], statistics, slot.steps, slot.first, limit, *factors,
         ),
-        (*shape, tile.map.block, MOST_SPLITS, PARTS, _BLOCK_PART, *flags, slot.each),
+        (*shape, tile.map.block, *flags, slot.each),
         device=device, warps=tile.map.warps, stages=tile.map.stages,
     )  # fmt: skip

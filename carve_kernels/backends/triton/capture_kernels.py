@@ -9,10 +9,7 @@ are kept in base 2. The layer is the last axis of the grid, and its tensors are 
 
 import triton.language as tl
 
-from carve_kernels.backends.triton.capture_parts import (
-    lanes, last_of_row, load_key, load_query, normaliser, pick, range_of_rows, scores, summary, visible,
-    whole,
-)  # fmt: skip
+from carve_kernels.backends.triton import capture_parts as parts
 from carve_kernels.backends.triton.launch import Kernel
 
 
@@ -40,29 +37,29 @@ def capture_statistics_kernel(
     key_head = unit % key_heads
     b = unit // key_heads
     layer = tl.program_id(2)
-    row, member, live = lanes(tile % row_tiles, tile // row_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
+    row, member, live = parts.lanes(tile % row_tiles, tile // row_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
     head = key_head * group + member
-    query = load_query(
-        pick(query_ptrs, layer, ALIGN) + b * whole(stride_query_b, UNIT), stride_query_a, stride_query_r,
+    query = parts.load_query(
+        parts.pick(query_ptrs, layer, ALIGN) + b * parts.whole(stride_query_b, UNIT), stride_query_a, stride_query_r,
         stride_query_d, head, row, live, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE,
     )  # fmt: skip
     positions_at = b * stride_positions_b + row * stride_positions_r
-    after, last = range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
+    after, last = parts.range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
     start = split * span
     stop = tl.minimum(tl.minimum(start + span, keys), tl.max(last, 0) + 1)
     if HAS_WINDOW:
         start += tl.maximum(tl.min(after, 0) + 1 - start, 0) // BLOCK_KEY * BLOCK_KEY
-    key_ptr = pick(key_ptrs, layer, ALIGN) + b * whole(stride_key_b, UNIT)
-    key_ptr += key_head * whole(stride_key_k, UNIT)
+    key_ptr = parts.pick(key_ptrs, layer, ALIGN) + b * parts.whole(stride_key_b, UNIT)
+    key_ptr += key_head * parts.whole(stride_key_k, UNIT)
     mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
     maximum = tl.full([BLOCK_ROW * BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROW * BLOCK_GROUP], tl.float32)
     for first in tl.range(start, stop, BLOCK_KEY):
         column = first + tl.arange(0, BLOCK_KEY)
         there = column < stop
-        key = load_key(key_ptr, stride_key_s, stride_key_d, column, there, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE)
-        seen = visible(mask_ptr, mask_at, stride_mask_s, live, column, there, after, last)
-        score = scores(query, key, seen, scale, cap, HAS_SOFTCAP)
+        key = parts.load_key(key_ptr, stride_key_s, stride_key_d, column, there, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE)
+        seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, there, after, last)
+        score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
         higher = tl.maximum(maximum, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(score - base[:, None]), 1)
@@ -89,9 +86,8 @@ def capture_map_kernel(
     tokens: tl.int32, statistics: tl.int64, steps: tl.int64, first_layer: tl.int64, window: tl.int64,
     scale: tl.float32, cap: tl.float32,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_GROUP: tl.constexpr,
-    BLOCK_TOKEN: tl.constexpr, BLOCK_SPLIT: tl.constexpr, PARTS: tl.constexpr, BLOCK_PART: tl.constexpr, ALIGN: tl.constexpr,
-    UNIT: tl.constexpr, IS_DENSE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    EACH: tl.constexpr,
+    BLOCK_TOKEN: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Maps of a block of tokens for a tile of rows; the last block of the rows adds up their mass and entropy."""
     group = query_heads // key_heads
@@ -102,11 +98,9 @@ def capture_map_kernel(
     unit = tl.program_id(0) // blocks
     b = (unit // row_tiles).to(tl.int64)
     layer = tl.program_id(2)
-    query_ptr = pick(query_ptrs, layer, ALIGN) + b * whole(stride_query_b, UNIT)
-    key_ptr = pick(key_ptrs, layer, ALIGN) + b * whole(stride_key_b, UNIT)
-    sink_ptr = None
-    if sink_ptrs is not None:
-        sink_ptr = pick(sink_ptrs, layer, 1)
+    query_ptr = parts.pick(query_ptrs, layer, ALIGN) + b * parts.whole(stride_query_b, UNIT)
+    key_ptr = parts.pick(key_ptrs, layer, ALIGN) + b * parts.whole(stride_key_b, UNIT)
+    sink_ptr = parts.pick(sink_ptrs, layer, 1)
     slot = (block * BLOCK_TOKEN + tl.arange(0, BLOCK_TOKEN)).to(tl.int64)
     token = tl.load(tokens_ptr + b * stride_tokens_b + slot * stride_tokens_n, mask=slot < tokens, other=-1)
     used = (token >= 0) & (token < keys)
@@ -117,46 +111,47 @@ def capture_map_kernel(
     # A step outside of the buffers is the caller's fault, and no reason to write into somebody else's memory.
     rows_to_write = tl.where((step >= 0) & (step < steps), rows, 0)
     place = first_layer + layer
-    map_ptr += step * stride_map_t + place * stride_map_l + b * stride_map_b
+    map_ptr += step * stride_map_t + place * stride_map_l + b * stride_map_b + slot[None, :] * stride_map_n
     mean = tl.zeros([BLOCK_ROW, BLOCK_TOKEN], tl.float32)
     for index in tl.range(0, key_heads * group_tiles):
         key_head = index // group_tiles
-        row, member, live = lanes(unit % row_tiles, index % group_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
+        row, member, live = parts.lanes(unit % row_tiles, index % group_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
         head = key_head * group + member
-        key = load_key(
-            key_ptr + key_head * whole(stride_key_k, UNIT), stride_key_s, stride_key_d, column, used,
+        key = parts.load_key(
+            key_ptr + key_head * parts.whole(stride_key_k, UNIT), stride_key_s, stride_key_d, column, used,
             HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE,
         )  # fmt: skip
-        query = load_query(
+        query = parts.load_query(
             query_ptr, stride_query_a, stride_query_r, stride_query_d, head, row, live, HEAD_SIZE, BLOCK_SIZE, UNIT,
             IS_DENSE,
         )  # fmt: skip
         line = ((layer.to(tl.int64) * batch + b) * query_heads + head) * rows + row
-        top, share = normaliser(
-            scratch_ptr, scratch_ptr + statistics, lse_ptr, sink_ptr, line,
-            b * stride_lse_b + head * stride_lse_a + row * stride_lse_r, head * stride_sink_a, splits, live, BLOCK_SPLIT,
-        )  # fmt: skip
+        lse_at = b * stride_lse_b + head * stride_lse_a + row * stride_lse_r
+        total_ptr = scratch_ptr + statistics
+        top, share = parts.normaliser(
+            scratch_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, head * stride_sink_a, splits, live
+        )
         positions_at = b * stride_positions_b + row * stride_positions_r
-        after, last = range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
+        after, last = parts.range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
         mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
-        seen = visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
-        score = scores(query, key, seen, scale, cap, HAS_SOFTCAP)
+        seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
+        score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
         probability = tl.exp2(score - top[:, None]) * share[:, None]
         if EACH:
-            at = (head * stride_map_a + row * stride_map_r)[:, None] + (slot * stride_map_n)[None, :]
+            at = (head * stride_map_a + row * stride_map_r)[:, None]
             tl.store(map_ptr + at, probability, mask=(live & (row < rows_to_write))[:, None] & (slot < tokens)[None, :])
         mean += tl.sum(tl.reshape(probability, [BLOCK_ROW, BLOCK_GROUP, BLOCK_TOKEN]), 1)
     mean /= query_heads
     row = (unit % row_tiles * BLOCK_ROW + tl.arange(0, BLOCK_ROW)).to(tl.int64)
     fits = row < rows
     if not EACH:
-        at = (row * stride_map_r)[:, None] + (slot * stride_map_n)[None, :]
+        at = (row * stride_map_r)[:, None]
         tl.store(map_ptr + at, mean, mask=(row < rows_to_write)[:, None] & (slot < tokens)[None, :])
     line = (layer.to(tl.int64) * batch + b) * rows + row
     part_ptr = scratch_ptr + 2 * statistics
     ticket_ptr += layer * (batch * row_tiles) + unit
-    if last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks, PARTS):
-        mass, entropy = summary(part_ptr, line, fits, blocks, BLOCK_ROW, PARTS, BLOCK_PART)
+    if parts.last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks):
+        mass, entropy = parts.summary(part_ptr, line, fits, blocks, BLOCK_ROW)
         mass_at = step * stride_mass_t + place * stride_mass_l + b * stride_mass_b + row * stride_mass_r
         entropy_at = step * stride_entropy_t + place * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
         tl.store(mass_ptr + mass_at, mass, mask=row < rows_to_write)

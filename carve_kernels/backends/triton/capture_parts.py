@@ -9,15 +9,22 @@ import triton.language as tl
 from carve_kernels.backends.triton import capture_plan
 
 LOG2E = tl.constexpr(capture_plan.LOG2E)
+PARTS = tl.constexpr(capture_plan.PARTS)
+MOST_SPLITS = tl.constexpr(capture_plan.MOST_SPLITS)
+# Blocks of tokens that are added up at a time.
+BLOCK_PART = tl.constexpr(32)
 
 
 @triton.jit
 def pick(tensors, layer, ALIGN: tl.constexpr):
-    """tensors[layer] by a chain of selects, which keeps the addresses in registers."""
-    chosen = tensors[0]
-    for index in tl.static_range(1, len(tensors)):
-        chosen = tl.where(layer == index, tensors[index], chosen)
-    return tl.multiple_of(chosen, ALIGN)
+    """tensors[layer] by a chain of selects, which keeps the addresses in registers; None of None."""
+    if tensors is None:
+        return None
+    else:
+        chosen = tensors[0]
+        for index in tl.static_range(1, len(tensors)):
+            chosen = tl.where(layer == index, tensors[index], chosen)
+        return tl.multiple_of(chosen, ALIGN)
 
 
 @triton.jit
@@ -105,9 +112,7 @@ def scores(query, key, seen, scale, cap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def normaliser(
-    maximum_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, sink_at, splits, live, BLOCK_SPLIT: tl.constexpr
-):  # fmt: skip
+def normaliser(maximum_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, sink_at, splits, live):
     """(top, share) of each lane: the probability of a score is exp2(score - top) * share."""
     if lse_ptr is not None:
         known = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32) * LOG2E
@@ -115,7 +120,7 @@ def normaliser(
         top = tl.where(known == float("-inf"), 0.0, known)
     else:
         # All splits at once, so that their order is the same whoever was first.
-        split = tl.arange(0, BLOCK_SPLIT)
+        split = tl.arange(0, MOST_SPLITS)
         there = live[:, None] & (split < splits)[None, :]
         at = line[:, None] * splits + split[None, :]
         maximum = tl.load(maximum_ptr + at, mask=there, other=float("-inf"))
@@ -133,7 +138,7 @@ def normaliser(
 
 
 @triton.jit
-def last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks, PARTS: tl.constexpr):
+def last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks):
     """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
 
     The parts are [rows, blocks, PARTS]. The last one leaves the ticket at 0, ready for the next call or graph replay.
@@ -154,10 +159,10 @@ def last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks, PAR
 
 
 @triton.jit
-def summary(part_ptr, line, fits, blocks, BLOCK_ROW: tl.constexpr, PARTS: tl.constexpr, BLOCK_PART: tl.constexpr):
-    """(mass, entropy) of rows from the parts [rows, blocks, PARTS] of all blocks of tokens, by the chain rule of entropy.
+def summary(part_ptr, line, fits, blocks, BLOCK_ROW: tl.constexpr):
+    """(mass, entropy) of rows from the parts [rows, blocks, PARTS] of all blocks of tokens.
 
-    Every term is at least 0, so nothing cancels: H = sum of share * H(block) + H of the shares of the blocks.
+    By the chain rule of entropy, where no term is below 0 and nothing cancels: H = sum of share * H(block) + H(shares).
     """
     part = tl.arange(0, BLOCK_PART)
     mass = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)

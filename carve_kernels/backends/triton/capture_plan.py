@@ -15,8 +15,8 @@ PARTS = 3
 MOST_SPLITS = 32
 
 # Rows times heads of a tile, by the bytes of an element. 16 is the M of mma.sync, 64 that of wgmma and tcgen05; beyond,
-# a query of 256 dimensions and its scores leave no registers. float32 has no matrix units but TF32's, whose three digits
-# are too few: each thread holds whole rows of its operands, and 16 lanes are what fits.
+# a query of 256 dimensions and its scores leave no registers. float32 has no matrix units but TF32's, of three digits:
+# each thread holds whole rows of its operands, and 16 lanes are what fits.
 LEAST_LANES = 16
 MOST_LANES = {2: 64, 4: 16}
 
