@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from carve_kernels.backends.triton import tiles
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTS, ceiling, plan
+from carve_kernels.backends.triton.device import tiles_of, too_old
 from carve_kernels.backends.triton.launch import alignment, strides_of
 from carve_kernels.backends.triton.workspace import Workspace
 from carve_kernels.types import Capture
@@ -62,7 +62,7 @@ def supports(
         return "query or key requires a gradient, which this room does not have; use backend='reference'"
     if out is not None and any(part.dtype != torch.float32 for part in out):
         return "out is float64, this room writes torch.float32; use backend='reference'"
-    return tiles.too_old(query.device)
+    return too_old(query.device)
 
 
 def forward(
@@ -158,7 +158,7 @@ def _launch(
         return
     device, element_size = query[0].device, query[0].element_size()
     divided = plan(query_heads, key_heads, rows, keys, size, element_size)
-    tile = tiles.tiles_of(device, element_size, divided.block_row * divided.block_group, divided.block_size)
+    tile = tiles_of(device, element_size, divided.block_row * divided.block_group, divided.block_size)
     blocks = max(ceiling(tokens.shape[1], tile.map.block), 1)
     layers = len(query)
     statistics = 0 if lse is not None else layers * batch * query_heads * rows * divided.splits

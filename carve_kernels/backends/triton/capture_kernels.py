@@ -83,8 +83,8 @@ def capture_map_kernel(
     stride_mass_t: tl.int64, stride_mass_l: tl.int64, stride_mass_b: tl.int64, stride_mass_r: tl.int64,
     stride_entropy_t: tl.int64, stride_entropy_l: tl.int64, stride_entropy_b: tl.int64, stride_entropy_r: tl.int64,
     batch: tl.int32, query_heads: tl.int32, key_heads: tl.int32, rows: tl.int32, keys: tl.int32, splits: tl.int32,
-    tokens: tl.int32, statistics: tl.int64, steps: tl.int64, first_layer: tl.int64, window: tl.int64,
-    scale: tl.float32, cap: tl.float32,
+    tokens: tl.int32, statistics: tl.int64, steps: tl.int64, first: tl.int64, window: tl.int64, scale: tl.float32,
+    cap: tl.float32,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     BLOCK_TOKEN: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, EACH: tl.constexpr,
@@ -110,27 +110,23 @@ def capture_map_kernel(
         step += tl.load(step_ptr)
     # A step outside of the buffers is the caller's fault, and no reason to write into somebody else's memory.
     rows_to_write = tl.where((step >= 0) & (step < steps), rows, 0)
-    place = first_layer + layer
+    place = first + layer
     map_ptr += step * stride_map_t + place * stride_map_l + b * stride_map_b + slot[None, :] * stride_map_n
     mean = tl.zeros([BLOCK_ROW, BLOCK_TOKEN], tl.float32)
     for index in tl.range(0, key_heads * group_tiles):
         key_head = index // group_tiles
         row, member, live = parts.lanes(unit % row_tiles, index % group_tiles, rows, group, BLOCK_ROW, BLOCK_GROUP)
         head = key_head * group + member
-        key = parts.load_key(
-            key_ptr + key_head * parts.whole(stride_key_k, UNIT), stride_key_s, stride_key_d, column, used,
-            HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE,
-        )  # fmt: skip
+        key_at = key_ptr + key_head * parts.whole(stride_key_k, UNIT)
+        key = parts.load_key(key_at, stride_key_s, stride_key_d, column, used, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE)
         query = parts.load_query(
             query_ptr, stride_query_a, stride_query_r, stride_query_d, head, row, live, HEAD_SIZE, BLOCK_SIZE, UNIT,
             IS_DENSE,
         )  # fmt: skip
         line = ((layer.to(tl.int64) * batch + b) * query_heads + head) * rows + row
         lse_at = b * stride_lse_b + head * stride_lse_a + row * stride_lse_r
-        total_ptr = scratch_ptr + statistics
-        top, share = parts.normaliser(
-            scratch_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, head * stride_sink_a, splits, live
-        )
+        sink_at = head * stride_sink_a
+        top, share = parts.normaliser(scratch_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, line, splits, live)
         positions_at = b * stride_positions_b + row * stride_positions_r
         after, last = parts.range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
         mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
@@ -143,15 +139,13 @@ def capture_map_kernel(
         mean += tl.sum(tl.reshape(probability, [BLOCK_ROW, BLOCK_GROUP, BLOCK_TOKEN]), 1)
     mean /= query_heads
     row = (unit % row_tiles * BLOCK_ROW + tl.arange(0, BLOCK_ROW)).to(tl.int64)
-    fits = row < rows
     if not EACH:
         at = (row * stride_map_r)[:, None]
         tl.store(map_ptr + at, mean, mask=(row < rows_to_write)[:, None] & (slot < tokens)[None, :])
-    line = (layer.to(tl.int64) * batch + b) * rows + row
-    part_ptr = scratch_ptr + 2 * statistics
+    part_at = scratch_ptr + 2 * statistics + ((layer.to(tl.int64) * batch + b) * rows + row) * (blocks * parts.PARTS)
     ticket_ptr += layer * (batch * row_tiles) + unit
-    if parts.last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks):
-        mass, entropy = parts.summary(part_ptr, line, fits, blocks, BLOCK_ROW)
+    if parts.last_of_row(part_at, ticket_ptr, mean, used, row < rows, block, blocks):
+        mass, entropy = parts.summary(part_at, row < rows, blocks, BLOCK_ROW)
         mass_at = step * stride_mass_t + place * stride_mass_l + b * stride_mass_b + row * stride_mass_r
         entropy_at = step * stride_entropy_t + place * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
         tl.store(mass_ptr + mass_at, mass, mask=row < rows_to_write)

@@ -112,8 +112,11 @@ def scores(query, key, seen, scale, cap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def normaliser(maximum_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, sink_at, splits, live):
-    """(top, share) of each lane: the probability of a score is exp2(score - top) * share."""
+def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, line, splits, live):
+    """(top, share) of each lane: the probability of a score is exp2(score - top) * share.
+
+    Without a log-sum-exp they come from the statistics: maxima [lines, splits], and as many sums behind them.
+    """
     if lse_ptr is not None:
         known = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32) * LOG2E
         total = tl.where(known == float("-inf"), 0.0, 1.0)
@@ -123,8 +126,8 @@ def normaliser(maximum_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, sink_at,
         split = tl.arange(0, MOST_SPLITS)
         there = live[:, None] & (split < splits)[None, :]
         at = line[:, None] * splits + split[None, :]
-        maximum = tl.load(maximum_ptr + at, mask=there, other=float("-inf"))
-        part = tl.load(total_ptr + at, mask=there, other=0.0)
+        maximum = tl.load(statistics_ptr + at, mask=there, other=float("-inf"))
+        part = tl.load(statistics_ptr + statistics + at, mask=there, other=0.0)
         top = tl.max(maximum, 1)
         if sink_ptr is not None:
             sink = tl.load(sink_ptr + sink_at, mask=live, other=0.0).to(tl.float32) * LOG2E
@@ -138,15 +141,15 @@ def normaliser(maximum_ptr, total_ptr, lse_ptr, sink_ptr, line, lse_at, sink_at,
 
 
 @triton.jit
-def last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks):
+def last_of_row(part_at, ticket_ptr, mean, used, fits, block, blocks):
     """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
 
-    The parts are [rows, blocks, PARTS]. The last one leaves the ticket at 0, ready for the next call or graph replay.
+    The parts of each row are [blocks, PARTS]. The last one leaves the ticket at 0, for the next call or graph replay.
     """
     mass = tl.sum(mean, 1)
     share = mean / tl.where(mass > 0, mass, 1.0)[:, None]
     spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), 1)
-    at = part_ptr + (line * blocks + block) * PARTS
+    at = part_at + block * PARTS
     tl.store(at, mass, mask=fits)
     tl.store(at + 1, spread, mask=fits)
     tl.store(at + 2, tl.zeros_like(mass) + tl.sum(used.to(tl.float32), 0), mask=fits)
@@ -159,8 +162,8 @@ def last_of_row(part_ptr, ticket_ptr, mean, used, line, fits, block, blocks):
 
 
 @triton.jit
-def summary(part_ptr, line, fits, blocks, BLOCK_ROW: tl.constexpr):
-    """(mass, entropy) of rows from the parts [rows, blocks, PARTS] of all blocks of tokens.
+def summary(part_at, fits, blocks, BLOCK_ROW: tl.constexpr):
+    """(mass, entropy) of rows from the parts [blocks, PARTS] of each.
 
     By the chain rule of entropy, where no term is below 0 and nothing cancels: H = sum of share * H(block) + H(shares).
     """
@@ -169,16 +172,16 @@ def summary(part_ptr, line, fits, blocks, BLOCK_ROW: tl.constexpr):
     count = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
     for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
         there = fits[:, None] & (first + part < blocks)[None, :]
-        at = (line[:, None] * blocks + first + part[None, :]) * PARTS
-        mass += tl.load(part_ptr + at, mask=there, other=0.0)
-        count += tl.load(part_ptr + at + 2, mask=there, other=0.0)
+        at = part_at[:, None] + (first + part)[None, :] * PARTS
+        mass += tl.load(at, mask=there, other=0.0)
+        count += tl.load(at + 2, mask=there, other=0.0)
     total = tl.sum(mass, 1)
     used = tl.sum(count, 1)
     spread = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
     for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
         there = fits[:, None] & (first + part < blocks)[None, :]
-        at = (line[:, None] * blocks + first + part[None, :]) * PARTS
-        share = tl.load(part_ptr + at, mask=there, other=0.0) / tl.where(total > 0, total, 1.0)[:, None]
-        inner = tl.load(part_ptr + at + 1, mask=there, other=0.0)
+        at = part_at[:, None] + (first + part)[None, :] * PARTS
+        share = tl.load(at, mask=there, other=0.0) / tl.where(total > 0, total, 1.0)[:, None]
+        inner = tl.load(at + 1, mask=there, other=0.0)
         spread += share * (inner - tl.log2(tl.where(share > 0, share, 1.0)))
     return total, tl.where(used > 1, tl.sum(spread, 1) / tl.log2(tl.maximum(used, 2.0)), 0.0)

@@ -59,7 +59,7 @@ class Kernel:
         for place in self._tuples:
             key += (_kind_of_integers(numbers[place]),)
         compiled = self._compiled.get(key)
-        with _on(device):
+        with on(device):
             if compiled is None:
                 # The default of fusion differs between versions of Triton, and leaving it out warns.
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -106,7 +106,7 @@ def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
     return tuple([(one == 1, one % 16 == 0, -(2**31) <= one < 2**31) for one in numbers])
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The device made current, which Triton launches on; nothing where it is already."""
     if device.index is None or device.index == torch.accelerator.current_device_index():
         return contextlib.nullcontext()

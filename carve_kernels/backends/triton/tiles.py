@@ -7,16 +7,9 @@ values as in `Tile`. Results stay the same to a rounding; the number of splits d
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
-import triton
-
-from carve_kernels.backends.triton import interpreted
 
 ENVIRONMENT = "CARVE_KERNELS_TILES"
 
@@ -84,38 +77,13 @@ def table() -> dict[str, Tiles]:
     }
 
 
-@functools.cache
-def tiles_of(device: torch.device, element_size: int, lanes: int, size: int) -> Tiles:
-    """The tiles for a device, an element size, the lanes of a tile, and a head size that is a power of two."""
-    architecture = architecture_of(device)
+def row_of(architecture: str, element_size: int, lanes: int, size: int, path: str | None = None) -> Tiles:
+    """The tiles for an architecture, an element size, the lanes of a tile, and a head size that is a power of two."""
     if architecture == "interpreter":
         # A step of the interpreter costs the same whatever the size of its tile.
         return Tiles(Tile(256, 4, 1), Tile(256, 4, 1))
-    rows = table() | replaced(os.environ.get(ENVIRONMENT))
-    return rows[key_of(architecture, element_size, next(most for most in LANES if lanes <= most), size)]
-
-
-@functools.cache
-def too_old(device: torch.device) -> str | None:
-    """Why a GPU is too old for this room, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"{device} has compute capability {major}.{minor}, this room needs 8.0; use backend='reference'"
-    return None
-
-
-def architecture_of(device: torch.device) -> str:
-    """The row of the table that a device uses: its own, or the nearest below it."""
-    if interpreted():
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda":
-        # The least shared memory of the table; other makers' devices have at least that.
-        return "gfx942"
-    known = [int(name.removeprefix("sm_")) for name in STAGES if name.startswith("sm_")]
-    return f"sm_{max([one for one in known if one <= target.arch], default=min(known))}"
+    key = key_of(architecture, element_size, next(most for most in LANES if lanes <= most), size)
+    return (table() | replaced(path))[key]
 
 
 def replaced(path: str | None) -> dict[str, Tiles]:
