@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +39,9 @@ class Row(NamedTuple):
         return sum(count for name, count in self.opcodes.items() if re.match(pattern, name))
 
 
-def faults(row: Row, version: str | None) -> list[str]:
-    """Everything that is wrong with a row, in words; the table of registers counts for the Triton that made it."""
-    registers = _faults_of_registers(row, version) if version else ()
-    return [*_faults_of_memory(row), *_faults_of_opcodes(row), *registers]
+def faults(row: Row) -> list[str]:
+    """Everything that is wrong with a row, in words."""
+    return [*_faults_of_memory(row), *_faults_of_opcodes(row)]
 
 
 def _faults_of_memory(row: Row) -> Iterator[str]:
@@ -67,7 +66,9 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
     if capture:
         if not row.count(r"LDGSTS\..*128"):
             yield "no LDGSTS of 128 bits: keys are not loaded asynchronously"
-        if row.count("LDGSTS") != row.count(r"LDGSTS\..*128"):
+        # Eight lanes of 32 halves are too few for 128 bits to each of 128 threads.
+        narrow = r"LDGSTS\.(?!.*(128|64))" if "head size 32 " in row.case else r"LDGSTS\.(?!.*128)"
+        if row.count(narrow):
             yield "asynchronous loads of fewer than 128 bits: an alignment hint is missing"
         wanted = matrix_instruction(row) if halves else "FFMA"
         if not row.count(wanted):
@@ -87,7 +88,14 @@ def table() -> tuple[str, dict[str, int]]:
     return kept["triton"], kept["registers"]
 
 
-def _faults_of_registers(row: Row, version: str) -> Iterator[str]:
+def changes(rows: Iterable[Row], version: str) -> list[str]:
+    """How registers differ from the table, which counts for the Triton that made it."""
     counted_with, registers = table()
-    if version == counted_with and registers.get(row.name) != row.registers:
-        yield f"{row.registers} registers and {registers.get(row.name)} in {REGISTERS.name}; to accept it: {REWRITE}"
+    if version != counted_with:
+        return []
+    found = {row.name: row.registers for row in rows}
+    return [
+        f"{name}: {found.get(name)} registers, {registers.get(name)} in {REGISTERS.name}; to accept it: {REWRITE}"
+        for name in sorted(found.keys() | registers.keys())
+        if found.get(name) != registers.get(name)
+    ]

@@ -37,7 +37,7 @@ def compiled(case: str, target: str) -> Callable[[Path], str]:
 
     def prove(folder: Path) -> str:
         rows = offline.compile_apart(folder, "--case", case, "--target", target)
-        return "\n".join(fault for row in rows for fault in faults(row, None))
+        return "\n".join(fault for row in rows for fault in faults(row))
 
     return prove
 
@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "a hint that is dropped",
         "capture_parts.py",
-        "return tl.multiple_of(chosen, ALIGN)",
-        "return chosen",
+        "return tl.multiple_of(stride, UNIT) // UNIT * UNIT",
+        "return stride",
         CAPTURE,
         "128 bits",
     ),

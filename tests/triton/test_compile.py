@@ -20,6 +20,15 @@ KERNELS = {
 }
 
 
+def expected() -> dict[tuple[str, str], tuple[str, str]]:
+    """The kernels by case and target, in the order of their launches."""
+    return {
+        (case.name, target): KERNELS["contrast" if case.name.startswith("lam") else "capture"]
+        for case in offline.cases()
+        for target in offline.TARGETS
+    }
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str], list[Row]]:
     """The rows by case and target."""
@@ -29,15 +38,17 @@ def compiled() -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-@pytest.mark.parametrize("target", offline.TARGETS)
-@pytest.mark.parametrize("case", [case.name for case in offline.cases()])
+@pytest.mark.parametrize(("case", "target"), expected())
 def test_kernels_keep_to_the_limits_of_the_target(
     compiled: dict[tuple[str, str], list[Row]], case: str, target: str
 ) -> None:
     rows = compiled[case, target]
-    stage = "contrast" if case.startswith("lam") else "capture"
-    assert tuple(row.kernel for row in rows) == KERNELS[stage]
-    assert [(row.kernel, fault) for row in rows for fault in limits.faults(row, triton.__version__)] == []
+    assert tuple(row.kernel for row in rows) == expected()[case, target]
+    assert [(row.kernel, fault) for row in rows for fault in limits.faults(row)] == []
+
+
+def test_registers_are_those_of_the_table(compiled: dict[tuple[str, str], list[Row]]) -> None:
+    assert limits.changes([row for rows in compiled.values() for row in rows], triton.__version__) == []
 
 
 def sound(**changes: object) -> Row:
@@ -66,17 +77,20 @@ def sound(**changes: object) -> Row:
     ],
 )
 def test_a_planted_fault_is_named(row: Row, fault: str) -> None:
-    assert not limits.faults(sound(), None)
-    assert len(found := limits.faults(row, None)) == 1
+    assert not limits.faults(sound())
+    assert len(found := limits.faults(row)) == 1
     assert fault in found[0]
 
 
 def test_a_change_of_registers_is_named() -> None:
     version, registers = limits.table()
-    kernel, case, target = "contrast_grid_kernel", "lam mean normalize none views 1", "90"
-    counted = registers[f"{kernel} {case} {target}"]
-    row = sound(kernel=kernel, case=case, target=target, registers=counted)
-    assert not limits.faults(row, version)
-    changed = limits.faults(row._replace(registers=counted + 1), version)
-    assert len(changed) == 1 and limits.REWRITE in changed[0]
-    assert not limits.faults(row._replace(registers=counted + 1), "another version")
+    rows = [
+        sound(kernel=kernel, case=case, target=target, registers=registers[f"{kernel} {case} {target}"])
+        for (case, target), kernels in expected().items()
+        for kernel in kernels
+    ]
+    assert limits.changes(rows, version) == []
+    changed = [rows[0]._replace(registers=rows[0].registers + 1), *rows[2:]]
+    assert [change.split(":")[0] for change in limits.changes(changed, version)] == sorted([rows[0].name, rows[1].name])
+    assert limits.REWRITE in limits.changes(changed, version)[0]
+    assert limits.changes(changed, "another version") == []
