@@ -62,6 +62,8 @@ def supports(
         return "query or key requires a gradient, which this room does not have; use backend='reference'"
     if out is not None and any(part.dtype != torch.float32 for part in out):
         return "out is float64, this room writes torch.float32; use backend='reference'"
+    if out is not None and any(part.device != query.device for part in out):
+        return f"out is on {out.maps.device} and the query on {query.device}, this room writes where it reads"
     return too_old(query.device)
 
 
