@@ -11,7 +11,7 @@ import torch
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTS, ceiling, plan
 from carve_kernels.backends.triton.device import tiles_of, too_old
-from carve_kernels.backends.triton.launch import alignment, strides_of
+from carve_kernels.backends.triton.launch import Several, alignment, strides_of
 from carve_kernels.backends.triton.workspace import Workspace
 from carve_kernels.types import Capture
 
@@ -121,13 +121,15 @@ def forward_layers(
 
     Layers are alike where shapes, strides and dtypes are equal, as they are in every cache of one kind.
     """
-    if any(supports(*layer, tokens, out=out) is not None for layer in zip(query, key, strict=True)):
-        return False
-    if any(part.device != query[0].device for part in (*query, *key, *sink, *out, step, tokens)):
+    kinds = [_kind(*layer) for layer in itertools.zip_longest(query, key, sink)]
+    for layer, kind in enumerate(kinds):
+        if (not layer or kind != kinds[layer - 1]) and supports(query[layer], key[layer], tokens, out=out) is not None:
+            return False
+    # Keys, masks and the like are on their query's device already: the operator's checks say so.
+    if any(part.device != query[0].device for part in (*query[1:], step)):
         return False
     shared = _Shared(tokens, scale, mask, positions, softcap, window, None)
     by_step, by_layer, by_batch, by_row, by_token = out.maps.stride()
-    kinds = [_likeness(*layer) for layer in itertools.zip_longest(query, key, sink)]
     start = 0
     for _, alike in itertools.groupby(kinds):
         stop = start + len(list(alike))
@@ -140,8 +142,10 @@ def forward_layers(
     return True
 
 
-def _likeness(query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> tuple[Any, ...]:
-    shapes = query.dtype, query.shape, key.shape, strides_of(query), strides_of(key)
+def _kind(query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> tuple[Any, ...]:
+    """What layers must have in common to go together."""
+    gradient = query.requires_grad or key.requires_grad
+    shapes = query.dtype, gradient, query.shape, key.shape, query.stride(), key.stride()
     return shapes if sink is None else (*shapes, sink.dtype, sink.stride())
 
 
@@ -169,9 +173,9 @@ def _launch(
     )
 
     query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
-    aligned = alignment(
-        [one.data_ptr() for one in (*query, *key)], (*query_strides[:3], *key_strides[:3]), element_size
-    )
+    queries, all_keys, sinks = Several.of(query), Several.of(key), None if sink is None else Several.of(sink)
+    addresses = queries.addresses + all_keys.addresses
+    aligned = alignment(addresses, query_strides[:3] + key_strides[:3], element_size)
     strides = (
         *query_strides, *key_strides, *(_NOWHERE if mask is None else strides_of(mask)),
         *(_NOWHERE[:2] if positions is None else strides_of(positions)),
@@ -185,14 +189,14 @@ def _launch(
     if lse is None:
         capture_statistics_kernel.launch(
             (divided.row_tiles * divided.group_tiles * divided.splits * key_heads * batch, 1, layers),
-            (query, key, mask, positions, scratch),
+            (queries, all_keys, mask, positions, scratch),
             (*strides, *counts, divided.span, statistics, limit, *factors),
             (*shape, tile.statistics.block, *flags),
             device=device, warps=tile.statistics.warps, stages=tile.statistics.stages,
         )  # fmt: skip
     capture_map_kernel.launch(
         (blocks * divided.row_tiles * batch, 1, layers),
-        (query, key, mask, positions, scratch, lse, sink, tokens, slot.step, tickets, *slot.out),
+        (queries, all_keys, mask, positions, scratch, lse, sinks, tokens, slot.step, tickets, *slot.out),
         (
             *strides, *strides_of(tokens), *(_NOWHERE[:3] if lse is None else strides_of(lse)),
             0 if sink is None else sink[0].stride(0), *slot.map_strides, *slot.mass_strides, *slot.entropy_strides,

@@ -8,9 +8,10 @@ but its dtype, so that a short key finds the compiled kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,14 +19,26 @@ import triton
 # What a load of 128 bits needs of its address.
 VECTOR_BYTES = 16
 
-_Pointer = torch.Tensor | tuple[torch.Tensor, ...] | None
+
+class Several(NamedTuple):
+    """Tensors of one dtype that a kernel gets as one tuple, looked at once for all launches that they go into."""
+
+    tensors: tuple[torch.Tensor, ...]
+    addresses: tuple[int, ...]
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensors: tuple[torch.Tensor, ...]) -> Several:
+        addresses = tuple([one.data_ptr() for one in tensors])
+        # Triton specialises what stands in a tuple by alignment, whatever it was told of the parameter.
+        return cls(tensors, addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
 
 
 class Kernel:
     """A kernel and what it was compiled to; a decorator instead of `triton.jit`.
 
-    The parameters are, in this order: pointers (tensors, tuples of tensors of one dtype, or None; their names end in
-    `_ptr` or `_ptrs`), numbers (with a type as annotation, such as `tl.int64`, or tuples of integers without one) and
+    The parameters are, in this order: pointers (tensors, `Several` of them, or None; their names end in `_ptr` or
+    `_ptrs`), numbers (with a type as annotation, such as `tl.int64`, or tuples of integers without one) and
     constants (`tl.constexpr`).
     """
 
@@ -42,7 +55,7 @@ class Kernel:
     def launch(
         self,
         grid: tuple[int, int, int],
-        pointers: tuple[_Pointer, ...],
+        pointers: tuple[torch.Tensor | Several | None, ...],
         numbers: tuple[int | float | tuple[int, ...], ...],
         constants: tuple[Any, ...],
         *,
@@ -52,18 +65,27 @@ class Kernel:
     ) -> None:
         """Launch on the current stream of the tensors' device; the first launch of a key compiles."""
         if self._interpreted:
-            self.jit[grid](*pointers, *numbers, *constants)
+            self.jit[grid](*map(_argument, pointers), *numbers, *constants)
             return
-        addresses = [_address(one) for one in pointers]
-        key = (device, constants, warps, stages, *map(_kind, pointers, addresses))
-        for place in self._tuples:
-            key += (_kind_of_integers(numbers[place]),)
-        compiled = self._compiled.get(key)
+        addresses: list[Any] = []
+        key: list[Any] = [device, constants, warps, stages]
+        for pointer in pointers:
+            if pointer is None:
+                addresses.append(None)
+                key.append(None)
+            elif type(pointer) is Several:
+                addresses.append(pointer.addresses)
+                key.append(pointer.kind)
+            else:
+                addresses.append(pointer.data_ptr())  # type: ignore[union-attr]
+                key.append(pointer.dtype)  # type: ignore[union-attr]
+        key += [_kind_of_integers(numbers[place]) for place in self._tuples]
+        compiled = self._compiled.get(tuple(key))
         with on(device):
             if compiled is None:
                 # The default of fusion differs between versions of Triton, and leaving it out warns.
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-                self._compiled[key] = self.jit[grid](*pointers, *numbers, *constants, **options)
+                self._compiled[tuple(key)] = self.jit[grid](*map(_argument, pointers), *numbers, *constants, **options)
             else:
                 # Addresses as plain integers: of a tensor the driver is asked each time where it lives.
                 compiled[grid](*addresses, *numbers, *constants)
@@ -84,21 +106,17 @@ def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: in
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides, with 0 for dimensions of one element: no index moves along those, so any stride may stand there."""
-    return tuple(stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return _strides(tensor.shape, tensor.stride())
 
 
-def _address(pointer: _Pointer) -> Any:
-    if isinstance(pointer, tuple):
-        return tuple([one.data_ptr() for one in pointer])
-    return None if pointer is None else pointer.data_ptr()
+# Most tensors of a step have the shapes and strides of the step before.
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)])
 
 
-def _kind(pointer: _Pointer, address: Any) -> Any:
-    """What of a pointer argument makes another kernel."""
-    if isinstance(pointer, tuple):
-        # Triton specialises what stands in a tuple, whatever it was told of the parameter.
-        return pointer[0].dtype, *[one % VECTOR_BYTES == 0 for one in address]
-    return None if pointer is None else pointer.dtype
+def _argument(pointer: torch.Tensor | Several | None) -> Any:
+    return pointer.tensors if isinstance(pointer, Several) else pointer
 
 
 def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
