@@ -210,6 +210,22 @@ def test_tokens_outside_of_the_keys_are_padding(dtype: torch.dtype) -> None:
     right(found, (query, key, stray), options)
 
 
+@pytest.mark.parametrize("lse", [False, True])
+def test_a_nan_goes_where_the_reference_lets_it_go(lse: bool) -> None:
+    case = Case(batch=1, rows=3, view="positions")
+    (query, key, tokens), options = planted(case)
+    key, options["positions"] = key.clone(), torch.tensor([[20, 50, 40]])
+    key[0, 1, 45] = torch.nan
+    tokens[0, 3] = 45
+    options["lse"] = torch.ones(1, case.query_heads, case.rows) if lse else None
+    for heads in ("mean", "each"):
+        truth = reference.forward(query, key, tokens, **options, heads=heads)  # type: ignore[arg-type]
+        found = capture.forward(query, key, tokens, **options, heads=heads)  # type: ignore[arg-type]
+        assert truth.mass.isnan().tolist() == [[False, True, False]]
+        for part, right_part in zip(found, truth, strict=True):
+            assert torch.equal(part.isnan(), right_part.isnan())
+
+
 @pytest.mark.parametrize("last", [-(2**40), -1, 10**6, 2**40])
 def test_positions_outside_of_the_keys(last: int) -> None:
     case = Case(view="positions", rows=2)

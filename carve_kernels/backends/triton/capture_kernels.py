@@ -132,7 +132,7 @@ def capture_map_kernel(
         mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
         seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
         score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
-        probability = tl.exp2(score - top[:, None]) * share[:, None]
+        probability = tl.where(used[None, :], tl.exp2(score - top[:, None]) * share[:, None], 0.0)
         if EACH:
             at = (head * stride_map_a + row * stride_map_r)[:, None]
             tl.store(map_ptr + at, probability, mask=(live & (row < rows_to_write))[:, None] & (slot < tokens)[None, :])

@@ -136,8 +136,8 @@ def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, l
         total = tl.sum(part * tl.exp2(maximum - top[:, None]), 1)
         if sink_ptr is not None:
             total += tl.exp2(sink - top)
-    # A row that sees nothing has a total of 0, and gets zeros.
-    return top, 1.0 / tl.where(total > 0, total, float("inf"))
+    # A row that sees nothing has a total of 0, and gets zeros; one that sees a NaN gets NaN.
+    return top, 1.0 / tl.where(total == 0, float("inf"), total)
 
 
 @triton.jit
