@@ -78,11 +78,12 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
 
 
 def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
+    """Sizes that Triton would like to make kernels of their own for, a 1 or a multiple of 16, must not get them."""
+
     def launch() -> None:
         task = torch.empty(6, 32, 1024 * views)
-        grid: Any = (32, 32) if views == 1 else [(32, 32)] * views
-        size: Any = (448, 448) if views == 1 else [(448, 448)] * views
-        contrast.forward(task, task, grid, size, lam=lam, normalize=normalize)
+        for grid, size in (((32, 32), (448, 448)), ((1, 1024), (1, 999)), ((16, 64), (63, 1))):
+            contrast.forward(task, task, [grid] * views, [size] * views, lam=lam, normalize=normalize)
 
     return Case(f"lam {lam} normalize {normalize} views {views}", launch)
 

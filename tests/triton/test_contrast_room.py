@@ -111,7 +111,8 @@ def _sum_kernel(lefts, rights, out_ptr, COUNT: tl.constexpr):
 def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     total = torch.zeros(1, dtype=torch.int64)
     with interpreter.overflows_are_errors():
-        _sum_kernel[(1,)]((60_000, 70_000, 1, 1), (60_000, 70_000, 1, 1), total, COUNT=4)
+        # Numbers stand as 2 n + 1.
+        _sum_kernel[(1,)]((120_001, 140_001, 3, 3), (120_001, 140_001, 3, 3), total, COUNT=4)
     assert int(total) == 60_000**2 + 70_000**2
     # Memory that is never touched costs nothing.
     storage = torch.empty(2**32)

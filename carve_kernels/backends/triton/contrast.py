@@ -103,10 +103,11 @@ def _views(grid: Any, size: Any) -> list[tuple[Size, Size]]:
 def _columns(views: list[tuple[Size, Size]]) -> list[tuple[int, ...]]:
     """Rows and columns of tokens, heights and widths of all views: as arguments, they need no copy to the device.
 
-    Their number is a power of two, which keeps the kernels that are compiled few.
+    Triton compiles another kernel for another number of views, so it is a power of two, and for a 1 or a multiple of 16
+    in a tuple, so a number n stands as 2 n + 1, which is neither.
     """
     padded = views + views[-1:] * (triton.next_power_of_2(len(views)) - len(views))
-    return list(zip(*[(*tokens, *pixels) for tokens, pixels in padded], strict=True))
+    return list(zip(*[[2 * number + 1 for number in (*grid, *size)] for grid, size in padded], strict=True))
 
 
 def _listed(values: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
@@ -115,6 +116,6 @@ def _listed(values: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _weights(by_layer: tuple[float, ...], by_step: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The weight of each layer and step [L, T], kept: a copy to the device would make every call wait for it."""
+    """The weight of each layer and step [L, T], kept: a copy to the device makes the host wait until it is there."""
     table = torch.tensor(by_layer, dtype=torch.float64)[:, None] * torch.tensor(by_step, dtype=torch.float64)
     return table.to(torch.float32).to(device)

@@ -76,19 +76,19 @@ def contrast_grid_kernel(
 
 @triton.jit
 def _pick(items, index, COUNT: tl.constexpr):
-    """items[index] of a tuple argument."""
+    """items[index] of a tuple of numbers that stand as 2 n + 1."""
     chosen = items[0]
     for place in tl.static_range(1, COUNT):
         chosen = tl.where(index == place, items[place], chosen)
-    return chosen
+    return chosen >> 1
 
 
 @triton.jit
 def _sum_before(lefts, rights, index, COUNT: tl.constexpr):
-    """The sum of lefts[i] * rights[i] over all i < index."""
+    """The sum of lefts[i] * rights[i] over all i < index, of numbers that stand as 2 n + 1."""
     total = tl.zeros([], tl.int64)
     for place in tl.static_range(COUNT):
-        total += tl.where(place < index, tl.cast(lefts[place], tl.int64) * rights[place], 0)
+        total += tl.where(place < index, tl.cast(lefts[place] >> 1, tl.int64) * (rights[place] >> 1), 0)
     return total
 
 
