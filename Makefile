@@ -3,6 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 OLDEST_TRANSFORMERS ?= transformers==5.12.0
+# The tests know its interpreter's faults and its compiler's registers; a build of torch for a GPU brings its own.
+TRITON ?= triton==3.9.0
+OLDEST_TRITON ?= triton==3.8.0
 # More requirements for the tests' environment.
 PINS ?=
 CXX ?= g++
@@ -15,7 +18,7 @@ SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h cs
 NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: demo test prove sanitize races clean
+.PHONY: demo test prove sanitize compile races clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
@@ -25,8 +28,9 @@ test: $(VENV)/.tests sanitize
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
-# The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
-prove: sanitize races
+# The long proofs, run by hand: the C++ under sanitizers, every compilation of the Triton kernels, and the tests with the
+# oldest transformers that is supported.
+prove: sanitize races compile
 	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
@@ -37,6 +41,12 @@ sanitize:
 	build/contrast_sanitized
 	build/regions_sanitized
 	build/capture_sanitized
+
+# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported.
+compile: $(VENV)/.tests
+	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest_triton $(OLDEST_TRITON)
+	env -u TRITON_INTERPRET $(VENV)/bin/python -m tests.triton.offline --all
+	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/oldest_triton $(VENV)/bin/python -m tests.triton.offline --all
 
 # Two threads that write to the same place are a fault even where the result is right.
 races:
@@ -60,6 +70,6 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 # Some processors of transformers want torchvision. Its compiled part may not fit this torch and then breaks every import
 # of transformers, so it stands where tests/conftest.py alone looks for it.
 $(VENV)/.tests: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --no-build-isolation -e ".[test]" $(PINS)
+	$(PIP) install --no-build-isolation -e ".[test]" $(TRITON) $(PINS)
 	$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
 	touch $(VENV)/.package $@

@@ -1,8 +1,9 @@
-"""The same surroundings for every test: no network, few threads, fixed seeds, torchvision that can be imported."""
+"""The same surroundings for every test: no network, few threads, fixed seeds, kernels and torchvision that can run."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import random
 import sys
@@ -18,6 +19,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Triton reads it at its first import, which some test modules bring in by way of other packages.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same search every time, so that a red run is a change's own; `make prove` searches anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -47,6 +52,18 @@ def _make_torchvision_importable() -> torch.library.Library | None:
 
 # Kept for the length of the run: the schemas go when the library object does.
 _TORCHVISION = _make_torchvision_importable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _faithful_interpreter() -> Iterator[None]:
+    """Triton kernels that run on the CPU compute bfloat16 rightly, and answer for their alignment hints."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from tests.triton import interpreter
+
+    with interpreter.faithful():
+        yield
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ _LATER = "not built yet in this version; use backend='auto' or backend='referenc
 
 # Why a cell is empty, or None for a cell that is there.
 SUPPORT: dict[str, dict[str, str | None]] = {
-    "capture": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
-    "contrast": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
+    "capture": {"reference": None, "cpu": None, "triton": None, "cuda": _LATER},
+    "contrast": {"reference": None, "cpu": None, "triton": None, "cuda": _LATER},
     "regions": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
 }
 

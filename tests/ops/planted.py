@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from carve_kernels import BackendUnavailable
-from carve_kernels.backends import SUPPORT, resolve
+from carve_kernels.backends import ROOMS, SUPPORT, resolve
 
 CPU = torch.device("cpu")
 
@@ -30,8 +32,13 @@ def maps(
 
 
 def rooms(stage: str) -> list[str]:
-    """The rooms that claim a stage and serve tensors on a CPU."""
-    return [room for room in ("reference", "cpu") if SUPPORT[stage][room] is None]
+    """The rooms that claim a stage and serve tensors on a CPU: Triton's where its interpreter is on."""
+    return [room for room in ROOMS if SUPPORT[stage][room] is None and _serves_the_cpu(room)]
+
+
+def _serves_the_cpu(room: str) -> bool:
+    devices: tuple[str, ...] = importlib.import_module(f"carve_kernels.backends.{room}").devices()
+    return not devices or "cpu" in devices
 
 
 def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:

@@ -190,7 +190,7 @@ def spoilt(value: float) -> torch.Tensor:
         ({"task": spoilt(float("inf"))}, ValueError, "task: expected finite values"),
         ({"general": spoilt(-1.0)}, ValueError, "general: expected finite values of at least 0, got values from -1"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
-        ({"backend": "triton"}, BackendUnavailable, "triton"),
+        ({"backend": "cuda"}, BackendUnavailable, "cuda"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:

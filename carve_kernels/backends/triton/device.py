@@ -1,0 +1,42 @@
+"""What a device is to this room: old enough, and a row of the table of tiles."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+
+from carve_kernels.backends.triton import interpreted, tiles
+from carve_kernels.backends.triton.launch import on
+
+
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU is too old for this room, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"{device} has compute capability {major}.{minor}, this room needs 8.0; use backend='reference'"
+    return None
+
+
+@functools.cache
+def tiles_of(device: torch.device, element_size: int, lanes: int, size: int) -> tiles.Tiles:
+    """The tiles of capture on a device, asked for once."""
+    return tiles.row_of(architecture_of(device), element_size, lanes, size, os.environ.get(tiles.ENVIRONMENT))
+
+
+def architecture_of(device: torch.device) -> str:
+    """The row of the table that a device uses: its own, or the nearest below it."""
+    if interpreted():
+        return "interpreter"
+    with on(device):
+        target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        # The least shared memory of the table; other makers' devices have at least that.
+        return "gfx942"
+    known = [int(name.removeprefix("sm_")) for name in tiles.STAGES if name.startswith("sm_")]
+    return f"sm_{max([one for one in known if one <= target.arch], default=min(known))}"

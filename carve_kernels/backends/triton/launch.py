@@ -1,0 +1,131 @@
+"""Kernels that are compiled once and then launched directly, with alignment hints that the host derives.
+
+Triton's own launcher looks at every argument of every call to find out which compiled kernel it needs: about ten times
+the cost of `torch.empty`, which for one captured row is more than the kernel takes. Here nothing of an argument matters
+but its dtype, so that a short key finds the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+# What a load of 128 bits needs of its address.
+VECTOR_BYTES = 16
+
+
+class Several(NamedTuple):
+    """Tensors of one dtype that a kernel gets as one tuple, looked at once for all launches that they go into."""
+
+    tensors: tuple[torch.Tensor, ...]
+    addresses: tuple[int, ...]
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensors: tuple[torch.Tensor, ...]) -> Several:
+        addresses = tuple([one.data_ptr() for one in tensors])
+        # Triton specialises what stands in a tuple by alignment, whatever it was told of the parameter.
+        return cls(tensors, addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
+
+
+class Kernel:
+    """A kernel and what it was compiled to; a decorator instead of `triton.jit`.
+
+    The parameters are, in this order: pointers (tensors, `Several` of them, or None; their names end in `_ptr` or
+    `_ptrs`), numbers (with a type as annotation, such as `tl.int64`, or tuples of integers without one) and
+    constants (`tl.constexpr`).
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        parameters = inspect.signature(function).parameters.values()
+        runtime = [one for one in parameters if "constexpr" not in str(one.annotation)]
+        numbers = [one for one in runtime if not one.name.endswith(("_ptr", "_ptrs"))]
+        self._tuples = [place for place, one in enumerate(numbers) if one.annotation is inspect.Parameter.empty]
+        # No value of an argument makes another kernel: neither 1, nor a multiple of 16, nor an aligned pointer.
+        self.jit = triton.jit(function, do_not_specialize=[one.name for one in runtime])
+        self._interpreted = not isinstance(self.jit, triton.JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        pointers: tuple[torch.Tensor | Several | None, ...],
+        numbers: tuple[int | float | tuple[int, ...], ...],
+        constants: tuple[Any, ...],
+        *,
+        device: torch.device,
+        warps: int,
+        stages: int,
+    ) -> None:
+        """Launch on the current stream of the tensors' device; the first launch of a key compiles."""
+        if self._interpreted:
+            self.jit[grid](*map(_argument, pointers), *numbers, *constants)
+            return
+        addresses: list[Any] = []
+        key: list[Any] = [device, constants, warps, stages]
+        for pointer in pointers:
+            if pointer is None:
+                addresses.append(None)
+                key.append(None)
+            elif type(pointer) is Several:
+                addresses.append(pointer.addresses)
+                key.append(pointer.kind)
+            else:
+                addresses.append(pointer.data_ptr())  # type: ignore[union-attr]
+                key.append(pointer.dtype)  # type: ignore[union-attr]
+        key += [_kind_of_integers(numbers[place]) for place in self._tuples]
+        compiled = self._compiled.get(tuple(key))
+        with on(device):
+            if compiled is None:
+                # The default of fusion differs between versions of Triton, and leaving it out warns.
+                options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+                self._compiled[tuple(key)] = self.jit[grid](*map(_argument, pointers), *numbers, *constants, **options)
+            else:
+                # Addresses as plain integers: of a tensor the driver is asked each time where it lives.
+                compiled[grid](*addresses, *numbers, *constants)
+
+
+def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: int) -> int:
+    """The largest power of two, at most 16, that divides every address and every stride, in bytes.
+
+    A hint that is missing costs 16-bit loads instead of 128-bit ones; a false one reads wrong bytes or faults.
+    """
+    merged = VECTOR_BYTES
+    for address in addresses:
+        merged |= address
+    for stride in strides:
+        merged |= stride * element_size
+    return merged & -merged
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides, with 0 for dimensions of one element: no index moves along those, so any stride may stand there."""
+    return _strides(tensor.shape, tensor.stride())
+
+
+# Most tensors of a step have the shapes and strides of the step before.
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)])
+
+
+def _argument(pointer: torch.Tensor | Several | None) -> Any:
+    return pointer.tensors if isinstance(pointer, Several) else pointer
+
+
+def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
+    """What of a tuple of integers makes another kernel: a 1, multiples of 16, and what needs 64 bits."""
+    return tuple([(one == 1, one % 16 == 0, -(2**31) <= one < 2**31) for one in numbers])
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The device made current, which Triton launches on; nothing where it is already."""
+    if device.index is None or device.index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)

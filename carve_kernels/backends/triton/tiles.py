@@ -1,0 +1,124 @@
+"""Tile sizes of capture by architecture, element size, lanes and head size.
+
+A JSON file that CARVE_KERNELS_TILES names replaces some of them, as `python -m carve_kernels.backends.triton.tune`
+writes it on a GPU: `{"sm_90/2/16/128": {"statistics": [64, 4, 4], "map": [64, 4, 4]}}`, the key as in `key_of` and the
+values as in `Tile`. Results stay the same to a rounding; the number of splits does not come from here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = "CARVE_KERNELS_TILES"
+
+# Head sizes, lanes and element sizes in bytes that the table has rows for: each is rounded up to the next.
+SIZES = (16, 32, 64, 128, 256)
+LANES = (16, 64)
+ELEMENT_SIZES = (2, 4)
+
+
+class Tile(NamedTuple):
+    """Keys or tokens of a tile, warps of a program, and stages of its asynchronous loads."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of both kernels of capture."""
+
+    statistics: Tile
+    map: Tile
+
+
+# Tiles whose loads are on the way at a time, from what a multiprocessor must have on the way to keep the memory busy,
+# which is bandwidth x latency / multiprocessors, and from the shared memory that holds it.
+STAGES = {
+    "sm_80": 3,  # 2.04 TB/s x 0.6 us / 108 = 11 KiB: 2 tiles of 16 KiB on the way, 3 programs fit into 163 KiB
+    "sm_86": 3,  # 0.9 TB/s x 0.6 us / 84 = 6 KiB; 99 KiB hold 2 programs
+    "sm_90": 4,  # 3.35 TB/s x 0.7 us / 132 = 18 KiB: 3 tiles on the way, 3 programs fit into 227 KiB
+    "sm_100": 4,  # 8 TB/s x 0.8 us / 148 = 43 KiB: 3 tiles in each of 3 programs
+    "sm_120": 3,  # 1.8 TB/s x 0.7 us / 170 = 7 KiB; 99 KiB hold 2 programs
+    "gfx942": 2,  # 5.3 TB/s x 0.8 us / 304 = 14 KiB, and 64 KiB of LDS hold 1 program
+}
+
+
+def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles:
+    stages = STAGES[architecture]
+    if element_size == 4:
+        # Without matrix units a thread of 128 holds 376 bytes more than its registers (16 lanes, 32 keys, 128
+        # dimensions); 256 threads hold it all in 58. On gfx942, 256 dimensions and 32 keys spill 20 of 256.
+        block = 16 if architecture == "gfx942" and size == 256 else 32
+        return Tiles(Tile(block, 8, 2), Tile(block, 8, 2))
+    # 16 KiB of keys: 8 loads of 128 bits for each of 128 threads.
+    block = 16384 // (2 * size)
+    if lanes == 16:
+        # 1,024 tokens by 64 are 16 programs for each of 6 layers; their loop is over the key heads, mostly 4 to 8, and
+        # has no use for a fourth stage.
+        return Tiles(Tile(min(block, 128), 4, stages), Tile(min(block, 64), 4, min(stages, 3)))
+    # 64 lanes x 64 keys are 16 scores and their 64-bit mask addresses for each of 256 threads; 128 threads spill.
+    return Tiles(Tile(min(block, 64), 8, stages), Tile(min(block, 64), 8, min(stages, 3)))
+
+
+def key_of(architecture: str, element_size: int, lanes: int, size: int) -> str:
+    """The name of a row of the table: architecture / bytes of an element / lanes of a tile / head size."""
+    return f"{architecture}/{element_size}/{lanes}/{size}"
+
+
+def table() -> dict[str, Tiles]:
+    """The rows as built in."""
+    return {
+        key_of(architecture, element_size, lanes, size): _tiles(architecture, element_size, lanes, size)
+        for architecture in STAGES
+        for element_size in ELEMENT_SIZES
+        for lanes in LANES
+        for size in SIZES
+    }
+
+
+def row_of(architecture: str, element_size: int, lanes: int, size: int, path: str | None = None) -> Tiles:
+    """The tiles for an architecture, an element size, the lanes of a tile, and a head size that is a power of two."""
+    if architecture == "interpreter":
+        # A step of the interpreter costs the same whatever the size of its tile.
+        return Tiles(Tile(256, 4, 1), Tile(256, 4, 1))
+    key = key_of(architecture, element_size, next(most for most in LANES if lanes <= most), size)
+    return (table() | replaced(path))[key]
+
+
+def replaced(path: str | None) -> dict[str, Tiles]:
+    """The rows of a JSON file, or none without a file; ValueError for a file that says something else."""
+    if not path:
+        return {}
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{ENVIRONMENT}: expected a JSON file of tiles, got {path}: {error}") from None
+    if not isinstance(rows, dict):
+        raise ValueError(f"{ENVIRONMENT}: expected an object of rows in {path}, got {type(rows).__name__}")
+    known = table()
+    for key, row in rows.items():
+        if key not in known:
+            raise ValueError(f"{ENVIRONMENT}: expected keys such as {next(iter(known))!r} in {path}, got {key!r}")
+        if not isinstance(row, dict) or set(row) != set(Tiles._fields):
+            raise ValueError(f"{ENVIRONMENT}: expected 'statistics' and 'map' in {key!r} of {path}, got {row!r}")
+    return {key: Tiles(**{name: _tile(path, key, value) for name, value in row.items()}) for key, row in rows.items()}
+
+
+def _tile(path: str, key: str, value: Any) -> Tile:
+    sound = (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) is int for number in value)
+        and value[0] in (16, 32, 64, 128, 256)
+        and value[1] in (1, 2, 4, 8, 16)
+        and 1 <= value[2] <= 8
+    )
+    if not sound:
+        raise ValueError(
+            f"{ENVIRONMENT}: expected [block, warps, stages] of powers of two and 1 to 8 stages in {key!r} of {path}, "
+            f"got {value!r}"
+        )
+    return Tile(*value)

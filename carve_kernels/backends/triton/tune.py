@@ -1,0 +1,130 @@
+"""Find the fastest tiles of capture on this machine's GPU, and write them as a file for CARVE_KERNELS_TILES.
+
+    python -m carve_kernels.backends.triton.tune --output tiles.json
+
+Nothing tunes by itself: the table of `tiles` stands until the variable names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carve_kernels.backends.triton import capture, device, tiles, unavailable
+
+_RUNS = 20
+# More than the second-level cache of any GPU there is: what a decode step finds of its keys there is nothing.
+_CACHE_BYTES = 256 * 2**20
+
+Measure = Callable[[Callable[[], Any]], float]
+
+
+def candidates(name: str, start: tiles.Tiles) -> Iterator[tiles.Tiles]:
+    """The tiles to try for one of the kernels: blocks, warps and stages next to those that it has."""
+    own: tiles.Tile = getattr(start, name)
+    blocks = sorted({max(own.block // 2, 16), own.block, min(own.block * 2, 256)})
+    for block, warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
+        tried = tiles.Tile(block, warps, stages)
+        if tried != own:
+            yield start._replace(**{name: tried})
+
+
+def best(key: str, start: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> tiles.Tiles:
+    """The tiles of one row under which a call is fastest, kernel by kernel; what does not run is passed over."""
+    fastest, found = start, _timed(key, start, call, measure)
+    for name in tiles.Tiles._fields:
+        for tried in candidates(name, fastest):
+            time = _timed(key, tried, call, measure)
+            if time < found:
+                fastest, found = tried, time
+    return fastest
+
+
+def problem(where: torch.device, lanes: int, size: int, keys: int = 4096, tokens: int = 1024) -> Callable[[], Any]:
+    """Six layers in half precision, with rows that fill a tile of so many lanes."""
+    rows = 1 if lanes == tiles.LANES[0] else 8
+    query = [torch.randn(1, 28, rows, size, dtype=torch.float16, device=where) for _ in range(6)]
+    key = [torch.randn(1, 4, keys, size, dtype=torch.float16, device=where) for _ in range(6)]
+    columns = torch.arange(tokens, dtype=torch.int32, device=where)[None]
+    out = capture.Capture(*(torch.empty(1, 6, 1, rows, *last, device=where) for last in ((tokens,), (), ())))
+    step = torch.zeros((), dtype=torch.int64, device=where)
+    options: dict[str, Any] = {"mask": None, "positions": None, "softcap": None, "window": None}
+    return lambda: capture.forward_layers(
+        query, key, columns, sink=(), step=step, first=0, out=out, scale=size**-0.5, **options
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m carve_kernels.backends.triton.tune", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    path: Path = parser.parse_args(arguments).output
+    if not path.resolve().parent.is_dir():
+        parser.error(f"--output: expected a file in a directory that exists, got {path}")
+    reason = unavailable() or (None if torch.cuda.is_available() else "torch finds no CUDA device here")
+    if reason is not None:
+        print(f"nothing to tune: {reason}", file=sys.stderr)
+        return 2
+    where = torch.device("cuda", torch.cuda.current_device())
+    architecture = device.architecture_of(where)
+    rows = {}
+    for lanes, size in itertools.product(tiles.LANES, (32, 64, 128, 256)):
+        key = tiles.key_of(architecture, 2, lanes, size)
+        rows[key] = best(key, tiles.row_of(architecture, 2, lanes, size), problem(where, lanes, size), on_gpu)
+        print(f"{key}: {rows[key]}", file=sys.stderr)
+    _write(path, rows)
+    return 0
+
+
+def on_gpu(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call on the GPU, the median of some with a cold cache."""
+    call()
+    flush = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(_RUNS):
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def _timed(key: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> float:
+    """The time under some tiles, which take the road that a user's file takes; infinite where they do not fit."""
+    before = os.environ.get(tiles.ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tiles.json")
+        _write(path, {key: tried})
+        os.environ[tiles.ENVIRONMENT] = str(path)
+        device.tiles_of.cache_clear()
+        try:
+            return measure(call)
+        except Exception as error:
+            # Triton's error for too much shared memory is no subclass of anything narrower.
+            print(f"{key}: {tried} does not run: {error}", file=sys.stderr)
+            return float("inf")
+        finally:
+            os.environ.pop(tiles.ENVIRONMENT)
+            if before is not None:
+                os.environ[tiles.ENVIRONMENT] = before
+            device.tiles_of.cache_clear()
+
+
+def _write(path: Path, rows: dict[str, tiles.Tiles]) -> None:
+    path.write_text(json.dumps({key: row._asdict() for key, row in rows.items()}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

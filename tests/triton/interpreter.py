@@ -1,0 +1,249 @@
+"""Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
+
+As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, gives numbers the type of
+their value instead of their annotation, and runs the programs of a grid in one order. `faithful` mends the first three
+for a run; `programs_in` changes the order; `traffic` counts what kernels load and store. All lean on private names of
+the interpreter: the canary in `test_interpreter.py` tells when they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy
+import triton
+import triton.language as tl
+from triton.runtime import interpreter, jit
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+_MENDED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
+SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _MENDED}
+SHIPPED["apply_impl"] = interpreter.ReduceOps.apply_impl
+SHIPPED["_init_args_hst"] = interpreter.GridExecutor._init_args_hst
+
+
+def widen(bits: numpy.ndarray) -> numpy.ndarray:
+    """The float32 values of bfloat16 bits."""
+    return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def narrow(values: numpy.ndarray) -> numpy.ndarray:
+    """The bfloat16 bits of float32 values, to nearest, ties to even."""
+    values = numpy.ascontiguousarray(values, numpy.float32)
+    bits = values.view(numpy.uint32)
+    rounded = ((bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))) >> 16).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(values), numpy.uint16(0x7FC0), rounded)
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def _wide(handle: Any) -> Any:
+    return Handle(widen(handle.data), tl.float32) if _is_bfloat16(handle) else handle
+
+
+def _narrow_result(values: numpy.ndarray) -> Any:
+    # Comparisons give booleans, whatever they compare.
+    return Handle(values, tl.int1) if values.dtype == numpy.bool_ else Handle(narrow(values), tl.bfloat16)
+
+
+def _refuse_bfloat16(value: Any) -> None:
+    if value.dtype.scalar == tl.bfloat16:
+        raise NotImplementedError("the interpreter computes this on bit patterns: widen bfloat16 to float32 first")
+
+
+def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+    # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
+    with numpy.errstate(invalid="ignore"):
+        return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
+
+
+def _cast(self: Any, source: Any, target: Any) -> Any:
+    wide = _wide(source)
+    if target.scalar != tl.bfloat16:
+        return wide if wide.dtype.scalar == target.scalar else SHIPPED["cast_impl"](self, wide, target)
+    return source if _is_bfloat16(source) else Handle(narrow(source.data.astype(numpy.float32)), tl.bfloat16)
+
+
+def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+    if not (_is_bfloat16(left) or _is_bfloat16(right)):
+        return SHIPPED["binary_op"](self, left, right, operation)
+    return _narrow_result(operation(_wide(left).data, _wide(right).data))
+
+
+def _unary(self: Any, argument: Any, operation: Any) -> Any:
+    if not _is_bfloat16(argument):
+        return SHIPPED["unary_op"](self, argument, operation)
+    return _narrow_result(operation(_wide(argument).data))
+
+
+def _fma(self: Any, left: Any, right: Any, total: Any) -> Any:
+    _refuse_bfloat16(total)
+    return SHIPPED["create_fma"](self, left, right, total)
+
+
+def _reduce(self: Any, inputs: Any) -> Any:
+    for value in inputs:
+        _refuse_bfloat16(value)
+    return SHIPPED["apply_impl"](self, inputs)
+
+
+def _set_hint(self: Any, name: str, values: list[int]) -> None:
+    # On a GPU a false hint reads the wrong bytes or faults.
+    # Of a block the hint speaks of the first element of each run, which only the compiler knows.
+    if name == "tt.divisibility" and self.data.size == 1 and int(self.data.item()) % values[0]:
+        raise ValueError(f"the kernel says that {self.data.item()} is a multiple of {values[0]}")
+    self.attr[name] = values
+
+
+_NUMBERS = {
+    "i32": (numpy.int32, tl.int32),
+    "i64": (numpy.int64, tl.int64),
+    "fp32": (numpy.float32, tl.float32),
+}
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    """A number as a compiled kernel gets it: a stride that is annotated with 64 bits has them, however small it is."""
+    if annotation not in _NUMBERS or not isinstance(value, (int, float)):
+        return value
+    of_numpy, of_triton = _NUMBERS[annotation]
+    return tl.tensor(Handle(numpy.array([value], of_numpy), of_triton), of_triton)
+
+
+def _on_host(self: Any, args: Any, named: Any) -> tuple[list[Any], dict[str, Any]]:
+    positional, keywords = SHIPPED["_init_args_hst"](self, args, named)
+    types = {name: jit._normalize_ty(kind) for name, kind in inspect.get_annotations(self.fn).items()}
+    values = [_typed(value, types.get(name, "")) for name, value in zip(self.arg_names, positional, strict=False)]
+    return values, {name: _typed(value, types.get(name, "")) for name, value in keywords.items()}
+
+
+def _call(self: Any, *args: Any, **named: Any) -> Any:
+    # As shipped, every call of a part of a kernel makes the language its own, which takes longer than the part.
+    if any(tl.core.is_builtin(module.full) for module in (tl, tl.core)):
+        interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*args, **named)
+    except Exception as error:
+        raise triton.runtime.errors.InterpreterError(repr(error)) from error
+
+
+@contextlib.contextmanager
+def faithful() -> Iterator[None]:
+    """bfloat16 from values, rounded to nearest even; hints held against addresses; numbers of their annotated types."""
+    mended = {"create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma}
+    with contextlib.ExitStack() as stack:
+        for name, method in mended.items():
+            stack.enter_context(mock.patch.object(Builder, name, method))
+        stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
+        stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "_init_args_hst", _on_host))
+        stack.enter_context(mock.patch.object(interpreter.InterpretedFunction, "__call__", _call))
+        # As shipped, each sum and product is taken again in 64 bits, and what comes out is thrown away.
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
+        yield
+
+
+@contextlib.contextmanager
+def overflows_are_errors() -> Iterator[None]:
+    """Integer sums and products that leave their type raise, as an offset in 32 bits that should have had 64."""
+    options = interpreter.InterpreterOptions(debug=True)
+    with mock.patch.object(interpreter.interpreter_builder, "options", options):
+        yield
+
+
+@contextlib.contextmanager
+def as_shipped() -> Iterator[None]:
+    """The interpreter's own bfloat16, inside of `faithful`."""
+    with contextlib.ExitStack() as stack:
+        for name in _MENDED:
+            stack.enter_context(mock.patch.object(Builder, name, SHIPPED[name]))
+        yield
+
+
+@contextlib.contextmanager
+def programs_in(order: str, seed: int = 0) -> Iterator[None]:
+    """Run the programs of each grid in "forward", "reverse" or "shuffled" order."""
+    shipped = Builder.set_grid_idx
+
+    def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
+        _, height, depth = self.grid_dim
+        count = self.grid_dim[0] * height * depth
+        turn = (x * height + y) * depth + z
+        if order == "reverse":
+            turn = count - 1 - turn
+        elif order == "shuffled":
+            turn = random.Random(f"{seed} {count}").sample(range(count), count)[turn]
+        shipped(self, turn // (height * depth), turn // depth % height, turn % depth)
+
+    with mock.patch.object(Builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
+class Traffic:
+    """What the kernels of a `traffic` block moved, and their names in the order of their launches.
+
+    An element that a program loads again comes from its cache, so it is read once; each store is counted.
+    """
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self.written_bytes = 0
+        self.launches: list[str] = []
+        self._of_program: dict[int, list[numpy.ndarray]] = {}
+
+    def load(self, addresses: numpy.ndarray, size: int) -> None:
+        self._of_program.setdefault(size, []).append(addresses)
+
+    def end_program(self) -> None:
+        for size, addresses in self._of_program.items():
+            self.read_bytes += size * numpy.unique(numpy.concatenate(addresses)).size
+        self._of_program.clear()
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count the elements that `tl.load` and `tl.store` touch under their masks."""
+    counted = Traffic()
+    load, store, begin = Builder.create_masked_load, Builder.create_masked_store, Builder.set_grid_idx
+    run = interpreter.InterpretedFunction.run
+
+    def touched(pointers: Any, mask: Any) -> tuple[numpy.ndarray, int]:
+        addresses = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape)]
+        return addresses.ravel(), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        counted.load(*touched(pointers, mask))
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        addresses, size = touched(pointers, mask)
+        counted.written_bytes += size * addresses.size
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_begin(self: Any, *place: int) -> None:
+        counted.end_program()
+        begin(self, *place)
+
+    def counting_run(self: Any, *args: Any, **options: Any) -> Any:
+        counted.launches.append(self.__name__)
+        result = run(self, *args, **options)
+        counted.end_program()
+        return result
+
+    with (
+        mock.patch.object(Builder, "create_masked_load", counting_load),
+        mock.patch.object(Builder, "create_masked_store", counting_store),
+        mock.patch.object(Builder, "set_grid_idx", counting_begin),
+        mock.patch.object(interpreter.InterpretedFunction, "run", counting_run),
+    ):
+        yield counted

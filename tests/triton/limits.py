@@ -1,0 +1,101 @@
+"""What every compiled kernel must keep to, target by target."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# What a block may have of shared memory, in bytes; Triton does not look at it before a launch.
+SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376, "gfx942": 65536}
+
+# Kernels whose programs hand over to the last of them.
+HANDING_OVER = ("capture_map_kernel", "contrast_grid_kernel")
+
+REGISTERS = Path(__file__).with_name("registers.json")
+REWRITE = "python -m tests.triton.offline --write"
+
+
+class Row(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    opcodes: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.case} {self.target}"
+
+    def count(self, pattern: str) -> int:
+        """How many instructions have a name that begins with a pattern."""
+        return sum(count for name, count in self.opcodes.items() if re.match(pattern, name))
+
+
+def faults(row: Row) -> list[str]:
+    """Everything that is wrong with a row, in words."""
+    return [*_faults_of_memory(row), *_faults_of_opcodes(row)]
+
+
+def _faults_of_memory(row: Row) -> Iterator[str]:
+    if row.stack_bytes or row.count(r"STL|LDL|scratch_"):
+        yield f"{row.stack_bytes} bytes of stack, {row.count('STL|LDL|scratch_')} instructions that spill"
+    if row.shared_bytes > SHARED_BYTES[row.target]:
+        yield f"{row.shared_bytes} bytes of shared memory, {SHARED_BYTES[row.target]} are there"
+
+
+def _faults_of_opcodes(row: Row) -> Iterator[str]:
+    if row.count(r"(RED|ATOM)\w*\..*F(16|32|64)|global_atomic_(pk_)?add_(f|bf)"):
+        yield "floating-point atomics, whose order is not fixed"
+    capture = row.kernel.startswith("capture")
+    halves = "float16" in row.case
+    fences = (r"MEMBAR\..*GPU", "CCTL") if row.target.isdecimal() else ("buffer_wbl2", "buffer_inv")
+    if row.kernel in HANDING_OVER and not all(map(row.count, fences)):
+        yield f"not both of {' and '.join(fences)}: the last program may read what others have not written yet"
+    if not row.target.isdecimal():
+        if capture and halves and not row.count("v_mfma"):
+            yield "no v_mfma: matrix products without matrix instructions"
+        return
+    if capture:
+        if not row.count(r"LDGSTS\..*128"):
+            yield "no LDGSTS of 128 bits: keys are not loaded asynchronously"
+        # Eight lanes of 32 halves are too few for 128 bits to each of 128 threads.
+        narrow = r"LDGSTS\.(?!.*(128|64))" if "head size 32 " in row.case else r"LDGSTS\.(?!.*128)"
+        if row.count(narrow):
+            yield "asynchronous loads of fewer than 128 bits: an alignment hint is missing"
+        wanted = matrix_instruction(row) if halves else "FFMA"
+        if not row.count(wanted):
+            yield f"no {wanted}: matrix products without the target's instruction"
+
+
+def matrix_instruction(row: Row) -> str:
+    """The instruction that multiplies matrices: wgmma and tcgen05 want 64 rows."""
+    from_64 = {"90": "HGMMA", "100": r"UTC\w*MMA"}
+    return from_64.get(row.target, "HMMA") if "rows 64" in row.case else "HMMA"
+
+
+@functools.cache
+def table() -> tuple[str, dict[str, int]]:
+    """The Triton that the registers were counted with, and the registers by the names of rows."""
+    kept = json.loads(REGISTERS.read_text())
+    return kept["triton"], kept["registers"]
+
+
+def changes(rows: Iterable[Row], version: str) -> list[str]:
+    """How registers differ from the table, which counts for the Triton that made it."""
+    counted_with, registers = table()
+    if version != counted_with:
+        return []
+    found = {row.name: row.registers for row in rows}
+    return [
+        f"{name}: {found.get(name)} registers, {registers.get(name)} in {REGISTERS.name}; to accept it: {REWRITE}"
+        for name in sorted(found.keys() | registers.keys())
+        if found.get(name) != registers.get(name)
+    ]
