@@ -248,12 +248,12 @@ T& block_shared() {
 
 // What the tests set and read.
 extern "C" {
-__attribute__((visibility("default"))) inline void emulator_configure(int order, unsigned resident, unsigned seed, int fail) {
+__attribute__((used, visibility("default"))) inline void emulator_configure(int order, unsigned resident, unsigned seed, int fail) {
   emulated::Machine& m = emulated::machine();
   m.order = static_cast<emulated::Order>(order), m.resident = resident, m.seed = seed;
   emulated::planted_failure() = fail;
 }
-__attribute__((visibility("default"))) inline void emulator_counters(int64_t* counters, bool reset) {
+__attribute__((used, visibility("default"))) inline void emulator_counters(int64_t* counters, bool reset) {
   emulated::Counters& now = emulated::machine().counters;
   std::memcpy(counters, &now, sizeof(now));
   if (reset) now = {};
