@@ -128,7 +128,8 @@ inline void go(Fiber* next) {
 // The next thread that can run, each ready one once a round; none where all wait or are done.
 inline Fiber* next() {
   Machine& m = machine();
-  for (size_t looked = 0; looked <= m.turns.size(); ++looked) {
+  // Up to the end of this round, and a whole one: the next round's order may be another.
+  for (size_t looked = 0; looked < 2 * m.turns.size(); ++looked) {
     if (m.turn == m.turns.size()) {
       m.turn = 0;
       if (m.order == kShuffled) std::shuffle(m.turns.begin(), m.turns.end(), m.random);
