@@ -44,6 +44,19 @@ def _regions_cpu(*_arguments: object) -> None:
 
 
 torch.library.define(
+    "carve_kernels::regions_cuda",
+    "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, int stream, "
+    "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::regions_cuda")
+def _regions_cuda(*_arguments: object) -> None:
+    return None
+
+
+torch.library.define(
     "carve_kernels::capture_layers",
     "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, float scale, "
     "float softcap, int window, Tensor step, int first, str backend, Tensor(a!) maps, Tensor(b!) mass, "

@@ -120,4 +120,20 @@ struct RegionsOutcome {
 // Throws std::runtime_error where more regions are to be kept than there is room for.
 RegionsOutcome regions_cpu(const RegionsParams& params);
 
+// Where the regions are found on a device: all arrays of the params are the device's.
+struct RegionsPlace {
+  int device;
+  void* stream;
+  void* scratch;     // as many bytes as regions_cuda_scratch says, aligned to 16
+  int64_t* outcome;  // [6]: kept, reason and box of RegionsOutcome
+  int64_t most_blocks;  // of a launch; the result is the same for any number
+};
+
+// The most regions that a picture can have.
+int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity);
+int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity);
+
+// Launches and does not wait. Throws std::runtime_error where CUDA does not take a launch.
+void regions_cuda(const RegionsParams& params, const RegionsPlace& place);
+
 }  // namespace carve
