@@ -89,6 +89,21 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
+// What a capture on a device needs besides. All pointers, those of CaptureParams too, are the device's.
+struct CaptureDevice {
+  const int64_t* step;      // the step to write, or null; the layers' outputs are those of step 0
+  int64_t steps;            // 1 where there is no step; another step than these is not written
+  int64_t step_strides[3];  // of maps, mass and entropy
+  int64_t token_stride;     // of maps
+  void* scratch;
+  int64_t scratch_bytes;
+  int device;
+  void* stream;
+};
+
+// Throws std::runtime_error where CUDA refuses, or the scratch is too small.
+void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
+
 enum class Score { kSum, kMean, kMax };
 
 // Why there is no region.

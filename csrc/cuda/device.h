@@ -16,6 +16,12 @@ __device__ __forceinline__ T load(const T* address) {
   return __ldg(address);
 }
 
+// The same address in all the lanes of a warp: one transaction.
+template <typename T>
+__device__ __forceinline__ T load_uniform(const T* address) {
+  return __ldg(address);
+}
+
 // A value that other threads of this launch write: never from the first-level cache, which is not coherent.
 template <typename T>
 __device__ __forceinline__ T load_coherent(const T* address) {

@@ -153,6 +153,8 @@ inline void __threadfence() {
   emulated::release(emulated::machine().fence);
 }
 
+using std::max;
+using std::min;
 inline float __int_as_float(int value) { return emulated::bits<float>(value); }
 inline float __uint_as_float(unsigned value) { return emulated::bits<float>(value); }
 inline int __float_as_int(float value) { return emulated::bits<int>(value); }
@@ -176,6 +178,7 @@ inline long long __double2ll_rn(double value) { return std::llrint(value); }
 
 struct __half { uint16_t data; };
 struct __nv_bfloat16 { uint16_t data; };
+inline __half __ushort_as_half(unsigned short value) { return {value}; }
 inline float __half2float(__half value) { return static_cast<float>(emulated::bits<_Float16>(value.data)); }
 inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsigned(value.data) << 16); }
 
@@ -229,9 +232,18 @@ T load(const T* address) {
   return *address;
 }
 template <typename T>
+T load_uniform(const T* address) {
+  int64_t uncounted = 0;
+  const bool leads = emulated::me().linear % emulated::kWarp == 0;
+  emulated::touch(address, leads ? emulated::machine().counters.read_bytes : uncounted);
+  return *address;
+}
+template <typename T>
 T load_coherent(const T* address) {
   emulated::touch(address, emulated::machine().counters.read_bytes);
-  return __atomic_load_n(address, __ATOMIC_RELAXED);
+  T value;
+  __atomic_load(address, &value, __ATOMIC_RELAXED);
+  return value;
 }
 template <typename T>
 void store(T* address, T value) {
