@@ -13,6 +13,8 @@ import torch
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
 from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.regions import scratch_bytes
+from tests.cuda import emulator
 
 
 def contrast_cpu() -> tuple[Any, ...]:
@@ -46,6 +48,12 @@ def regions_cpu() -> tuple[Any, ...]:
         torch.zeros(2, dtype=torch.float64),
         torch.full((6,), -1),
     )
+
+
+def regions_cuda() -> tuple[Any, ...]:
+    *inputs, mask, boxes, scores, outcome = regions_cpu()
+    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
+    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
 
 
 def capture_layers() -> tuple[Any, ...]:
@@ -85,6 +93,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::contrast_cpu": contrast_cpu,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
+    "carve_kernels::regions_cuda": regions_cuda,
 }
 
 
@@ -95,7 +104,15 @@ def registered() -> list[str]:
 def operator(name: str) -> Any:
     if name.endswith("_cpu") and (reason := cpu.unavailable()):
         pytest.skip(reason)
+    if name.endswith("_cuda"):
+        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
     return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+
+
+def emulated(stage: str) -> None:
+    if emulator.compiler() is None:
+        pytest.skip("the emulator of CUDA needs a C++ compiler")
+    emulator.library(stage)
 
 
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -6,7 +6,10 @@ namespace carve {
 namespace {
 
 // A flat map that was resized differs from a flat one by a few roundings.
-constexpr double kFlat = 16.0;
+template <class T>
+constexpr double kFlat = 16.0 * std::numeric_limits<T>::epsilon();
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Every block asks, and comes to the same. The products are rounded before they are added, as NumPy rounds them.
 template <class T>
@@ -30,10 +33,8 @@ __device__ __forceinline__ Reason find_threshold(const RegionsJob& job, PickShar
   }
   const double low = value_of<T>(static_cast<BitsOf<T>>(load(&state->low)));
   const double high = value_of<T>(static_cast<BitsOf<T>>(load(&state->high)));
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (!(low > -kInfinity && high < kInfinity)) return Reason::kNotFinite;
-  constexpr double kRoundings = kFlat * static_cast<double>(std::numeric_limits<T>::epsilon());
-  if (__dsub_rn(high, low) <= __dmul_rn(kRoundings, peak_of<T>(state))) return Reason::kConstant;
+  if (__dsub_rn(high, low) <= __dmul_rn(kFlat<T>, peak_of<T>(state))) return Reason::kConstant;
   // The range of extreme values overflows, and then no value reaches an infinite threshold, or one that is no number.
   return high >= static_cast<double>(threshold) ? Reason::kNone : Reason::kNoPixel;
 }

@@ -10,12 +10,13 @@ struct SelectShared {
   PickShared pick;
 };
 
-// One counter a thread, in 24 or 48 blocks. The outcome starts as that of a saliency with regions, the union of no boxes.
-__global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_constant__ RegionsJob job, int passes) {
-  const uint32_t index = blockIdx.x * kBlockThreads + threadIdx.x;
-  if (index < passes * kDigits) store(&job.state->counts[0][0] + index, uint32_t(0));
-  if (index != 0) return;
+// A block a pass. The outcome starts as that of a saliency with regions, the union of no boxes.
+__global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_constant__ RegionsJob job) {
   RegionsState* state = job.state;
+  for (uint32_t digit = threadIdx.x; digit < kDigits; digit += kBlockThreads) {
+    store(&state->counts[blockIdx.x][digit], uint32_t(0));
+  }
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
   store(&state->low, ~Key(0));
   store(&state->high, Key(0));
   store(&state->next, ~Key(0));
@@ -99,8 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads) select_kernel(const __grid_cons
 
 template <class T>
 void launch_passes(const RegionsJob& job, const RegionsLaunches& how) {
-  launch({"clear_kernel", kPasses<T> * kDigits / kBlockThreads, kBlockThreads, 0, how.stream}, clear_kernel, job,
-         kPasses<T>);
+  launch({"clear_kernel", kPasses<T>, kBlockThreads, 0, how.stream}, clear_kernel, job);
   const unsigned blocks = count_blocks(job.count, kBlockPixels, how.most_blocks);
   for (int pass = 0; pass < kPasses<T> && job.count > 0; ++pass) {
     launch({"select_kernel", blocks, kBlockThreads, sizeof(SelectShared), how.stream}, select_kernel<T>, job, pass);

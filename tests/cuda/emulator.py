@@ -13,9 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import pytest
 import torch
 
 import carve_kernels.schemas  # noqa: F401  (the operators' schemas must stand before their implementations register)
+from carve_kernels.backends import cuda
+
+from carve_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("forward", "reverse", "shuffled")
@@ -73,7 +78,7 @@ def build(stage: str, root: Path = ROOT) -> Path:
     ]
     errors = [job.communicate()[1] for job in jobs]
     if any(job.returncode for job in jobs):
-        raise RuntimeError("\n".join(errors))
+        raise RuntimeError("\n".join(errors)[:4000])
     fresh = target.with_suffix(f".{os.getpid()}.so")
     link = [
         compiler() or "g++",
@@ -97,6 +102,27 @@ def library(stage: str) -> ctypes.CDLL:
     path = str(build(stage))
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
+
+
+def serve(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test is over the CUDA room serves this stage for tensors on a CPU."""
+    if compiler() is None:
+        pytest.skip("the emulator of CUDA needs a C++ compiler")
+    library(stage)
+    monkeypatch.setattr(cuda, "devices", lambda: ("cpu",))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+
+
+@contextmanager
+def serving(stage: str) -> Iterator[None]:
+    """Within this context the CUDA room of a stage serves tensors on a CPU."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler builds the emulator")
+    library(stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "devices", lambda: ("cpu",))
+        patch.setattr(cuda, "unavailable", lambda: None)
+        yield
 
 
 @contextmanager
