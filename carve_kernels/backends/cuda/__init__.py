@@ -35,7 +35,7 @@ def foreign(device: int) -> str | None:
     """Why a GPU cannot run the kernels inside, or None."""
     major, minor = torch.cuda.get_device_capability(device)
     inside = extension.architectures()
-    # A kernel runs on later minor versions of its architecture; the last one is also inside as PTX, for all that follow.
+    # A kernel runs on later minor versions of its architecture; the last is also inside as PTX, for all that follow.
     if any(one // 10 == major and one % 10 <= minor for one in inside) or 10 * major + minor >= inside[-1]:
         return None
     name = torch.cuda.get_device_name(device)
