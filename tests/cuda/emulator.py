@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import pytest
 import torch
 
 import carve_kernels.schemas  # noqa: F401  (the operators' schemas must stand before their implementations register)
-from carve_kernels.backends import cuda
-
 from carve_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
