@@ -67,6 +67,8 @@ struct RegionsJob {
   uint32_t* pixels;
 };
 
+__device__ __forceinline__ unsigned lane_of_thread() { return threadIdx.x % 32; }
+
 // A whole number for each value, in the same order; the two zeros are one.
 template <class T>
 using BitsOf = std::conditional_t<sizeof(T) == 4, uint32_t, Key>;
@@ -124,40 +126,50 @@ struct PickShared {
   PickedDigit picked;
 };
 
-__device__ __forceinline__ unsigned lane_of_thread() { return threadIdx.x % 32; }
-
-// All threads of a block ask together; each of them sums a stretch of the counts.
+// All threads of a block ask together; each of them has a stretch of the counts.
 __device__ __forceinline__ PickedDigit pick_digit(const uint32_t* counts, uint32_t rank, PickShared& shared) {
   constexpr uint32_t kStretch = kDigits / kBlockThreads;
   const uint32_t begin = threadIdx.x * kStretch;
+  uint32_t stretch[kStretch];
   uint32_t sum = 0;
-  for (uint32_t digit = begin; digit < begin + kStretch; ++digit) sum += load(counts + digit);
-  uint32_t up_to = sum;
-  for (unsigned by = 1; by < 32; by *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, up_to, by);
-    if (lane_of_thread() >= by) up_to += other;
+#pragma unroll
+  for (uint32_t place = 0; place < kStretch; ++place) {
+    stretch[place] = load(counts + begin + place);
+    sum += stretch[place];
   }
-  if (lane_of_thread() == 31) shared.warp_sums[threadIdx.x / 32] = up_to;
+  uint32_t before = sum;
+  for (unsigned by = 1; by < 32; by *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, before, by);
+    if (lane_of_thread() >= by) before += other;
+  }
+  if (lane_of_thread() == 31) shared.warp_sums[threadIdx.x / 32] = before;
   if (threadIdx.x == 0) shared.picked.next = kDigits;
   __syncthreads();
-  uint32_t before = up_to - sum;
+  before -= sum;
   for (unsigned warp = 0; warp < threadIdx.x / 32; ++warp) before += shared.warp_sums[warp];
-  const bool is_mine = before <= rank && rank - before < sum;
-  uint32_t digit = begin;
-  if (is_mine) {
-    for (; rank - before >= load(counts + digit); ++digit) before += load(counts + digit);
-    shared.picked.digit = digit;
-    shared.picked.rank = rank - before;
-    shared.picked.is_repeated = rank - before + 1 < load(counts + digit);
+#pragma unroll
+  for (uint32_t place = 0; place < kStretch; ++place) {
+    if (before <= rank && rank - before < stretch[place]) {
+      shared.picked.digit = begin + place;
+      shared.picked.rank = rank - before;
+      shared.picked.is_repeated = rank - before + 1 < stretch[place];
+    }
+    before += stretch[place];
   }
   __syncthreads();
-  for (digit = shared.picked.digit + 1 > begin ? shared.picked.digit + 1 : begin; digit < begin + kStretch; ++digit) {
-    if (load(counts + digit) == 0) continue;
-    atomicMin(&shared.picked.next, digit);
-    break;
+  uint32_t next = kDigits;
+#pragma unroll
+  for (uint32_t place = kStretch; place-- > 0;) {
+    if (begin + place > shared.picked.digit && stretch[place] != 0) next = begin + place;
   }
+  if (next < kDigits) atomicMin(&shared.picked.next, next);
   __syncthreads();
   return shared.picked;
+}
+
+// Whether a kernel before this one came to a reason. One lane asks for its warp.
+__device__ __forceinline__ bool has_reason(const RegionsState* state) {
+  return __any_sync(kAllLanes, lane_of_thread() == 0 && load(&state->reason) != 0);
 }
 
 // How many blocks a kernel has that takes `per_block` elements a block at a time.

@@ -131,7 +131,7 @@ __device__ __forceinline__ void join(int32_t* labels, uint32_t one, uint32_t oth
 
 // One thread a pixel: the work is in the few pixels where runs meet, and their number alone hides its latency.
 __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_constant__ RegionsJob job) {
-  if (load(&job.state->reason) != 0) return;
+  if (has_reason(job.state)) return;
   const uint32_t width = job.width;
   const auto is_on = [&](uint32_t pixel) { return load_coherent(job.labels + pixel) != kOff; };
   for (uint32_t pixel = blockIdx.x * kBlockThreads + threadIdx.x; pixel < job.count;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_consta
 
 // Roots get numbers, in whatever order; a step of a warp takes its numbers at once.
 __global__ void __launch_bounds__(kBlockThreads) number_kernel(const __grid_constant__ RegionsJob job) {
-  if (load(&job.state->reason) != 0) return;
+  if (has_reason(job.state)) return;
   const uint32_t lane = lane_of_thread();
   for (uint32_t start = blockIdx.x * kBlockThreads; start < job.count; start += gridDim.x * kBlockThreads) {
     const uint32_t pixel = start + threadIdx.x;
@@ -212,7 +212,7 @@ __device__ __forceinline__ void add_run(const RegionsJob& job, uint32_t head, ui
 // numbers in two's complement, and the order in which they are added does not matter.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) measure_kernel(const __grid_constant__ RegionsJob job) {
-  if (load(&job.state->reason) != 0) return;
+  if (has_reason(job.state)) return;
   const T* values = static_cast<const T*>(job.saliency);
   const double peak = peak_of<T>(job.state);
   const bool is_max = job.score == Score::kMax;

@@ -45,7 +45,7 @@ __device__ __forceinline__ bool is_better(Key key, int32_t first, Key other_key,
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_constant__ RegionsJob job) {
   auto& tile = block_shared<TileShared>();
-  if (load(&job.state->reason) != 0) return;
+  if (has_reason(job.state)) return;
   const uint32_t regions = load(&job.state->regions);
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
@@ -97,7 +97,7 @@ __device__ __forceinline__ uint32_t count_better(const Key* keys, const int32_t*
 __global__ void __launch_bounds__(kBlockThreads)
     merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, int from) {
   const uint32_t regions = load(&job.state->regions);
-  if (load(&job.state->reason) != 0 || regions <= run) return;
+  if (has_reason(job.state) || regions <= run) return;
   const Key* keys = job.keys[from];
   const int32_t* firsts = job.firsts[from];
   const int64_t group_size = static_cast<int64_t>(run) * kFan;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void widen(int64_t* edge, int64_t place, bool is_leas
 // One thread a kept region.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job) {
-  if (load(&job.state->reason) != 0) return;
+  if (has_reason(job.state)) return;
   const int64_t regions = load(&job.state->regions);
   const int64_t share = static_cast<int64_t>(__dmul_rn(static_cast<double>(regions), job.keep));
   const int64_t limit = job.top > 0 ? job.top : job.floor > share ? job.floor : share;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
 
 // One thread a pixel, which is at most two steps away from the number of its region.
 __global__ void __launch_bounds__(kBlockThreads) mask_kernel(const __grid_constant__ RegionsJob job) {
-  const bool is_whole = load(&job.state->reason) != 0;
+  const bool is_whole = has_reason(job.state);
   for (uint32_t pixel = blockIdx.x * kBlockThreads + threadIdx.x; pixel < job.count;
        pixel += gridDim.x * kBlockThreads) {
     bool is_kept = is_whole;

@@ -9,10 +9,9 @@ import torch
 from carve_kernels import region_buffers
 from carve_kernels.backends.cuda import foreign
 from carve_kernels.backends.cuda.stream import stream_of
+from carve_kernels.backends.cuda.work import MOST_BLOCKS
 from carve_kernels.types import Regions
 
-# About as many blocks of 256 threads as 132 multiprocessors of 2048 threads run at a time; any number gives the same.
-_MOST_BLOCKS = 1024
 # Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each region that there may be, 4 for each pixel.
 _STATE_BYTES = 6 * 2**11 * 4 + 104
 _REGION_BYTES = 40
@@ -49,7 +48,7 @@ def forward(
         floor or 0,
         connectivity,
         region_buffers.SCORES.index(score),
-        _MOST_BLOCKS,
+        MOST_BLOCKS,
         stream_of(saliency.device),
         saliency.new_empty(scratch_bytes(*saliency.shape, connectivity), dtype=torch.uint8),
         *buffers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from carve_kernels.region_buffers import most_regions
 from carve_kernels.work import Work
 
 # As in csrc/cuda/capture.h and capture_tile.h.
@@ -14,6 +15,14 @@ _MOST_SPLITS = 32
 _TILE = 32
 _AT_ONCE = 4
 _KEYS_OF_A_LANE = 4
+
+# As in csrc/cuda/regions.h and regions_rank.cu; of blocks, about as many as 132 multiprocessors of 2048 threads run at a
+# time, and any number gives the same.
+MOST_BLOCKS = 1024
+_STEPS = 8
+_DIGIT_BITS = 11
+_TILE_REGIONS = 1 << 10
+_MERGED_RUNS = 128
 
 _STAT = 8  # maximum and sum
 _FLOAT = 4
@@ -108,3 +117,46 @@ def _slots(size: int, element_bytes: int) -> int:
 def _padded(queries: int, tile: int) -> int:
     """Queries that are multiplied: each tile's up to a multiple of four."""
     return sum(-(-min(tile, queries - start) // _AT_ONCE) * _AT_ONCE for start in range(0, queries, tile))
+
+
+def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:
+    """What `regions` moves for a saliency of few regions of long runs, as a smooth one has.
+
+    Equals, beside the counts of the selection, which every block reads, and other lesser things::
+
+        read_bytes = height * width * ((passes + 1 + keep) * element_bytes + (4 + 5 * keep) * 4)
+
+    ============  =====  =========================================================
+    name          dtype  meaning
+    ============  =====  =========================================================
+    height        int    H
+    width         int    W
+    element_bytes int    4 or 8 bytes of a pixel of the saliency
+    keep          float  share of the pixels above the threshold
+    connectivity  int    4 or 8
+    ============  =====  =========================================================
+    """
+    pixels = height * width
+    passes = -(-8 * element_bytes // _DIGIT_BITS)
+    histogram = 4 << _DIGIT_BITS
+    blocks = max(1, min(-(-pixels // (_THREADS * _STEPS)), MOST_BLOCKS))
+    # The selection reads the saliency once a pass, the labels once, the sums those above the threshold.
+    read = (passes + 1 + keep) * pixels * element_bytes
+    # Joining reads a label, and above the threshold those on the left, above and beside that one; numbers and sums read
+    # it once; the mask follows it to the run's first pixel and to the region.
+    read += ((1 + 3 * keep) + 1 + 1 + (1 + 2 * keep)) * pixels * 4
+    # Each block looks for the digits itself: from the second pass on, and for the threshold with the range.
+    read += blocks * (passes * (histogram + _THREADS * 12) + _THREADS * 32)
+    # The sums are of shares of the peak, which each thread has from the range.
+    read += blocks * _THREADS * 16
+    # The sort and its merges, launched for as many regions as there can be, ask each thread how many there are.
+    most = most_regions(height, width, connectivity)
+    merges, run = 0, _TILE_REGIONS
+    while run < most:
+        merges, run = merges + 1, run * _MERGED_RUNS
+    read += min(-(-most // _TILE_REGIONS), MOST_BLOCKS) * _TILE_REGIONS // 2 * 4
+    read += merges * min(-(-most // _THREADS), MOST_BLOCKS) * _THREADS * 4
+    # Joining, numbering and the mask ask each warp whether there are regions.
+    read += 3 * pixels // 32 * 4
+    written = passes * histogram + 4 * pixels + pixels
+    return Work(round(read), round(written), 0, 1 + passes + 4 + 1 + merges + 2)
