@@ -1,4 +1,4 @@
-"""Regions on the device: a threshold by radix selection, a forest of runs, sums by integer atomics, a sort by merging."""
+"""Regions on the device: radix selection, a forest of runs, sums by integer atomics, a sort by merging."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ _TILE = 32
 _AT_ONCE = 4
 _KEYS_OF_A_LANE = 4
 
-# As in csrc/cuda/regions.h and regions_rank.cu; of blocks, about as many as 132 multiprocessors of 2048 threads run at a
-# time, and any number gives the same.
+# As in csrc/cuda/regions.h and regions_rank.cu. Of blocks, about as many as 132 multiprocessors of 2048 threads run at
+# a time; any number gives the same.
 MOST_BLOCKS = 1024
 _STEPS = 8
 _DIGIT_BITS = 11
