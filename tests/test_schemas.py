@@ -83,14 +83,25 @@ def capture_cpu() -> tuple[Any, ...]:
     return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
 
 
+def capture_cuda() -> tuple[Any, ...]:
+    *arguments, maps, mass, entropy = capture_cpu()
+    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
+
+
+def cuda_build() -> tuple[Any, ...]:
+    return (torch.full((16,), -1),)
+
+
 def isa_cpu() -> tuple[Any, ...]:
     return -2, torch.full((2,), -1)
 
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::capture_cpu": capture_cpu,
+    "carve_kernels::capture_cuda": capture_cuda,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::contrast_cpu": contrast_cpu,
+    "carve_kernels::cuda_build": cuda_build,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
     "carve_kernels::regions_cuda": regions_cuda,
@@ -102,7 +113,7 @@ def registered() -> list[str]:
 
 
 def operator(name: str) -> Any:
-    if name.endswith("_cpu") and (reason := cpu.unavailable()):
+    if name.endswith(("_cpu", "_build")) and (reason := cpu.unavailable()):
         pytest.skip(reason)
     if name.endswith("_cuda"):
         emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))

@@ -101,15 +101,6 @@ def library(stage: str) -> ctypes.CDLL:
     return ctypes.CDLL(path)
 
 
-def serve(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test is over the CUDA room serves this stage for tensors on a CPU."""
-    if compiler() is None:
-        pytest.skip("the emulator of CUDA needs a C++ compiler")
-    library(stage)
-    monkeypatch.setattr(cuda, "devices", lambda: ("cpu",))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-
-
 @contextmanager
 def serving(stage: str) -> Iterator[None]:
     """Within this context the CUDA room of a stage serves tensors on a CPU."""

@@ -7,7 +7,6 @@ import torch
 
 from carve_kernels import BackendUnavailable
 from carve_kernels.backends import SUPPORT, resolve
-from tests.cuda import emulator
 
 CPU = torch.device("cpu")
 
@@ -33,13 +32,6 @@ def maps(
 def rooms(stage: str) -> list[str]:
     """The rooms that claim a stage and serve tensors on a CPU, in the emulator of the tests if need be."""
     return [room for room in ("reference", "cpu", "cuda") if SUPPORT[stage][room] is None]
-
-
-def opened(stage: str, room: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The room, which serves tensors on a CPU until the test is over."""
-    if room == "cuda":
-        emulator.serve(stage, monkeypatch)
-    return room
 
 
 def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:

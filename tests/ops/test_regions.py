@@ -13,12 +13,11 @@ from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
 from carve_kernels.types import Regions
-from tests.ops.planted import maps, opened, rooms, serving
+from tests.ops.planted import maps, rooms, serving
 
 
 @pytest.fixture(params=rooms("regions"))
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    opened("regions", request.param, monkeypatch)
+def room(request: pytest.FixtureRequest) -> str:
     options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
     return serving("regions", request.param, torch.rand(4, 4), **options)
 
