@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "carve.h"
@@ -54,37 +55,45 @@ bool run(int kind, carve::RegionsParams params, int64_t most_blocks) {
          found.scores == wanted.scores && found.outcome == wanted.outcome;
 }
 
+// What stands open is drawn: every combination would take minutes.
+bool run_drawn(int64_t height, int64_t width, int kind, int order, std::mt19937& random) {
+  const auto one_of = [&](std::vector<double> values) { return values[random() % values.size()]; };
+  carve::RegionsParams params{};
+  params.height = height;
+  params.width = width;
+  params.connectivity = random() % 2 ? 8 : 4;
+  params.score = static_cast<carve::Score>(random() % 3);
+  params.keep = one_of({1.0, 1e-12, 0.2, 0.5});
+  params.top = static_cast<int64_t>(one_of({0, 2, 99}));
+  params.floor = params.top == 0 ? 3 : 0;
+  const int64_t blocks = random() % 2 ? 2 : 1024;
+  emulator_configure(order, order == 0 ? 1 : 5, random(), 0);
+  const bool right = random() % 4 == 0 ? run<double>(kind, params, blocks) : run<float>(kind, params, blocks);
+  if (!right) std::printf("wrong: %d x %d, picture %d, order %d\n", int(height), int(width), kind, order);
+  return right;
+}
+
 }  // namespace
 
-int main(int argc, char**) {
-  const bool all = argc > 1;
-  std::vector<std::pair<int64_t, int64_t>> sizes = {{1, 1}, {1, 9}, {17, 64}, {9, 65}, {600, 1}, {1, 600}};
-  if (all) sizes.insert(sizes.end(), {{0, 7}, {7, 0}, {2, 1}, {1, 2}, {5, 63}, {61, 83}, {3, 2100}, {2100, 3}});
-  int failures = 0;
-  int runs = 0;
+int main(int argc, char** argv) {
+  // Under ThreadSanitizer a thread of a kernel costs a third of a millisecond: "few" is for that.
+  const std::string amount = argc > 1 ? argv[1] : "";
+  const bool few = amount == "few";
+  std::vector<std::pair<int64_t, int64_t>> sizes = {{34, 64}, {600, 1}};
+  if (!few) sizes.insert(sizes.end(), {{1, 1}, {1, 9}, {9, 65}, {1, 600}, {64, 65}});
+  if (amount == "all") {
+    sizes.insert(sizes.end(), {{0, 7}, {7, 0}, {2, 1}, {1, 2}, {5, 63}, {61, 83}, {3, 2100}, {2100, 3}});
+  }
   std::mt19937 random(1);
-  const auto one_of = [&](std::vector<double> values) { return values[random() % values.size()]; };
+  int runs = 0;
   for (const auto& [height, width] : sizes) {
-    for (int kind = 0; kind < kPictures; ++kind) {
-      for (int order = 0; order < 3; ++order) {
-        // Every combination would take minutes.
-        carve::RegionsParams params{};
-        params.height = height;
-        params.width = width;
-        params.connectivity = random() % 2 ? 8 : 4;
-        params.score = static_cast<carve::Score>(random() % 3);
-        params.keep = one_of({1.0, 1e-12, 0.2, 0.5});
-        params.top = static_cast<int64_t>(one_of({0, 2, 99}));
-        params.floor = params.top == 0 ? 3 : 0;
-        emulator_configure(order, order == 0 ? 1 : 5, 1 + static_cast<unsigned>(runs), 0);
-        const int64_t blocks = random() % 2 ? 2 : 1024;
-        const bool right = random() % 4 == 0 ? run<double>(kind, params, blocks) : run<float>(kind, params, blocks);
-        if (!right) std::printf("wrong: %d x %d, picture %d, order %d\n", int(height), int(width), kind, order);
-        failures += !right;
+    for (int kind = 0; kind < (few ? 3 : kPictures); ++kind) {
+      for (int turn = 0; turn < (few ? 1 : 9); ++turn) {
+        if (!run_drawn(height, width, kind, few ? 2 : turn % 3, random)) return 1;
         ++runs;
       }
     }
   }
-  std::printf("%d runs, %d failures\n", runs, failures);
-  return failures == 0 ? 0 : 1;
+  std::printf("%d runs are right\n", runs);
+  return 0;
 }
