@@ -79,6 +79,7 @@ int main(int argc, char** argv) {
   // Under ThreadSanitizer a thread of a kernel costs a third of a millisecond: "few" is for that.
   const std::string amount = argc > 1 ? argv[1] : "";
   const bool few = amount == "few";
+  const int turns = few ? 1 : amount == "all" ? 9 : 3;
   std::vector<std::pair<int64_t, int64_t>> sizes = {{34, 64}, {600, 1}};
   if (!few) sizes.insert(sizes.end(), {{1, 1}, {1, 9}, {9, 65}, {1, 600}, {64, 65}});
   if (amount == "all") {
@@ -88,7 +89,7 @@ int main(int argc, char** argv) {
   int runs = 0;
   for (const auto& [height, width] : sizes) {
     for (int kind = 0; kind < (few ? 3 : kPictures); ++kind) {
-      for (int turn = 0; turn < (few ? 1 : 9); ++turn) {
+      for (int turn = 0; turn < turns; ++turn) {
         if (!run_drawn(height, width, kind, few ? 2 : turn % 3, random)) return 1;
         ++runs;
       }
