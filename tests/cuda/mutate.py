@@ -94,14 +94,16 @@ def build(stage: str, check: str, root: Path) -> Path:
     return program
 
 
-def judge(stage: str, check: str, fault: Fault | None = None, *, limit: float = 3600.0) -> Verdict:
+def judge(
+    stage: str, check: str, fault: Fault | None = None, *, limit: float = 3600.0, amount: list[str] | None = None
+) -> Verdict:
     """Build and run the program of a stage, with a fault or without one, for so many seconds at most."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         copy_sources(root)
         if fault is not None:
             plant(fault, root)
-        command = [str(build(stage, check, root)), *AMOUNTS[check]]
+        command = [str(build(stage, check, root)), *(AMOUNTS[check] if amount is None else amount)]
         if check == "races":
             # ThreadSanitizer wants memory where the kernel puts it without randomness.
             command = ["setarch", "-R", *command]
