@@ -40,6 +40,7 @@ def forward(
     each region that a picture of this size can have, in all 24 bytes a pixel (14 with 8-connectivity).
     """
     saliency = saliency.detach().contiguous()
+    height, width = saliency.shape
     buffers = region_buffers.allocate(saliency, keep=keep, top=top, floor=floor, connectivity=connectivity)
     torch.ops.carve_kernels.regions_cuda(
         saliency,
@@ -50,7 +51,7 @@ def forward(
         region_buffers.SCORES.index(score),
         MOST_BLOCKS,
         stream_of(saliency.device),
-        saliency.new_empty(scratch_bytes(*saliency.shape, connectivity), dtype=torch.uint8),
+        saliency.new_empty(scratch_bytes(height, width, connectivity), dtype=torch.uint8),
         *buffers,
     )
     return region_buffers.read(buffers)
