@@ -12,15 +12,15 @@ namespace carve {
 
 using Key = unsigned long long;  // the 64-bit type that atomics know
 
-// Pixel kernels: a step is a warp side by side, a chunk the eight steps that a warp has on the way at once. With 40
-// registers six blocks of 256 threads share a multiprocessor (6 x 256 x 40 of 65536), and 6 x 256 threads x 8 loads x 4
-// bytes are 48 KB on the way in each, where 3.35 TB/s x 600 ns / 132 = 15 KB hide the latency of memory.
+// Pixel kernels: a step is a warp side by side, a chunk the eight steps that a warp has on the way at once. With up to 48
+// registers five blocks of 256 threads share a multiprocessor (5 x 256 x 48 of 65536), and 5 x 256 threads x 8 loads x 4
+// bytes are 40 KB on the way in each, where 3.35 TB/s x 600 ns / 132 = 15 KB hide the latency of memory.
 constexpr int kBlockThreads = 256;
 constexpr int kSteps = 8;
 constexpr uint32_t kChunkPixels = kSteps * 32;
 constexpr uint32_t kBlockPixels = kBlockThreads * kSteps;
 
-// 2^11 counters of 4 bytes are 8 KB of a block's shared memory, 64 KB for the eight blocks of a multiprocessor, and a
+// 2^11 counters of 4 bytes are 8 KB of a block's shared memory, 40 KB for the five blocks of a multiprocessor, and a
 // float takes three passes (11 + 11 + 10 bits), a double six (5 x 11 + 9).
 constexpr int kDigitBits = 11;
 constexpr uint32_t kDigits = 1u << kDigitBits;
