@@ -44,6 +44,19 @@ def _regions_cpu(*_arguments: object) -> None:
 
 
 torch.library.define(
+    "carve_kernels::regions_cuda",
+    "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, int stream, "
+    "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::regions_cuda")
+def _regions_cuda(*_arguments: object) -> None:
+    return None
+
+
+torch.library.define(
     "carve_kernels::capture_layers",
     "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, float scale, "
     "float softcap, int window, Tensor step, int first, str backend, Tensor(a!) maps, Tensor(b!) mass, "
@@ -78,4 +91,28 @@ torch.library.define("carve_kernels::isa_cpu", "(int wanted, Tensor(a!) out) -> 
 
 @torch.library.register_fake("carve_kernels::isa_cpu")
 def _isa_cpu(wanted: int, out: torch.Tensor) -> None:
+    return None
+
+
+# As capture_cpu, with room for what the kernels hand over to each other and the stream as CUDA's own handle.
+torch.library.define(
+    "carve_kernels::capture_cuda",
+    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, Tensor? lse, "
+    "float scale, float softcap, int window, bool each, Tensor? step, int first, int stream, Tensor(a!) scratch, "
+    "Tensor(b!) maps, Tensor(c!) mass, Tensor(d!) entropy) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("carve_kernels::capture_cuda")
+def _capture_cuda(*_arguments: object) -> None:
+    return None
+
+
+# Writes the architectures that the kernels inside are compiled for, such as 90 for sm_90a; 0 where there are fewer.
+torch.library.define("carve_kernels::cuda_build", "(Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("carve_kernels::cuda_build")
+def _cuda_build(*_arguments: object) -> None:
     return None

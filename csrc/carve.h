@@ -89,6 +89,21 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
+// What a capture on a device needs besides. All pointers, those of CaptureParams too, are the device's.
+struct CaptureDevice {
+  const int64_t* step;      // the step to write, or null; the layers' outputs are those of step 0
+  int64_t steps;            // 1 where there is no step; another step than these is not written
+  int64_t step_strides[3];  // of maps, mass and entropy
+  int64_t token_stride;     // of maps
+  void* scratch;
+  int64_t scratch_bytes;
+  int device;
+  void* stream;
+};
+
+// Throws std::runtime_error where CUDA refuses, or the scratch is too small.
+void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
+
 enum class Score { kSum, kMean, kMax };
 
 // Why there is no region.
@@ -119,5 +134,21 @@ struct RegionsOutcome {
 
 // Throws std::runtime_error where more regions are to be kept than there is room for.
 RegionsOutcome regions_cpu(const RegionsParams& params);
+
+// Where the regions are found on a device: all arrays of the params are the device's.
+struct RegionsPlace {
+  int device;
+  void* stream;
+  void* scratch;     // as many bytes as regions_cuda_scratch says, aligned to 16
+  int64_t* outcome;  // [6]: kept, reason and box of RegionsOutcome
+  int64_t most_blocks;  // of a launch; the result is the same for any number
+};
+
+// The most regions that a picture can have.
+int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity);
+int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity);
+
+// Launches and does not wait. Throws std::runtime_error where CUDA does not take a launch.
+void regions_cuda(const RegionsParams& params, const RegionsPlace& place);
 
 }  // namespace carve

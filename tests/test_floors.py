@@ -15,7 +15,7 @@ MODULES = {
 }
 
 FLOORS = {
-    0: ("types", "checks", "schemas", "work"),
+    0: ("types", "checks", "schemas", "work", "extension", "region_buffers"),
     1: ("backends",),
     2: ("ops", "picture"),
     3: ("pipeline", "presets", "maps", "complexity"),
@@ -34,7 +34,7 @@ HOMES: dict[str, tuple[int | str, ...]] = {
     "typer": (5,),
 }
 EXTENSION = "carve_kernels._C"
-EXTENSION_HOMES = ("backends.cpu", "backends.cuda")
+EXTENSION_HOMES = ("extension",)
 
 
 def floor_of(module: str) -> int:

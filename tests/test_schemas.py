@@ -13,6 +13,8 @@ import torch
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
 from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.regions import scratch_bytes
+from tests.cuda import emulator
 
 
 def contrast_cpu() -> tuple[Any, ...]:
@@ -48,6 +50,12 @@ def regions_cpu() -> tuple[Any, ...]:
     )
 
 
+def regions_cuda() -> tuple[Any, ...]:
+    *inputs, mask, boxes, scores, outcome = regions_cpu()
+    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
+    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
+
+
 def capture_layers() -> tuple[Any, ...]:
     layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
     return (
@@ -75,16 +83,28 @@ def capture_cpu() -> tuple[Any, ...]:
     return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
 
 
+def capture_cuda() -> tuple[Any, ...]:
+    *arguments, maps, mass, entropy = capture_cpu()
+    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
+
+
+def cuda_build() -> tuple[Any, ...]:
+    return (torch.full((16,), -1),)
+
+
 def isa_cpu() -> tuple[Any, ...]:
     return -2, torch.full((2,), -1)
 
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::capture_cpu": capture_cpu,
+    "carve_kernels::capture_cuda": capture_cuda,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::contrast_cpu": contrast_cpu,
+    "carve_kernels::cuda_build": cuda_build,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
+    "carve_kernels::regions_cuda": regions_cuda,
 }
 
 
@@ -93,9 +113,17 @@ def registered() -> list[str]:
 
 
 def operator(name: str) -> Any:
-    if name.endswith("_cpu") and (reason := cpu.unavailable()):
+    if name.endswith(("_cpu", "_build")) and (reason := cpu.unavailable()):
         pytest.skip(reason)
+    if name.endswith("_cuda"):
+        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
     return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+
+
+def emulated(stage: str) -> None:
+    if emulator.compiler() is None:
+        pytest.skip("the emulator of CUDA needs a C++ compiler")
+    emulator.library(stage)
 
 
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -20,17 +20,22 @@ from carve_kernels import checks
 STAGES = ("capture", "contrast", "regions")
 ROOMS = ("reference", "cpu", "triton", "cuda")
 
-_LATER = "not built yet in this version; use backend='auto' or backend='reference'"
+_TRITON = "Triton's, whose kernel has no launch cost to save here; use backend='auto' or backend='triton'"
+
+_FOREST = (
+    "CUDA's, since a forest of runs is joined by loops that end at another time for every pixel, which Triton's blocks "
+    "cannot; use backend='auto' or backend='cuda'"
+)
 
 # Why a cell is empty, or None for a cell that is there.
 SUPPORT: dict[str, dict[str, str | None]] = {
-    "capture": {"reference": None, "cpu": None, "triton": None, "cuda": _LATER},
-    "contrast": {"reference": None, "cpu": None, "triton": None, "cuda": _LATER},
-    "regions": {"reference": None, "cpu": None, "triton": _LATER, "cuda": _LATER},
+    "capture": {"reference": None, "cpu": None, "triton": None, "cuda": None},
+    "contrast": {"reference": None, "cpu": None, "triton": None, "cuda": _TRITON},
+    "regions": {"reference": None, "cpu": None, "triton": _FOREST, "cuda": None},
 }
 
 # The rooms that `auto` tries on a type of device, best first; the reference comes after them on every device.
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",)}
 
 _BACKENDS = ("auto", *ROOMS)
 
@@ -77,12 +82,12 @@ def _why_not(stage: str, room: str, device: torch.device | None = None) -> str |
     missing = SUPPORT[stage][room]
     if missing is not None:
         return missing
-    devices: tuple[str, ...] = _package(room).devices()
-    if device is not None and devices and device.type not in devices:
-        return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
     unavailable: str | None = _package(room).unavailable()
     if unavailable is not None:
         return unavailable
+    devices: tuple[str, ...] = _package(room).devices()
+    if device is not None and devices and device.type not in devices:
+        return f"the tensors are on {device}, this room serves {' and '.join(devices)}; use backend='auto'"
     try:
         _module(stage, room)
     except ModuleNotFoundError as error:

@@ -9,11 +9,11 @@
 
 namespace carve {
 
-inline void check_tensor(const torch::stable::Tensor& tensor, const char* name, int64_t dims,
+inline void check_tensor(const torch::stable::Tensor& tensor, const char* op, const char* name, int64_t dims,
                          torch::headeronly::ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(tensor.dim() == dims, op, ": ", name, ": expected ", dims, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, ": unexpected dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
 }
 
 }  // namespace carve

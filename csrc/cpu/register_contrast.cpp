@@ -43,11 +43,11 @@ std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, i
 
 void contrast_cpu(const Tensor& task, const Tensor& general, const Tensor& layer_weights, const Tensor& step_weights,
                   std::vector<int64_t> shapes, double lam, bool lam_is_mean, int64_t normalize, Tensor out) {
-  carve::check_tensor(task, "contrast_cpu: task", 3, ScalarType::Float);
-  carve::check_tensor(general, "contrast_cpu: general", 3, ScalarType::Float);
-  carve::check_tensor(layer_weights, "contrast_cpu: layer_weights", 1, ScalarType::Double);
-  carve::check_tensor(step_weights, "contrast_cpu: step_weights", 1, ScalarType::Double);
-  carve::check_tensor(out, "contrast_cpu: out", 1, ScalarType::Float);
+  carve::check_tensor(task, "contrast_cpu", "task", 3, ScalarType::Float);
+  carve::check_tensor(general, "contrast_cpu", "general", 3, ScalarType::Float);
+  carve::check_tensor(layer_weights, "contrast_cpu", "layer_weights", 1, ScalarType::Double);
+  carve::check_tensor(step_weights, "contrast_cpu", "step_weights", 1, ScalarType::Double);
+  carve::check_tensor(out, "contrast_cpu", "out", 1, ScalarType::Float);
   const int64_t layers = task.size(0);
   const int64_t steps = task.size(1);
   const int64_t general_steps = general.size(1);

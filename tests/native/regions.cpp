@@ -1,39 +1,14 @@
 // Runs the regions on odd sizes and values, against a flood fill; built with sanitizers like the contrast.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "carve.h"
+#include "regions_pictures.h"
 
 namespace {
-
-template <class T>
-T pattern(int kind, int64_t y, int64_t x) {
-  switch (kind) {
-    case 0:
-      return static_cast<T>((y * 7919 + x * 104729) % 1009) - T(300);  // noise, ties, negative values
-    case 1:
-      return static_cast<T>((y + x) % 2);  // as many regions as there can be
-    case 2:
-      return static_cast<T>(y % 4 == 0 || (y % 4 == 2 && x % 9 == 0));  // plateaus
-    case 3:
-      return std::exp(static_cast<T>(((y * 31 + x * 17) % 97) - 60));  // over many magnitudes
-    case 4:
-      return (x % 5 == 0 ? T(1) : T(-1)) * std::numeric_limits<T>::max();  // a range that overflows
-    case 5:
-      return x == 3 ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(x);
-    case 6:
-      return std::numeric_limits<T>::denorm_min() * static_cast<T>((x * y) % 5);
-    case 7:
-      return (x + y) % 23 == 0 ? static_cast<T>(x) : (x * y) % 3 ? T(0) : T(-0.0);  // zeros of both signs
-    default:
-      return T(3.3);
-  }
-}
 
 // The pixels of the region around a pixel, of those that the mask has.
 int64_t erase_region(std::vector<char>& mask, int64_t height, int64_t width, int64_t start, bool eight) {
@@ -97,7 +72,7 @@ int main() {
                                                           {1, 40000},      {40000, 1}, {263, 257}};
   int failures = 0;
   for (const auto& [height, width] : sizes) {
-    for (int kind = 0; kind < 9; ++kind) {
+    for (int kind = 0; kind < kPictures; ++kind) {
       for (int64_t connectivity : {4, 8}) {
         for (carve::Score score : {carve::Score::kSum, carve::Score::kMean, carve::Score::kMax}) {
           for (const auto& [keep, top] : {std::pair<double, int64_t>{0.2, 0}, {1.0, 1}, {1e-12, 99}, {0.5, 2}}) {

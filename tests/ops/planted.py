@@ -32,13 +32,13 @@ def maps(
 
 
 def rooms(stage: str) -> list[str]:
-    """The rooms that claim a stage and serve tensors on a CPU: Triton's where its interpreter is on."""
+    """The rooms that claim a stage and serve tensors on a CPU: Triton's by its interpreter, CUDA's in an emulator."""
     return [room for room in ROOMS if SUPPORT[stage][room] is None and _serves_the_cpu(room)]
 
 
 def _serves_the_cpu(room: str) -> bool:
     devices: tuple[str, ...] = importlib.import_module(f"carve_kernels.backends.{room}").devices()
-    return not devices or "cpu" in devices
+    return room == "cuda" or not devices or "cpu" in devices
 
 
 def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:

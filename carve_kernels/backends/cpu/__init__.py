@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-import carve_kernels.schemas  # noqa: F401  (the operators' schemas must stand before their implementations register)
+from carve_kernels import extension
 
 # The sets of instructions that the kernels are compiled for, in the order of carve::Isa.
 ISAS = ("plain", "avx2", "avx512", "amx")
-
-_MEND = "pip install --no-build-isolation -e . with a C++ compiler"
-_LIBRARY = Path(__file__).resolve().parents[2] / "_C.abi3.so"
 
 
 def devices() -> tuple[str, ...]:
@@ -24,15 +20,11 @@ def devices() -> tuple[str, ...]:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Load the extension once; why it is not there, and the line that would mend it, or None."""
-    if not _LIBRARY.exists():
-        return f"the extension {_LIBRARY.name} is not built; {_MEND}"
-    try:
-        torch.ops.load_library(str(_LIBRARY))
-    except OSError as error:
-        return f"the extension {_LIBRARY.name} failed to load ({error}); {_MEND}"
-    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
-    return None
+    """Why the extension is not there, and the line that would mend it, or None."""
+    reason = extension.unavailable()
+    if reason is None:
+        isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
+    return reason
 
 
 def isa() -> tuple[str, str]:

@@ -1,0 +1,46 @@
+"""The CUDA room: compiled kernels from the extension that stands next to the package, where a GPU can run them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from carve_kernels import extension
+
+_BUILD = "pip install --no-build-isolation -e . with nvcc on the path, or in CUDACXX or CUDA_HOME"
+
+
+def devices() -> tuple[str, ...]:
+    return ("cuda",)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no GPU here can run the kernels, and the line that would mend it, or None."""
+    reason = extension.unavailable()
+    if reason is not None:
+        return reason
+    if not extension.architectures():
+        return f"the extension was built without CUDA kernels; {_BUILD}"
+    if not torch.cuda.is_available():
+        need = "NVIDIA's driver" if torch.version.cuda else "NVIDIA's driver and a CUDA build of torch"
+        return f"torch {torch.__version__} sees no GPU; install {need}, and see that nvidia-smi lists one"
+    reasons = [foreign(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+@functools.cache
+def foreign(device: int) -> str | None:
+    """Why a GPU cannot run the kernels inside, or None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    inside = extension.architectures()
+    # A kernel runs on later minor versions of its architecture; the last is also inside as PTX, for all that follow.
+    if any(one // 10 == major and one % 10 <= minor for one in inside) or 10 * major + minor >= inside[-1]:
+        return None
+    name = torch.cuda.get_device_name(device)
+    here = ", ".join(f"sm_{one}" for one in inside)
+    return (
+        f"{name} is sm_{major}{minor}, and the kernels inside are for {here}; "
+        f"CARVE_KERNELS_CUDA_ARCHITECTURES={major}{minor} {_BUILD}"
+    )

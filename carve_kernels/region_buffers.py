@@ -1,0 +1,81 @@
+"""What the compiled operators of the regions are asked for and what they write, whatever the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from carve_kernels.types import Regions
+
+# In the orders of carve::Score and carve::Reason. Numbers, since the stable ABI of torch 2.13 leaks every string.
+SCORES = ("sum", "mean", "max")
+REASONS = (
+    None,
+    "the saliency is empty",
+    "the saliency is not finite",
+    "the saliency is constant",
+    "the range of the saliency is too wide for its dtype",
+)
+MOST_PIXELS = 2**31 - 1
+_FEW_ROWS = 1024
+
+
+class RegionBuffers(NamedTuple):
+    """The outputs of an operator.
+
+    =======  =======  =============  ====================================================
+    name     dtype    shape          meaning
+    =======  =======  =============  ====================================================
+    mask     bool     [H, W]         of `Regions`
+    boxes    int64    [capacity, 4]  of `Regions`, with room for what may have to be kept
+    scores   float64  [capacity]     of `Regions`
+    outcome  int64    [6]            how many are kept, the reason, and the box
+    =======  =======  =============  ====================================================
+    """
+
+    mask: torch.Tensor
+    boxes: torch.Tensor
+    scores: torch.Tensor
+    outcome: torch.Tensor
+
+
+def supports(saliency: torch.Tensor) -> str | None:
+    """Why a compiled operator cannot serve a saliency, or None."""
+    if saliency.numel() > MOST_PIXELS:
+        return f"saliency has {saliency.numel()} pixels, this room serves {MOST_PIXELS}; use backend='reference'"
+    return None
+
+
+def most_regions(height: int, width: int, connectivity: int) -> int:
+    """How many regions a picture can have."""
+    # The pixels of one colour of a checkerboard do not touch, nor do those of every second row and column.
+    return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
+
+
+def allocate(
+    saliency: torch.Tensor, *, keep: float, top: int | None, floor: int | None, connectivity: int
+) -> RegionBuffers:
+    """Outputs with room for as many regions as may be kept."""
+    height, width = saliency.shape
+    capacity = most_regions(height, width, connectivity)
+    capacity = min(capacity, max(floor or 0, int(capacity * keep)) if top is None else top)
+    return RegionBuffers(
+        saliency.new_empty(saliency.shape, dtype=torch.bool),
+        saliency.new_empty(capacity, 4, dtype=torch.int64),
+        saliency.new_empty(capacity, dtype=torch.float64),
+        saliency.new_empty(6, dtype=torch.int64),
+    )
+
+
+def read(buffers: RegionBuffers) -> Regions:
+    """The regions that were written. Waits for the device: the box is made of Python's numbers."""
+    kept, reason, x0, y0, x1, y1 = buffers.outcome.tolist()
+    return Regions(
+        buffers.mask, _first(buffers.boxes, kept), _first(buffers.scores, kept), (x0, y0, x1, y1), REASONS[reason]
+    )
+
+
+def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    # Room for the worst case is given back, where it is more than a few pages of memory.
+    return rows[:count] if len(rows) <= _FEW_ROWS else rows[:count].clone()

@@ -1,0 +1,28 @@
+// What the extension was built with; the schema is in carve_kernels/schemas.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+// The build names the architectures of the CUDA kernels where it makes them: 80,90,
+#ifndef CARVE_CUDA_ARCHITECTURES
+#define CARVE_CUDA_ARCHITECTURES
+#endif
+
+namespace {
+
+constexpr int64_t kArchitectures[] = {CARVE_CUDA_ARCHITECTURES 0};
+constexpr int64_t kCount = sizeof(kArchitectures) / sizeof(kArchitectures[0]) - 1;
+
+void cuda_build(torch::stable::Tensor out) {
+  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Long && out.is_contiguous(),
+                  "cuda_build: out: expected contiguous int64");
+  STD_TORCH_CHECK(out.numel() >= kCount, "cuda_build: out: expected room for ", kCount, " numbers");
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  for (int64_t place = 0; place < out.numel(); ++place) to[place] = place < kCount ? kArchitectures[place] : 0;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) { m.impl("cuda_build", TORCH_BOX(&cuda_build)); }

@@ -1,0 +1,283 @@
+// The threads of a kernel as fibers: who runs next, who waits where, and what was read and written.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned count() const { return x * y * z; }
+};
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
+extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
+#define EMULATED_TSAN(...) __VA_ARGS__
+#else
+#define EMULATED_TSAN(...)
+#endif
+
+namespace emulated {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = EMULATED_TSAN(4 *) 64 << 10;
+
+// The emulator's own data is no business of ThreadSanitizer, to which every fiber is a thread.
+struct [[maybe_unused]] Unwatched {
+  EMULATED_TSAN(Unwatched() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+                ~Unwatched() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); })
+};
+
+inline void release(char& tag) { EMULATED_TSAN(__tsan_release(&tag);) (void)tag; }
+inline void acquire(char& tag) { EMULATED_TSAN(__tsan_acquire(&tag);) (void)tag; }
+
+enum Order { kForward, kReverse, kShuffled };
+
+// A place where threads wait for each other: all of them at the same line, or the kernel is wrong.
+struct Meeting {
+  const char* file = "";
+  int line = 0;
+  unsigned expected = 0, arrived = 0, generation = 0;
+  char tags[2] = {};
+};
+
+struct Warp {
+  Meeting meeting;
+  // Two sets in turn: a lane may already write for the next exchange while others read this one's.
+  alignas(16) unsigned char slots[2][kWarp][16];
+};
+
+struct Block {
+  dim3 index;
+  Meeting barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> shared;
+  unsigned done = 0;
+  char start = 0, end = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  Block* block = nullptr;
+  dim3 index;
+  unsigned linear = 0, generation = 0;
+  const Meeting* at = nullptr;
+  bool done = true;
+  EMULATED_TSAN(void* thread = nullptr;)
+  bool ready() const { return !done && (at == nullptr || at->generation != generation); }
+};
+
+struct Counters {
+  int64_t read_bytes = 0, written_bytes = 0, launches = 0, switches = 0;
+};
+
+struct Machine {
+  Order order = kForward;
+  unsigned resident = 1;  // blocks that run at a time
+  unsigned seed = 1;
+  Counters counters;
+
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  std::function<void()> body;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> turns;
+  size_t turn = 0;
+  Fiber* current = nullptr;
+  ucontext_t main;
+  std::mt19937 random;
+  std::string error;
+  char fence = 0;
+  EMULATED_TSAN(void* main_thread = nullptr;)
+};
+
+inline Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+inline Fiber& me() { return *machine().current; }
+
+inline void go(Fiber* next) {
+  Machine& m = machine();
+  Fiber* before = m.current;
+  {
+    Unwatched unwatched;
+    if (next == before) return;
+    ++m.counters.switches;
+    m.current = next;
+  }
+  EMULATED_TSAN(__tsan_switch_to_fiber(next ? next->thread : m.main_thread, 1);)
+  swapcontext(before ? &before->context : &m.main, next ? &next->context : &m.main);
+}
+
+// The next thread that can run, each ready one once a round; none where all wait or are done.
+inline Fiber* next() {
+  Machine& m = machine();
+  // Up to the end of this round, and a whole one: the next round's order may be another.
+  for (size_t looked = 0; looked < 2 * m.turns.size(); ++looked) {
+    if (m.turn == m.turns.size()) {
+      m.turn = 0;
+      if (m.order == kShuffled) std::shuffle(m.turns.begin(), m.turns.end(), m.random);
+    }
+    Fiber* fiber = m.turns[m.turn++];
+    if (fiber->ready()) return fiber;
+  }
+  return nullptr;
+}
+
+[[noreturn]] inline void fail(const std::string& message) {
+  Machine& m = machine();
+  const dim3 b = me().block->index, t = me().index;
+  const auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  m.error = message + ", thread " + text(t) + " of block " + text(b);
+  me().done = true;
+  go(nullptr);
+  std::abort();
+}
+
+inline void meet(Meeting& meeting, const char* file, int line) {
+  Unwatched unwatched;
+  if (meeting.arrived == 0) meeting.file = file, meeting.line = line;
+  if (meeting.line != line || std::strcmp(meeting.file, file) != 0) {
+    fail("divergence: threads wait at lines " + std::to_string(meeting.line) + " and " + std::to_string(line));
+  }
+  const unsigned generation = meeting.generation;
+  release(meeting.tags[generation & 1]);
+  if (++meeting.arrived == meeting.expected) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  } else {
+    me().at = &meeting;
+    me().generation = generation;
+    go(next());
+    me().at = nullptr;
+  }
+  acquire(meeting.tags[generation & 1]);
+}
+
+// Where other blocks may be seen: another thread may come first.
+inline void maybe_switch(unsigned one_in) {
+  Unwatched unwatched;
+  Machine& m = machine();
+  if (m.resident > 1 && (one_in == 1 || (m.order == kShuffled && m.random() % one_in == 0))) go(next());
+}
+
+inline void run_thread() {
+  {
+    Block& block = *me().block;
+    acquire(block.start);
+    machine().body();
+    release(block.end);
+  }
+  Fiber* following;
+  {
+    Unwatched unwatched;
+    Fiber& fiber = me();
+    fiber.done = true;
+    following = ++fiber.block->done == machine().block.count() ? nullptr : next();
+  }
+  // ThreadSanitizer's threads may not end unwatched.
+  go(following);
+}
+
+inline void start(Block& block, Fiber* const* fibers, unsigned place) {
+  Machine& m = machine();
+  block.index = dim3(place % m.grid.x, place / m.grid.x % m.grid.y, place / m.grid.x / m.grid.y);
+  block.barrier = Meeting();
+  block.barrier.expected = m.block.count();
+  block.warps.assign(m.block.count() / kWarp, Warp());
+  for (Warp& warp : block.warps) warp.meeting.expected = kWarp;
+  block.shared.reset(new unsigned char[m.shared_bytes]);
+  std::memset(block.shared.get(), 0xff, m.shared_bytes);  // NaN, and -1
+  block.done = 0;
+  for (unsigned i = 0; i < m.block.count(); ++i) {
+    Fiber& fiber = *fibers[i];
+    fiber.block = &block;
+    fiber.linear = i;
+    fiber.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
+    fiber.at = nullptr;
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_thread, 0);
+    EMULATED_TSAN(if (fiber.thread) __tsan_destroy_fiber(fiber.thread); fiber.thread = __tsan_create_fiber(0);)
+  }
+  release(block.start);
+}
+
+inline std::string stuck() {
+  unsigned waiting = 0, gone = 0;
+  const Meeting* at = nullptr;
+  for (Fiber* fiber : machine().turns) {
+    gone += fiber->done;
+    if (fiber->at != nullptr && !fiber->done) ++waiting, at = fiber->at;
+  }
+  return "deadlock: " + std::to_string(waiting) + " threads wait, some at line " + std::to_string(at ? at->line : 0) +
+         ", and " + std::to_string(gone) + " have left";
+}
+
+// Runs a grid; what was wrong with the kernel, or nothing.
+inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  Unwatched unwatched;
+  Machine& m = machine();
+  ++m.counters.launches;
+  if (block.count() % kWarp != 0 || block.count() > 1024) return "a block is up to 32 whole warps";
+  if (shared_bytes > 48 << 10) return "more than 48 KB of shared memory";
+  if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535) return "invalid configuration of the grid";
+  m.grid = grid, m.block = block, m.shared_bytes = shared_bytes, m.body = std::move(body), m.error.clear();
+  m.random.seed(m.seed);
+  EMULATED_TSAN(m.main_thread = __tsan_get_current_fiber();)
+  std::vector<unsigned> waiting(grid.count());
+  std::iota(waiting.rbegin(), waiting.rend(), 0);
+  if (m.order == kReverse) std::reverse(waiting.begin(), waiting.end());
+  if (m.order == kShuffled) std::shuffle(waiting.begin(), waiting.end(), m.random);
+
+  std::vector<Block> blocks(std::min<size_t>(m.resident, waiting.size()));
+  const size_t threads = block.count();
+  while (m.fibers.size() < blocks.size() * threads) m.fibers.push_back(std::make_unique<Fiber>());
+  m.turns.clear();
+  for (size_t i = 0; i < blocks.size() * threads; ++i) m.turns.push_back(m.fibers[i].get());
+  std::vector<Fiber*> fixed = m.turns;
+  if (m.order == kReverse) std::reverse(m.turns.begin(), m.turns.end());
+  m.turn = 0;
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i].done = static_cast<unsigned>(threads);
+  while (true) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (blocks[i].done < threads) continue;
+      acquire(blocks[i].end);
+      if (waiting.empty()) continue;
+      start(blocks[i], &fixed[i * threads], waiting.back());
+      waiting.pop_back();
+    }
+    Fiber* fiber = next();
+    const bool over = std::all_of(m.turns.begin(), m.turns.end(), [](Fiber* f) { return f->done; });
+    if (fiber == nullptr && !over) m.error = stuck();
+    if (fiber == nullptr || !m.error.empty()) break;
+    go(fiber);
+    if (!m.error.empty()) break;
+  }
+  // Threads that were left in the middle keep nothing that the next launch could see.
+  if (!m.error.empty()) m.fibers.clear();
+  return m.error;
+}
+
+}  // namespace emulated
