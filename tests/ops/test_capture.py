@@ -244,6 +244,11 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "key heads": (ValueError, "key: expected a number of heads that divides", {"key": torch.zeros(2, 4, 77, 64)}),
     "tokens float": (TypeError, "tokens: expected dtype", {"tokens": torch.zeros(2, 3)}),
     "tokens 1-D": (ValueError, "tokens: expected shape", {"tokens": torch.zeros(3, dtype=torch.int32)}),
+    "tokens elsewhere": (
+        ValueError,
+        "tokens: expected a tensor on cpu as the query, got one on meta",
+        {"tokens": torch.zeros(2, 3, dtype=torch.int32, device="meta")},
+    ),
     "mask float": (TypeError, "mask: expected dtype", {"mask": torch.zeros(2, 1, 3, 77)}),
     "mask heads": (ValueError, "mask: expected 1 or 6", {"mask": torch.ones(2, 2, 3, 77, dtype=torch.bool)}),
     "mask keys": (ValueError, "mask: expected shape", {"mask": torch.ones(2, 1, 3, 76, dtype=torch.bool)}),
@@ -256,6 +261,12 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "sink": (ValueError, "sink: expected shape", {"sink": torch.zeros(5)}),
     "lse": (ValueError, "lse: expected shape", {"lse": torch.zeros(2, 3, 6)}),
     "backend": (ValueError, "backend: expected one of", {"backend": "gpu"}),
+    "mask elsewhere": (
+        ValueError,
+        "mask: expected a tensor on cpu as the query",
+        {"mask": torch.ones(2, 1, 3, 77, dtype=torch.bool, device="meta")},
+    ),
+    "inf": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.inf)}),
     "nan": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.nan)}),
 }
 
@@ -267,6 +278,13 @@ def test_bad_arguments_are_named(name: str) -> None:
     given_arguments = {"query": query, "key": key, "tokens": tokens, **options, **changes}
     with pytest.raises(error, match=message):
         capture(**given_arguments)
+
+
+def test_a_sum_that_overflows_is_no_fault_of_the_query() -> None:
+    (query, key, tokens), options = planted(Case(dtype=torch.float16))
+    query = query.abs().clamp(1.0, 2.0) * 100
+    assert query.sum() == torch.inf
+    assert bool(capture(query, key, tokens, **options, check=True).maps.isfinite().all())
 
 
 def test_bad_layers_are_named() -> None:
