@@ -60,7 +60,7 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
     rooms = (*PREFERRED.get(device.type, ()), "reference") if backend == "auto" else (backend,)
     reasons: list[str] = []
     for room in rooms:
-        shut = _why_not(stage, room, device)
+        shut = why_not(stage, room, device)
         reason = shut or _module(stage, room).supports(*args, **kwargs)
         if reason is None:
             _log.debug("%s: %s serves on %s (backend=%r)", stage, room, device, backend)
@@ -75,7 +75,7 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
 
 def explain() -> str:
     """A table of every stage and room: whether it serves here, why not and how to mend it, and what `auto` takes."""
-    cells = [(stage, room, _why_not(stage, room)) for stage in STAGES for room in ROOMS]
+    cells = [(stage, room, why_not(stage, room)) for stage in STAGES for room in ROOMS]
     lines = [f"torch {torch.__version__}", f"{'stage':<10}{'room':<11}{'serves':<8}why not, and how to mend it"]
     lines += [f"{stage:<10}{room:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip() for stage, room, why in cells]
     serving = {(stage, room) for stage, room, why in cells if why is None}
@@ -94,7 +94,7 @@ def _named(stage: str, room: str) -> str:
     return f"{room} ({BEST_FOR[stage, room]})" if (stage, room) in BEST_FOR else room
 
 
-def _why_not(stage: str, room: str, device: torch.device | None = None) -> str | None:
+def why_not(stage: str, room: str, device: torch.device | None = None) -> str | None:
     """Why a room cannot serve a stage whatever the arguments, or None."""
     missing = SUPPORT[stage][room]
     if missing is not None:
