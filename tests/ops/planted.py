@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from carve_kernels import BackendUnavailable
-from carve_kernels.backends import SUPPORT, resolve
+from carve_kernels.backends import PREFERRED, SUPPORT, resolve
 from carve_kernels.selfcheck.planted import maps as maps
 
 CPU = torch.device("cpu")
@@ -17,10 +19,17 @@ def rooms(stage: str) -> list[str]:
     return [room for room in ("reference", "cpu") if SUPPORT[stage][room] is None]
 
 
-def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:
-    """The room, or a skipped test where it cannot serve."""
+def on_gpu(stage: str) -> list[Any]:
+    """The rooms that claim a stage and serve tensors on a GPU, as parameters for `pytest -m gpu`: "cuda on gpu"."""
+    names = [room for room in (*PREFERRED["cuda"], "reference") if SUPPORT[stage][room] is None]
+    return [pytest.param(f"{room} on gpu", marks=pytest.mark.gpu) for room in names]
+
+
+def serving(stage: str, name: str, *args: torch.Tensor, **options: object) -> str:
+    """The room of a name, which may end in "on gpu", or a skipped test where it cannot serve."""
+    room, _, device = name.partition(" on ")
     try:
-        resolve(stage, room, CPU, *args, **options)
+        resolve(stage, room, torch.device("cuda") if device else CPU, *args, **options)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     return room

@@ -16,7 +16,7 @@ from carve_kernels.backends import cpu
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
 from tests.ops.attention import Case, exact, planted, poisoned, textbook
-from tests.ops.planted import rooms, serving
+from tests.ops.planted import on_gpu, rooms, serving
 from tests.tolerances import correlation, roundings
 
 CASES = {
@@ -53,14 +53,15 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
 
 # The compiled room once for each set of instructions: "cpu avx2".
 ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
+ROOMS += on_gpu("capture")
 
 
 @contextmanager
 def entered(name: str) -> Iterator[str]:
     """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
-    room, *isa = name.split()
+    room, *isa = [name] if name.endswith(" on gpu") else name.split()
     arguments, options = planted(Case())
-    serving("capture", room, *arguments, **options)
+    room = serving("capture", room, *arguments, **options)
     if not isa:
         yield room
         return
