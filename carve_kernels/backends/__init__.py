@@ -112,12 +112,12 @@ def _shut(
     unavailable: Callable[[], str | None],
 ) -> str | None:
     """What a room says of itself, asked once: a decode step resolves its room for every captured layer."""
-    served = devices()
-    if device is not None and served and device.type not in served:
-        return f"the tensors are on {device}, this room serves {' and '.join(served)}; use backend='auto'"
     reason = unavailable()
     if reason is not None:
         return reason
+    served = devices()
+    if device is not None and served and device.type not in served:
+        return f"the tensors are on {device}, this room serves {' and '.join(served)}; use backend='auto'"
     try:
         _module(stage, room)
     except ModuleNotFoundError as error:
