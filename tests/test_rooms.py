@@ -158,6 +158,8 @@ def test_a_missing_room_leads_to_the_next_with_one_line(
     with pytest.raises(checks.BackendUnavailable, match=re.escape(MISSING[reason])):
         taken(rows, room)
     assert MISSING[reason] in explain()
+    line = next(line for line in explain().splitlines() if line.startswith("  capture: cuda (up to eight rows"))
+    assert f"{BEST_FOR['capture', room]}; does not serve here)" in line
 
 
 def test_with_both_missing_the_reference_serves(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,20 +78,24 @@ def explain() -> str:
     cells = [(stage, room, why_not(stage, room)) for stage in STAGES for room in ROOMS]
     lines = [f"torch {torch.__version__}", f"{'stage':<10}{'room':<11}{'serves':<8}why not, and how to mend it"]
     lines += [f"{stage:<10}{room:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip() for stage, room, why in cells]
-    serving = {(stage, room) for stage, room, why in cells if why is None}
+    shut = {(stage, room): why for stage, room, why in cells}
     for where, rooms in [*PREFERRED.items(), ("other", ())]:
-        order = {stage: [room for room in (*rooms, "reference") if (stage, room) in serving] for stage in STAGES}
-        picks = ", ".join(f"{stage}={(*order[stage], 'none')[0]}" for stage in STAGES)
+        order = {stage: [room for room in (*rooms, "reference") if SUPPORT[stage][room] is None] for stage in STAGES}
+        opened = {stage: [room for room in order[stage] if shut[stage, room] is None] for stage in STAGES}
+        picks = ", ".join(f"{stage}={(*opened[stage], 'none')[0]}" for stage in STAGES)
         lines.append(f"backend='auto' on {where} tensors: {picks}")
         for stage in STAGES:
             if any((stage, room) in BEST_FOR for room in order[stage]):
-                lines.append(f"  {stage}: {', then '.join(_named(stage, room) for room in order[stage])}")
+                tried = (_described(stage, room, shut[stage, room] is not None) for room in order[stage])
+                lines.append(f"  {stage}: {', then '.join(tried)}")
     lines.append("A room that does not serve some arguments says so when it is asked for by name; auto passes it over.")
     return "\n".join(lines)
 
 
-def _named(stage: str, room: str) -> str:
-    return f"{room} ({BEST_FOR[stage, room]})" if (stage, room) in BEST_FOR else room
+def _described(stage: str, room: str, shut: bool) -> str:
+    remarks = [BEST_FOR.get((stage, room), ""), "does not serve here" if shut else ""]
+    remark = "; ".join(filter(None, remarks))
+    return f"{room} ({remark})" if remark else room
 
 
 def why_not(stage: str, room: str, device: torch.device | None = None) -> str | None:
