@@ -108,12 +108,19 @@ def _entry(table: str, way: Way, labels: dict[str, Any], step: Work | None = Non
 
 
 def _share(way: Way, step: Work, gpu: Gpu) -> dict[str, float]:
-    """Of a decode step: launched by the host, in a graph, and launched with nothing overlapping anything."""
+    """Of a decode step: launched by the host and in a graph, then the same with nothing overlapping anything."""
     whole = predict(step, gpu).seconds
     host, graph = (predict(way.work, gpu, unit=way.unit, graphs=graphs) for graphs in (False, True))
-    apart = host.memory + host.arithmetic + host.launch
-    return {"launched": host.seconds / whole, "graph": graph.seconds / whole, "apart": apart / whole}
+    return {
+        "launched": host.seconds / whole,
+        "graph": graph.seconds / whole,
+        "launched apart": (host.memory + host.arithmetic + host.launch) / whole,
+        "graph apart": (graph.memory + graph.arithmetic + graph.launch) / whole,
+    }
 
+
+# The lengths that a page shows of a geometry; 8192 where none is named.
+_CHOSEN = {HEADLINE: (512, HEADLINE_LENGTH, 32768)}
 
 _TITLES = {
     "decode": f"predicted, not timed: {LAYERS} layers in a decode step of {HEADLINE}, {HEADLINE_LENGTH} keys, one row",
@@ -127,7 +134,7 @@ def tables(found: list[Entry]) -> list[Table]:
     for title, heads, rows in _laid_out(found):
         table = Table(title=title)
         for head in heads:
-            table.add_column(head, justify="left" if head in ("way", "geometry") else "right")
+            table.add_column(head, justify="left" if head in ("way", "geometry", "room") else "right")
         for row in rows:
             table.add_row(*row)
         shown.append(table)
@@ -135,13 +142,13 @@ def tables(found: list[Entry]) -> list[Table]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The tables with the headline's geometry at every length and the others at 8192 keys, and the command in front."""
+    """A choice of lines: the headline's geometry at three lengths, the others at one."""
     chosen = [
         entry
         for entry in report["results"]
-        if entry["table"] != "capture" or entry["labels"]["geometry"] == HEADLINE or entry["labels"]["S"] == 8192
+        if entry["table"] != "capture" or entry["labels"]["S"] in _CHOSEN.get(entry["labels"]["geometry"], (8192,))
     ]
-    parts = [f"Command: `{report['command']}`\n"]
+    parts = []
     for title, heads, rows in _laid_out(chosen):
         body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(
@@ -159,7 +166,8 @@ def _laid_out(found: list[Entry]) -> Iterator[tuple[str, list[str], list[list[st
         work = ["MB", "MFLOP", "launches"]
         if table == "capture":
             beside = list(dict.fromkeys(entry["way"] for entry in chosen if not entry["way"].startswith("capture")))
-            heads = ["geometry", "S", "R", "way", *work, *(f"{name}, us" for name in GPUS), *beside]
+            times = [f"{name}: {' / '.join(GPUS)}" for name in beside]
+            heads = ["geometry", "S", "R", "room", *work, *(f"{name}, us" for name in GPUS), *times]
             yield title, heads, list(_captured(chosen, beside))
         else:
             heads = ["way", *work, *(f"{name}, us" for name in GPUS)]
@@ -207,4 +215,4 @@ def _cell(predicted: dict[str, Any]) -> str:
 
 def _times(other: Entry, own: Entry, gpu: str) -> str:
     seconds = [entry["predicted"][gpu]["launched"]["seconds"] for entry in (other, own)]
-    return f"x {_figure(seconds[0] / seconds[1])}"
+    return f"x{_figure(seconds[0] / seconds[1])}"
