@@ -18,6 +18,7 @@ from benchmarks.cases import GEOMETRIES, Case, problem
 from carve_kernels.roofline import GPUS, GRAPH_LAUNCH, LAUNCH, UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.work import Work
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 GPU = Gpu("one", bandwidth=1e12, matrix=1e14, vector=1e13)
 CASE = Case("smolvlm", 96, 3, "bf16")
 
@@ -198,3 +199,29 @@ def test_the_command_writes_what_it_predicts(tmp_path: Path, monkeypatch: pytest
     assert len(titles) == 3 and all("Predicted, not timed" in title for title in titles)
     assert "| capture, cuda | 1 | 1 | 2 | 8 launch; graph 3 launch (0.11%) |" in page
     assert "predicted, not timed" in result.output
+
+
+def page() -> tuple[str, str, str]:
+    """The docs before the tables, the tables, and the docs behind them."""
+    text = PAGE.read_text(encoding="utf-8")
+    start = text.index("### Predicted, not timed: ")
+    end = text.find("\n## ", start)
+    return text[:start], text[start:] if end < 0 else text[start:end], "" if end < 0 else text[end:]
+
+
+def predicted() -> str:
+    found = roofline.measure(list(GEOMETRIES), [512, 4096, 8192, 32768], lambda _done: None)
+    return roofline.markdown({"results": found})
+
+
+def test_the_docs_show_what_the_kernels_count() -> None:
+    """After a change on purpose: `python -m tests.test_roofline` writes the tables anew, and the prose wants a look."""
+    for stage, room in UNITS:
+        if not counts_its_work(stage, room):
+            pytest.skip(f"{room} does not count the work of {stage}")
+    assert page()[1].rstrip() == predicted().rstrip()
+
+
+if __name__ == "__main__":
+    before, _, behind = page()
+    PAGE.write_text(f"{before}{predicted().rstrip()}\n{behind}", encoding="utf-8")
