@@ -53,6 +53,8 @@ def _show(report: dict[str, Any]) -> list[str]:
         console.print(_times(report))
     if machine["device"].startswith("cuda") and report["gpu"] is None:
         console.print("No prediction: neither the name nor the memory of this GPU tells its rates.")
+    if all(entry["room"] == "reference" for entry in report["checks"]):
+        console.print(Text("No kernel serves this device: the reference alone was checked.", style="yellow"))
     wrong = []
     for entry in report["checks"]:
         if entry["right"] is False:

@@ -47,6 +47,7 @@ def test_the_rooms_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> None:
     assert all(entry["seconds"]["median"] > 0 and entry["predicted"] is None for entry in found["timings"])
     machine = found["machine"]
     assert machine["device"] == "cpu" and machine["versions"]["torch"] and machine["threads"] >= 1
+    assert "No kernel serves" not in done.stdout
     assert "predicted, not timed" in done.stdout and "median (p10 to p90)" in done.stdout
 
 
@@ -78,6 +79,7 @@ def test_a_room_that_is_not_there_is_told(carve: Invoke, tmp_path: Path, monkeyp
     done = carve("check", "--device", "cpu", "--quick", "-o", tmp_path / "check.json")
     assert done.exit_code == 0, done.output
     assert "is not built; build it" in " ".join(done.stdout.replace("│", " ").split())
+    assert "No kernel serves this device: the reference alone was checked." in done.stdout
     found = report_of(tmp_path / "check.json")
     assert {entry["room"] for entry in found["checks"]} == {"reference"}
     assert [cell["shut"] for cell in found["rooms"] if cell["room"] == "cpu"] == [cpu.unavailable()] * 3
