@@ -162,6 +162,34 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
     assert found.graph is None and found.why_no_graph == "CUDA graphs are for CUDA devices"
 
 
+@contextlib.contextmanager
+def serving_a_cpu(room: str, stage: str) -> Iterator[None]:
+    """A GPU room whose kernels run on the CPU: Triton's in its interpreter, CUDA's in the emulator."""
+    if room == "cuda":
+        emulator = pytest.importorskip("tests.cuda.emulator")
+        with emulator.serving(stage):
+            yield
+    elif reason := backends.why_not(stage, room, CPU):
+        pytest.skip(reason)
+    else:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("room", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
+)
+def test_the_kernels_for_a_gpu_pass_the_small_cases(room: str, stage: str) -> None:
+    if SUPPORT[stage][room] is not None:
+        pytest.skip(SUPPORT[stage][room])
+    with serving_a_cpu(room, stage):
+        small = [trial for build in trials(quick=True) if (trial := build()).stage == stage and trial.sizes is None]
+        found = [selfcheck._check(trial, room, CPU) for trial in small]
+    assert [entry for entry in found if entry["right"] is False] == []
+    # The CUDA room leaves more than eight rows to Triton.
+    assert sum(entry["right"] is None for entry in found) == (2 if (room, stage) == ("cuda", "capture") else 0)
+    assert len(found) > 5
+
+
 class Event:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
