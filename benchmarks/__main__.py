@@ -1,4 +1,7 @@
-"""`python -m benchmarks capture | cpu | engine`: answers checked, opponents timed in turns, tables, JSON."""
+"""`python -m benchmarks capture | cpu | engine`: answers checked, opponents timed in turns, tables, JSON.
+
+`python -m benchmarks roofline` predicts for GPUs and times nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import bench_capture, bench_cpu, bench_engine, cases, lines, machine
+from benchmarks import roofline as rooflines
 from benchmarks.answers import WrongAnswer
 from benchmarks.models import Shape
 from carve_kernels.models import small
+from carve_kernels.roofline import GPUS
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -39,10 +44,7 @@ def capture(
     output: Output = None,
 ) -> None:
     """One call of capture beside eager attention, today's idiom, the best of plain torch and a read of the keys."""
-    unknown = set(geometry or ()) - set(cases.GEOMETRIES)
-    if unknown:
-        raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
-    chosen = list(cases.standard(geometry or cases.GEOMETRIES, cases.FULL_LENGTHS if full else cases.LENGTHS))
+    chosen = list(cases.standard(_geometries(geometry), cases.FULL_LENGTHS if full else cases.LENGTHS))
     if quick:
         chosen, rounds = cases.QUICK, 3
     with _reporting("capture", output, threads, bench_capture.tables) as report, _progress(len(chosen)) as advance:
@@ -102,6 +104,24 @@ def engine(
         }
 
 
+@app.command()
+def roofline(
+    geometry: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.GEOMETRIES)}; all.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Keys, again and again; 512 to 32768.")] = None,
+    output: Output = None,
+    markdown: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a choice of the tables there.")] = None,
+) -> None:
+    """Predicted, not timed: what the GPU rooms move and compute, what that takes at least, and the bound."""
+    _check_output("--markdown", markdown)
+    chosen, lengths = _geometries(geometry), length or list(rooflines.LENGTHS)
+    total = 1 + len(chosen) * len(lengths) * len(rooflines.ROWS)
+    with _reporting("roofline", output, None, rooflines.tables) as report, _progress(total) as advance:
+        report["gpus"] = {name: gpu._asdict() for name, gpu in GPUS.items()}
+        report["results"] = rooflines.measure(chosen, lengths, advance)
+    if markdown is not None:
+        markdown.write_text(rooflines.markdown(report))
+
+
 @contextmanager
 def _reporting(
     name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
@@ -125,6 +145,13 @@ def _reporting(
         console.print(table)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _geometries(named: list[str] | None) -> list[str]:
+    unknown = set(named or ()) - set(cases.GEOMETRIES)
+    if unknown:
+        raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
+    return named or list(cases.GEOMETRIES)
 
 
 def _check_output(option: str, path: Path | None) -> None:

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from carve_kernels.backends import cpu
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+from carve_kernels.selfcheck.timing import last_level_cache
 
 
 def describe() -> dict[str, Any]:
@@ -33,12 +31,6 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "numpy", "scipy", "pillow", "carve-kernels")},
     }
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache of a core; 64 MiB where the system does not say."""
-    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
-    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=64 * 2**20)
 
 
 def kilobytes(path: str, name: str) -> int:

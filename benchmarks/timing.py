@@ -6,32 +6,13 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.machine import last_level_cache
+from carve_kernels.selfcheck.timing import Run, Spread, last_level_cache
 
-Run = Callable[[], Any]
 Before = Callable[[Run], Any]
-
-
-class Spread(NamedTuple):
-    """What a row of measurements says: its middle, its tenth and its ninetieth percentile, how many there were."""
-
-    median: float
-    p10: float
-    p90: float
-    rounds: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        low, middle, high = np.percentile(values, (10, 50, 90)).tolist()
-        return cls(middle, low, high, len(values))
-
-    def show(self, digits: int = 3) -> str:
-        return f"{self.median:.{digits}g} ({self.p10:.{digits}g}-{self.p90:.{digits}g})"
 
 
 class Flush:

@@ -30,22 +30,28 @@ def tensor(
     name: str, value: Any, *, shape: tuple[int | str | None, ...], dtypes: Collection[torch.dtype]
 ) -> torch.Tensor:
     """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    have = value.shape
-    fits = len(have) == len(shape)
-    # A loop: these checks stand before every call, and any() over a generator takes three times as long.
+    # A loop, and what fits first: these checks stand before every call, and any() over a generator takes three times
+    # as long.
+    fits = isinstance(value, torch.Tensor) and len(value.shape) == len(shape)
     if fits:
-        for want, got in zip(shape, have, strict=True):
+        for want, got in zip(shape, value.shape):  # noqa: B905  (as long as each other; `strict` costs a tenth more)
             if type(want) is int and want != got:
                 fits = False
+        if fits and value.dtype in dtypes:
+            return value
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
     if not fits:
         wanted = "[" + ", ".join(str(size) for size in shape) + "]"
         raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
-    if value.dtype not in dtypes:
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
-    return value
+    names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+    raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
+
+
+def device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Check that a tensor is on the device of the query."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} as the query, got one on {value.device}")
 
 
 def number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> float:

@@ -78,3 +78,13 @@ def _fixed_seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m` no item for a GPU is selected: `pytest -m gpu` runs them, the same bodies on another device."""
+    config.option.markexpr = config.option.markexpr or "not gpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")

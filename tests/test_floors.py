@@ -18,7 +18,7 @@ FLOORS = {
     0: ("types", "checks", "schemas", "work", "extension", "region_buffers"),
     1: ("backends",),
     2: ("ops", "picture"),
-    3: ("pipeline", "presets", "maps", "complexity"),
+    3: ("pipeline", "presets", "maps", "complexity", "roofline", "selfcheck"),
     4: ("hf", "models"),
     5: ("cli", "__main__"),
 }

@@ -1,4 +1,4 @@
-"""The command line: carve-kernels demo, run, doctor."""
+"""The command line: carve-kernels demo, run, doctor, check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 import typer.core
 
 from carve_kernels import __version__
+from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
 from carve_kernels.cli.output import exit_code, fail
@@ -59,3 +60,4 @@ def main(
 app.command()(demo)
 app.command(no_args_is_help=True)(run)
 app.command()(doctor)
+app.command()(check)

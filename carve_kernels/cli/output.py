@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "triton", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "safetensors")
 
@@ -57,6 +61,21 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU where torch sees one. Raises ValueError for one that cannot be used."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    # torch without CUDA asserts.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
+    return device
 
 
 @contextmanager

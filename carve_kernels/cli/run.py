@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from carve_kernels.cli.output import device_of
+
 if TYPE_CHECKING:
     from carve_kernels.presets import Preset
 
@@ -101,7 +103,7 @@ def run(
         output,
         Question(opened, question),
         {name: settings},
-        lambda: _load(model, dtype, _device(device), attn, allow_pickle),
+        lambda: _load(model, dtype, device_of(device), attn, allow_pickle),
         backend=backend,
         max_image_pixels=limit,
     )
@@ -163,20 +165,6 @@ def _base(preset: str | None, directory: Path) -> tuple[str, Preset]:
     except (OSError, ValueError) as error:
         raise ValueError(f"preset: {path} cannot be read as JSON ({error})") from error
     return path.stem, Preset.from_dict(values)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    # torch without CUDA asserts.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
-    return device
 
 
 def _load(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:

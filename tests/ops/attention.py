@@ -2,88 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from carve_kernels.selfcheck.planted import Case as Case
+from carve_kernels.selfcheck.planted import exact as exact
+from carve_kernels.selfcheck.planted import planted as planted
+from carve_kernels.selfcheck.planted import poisoned as poisoned
 from carve_kernels.types import Capture
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem of capture: sizes, options and a seed."""
-
-    batch: int = 2
-    query_heads: int = 6
-    key_heads: int = 2
-    rows: int = 3
-    keys: int = 77
-    size: int = 64
-    tokens: int = 19
-    dtype: torch.dtype = torch.float32
-    view: str = "mask"  # mask, head mask, positions, all
-    softcap: float | None = None
-    window: int | None = None
-    sink: bool = False
-    ragged: bool = True
-    gain: float = 3.0
-    seed: int = 0
-
-    def but(self, **changes: Any) -> Case:
-        return replace(self, **changes)
-
-
-def planted(case: Case) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
-    """Arguments of `capture`: the query is a transposed view, the keys a slice of a longer cache that holds NaN."""
-    random = torch.Generator().manual_seed(case.seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random)
-
-    query = normal(case.batch, case.rows, case.query_heads, case.size)
-    cache = torch.full((case.batch, case.key_heads, case.keys + 5, case.size + 8), float("nan"))
-    cache[:, :, : case.keys, : case.size] = normal(case.batch, case.key_heads, case.keys, case.size)
-    loved = torch.randint(0, max(case.keys, 1), (max(case.keys // 7, 1),), generator=random)
-    if case.keys:
-        # A few keys point to where the queries of the group look, so that the map is not flat.
-        group = case.query_heads // case.key_heads
-        toward = query.mean(1).view(case.batch, case.key_heads, group, case.size).mean(2)
-        cache[:, :, loved, : case.size] += case.gain * toward[:, :, None]
-    cache, query = cache.to(case.dtype), query.to(case.dtype)
-    key = cache[:, :, : case.keys, : case.size]
-    tokens = torch.randint(0, max(case.keys, 1), (case.batch, case.tokens), generator=random, dtype=torch.int32)
-    if case.tokens and case.keys:
-        tokens[:, : min(len(loved), case.tokens)] = loved[: case.tokens].to(torch.int32)
-    if case.ragged and case.tokens > 3:
-        tokens[-1, -2:] = -1
-    options: dict[str, Any] = {"scale": case.size**-0.5, "softcap": case.softcap}
-    if case.view in ("mask", "head mask"):
-        heads = case.query_heads if case.view == "head mask" else 1
-        mask = torch.rand(case.batch, heads, case.rows, case.keys, generator=random) < 0.7
-        mask[..., loved] = True
-        if case.batch > 1 and case.keys > 2:
-            # Left padding: nobody looks there, so anything may stand there.
-            mask[-1, :, :, :2] = False
-            key[-1, :, 0], key[-1, :, 1] = float("inf"), float("nan")
-        options["mask"] = mask
-    elif case.view == "positions":
-        low = min(case.keys - 1, max(case.keys // 2, 0))
-        options["positions"] = torch.randint(low, max(case.keys, 1), (case.batch, case.rows), generator=random)
-        options["window"] = case.window
-    if case.sink:
-        options["sink"] = normal(case.query_heads)
-    return (query.transpose(1, 2), key, tokens), options
-
-
-def exact(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]) -> tuple[Any, Any]:
-    """The same arguments in float64, for the reference."""
-    query, key, tokens = arguments
-    wide = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in options.items()
-    }
-    return (query.double(), key.double(), tokens), wide
 
 
 def textbook(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]) -> Capture:
@@ -119,13 +46,3 @@ def textbook(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options
             share = used[used > 0] / mass[b, r]
             entropy[b, r] = -(share * share.log()).sum() / torch.tensor(float(len(used))).double().log()
     return Capture(mean, mass, entropy)
-
-
-def poisoned(case: Case, heads: str = "mean") -> Capture:
-    """Output tensors full of NaN."""
-    middle = (case.query_heads,) if heads == "each" else ()
-    nan = float("nan")
-    rows = (case.batch, case.rows)
-    return Capture(
-        torch.full((case.batch, *middle, case.rows, case.tokens), nan), torch.full(rows, nan), torch.full(rows, nan)
-    )

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
 
 from carve_kernels import BackendUnavailable
-from carve_kernels.backends import ROOMS, SUPPORT, resolve
+from carve_kernels.backends import PREFERRED, ROOMS, SUPPORT, resolve
+from carve_kernels.selfcheck.planted import maps as maps
 
 CPU = torch.device("cpu")
-
-
-def maps(
-    grid: tuple[int, int], *, layers: int = 3, steps: int = 2, seed: int = 0, spot: tuple[int, int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Task and general maps [layers, steps, N] in float32, about 1e-4 in size, with strides that are not dense."""
-    random = torch.Generator().manual_seed(seed)
-    rows, columns = grid
-    store = torch.full((2, layers, rows * columns, steps + 1, 2), float("nan"))
-    task, general = (part[:, :, :steps, 1].transpose(1, 2) for part in store)
-    sinks = torch.ones(rows * columns).index_fill(0, torch.tensor([0, rows * columns - 1]), 40.0)
-    for part in (task, general):
-        part.copy_(1e-4 * sinks * torch.empty(part.shape).exponential_(1.0, generator=random).add(0.5))
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    row, column = spot if spot is not None else (rows // 3, 2 * columns // 3)
-    bump = torch.exp(-((y - row) ** 2 + (x - column) ** 2) / 4.0).flatten()
-    task.mul_(1 + 25 * bump)
-    return task, general
 
 
 def rooms(stage: str) -> list[str]:
@@ -41,10 +25,17 @@ def _serves_the_cpu(room: str) -> bool:
     return room == "cuda" or not devices or "cpu" in devices
 
 
-def serving(stage: str, room: str, *args: torch.Tensor, **options: object) -> str:
-    """The room, or a skipped test where it cannot serve."""
+def on_gpu(stage: str) -> list[Any]:
+    """The rooms that claim a stage and serve tensors on a GPU, as parameters for `pytest -m gpu`: "cuda on gpu"."""
+    names = [room for room in (*PREFERRED["cuda"], "reference") if SUPPORT[stage][room] is None]
+    return [pytest.param(f"{room} on gpu", marks=pytest.mark.gpu) for room in names]
+
+
+def serving(stage: str, name: str, *args: torch.Tensor, **options: object) -> str:
+    """The room of a name, which may end in "on gpu", or a skipped test where it cannot serve."""
+    room, _, device = name.partition(" on ")
     try:
-        resolve(stage, room, CPU, *args, **options)
+        resolve(stage, room, torch.device("cuda") if device else CPU, *args, **options)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     return room

@@ -17,7 +17,7 @@ from carve_kernels.backends.cuda.work import MOST_ROWS
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
 from tests.ops.attention import Case, exact, planted, poisoned, textbook
-from tests.ops.planted import rooms, serving
+from tests.ops.planted import on_gpu, rooms, serving
 from tests.tolerances import correlation, roundings
 
 CASES = {
@@ -54,14 +54,15 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
 
 # The compiled room once for each set of instructions: "cpu avx2".
 ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
+ROOMS += on_gpu("capture")
 
 
 @contextmanager
 def entered(name: str) -> Iterator[str]:
     """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
-    room, *isa = name.split()
+    room, *isa = [name] if name.endswith(" on gpu") else name.split()
     arguments, options = planted(Case())
-    serving("capture", room, *arguments, **options)
+    room = serving("capture", room, *arguments, **options)
     if not isa:
         yield room
         return
@@ -249,6 +250,11 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "key heads": (ValueError, "key: expected a number of heads that divides", {"key": torch.zeros(2, 4, 77, 64)}),
     "tokens float": (TypeError, "tokens: expected dtype", {"tokens": torch.zeros(2, 3)}),
     "tokens 1-D": (ValueError, "tokens: expected shape", {"tokens": torch.zeros(3, dtype=torch.int32)}),
+    "tokens elsewhere": (
+        ValueError,
+        "tokens: expected a tensor on cpu as the query, got one on meta",
+        {"tokens": torch.zeros(2, 3, dtype=torch.int32, device="meta")},
+    ),
     "mask float": (TypeError, "mask: expected dtype", {"mask": torch.zeros(2, 1, 3, 77)}),
     "mask heads": (ValueError, "mask: expected 1 or 6", {"mask": torch.ones(2, 2, 3, 77, dtype=torch.bool)}),
     "mask keys": (ValueError, "mask: expected shape", {"mask": torch.ones(2, 1, 3, 76, dtype=torch.bool)}),
@@ -261,6 +267,12 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "sink": (ValueError, "sink: expected shape", {"sink": torch.zeros(5)}),
     "lse": (ValueError, "lse: expected shape", {"lse": torch.zeros(2, 3, 6)}),
     "backend": (ValueError, "backend: expected one of", {"backend": "gpu"}),
+    "mask elsewhere": (
+        ValueError,
+        "mask: expected a tensor on cpu as the query",
+        {"mask": torch.ones(2, 1, 3, 77, dtype=torch.bool, device="meta")},
+    ),
+    "inf": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.inf)}),
     "nan": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.nan)}),
 }
 
@@ -272,6 +284,13 @@ def test_bad_arguments_are_named(name: str) -> None:
     given_arguments = {"query": query, "key": key, "tokens": tokens, **options, **changes}
     with pytest.raises(error, match=message):
         capture(**given_arguments)
+
+
+def test_a_sum_that_overflows_is_no_fault_of_the_query() -> None:
+    (query, key, tokens), options = planted(Case(dtype=torch.float16))
+    query = query.abs().clamp(1.0, 2.0) * 100
+    assert query.sum() == torch.inf
+    assert bool(capture(query, key, tokens, **options, check=True).maps.isfinite().all())
 
 
 def test_bad_layers_are_named() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from carve_kernels import BackendUnavailable, contrast
 from carve_kernels.backends.reference import contrast as reference
-from tests.ops.planted import maps, rooms, serving
+from tests.ops.planted import maps, on_gpu, rooms, serving
 from tests.tolerances import correlation, relative, roundings
 
 CASES = [
@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=rooms("contrast"))
+@pytest.fixture(params=[*rooms("contrast"), *on_gpu("contrast")])
 def room(request: pytest.FixtureRequest) -> str:
     task, general = maps((2, 2))
     options = {"lam": "mean", "layer_weights": None, "step_weights": None, "normalize": "none"}

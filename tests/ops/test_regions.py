@@ -13,10 +13,10 @@ from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
 from carve_kernels.types import Regions
-from tests.ops.planted import maps, rooms, serving
+from tests.ops.planted import maps, on_gpu, rooms, serving
 
 
-@pytest.fixture(params=rooms("regions"))
+@pytest.fixture(params=[*rooms("regions"), *on_gpu("regions")])
 def room(request: pytest.FixtureRequest) -> str:
     options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
     return serving("regions", request.param, torch.rand(4, 4), **options)

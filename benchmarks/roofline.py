@@ -1,0 +1,218 @@
+"""What the GPU rooms cost at least, beside eager attention, today's idiom and FlashAttention: predicted, not timed.
+
+Six captured layers of Qwen2.5-VL-7B at 4096 keys are the headline; `python -m benchmarks roofline` gives the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from benchmarks import opponents
+from benchmarks.cases import GEOMETRIES, VISUAL_SHARE, Case
+from carve_kernels.roofline import GPUS, UNITS, Gpu, Unit, predict, work_of
+from carve_kernels.work import Work
+
+LAYERS = 6
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+ROWS = (1, 8, 32)
+HEADLINE, HEADLINE_LENGTH = "qwen2.5-vl-7b", 4096
+# The CUDA room serves so many rows at most.
+FEW_ROWS = 8
+# Maps of a picture of 1024 x 1024 pixels on a grid of 32 x 32 tokens, six layers and eight steps.
+GRID, STEPS, SIDE = 32, 8, 1024
+
+# The language model of Qwen2.5-VL-7B, 7.6 B parameters with the table of embeddings, of which a step reads one row.
+DEPTH, HIDDEN, INNER, VOCABULARY = 28, 3584, 18944, 152064
+
+Entry = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """One way to an answer: its name, its work, and the units of the GPU that do its arithmetic."""
+
+    name: str
+    work: Work
+    unit: Unit = "matrix"
+
+
+def decode_step(keys: int) -> Work:
+    """One decode step of the model in bf16: weights and cache once, launches free: the fastest step there can be."""
+    heads, key_heads, size = GEOMETRIES[HEADLINE]
+    projections = 2 * HIDDEN * heads * size + 2 * HIDDEN * key_heads * size
+    weights = DEPTH * (projections + 3 * HIDDEN * INNER) + VOCABULARY * HIDDEN
+    cache = DEPTH * 2 * keys * key_heads * size
+    return Work(2 * (weights + cache), 0, 2 * weights + DEPTH * 4 * keys * heads * size, 0)
+
+
+def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Way]:
+    """Capture of several layers of a batch of one, by every room that counts its work."""
+    heads, key_heads, size = GEOMETRIES[case.geometry]
+    sizes = {"layers": layers, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": case.rows}
+    sizes |= {"keys": case.length, "size": size, "tokens": int(VISUAL_SHARE * case.length), "element_bytes": 2}
+    for room in ("cuda", "triton"):
+        work = None if room == "cuda" and case.rows > FEW_ROWS else work_of("capture", room, **sizes, lse=lse)
+        if work is not None:
+            yield Way(f"capture, {room}{', with lse' if lse else ''}", work, UNITS["capture", room])
+
+
+def others(case: Case, layers: int = LAYERS) -> Iterator[Way]:
+    """The same layers by those who take other roads; eager attention and FlashAttention over all rows of a prefill."""
+    yield Way("today's idiom", _layers(opponents.idiom(case), layers))
+    yield Way("FlashAttention, prefill", _layers(opponents.flash(case), layers))
+    yield Way("eager, prefill", _layers(opponents.eager(case, case.length), layers))
+
+
+def _layers(work: Work, layers: int) -> Work:
+    return Work(*(layers * count for count in work))
+
+
+def pixels() -> Iterator[Way]:
+    work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(SIDE, SIDE))
+    if work is not None:
+        yield Way("contrast, triton", work, UNITS["contrast", "triton"])
+    work = work_of("regions", "cuda", height=SIDE, width=SIDE)
+    if work is not None:
+        yield Way("regions, cuda", work, UNITS["regions", "cuda"])
+
+
+def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], None]) -> list[Entry]:
+    """Every line of every table."""
+    step = decode_step(HEADLINE_LENGTH)
+    case = Case(HEADLINE, HEADLINE_LENGTH, 1, "bf16")
+    found = [_entry("decode", Way("the whole step", step), {}, step)]
+    for way in (*captures(case), *captures(case, lse=True)):
+        found.append(_entry("decode", way, {}, step))
+    found.append(_entry("decode", Way("today's idiom", _layers(opponents.idiom(case), LAYERS)), {}, step))
+    found.append(_entry("decode", Way("eager attention", _layers(opponents.eager(case, 1), LAYERS)), {}, step))
+    advance("decode step")
+    for geometry, length, rows in product(geometries, lengths, ROWS):
+        case = Case(geometry, length, rows, "bf16")
+        labels = {"geometry": geometry, "S": length, "R": rows}
+        found += [_entry("capture", way, labels) for way in (*captures(case), *others(case))]
+        advance(str(case))
+    return found + [_entry("pixels", way, {}) for way in pixels()]
+
+
+def _entry(table: str, way: Way, labels: dict[str, Any], step: Work | None = None) -> Entry:
+    predicted = {}
+    for gpu in GPUS.values():
+        host, graph = (predict(way.work, gpu, unit=way.unit, graphs=graphs) for graphs in (False, True))
+        predicted[gpu.name] = {"launched": host._asdict(), "graph": graph._asdict()}
+        if step is not None:
+            predicted[gpu.name]["share"] = _share(way, step, gpu)
+    return {"table": table, "way": way.name, "labels": labels, "work": way.work._asdict(), "predicted": predicted}
+
+
+def _share(way: Way, step: Work, gpu: Gpu) -> dict[str, float]:
+    """Of a decode step: launched by the host and in a graph, then the same with nothing overlapping anything."""
+    whole = predict(step, gpu).seconds
+    host, graph = (predict(way.work, gpu, unit=way.unit, graphs=graphs) for graphs in (False, True))
+    return {
+        "launched": host.seconds / whole,
+        "graph": graph.seconds / whole,
+        "launched apart": (host.memory + host.arithmetic + host.launch) / whole,
+        "graph apart": (graph.memory + graph.arithmetic + graph.launch) / whole,
+    }
+
+
+# The lengths that a page shows of a geometry; 8192 where none is named.
+_CHOSEN = {HEADLINE: (512, HEADLINE_LENGTH, 32768)}
+
+_TITLES = {
+    "decode": f"predicted, not timed: {LAYERS} layers in a decode step of {HEADLINE}, {HEADLINE_LENGTH} keys, one row",
+    "capture": f"predicted, not timed: capture of {LAYERS} layers, {VISUAL_SHARE:.0%} visual tokens, bf16",
+    "pixels": f"predicted, not timed: {LAYERS} x {STEPS} maps of {GRID} x {GRID} tokens on {SIDE} x {SIDE} pixels",
+}
+
+
+def tables(found: list[Entry]) -> list[Table]:
+    shown = []
+    for title, heads, rows in _laid_out(found):
+        table = Table(title=title)
+        for head in heads:
+            table.add_column(head, justify="left" if head in ("way", "geometry", "room") else "right")
+        for row in rows:
+            table.add_row(*row)
+        shown.append(table)
+    return shown
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A choice of lines: the headline's geometry at three lengths, the others at one."""
+    chosen = [
+        entry
+        for entry in report["results"]
+        if entry["table"] != "capture" or entry["labels"]["S"] in _CHOSEN.get(entry["labels"]["geometry"], (8192,))
+    ]
+    parts = []
+    for title, heads, rows in _laid_out(chosen):
+        body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(
+            f"### {title[0].upper()}{title[1:]}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n{body}\n"
+        )
+    return "\n".join(parts)
+
+
+def _laid_out(found: list[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headings and rows of each table; a capture has its opponents in columns beside it."""
+    for table, title in _TITLES.items():
+        chosen = [entry for entry in found if entry["table"] == table]
+        if not chosen:
+            continue
+        work = ["MB", "MFLOP", "launches"]
+        if table == "capture":
+            beside = list(dict.fromkeys(entry["way"] for entry in chosen if not entry["way"].startswith("capture")))
+            times = [f"{name}: {' / '.join(GPUS)}" for name in beside]
+            heads = ["geometry", "S", "R", "room", *work, *(f"{name}, us" for name in GPUS), *times]
+            yield title, heads, list(_captured(chosen, beside))
+        else:
+            heads = ["way", *work, *(f"{name}, us" for name in GPUS)]
+            yield (
+                title,
+                heads,
+                [[entry["way"], *_counts(entry), *map(_cell, entry["predicted"].values())] for entry in chosen],
+            )
+
+
+def _captured(chosen: list[Entry], beside: list[str]) -> Iterator[list[str]]:
+    by_labels: dict[tuple[Any, ...], dict[str, Entry]] = {}
+    for entry in chosen:
+        by_labels.setdefault(tuple(entry["labels"].values()), {})[entry["way"]] = entry
+    for labels, ways in by_labels.items():
+        for name, entry in ways.items():
+            if name not in beside:
+                cells = map(_cell, entry["predicted"].values())
+                times = [" / ".join(_times(ways[other], entry, gpu) for gpu in GPUS) for other in beside]
+                yield [*map(str, labels), name.removeprefix("capture, "), *_counts(entry), *cells, *times]
+
+
+def _counts(entry: Entry) -> list[str]:
+    work = Work(**entry["work"])
+    return [
+        _figure((work.read_bytes + work.written_bytes) / 1e6),
+        _figure(work.operations / 1e6),
+        str(work.launches or "free"),
+    ]
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _cell(predicted: dict[str, Any]) -> str:
+    """Time and bound with launches by the host, then in a graph where that helps, and the share of a step."""
+    host, graph = predicted["launched"], predicted["graph"]
+    text = f"{_figure(1e6 * host['seconds'])} {host['bound']}"
+    if graph["seconds"] < host["seconds"]:
+        text += f"; graph {_figure(1e6 * graph['seconds'])} {graph['bound']}"
+    share = predicted.get("share", {"launched": 1.0})
+    return text if share["launched"] == 1.0 else f"{text} ({share['launched']:.2%})"
+
+
+def _times(other: Entry, own: Entry, gpu: str) -> str:
+    seconds = [entry["predicted"][gpu]["launched"]["seconds"] for entry in (other, own)]
+    return f"x{_figure(seconds[0] / seconds[1])}"

@@ -1,0 +1,141 @@
+"""carve-kernels check: every kernel on a device against the reference, then its time beside the predicted one."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from carve_kernels.cli.output import device_of, one_line, results, stages, versions
+
+
+def check(
+    device: Annotated[str, typer.Option("--device", help="auto, cuda, cuda:1, cpu, ...")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few and small problems: seconds, and no real timing.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file with every case, error and time.")] = Path(
+        "check.json"
+    ),
+) -> None:
+    """Check every kernel that serves a device against the reference, time it, and write a report to send back."""
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"output: {output.absolute().parent} is no folder; choose another --output")
+    chosen = device_of(device)
+    with results(output.absolute().parent, [output.name]) as folder:
+        from carve_kernels import selfcheck
+
+        with stages(selfcheck.count(quick=quick)) as announce:
+            found = selfcheck.examine(chosen, quick=quick, announce=announce)
+        report = {"format": "carve_kernels.check/1", "quick": quick, "machine": _machine(chosen), **found}
+        text = json.dumps(report, indent=1, allow_nan=False)
+        (folder / output.name).write_text(text + "\n", encoding="utf-8")
+    wrong = _show(report)
+    print(f"Written: {output}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _show(report: dict[str, Any]) -> list[str]:
+    """Print what was found; the cases that are wrong."""
+    # A file or a pipe has no width of its own, and the default of 80 would break every cell.
+    console = Console() if Console().is_terminal else Console(width=160)
+    machine = report["machine"]
+    console.print(Text(f"{machine['device']}: {machine['name']}", style="bold"))
+    console.print(_cells(report))
+    if report["timings"]:
+        console.print(_times(report))
+    if machine["device"].startswith("cuda") and report["gpu"] is None:
+        console.print("No prediction: neither the name nor the memory of this GPU tells its rates.")
+    if all(entry["room"] == "reference" for entry in report["checks"]):
+        console.print(Text("No kernel serves this device: the reference alone was checked.", style="yellow"))
+    wrong = []
+    for entry in report["checks"]:
+        if entry["right"] is False:
+            line = f"wrong: {entry['stage']} in {entry['room']}, {entry['case']}: {one_line(entry['problem'])}"
+            console.print(Text(line, style="bold red"), soft_wrap=True)
+            wrong.append(line)
+    right = sum(entry["right"] is True for entry in report["checks"])
+    verdict = f"{len(wrong)} of {right + len(wrong)} cases are wrong." if wrong else f"All {right} cases are right."
+    console.print(Text(verdict, style="bold red" if wrong else "bold green"))
+    return wrong
+
+
+def _cells(report: dict[str, Any]) -> Table:
+    """A line for each stage and room: how many cases are right, and the one closest to its limit; or why it is shut."""
+    table = _table("Checked against the reference in float64", ("stage", "room", "right", "not served", "closest"))
+    for cell in report["rooms"]:
+        stage, room = cell["stage"], cell["room"]
+        entries = [entry for entry in report["checks"] if (entry["stage"], entry["room"]) == (stage, room)]
+        if cell["shut"] is not None:
+            table.add_row(stage, room, "-", "all", Text(one_line(cell["shut"])))
+            continue
+        judged = [entry for entry in entries if entry["right"] is not None]
+        right = [entry for entry in judged if entry["right"]]
+        shares = [(entry["error"] / entry["allowed"], entry) for entry in right if entry["allowed"]]
+        closest = "identical" if right and not shares else "-"
+        if shares:
+            share, entry = max(shares, key=lambda pair: pair[0])
+            closest = f"{entry['error']:.1e} of {entry['allowed']:.1e} ({share:.0%}): {entry['case']}"
+        shown = Text(f"{len(right)} of {len(judged)}", style="green" if len(right) == len(judged) else "bold red")
+        table.add_row(stage, room, shown, str(len(entries) - len(judged)), Text(closest))
+    return table
+
+
+def _times(report: dict[str, Any]) -> Table:
+    heads = ("stage", "room", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
+    table = _table("Timed behind flushed caches: median (p10 to p90)", heads)
+    for entry in report["timings"]:
+        predicted, ratio = "-", "-"
+        if entry["predicted"] is not None:
+            least = entry["predicted"]["device"]
+            predicted = f"{_figure(1e6 * least['seconds'])} {least['bound']}"
+            ratio = f"{entry['seconds']['median'] / least['seconds']:.3g}"
+        spreads = (_spread(entry[name]) for name in ("seconds", "graph", "host"))
+        table.add_row(entry["stage"], entry["room"], Text(entry["case"]), *spreads, predicted, ratio)
+    return table
+
+
+def _spread(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "-"
+    low, middle, high = (1e6 * spread[name] for name in ("p10", "median", "p90"))
+    return f"{_figure(middle)} ({_figure(low)} to {_figure(high)})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _machine(device: Any) -> dict[str, Any]:
+    """What the numbers were found on."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": str(device),
+        "name": platform.processor() or platform.machine(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
+        more = ("memory_clock_rate", "memory_bus_width", "clock_rate")
+        facts |= {name: getattr(properties, name, None) for name in (*names, *more)}
+    return facts
