@@ -15,7 +15,7 @@ MODULES = {
 }
 
 FLOORS = {
-    0: ("types", "checks", "schemas", "work"),
+    0: ("types", "checks", "files", "schemas", "work"),
     1: ("backends",),
     2: ("ops", "picture"),
     3: ("pipeline", "presets", "maps", "complexity"),
