@@ -111,7 +111,7 @@ class CarveResult:
     """What the engine found out about one image and one question.
 
     `entropy` holds H / ln N of the task map for each captured layer; `seconds` the time of each stage; `reason` says
-    why the whole image was kept, or is None.
+    why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted.
     """
 
     question: str

@@ -1,4 +1,4 @@
-"""What `generate` would decide with: its settings, its processors of logits, its criteria of stopping, its positions."""
+"""What `generate` would decide with: its settings, its processors of logits, its criteria of stopping, positions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
 
 def stop_texts(config: Any, processor: Any) -> dict[str, Any]:
     """What `generate` wants beside a config that ends answers at certain texts."""
-    return {} if not config.stop_strings or processor is None else {"tokenizer": getattr(processor, "tokenizer", processor)}
+    if not config.stop_strings or processor is None:
+        return {}
+    return {"tokenizer": getattr(processor, "tokenizer", processor)}
 
 
 @contextmanager

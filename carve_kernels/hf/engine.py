@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.joint import Outcome
-from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.loading import preset_of
-from carve_kernels.hf.looking import Final, Looker, Prompt, Request, Seen
+from carve_kernels.hf.looking import Looker, Seen
 from carve_kernels.hf.memory import Memory, memory_of
-from carve_kernels.hf.pictures import Pictures
-from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image
+from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
+from carve_kernels.hf.requests import Final, Request, make_final, make_request
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import CarveOutcome, carve
@@ -47,7 +45,7 @@ class CarveEngine:
     max_image_pixels  the most pixels that an image may have
     memory            what is kept between questions: None keeps general maps and the prefix caches of the last pictures
                       within bounds; False keeps nothing; a folder's path keeps maps there too; or a Memory
-    plain             whether the plain answer is wanted; without it `answer` is None, and maps of the first step alone
+    plain             whether the plain answer is wanted; without it `answer` is empty, and maps of the first step alone
                       (`t_start`, rows of the prompt) cost no layer behind the last one that is read
     ================  =================================================================================================
 
@@ -94,7 +92,7 @@ class CarveEngine:
         image: Any,
         question: Any,
         prompt: Any = None,
-        on_progress: OnProgress | None = None,
+        on_progress: Callable[..., None] | None = None,
     ) -> Any:
         if isinstance(image, (list, tuple)) or isinstance(question, (list, tuple)):
             return batch.answer_all(self, image, question, prompt, on_progress)
@@ -111,7 +109,7 @@ class CarveEngine:
         prompts: Any = None,
         *,
         tokens: int | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: batch.OnResult | None = None,
     ) -> Iterator[CarveResult | CarveFailure]:
         """The results of many pictures and questions in their order, each as soon as it is there.
 
@@ -135,32 +133,9 @@ class CarveEngine:
 
     def request(self, image: str | os.PathLike[str] | Image.Image, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""
-        checks.text("question", question)
-        if prompt is not None:
-            checks.text("prompt", prompt)
-            if self.preset.images != "refined":
-                raise ValueError(
-                    "prompt: expected None where the last question shows two images "
-                    f"(images={self.preset.images!r}), since one prompt cannot hold one image and then two; "
-                    f"got {checks.describe(prompt)}"
-                )
-        original = open_image(image, self.max_image_pixels)
-        pictures = Pictures(self.processor, unwrap(self.model).device, self.preset.max_pixels)
-        asked = self._prompt(question) if prompt is None else prompt
-        inputs, shown = pictures.inputs([original], asked)
-        task = self._located(original, asked, inputs, shown.entries)
-        instruction = self._prompt(self.preset.general_prompt)
-        inputs, same = pictures.inputs([original], instruction)
-        general = self._located(original, instruction, inputs, same.entries)
-        if self.preset.images == "refined":
-            pictures.forget()
-        words = 2 * self.preset.max_new_tokens
-        tokens = sum(each.inputs["input_ids"].shape[1] for each in (task, general)) + words
-        return Request(original, question, task, general, shown, pictures, tokens)
+        return make_request(self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels)
 
-    def answer(
-        self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None
-    ) -> list[CarveResult]:
+    def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:
         """Answer requests together; `on_stage` is called with the name of each stage before it.
 
         An exception is about all of them.
@@ -211,24 +186,17 @@ class CarveEngine:
             backend=self.backend,
         )
 
-    def _final(
-        self, request: Request, seen: Seen, outcome: CarveOutcome
-    ) -> tuple[Final | Outcome, str | None]:
+    def _final(self, request: Request, seen: Seen, outcome: CarveOutcome) -> tuple[Final | Outcome, str | None]:
         """The last question, or its answer where that is the plain one; and why the image was kept as it was."""
         plain = seen.task if self.plain else Final(request.task.inputs, request.shown, None)
-        alone, pictures = self.preset.images == "refined", request.pictures
-        if alone and outcome.reason is not None:
+        if self.preset.images == "refined" and outcome.reason is not None:
             return plain, outcome.reason
+        same = outcome.reason is not None
         try:
-            if alone:
-                inputs, shown = pictures.inputs([outcome.refined], request.task.text)
-                return Final(inputs, shown, None), outcome.reason
-            inputs, shown = pictures.inputs([request.image, outcome.refined], self._prompt(request.question, 2))
+            return make_final(self.processor, self.preset, request, outcome.refined, same), outcome.reason
         except ValueError as error:
             # A crop may be thinner than a processor takes; the looks that led to it are not thrown away.
             return plain, f"the refined image cannot be shown to the model: {error}"
-        last = pictures.alone(outcome.refined)
-        return Final(inputs, shown, request.shown if last and outcome.reason is not None else last), outcome.reason
 
     def _result(
         self,
@@ -243,7 +211,7 @@ class CarveEngine:
         return CarveResult(
             question=request.question,
             prompt=request.task.text,
-            answer=self._decoded(seen.task.ids) if self.plain else None,
+            answer=self._decoded(seen.task.ids) if self.plain else "",
             refined_answer=self._decoded(refined),
             image=request.image,
             refined=outcome.refined,
@@ -259,13 +227,6 @@ class CarveEngine:
             answer_ids=seen.task.ids if self.plain else (),
             refined_ids=refined,
         )
-
-    def _prompt(self, text: str, images: int = 1) -> str:
-        return build_prompt(self.processor, text + self.preset.suffix, images)
-
-    def _located(self, image: Image.Image, text: str, inputs: dict[str, Any], entries: Mapping[str, Any]) -> Prompt:
-        layout = layout_of(self.model, self.processor, {**inputs, **entries}, [image])
-        return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)
 
     def _decoded(self, ids: tuple[int, ...]) -> str:
         answer: str = self.processor.decode(list(ids), skip_special_tokens=True)

@@ -1,8 +1,8 @@
 """Many prompts looked at together: each picture is read once, and all answers grow by one token in one forward.
 
 The prompts of one picture are branches of a tree: they share a prefix up to (at least) the last picture, and everything
-behind it is each one's own. A forward is one row that holds the next tokens of all branches of all pictures (row.py), so
-the model's weights are read once for all of them; a branch that has ended is in no row any more.
+behind it is each one's own. A forward is one row that holds the next tokens of all branches of all pictures (row.py),
+so the model's weights are read once for all of them; a branch that has ended is in no row any more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from carve_kernels.hf.taking import maps_of
 from carve_kernels.hf.tree import Part, Tree
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
+
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -72,19 +74,21 @@ class _Growing:
     ids: torch.Tensor
     rows: Rows | None
     number: int
-    prompt: int
-    done: bool
     position: torch.Tensor
     captures: list[Capture] = field(default_factory=list)
     tokens: int = 0
 
+    def __post_init__(self) -> None:
+        self.prompt = self.ids.shape[1]
+        self.done = self.branch.words == 0
+
     def captured(self, start: int) -> torch.Tensor:
         """The columns of its prompt that the next forward captures, counted from column `start`."""
         if self.rows is None:
-            return torch.empty(0, dtype=torch.int64)
+            return _NONE
         if not self.captures:
             return self.rows.columns[0] - start
-        return torch.zeros(1 if self.rows.last else 0, dtype=torch.int64)
+        return torch.zeros(int(self.rows.last), dtype=torch.int64)
 
 
 class _Picture:
@@ -99,7 +103,7 @@ class _Picture:
             look.prefix = Prefix(growing[0].ids[0, :length].cpu())
         suffixes = sum(each.prompt - length + max(0, each.branch.words - 1) for each in growing)
         self.tree = Tree(look.prefix, length + suffixes)
-        self.tokens = None if look.layout is None else look.layout.tokens()
+        self.tokens = _NONE[None].int() if look.layout is None else look.layout.tokens()
 
     def part(self, start: int, batch: list[tuple[_Growing, int]], fresh: int = 0) -> Part:
         """The next tokens of some branches, (branch, how many), behind `fresh` tokens of the prefix."""
@@ -110,8 +114,7 @@ class _Picture:
             self.tree.grow(each.number, count)
             each.tokens += count
             end += count
-        chosen = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        return Part(self.tree, start, end, past, fresh, chosen if len(chosen) else None, self.tokens)
+        return Part(self.tree, start, end, past, fresh, torch.cat([_NONE, *rows]), self.tokens)
 
 
 class Joint:
@@ -143,9 +146,7 @@ class Joint:
                 suffix = template_suffix(self._processor) if branch.rows == "question" else 0
                 rows = resolve_rows(branch.rows, ids.cpu(), attended, look.layout.tokens(), tokenizer, suffix)
                 bounds.append(int(rows.columns.min()))
-            growing.append(
-                _Growing(branch, decision, ids, rows, number, ids.shape[1], branch.words == 0, decision.positions[..., -1:])
-            )
+            growing.append(_Growing(branch, decision, ids, rows, number, decision.positions[..., -1:]))
         first = growing[0].ids[0].cpu()
         others = [each.ids[0].cpu() for each in growing]
         length = min(*(common(first, other) for other in others), *(len(other) - 1 for other in others), *bounds)
@@ -237,9 +238,8 @@ class Joint:
 
     def _outcome(self, picture: _Picture, each: _Growing) -> Outcome:
         maps = None
-        if each.rows is not None and picture.look.layout is not None and picture.tokens is not None:
-            device = each.captures[0].maps.device
-            maps = maps_of(
-                each.captures, each.rows, picture.tokens.to(device), self._layers, self._row.dtype, picture.look.layout
-            )
+        layout = picture.look.layout
+        if each.rows is not None and layout is not None:
+            tokens = picture.tokens.to(each.captures[0].maps.device)
+            maps = maps_of(each.captures, each.rows, tokens, self._layers, self._row.dtype, layout)
         return Outcome(tuple(each.ids[0, each.prompt :].tolist()), maps, each.tokens)

@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 
 from carve_kernels.hf import apart
 from carve_kernels.hf.backbone import image_token_positions, unwrap
@@ -21,42 +20,15 @@ from carve_kernels.hf.decisions import positions_kept
 from carve_kernels.hf.identity import digest, fingerprint
 from carve_kernels.hf.joint import Branch, Joint, Look, Outcome
 from carve_kernels.hf.memory import Memory
-from carve_kernels.hf.pictures import Pictures, Shown
+from carve_kernels.hf.pictures import Shown
+from carve_kernels.hf.requests import Final, Prompt, Request
 from carve_kernels.hf.row import Unshareable
 from carve_kernels.hf.rows import RowsSpec
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
-from carve_kernels.types import VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
-
-
-class Prompt(NamedTuple):
-    """A prompt of one picture as the model takes it; `head` is how many columns the picture and what is before need."""
-
-    text: str
-    inputs: dict[str, Any]
-    layout: VisualLayout
-    head: int
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The head's tokens."""
-        return tuple(self.inputs["input_ids"][0, : self.head].tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One picture and one question, opened, checked and through the processor; `tokens` is what a cache must hold."""
-
-    image: Image.Image
-    question: str
-    task: Prompt
-    general: Prompt
-    shown: Shown
-    pictures: Pictures
-    tokens: int
 
 
 @dataclass
@@ -67,14 +39,6 @@ class Seen:
     general: AttentionMaps
     seconds: dict[str, float]
     look: Look | None = None
-
-
-class Final(NamedTuple):
-    """A last question: its prompt, all of its pictures, and the last one alone where they can be told apart."""
-
-    inputs: dict[str, Any]
-    shown: Shown
-    last: Shown | None
 
 
 class Looker:
@@ -160,8 +124,8 @@ class Looker:
         with torch.no_grad(), positions_kept(unwrap(self._model)):
             outcomes = dict(zip(map(id, looks.values()), joint.run(list(looks.values())), strict=True))
         if self._plain:
-            for picture in shown.values():
-                picture.forget()
+            for each in shown.values():
+                each.forget()
         maps: dict[str, AttentionMaps] = {}
         for request in requests:
             picture, general = self._digest(request), generals[self._digest(request)]
@@ -244,28 +208,27 @@ class Looker:
         return [outcomes[id(look)][place] for look, place in places]
 
     def _first_apart(self, request: Request) -> Seen:
-        settings = {"layers": self._layers, "backend": self._backend}
-        prompts: list[tuple[str, Prompt, int, RowsSpec]] = [
-            ("task", request.task, max(1, self._task_words), self._preset.rows),
-            ("general", request.general, max(1, self._general_words), self.general_rows),
-        ]
-        seconds, outcomes = {}, []
-        for name, prompt, words, rows in prompts:
-            start = time.perf_counter()
-            known = self._memory and name == "general" and self._memory.maps(self._maps_key(request))
-            inputs = {**prompt.inputs, **request.shown.entries}
-            outcomes.append(
-                Outcome((), known, 0)
-                if known
-                else apart.look(
-                    self._model, self._processor, inputs, words, rows=rows, layout=prompt.layout, **settings
-                )
-            )
-            seconds[name] = time.perf_counter() - start
-        general = _needed(outcomes[1].maps)
-        if self._memory is not None:
-            self._memory.keep_maps(self._maps_key(request), general)
-        return Seen(outcomes[0], general, seconds)
+        begun = time.perf_counter()
+        task = self._apart(request, request.task, self._task_words, self._preset.rows)
+        between = time.perf_counter()
+        known = None if self._memory is None else self._memory.maps(self._maps_key(request))
+        if known is None:
+            known = _needed(self._apart(request, request.general, self._general_words, self.general_rows).maps)
+            if self._memory is not None:
+                self._memory.keep_maps(self._maps_key(request), known)
+        return Seen(task, known, {"task": between - begun, "general": time.perf_counter() - between})
+
+    def _apart(self, request: Request, prompt: Prompt, words: int, rows: RowsSpec) -> Outcome:
+        return apart.look(
+            self._model,
+            self._processor,
+            {**prompt.inputs, **request.shown.entries},
+            max(1, words),
+            layers=self._layers,
+            rows=rows,
+            layout=prompt.layout,
+            backend=self._backend,
+        )
 
     @property
     def general_rows(self) -> RowsSpec:

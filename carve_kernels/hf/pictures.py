@@ -57,7 +57,7 @@ class Pictures:
         self._device, self._max_pixels = device, max_pixels
 
     def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], Shown]:
-        """What the processor made of a prompt, but the pixels (grids place its tokens, too), and all of its pictures."""
+        """What the processor made of a prompt but its pixels (grids place tokens, too), and all of its pictures."""
         inputs = prepare(self._processor, images, prompt, self._device, self._max_pixels)
         placed = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
         return placed, Shown({name: value for name, value in inputs.items() if name not in _TEXT})

@@ -85,7 +85,7 @@ class Row:
         """
         self._attended = 0
         self._parts, self._depth = parts, len(self._modules) if depth is None else depth
-        captured = [part for part in parts if part.rows is not None]
+        captured = [part for part in parts if len(part.rows)]
         self._taking = Taking(captured, self._layers, self._backend) if captured else None
         keep = torch.tensor(logits, device=ids.device)
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
@@ -132,7 +132,7 @@ class Row:
             held.append(part.tree.prefix.hold(layer, part.past, key[:, :, mine], value[:, :, mine], room))
             part.tree.prefix.depth = max(part.tree.prefix.depth, layer + 1)
         if self._taking is not None and layer in self._layers:
-            keys = [keys for part, (keys, _) in zip(self._parts, held, strict=True) if part.rows is not None]
+            keys = [keys for part, (keys, _) in zip(self._parts, held, strict=True) if len(part.rows)]
             self._taking.take(layer, query, keys, window, options)
         if layer == self._depth - 1 and self._depth < len(self._modules):
             raise _Enough
@@ -156,9 +156,7 @@ def _eager(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """The model's own function, which adds its mask, for the tokens of one part."""
-    mask = part.kept(
-        ("eager", window), lambda: _additive(part.sees(0, window), query, torch.finfo(query.dtype).min)
-    )
+    mask = part.kept(("eager", window), lambda: _additive(part.sees(0, window), query, torch.finfo(query.dtype).min))
     output: torch.Tensor = attention(module, query, keys, values, mask, **options)[0]
     return output
 
@@ -181,9 +179,7 @@ def _sdpa(
     outputs = []
     if fresh:
         head = query[:, :, :fresh], keys[:, :, :fresh], values[:, :, :fresh]
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(*head, is_causal=True, scale=scale, enable_gqa=True)
-        )
+        outputs.append(nn.functional.scaled_dot_product_attention(*head, is_causal=True, scale=scale, enable_gqa=True))
     if fresh < query.shape[2]:
         outputs.append(_masked(part, fresh, query[:, :, fresh:], keys, values, window, scale))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
@@ -216,9 +212,7 @@ def _masked(
     return output.reshape(1, heads, length, values.shape[3])
 
 
-def _additive(
-    seen: torch.Tensor | None, like: torch.Tensor, hidden: float, repeats: int = 1
-) -> torch.Tensor | None:
+def _additive(seen: torch.Tensor | None, like: torch.Tensor, hidden: float, repeats: int = 1) -> torch.Tensor | None:
     """A mask to be added, [1, 1, repeats * Q, S] in the dtype of the query."""
     if seen is None:
         return None

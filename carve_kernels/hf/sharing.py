@@ -32,8 +32,9 @@ def obstacle(model: Any) -> str | None:
     windows or without. It holds all keys in buffers of its own, so the kind of cache does not matter as long as that
     keeps keys as they are.
     """
-    inner = unwrap(model)
-    kind, modules = type(inner), attention_modules(model)
+    inner: Any = unwrap(model)
+    kind: Any = type(inner)
+    modules = attention_modules(model)
     if len(modules) < len(decoder_layers(model)):
         return f"{len(decoder_layers(model)) - len(modules)} of its layers have no softmax attention"
     try:
@@ -43,7 +44,7 @@ def obstacle(model: Any) -> str | None:
     unknown = [name for name in places if not _is_known(name)]
     if unknown:
         return f"its attention implementation {unknown[0]!r} is not one of transformers'"
-    config = text_backbone(model).config
+    config: Any = text_backbone(model).config
     others = sorted({each for each in getattr(config, "layer_types", None) or () if each not in _SEES})
     if others:
         return f"it has layers of type {', '.join(others)}"
@@ -60,7 +61,7 @@ def obstacle(model: Any) -> str | None:
     return _decodes_otherwise(model, inner, kind)
 
 
-def _decodes_otherwise(model: Any, inner: Any, kind: type) -> str | None:
+def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
     if GUARD in inner.__dict__:
         return "a session of capture_attention is open on it"
     if kind.generate is not GenerationMixin.generate or "generate" in inner.__dict__:

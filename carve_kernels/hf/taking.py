@@ -19,6 +19,7 @@ class Taking:
 
     def __init__(self, parts: list[Part], layers: tuple[int, ...], backend: str) -> None:
         self._parts, self._layers, self._backend = parts, layers, backend
+        self._rows = [part.rows + part.start for part in parts]
         self._waiting: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = []
         self._like: tuple[float, float, int | None] | None = None
         self._first = 0
@@ -35,9 +36,8 @@ class Taking:
             self._flush()
             self._like, self._first = like, index
             self._waiting = [([], [], []) for _ in self._parts]
-        for part, own, (queries, held, sinks) in zip(self._parts, keys, self._waiting, strict=True):
-            rows = part.kept("rows", lambda part=part: (part.rows + part.start).to(query.device))
-            queries.append(query[:, :, rows])
+        for number, (own, (queries, held, sinks)) in enumerate(zip(keys, self._waiting, strict=True)):
+            queries.append(query[:, :, self._rows[number].to(query.device)])
             held.append(own)
             if options.get("s_aux") is not None:
                 sinks.append(options["s_aux"].detach())
@@ -50,8 +50,9 @@ class Taking:
         scale, softcap, window = self._like
         for part, (queries, keys, sinks) in zip(self._parts, self._waiting, strict=True):
             device = queries[0].device
-            tokens = part.kept("tokens", lambda part=part: part.tokens.to(device))
-            mask = part.kept(("capture", window), lambda part=part: _seen(part, window, device))
+            tokens = part.tokens.to(device)
+            seen = part.sees(part.fresh, window)
+            mask = None if seen is None else seen[part.rows - part.fresh][None, None].to(device)
             if part.taken is None:
                 part.taken = _room(len(self._layers), len(part.rows), tokens.shape[1], device)
             torch.ops.carve_kernels.capture_layers(
@@ -94,11 +95,3 @@ def _room(layers: int, rows: int, tokens: int, device: torch.device) -> Capture:
         torch.empty(layers, rows, device=device),
         torch.empty(layers, rows, device=device),
     )
-
-
-def _seen(part: Part, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """What the captured rows see, bool [1, 1, R, S]; None where it is everything."""
-    seen = part.sees(part.fresh, window)
-    if seen is None or part.rows is None:
-        return None
-    return seen[part.rows - part.fresh][None, None].to(device)

@@ -1,4 +1,4 @@
-"""The columns of a prefix and of the branches behind it: which of them a token sees, and its place in its own prompt."""
+"""The columns of a prefix and of the branches behind it: which of them a token sees, and where it stands itself."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Part:
     start: int
     stop: int
     past: int
-    fresh: int = 0
-    rows: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
+    fresh: int
+    rows: torch.Tensor
+    tokens: torch.Tensor
     taken: Capture | None = None
     _kept: dict[Any, Any] = field(default_factory=dict)
 
