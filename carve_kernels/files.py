@@ -23,15 +23,15 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names of a folder on the disk: a renamed file may be whole there while its new name is not."""
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk: a file may be whole there while its new name is not."""
     # Windows opens no folders, and keeps their names by itself.
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

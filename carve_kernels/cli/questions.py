@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ def read(path: Path) -> list[Asked]:
     Raises ValueError that names the bad lines by their numbers, the first few of them.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a JSON text may hold other line ends than this one.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"input: {path} cannot be read as text ({error})") from error
     found: list[Asked] = []
@@ -63,12 +64,17 @@ def read(path: Path) -> list[Asked]:
             faults.append(f"line {number}: {error}")
         else:
             found.append(asked)
-    if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_SHOWN])}{more}")
+    refuse(path, faults)
     if not found:
         raise ValueError(f"input: {path} holds no questions")
     return found
+
+
+def refuse(path: Path, faults: Sequence[str]) -> None:
+    """Raise ValueError for a file with faults, each of which begins with its line; the first few are told."""
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_SHOWN])}{more}")
 
 
 def _asked(text: str, number: int, folder: Path) -> Asked:
