@@ -35,7 +35,10 @@ LayersOption = Annotated[
     str | None, option("Layers that are read: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
 ]
 RowsOption = Annotated[
-    str | None, option("Tokens that look: last, 4 (the last four), question, or word:red.", "--rows", "Method")
+    str | None,
+    option(
+        "Tokens that look: last, 4 (the last four), question, word:red, or -3 (the third last).", "--rows", "Method"
+    ),
 ]
 StepsOption = Annotated[str | None, option("Steps of the answer: t_start, t_end or t_full.", "--steps", "Method")]
 KeepOption = Annotated[float | None, option("Share of the pixels to keep, 0 to 1.", "--keep", "Method")]
@@ -112,7 +115,7 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
 
 
 def parse_rows(text: str) -> str | int | tuple[Any, ...]:
-    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2"."""
+    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2", "-3"."""
     kind, colon, word = text.partition(":")
     if colon and kind == "word":
         return ("word", word)
@@ -122,7 +125,7 @@ def parse_rows(text: str) -> str | int | tuple[Any, ...]:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"rows: expected last, 4, question or word:red, got {text!r}") from None
-    return numbers if len(numbers) > 1 else numbers[0]
+    return numbers if len(numbers) > 1 or numbers[0] < 0 else numbers[0]
 
 
 def parse_lam(text: str) -> str | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from carve_kernels.types import Box, View
 
 OnProgress = Callable[[str, int, int], None]
 
+_DOUBT = "no layer and row follows the question more than its wording: the pick is a guess"
 # In front of the question, so that rows counted from its end stay the same words.
 PARAPHRASES = ("Look at the image. {}", "Please answer this: {}")
 
@@ -142,7 +143,7 @@ def profile(
     pictures = _pictures(probes, checks.integer("max_image_pixels", max_image_pixels, low=1))
     reader = RowReader(model, processor, base, rows, wanted, backend)
     tally = Tally(reader.layers)
-    total = len(pictures) + sum(1 + len(probe.wordings()) for probe in probes)
+    total = looks(probes)
     report, done, boxes = on_progress or (lambda stage, done, total: None), 0, 0
 
     def look(stage: str, image: Image.Image, text: str) -> Seen:
@@ -180,16 +181,18 @@ def profile(
     if not cells:
         raise ValueError(f"rows: expected rows that every prompt has, none of {reader.rows} has maps for all questions")
     pick = cells[0]
-    weights = base.step_weights if pick.steps == "t_full" else None
-    chosen = {"layers": (pick.layer,), "rows": pick.rows, "steps": pick.steps}
-    return Profile(
-        replace(base, **chosen, step_weights=weights, layer_weights=None),
-        tuple(cells),
-        len(pictures),
-        len(probes),
-        boxes,
-        None if pick.score > 0 else "no layer and row follows the question more than its wording: the pick is a guess",
+    chosen = replace(
+        base,
+        layers=(pick.layer,),
+        rows=pick.rows,  # type: ignore[arg-type]
+        steps=pick.steps,
+        step_weights=base.step_weights if pick.steps == "t_full" else None,
+        layer_weights=None,
     )
+    doubt = (
+        None if pick.score > 0 else "no layer and row follows the question more than its wording: the pick is a guess"
+    )
+    return Profile(chosen, tuple(cells), len(pictures), len(probes), boxes, doubt)
 
 
 class _Maps:
@@ -224,14 +227,22 @@ def _contrast(
     return torch.stack(found)
 
 
+def looks(probes: Sequence[Probe]) -> int:
+    """How many looks a profile takes: one for each picture, question and wording."""
+    return len({_picture(probe) for probe in probes}) + sum(1 + len(probe.wordings()) for probe in probes)
+
+
+def _picture(probe: Probe) -> Hashable:
+    return id(probe.image) if isinstance(probe.image, Image.Image) else os.fspath(probe.image)
+
+
 def _pictures(probes: Any, max_image_pixels: int) -> list[list[Probe]]:
     """The questions by picture, each picture opened once to see that it can be."""
-    by_picture: dict[Any, list[Probe]] = {}
+    by_picture: dict[Hashable, list[Probe]] = {}
     for place, probe in enumerate(_list("probes", probes)):
         if not isinstance(probe, Probe):
             raise TypeError(f"probes[{place}]: expected a Probe, got {checks.describe(probe)}")
-        key = id(probe.image) if isinstance(probe.image, Image.Image) else os.fspath(probe.image)
-        by_picture.setdefault(key, []).append(probe)
+        by_picture.setdefault(_picture(probe), []).append(probe)
     if not by_picture:
         raise ValueError("probes: expected at least one question, got none")
     for asked in by_picture.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,11 @@ class RowReader:
     ) -> None:
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
-        # Candidates of our own that a prompt does not have are left out; those of a caller are an error.
+        # Candidates of ours that a prompt does not have are left out; those of a caller are an error.
         self._given = rows is not None
-        self.rows = [check_rows(row, self._tokenizer) for row in (self._candidates() if rows is None else rows)]
+        # What a preset cannot say cannot be picked.
+        candidates = [check_rows(row, self._tokenizer) for row in (self._candidates() if rows is None else rows)]
+        self.rows: list[RowsSpec] = [replace(preset, rows=row).rows for row in candidates]  # type: ignore[arg-type]
         self.layers = tuple(sorted(attention_modules(model)))
         self.choices = [Choice(row, step) for row in self.rows for step in steps if step == "t_start" or row == "last"]
         if not self.choices:
@@ -84,7 +87,7 @@ class RowReader:
         attended, after = torch.ones_like(ids, dtype=torch.bool), int(tokens.max())
         found: dict[RowsSpec, torch.Tensor] = {}
         for rows in self.rows:
-            meant = "question" if general and isinstance(rows, tuple) and rows[0] in ("word", "text") else rows
+            meant = "question" if general and isinstance(rows, tuple) and rows[0] == "word" else rows
             try:
                 group = resolve_rows(meant, ids, attended, tokens, self._tokenizer, self._template).columns[0]
                 if int(group.min()) <= after:
