@@ -135,19 +135,21 @@ def engine(
             raise typer.BadParameter(f"--visual: expected squares, as 256 or 1024, got {tokens}")
     names = preset or bench_engine.PRESETS
     chosen = bench_engine.cases(shape, names, sizes, counts)
-    remembered = bench_engine.cases(shape, names, sizes, counts[:1])
+    weighed = bench_engine.cases(shape, names, sizes, counts[:1])
+    if quick:
+        weighed = weighed[:1]
     directory = model or (small() if bench_engine.has_small() else None)
-    timed, weighed = part != "memory", part != "seconds"
-    total = timed * (len(chosen) + (directory is not None)) + weighed * len(remembered)
+    if part == "memory":
+        chosen, directory = [], None
+    elif part == "seconds":
+        weighed = []
+    total = len(chosen) + len(weighed) + (directory is not None)
     with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
-        found = report["results"] = []
-        if timed:
-            bench_engine.check(shape, names)
-            found += bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
-            found += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
-        if weighed:
-            found += bench_engine.memory(remembered, advance)
+        bench_engine.check(shape, names)
+        found = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        found += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
+        report["results"] = found + bench_engine.memory(weighed, slow=not quick, advance=advance)
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 

@@ -75,13 +75,15 @@ def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: C
     return [*timed, *compared, *_growth(growth), *worked]
 
 
-def memory(chosen: Sequence[Case], advance: Callable[[str], None]) -> list[Line]:
-    """Peaks in fresh processes: what the engine, eager and the release take above two plain answers."""
+def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]) -> list[Line]:
+    """Peaks in fresh processes: what the engine takes above two plain answers, and what the slow ways take."""
     found = []
     for case in chosen:
         engine = one_look_memory.peak(one_look_memory.ENGINE, case)
         price = one_look_memory.peak(one_look_memory.PRICE, case, engine.refined)
-        others = {EAGER: one_look_memory.EAGER} | ({RELEASE: one_look_memory.RELEASE} if _is_waited_for(case) else {})
+        others = {EAGER: one_look_memory.EAGER} if slow else {}
+        if slow and _is_waited_for(case):
+            others[RELEASE] = one_look_memory.RELEASE
         peaks = {name: one_look_memory.peak(what, case, engine.refined).tensors for name, what in others.items()}
         extra, bound = engine.tensors - price.tensors, case.prefix_bytes
         share = extra / bound
