@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.rows import tokenizer_of
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -50,7 +52,15 @@ def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
     config = greedy(model, max_new_tokens)
     # A cache is the one thing that it prepares and nobody here needs.
     config.update(cache_implementation=None, return_dict_in_generate=False)
-    model.generate(**inputs, generation_config=config, custom_generate=take, **stop_texts(config, processor))
+    criteria = StoppingCriteriaList()
+    if config.stop_strings:
+        # It hands no tokenizer on to whoever decodes in its place, so the criterion is made here.
+        criteria.append(StopStringCriteria(tokenizer_of(processor), config.stop_strings))
+        config.update(stop_strings=None)
+    # What a given config leaves out, `generate` takes from the model's own: ask a twin, which shares all but that.
+    twin = copy.copy(model)
+    twin.generation_config = config
+    twin.generate(**inputs, stopping_criteria=criteria, custom_generate=take)
     positions = asked.get("position_ids")
     if positions is None:
         positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
@@ -63,7 +73,7 @@ def stop_texts(config: Any, processor: Any) -> dict[str, Any]:
     """What `generate` wants beside a config that ends answers at certain texts."""
     if not config.stop_strings or processor is None:
         return {}
-    return {"tokenizer": getattr(processor, "tokenizer", processor)}
+    return {"tokenizer": tokenizer_of(processor)}
 
 
 @contextmanager
