@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
+_Marks = dict[str, str | None]
+
 
 def batch(
     model: options.ModelOption,
@@ -132,18 +134,28 @@ class _Run:
         except OSError as error:
             raise type(error)(f"{error}; {self._kept()}") from error
 
-    def _todo(self) -> dict[str, str]:
-        """The fingerprints of what is not answered yet."""
+    def _todo(self) -> dict[str, _Marks]:
+        """The marks of what is not answered yet."""
         found = {}
+        digests: dict[Path, str | None] = {}
         for asked in self.asked:
-            fingerprint = self._fingerprint(asked)
-            if self.store.has(asked.name, fingerprint, self.pictures):
+            if asked.picture not in digests:
+                digests[asked.picture] = _digest(asked.picture)
+            marks = self._marks(asked, digests[asked.picture])
+            if self.store.has(asked.name, marks, self.pictures):
                 self.done += 1
             else:
-                found[asked.name] = fingerprint
+                found[asked.name] = marks
         return found
 
-    def _answer(self, engine: Any, todo: Mapping[str, str]) -> None:
+    def _marks(self, asked: Asked, digest: str | None) -> _Marks:
+        """What tells an answer to this question under these settings from any other, by the keys of its record."""
+        from carve_kernels.hf.identity import key_of
+
+        asking = key_of(question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
+        return {"fingerprint": asking, "picture_digest": digest}
+
+    def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
         from carve_kernels.cli.looking import facts_of
 
         model = facts_of(engine.model)
@@ -160,16 +172,14 @@ class _Run:
                 self.done += 1
                 advance()
 
-    def _write(
-        self, asked: Asked, outcome: CarveResult | CarveFailure, model: dict[str, Any], fingerprint: str
-    ) -> None:
+    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, model: dict[str, Any], marks: _Marks) -> None:
         from carve_kernels.cli.report import FILES, RECORD, Look, Question, record, write, write_record
         from carve_kernels.types import CarveFailure
 
         facts: dict[str, Any] = {
             "id": asked.id,
             "picture": str(asked.picture),
-            "fingerprint": fingerprint,
+            **marks,
             "error": None,
         }
         if isinstance(outcome, CarveFailure):
@@ -223,19 +233,18 @@ class _Run:
         kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "reason")
         return {**given, **{key: numbers[key] for key in kept}, "error": None}
 
-    def _fingerprint(self, asked: Asked) -> str:
-        from carve_kernels.hf.identity import key_of
-
-        try:
-            # A device or a pipe has no end.
-            picture = hashlib.sha256(asked.picture.read_bytes()).hexdigest() if asked.picture.is_file() else None
-        except OSError:
-            picture = None
-        return key_of(picture=picture, question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
-
     def _kept(self) -> str:
         count = f"{self.done} of {len(self.asked)}"
         return f"{count} questions are done and stay in {self.store.folder}; run it again to go on"
+
+
+def _digest(picture: Path) -> str | None:
+    """The content of an image file, None where it cannot be read."""
+    try:
+        # A device or a pipe has no end.
+        return hashlib.sha256(picture.read_bytes()).hexdigest() if picture.is_file() else None
+    except OSError:
+        return None
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

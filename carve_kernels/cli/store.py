@@ -54,13 +54,16 @@ class Store:
             return None
         return values if isinstance(values, dict) else None
 
-    def has(self, name: str, fingerprint: str, pictures: bool) -> bool:
-        """Whether this very question has been answered: its record is there, without an error, and its pictures are."""
+    def has(self, name: str, marks: Mapping[str, str | None], pictures: bool) -> bool:
+        """Whether this very question has been answered: its record is there, without an error, and its pictures are.
+
+        A mark of None is one that cannot be known now: an image that is gone takes no answer with it.
+        """
         record = self.read(name)
         return (
             record is not None
-            and record.get("fingerprint") == fingerprint
             and record.get("error", "") is None
+            and all(value is None or record.get(key) == value for key, value in marks.items())
             and (not pictures or all((self._results / name / file).is_file() for file in FILES))
         )
 

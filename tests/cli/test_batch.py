@@ -115,6 +115,7 @@ def change_picture(folder: Path) -> None:
         ({"lines": [*LINES, {"image": "2.png", "question": "new"}]}, {"4"}),
         ({"lines": LINES[1:]}, set()),
         ({"picture": change_picture}, {"second"}),
+        ({"picture": lambda folder: (folder / "2.png").unlink()}, set()),
         ({"more": ("--keep", 0.3)}, set(NAMES)),
         ({"more": ("--attn", "eager")}, set(NAMES)),
         ({"more": ("--backend", "reference", "--tokens", 1)}, set()),
