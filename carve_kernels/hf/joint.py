@@ -202,6 +202,8 @@ class Joint:
         self._keep([part], [batch])
         if depth is None:
             self._choose(batch, logits)
+        else:
+            picture.tree.shrink(part.past + fresh)
 
     def _step(self, pictures: list[_Picture]) -> None:
         """One new token for every branch that is not done."""

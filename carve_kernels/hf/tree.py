@@ -35,6 +35,10 @@ class Tree:
         self.own = torch.cat([self.own, torch.full((count,), branch)])
         self.place = torch.cat([self.place, torch.arange(here, here + count)])
 
+    def shrink(self, length: int) -> None:
+        """Forget the columns from `length` on: what not every layer has written, nobody may read."""
+        self.own, self.place = self.own[:length], self.place[:length]
+
     def sees(self, first: int, window: int | None) -> torch.Tensor | None:
         """What the columns from `first` on see, bool [Q, S]: the prefix and their own branch, up to themselves.
 

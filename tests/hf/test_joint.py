@@ -115,7 +115,7 @@ def test_sliding_windows_count_in_the_prompt_of_the_branch(window: int, implemen
     branches = [(text, WORDS, "last") for text in TEXTS]
     found = together(model, processor, look("qwen2_5_vl", model, processor, PHOTO, branches))
     missing = False
-    for (question, words, rows), outcome in zip(branches, found[0], strict=True):
+    for (question, words, _), outcome in zip(branches, found[0], strict=True):
         inputs = prepare(processor, [PHOTO], build_prompt(processor, question))
         assert list(outcome.ids) == generated(model, inputs, words).tolist()
         maps = outcome.maps

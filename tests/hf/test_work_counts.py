@@ -1,4 +1,4 @@
-"""What an answer costs, counted inside the model: pictures through the tower, tokens through the layers, rows captured."""
+"""What an answer costs, counted inside the model: pictures in the tower, tokens in the layers, rows captured."""
 
 from __future__ import annotations
 
