@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from carve_kernels.hf.profile import Probe, Profile
 
 _SHOWN = 8
-_TEXTS = {"general": "looking at the whole", "task": "looking for a question", "paraphrase": "in other words"}
 
 
 def profile(
@@ -75,7 +74,8 @@ def profile(
     unchanged = dict.fromkeys(("layers", "rows", "steps", "keep", "top", "lam"))
     _, base = options.preset_of(model, preset, max_new_tokens=max_new_tokens, **unchanged)
     probes = _probes(input, read(input), limit)
-    with results(output.parent, [output.name]) as folder, quiet(), stages(2 + profiling.looks(probes)) as announce:
+    pictures = len({probe.image for probe in probes})
+    with results(output.parent, [output.name]) as folder, quiet(), stages(2 + pictures) as announce:
         announce("loading the model")
         loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         found = profiling.profile(
@@ -87,7 +87,9 @@ def profile(
             steps=steps or profiling.STEPS,
             backend=backend,
             max_image_pixels=limit,
-            on_progress=lambda stage, done, total: announce(_TEXTS.get(stage, "writing")),
+            on_progress=lambda stage, done, total: announce(
+                "writing" if stage == "done" else f"picture {done + 1} of {total}"
+            ),
         )
         found.save(folder / output.name, model=facts_of(loaded), versions=versions())
     _summarise(found, output)

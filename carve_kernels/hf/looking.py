@@ -135,7 +135,7 @@ class Looker:
                 maps[picture] = general
                 continue
             look, place = general
-            maps[picture] = _needed(outcomes[id(look)][place].maps)
+            maps[picture] = needed(outcomes[id(look)][place].maps)
             if self._memory is not None:
                 self._memory.keep_maps(self._maps_key(request), maps[picture])
         found = [
@@ -213,7 +213,7 @@ class Looker:
         between = time.perf_counter()
         known = None if self._memory is None else self._memory.maps(self._maps_key(request))
         if known is None:
-            known = _needed(self._apart(request, request.general, self._general_words, self.general_rows).maps)
+            known = needed(self._apart(request, request.general, self._general_words, self.general_rows).maps)
             if self._memory is not None:
                 self._memory.keep_maps(self._maps_key(request), known)
         return Seen(task, known, {"task": between - begun, "general": time.perf_counter() - between})
@@ -257,7 +257,8 @@ class Looker:
         _LOG.info("prompts are looked at one by one, since %s", reason)
 
 
-def _needed(maps: AttentionMaps | None) -> AttentionMaps:
+def needed(maps: AttentionMaps | None) -> AttentionMaps:
+    """The maps of a prompt that was asked for them."""
     if maps is None:
         raise RuntimeError("maps: expected those of a captured prompt, got none")
     return maps

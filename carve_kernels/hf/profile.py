@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import checks
+from carve_kernels.backends import ROOMS
 from carve_kernels.files import write_whole
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.evidence import SCORE, Cell, Choice, Tally, tokens_of
@@ -116,8 +117,8 @@ def profile(
 ) -> Profile:
     """Choose the layer, the rows and the steps whose maps follow the question, without looking at a box.
 
-    Each picture is looked at once for the general instruction and once for every question and wording, all layers and
-    all rows captured in the same forwards; the score of a cell is that of `evidence.Cell`.
+    Each picture is read once; the general instruction, its questions and their wordings are answered together behind
+    it, all layers and all rows captured in the same forwards. The score of a cell is that of `evidence.Cell`.
 
     ================  =================================================================================================
     argument          meaning
@@ -132,7 +133,7 @@ def profile(
     max_image_pixels  the most pixels that an image may have
     ================  =================================================================================================
 
-    `on_progress(stage, done, total)` is called before each look, and once more at the end.
+    `on_progress(stage, done, total)` is called before each picture, and once more at the end.
 
     Raises TypeError or ValueError, before the model runs, for arguments that do not fit, unreadable images included;
     later for rows that a prompt does not have, or where no choice has maps for all questions.
@@ -141,27 +142,20 @@ def profile(
     base = preset_of(unwrap(model), preset, None)
     wanted = [checks.choice(f"steps[{place}]", step, STEPS) for place, step in enumerate(_list("steps", steps))]
     pictures = _pictures(probes, checks.integer("max_image_pixels", max_image_pixels, low=1))
+    checks.choice("backend", backend, ("auto", *ROOMS))
     reader = RowReader(model, processor, base, rows, wanted, backend)
     tally = Tally(reader.layers)
-    total = looks(probes)
-    report, done, boxes = on_progress or (lambda stage, done, total: None), 0, 0
-
-    def look(stage: str, image: Image.Image, text: str) -> Seen:
-        nonlocal done
-        report(stage, done, total)
-        done += 1
-        return reader.look(image, text, general=stage == "general")
-
-    def maps(image: Image.Image, stage: str, text: str, general: Seen, boxed: bool = False) -> _Maps:
-        return _Maps(look(stage, image, text), general, reader.choices, base, boxed)
-
-    for asked in pictures:
+    report, boxes = on_progress or (lambda stage, done, total: None), 0
+    for done, asked in enumerate(pictures):
+        report("picture", done, len(pictures))
         image = open_image(asked[0].image, max_image_pixels)
-        general = look("general", image, base.general_prompt)
-        tasks = [maps(image, "task", probe.question, general, boxed=bool(probe.boxes)) for probe in asked]
+        texts = [probe.question for probe in asked] + [text for probe in asked for text in probe.wordings()]
+        seen = reader.looks(image, base.general_prompt, texts)
+        general = next(seen)
+        tasks = [_Maps(next(seen), general, reader.choices, base, boxed=bool(probe.boxes)) for probe in asked]
         for task, probe in zip(tasks, asked, strict=True):
-            others = [other.task for other in tasks if other is not task]
-            worded = [maps(image, "paraphrase", text, general).task for text in probe.wordings()]
+            others = [other.task for other, its in zip(tasks, asked, strict=True) if its.question != probe.question]
+            worded = [_Maps(next(seen), general, reader.choices, base, boxed=False).task for _ in probe.wordings()]
             inside = tokens_of(probe.boxes, general.views)
             # A box that the processor has cut away cannot be pointed at.
             boxes += bool(inside.any())
@@ -176,7 +170,7 @@ def profile(
                     )
                     if inside.any():
                         tally.report(choice, task.task[choice], task.contrast[choice], inside)
-    report("done", total, total)
+    report("done", len(pictures), len(pictures))
     cells = tally.cells(sum(map(len, pictures)))
     if not cells:
         raise ValueError(f"rows: expected rows that every prompt has, none of {reader.rows} has maps for all questions")
@@ -225,11 +219,6 @@ def _contrast(
         fused = contrast(own[None], other[None], grids, grids, lam=preset.lam, step_weights=by_step)
         found.append(torch.cat([part.flatten() for part in fused]))
     return torch.stack(found)
-
-
-def looks(probes: Sequence[Probe]) -> int:
-    """How many looks a profile takes: one for each picture, question and wording."""
-    return len({_picture(probe) for probe in probes}) + sum(1 + len(probe.wordings()) for probe in probes)
 
 
 def _picture(probe: Probe) -> Hashable:

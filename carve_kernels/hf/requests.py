@@ -76,10 +76,10 @@ def make_request(
     pictures = Pictures(processor, unwrap(model).device, preset.max_pixels)
     asked = build_prompt(processor, question + preset.suffix) if prompt is None else prompt
     inputs, shown = pictures.inputs([original], asked)
-    task = _located(model, processor, original, asked, inputs, shown.entries)
+    task = located(model, processor, original, asked, inputs, shown.entries)
     instruction = build_prompt(processor, preset.general_prompt + preset.suffix)
     inputs, same = pictures.inputs([original], instruction)
-    general = _located(model, processor, original, instruction, inputs, same.entries)
+    general = located(model, processor, original, instruction, inputs, same.entries)
     if preset.images == "refined":
         pictures.forget()
     tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
@@ -101,8 +101,9 @@ def make_final(processor: Any, preset: Preset, request: Request, refined: Image.
     return Final(inputs, shown, request.shown if last is not None and same else last)
 
 
-def _located(
+def located(
     model: Any, processor: Any, image: Image.Image, text: str, inputs: dict[str, Any], entries: Mapping[str, Any]
 ) -> Prompt:
+    """What `Pictures.inputs` made of a prompt, with the places of its visual tokens."""
     layout = layout_of(model, processor, {**inputs, **entries}, [image])
     return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)

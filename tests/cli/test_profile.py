@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carve_kernels import Preset
+from carve_kernels.cli.questions import read
 from tests.cli.conftest import QUESTION, Invoke, content
 from tests.hf import tiny
 
@@ -136,7 +139,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert content(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", ["hf.row_maps.RowReader.look", "hf.profile.json.dumps", "cli.output.os.replace"])
+@pytest.mark.parametrize("place", ["hf.row_maps.RowReader.looks", "hf.profile.json.dumps", "cli.output.os.replace"])
 def test_an_interruption_leaves_what_was_there(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -155,3 +158,13 @@ def test_an_interruption_leaves_what_was_there(
     assert content(tmp_path) == before
     assert profile("--steps", "t_start").exit_code == 0
     assert "evidence" in json.loads((tmp_path / "out/carve.json").read_text())
+
+
+def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).resolve().parents[2] / "examples/small_vlm/questions.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--output", str(tmp_path / "drawn"), "--scenes", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    asked = read(tmp_path / "drawn/questions.jsonl")
+    assert len(asked) == 4 * 2 and len({line.picture for line in asked}) == 4
+    assert all(line.picture.is_file() and len(line.extra["box"]) == 4 for line in asked)
+    assert all(asked[place].text != asked[place + 1].text for place in range(0, 8, 2))

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset, capture_attention
+from carve_kernels.hf import row_maps
+from carve_kernels.hf.backbone import decoder_layers
 from carve_kernels.hf.loading import load
-from carve_kernels.hf.profile import Probe, Profile, looks, profile
+from carve_kernels.hf.profile import Probe, Profile, profile
 from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.row_maps import RowReader
 from carve_kernels.models import small
@@ -94,69 +96,79 @@ def test_boxes_choose_nothing(name: str) -> None:
     assert all(cell.pointing is not None and 0 <= cell.mass <= 1 for cell in seen.cells)
 
 
+def reader_of(name: str, rows: Any, steps: list[str], preset: Preset = SHORT) -> RowReader:
+    return RowReader(*family(name), preset, rows, steps, "auto")
+
+
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_one_look_gives_the_maps_of_every_choice(name: str) -> None:
+def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using: Any) -> None:
     model, processor = family(name)
     rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red")]
-    reader = RowReader(model, processor, SHORT, rows, ["t_start", "t_end"], "auto")
-    assert reader.layers == (0, 1, 2, 3)
-    seen = reader.look(PICTURES[0], "what digit is red")
-    inputs = prepare(processor, [PICTURES[0]], build_prompt(processor, "what digit is red"), None, SHORT.max_pixels)
-    for row in rows:
-        with (
-            capture_attention(model, layers="all", rows=row, processor=processor, max_steps=3) as session,
-            torch.no_grad(),
-        ):
-            model.generate(**inputs, do_sample=False, max_new_tokens=3)
-        expected = session.maps.values[0]
-        expected = expected[:, : session.maps.last_step() + 1, -1] if row == "last" else expected[:, :1].mean(2)
-        assert relative(seen.maps[row], expected) < 2e-5, row
-    assert sum(len(part.tokens) for part in seen.views) == seen.maps["last"].shape[-1]
-
-
-def test_a_word_of_the_question_is_held_against_the_whole_general_text() -> None:
-    model, processor = family("llava")
-    reader = RowReader(model, processor, SHORT, [("word", "red"), "question"], ["t_start"], "auto")
-    general = reader.look(PICTURES[0], SHORT.general_prompt, general=True).maps
-    assert torch.equal(general["word", "red"], general["question"])
-    with pytest.raises(ValueError, match="expected a word of the prompt, got 'red'"):
-        reader.look(PICTURES[0], SHORT.general_prompt)
+    texts = ["what digit is red", "the red square at the left", "is red a digit"]
+    reader = reader_of(name, rows, ["t_start", "t_end"])
+    if not shared:
+        reader._joint = None
+    before = state(model)
+    # Three in a row, so that the last one continues what the first ones have read of the picture.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_maps, "TOGETHER", 3)
+        general, *seen = reader.looks(PICTURES[0], SHORT.general_prompt, texts)
+    assert state(model) == before and (reader._joint is not None) == shared
+    assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
+    for text, found in ((SHORT.general_prompt, general), *zip(texts, seen, strict=True)):
+        inputs = prepare(processor, [PICTURES[0]], build_prompt(processor, text), None, SHORT.max_pixels)
+        for row in rows:
+            asked = "question" if found is general and row == ("word", "red") else row
+            session = capture_attention(model, layers="all", rows=asked, processor=processor, max_steps=3)
+            with session, torch.no_grad():
+                model.generate(**inputs, do_sample=False, max_new_tokens=3)
+            expected = session.maps.values[0]
+            expected = expected[:, : session.maps.last_step() + 1, -1] if row == "last" else expected[:, :1].mean(2)
+            assert relative(found.maps[row], expected) < 5e-5, (text, row)
+        assert sum(len(part.tokens) for part in found.views) == found.maps["last"].shape[-1]
 
 
 def test_candidates_end_with_the_users_text() -> None:
-    model, processor = family("llava")
+    _, processor = family("llava")
     behind = len(processor.tokenizer(" ASSISTANT:", add_special_tokens=False)["input_ids"])
     steps = ["t_start", "t_full"]
-    reader = RowReader(model, processor, SHORT, None, steps, "auto")
+    reader = reader_of("llava", None, steps)
     assert reader.rows == ["last", "question", *((-(behind + place),) for place in (1, 2, 3, 4))]
     assert [choice for choice in reader.choices if choice.steps == "t_full"] == [("last", "t_full")]
     suffix = Preset.paper(suffix=" in one word", max_new_tokens=2)
     more = len(processor.tokenizer(" in one word", add_special_tokens=False)["input_ids"])
-    assert RowReader(model, processor, suffix, None, steps, "auto").rows[2] == (-(behind + more + 1),)
+    assert reader_of("llava", None, steps, suffix).rows[2] == (-(behind + more + 1),)
 
 
 def test_rows_that_a_prompt_lacks_are_left_out_or_refused() -> None:
     model, processor = family("llava")
     short = Preset.paper(max_new_tokens=2, general_prompt="hi")
     found = profile(model, processor, ASKED[:1], preset=short, steps=["t_start"])
-    candidates = RowReader(model, processor, short, None, ["t_start"], "auto").rows
+    candidates = reader_of("llava", None, ["t_start"], short).rows
     assert {cell.rows for cell in found.cells} < set(candidates)
     with pytest.raises(ValueError, match=r"rows: expected rows behind the picture, got \(-30,\)"):
         profile(model, processor, ASKED[:1], preset=short, rows=["last", (-30,)])
 
 
-def test_the_work_is_one_look_for_each_picture_question_and_wording() -> None:
+@pytest.mark.parametrize(("steps", "forwards"), [(["t_start"], 1), (["t_start", "t_end"], 3)])
+def test_a_picture_is_read_once_for_all_that_is_asked(steps: list[str], forwards: int) -> None:
     model, processor = family("llava")
-    calls: list[str] = []
+    towers: list[Any] = []
+    layers: list[int] = []
     reported: list[tuple[str, int, int]] = []
-    hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))
-    profile(model, processor, ASKED, preset=SHORT, on_progress=lambda *words: reported.append(words))
-    hook.remove()
-    assert len(calls) == looks(ASKED) == 2 + 3 + 2 + 1 + 2
-    assert [done for _, done, _ in reported] == [*range(len(calls)), len(calls)]
-    assert {total for *_, total in reported} == {len(calls)}
-    assert [stage for stage, *_ in reported][:4] == ["general", "task", "task", "paraphrase"]
-    assert reported[-1][0] == "done"
+    hooks = [
+        model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1)),
+        decoder_layers(model)[3].register_forward_pre_hook(lambda _, given: layers.append(given[0].shape[1])),
+    ]
+    profile(model, processor, ASKED, preset=SHORT, steps=steps, on_progress=lambda *words: reported.append(words))
+    for hook in hooks:
+        hook.remove()
+    assert len(towers) == 2
+    assert len(layers) == 2 * forwards
+    # Behind the picture each prompt has its own tokens, and each answer one a forward: six prompts, then four.
+    assert [length for length in layers if length < 10] == [6] * (forwards - 1) + [4] * (forwards - 1)
+    assert reported == [("picture", 0, 2), ("picture", 1, 2), ("done", 2, 2)]
 
 
 def test_what_is_written_is_accepted(tmp_path: Path) -> None:
@@ -191,13 +203,14 @@ def test_weights_of_other_steps_and_layers_are_not_kept() -> None:
 
 def test_a_pick_that_is_a_guess_says_so() -> None:
     model, processor = family("llava")
-    # The only other wording is another question, so that no map can follow the one and not the other.
+    # The other wording of each question is the other question, so that no map follows the one and not the other.
     same = [Probe(PICTURES[0], text, (other,)) for text, other in (("hello", "what"), ("what", "hello"))]
-    found = profile(model, processor, same, preset=SHORT, steps=["t_start"])
-    assert found.pick.score == pytest.approx(0, abs=1e-6)
-    guess = profile(model, processor, [Probe(PICTURES[0], "hello", ("where is the square",))] * 2, preset=SHORT)
-    assert guess.doubt is not None and guess.pick.score <= 0
-    assert all(math.isfinite(cell.score) for cell in guess.cells)
+    guess = profile(model, processor, same, preset=SHORT, steps=["t_start"])
+    assert guess.pick.score == pytest.approx(0, abs=1e-6)
+    assert (guess.doubt is not None) == (guess.pick.score <= 0)
+    # Twice the same question says nothing new, and is no other question.
+    once, twice = (profile(model, processor, [ASKED[0]] * count, preset=SHORT) for count in (1, 2))
+    assert once.pick == twice.pick and once.doubt is None
 
 
 @pytest.mark.parametrize(
