@@ -107,7 +107,7 @@ def _kill(words: list[str], output: Path, results: int, delay: float) -> None:
         while len(list((output / "results").glob("*/result.json"))) < results:
             assert run.poll() is None, "the run ended before it was killed"
             assert time.monotonic() - start < PATIENCE
-            time.sleep(0.005)
+            time.sleep(0.02)
         time.sleep(delay)
         run.kill()
 
