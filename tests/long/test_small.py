@@ -14,6 +14,6 @@ def test_killed_runs_lose_and_repeat_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_is_flat() -> None:
-    first, last = soak(64, (32, 64))
+    first, last = soak((32, 64))
     # The pictures, masks and saliencies of 32 questions are 40 MiB; allocators take a while to settle.
     assert last - first < 24
