@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import checks
+from carve_kernels.checks import BackendUnavailable
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.types import CarveFailure, CarveResult
 
@@ -26,6 +27,8 @@ OnResult = Callable[[Outcome, int, int | None], None]
 MOST = 8
 # The rest of the free memory is for the forward's own tensors and for whoever else needs some.
 _SHARE = 4
+# No matter of one question: the room, or a GPU that needs a new process.
+_ENDS = (BackendUnavailable, torch.AcceleratorError)
 _EXPECTED = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)
 _LOG = logging.getLogger("carve_kernels")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -69,7 +72,8 @@ def stream(
     and the others go on. Only the pictures that are being worked on are held, so that iterators may be endless.
 
     Raises TypeError or ValueError, before the model runs, for lists of unequal lengths and for other types; for
-    iterators of unequal lengths when the shorter one ends.
+    iterators of unequal lengths when the shorter one ends. BackendUnavailable and a broken GPU end a batch, too: they
+    are no matter of one question.
     """
     given = {"images": images, "questions": questions, "prompts": prompts}
     many = {name: value for name, value in given.items() if _is_many(name, value)}
@@ -160,10 +164,11 @@ def _outcomes(engine: CarveEngine, rows: Iterable[tuple[Any, ...]], limit: int) 
     for image, question, prompt in rows:
         try:
             request = engine.request(image, question, prompt)
-        except _EXPECTED as error:
+        except Exception as error:
+            failure = _failure(error, image, question, prompt)
             yield from _answered(engine, waiting)
             waiting, held = [], 0
-            yield CarveFailure(question, image, _without_frames(error), prompt)
+            yield failure
             continue
         if waiting and (held + request.tokens > limit or len(waiting) == MOST):
             yield from _answered(engine, waiting)
@@ -180,33 +185,32 @@ def _answered(engine: CarveEngine, waiting: list[Any]) -> Iterator[Outcome]:
     try:
         outcomes: Sequence[Outcome] = engine.answer([request for request, *_ in waiting])
     except Exception as error:
-        if not _is_expected(error):
-            raise
-        failed = _without_frames(error)
-    else:
+        if len(waiting) == 1 or isinstance(error, _ENDS):
+            _, *asked = waiting[0]
+            outcomes = [_failure(error, *asked)]
+        else:
+            outcomes = []
+            _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(waiting), error)
+    if outcomes:
         yield from outcomes
         return
-    if len(waiting) == 1:
-        _, image, question, prompt = waiting[0]
-        yield CarveFailure(question, image, failed, prompt)
-        return
-    _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(waiting), failed)
     for entry in waiting:
         yield from _answered(engine, [entry])
 
 
-def _is_expected(error: Exception) -> bool:
+def _failure(error: Exception, image: Any, question: str, prompt: str | None) -> CarveFailure:
+    """What stands in the place of one question, unless the error is no matter of that one: then it goes on its way."""
+    if isinstance(error, _ENDS):
+        raise error
     # torch has no class of its own for a CPU without memory.
-    return isinstance(error, _EXPECTED) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
-
-
-def _without_frames(error: Exception) -> Exception:
-    """The error alone: the frames of its traceback would hold on to every tensor that was in use."""
+    if not isinstance(error, _EXPECTED) and "allocate memory" not in str(error):
+        _LOG.error("batch: question %r failed", question, exc_info=error)
+    # The frames of a traceback would hold on to every tensor that was in use.
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
-    return error
+    return CarveFailure(question, image, error, prompt)
 
 
 def _reported(outcomes: Iterator[Outcome], total: int | None, on_progress: OnResult | None) -> Iterator[Outcome]:

@@ -199,10 +199,18 @@ def test_a_group_that_fails_is_asked_one_by_one(caplog: pytest.LogCaptureFixture
     assert isinstance(list(stream(cpu, "p", ["b", "c"]))[1], CarveFailure)
 
 
-@pytest.mark.parametrize("fault", [BackendUnavailable("no room"), RuntimeError("a fault of ours"), KeyError("ours")])
-def test_what_is_no_matter_of_one_question_ends_the_batch(fault: Exception) -> None:
-    outcomes = stream(Counting({"b": fault}), "p", ["a", "b", "c"], tokens=10)
-    assert next(outcomes) == ("p", "a", None)
+@pytest.mark.parametrize("fault", [RuntimeError("a fault of ours"), IndexError("out of range")])
+def test_a_fault_of_ours_is_told_with_its_place(fault: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    found = list(stream(Counting({"b": fault}), "p", ["a", "b", "c"]))
+    assert [isinstance(outcome, CarveFailure) for outcome in found] == [False, True, False]
+    assert found[1].error is fault and "in answer" in caplog.text and "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [BackendUnavailable("no room"), torch.AcceleratorError("device-side assert")])
+@pytest.mark.parametrize("tokens", [10, 100])
+def test_what_is_no_matter_of_one_question_ends_the_batch(fault: Exception, tokens: int) -> None:
+    outcomes = stream(Counting({"b": fault}), "p", ["a", "bad", "b", "c"], tokens=tokens)
+    assert next(outcomes) == ("p", "a", None) and isinstance(next(outcomes), CarveFailure)
     with pytest.raises(type(fault)):
         next(outcomes)
 
