@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | engine`: answers checked, opponents timed in turns, tables, JSON.
+"""`python -m benchmarks capture | cpu | session | engine`: answers checked, opponents timed in turns, tables, JSON.
 
 `python -m benchmarks roofline` predicts for GPUs and times nothing.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import bench_capture, bench_cpu, bench_engine, cases, lines, machine
+from benchmarks import bench_capture, bench_cpu, bench_engine, bench_session, cases, lines, machine
 from benchmarks import roofline as rooflines
 from benchmarks.answers import WrongAnswer
 from benchmarks.models import Shape
@@ -30,6 +31,10 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=F
 
 Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: shows that it works, measures nothing.")]
 Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number there as JSON.")]
+Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables there.")]
+Layers = Annotated[int, typer.Option(min=1)]
+Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice by default.")]
 
 
@@ -59,7 +64,7 @@ def cpu(
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, again and again; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
-    markdown: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables there.")] = None,
+    markdown: Markdown = None,
 ) -> None:
     """The CPU room against its goals: capture, contrast, regions, a model with a session, the price of a call."""
     _check_output("--markdown", markdown)
@@ -75,32 +80,29 @@ def cpu(
 
 
 @app.command()
-def engine(
+def session(
     quick: Quick = False,
-    layers: Annotated[int, typer.Option(min=1)] = 28,
-    hidden: Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    layers: Layers = 28,
+    hidden: Hidden = 1024,
+    dtype: Dtype = "bfloat16",
     length: Annotated[list[int] | None, typer.Option(min=64, help="Tokens of the prompt, for seconds; 2048.")] = None,
     memory: Annotated[list[int] | None, typer.Option(min=64, help="The same, for memory; 2048 and 8192.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """A session in a whole random model of Qwen2.5-VL's shape: seconds, peak memory, and the engine by stages."""
+    """A session in a whole random model of Qwen2.5-VL's shape: seconds and peak memory."""
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
-    directory = model or (small() if bench_engine.has_small() else None)
-    total = 2 * len(lengths) + len(peaks) + (directory is not None)
-    with _reporting("engine", output, threads, bench_engine.tables) as report, _progress(total) as advance:
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_engine.LAYERS}
+    total = 2 * len(lengths) + len(peaks)
+    with _reporting("session", output, threads, bench_session.tables) as report, _progress(total) as advance:
+        report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_session.LAYERS}
         report["results"] = {
-            "price": bench_engine.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
-            "memory": bench_engine.memory(shape, peaks, rows=rows, advance=advance),
-            "stages": directory and bench_engine.stages(directory, rounds=rounds, advance=advance),
+            "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
+            "memory": bench_session.memory(shape, peaks, rows=rows, advance=advance),
         }
 
 
@@ -120,6 +122,56 @@ def roofline(
         report["results"] = rooflines.measure(chosen, lengths, advance)
     if markdown is not None:
         markdown.write_text(rooflines.markdown(report))
+
+
+@app.command()
+def engine(
+    quick: Quick = False,
+    layers: Layers = 28,
+    hidden: Hidden = 1024,
+    dtype: Dtype = "bfloat16",
+    visual: Annotated[list[int] | None, typer.Option(min=16, help="Visual tokens, squares; 256, 1024, 2304.")] = None,
+    new_tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of an answer; 8 and 32.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="paper, release; both.")] = None,
+    part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What is measured.")] = "all",
+    rounds: Annotated[int, typer.Option(min=3)] = 5,
+    slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of what runs under eager.")] = 1,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    threads: Threads = None,
+    output: Output = None,
+    markdown: Markdown = None,
+) -> None:
+    """One look by the engine against three calls under eager, the release's procedure and two plain answers."""
+    _check_output("--markdown", markdown)
+    shape, sizes, counts = (
+        Shape(layers, hidden, dtype),
+        visual or bench_engine.VISUAL,
+        new_tokens or bench_engine.NEW_TOKENS,
+    )
+    if quick:
+        shape, sizes, counts, rounds = Shape(2, 256, dtype), (16, 64), (2,), 3
+    for tokens in sizes:
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise typer.BadParameter(f"--visual: expected squares, as 256 or 1024, got {tokens}")
+    names = preset or bench_engine.PRESETS
+    chosen = bench_engine.cases(shape, names, sizes, counts)
+    weighed = bench_engine.cases(shape, names, sizes, counts[:1])
+    if quick:
+        weighed = weighed[:1]
+    directory = model or (small() if bench_engine.has_small() else None)
+    if part == "memory":
+        chosen, directory = [], None
+    elif part == "seconds":
+        weighed = []
+    total = len(chosen) + len(weighed) + (directory is not None)
+    with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
+        report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
+        bench_engine.check(shape, names)
+        found = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        found += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
+        report["results"] = found + bench_engine.memory(weighed, slow=not quick, advance=advance)
+    if markdown is not None:
+        markdown.write_text(lines.markdown(report))
 
 
 @contextmanager

@@ -1,215 +1,249 @@
-"""The price of a session in a whole model: seconds beside a plain `generate`, and peak memory; the engine by stages.
+"""The price of one look: the engine beside three calls under eager, the release's procedure and two plain answers.
 
-`python -m benchmarks engine` gives the tables; `pytest benchmarks/bench_engine.py` times the runs one by one, on a
-smaller model.
+`python -m benchmarks engine` gives the tables; `pytest benchmarks/bench_engine.py` times the embedded model's engine.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from rich.table import Table
-
-from benchmarks.answers import WrongAnswer, check_maps, check_truth
-from benchmarks.machine import kilobytes
-from benchmarks.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
-from benchmarks.models import Shape, noise, prompt, random_model
-from benchmarks.timing import Spread, as_it_comes, paired, ratio
-from carve_kernels import CarveEngine, capture_attention, load
+from benchmarks import one_look_memory
+from benchmarks.answers import WrongAnswer, check_maps, check_truth, correlate
+from benchmarks.lines import Goal, Line, line
+from benchmarks.models import Shape, noise
+from benchmarks.one_look import QUESTION, Case, Counted, Look, Ways, Work
+from benchmarks.timing import Spread, as_it_comes, paired
+from carve_kernels import CarveEngine, load
+from carve_kernels.maps import AttentionMaps
 from carve_kernels.models import small
 
-LAYERS = "paper"
-# Long enough for a map with a peak, short enough for a check in float32.
-CHECK_LENGTH = 256
-# Above this share of the free memory, eager's matrices are computed and not allocated.
-MEMORY_SHARE = 0.5
-QUESTION = "what digit is red"
+ENGINE, SECOND = "(a) engine", "second question"
+EAGER, RELEASE, PRICE = "(b) eager", "(c) release", "(d) plain + refined"
+PLAIN, REFINED, EAGER_TASK, EAGER_REST = "plain", "refined", "eager task", "eager rest"
+# A picture small enough for a check in float32, large enough for a map with a peak.
+CHECK_VISUAL, CHECK_TOKENS = 64, 4
+VISUAL, NEW_TOKENS, PRESETS = (256, 1024, 2304), (8, 32), ("paper", "release")
+# The release's procedure takes half a minute at 1024 tokens: beyond it, and beyond 8 new ones, it is not waited for.
+RELEASE_VISUAL, RELEASE_TOKENS = 1024, 8
 MIB = 2**20
+_MARGIN = 1.01
 
 
-class Answer(NamedTuple):
-    """New tokens [T], and the maps [L, T, N], empty where the way gives none."""
-
-    ids: torch.Tensor
-    maps: torch.Tensor
+def cases(shape: Shape, presets: Iterable[str], visual: Iterable[int], new_tokens: Iterable[int]) -> list[Case]:
+    return [Case(shape, name, tokens, count) for name in presets for count in new_tokens for tokens in visual]
 
 
-def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[[], Answer]]:
-    """The same `generate` with a dynamic cache: plain under sdpa, in a session, under eager with output_attentions."""
-    model, other = random_model(shape, "sdpa"), random_model(shape, "eager")
-    other.load_state_dict(model.state_dict(), assign=True)
-    inputs = prompt(length, shape.dtype)
-    visual = inputs["mm_token_type_ids"][0].bool()
-
-    def answer(model: Any, **options: Any) -> Any:
-        with torch.no_grad():
-            return model.generate(
-                **inputs, do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True, **options
-            )
-
-    def plain() -> Answer:
-        return Answer(answer(model).sequences[0, length:], torch.empty(0))
-
-    def session() -> Answer:
-        with capture_attention(model, layers=LAYERS, max_steps=new_tokens) as session:
-            ids = answer(model).sequences[0, length:]
-        return Answer(ids, session.maps.values[0, :, :, 0])
-
-    def eager() -> Answer:
-        output = answer(other, output_attentions=True)
-        layers = capture_attention(other, layers=LAYERS).layers
-        maps = [
-            [step[layer][0, :, -1, : len(visual)][:, visual].float().mean(0) for step in output.attentions]
-            for layer in layers
-        ]
-        return Answer(output.sequences[0, length:], torch.stack([torch.stack(steps) for steps in maps]))
-
-    return {PLAIN: plain, SESSION: session, EAGER: eager}
+def check(shape: Shape, presets: Iterable[str]) -> None:
+    """In float32 all ways give the same tokens and maps; the question that comes second as well."""
+    for name in presets:
+        ways = Ways(Case(shape._replace(dtype="float32"), name, CHECK_VISUAL, CHECK_TOKENS))
+        alone = ways.case.preset.images == "refined"
+        engine, second, task, general = ways.seen, ways.second(), ways.eager_task(), ways.eager_general()
+        plain, last = ways.plain(), ways.last(task, general)
+        for way, result in ((ENGINE, engine), (SECOND, second)):
+            _same_tokens(f"{way}, {name}, plain answer", result.answer_ids, plain)
+            _same_tokens(f"{way}, {name}, refined answer", result.refined_ids, ways.answer_refined() if alone else last)
+            _same_maps(f"{way}, {name}, task", result.task, task)
+            _same_maps(f"{way}, {name}, general", result.general, general)
+        for way, found, truth in (("task", ways.release_task(), task), ("general", ways.release_general(), general)):
+            _same_tokens(f"{RELEASE}, {name}, {way}", found.ids, truth.ids)
+            check_maps(f"{RELEASE}, {name}, {way}", found.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
+        if alone:
+            _same_tokens(f"{EAGER}, {name}, refined answer", last, ways.answer_refined())
 
 
-def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
-    """The session changes no token, and its maps are eager's; in bf16 eager itself rounds and wanders off."""
-    found = {name: run() for name, run in runs.items()}
-    plain, session, eager = found[PLAIN], found[SESSION], found.get(EAGER)
-    exact = shape.dtype == "float32"
-    for name in (SESSION, EAGER) if exact and eager else (SESSION,):
-        if not torch.equal(found[name].ids, plain.ids):
-            raise WrongAnswer(
-                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {found[name].ids.tolist()}"
-            )
-    check_truth(SESSION, session.maps)
-    if eager is None:
-        return
-    # Once their tokens part, the steps behind have other questions.
-    steps = int((session.ids == eager.ids).long().cumprod(0).sum()) + 1
-    bounds = {"relative": 2e-4, "correlation": 1 - 1e-6} if exact else {"relative": math.inf, "correlation": 0.98}
-    check_maps(SESSION, session.maps[:, :steps], eager.maps[:, :steps], **bounds)
+def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: Callable[[str], None]) -> list[Line]:
+    """Seconds of all ways against the goals, and the work they do, a line for each case."""
+    timed, compared, worked = [], [], []
+    growth: dict[tuple[str, int], list[tuple[int, list[float]]]] = {}
+    for case in chosen:
+        ways = Ways(case)
+        look = _check_rounded(ways)
+        runs = {ENGINE: ways.engine, SECOND: ways.second, PLAIN: ways.plain, REFINED: ways.answer_refined}
+        fast = {name: Counted(case, run) for name, run in runs.items()}
+        slow = {name: Counted(case, run) for name, run in _slow(ways, look).items()}
+        seconds = paired(fast, rounds=rounds, before=as_it_comes)
+        seconds_slow = paired(slow, rounds=slow_rounds, before=as_it_comes)
+        timed.append(_seconds(case, seconds, seconds_slow))
+        compared.append(_ratios(case, seconds, seconds_slow))
+        worked.append(_work(ways, {name: run.work for name, run in (fast | slow).items()}))
+        ratios = _over(seconds[ENGINE], _sum(seconds, PLAIN, REFINED))
+        growth.setdefault((case.preset_name, case.new_tokens), []).append((case.visual, ratios))
+        advance(f"{case.preset_name}, {case.visual} visual tokens, {case.new_tokens} new")
+    return [*timed, *compared, *_growth(growth), *worked]
 
 
-def price(shape: Shape, lengths: Iterable[int], new_tokens: int, *, rounds: int, advance: Callable[[str], None]) -> Any:
-    """Seconds of each way, prefill alone and with decoding, after a check in float32 and one as it is timed."""
-    exact = shape._replace(dtype="float32")
-    check(exact, opponents(exact, CHECK_LENGTH, new_tokens))
-    results = []
-    for length in lengths:
-        for count in (1, new_tokens):
-            runs = opponents(shape, length, count)
-            if not _eager_fits(shape, length):
-                del runs[EAGER]
-            check(shape, runs)
-            seconds = paired(runs, rounds=rounds, before=as_it_comes)
-            results.append(
-                {
-                    "length": length,
-                    "new_tokens": count,
-                    "seconds": {name: Spread.of(values)._asdict() for name, values in seconds.items()},
-                    "ratio_to_plain": {
-                        name: ratio(seconds, name, PLAIN)._asdict() for name in seconds if name != PLAIN
-                    },
-                }
-            )
-            advance(f"price S={length}, {count} new tokens")
-    return results
-
-
-def memory(shape: Shape, lengths: Iterable[int], *, rows: int, advance: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Peaks of a prefill, plain, in a session and under eager, each in a process of its own."""
-    results = []
-    for length in lengths:
-        plain = peak_in_fresh_process(PLAIN, shape, length, rows)
-        session = peak_in_fresh_process(SESSION, shape, length, rows)
-        fits = _eager_fits(shape, length)
-        eager = peak_in_fresh_process(EAGER, shape, length, rows) if fits else None
-        results.append(
-            {
-                "length": length,
-                "rows": rows,
-                "plain": plain._asdict(),
-                "session_extra": {name: getattr(session, name) - getattr(plain, name) for name in plain._fields},
-                "bound": rows * shape.heads * length * 4,
-                "eager_measured": fits,
-                "eager_extra": eager.tensors - plain.tensors if eager else eager_bytes(shape, length),
-            }
-        )
-        advance(f"memory S={length}")
-    return results
+def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]) -> list[Line]:
+    """Peaks in fresh processes: what the engine takes above two plain answers, and what the slow ways take."""
+    found = []
+    for case in chosen:
+        engine = one_look_memory.peak(one_look_memory.ENGINE, case)
+        price = one_look_memory.peak(one_look_memory.PRICE, case, engine.refined)
+        others = {EAGER: one_look_memory.EAGER} if slow else {}
+        if slow and _is_waited_for(case):
+            others[RELEASE] = one_look_memory.RELEASE
+        peaks = {name: one_look_memory.peak(what, case, engine.refined).tensors for name, what in others.items()}
+        extra, bound = engine.tensors - price.tensors, case.prefix_bytes
+        share = extra / bound
+        labels = {
+            **_labels(case),
+            PRICE: f"{price.tensors / MIB:.1f}",
+            "(a) - (d)": f"{extra / MIB:.1f}",
+            "(a) - (d), resident": f"{(engine.resident - price.resident) / MIB:.1f}",
+            "one prefix": f"{bound / MIB:.1f}",
+            **{f"{name} - (d)": f"{(tensors - price.tensors) / MIB:.1f}" for name, tensors in peaks.items()},
+        }
+        goal = Goal("((a) - (d)) / one prefix", _MARGIN, most=True)
+        found.append(line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal]))
+        advance(f"memory of {case.preset_name}, {case.visual} visual tokens")
+    return found
 
 
 def has_small() -> bool:
     return (small() / "config.json").is_file()
 
 
-def stages(directory: Path, *, rounds: int, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds of each stage of CarveEngine on a checkpoint."""
-    engine = CarveEngine(*load(directory))
+def stages(directory: Path, *, rounds: int, advance: Callable[[str], None]) -> Line:
+    """Seconds of each stage of CarveEngine on a checkpoint, without its memory."""
+    engine = CarveEngine(*load(directory), memory=False)
     picture = noise(336)
-    result = engine(picture, QUESTION)
-    saliency = result.saliency
+    saliency = engine(picture, QUESTION).saliency
     if not bool(saliency.isfinite().all()) or float(saliency.max()) <= float(saliency.min()):
         raise WrongAnswer(f"engine: expected a saliency with a peak, got {saliency.min()} to {saliency.max()}")
     found = [engine(picture, QUESTION).seconds for _ in range(rounds)]
     advance("stages")
-    return {stage: Spread.of([seconds[stage] for seconds in found])._asdict() for stage in found[0]}
-
-
-def tables(results: dict[str, Any]) -> list[Table]:
-    prices = Table("S", "new tokens", *(PLAIN, SESSION, EAGER), title="generate: s, and times plain")
-    for line in results["price"]:
-        cells = [_cell(line, name) for name in (PLAIN, SESSION, EAGER)]
-        prices.add_row(str(line["length"]), str(line["new_tokens"]), *cells)
-    peaks = Table(
-        "S", "rows", "plain", "session: + tensors", "+ resident", "rows x heads x S x 4", "eager: + tensors",
-        title="peak memory of a prefill: MiB",
+    return line(
+        "stages of the engine: ms", {"model": directory.name}, {}, [],
+        seconds={stage: [seconds[stage] for seconds in found] for stage in found[0]},
     )  # fmt: skip
-    for line in results["memory"]:
-        extra = line["session_extra"]
-        peaks.add_row(
-            str(line["length"]), str(line["rows"]), f"{line['plain']['tensors'] / MIB:.1f}",
-            f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{line['bound'] / MIB:.3f}",
-            f"{line['eager_extra'] / MIB:.1f}" + ("" if line["eager_measured"] else " (computed, matrices alone)"),
-        )  # fmt: skip
-    if results["stages"] is None:
-        return [prices, peaks]
-    steps = Table(*results["stages"], title="CarveEngine: s by stage")
-    steps.add_row(*(Spread(**seconds).show() for seconds in results["stages"].values()))
-    return [prices, peaks, steps]
 
 
-def _eager_fits(shape: Shape, length: int) -> bool:
-    return eager_bytes(shape, length) < MEMORY_SHARE * kilobytes("/proc/meminfo", "MemAvailable")
+def _slow(ways: Ways, task: Look) -> dict[str, Callable[[], Any]]:
+    """The ways under eager, with what they are compared with; `task` is what `eager_task` gives."""
+
+    def rest() -> None:
+        ways.last(task, ways.eager_general())
+
+    def release() -> None:
+        ways.last(ways.release_task(), ways.release_general())
+
+    runs = {ENGINE: ways.engine, PLAIN: ways.plain, EAGER_TASK: ways.eager_task, EAGER_REST: rest}
+    return runs | ({RELEASE: release} if _is_waited_for(ways.case) else {})
 
 
-def _cell(line: dict[str, Any], name: str) -> str:
-    if name not in line["seconds"]:
-        return "does not fit"
-    cell = Spread(**line["seconds"][name]).show()
-    if name in line["ratio_to_plain"]:
-        cell += f"\nx {Spread(**line['ratio_to_plain'][name]).show(digits=4)}"
-    return cell
+def _is_waited_for(case: Case) -> bool:
+    return case.visual <= RELEASE_VISUAL and case.new_tokens <= RELEASE_TOKENS
 
 
-@lru_cache(maxsize=1)
-def _checked(dtype: str) -> dict[str, Callable[[], Answer]]:
-    shape = Shape(4, 512, dtype)
-    runs = opponents(shape, 512, 4)
-    check(shape, runs)
-    return runs
+def _seconds(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
+    found = {
+        ENGINE: fast[ENGINE],
+        SECOND: fast[SECOND],
+        PRICE: _sum(fast, PLAIN, REFINED),
+        EAGER: _sum(slow, EAGER_TASK, EAGER_REST),
+    }
+    found |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
+    return line("one look: ms", _labels(case), {}, [], seconds=found)
 
 
-def pytest_generate_tests(metafunc: Any) -> None:
-    if "opponent" in metafunc.fixturenames:
-        metafunc.parametrize("dtype", ("float32", "bfloat16"))
-        metafunc.parametrize("opponent", (PLAIN, SESSION, EAGER))
+def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
+    """Round by round; what runs under eager is compared with the rounds of the engine that it took turns with."""
+    allowed = [0.6 * plain + refined for plain, refined in zip(fast[PLAIN], fast[REFINED], strict=True)]
+    eager_to_engine = _over(_sum(slow, EAGER_TASK, EAGER_REST), slow[ENGINE])
+    eager_to_sdpa = _over(slow[EAGER_TASK], slow[PLAIN])
+    found = {
+        "(a) / (d)": _over(fast[ENGINE], _sum(fast, PLAIN, REFINED)),
+        "second / (0.6 plain + refined)": _over(fast[SECOND], allowed),
+        "(b) / (a)": eager_to_engine,
+        "eager / sdpa": eager_to_sdpa,
+        "(b) / (a) / (eager / sdpa)": _over(eager_to_engine, eager_to_sdpa),
+    }
+    found |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
+    ratios = {name: Spread.of(values) for name, values in found.items()}
+    return line("one look: ratios", _labels(case), ratios, _goals(case))
 
 
-def test_generate(benchmark: Any, dtype: str, opponent: str) -> None:
-    benchmark.group = dtype
-    benchmark(_checked(dtype)[opponent])
+def _labels(case: Case) -> dict[str, Any]:
+    return {"preset": case.preset_name, "visual tokens": case.visual, "new tokens": case.new_tokens}
+
+
+def _goals(case: Case) -> list[Goal]:
+    goals = []
+    if case.new_tokens == 8:
+        goals.append(Goal("(a) / (d)", 1.15, most=True))
+        goals.append(Goal("(c) / (a)", 4 if case.visual < 1024 else 14))
+    if case.visual < 1024:
+        goals.append(Goal("(b) / (a)", 1.4))
+    else:
+        goals.append(Goal("(b) / (a) / (eager / sdpa)", 1.3))
+        if case.new_tokens == 8:
+            goals.append(Goal("second / (0.6 plain + refined)", 1, most=True))
+    return goals
+
+
+def _growth(found: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> list[Line]:
+    """(a) / (d) of the largest picture over that of the smallest; 5 % of growth is the noise of two medians."""
+    lines = []
+    for (preset, new_tokens), entries in found.items():
+        (least, small_ratios), (most, large_ratios) = min(entries), max(entries)
+        if least < most:
+            labels = {"preset": preset, "new tokens": new_tokens, "from": least, "to": most}
+            goal = Goal("growth of (a) / (d)", 1.05, most=True)
+            ratios = {goal.ratio: Spread.of(_over(large_ratios, small_ratios))}
+            lines.append(line("growth with the visual tokens", labels, ratios, [goal]))
+    return lines
+
+
+def _work(ways: Ways, done: Mapping[str, Work | None]) -> Line:
+    """Language-model tokens and calls of the vision tower of each way, and what the engine keeps of a picture."""
+    parts = {
+        ENGINE: (ENGINE,), SECOND: (SECOND,), EAGER: (EAGER_TASK, EAGER_REST), RELEASE: (RELEASE,),
+        PRICE: (PLAIN, REFINED),
+    }  # fmt: skip
+    case = ways.case
+    labels = _labels(case)
+    for name, counted in parts.items():
+        works = [work for part in counted if (work := done.get(part)) is not None]
+        if works:
+            labels[name] = f"{sum(work.tokens for work in works)} + {sum(work.pictures for work in works)}"
+    held = ways.remembering.memory.held()
+    labels["kept: MiB"] = f"{(held.prefix_bytes + held.maps_bytes) / MIB:.1f}"
+    return line("work: tokens of the language model + calls of the vision tower", labels, {}, [])
+
+
+def _check_rounded(ways: Ways) -> Look:
+    """As it is timed: as many tokens as asked for; in bfloat16 eager itself wanders off, its first maps are alike."""
+    result, task, second = ways.seen, ways.eager_task(), ways.second()
+    for ids in (result.answer_ids, result.refined_ids, second.answer_ids, second.refined_ids):
+        if len(ids) != ways.case.new_tokens:
+            raise WrongAnswer(f"{ENGINE}: expected answers of {ways.case.new_tokens} tokens, got {len(ids)}")
+    found = result.task.values[0, :, :, 0]
+    check_truth(ENGINE, found)
+    likeness = correlate(found[:, 0], task.maps[:, 0])
+    if not likeness >= 0.98:
+        raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {likeness:.4f}")
+    return task
+
+
+def _same_tokens(name: str, found: Sequence[int], truth: Sequence[int]) -> None:
+    if list(found) != list(truth):
+        raise WrongAnswer(f"{name}: expected the tokens {list(truth)}, got {list(found)}")
+
+
+def _same_maps(name: str, found: AttentionMaps, truth: Look) -> None:
+    maps = found.values[0, :, :, 0]
+    check_truth(name, truth.maps)
+    check_maps(name, maps, truth.maps[:, : maps.shape[1]], relative=2e-4, correlation=1 - 1e-6)
+
+
+def _sum(seconds: Mapping[str, list[float]], *names: str) -> list[float]:
+    return [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)]
+
+
+def _over(found: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(found, other, strict=True)]
 
 
 def test_engine(benchmark: Any) -> None:
@@ -217,6 +251,6 @@ def test_engine(benchmark: Any) -> None:
 
     if not has_small():
         pytest.skip("the embedded model is not in this checkout")
-    engine = CarveEngine(*load(small()))
+    engine = CarveEngine(*load(small()), memory=False)
     result = benchmark(engine, noise(336), QUESTION)
     assert float(result.saliency.max()) > float(result.saliency.min())

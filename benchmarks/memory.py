@@ -39,13 +39,18 @@ class Peak(NamedTuple):
 
 def peak_in_fresh_process(what: str, shape: Shape, length: int, rows: int) -> Peak:
     """Peak of one prefill with a cache: plain sdpa, the same in a session, or eager with output_attentions."""
-    task = json.dumps({"what": what, "shape": shape._asdict(), "length": length, "rows": rows})
-    command = [sys.executable, "-m", "benchmarks.memory", task]
+    task = {"what": what, "shape": shape._asdict(), "length": length, "rows": rows}
+    return Peak(**in_fresh_process("benchmarks.memory", task))
+
+
+def in_fresh_process(module: str, task: dict[str, Any]) -> Any:
+    """What a module prints as its last line, as JSON, when it is run with this task."""
+    command = [sys.executable, "-m", module, json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | _MALLOC, capture_output=True, text=True)
     if done.returncode:
         reason = "killed, most likely for memory" if done.returncode == -9 else done.stderr[-2000:]
-        raise RuntimeError(f"memory of {what} at S={length}: the process that measures it failed: {reason}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"memory of {task}: the process that measures it failed: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_of_tensors(run: Callable[[], Any]) -> int:

@@ -1,8 +1,8 @@
-"""A random model in the shape of Qwen2.5-VL, and prompts for it."""
+"""A random model in the shape of Qwen2.5-VL, a processor whose words are its ids, and prompts for it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,7 +13,17 @@ VISUAL_SHARE = 0.8
 VOCABULARY = 512
 MERGE = 2
 PATCH_VALUES = 3 * 2 * 14 * 14
+PATCH = 14
 _START, _END, _IMAGE, _VIDEO, _EOS = range(VOCABULARY - 5, VOCABULARY)
+_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_end|>")
+_FRAME = "system You are a helpful assistant. user assistant"
+_TEMPLATE = (
+    "<|im_start|> system You are a helpful assistant. <|im_end|> "
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|> "
+    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
+)
 
 
 class Shape(NamedTuple):
@@ -104,6 +114,33 @@ def prompt(length: int, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
         "pixel_values": patches.to(getattr(torch, dtype)),
         "image_grid_thw": torch.tensor([[1, MERGE * rows, MERGE * columns]]),
     }
+
+
+def processor(texts: list[str]) -> Any:
+    """Qwen2.5-VL's processor of pictures, and a tokenizer with a word for each id, those of the texts first."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class Pictures(Qwen2_5_VLProcessor):
+        """Without the part for videos, which wants torchvision."""
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    given = ["<pad>", "<|im_start|>", *_MARKS]
+    said = sorted({word for text in (*texts, _FRAME) for word in text.split()})
+    words = [*given[:2], *said, *(f"word{number}" for number in range(VOCABULARY))][:_START]
+    vocabulary = {word: number for number, word in enumerate([*words, *_MARKS])}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token=_MARKS[-1], extra_special_tokens=[given[1], *_MARKS[:-1]]
+    )
+    # Pictures of benchmarks have the number of pixels that they are asked for.
+    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": (MERGE * PATCH) ** 2, "longest_edge": 2**31})
+    return Pictures(pictures, tokenizer, None, chat_template=_TEMPLATE)
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:

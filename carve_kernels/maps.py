@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from carve_kernels import checks
+from carve_kernels.files import write_whole
 from carve_kernels.picture import saliency_image
 from carve_kernels.types import View, VisualLayout
 
@@ -86,51 +88,12 @@ class AttentionMaps:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.torch import save
-
-        target = Path(path)
-        header = {
-            "format": _FORMAT,
-            "layers": list(self.layers),
-            "steps": list(self.steps),
-            "dtype": self.dtype,
-            "layout": None if self.layout is None else _layout_to_json(self.layout),
-        }
-        data = save(
-            {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS},
-            metadata={"carve": json.dumps(header)},
-        )
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(path, encode(self))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> AttentionMaps:
         """Read what `save` wrote."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("carve", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)!r} ({error})") from error
-        if header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
-            raise ValueError(f"path: expected maps written by AttentionMaps.save, got {os.fspath(path)!r}")
-        layout = None
-        if header["layout"] is not None:
-            layout = _layout_from_json(header["layout"], tensors["tokens"])
-        return AttentionMaps(
-            **tensors,
-            layers=tuple(header["layers"]),
-            steps=tuple(header["steps"]),
-            dtype=header["dtype"],
-            layout=layout,
-        )
+        return decode(Path(path).read_bytes(), os.fspath(path))[0]
 
     def _repr_png_(self) -> bytes | None:
         if self.layout is None or not self.layout.views[0]:
@@ -143,6 +106,60 @@ class AttentionMaps:
         buffer = BytesIO()
         image.resize((image.width * factor, image.height * factor), 0).save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def encode(maps: AttentionMaps, **facts: str) -> bytes:
+    """Maps as a safetensors file with a checksum, and with more facts in its metadata."""
+    from safetensors.torch import save
+
+    header = {
+        "format": _FORMAT,
+        "layers": list(maps.layers),
+        "steps": list(maps.steps),
+        "dtype": maps.dtype,
+        "layout": None if maps.layout is None else _layout_to_json(maps.layout),
+    }
+    tensors = {name: getattr(maps, name).detach().cpu().contiguous() for name in _TENSORS}
+    text = json.dumps(header)
+    return save(tensors, metadata={**facts, "carve": text, "checksum": _checksum(text, tensors)})
+
+
+def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
+    """The maps that `encode` made a file of, in memory of their own, and all of its metadata; `name` is for errors.
+
+    Raises ValueError if it is another file or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except SafetensorError as error:
+        raise ValueError(f"path: expected a safetensors file, got {name!r} ({error})") from error
+    text = facts.get("carve", "{}")
+    header = json.loads(text)
+    if not isinstance(header, dict) or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
+        raise ValueError(f"path: expected maps written by AttentionMaps.save, got {name!r}")
+    if facts.get("checksum") != _checksum(text, tensors):
+        raise ValueError(f"path: {name!r} is damaged: its numbers do not have the checksum that was written with them")
+    layout = None if header["layout"] is None else _layout_from_json(header["layout"], tensors["tokens"])
+    maps = AttentionMaps(
+        **tensors,
+        layers=tuple(header["layers"]),
+        steps=tuple(header["steps"]),
+        dtype=header["dtype"],
+        layout=layout,
+    )
+    return maps, facts
+
+
+def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256(header.encode())
+    for name in _TENSORS:
+        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _counts(tokens: torch.Tensor) -> list[int]:

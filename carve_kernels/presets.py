@@ -76,15 +76,18 @@ class Preset:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preset:
-        """A preset from {"preset": "paper", ...what differs}, as a model's carve.json holds it."""
+        """A preset from {"preset": "paper", ...what differs}, as a model's carve.json holds it.
+
+        What stands under "evidence" says how the values were found; it is not read.
+        """
         if not isinstance(values, Mapping):
             raise TypeError(f"preset: expected a name, a Preset or a dict, got {checks.describe(values)}")
-        overrides = dict(values)
+        overrides = {key: value for key, value in values.items() if key != "evidence"}
         base = checks.choice("preset", overrides.pop("preset", "paper"), ("paper", "release"))
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in overrides if key not in known]
         if unknown:
-            names = ", ".join(["preset", *known])
+            names = ", ".join(["preset", *known, "evidence"])
             raise ValueError(f"preset: expected keys among {names}, got {', '.join(map(repr, unknown))}")
         return cls.release(**overrides) if base == "release" else cls.paper(**overrides)
 

@@ -111,7 +111,7 @@ class CarveResult:
     """What the engine found out about one image and one question.
 
     `entropy` holds H / ln N of the task map for each captured layer; `seconds` the time of each stage; `reason` says
-    why the whole image was kept, or is None.
+    why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted.
     """
 
     question: str
@@ -133,6 +133,11 @@ class CarveResult:
     refined_ids: tuple[int, ...] = field(default=(), repr=False)
 
     @property
+    def error(self) -> None:
+        """No error: what stands here in a batch where a picture or a question could not be used is a CarveFailure."""
+        return None
+
+    @property
     def mask(self) -> torch.Tensor:
         return self.regions.mask
 
@@ -143,3 +148,16 @@ class CarveResult:
     @property
     def box(self) -> tuple[int, int, int, int]:
         return self.regions.box
+
+
+@dataclass(frozen=True)
+class CarveFailure:
+    """What a batch has in place of a CarveResult for a picture or a question that could not be used.
+
+    `image` is the path or the picture as it was given; `error` is what asking it alone would have raised.
+    """
+
+    question: str
+    image: Any
+    error: Exception
+    prompt: str | None = None

@@ -12,7 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from benchmarks import bench_capture, bench_engine, cases, cpu_capture, cpu_pixels, lines, timing
+from benchmarks import (
+    bench_capture,
+    bench_engine,
+    bench_session,
+    cases,
+    cpu_capture,
+    cpu_pixels,
+    lines,
+    one_look,
+    timing,
+)
 from benchmarks.__main__ import app
 from benchmarks.models import Shape
 from carve_kernels.types import Capture
@@ -51,16 +61,51 @@ def test_capture_reports_every_opponent_cold_and_warm(tmp_path: Path, monkeypatc
     assert "(c) folded" in result.output
 
 
-def test_engine_reports_seconds_memory_and_stages(tmp_path: Path) -> None:
-    checkpoint = tiny.save(*tiny.tiny_llava(), tmp_path / "checkpoint")
-    result = run("engine", "--model", str(checkpoint), "--output", str(tmp_path / "engine.json"))
+def test_session_reports_seconds_and_memory(tmp_path: Path) -> None:
+    result = run("session", "--output", str(tmp_path / "session.json"))
     assert result.exit_code == 0, result.output
-    found = report_of(tmp_path / "engine.json")["results"]
+    found = report_of(tmp_path / "session.json")["results"]
     assert [line["new_tokens"] for line in found["price"]] == [1, 2]
     assert all(set(line["seconds"]) == {"plain", "session", "eager"} for line in found["price"])
     (memory,) = found["memory"]
     assert memory["eager_measured"] and memory["bound"] == 2 * 128 * 4
-    assert {"task", "general", "answer"} <= set(found["stages"])
+
+
+def test_engine_reports_every_way_against_its_goals(tmp_path: Path) -> None:
+    checkpoint = tiny.save(*tiny.tiny_llava(), tmp_path / "checkpoint")
+    files = tmp_path / "engine.json", tmp_path / "engine.md"
+    words = ("--model", str(checkpoint), "--output", str(files[0]), "--markdown", str(files[1]))
+    result = run("engine", *words)
+    assert result.exit_code == 0, result.output
+    found: dict[str, list[Any]] = {}
+    for line in report_of(files[0])["results"]:
+        found.setdefault(line["table"].partition(":")[0], []).append(line)
+    cells = [(preset, visual) for preset in ("paper", "release") for visual in (16, 64)]
+    names = {"(a) engine", "second question", "(b) eager", "(c) release", "(d) plain + refined"}
+    labels = [line["labels"] for line in found["one look"]]
+    assert [(each["preset"], each["visual tokens"]) for each in labels] == cells * 2
+    assert all(set(line["seconds"]) == names for line in found["one look"][:4])
+    assert {"(a) / (d)", "(b) / (a)", "(c) / (a)", "eager / sdpa"} <= set(found["one look"][4]["ratios"])
+    assert [line["labels"]["to"] for line in found["growth with the visual tokens"]] == [64, 64]
+    for line in found["work"]:
+        check_work(line["labels"])
+    (memory,) = found["peak memory"]
+    assert memory["ratios"]["((a) - (d)) / one prefix"]["median"] > 0
+    assert {"task", "general", "answer"} <= set(found["stages of the engine"][0]["seconds"])
+    assert "### one look: ratios" in files[1].read_text()
+
+
+def check_work(labels: dict[str, Any]) -> None:
+    """One look at a picture a question; a picture that is known costs the refined one alone."""
+    work = {name: tuple(map(int, cell.split(" + "))) for name, cell in labels.items() if " + " in str(cell)}
+    tokens, pictures = ({name: counts[place] for name, counts in work.items()} for place in (0, 1))
+    two = labels["preset"] == "release"
+    assert pictures["(a) engine"] == pictures["(d) plain + refined"] == 2
+    assert pictures["second question"] == 1
+    # Two looks and the last question, which under `release` shows both pictures; one call encodes both.
+    assert pictures["(b) eager"] == 3 and pictures["(c) release"] == 2 * labels["new tokens"] + 1
+    assert tokens["second question"] < tokens["(a) engine"] - labels["visual tokens"]
+    assert tokens["(a) engine"] < tokens["(d) plain + refined"] + labels["visual tokens"] // (1 if two else 2) + 32
 
 
 def test_cpu_reports_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,30 +207,65 @@ def test_a_flat_truth_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_maps_stop_engine(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_maps_stop_session(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda answer: answer._replace(maps=FAULTS[fault](answer.maps)))
-    result = run("engine")
+    result = run("session")
     assert result.exit_code == 1
     assert "nothing is timed" in result.output
 
 
-def test_another_token_stops_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_token_stops_session(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda answer: answer._replace(ids=answer.ids + 1))
-    result = run("engine")
+    result = run("session")
     assert result.exit_code == 1
     assert "tokens" in result.output
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
-    honest = bench_engine.opponents
+    honest = bench_session.opponents
 
     def opponents(*args: Any) -> dict[str, Callable[[], Any]]:
         runs = honest(*args)
-        session = runs[bench_engine.SESSION]
-        return {**runs, bench_engine.SESSION: lambda: fault(session())}
+        session = runs[bench_session.SESSION]
+        return {**runs, bench_session.SESSION: lambda: fault(session())}
 
-    monkeypatch.setattr(bench_engine, "opponents", opponents)
+    monkeypatch.setattr(bench_session, "opponents", opponents)
+    monkeypatch.setattr(bench_session, "paired", untimed)
+
+
+LIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "another map": ("engine", lambda found: with_maps(found, "task", lambda maps: maps * 1.01), "task"),
+    "the general map rolled": (
+        "engine",
+        lambda found: with_maps(found, "general", lambda maps: maps.roll(1, -1)),
+        "general",
+    ),
+    "another answer": ("engine", lambda found: dataclasses.replace(found, answer_ids=(9, 9, 9, 9)), "plain answer"),
+    "another refined answer": ("second", lambda found: dataclasses.replace(found, refined_ids=(9,)), "refined answer"),
+    "another map by eager": ("eager_task", lambda look: look._replace(maps=look.maps.flip(-1)), "task"),
+    "other tokens of the release": ("release_general", lambda look: look._replace(ids=[1]), "(c) release"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_of_one_way_stops_engine(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, fault, word = LIES[lie]
+    honest = getattr(one_look.Ways, name)
+    monkeypatch.setattr(one_look.Ways, name, lambda ways: fault(honest(ways)))
     monkeypatch.setattr(bench_engine, "paired", untimed)
+    result = run("engine", "--part", "seconds", "--preset", "paper")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output and word in result.output
+
+
+def with_maps(found: Any, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    maps = getattr(found, name)
+    return dataclasses.replace(found, **{name: dataclasses.replace(maps, values=change(maps.values))})
+
+
+def test_visual_tokens_that_are_no_square_are_refused() -> None:
+    result = CliRunner().invoke(app, ["engine", "--visual", "200"])
+    assert result.exit_code == 2
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -206,7 +286,7 @@ def test_the_forms_for_pytest_run() -> None:
     benchmark = Once()
     bench_capture.test_capture(benchmark, cases.QUICK[0], "(c) folded")
     assert benchmark.group == str(cases.QUICK[0])
-    bench_engine.test_generate(benchmark, "float32", bench_engine.SESSION)
+    bench_session.test_generate(benchmark, "float32", bench_session.SESSION)
 
 
 def test_rounds_are_paired_and_the_budget_ends_them() -> None:

@@ -16,7 +16,7 @@ import carve_kernels
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMANDS = {"demo", "run", "doctor", "check"}
+COMMANDS = {"demo", "run", "batch", "profile", "doctor", "check"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

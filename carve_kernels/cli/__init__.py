@@ -1,4 +1,4 @@
-"""The command line: carve-kernels demo, run, doctor, check."""
+"""The command line: carve-kernels demo, run, batch, profile, doctor, check."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import typer
 import typer.core
 
 from carve_kernels import __version__
+from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
-from carve_kernels.cli.output import exit_code, fail
+from carve_kernels.cli.output import INTERRUPTED, exit_code, fail
+from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
-
-INTERRUPTED = 130
 
 
 class _Commands(typer.core.TyperGroup):
@@ -59,5 +59,7 @@ def main(
 
 app.command()(demo)
 app.command(no_args_is_help=True)(run)
+app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(profile)
 app.command()(doctor)
 app.command()(check)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carve_kernels.cli.output import device_of, one_line, results, stages, versions
+from carve_kernels.cli.options import device_of
+from carve_kernels.cli.output import one_line, results, stages, versions
 
 
 def check(

@@ -42,7 +42,7 @@ def look(
             engine = CarveEngine(model, processor, preset=preset, **options)
             found[name] = engine(asked.image, asked.text, on_progress=_announcer(announce, name))
         announce("writing")
-        seen = Look(asked, _facts(model), found, {"load": loaded, "total": time.perf_counter() - start})
+        seen = Look(asked, facts_of(model), found, {"load": loaded, "total": time.perf_counter() - start})
         write(folder, seen)
     summarise(seen, output)
 
@@ -71,7 +71,8 @@ def _announcer(announce: Announce, name: str) -> Callable[[str, int, int], None]
     return report
 
 
-def _facts(model: Any) -> dict[str, Any]:
+def facts_of(model: Any) -> dict[str, Any]:
+    """What a record says of a model."""
     return {
         "directory": model.name_or_path,
         "type": model.config.model_type,

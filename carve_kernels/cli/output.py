@@ -8,17 +8,30 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-if TYPE_CHECKING:
-    import torch
+from carve_kernels.files import sync
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+TEMPORARY = ".carve-"
 PACKAGES = ("torch", "transformers", "triton", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "safetensors")
 
 Announce = Callable[[str], None]
@@ -54,38 +67,28 @@ def versions() -> dict[str, str | None]:
     """The version of Python and of each package, None where it is missing."""
     from carve_kernels import __version__
 
-    found: dict[str, str | None] = {"carve_kernels": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    own = {"carve_kernels": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    return {**own, **{package: _version(package) for package in PACKAGES}}
 
 
-def device_of(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where torch sees one. Raises ValueError for one that cannot be used."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@cache
+def _version(package: str) -> str | None:
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    # torch without CUDA asserts.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
-    return device
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @contextmanager
-def results(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+def results(folder: Path, names: Sequence[str], within: Path | None = None) -> Iterator[Path]:
     """A temporary folder; at the end its files, called `names`, move into `folder` all together, or none does.
+
+    It is made in `within`, on the same file system as `folder`, or in the first folder above that is there.
 
     Raises OSError at once if that cannot work, so that nobody waits for a model in vain.
     """
     folder = folder.absolute()
-    base = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    base = within or next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not base.is_dir():
         raise NotADirectoryError(f"output: {base} is no folder; choose another --output")
     taken = [name for name in names if (folder / name).is_dir()]
@@ -93,7 +96,7 @@ def results(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         raise IsADirectoryError(f"output: {folder / taken[0]} is a folder; choose another --output")
     try:
         # On the same file system as `folder`, so that a move is a renaming.
-        temporary = Path(tempfile.mkdtemp(prefix=".carve-", dir=base))
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=base))
     except OSError as error:
         raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
     try:
@@ -106,6 +109,9 @@ def results(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 def _move(source: Path, folder: Path, names: Sequence[str]) -> None:
     before = source / "before"
     before.mkdir()
+    # A name may reach the disk before what it names.
+    for name in names:
+        sync(source / name)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +119,7 @@ def _move(source: Path, folder: Path, names: Sequence[str]) -> None:
             if (folder / name).exists():
                 os.replace(folder / name, before / name)
             os.replace(source / name, folder / name)
+        sync(folder)
     except BaseException:
         for name in names:
             if (before / name).exists():
@@ -140,3 +147,26 @@ def stages(total: int) -> Iterator[Announce]:
             begun += 1
 
         yield announce
+
+
+class _Rate(ProgressColumn):
+    """How many a second, or how many seconds each, of late."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr over so many things, with their rate and the time left; what it yields is called after each."""
+    columns = (
+        *(SpinnerColumn(), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}")),
+        *(_Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(text, total=total, completed=done)
+        yield lambda: progress.advance(bar)

@@ -21,7 +21,9 @@ from carve_kernels.maps import AttentionMaps
 from carve_kernels.picture import Tile, kept, overlay, panel, saliency_image
 from carve_kernels.types import CarveResult
 
-FILES = ("panel.png", "saliency.png", "saliency.npy", "result.json", "image.png", "refined.png", "maps.safetensors")
+RECORD = "result.json"
+# In the order in which they appear: where the record is, everything is.
+FILES = ("panel.png", "saliency.png", "saliency.npy", "image.png", "refined.png", "maps.safetensors", RECORD)
 
 _VERDICTS = {None: "", True: ", right", False: ", wrong"}
 _STYLES = {None: "", True: "green", False: "red"}
@@ -54,10 +56,16 @@ def write(folder: Path, seen: Look) -> None:
     _panel(rows, seen).save(folder / "panel.png")
     saliency_image(first.saliency).save(folder / "saliency.png")
     numpy.save(folder / "saliency.npy", first.saliency.cpu().numpy().astype(numpy.float32))
-    (folder / "result.json").write_text(json.dumps(record(seen), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_record(folder, record(seen))
     first.image.save(folder / "image.png")
     first.refined.save(folder / "refined.png")
     first.task.save(folder / "maps.safetensors")
+
+
+def write_record(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write result.json alone."""
+    text = json.dumps(values, indent=2, allow_nan=False)
+    (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 
 def record(seen: Look) -> dict[str, Any]:

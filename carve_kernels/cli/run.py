@@ -2,78 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from carve_kernels.cli.output import device_of
-
-if TYPE_CHECKING:
-    from carve_kernels.presets import Preset
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
-
-
-def _option(text: str, name: str, panel: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **settings)
+from carve_kernels.cli import options
 
 
 def run(
-    model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint directory on this machine.")],
+    model: options.ModelOption,
     image: Annotated[Path, typer.Option("--image", "-i", help="Image file.")],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/run"),
-    preset: Annotated[
-        str | None,
-        _option(
-            "paper, release, or a JSON file such as carve.json, where every parameter is open. "
-            "Default: the model's carve.json, or paper.",
-            "--preset",
-            "Method",
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None, _option("Layers that are read: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
-    ] = None,
-    rows: Annotated[
-        str | None,
-        _option("Tokens that look: last, 4 (the last four), question, or word:red.", "--rows", "Method"),
-    ] = None,
-    steps: Annotated[str | None, _option("Steps of the answer: t_start, t_end or t_full.", "--steps", "Method")] = None,
-    keep: Annotated[float | None, _option("Share of the pixels to keep, 0 to 1.", "--keep", "Method")] = None,
-    top: Annotated[int | None, _option("Regions to keep at most.", "--top", "Method")] = None,
-    lam: Annotated[
-        str | None, _option("Added to the general map: a number, or mean (of that map).", "--lam", "Method")
-    ] = None,
-    max_new_tokens: Annotated[int | None, _option("Longest answer, in tokens.", "--max-new-tokens", "Method")] = None,
-    dtype: Annotated[
-        str,
-        _option(
-            f"{', '.join(_DTYPES)}. auto is the checkpoint's, but float32 instead of float16 on a CPU.",
-            "--dtype",
-            "Machine",
-        ),
-    ] = "auto",
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", "--device", "Machine")] = "auto",
-    attn: Annotated[
-        str | None, _option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
-    ] = None,
-    backend: Annotated[
-        str, _option("Room: auto, reference, cpu, triton or cuda; see doctor.", "--backend", "Machine")
-    ] = "auto",
-    allow_pickle: Annotated[
-        bool,
-        _option("Load pickle weights, which can run code of whoever wrote them.", "--allow-pickle", "Machine"),
-    ] = False,
-    max_image_pixels: Annotated[
-        int | None,
-        _option("Refuse images with more pixels than this. Default: 178956970.", "--max-image-pixels", "Machine"),
-    ] = None,
+    preset: options.PresetOption = None,
+    layers: options.LayersOption = None,
+    rows: options.RowsOption = None,
+    steps: options.StepsOption = None,
+    keep: options.KeepOption = None,
+    top: options.TopOption = None,
+    lam: options.LamOption = None,
+    max_new_tokens: options.MaxNewTokensOption = None,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    attn: options.AttentionOption = None,
+    backend: options.BackendOption = "auto",
+    allow_pickle: options.AllowPickleOption = False,
+    max_image_pixels: options.MaxImagePixelsOption = None,
 ) -> None:
     """Ask a local checkpoint about an image, see where it looks, keep that part, and ask again."""
     from carve_kernels import checks
@@ -82,99 +37,25 @@ def run(
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, open_image
 
     checks.text("question", question)
-    checks.choice("dtype", dtype, _DTYPES)
-    chosen: dict[str, Any] = {
-        "layers": None if layers is None else parse_layers(layers),
-        "rows": None if rows is None else parse_rows(rows),
-        "steps": steps,
-        "keep": keep,
-        "top": top,
-        "lam": None if lam is None else parse_lam(lam),
-        "max_new_tokens": max_new_tokens,
-    }
-    name, base = _base(preset, model)
-    changes = {key: value for key, value in chosen.items() if value is not None}
-    if top is not None:
-        changes["floor"] = None
-    settings = dataclasses.replace(base, **changes)
+    checks.choice("dtype", dtype, options.DTYPES)
+    name, settings = options.preset_of(
+        model,
+        preset,
+        layers=layers,
+        rows=rows,
+        steps=steps,
+        keep=keep,
+        top=top,
+        lam=lam,
+        max_new_tokens=max_new_tokens,
+    )
     limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
     opened = open_image(image, limit)
     look(
         output,
         Question(opened, question),
         {name: settings},
-        lambda: _load(model, dtype, device_of(device), attn, allow_pickle),
+        lambda: options.load_model(model, dtype, options.device_of(device), attn, allow_pickle),
         backend=backend,
         max_image_pixels=limit,
     )
-
-
-def parse_layers(text: str) -> str | tuple[int, ...]:
-    """ "20-25", "3,5", "-1" or the name of a choice of layers."""
-    if text in ("paper", "release"):
-        return text
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = _SPAN.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(f"layers: expected 20-25, or 3,5, or -1, or paper, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"layers: expected a range that rises, got {part.strip()!r}")
-        numbers += range(first, last + 1)
-    return tuple(numbers)
-
-
-def parse_rows(text: str) -> str | int | tuple[Any, ...]:
-    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2"."""
-    kind, colon, word = text.partition(":")
-    if colon and kind == "word":
-        return ("word", word)
-    if text in ("last", "question"):
-        return text
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"rows: expected last, 4, question or word:red, got {text!r}") from None
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-def parse_lam(text: str) -> str | float:
-    if text == "mean":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
-
-
-def _base(preset: str | None, directory: Path) -> tuple[str, Preset]:
-    """The name and the preset that the options start from."""
-    from carve_kernels.hf.loading import profile_of
-    from carve_kernels.presets import Preset
-
-    if preset is None:
-        # Of anything but a folder, loading says what is wrong.
-        profile = profile_of(directory) if directory.is_dir() else None
-        return ("paper", Preset.paper()) if profile is None else ("profile", Preset.from_dict(profile))
-    path = Path(preset)
-    if path.suffix != ".json":
-        return preset, Preset.of(preset)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"preset: {path} cannot be read as JSON ({error})") from error
-    return path.stem, Preset.from_dict(values)
-
-
-def _load(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
-    import torch
-
-    from carve_kernels.hf.loading import load
-
-    model, processor = load(directory, dtype=dtype, device=device, allow_pickle=allow_pickle)
-    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
-        model.float()
-    if attn is not None:
-        model.set_attn_implementation(attn)
-    return model, processor

@@ -2,7 +2,8 @@
 
 While a session is open, the entry of the implementation in use stands wrapped where the model looks it up: in the
 registry of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's `eager_attention_forward`.
-The configuration, the name and so the masks stay as they were. A module takes part only if it carries recorders.
+The configuration, the name and so the masks stay as they were. A module takes part only if it carries recorders, or a
+function that attends in place of the one in use (the one-look engine's, see row.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import nn
 
 # On a module that takes part: (recorder, index) pairs, whose `record` is told of every call of its attention.
 RECORDERS = "_carve_recorders"
+# On a module whose attention is another one for a while: that one, called with the function in use before the rest.
+INSTEAD = "_carve_instead"
 EAGER = "eager_attention_forward"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
@@ -35,6 +38,9 @@ def capturing(attention: Attention) -> Attention:
         *args: Any,
         **options: Any,
     ) -> Any:
+        instead = getattr(module, INSTEAD, None)
+        if instead is not None:
+            return instead(attention, module, query, key, value, attention_mask, *args, **options)
         output = attention(module, query, key, value, attention_mask, *args, **options)
         for recorder, index in getattr(module, RECORDERS, ()):
             recorder.record(index, module, query, key, attention_mask, options)

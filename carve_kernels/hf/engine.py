@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.complexity import complexity
-from carve_kernels.hf.backbone import decoder_layers, unwrap
-from carve_kernels.hf.layouts import layout_of
-from carve_kernels.hf.loading import profile_of
-from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
-from carve_kernels.hf.session import capture_attention
+from carve_kernels.hf import batch
+from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.joint import Outcome
+from carve_kernels.hf.loading import preset_of
+from carve_kernels.hf.looking import Looker, Seen
+from carve_kernels.hf.memory import Memory, memory_of
+from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
+from carve_kernels.hf.requests import Final, Request, make_final, make_request
+from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import CarveOutcome, carve
 from carve_kernels.presets import Preset
-from carve_kernels.types import CarveResult, VisualLayout
+from carve_kernels.types import CarveFailure, CarveResult
 
 OnProgress = Callable[[str, int, int], None]
 STAGES = ("task", "general", "carve", "answer")
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-class _Look(NamedTuple):
-    """One generation with its maps."""
-
-    ids: tuple[int, ...]
-    answer: str
-    maps: AttentionMaps
 
 
 class CarveEngine:
@@ -52,13 +43,21 @@ class CarveEngine:
                       takes the carve.json of the model's directory where there is one; False takes none
     backend           the room that captures, contrasts and finds regions
     max_image_pixels  the most pixels that an image may have
+    memory            what is kept between questions: None keeps general maps and the prefix caches of the last pictures
+                      within bounds; False keeps nothing; a folder's path keeps maps there too; or a Memory
+    plain             whether the plain answer is wanted; without it `answer` is empty, and maps of the first step alone
+                      (`t_start`, rows of the prompt) cost no layer behind the last one that is read
     ================  =================================================================================================
 
     Calling it: `image` is a path or a PIL image; `question` a text; `prompt`, if given, the whole text that the model
     reads, with one image token, in place of the chat template's; `on_progress(stage, done, total)` is called before
     each of the stages task, general, carve and answer, and once more at the end. Decoding is greedy under the model's
     own generation config. Where the refined image is the original, or cannot be shown, the refined answer is the
-    plain one.
+    plain one. With lists of images and questions the result is a list in their order, see `stream`.
+
+    Each picture is read once, and the question and the general instruction are answered together behind it (joint.py);
+    `apart` says why a model is asked one prompt after the other instead, or is None. Of the two looks' seconds, which
+    are one, each has its share of the tokens.
 
     Raises TypeError or ValueError, before the model runs, for arguments that do not fit, an unreadable image included.
     Source: CARVE, arXiv 2509.06461.
@@ -73,187 +72,184 @@ class CarveEngine:
         profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None = None,
         backend: str = "auto",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        memory: Memory | str | os.PathLike[str] | bool | None = None,
+        plain: bool = True,
     ) -> None:
         self.model, self.processor, self.backend = model, processor, backend
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
-        self.preset = _preset(unwrap(model), preset, profile)
+        self.preset = preset_of(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))
         weights = self.preset.layer_weights
         if weights is not None and len(weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected one for each of layers {list(self.layers)}, got {weights!r}")
+        self.memory = memory_of(memory)
+        if not isinstance(plain, bool):
+            raise TypeError(f"plain: expected True or False, got {checks.describe(plain)}")
+        self.plain = plain
 
     def __call__(
         self,
-        image: str | os.PathLike[str] | Image.Image,
-        question: str,
-        prompt: str | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> CarveResult:
-        preset = self.preset
-        if isinstance(image, (list, tuple)):
-            raise TypeError(
-                f"image: expected one image, got {len(image)}; choose one, as in engine(images[0], question)"
-            )
-        checks.text("question", question)
-        if prompt is not None:
-            checks.text("prompt", prompt)
-            if preset.images != "refined":
-                raise ValueError(
-                    f"prompt: expected None where the last question shows two images (images={preset.images!r}), since "
-                    f"one prompt cannot hold one image and then two; got {checks.describe(prompt)}"
-                )
-        original = open_image(image, self.max_image_pixels)
-        asked = self._prompt(question) if prompt is None else prompt
-        inputs = self._inputs([original], asked)
-        layout = layout_of(self.model, self.processor, inputs, [original])
-        general_inputs = self._inputs([original], self._prompt(preset.general_prompt))
-        general_layout = layout_of(self.model, self.processor, general_inputs, [original])
-
+        image: Any,
+        question: Any,
+        prompt: Any = None,
+        on_progress: Callable[..., None] | None = None,
+    ) -> Any:
+        if isinstance(image, (list, tuple)) or isinstance(question, (list, tuple)):
+            return batch.answer_all(self, image, question, prompt, on_progress)
+        request = self.request(image, question, prompt)
         clock = _Clock(on_progress)
-        with clock.stage("task"):
-            task = self._look(inputs, layout, preset.rows, preset.max_new_tokens)
-        with clock.stage("general"):
-            # The word of a question need not stand in the general instruction: its tokens together take its place.
-            rows = "question" if isinstance(preset.rows, tuple) and preset.rows[0] == "word" else preset.rows
-            steps = 1 if preset.steps == "t_start" else preset.max_new_tokens
-            general = self._look(general_inputs, general_layout, rows, steps)
-        with clock.stage("carve"):
-            views = layout.views[0]
-            outcome = carve(
-                original,
-                _by_step(task.maps).cpu(),
-                _by_step(general.maps).cpu(),
-                grid=[view.grid for view in views] if len(views) > 1 else views[0].grid,
-                box=[view.box for view in views] if len(views) > 1 else views[0].box,
-                preset=preset,
-                backend=self.backend,
-            )
-        with clock.stage("answer"):
-            ids, answer, reason = self._answer(original, outcome, question, asked, task)
+        result = self.answer([request], clock.begin)[0]
         clock.finish()
-        return CarveResult(
-            question=question,
-            prompt=asked,
-            answer=task.answer,
-            refined_answer=answer,
-            image=original,
-            refined=outcome.refined,
-            task=task.maps,
-            general=general.maps,
-            saliency=outcome.saliency,
-            regions=outcome.regions,
-            entropy=_entropy(task.maps, preset.steps),
-            complexity=complexity(original),
-            seconds={
-                **{name: clock.seconds[name] for name in ("task", "general")},
-                **outcome.seconds,
-                "answer": clock.seconds["answer"],
-            },
-            preset=preset,
-            reason=reason,
-            answer_ids=task.ids,
-            refined_ids=ids,
+        return result
+
+    def stream(
+        self,
+        images: Any,
+        questions: Any,
+        prompts: Any = None,
+        *,
+        tokens: int | None = None,
+        on_progress: batch.OnResult | None = None,
+    ) -> Iterator[CarveResult | CarveFailure]:
+        """The results of many pictures and questions in their order, each as soon as it is there.
+
+        See batch.py for what may be given, what runs together, and what stands in the place of a bad picture.
+        """
+        return batch.stream(self, images, questions, prompts, tokens=tokens, on_progress=on_progress)
+
+    @property
+    def apart(self) -> str | None:
+        """Why prompts are looked at one after the other on this model as it is, or None."""
+        return obstacle(self.model)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of keys and values of one token in all layers."""
+        backbone = text_backbone(self.model)
+        config: Any = backbone.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * len(decoder_layers(self.model)) * heads * size * backbone.dtype.itemsize)
+
+    def request(self, image: str | os.PathLike[str] | Image.Image, question: str, prompt: str | None = None) -> Request:
+        """Check a picture and a question, open them and run the processor; the model does not run."""
+        return make_request(self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels)
+
+    def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:
+        """Answer requests together; `on_stage` is called with the name of each stage before it.
+
+        An exception is about all of them.
+        """
+        report = on_stage or (lambda stage: None)
+        looker = Looker(
+            self.model, self.processor, self.preset, self.layers,
+            backend=self.backend, memory=self.memory, plain=self.plain,
+        )  # fmt: skip
+        report("task")
+        report("general")
+        seen = looker.first(requests)
+        report("carve")
+        outcomes = [self._carve(request, each) for request, each in zip(requests, seen, strict=True)]
+        report("answer")
+        start = time.perf_counter()
+        finals = [
+            self._final(request, each, outcome) for request, each, outcome in zip(requests, seen, outcomes, strict=True)
+        ]
+        asked = [number for number, (final, _) in enumerate(finals) if isinstance(final, Final)]
+        words = looker.second(
+            [requests[number] for number in asked],
+            [seen[number] for number in asked],
+            [final for final, _ in finals if isinstance(final, Final)],
+        )
+        answers = [final if isinstance(final, Outcome) else None for final, _ in finals]
+        for number, outcome in zip(asked, words, strict=True):
+            answers[number] = outcome
+        looker.keep(seen, requests)
+        seconds = (time.perf_counter() - start) / len(requests)
+        return [
+            self._result(request, each, outcome, answer, reason, seconds)
+            for request, each, outcome, answer, (_, reason) in zip(
+                requests, seen, outcomes, answers, finals, strict=True
+            )
+        ]
+
+    def _carve(self, request: Request, seen: Seen) -> CarveOutcome:
+        views = request.task.layout.views[0]
+        several = len(views) > 1
+        return carve(
+            request.image,
+            _by_step(_captured(seen.task)).cpu(),
+            _by_step(seen.general).cpu(),
+            grid=[view.grid for view in views] if several else views[0].grid,
+            box=[view.box for view in views] if several else views[0].box,
+            preset=self.preset,
+            backend=self.backend,
         )
 
-    def _answer(
-        self, original: Image.Image, outcome: CarveOutcome, question: str, asked: str, task: _Look
-    ) -> tuple[tuple[int, ...], str, str | None]:
-        """The refined answer as ids and text, and why it is the plain one, or None."""
-        alone = self.preset.images == "refined"
-        if alone and outcome.reason is not None:
-            return task.ids, task.answer, outcome.reason
+    def _final(self, request: Request, seen: Seen, outcome: CarveOutcome) -> tuple[Final | Outcome, str | None]:
+        """The last question, or its answer where that is the plain one; and why the image was kept as it was."""
+        plain = seen.task if self.plain else Final(request.task.inputs, request.shown, None)
+        if self.preset.images == "refined" and outcome.reason is not None:
+            return plain, outcome.reason
+        same = outcome.reason is not None
         try:
-            if alone:
-                inputs = self._inputs([outcome.refined], asked)
-            else:
-                inputs = self._inputs([original, outcome.refined], self._prompt(question, 2))
+            return make_final(self.processor, self.preset, request, outcome.refined, same), outcome.reason
         except ValueError as error:
             # A crop may be thinner than a processor takes; the looks that led to it are not thrown away.
-            return task.ids, task.answer, f"the refined image cannot be shown to the model: {error}"
-        return *self._generate(inputs, self.preset.max_new_tokens), outcome.reason
+            return plain, f"the refined image cannot be shown to the model: {error}"
 
-    def _prompt(self, text: str, images: int = 1) -> str:
-        return build_prompt(self.processor, text + self.preset.suffix, images)
-
-    def _inputs(self, images: list[Image.Image], prompt: str) -> Any:
-        return prepare(self.processor, images, prompt, unwrap(self.model).device, self.preset.max_pixels)
-
-    def _look(self, inputs: Any, layout: VisualLayout, rows: Any, max_new_tokens: int) -> _Look:
-        with capture_attention(
-            self.model,
-            layers=self.layers,
-            rows=rows,
-            tokens=layout,
-            processor=self.processor,
-            max_steps=max_new_tokens,
-            backend=self.backend,
-        ) as session:
-            ids, answer = self._generate(inputs, max_new_tokens)
-            return _Look(ids, answer, session.maps)
-
-    def _generate(self, inputs: Any, max_new_tokens: int) -> tuple[tuple[int, ...], str]:
-        config = copy.deepcopy(unwrap(self.model).generation_config)
-        config.update(
-            do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens, max_length=None
+    def _result(
+        self,
+        request: Request,
+        seen: Seen,
+        outcome: CarveOutcome,
+        answer: Outcome | None,
+        reason: str | None,
+        seconds: float,
+    ) -> CarveResult:
+        refined = answer.ids if answer is not None else ()
+        return CarveResult(
+            question=request.question,
+            prompt=request.task.text,
+            answer=self._decoded(seen.task.ids) if self.plain else "",
+            refined_answer=self._decoded(refined),
+            image=request.image,
+            refined=outcome.refined,
+            task=seen.task.maps,
+            general=seen.general,
+            saliency=outcome.saliency,
+            regions=outcome.regions,
+            entropy=_entropy(_captured(seen.task), self.preset.steps),
+            complexity=complexity(request.image),
+            seconds={**seen.seconds, **outcome.seconds, "answer": seconds},
+            preset=self.preset,
+            reason=reason,
+            answer_ids=seen.task.ids if self.plain else (),
+            refined_ids=refined,
         )
-        config.update(**dict.fromkeys(_SAMPLING))
-        with torch.no_grad(), _positions_kept(unwrap(self.model)):
-            output = self.model.generate(**inputs, generation_config=config)
-        sequence = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
-        answer = self.processor.decode(sequence, skip_special_tokens=True)
-        return tuple(sequence.tolist()), answer.strip()
 
-
-@contextmanager
-def _positions_kept(model: Any) -> Iterator[None]:
-    """Puts back what some models (Qwen's) note of the last prompt's positions: a caller may be decoding on it."""
-    noted = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
-    try:
-        yield
-    finally:
-        for module, deltas in noted:
-            module.rope_deltas = deltas
+    def _decoded(self, ids: tuple[int, ...]) -> str:
+        answer: str = self.processor.decode(list(ids), skip_special_tokens=True)
+        return answer.strip()
 
 
 class _Clock:
-    """Times the stages and reports them."""
+    """Reports the stages of one question."""
 
     def __init__(self, on_progress: OnProgress | None) -> None:
-        self.seconds: dict[str, float] = {}
         self._report = on_progress or (lambda stage, done, total: None)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._report(name, STAGES.index(name), len(STAGES))
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+    def begin(self, stage: str) -> None:
+        self._report(stage, STAGES.index(stage), len(STAGES))
 
     def finish(self) -> None:
         self._report("done", len(STAGES), len(STAGES))
 
 
-def _preset(
-    model: Any,
-    preset: str | Preset | Mapping[str, Any] | None,
-    profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None,
-) -> Preset:
-    if preset is not None:
-        return Preset.of(preset)
-    if isinstance(profile, bool):
-        if profile:
-            raise TypeError("profile: expected a dict, the path of a carve.json, None or False, got True")
-        return Preset.paper()
-    if isinstance(profile, Mapping):
-        return Preset.from_dict(profile)
-    if profile is not None:
-        path = Path(profile)
-        if not path.is_file():
-            raise ValueError(f"profile: expected the path of a carve.json, got {path}, which is no file")
-        found = profile_of(path)
-    else:
-        found = profile_of(model.name_or_path) if model.name_or_path else None
-    return Preset.paper() if found is None else Preset.from_dict(found)
+def _captured(outcome: Outcome) -> AttentionMaps:
+    if outcome.maps is None:
+        raise RuntimeError("maps: expected those of the question, got none")
+    return outcome.maps
 
 
 def _by_step(maps: AttentionMaps) -> torch.Tensor:

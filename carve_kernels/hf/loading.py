@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from carve_kernels.hf.layouts import FAMILIES, supported
+from carve_kernels.presets import Preset
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -136,3 +139,30 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"directory: expected a JSON object in {path}, got {type(value).__name__}")
     return value
+
+
+def preset_of(
+    model: Any,
+    preset: str | Preset | Mapping[str, Any] | None,
+    profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None,
+) -> Preset:
+    """The preset that a caller names, or else the profile's, by default the one in the model's directory, or "paper".
+
+    Raises TypeError or ValueError for a preset or a profile that cannot be used.
+    """
+    if preset is not None:
+        return Preset.of(preset)
+    if isinstance(profile, bool):
+        if profile:
+            raise TypeError("profile: expected a dict, the path of a carve.json, None or False, got True")
+        return Preset.paper()
+    if isinstance(profile, Mapping):
+        return Preset.from_dict(profile)
+    if profile is not None:
+        path = Path(profile)
+        if not path.is_file():
+            raise ValueError(f"profile: expected the path of a carve.json, got {path}, which is no file")
+        found = profile_of(path)
+    else:
+        found = profile_of(model.name_or_path) if model.name_or_path else None
+    return Preset.paper() if found is None else Preset.from_dict(found)

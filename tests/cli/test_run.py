@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import carve_kernels
+from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
 from carve_kernels.cli.report import FILES
-from carve_kernels.cli.run import parse_lam, parse_layers, parse_rows
 from tests.cli.conftest import QUESTION, Invoke, content
 from tests.hf import tiny
 

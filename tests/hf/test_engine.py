@@ -223,7 +223,6 @@ def test_bad_input_is_refused_before_the_model_runs(tmp_path: Path) -> None:
         (TypeError, "question: expected a string", (PHOTO, None)),
         (ValueError, "question|text", (PHOTO, "<image> what")),
         (ValueError, "image: cannot be used .expected at least one pixel, got 0 x 0", (Image.new("RGB", (0, 0)), "a")),
-        (TypeError, "image: expected one image, got 2; choose one", ([PHOTO, PHOTO], QUESTION)),
         (TypeError, "image: expected a path or a PIL image", (numpy.zeros((4, 4, 3)), QUESTION)),
         (ValueError, "image: .*broken.png cannot be read", (broken, QUESTION)),
         (ValueError, "image: .*missing.png is missing", (str(missing), QUESTION)),

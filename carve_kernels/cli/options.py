@@ -1,0 +1,183 @@
+"""Options that run, batch and profile share, and what their texts mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from carve_kernels.presets import Preset
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+def option(text: str, name: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **settings)
+
+
+ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint directory on this machine.")]
+PresetOption = Annotated[
+    str | None,
+    option(
+        "paper, release, or a JSON file such as carve.json, where every parameter is open. "
+        "Default: the model's carve.json, or paper.",
+        "--preset",
+        "Method",
+    ),
+]
+LayersOption = Annotated[
+    str | None, option("Layers that are read: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
+]
+RowsOption = Annotated[
+    str | None,
+    option(
+        "Tokens that look: last, 4 (the last four), question, word:red, or -3 (the third last).", "--rows", "Method"
+    ),
+]
+StepsOption = Annotated[str | None, option("Steps of the answer: t_start, t_end or t_full.", "--steps", "Method")]
+KeepOption = Annotated[float | None, option("Share of the pixels to keep, 0 to 1.", "--keep", "Method")]
+TopOption = Annotated[int | None, option("Regions to keep at most.", "--top", "Method")]
+LamOption = Annotated[
+    str | None, option("Added to the general map: a number, or mean (of that map).", "--lam", "Method")
+]
+MaxNewTokensOption = Annotated[int | None, option("Longest answer, in tokens.", "--max-new-tokens", "Method")]
+DtypeOption = Annotated[
+    str,
+    option(
+        f"{', '.join(DTYPES)}. auto is the checkpoint's, but float32 instead of float16 on a CPU.", "--dtype", "Machine"
+    ),
+]
+DeviceOption = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", "--device", "Machine")]
+AttentionOption = Annotated[
+    str | None, option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
+]
+BackendOption = Annotated[
+    str, option("Room: auto, reference, cpu, triton or cuda; see doctor.", "--backend", "Machine")
+]
+AllowPickleOption = Annotated[
+    bool, option("Load pickle weights, which can run code of whoever wrote them.", "--allow-pickle", "Machine")
+]
+MaxImagePixelsOption = Annotated[
+    int | None,
+    option("Refuse images with more pixels than this. Default: 178956970.", "--max-image-pixels", "Machine"),
+]
+
+
+def preset_of(
+    directory: Path,
+    preset: str | None,
+    *,
+    layers: str | None,
+    rows: str | None,
+    steps: str | None,
+    keep: float | None,
+    top: int | None,
+    lam: str | None,
+    max_new_tokens: int | None,
+) -> tuple[str, Preset]:
+    """The name and the values that the options of the method mean for this checkpoint."""
+    chosen: dict[str, Any] = {
+        "layers": None if layers is None else parse_layers(layers),
+        "rows": None if rows is None else parse_rows(rows),
+        "steps": steps,
+        "keep": keep,
+        "top": top,
+        "lam": None if lam is None else parse_lam(lam),
+        "max_new_tokens": max_new_tokens,
+    }
+    name, base = _base(preset, directory)
+    changes = {key: value for key, value in chosen.items() if value is not None}
+    if top is not None:
+        changes["floor"] = None
+    return name, dataclasses.replace(base, **changes)
+
+
+def parse_layers(text: str) -> str | tuple[int, ...]:
+    """ "20-25", "3,5", "-1" or the name of a choice of layers."""
+    if text in ("paper", "release"):
+        return text
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = _SPAN.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"layers: expected 20-25, or 3,5, or -1, or paper, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"layers: expected a range that rises, got {part.strip()!r}")
+        numbers += range(first, last + 1)
+    return tuple(numbers)
+
+
+def parse_rows(text: str) -> str | int | tuple[Any, ...]:
+    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2", "-3"."""
+    kind, colon, word = text.partition(":")
+    if colon and kind == "word":
+        return ("word", word)
+    if text in ("last", "question"):
+        return text
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"rows: expected last, 4, question or word:red, got {text!r}") from None
+    return numbers if len(numbers) > 1 or numbers[0] < 0 else numbers[0]
+
+
+def parse_lam(text: str) -> str | float:
+    if text == "mean":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
+
+
+def _base(preset: str | None, directory: Path) -> tuple[str, Preset]:
+    """The name and the preset that the options start from."""
+    from carve_kernels.hf.loading import profile_of
+    from carve_kernels.presets import Preset
+
+    if preset is None:
+        # Of anything but a folder, loading says what is wrong.
+        profile = profile_of(directory) if directory.is_dir() else None
+        return ("paper", Preset.paper()) if profile is None else ("profile", Preset.from_dict(profile))
+    path = Path(preset)
+    if path.suffix != ".json":
+        return preset, Preset.of(preset)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"preset: {path} cannot be read as JSON ({error})") from error
+    return path.stem, Preset.from_dict(values)
+
+
+def device_of(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    # torch without CUDA asserts.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
+    return device
+
+
+def load_model(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
+    import torch
+
+    from carve_kernels.hf.loading import load
+
+    model, processor = load(directory, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
+        model.float()
+    if attn is not None:
+        model.set_attn_implementation(attn)
+    return model, processor

@@ -1,0 +1,107 @@
+"""Files of questions, one JSON object a line: what batch and profile read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from carve_kernels import checks
+
+_KEYS = ("id", "image", "question", "prompt", "answer")
+_SHOWN = 5
+# File systems allow 255 bytes for a name.
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line: `id` is its line number where none is given, `picture` is relative to the file's own folder."""
+
+    id: str
+    line: int
+    picture: Path
+    text: str
+    prompt: str | None
+    truth: str | None
+    extra: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The id as the name of a file: other ids have other names, and none is hidden or leads elsewhere."""
+        name = quote(self.id, safe=" ()+,=@[]")
+        return f"%2E{name[1:]}" if name.startswith(".") else name
+
+
+def read(path: Path) -> list[Asked]:
+    """The questions of a file with lines {"image": path, "question": text}.
+
+    Also read are "id" (text or number), "prompt" (the whole text that the model reads) and "answer" (the true one);
+    other keys are kept in `extra`. Empty lines are passed over.
+
+    Raises ValueError that names the bad lines by their numbers, the first few of them.
+    """
+    try:
+        # Not splitlines: a JSON text may hold other line ends than this one.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"input: {path} cannot be read as text ({error})") from error
+    found: list[Asked] = []
+    faults: list[str] = []
+    first: dict[str, int] = {}
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            asked = _asked(text, number, path.parent)
+            earlier = first.setdefault(asked.id, number)
+            if earlier != number:
+                raise ValueError(f"id: {asked.id!r} stands on line {earlier} already")
+        except (TypeError, ValueError, RecursionError) as error:
+            faults.append(f"line {number}: {error}")
+        else:
+            found.append(asked)
+    refuse(path, faults)
+    if not found:
+        raise ValueError(f"input: {path} holds no questions")
+    return found
+
+
+def refuse(path: Path, faults: Sequence[str]) -> None:
+    """Raise ValueError for a file with faults, each of which begins with its line; the first few are told."""
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_SHOWN])}{more}")
+
+
+def _asked(text: str, number: int, folder: Path) -> Asked:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError(f"expected a JSON object, got {checks.describe(values)}")
+    known = {key: values[key] for key in _KEYS if values.get(key) is not None}
+    given = known.get("id", number)
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise TypeError(f"id: expected a text or a number, got {checks.describe(given)}")
+    asked = Asked(
+        id=checks.text("id", str(given)),
+        line=number,
+        picture=folder / _text("image", known.get("image")),
+        text=_text("question", known.get("question")),
+        prompt=_text("prompt", known["prompt"]) if "prompt" in known else None,
+        truth=_text("answer", known["answer"]) if "answer" in known else None,
+        extra={key: value for key, value in values.items() if key not in _KEYS},
+    )
+    if len(_text("id", asked.id)) > _LONGEST or len(asked.name) > _LONGEST:
+        raise ValueError(f"id: expected at most {_LONGEST} characters in a file name, got {checks.describe(asked.id)}")
+    return asked
+
+
+def _text(name: str, value: Any) -> str:
+    """A text that can be written as UTF-8, and be a path."""
+    text = checks.text(name, value)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{name}: expected characters that can be written, got {checks.describe(text)}")
+    return text

@@ -1,0 +1,102 @@
+"""A folder of results that many runs fill, one of them at a time: each result is there whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from carve_kernels.cli.output import TEMPORARY, results
+from carve_kernels.cli.report import FILES, RECORD, write_record
+from carve_kernels.files import write_whole
+
+TABLE = "results.jsonl"
+SUMMARY = "summary.json"
+
+
+class Store:
+    """The folder of `batch`: results/NAME/result.json for each question, and tables of all of them at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._results = folder, folder / "results"
+
+    @contextmanager
+    def opened(self) -> Iterator[Store]:
+        """Make the folder, keep other runs out of it, and take away what a killed run left half written.
+
+        Raises OSError if the folder cannot be made or another run is at work in it.
+        """
+        try:
+            self._results.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise type(error)(f"output: cannot write into {self.folder} ({error.strerror}); choose another") from error
+        try:
+            _lock(descriptor, self.folder)
+            for path in self.folder.iterdir():
+                if path.name.startswith(TEMPORARY) and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
+                    path.unlink(missing_ok=True)
+            yield self
+        finally:
+            os.close(descriptor)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The record of a result, None where there is none or no whole one."""
+        try:
+            values = json.loads((self._results / name / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return values if isinstance(values, dict) else None
+
+    def has(self, name: str, marks: Mapping[str, str | None], pictures: bool) -> bool:
+        """Whether this very question has been answered: its record is there, without an error, and its pictures are.
+
+        A mark of None is one that cannot be known now: an image that is gone takes no answer with it.
+        """
+        record = self.read(name)
+        return (
+            record is not None
+            and record.get("error", "") is None
+            and all(value is None or record.get(key) == value for key, value in marks.items())
+            and (not pictures or all((self._results / name / file).is_file() for file in FILES))
+        )
+
+    def write(self, name: str, files: Sequence[str], fill: Callable[[Path], None]) -> None:
+        """Let `fill` write these files into a folder of its own, then put them under this name all together.
+
+        Raises OSError, and leaves what was there, if they cannot be written.
+        """
+        # Whoever looks for */result.json meets no half written one.
+        with results(self._results / name, files, within=self.folder) as folder:
+            fill(folder)
+        # Pictures of an earlier answer would pass for those of this one.
+        for file in set(FILES) - set(files):
+            (self._results / name / file).unlink(missing_ok=True)
+
+    def write_error(self, name: str, values: Mapping[str, Any]) -> None:
+        self.write(name, (RECORD,), lambda folder: write_record(folder, values))
+
+    def write_tables(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        """All results on a line each, and the numbers of the run."""
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows)
+        write_whole(self.folder / TABLE, lines.encode())
+        write_whole(self.folder / SUMMARY, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Hold the folder itself as the lock: the system lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such locks; two runs there do the same work twice, and each result is still whole.
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BlockingIOError(f"output: another run is at work in {folder}; wait for it or choose another") from error

@@ -1,0 +1,228 @@
+"""One row of tokens that belong to many prompts: each attends to its own prefix and branch, and is captured there.
+
+All that a layer does to a token alone (projections, rotation, the feed-forward part, the head) is done for all tokens
+of the row at once; the weights are read once, whatever the number of prompts. Only the attention looks at more than
+one token, so only the attention is another one: for each picture, its tokens over the keys of its own prefix, which are
+neither copied nor repeated. The model is given no cache, and a mask that says nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from carve_kernels.hf.attention import INSTEAD, PATCHES, place_of
+from carve_kernels.hf.backbone import attention_modules, text_backbone
+from carve_kernels.hf.taking import Taking
+from carve_kernels.hf.tree import Part
+
+# From this many query tokens on, sdpa on a CPU is faster over whole heads than with a group of heads folded into rows.
+_FOLDED = 64
+
+
+class Unshareable(Exception):
+    """The model attends in a way that one row of many prompts cannot; the reason."""
+
+
+class _Enough(Exception):
+    """Ends a forward behind its last captured layer."""
+
+
+class Row:
+    """Forwards of rows of many prompts through one model; `layers` are captured by the room `backend`."""
+
+    def __init__(self, model: Any, layers: tuple[int, ...], backend: str) -> None:
+        self._model, self._layers, self._backend = model, layers, backend
+        self._modules = attention_modules(model)
+        self._windows = _windows(text_backbone(model).config)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._thread = threading.get_ident()
+        self._parts: list[Part] = []
+        self._depth = len(self._modules)
+        self._taking: Taking | None = None
+        self._attended = 0
+        self.dtype = ""
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return len(self._modules)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The attention of this row stands in the model, until the block is left."""
+        with ExitStack() as stack:
+            places = [place_of(module, layer) for layer, module in self._modules.items()]
+            for place, name in {(id(place), name): (place, name) for place, name in places}.values():
+                PATCHES.enter(place, name)
+                stack.callback(PATCHES.leave, place, name)
+            for layer, module in self._modules.items():
+                stack.callback(module.__dict__.pop, INSTEAD, None)
+                module.__dict__[INSTEAD] = partial(self._attend, layer)
+            yield
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        parts: list[Part],
+        *,
+        logits: list[int],
+        depth: int | None = None,
+        pictures: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Run tokens ids [1, n] at positions [C, 1, n]; the logits [R, V] of the rows `logits`.
+
+        A `depth` ends the forward in the attention of layer depth - 1, without logits. `pictures` is what the model
+        takes for the image tokens among `ids`.
+        """
+        self._attended = 0
+        self._parts, self._depth = parts, len(self._modules) if depth is None else depth
+        captured = [part for part in parts if len(part.rows)]
+        self._taking = Taking(captured, self._layers, self._backend) if captured else None
+        keep = torch.tensor(logits, device=ids.device)
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        says_nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        try:
+            output = self._model(
+                input_ids=ids,
+                position_ids=positions[0] if len(positions) == 1 else positions,
+                attention_mask=says_nothing,
+                use_cache=False,
+                return_dict=True,
+                **options,
+                **(pictures or {}),
+            )
+        except _Enough:
+            return torch.empty(0, device=ids.device)
+        finally:
+            self._parts, self._taking = [], None
+        if self._attended != len(self._modules):
+            raise Unshareable(f"{len(self._modules) - self._attended} of its layers attend in a way of their own")
+        return output.logits[0] if self._keeps_logits else output.logits[0, keep]
+
+    def _attend(
+        self,
+        layer: int,
+        attention: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        if not self._parts or threading.get_ident() != self._thread:
+            return attention(module, query, key, value, attention_mask, *args, **options)
+        self._attended += 1
+        self.dtype = str(query.dtype).removeprefix("torch.")
+        window = self._windows[layer] if self._windows is not None else options.get("sliding_window")
+        held = []
+        for part in self._parts:
+            mine = slice(part.start, part.stop)
+            room = part.tree.room
+            held.append(part.tree.prefix.hold(layer, part.past, key[:, :, mine], value[:, :, mine], room))
+            part.tree.prefix.depth = max(part.tree.prefix.depth, layer + 1)
+        if self._taking is not None and layer in self._layers:
+            keys = [keys for part, (keys, _) in zip(self._parts, held, strict=True) if len(part.rows)]
+            self._taking.take(layer, query, keys, window, options)
+        if layer == self._depth - 1 and self._depth < len(self._modules):
+            raise _Enough
+        eager = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        attend = partial(_eager, attention, module) if eager else _sdpa
+        outputs = [
+            attend(part, query[:, :, part.start : part.stop], *kept, window, options)
+            for part, kept in zip(self._parts, held, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+
+
+def _eager(
+    attention: Callable[..., Any],
+    module: nn.Module,
+    part: Part,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """The model's own function, which adds its mask, for the tokens of one part."""
+    mask = part.kept(("eager", window), lambda: _additive(part.sees(0, window), query, torch.finfo(query.dtype).min))
+    output: torch.Tensor = attention(module, query, keys, values, mask, **options)[0]
+    return output
+
+
+def _sdpa(
+    part: Part,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """torch's attention for the tokens of one part, whatever the implementation is called: [1, n, A, D]."""
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if options.get(name) is not None:
+            raise Unshareable(f"its attention takes {name}, which torch's does not")
+    scale, fresh = options.get("scaling"), part.fresh
+    if window is not None and window < fresh:
+        fresh = 0
+    outputs = []
+    if fresh:
+        head = query[:, :, :fresh], keys[:, :, :fresh], values[:, :, :fresh]
+        outputs.append(nn.functional.scaled_dot_product_attention(*head, is_causal=True, scale=scale, enable_gqa=True))
+    if fresh < query.shape[2]:
+        outputs.append(_masked(part, fresh, query[:, :, fresh:], keys, values, window, scale))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    return output.transpose(1, 2)
+
+
+def _masked(
+    part: Part,
+    first: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Tokens under a mask; few of them with the query heads that share a key head as rows of it, none is repeated."""
+    _, heads, length, size = query.shape
+    groups = heads // keys.shape[1]
+    fold = length < _FOLDED or query.device.type != "cpu"
+    mask = part.kept(
+        ("sdpa", first, window),
+        lambda: _additive(part.sees(first, window), query, -torch.inf, groups if fold else 1),
+    )
+    if not fold:
+        return nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    folded = query.reshape(1, keys.shape[1], groups * length, size)
+    output = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(1, heads, length, values.shape[3])
+
+
+def _additive(seen: torch.Tensor | None, like: torch.Tensor, hidden: float, repeats: int = 1) -> torch.Tensor | None:
+    """A mask to be added, [1, 1, repeats * Q, S] in the dtype of the query."""
+    if seen is None:
+        return None
+    mask = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, hidden)
+    return mask.repeat(repeats, 1)[None, None].to(like.device)
+
+
+def _windows(config: Any) -> list[int | None] | None:
+    """How far back each layer sees; None where the layers say so themselves."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return None
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]

@@ -1,0 +1,87 @@
+"""Whether prompts can be looked at together on a model, and if not, why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationMixin
+
+from carve_kernels.hf.attention import place_of
+from carve_kernels.hf.backbone import attention_modules, decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.decoding import GUARD
+
+_SEES = ("full_attention", "sliding_attention")
+# Ways of decoding that are no plain greedy search, as `generate` would be asked for them; 1 is the neutral scale.
+_OTHER_WAYS = (
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "prefill_chunk_size",
+    "guidance_scale",
+    "constraints",
+    "force_words_ids",
+)
+_EXACT_CACHES = (None, "dynamic", "static")
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the prompts of this model must be looked at one by one, or None.
+
+    The row of many prompts has an attention of its own (row.py), which is causal softmax attention, with sliding
+    windows or without. It holds all keys in buffers of its own, so the kind of cache does not matter as long as that
+    keeps keys as they are.
+    """
+    inner: Any = unwrap(model)
+    kind: Any = type(inner)
+    modules = attention_modules(model)
+    if len(modules) < len(decoder_layers(model)):
+        return f"{len(decoder_layers(model)) - len(modules)} of its layers have no softmax attention"
+    try:
+        places = {place_of(module, layer)[1] for layer, module in modules.items()}
+    except ValueError as error:
+        return str(error)
+    unknown = [name for name in places if not _is_known(name)]
+    if unknown:
+        return f"its attention implementation {unknown[0]!r} is not one of transformers'"
+    config: Any = text_backbone(model).config
+    others = sorted({each for each in getattr(config, "layer_types", None) or () if each not in _SEES})
+    if others:
+        return f"it has layers of type {', '.join(others)}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "some of its layers use the keys of others"
+    if not all(getattr(module, "is_causal", True) for module in modules.values()) or getattr(
+        config, "use_bidirectional_attention", None
+    ):
+        return "its layers see what comes later"
+    if hasattr(kind, "create_masks_for_generate"):
+        return f"{kind.__name__} makes masks of its own, under which a picture may be seen both ways"
+    if inner.config.is_encoder_decoder:
+        return "it is an encoder and a decoder"
+    return _decodes_otherwise(model, inner, kind)
+
+
+def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
+    if GUARD in inner.__dict__:
+        return "a session of capture_attention is open on it"
+    if kind.generate is not GenerationMixin.generate or "generate" in inner.__dict__:
+        return "it has a generate of its own"
+    if inner._compiled_call_impl is not None:
+        return "it was compiled in place"
+    if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values()):
+        return "its adapter puts tokens of its own before a prompt"
+    devices = {parameter.device for layer in decoder_layers(model) for parameter in layer.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        return "its layers are not on one device"
+    settings = inner.generation_config
+    for name in _OTHER_WAYS:
+        value = getattr(settings, name, None)
+        if value not in (None, 1, 1.0):
+            return f"its generation config has {name}={value!r}"
+    if settings.cache_implementation not in _EXACT_CACHES:
+        return f"its cache is {settings.cache_implementation!r}"
+    return None
+
+
+def _is_known(implementation: str) -> bool:
+    return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention_")

@@ -1,0 +1,132 @@
+"""The identity of models, checkpoints and pictures: the same for the same thing, another for whatever changes a map."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from carve_kernels import load
+from carve_kernels.hf.identity import SAMPLES, digest, fingerprint, fingerprint_of_directory, key_of
+from tests.hf.tiny import picture, save, tiny_llava, tiny_qwen2_5_vl
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(*tiny_llava(), tmp_path_factory.mktemp("model"))
+
+
+def change_one_weight_of_many(model: Any, processor: Any) -> None:
+    # Small enough to be read whole.
+    model.model.language_model.layers[3].input_layernorm.weight[5] += 1
+
+
+def train(model: Any, processor: Any) -> None:
+    weight = model.model.language_model.layers[2].mlp.down_proj.weight
+    assert weight.numel() > SAMPLES
+    weight.mul_(1.001)
+
+
+def change_a_few_columns(model: Any, processor: Any) -> None:
+    model.model.language_model.layers[2].mlp.down_proj.weight[:, 7:15] = 0
+
+
+CHANGES: list[Callable[[Any, Any], Any]] = [
+    change_one_weight_of_many,
+    train,
+    change_a_few_columns,
+    lambda model, processor: model.to(torch.bfloat16),
+    lambda model, processor: model.set_attn_implementation({"text_config": "eager"}),
+    lambda model, processor: model.set_attn_implementation({"vision_config": "eager"}),
+    lambda model, processor: setattr(model.generation_config, "repetition_penalty", 1.1),
+    lambda model, processor: model.train(),
+    lambda model, processor: setattr(processor.image_processor, "image_mean", (0.25, 0.5, 0.5)),
+    lambda model, processor: setattr(processor, "vision_feature_select_strategy", "full"),
+    lambda model, processor: processor.tokenizer.add_tokens(["another"]),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_map_changes_the_identity(directory: Path, change: Callable[[Any, Any], Any]) -> None:
+    model, processor = load(directory)
+    before = fingerprint(model, processor)
+    assert fingerprint(model, processor) == before
+    with torch.no_grad():
+        change(model, processor)
+    assert fingerprint(model, processor) != before
+
+
+def test_the_same_model_elsewhere_is_the_same(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "moved")
+    assert fingerprint(*load(directory)) == fingerprint(*load(tmp_path / "moved"))
+    assert fingerprint(*load(directory)) != fingerprint(*tiny_llava(seed=1))
+    assert fingerprint(*load(directory)) != fingerprint(*tiny_qwen2_5_vl())
+
+
+def test_weights_are_read_again_only_when_they_changed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from carve_kernels.hf import identity
+
+    calls: list[int] = []
+    read = identity._sampled
+    monkeypatch.setattr(identity, "_sampled", lambda tensors: calls.append(1) or read(tensors))
+    model, processor = load(directory)
+    before = [fingerprint(model, processor) for _ in range(3)]
+    assert len(calls) == 1 and len(set(before)) == 1
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert fingerprint(model, processor) != before[0] and len(calls) == 2
+    with torch.inference_mode():
+        frozen = torch.ones(3)
+    model.model.register_buffer("made_in_inference_mode", frozen)
+    assert len({fingerprint(model, processor) for _ in range(2)}) == 1
+
+
+def test_pictures_are_known_by_their_pixels(tmp_path: Path) -> None:
+    seen = picture(40, 24, 1)
+    seen.save(tmp_path / "one.png")
+    shutil.copy(tmp_path / "one.png", tmp_path / "two.png")
+    digests = {digest(Image.open(tmp_path / name)) for name in ("one.png", "two.png")}
+    assert digests == {digest(seen)}
+    other = seen.copy()
+    other.putpixel((3, 3), (1, 2, 3))
+    assert digest(other) != digest(seen)
+    assert digest(Image.new("RGB", (6, 4))) != digest(Image.new("RGB", (4, 6)))
+
+
+def test_keys() -> None:
+    assert key_of(rows=("word", "red"), steps=1) == key_of(steps=1, rows=["word", "red"])
+    assert key_of(steps=1) != key_of(steps="1") != key_of(step=1) and len(key_of()) == 64
+
+
+def flip_a_byte_of_the_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text() + " "),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: os.truncate(folder / "model.safetensors", 1000),
+        lambda folder: save(*tiny_llava(seed=1), folder),
+        flip_a_byte_of_the_header,
+    ],
+)
+def test_a_directory_is_known_without_loading_it(directory: Path, tmp_path: Path, change: Any) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(directory, folder)
+    assert fingerprint_of_directory(folder) == fingerprint_of_directory(directory)
+    (folder / "carve.json").write_text("{}")
+    (folder / "README.md").write_text("words")
+    assert fingerprint_of_directory(folder) == fingerprint_of_directory(directory)
+    change(folder)
+    assert fingerprint_of_directory(folder) != fingerprint_of_directory(directory)

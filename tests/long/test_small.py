@@ -1,0 +1,19 @@
+"""The long proofs in small: the same code, fewer pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.long.kill import prove
+from tests.long.soak import soak
+
+
+def test_killed_runs_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    found = prove(tmp_path, pictures=10, kills=2)
+    assert len(found) == 2 and 0 < sum(found) < 10
+
+
+def test_memory_is_flat() -> None:
+    first, last = soak((32, 64))
+    # The pictures, masks and saliencies of 32 questions are 40 MiB; allocators take a while to settle.
+    assert last - first < 24
