@@ -17,6 +17,8 @@ from carve_kernels.types import Capture
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NOWHERE = (0, 0, 0, 0)
+# All that a thread can address: 8 warps of them are 65,280 of the 65,536 of a multiprocessor.
+_REGISTERS = 255
 # A window that reaches beyond every position, and that no position overflows.
 _FARTHEST = 2**62
 
@@ -203,5 +205,5 @@ def _launch(
             *counts, tokens.shape[1], statistics, slot.steps, slot.first, limit, *factors,
         ),
         (*shape, tile.map.block, *flags, slot.each),
-        device=device, warps=tile.map.warps, stages=tile.map.stages,
+        device=device, warps=tile.map.warps, stages=tile.map.stages, registers=_REGISTERS,
     )  # fmt: skip

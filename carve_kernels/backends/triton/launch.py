@@ -62,8 +62,13 @@ class Kernel:
         device: torch.device,
         warps: int,
         stages: int,
+        registers: int | None = None,
     ) -> None:
-        """Launch on the current stream of the tensors' device; the first launch of a key compiles."""
+        """Launch on the current stream of the tensors' device; the first launch of a key compiles.
+
+        `registers` is how many a thread may have on NVIDIA's GPUs: left alone, their assembler aims at an occupancy and
+        spills a few bytes for it.
+        """
         if self._interpreted:
             self.jit[grid](*map(_argument, pointers), *numbers, *constants)
             return
@@ -85,6 +90,8 @@ class Kernel:
             if compiled is None:
                 # The default of fusion differs between versions of Triton, and leaving it out warns.
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+                if registers is not None and triton.runtime.driver.active.get_current_target().backend == "cuda":
+                    options["maxnreg"] = registers
                 self._compiled[tuple(key)] = self.jit[grid](*map(_argument, pointers), *numbers, *constants, **options)
             else:
                 # Addresses as plain integers: of a tensor the driver is asked each time where it lives.

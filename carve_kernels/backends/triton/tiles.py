@@ -60,7 +60,8 @@ def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles
         # has no use for a fourth stage.
         return Tiles(Tile(min(block, 128), 4, stages), Tile(min(block, 64), 4, min(stages, 3)))
     # 64 lanes x 64 keys are 16 scores and their 64-bit mask addresses for each of 256 threads; 128 threads spill.
-    return Tiles(Tile(min(block, 64), 8, stages), Tile(min(block, 64), 8, min(stages, 3)))
+    # With 256 dimensions the map kernel's query and 32 tokens spill as well.
+    return Tiles(Tile(min(block, 64), 8, stages), Tile(min(block, 64) if size < 256 else 16, 8, min(stages, 3)))
 
 
 def key_of(architecture: str, element_size: int, lanes: int, size: int) -> str:
@@ -113,12 +114,12 @@ def _tile(path: str, key: str, value: Any) -> Tile:
         and len(value) == 3
         and all(type(number) is int for number in value)
         and value[0] in (16, 32, 64, 128, 256)
-        and value[1] in (1, 2, 4, 8, 16)
+        and value[1] in (1, 2, 4, 8)
         and 1 <= value[2] <= 8
     )
     if not sound:
         raise ValueError(
-            f"{ENVIRONMENT}: expected [block, warps, stages] of powers of two and 1 to 8 stages in {key!r} of {path}, "
-            f"got {value!r}"
+            f"{ENVIRONMENT}: expected [block, warps, stages] of powers of two, at most 8 warps and 1 to 8 stages in "
+            f"{key!r} of {path}, got {value!r}"
         )
     return Tile(*value)
