@@ -18,7 +18,8 @@ from torch import nn
 
 # On a module that takes part: (recorder, index) pairs, whose `record` is told of every call of its attention.
 RECORDERS = "_carve_recorders"
-# On a module whose attention is another one for a while: that one, called with the function in use before the rest.
+# On a module whose attention is another one for a while: that one, called with the function in use before the rest; it
+# gives None for a forward that is not its own.
 INSTEAD = "_carve_instead"
 EAGER = "eager_attention_forward"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -40,7 +41,9 @@ def capturing(attention: Attention) -> Attention:
     ) -> Any:
         instead = getattr(module, INSTEAD, None)
         if instead is not None:
-            return instead(attention, module, query, key, value, attention_mask, *args, **options)
+            output = instead(attention, module, query, key, value, attention_mask, *args, **options)
+            if output is not None:
+                return output
         output = attention(module, query, key, value, attention_mask, *args, **options)
         for recorder, index in getattr(module, RECORDERS, ()):
             recorder.record(index, module, query, key, attention_mask, options)

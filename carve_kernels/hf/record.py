@@ -198,7 +198,7 @@ class Record:
         used = self.tokens >= 0
         alive = self._alive(steps)
         if self.weight is not None:
-            first = _averaged(first, self.weight.to(used.device), used)
+            first = averaged(first, self.weight.to(used.device), used)
         _, batch, rows = first.mass.shape
         shape = (batch, len(self.layers), steps, rows)
         values = torch.zeros(*shape, self.tokens.shape[1], device=used.device)
@@ -250,7 +250,7 @@ def _buffers(steps: int, layers: int, batch: int, rows: int, tokens: int, device
     )
 
 
-def _averaged(first: Capture, weight: torch.Tensor, used: torch.Tensor) -> Capture:
+def averaged(first: Capture, weight: torch.Tensor, used: torch.Tensor) -> Capture:
     """The mean over groups of rows: maps [L, B, Q, N] with weight [B, R, Q]; an unseen row keeps its mark."""
     maps = weight @ first.maps
     mass = torch.where((first.mass == _UNSEEN).any(-1, keepdim=True), _UNSEEN, maps.sum(-1))

@@ -25,6 +25,7 @@ from carve_kernels.hf.tree import Part
 
 # From this many query tokens on, sdpa on a CPU is faster over whole heads than with a group of heads folded into rows.
 _FOLDED = 64
+_OPENING = threading.Lock()
 
 
 class Unshareable(Exception):
@@ -57,15 +58,23 @@ class Row:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The attention of this row stands in the model, until the block is left."""
+        """The attention of this row stands in the model, until the block is left.
+
+        Raises RuntimeError if another row's does.
+        """
         with ExitStack() as stack:
+            with _OPENING:
+                if any(INSTEAD in module.__dict__ for module in self._modules.values()):
+                    raise RuntimeError(
+                        "model: an engine is at work on it, in another thread or further up; wait for it"
+                    )
+                for layer, module in self._modules.items():
+                    stack.callback(module.__dict__.pop, INSTEAD, None)
+                    module.__dict__[INSTEAD] = partial(self._attend, layer)
             places = [place_of(module, layer) for layer, module in self._modules.items()]
             for place, name in {(id(place), name): (place, name) for place, name in places}.values():
                 PATCHES.enter(place, name)
                 stack.callback(PATCHES.leave, place, name)
-            for layer, module in self._modules.items():
-                stack.callback(module.__dict__.pop, INSTEAD, None)
-                module.__dict__[INSTEAD] = partial(self._attend, layer)
             yield
 
     def forward(
@@ -121,7 +130,7 @@ class Row:
         **options: Any,
     ) -> Any:
         if not self._parts or threading.get_ident() != self._thread:
-            return attention(module, query, key, value, attention_mask, *args, **options)
+            return None
         self._attended += 1
         self.dtype = str(query.dtype).removeprefix("torch.")
         window = self._windows[layer] if self._windows is not None else options.get("sliding_window")

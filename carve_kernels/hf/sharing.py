@@ -66,6 +66,8 @@ def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
         return "a session of capture_attention is open on it"
     if kind.generate is not GenerationMixin.generate or "generate" in inner.__dict__:
         return "it has a generate of its own"
+    if inner.training:
+        return "it is in training mode"
     if inner._compiled_call_impl is not None:
         return "it was compiled in place"
     if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values()):

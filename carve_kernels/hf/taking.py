@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
-from carve_kernels.hf.record import _averaged as averaged
+from carve_kernels.hf.record import averaged
 from carve_kernels.hf.rows import Rows
 from carve_kernels.hf.tree import Part
 from carve_kernels.maps import AttentionMaps

@@ -65,8 +65,10 @@ def check(model: Any, processor: Any, image: Any, text: str, words: int, rows: R
     assert torch.equal(maps.valid, session.maps.valid) and torch.equal(maps.tokens, session.maps.tokens)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, each) for name in FAMILIES for each in ("sdpa", "eager")), ("llava", "flex_attention")],
+)
 def test_branches_are_what_they_are_alone(name: str, implementation: str) -> None:
     model, processor = FAMILIES[name]()
     model.set_attn_implementation({"text_config": implementation})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf.sharing import obstacle
-from tests.hf.looks import FAMILIES, family, state
-from tests.hf.tiny import picture, tiny_llava
+from tests.hf.looks import FAMILIES, family, generate, state
+from tests.hf.tiny import inputs_for, picture, tiny_llava
 
 QUESTION = "what digit is red"
 PHOTO = picture(240, 160, 1)
@@ -66,6 +67,7 @@ REASONS: list[tuple[str, Callable[[Any], None]]] = [
     ("use the keys of others", lambda model: setattr(model.config.text_config, "num_kv_shared_layers", 2)),
     ("guidance_scale=1.5", configured(guidance_scale=1.5)),
     ("its cache is 'quantized'", configured(cache_implementation="quantized")),
+    ("in training mode", lambda model: model.train()),
     ("compiled in place", lambda model: model.compile(backend="eager")),
     ("not on one device", lambda model: model.model.language_model.layers[2].to("meta")),
 ]
@@ -84,6 +86,30 @@ def test_an_open_session_is_a_reason() -> None:
     with capture_attention(model, layers=[1]):
         assert "session" in (obstacle(model) or "")
     assert obstacle(model) is None
+
+
+def test_a_second_thread_is_refused_and_a_generate_beside_it_is_not() -> None:
+    model, processor = tiny_llava()
+    engine = CarveEngine(model, processor, preset=PRESETS[0], memory=False)
+    expected = engine(PHOTO, QUESTION)
+    inputs = inputs_for(processor, [PHOTO], [QUESTION])
+    ids = generate(model, inputs).sequences
+    found: list[Any] = []
+
+    def beside() -> None:
+        with pytest.raises(RuntimeError, match="an engine is at work on it"):
+            engine(PHOTO, QUESTION)
+        found.append(generate(model, inputs).sequences)
+
+    def once(*_: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+
+    hook = model.model.language_model.layers[1].register_forward_pre_hook(once)
+    assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids
+    assert torch.equal(found[0], ids)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=["t_end", "t_start", "release"])
