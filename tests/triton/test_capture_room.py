@@ -191,13 +191,29 @@ def test_one_launch_where_the_lse_is_known() -> None:
 
 def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, options = planted(LONG)
-    out = poisoned(LONG)
-    capture.forward(*arguments, **options, out=out)
+    capture.forward(*arguments, **options)
     monkeypatch.setattr("carve_kernels.backends.triton.workspace._allocate", None)
-    capture.forward(*arguments, **options, out=out)
     smaller = planted(LONG.but(keys=90, tokens=20))[0]
-    capture.forward(*smaller, **options, out=poisoned(LONG.but(tokens=20)))
-    right(out, arguments, options)
+    for case, given_arguments in ((LONG.but(tokens=20), smaller), (LONG, arguments)):
+        out = poisoned(case)
+        capture.forward(*given_arguments, **options, out=out)
+        right(out, given_arguments, options)
+
+
+@pytest.mark.parametrize("changes", [{"rows": 0}, {"batch": 0}, {"keys": 0}, {"tokens": 0}, {"rows": 0, "tokens": 0}])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_nothing_at_all_is_served(changes: dict[str, int], heads: str) -> None:
+    case = Case(view="all", ragged=False).but(**changes)
+    arguments, options = planted(case)
+    truth = reference.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
+    found = capture.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
+    for part, exactly in zip(found, truth, strict=True):
+        assert part.dtype == torch.float32 and torch.equal(part, exactly) and not part.any()
+    out = slots(case, steps=1, layers=2)
+    capture_layers(
+        *([one, one] for one in arguments[:2]), arguments[2], step=torch.tensor(0), out=out, backend="triton", **options
+    )
+    assert not any(part.any() for part in out)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
