@@ -42,11 +42,13 @@ sanitize:
 	build/regions_sanitized
 	build/capture_sanitized
 
-# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported.
+# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported; kernels
+# with planted faults.
 compile: $(VENV)/.tests
 	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest_triton $(OLDEST_TRITON)
 	env -u TRITON_INTERPRET $(VENV)/bin/python -m tests.triton.offline --all
 	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/oldest_triton $(VENV)/bin/python -m tests.triton.offline --all
+	$(VENV)/bin/python -m tests.triton.mutants
 
 # Two threads that write to the same place are a fault even where the result is right.
 races:

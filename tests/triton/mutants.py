@@ -77,7 +77,7 @@ MUTANTS = [
         "mask=(own_y < height)[:, None] & (own_x < width)[None, :])",
         "mask=(own_y < height)[:, None] & (own_x <= width)[None, :])",
         interpreted(CONTRAST_ROOM, "nothing_outside"),
-        "AssertionError",
+        "1 failed",
     ),
     Mutant(
         "a relaxed ticket of contrast",
@@ -93,7 +93,7 @@ MUTANTS = [
         "if ticket == chunks - 1:",
         "if ticket == 0:",
         interpreted(CONTRAST_ROOM, "nothing_outside"),
-        "AssertionError",
+        "1 failed",
     ),
     Mutant(
         "tokens beyond the map",
@@ -101,7 +101,7 @@ MUTANTS = [
         "mask=other < tokens, other=0.0)",
         "mask=other < tokens + 1, other=0.0)",
         interpreted(CONTRAST_ROOM, "nothing_outside"),
-        "AssertionError",
+        "1 failed",
     ),
     Mutant(
         "the triangle off by half a pixel",
@@ -109,7 +109,7 @@ MUTANTS = [
         "tl.abs((2 * token + 1) * pixels - (2 * pixel + 1) * tokens)",
         "tl.abs((2 * token + 1) * pixels - 2 * pixel * tokens)",
         interpreted(CONTRAST_ROOM, "antialias"),
-        "AssertionError",
+        "1 failed",
     ),
     Mutant(
         "offsets of 32 bits",
@@ -125,7 +125,7 @@ MUTANTS = [
         "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
         "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
         interpreted(CAPTURE_BODY, "triton and reference"),
-        "AssertionError",
+        "1 failed",
     ),
 ]
 SHORT = MUTANTS[:3]

@@ -59,6 +59,7 @@ def test_a_file_replaces_its_rows_and_no_other(tmp_path: Path) -> None:
         (json.dumps({KEY: {"statistics": [32, 4, 2]}}), "expected 'statistics' and 'map' in 'sm_90/2/16/128'"),
         (json.dumps({KEY: {**ROW, "map": [48, 4, 2]}}), "powers of two"),
         (json.dumps({KEY: {**ROW, "map": [32, 3, 2]}}), "powers of two"),
+        (json.dumps({KEY: {**ROW, "map": [32, 16, 2]}}), "at most 8 warps"),
         (json.dumps({KEY: {**ROW, "map": [32, 4, 0]}}), "1 to 8 stages"),
         (json.dumps({KEY: {**ROW, "map": [32, 4, True]}}), "1 to 8 stages"),
         (json.dumps({KEY: {**ROW, "map": [32, 4]}}), r"got \[32, 4\]"),
