@@ -9,24 +9,27 @@ CXX ?= g++
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
-SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
 
 # The kernels need no torch: they are tested without it.
 NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+# CUDA kernels on a CPU; a type of element alone in the tests, all of them in the proofs.
+EMULATED = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/capture*.cpp tests/native/capture_cuda.cpp -x c++
+BFLOAT = csrc/cuda/capture.cu csrc/cuda/capture_bfloat.cu -DBFLOAT_ALONE
 
-.PHONY: demo test prove sanitize races clean
+.PHONY: demo test prove sanitize emulate emulate-all races clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
 
-test: $(VENV)/.tests sanitize
+test: $(VENV)/.tests sanitize emulate
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
 # The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
-prove: sanitize races
+prove: sanitize races emulate-all
 	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
@@ -37,6 +40,21 @@ sanitize:
 	build/contrast_sanitized
 	build/regions_sanitized
 	build/capture_sanitized
+
+# The emulator itself, and the kernels of capture in it where no byte outside and no race goes unseen.
+emulate:
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -Itests/cuda/emulated -Icsrc tests/native/emulator.cpp -o build/emulator
+	build/emulator
+	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=address -o build/capture_cuda_sanitized
+	build/capture_cuda_sanitized first
+	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=thread -o build/capture_cuda_races
+	build/capture_cuda_races first
+
+emulate-all: emulate
+	build/capture_cuda_races
+	$(CXX) $(EMULATED) csrc/cuda/capture*.cu $(SANITIZE) -o build/capture_cuda_sanitized
+	build/capture_cuda_sanitized
 
 # Two threads that write to the same place are a fault even where the result is right.
 races:
