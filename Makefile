@@ -17,8 +17,10 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 # CUDA kernels on a CPU; a type of element alone in the tests, all of them in the proofs.
 EMULATED = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/capture*.cpp tests/native/capture_cuda.cpp -x c++
 BFLOAT = csrc/cuda/capture.cu csrc/cuda/capture_bfloat.cu -DBFLOAT_ALONE
+EMULATED_REGIONS = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/regions*.cpp tests/native/regions_cuda.cpp \
+	-x c++ csrc/cuda/regions*.cu
 
-.PHONY: demo test prove sanitize emulate emulate-all races clean
+.PHONY: demo test prove sanitize emulate emulate-all mutate races clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
@@ -29,7 +31,7 @@ test: $(VENV)/.tests sanitize emulate
 	$(VENV)/bin/pytest
 
 # The long proofs, run by hand: the C++ under sanitizers, and the tests with the oldest transformers that is supported.
-prove: sanitize races emulate-all
+prove: sanitize races emulate-all mutate
 	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
@@ -41,7 +43,7 @@ sanitize:
 	build/regions_sanitized
 	build/capture_sanitized
 
-# The emulator itself, and the kernels of capture in it where no byte outside and no race goes unseen.
+# The emulator itself, and the kernels in it where no byte outside and no race goes unseen.
 emulate:
 	mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -Itests/cuda/emulated -Icsrc tests/native/emulator.cpp -o build/emulator
@@ -50,11 +52,20 @@ emulate:
 	build/capture_cuda_sanitized first
 	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=thread -o build/capture_cuda_races
 	build/capture_cuda_races first
+	$(CXX) $(EMULATED_REGIONS) $(SANITIZE) -o build/regions_cuda_sanitized
+	build/regions_cuda_sanitized
 
 emulate-all: emulate
 	build/capture_cuda_races
 	$(CXX) $(EMULATED) csrc/cuda/capture*.cu $(SANITIZE) -o build/capture_cuda_sanitized
 	build/capture_cuda_sanitized
+	build/regions_cuda_sanitized all
+	$(CXX) $(EMULATED_REGIONS) -fsanitize=thread -o build/regions_cuda_races
+	build/regions_cuda_races few
+
+# Faults that are planted in the kernels: each has to be caught.
+mutate: $(VENV)/.tests
+	$(VENV)/bin/python -m tests.cuda.mutate --all
 
 # Two threads that write to the same place are a fault even where the result is right.
 races:
