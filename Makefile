@@ -12,25 +12,30 @@ CXX ?= g++
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
-SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
 
 # The kernels need no torch: they are tested without it.
 NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+# CUDA kernels on a CPU; a type of element alone in the tests, all of them in the proofs.
+EMULATED = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/capture*.cpp tests/native/capture_cuda.cpp -x c++
+BFLOAT = csrc/cuda/capture.cu csrc/cuda/capture_bfloat.cu -DBFLOAT_ALONE
+EMULATED_REGIONS = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/regions*.cpp tests/native/regions_cuda.cpp \
+	-x c++ csrc/cuda/regions*.cu
 
-.PHONY: demo test prove sanitize compile races clean
+.PHONY: demo test prove sanitize emulate emulate-all mutate compile races soak clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
 
-test: $(VENV)/.tests sanitize
+test: $(VENV)/.tests sanitize emulate
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
-# The long proofs, run by hand: the C++ under sanitizers, every compilation of the Triton kernels, and the tests with the
-# oldest transformers that is supported.
-prove: sanitize races compile
+# The long proofs, run by hand: the C++ and the CUDA kernels under sanitizers, every compilation of the Triton kernels,
+# planted faults, killed batches and a long one, and the tests with the oldest transformers that is supported.
+prove: sanitize races emulate-all compile mutate soak
 	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 sanitize:
@@ -42,13 +47,36 @@ sanitize:
 	build/regions_sanitized
 	build/capture_sanitized
 
-# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported; kernels
-# with planted faults.
+# The emulator itself, and the kernels in it where no byte outside and no race goes unseen.
+emulate:
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -Itests/cuda/emulated -Icsrc tests/native/emulator.cpp -o build/emulator
+	build/emulator
+	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=address -o build/capture_cuda_sanitized
+	build/capture_cuda_sanitized first
+	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=thread -o build/capture_cuda_races
+	build/capture_cuda_races first
+	$(CXX) $(EMULATED_REGIONS) $(SANITIZE) -o build/regions_cuda_sanitized
+	build/regions_cuda_sanitized
+
+emulate-all: emulate
+	build/capture_cuda_races
+	$(CXX) $(EMULATED) csrc/cuda/capture*.cu $(SANITIZE) -o build/capture_cuda_sanitized
+	build/capture_cuda_sanitized
+	build/regions_cuda_sanitized all
+	$(CXX) $(EMULATED_REGIONS) -fsanitize=thread -o build/regions_cuda_races
+	build/regions_cuda_races few
+
+# Faults that are planted in the kernels: each has to be caught.
+mutate: $(VENV)/.tests
+	$(VENV)/bin/python -m tests.cuda.mutate --all
+	$(VENV)/bin/python -m tests.triton.mutants
+
+# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported.
 compile: $(VENV)/.tests
 	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest_triton $(OLDEST_TRITON)
 	env -u TRITON_INTERPRET $(VENV)/bin/python -m tests.triton.offline --all
 	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/oldest_triton $(VENV)/bin/python -m tests.triton.offline --all
-	$(VENV)/bin/python -m tests.triton.mutants
 
 # Two threads that write to the same place are a fault even where the result is right.
 races:

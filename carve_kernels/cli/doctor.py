@@ -110,10 +110,14 @@ def _machine() -> Iterator[Line]:
         return
     import torch
 
+    from carve_kernels import extension
     from carve_kernels.backends import cpu
 
-    extension = cpu.unavailable()
-    yield "extension", _yes(extension is None), extension or "kernels in use: {}, best here: {}".format(*cpu.isa())
+    missing = cpu.unavailable()
+    yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
+    inside = () if missing else extension.architectures()
+    more = ", ".join(f"sm_{number}" for number in inside) or "none; build with nvcc on the path or in CUDACXX"
+    yield "CUDA kernels", _yes(bool(inside)), more
     yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "GPU", _yes(bool(names)), ", ".join(names) or "none that torch sees; the CPU serves"

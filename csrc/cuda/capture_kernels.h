@@ -9,6 +9,7 @@ namespace {
 
 template <typename S>
 void launch_capture(const CaptureLaunch& launch, const CapturePlan& plan) {
+  static_assert(sizeof(MapsShared<S>) <= 48 << 10, "more has to be asked for by cudaFuncSetAttribute");
   const CaptureParams& p = launch.params;
   const auto stream = static_cast<cudaStream_t>(launch.device.stream);
   const auto layers = static_cast<unsigned>(plan.layers);

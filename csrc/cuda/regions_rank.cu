@@ -71,11 +71,11 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
         __syncthreads();
       }
     }
+    // A thread stores the places that it fills from the next tile: nobody has to wait.
     for (uint32_t place = threadIdx.x; place < size; place += kTileThreads) {
       store(job.keys[0] + start + place, tile.keys[place]);
       store(job.firsts[0] + start + place, tile.firsts[place]);
     }
-    __syncthreads();
   }
 }
 

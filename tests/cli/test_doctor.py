@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from carve_kernels import extension
 from tests.cli.conftest import Invoke
 
 
@@ -28,6 +30,16 @@ def test_here_everything_needed_works(carve: Invoke, monkeypatch: pytest.MonkeyP
         "Ready.",
     ):
         assert word in done.stdout, word
+
+
+def test_the_architectures_inside_are_shown(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(extension, "architectures", lambda: (75, 90))
+    assert re.search(r"CUDA kernels .* yes .* sm_75, sm_90", carve("doctor").stdout)
+    monkeypatch.setattr(extension, "architectures", lambda: ())
+    assert re.search(r"CUDA kernels .* no .* none; build with nvcc on the path or in CUDACXX", carve("doctor").stdout)
 
 
 def test_a_broken_reference_room_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,6 @@ LABEL = (
 RANK = (
     Fault(_RANK, "sort before the tile is there", f"{WAIT}\n    for (uint32_t width", "for (uint32_t width"),
     Fault(_RANK, "sort without waiting", f"        {WAIT}\n", ""),
-    Fault(_RANK, "the next tile over the last one", f"    }}\n    {WAIT}\n  }}\n}}", "    }\n  }\n}"),
     Fault(_RANK, "ties by the last pixel", "first < other_first", "first > other_first"),
     Fault(_RANK, "ties of two runs by the last pixel",
           "load(firsts + middle) < first", "load(firsts + middle) > first"),

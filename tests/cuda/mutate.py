@@ -30,7 +30,8 @@ SANITIZERS = {
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread", "-g"],
 }
-AMOUNTS = {"results": ["all"], "addresses": [], "races": ["few"]}  # of the runs of a program that knows these words
+# What a program is told of how much to run; nothing: as much as it runs by itself.
+AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"]}
 # Every type of element is compiled from the same headers; one is enough to plant faults in.
 ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("capture_float.cu", "capture_half.cu"))}
 
@@ -103,7 +104,7 @@ def judge(
         copy_sources(root)
         if fault is not None:
             plant(fault, root)
-        command = [str(build(stage, check, root)), *(AMOUNTS[check] if amount is None else amount)]
+        command = [str(build(stage, check, root)), *(AMOUNTS.get((stage, check), []) if amount is None else amount)]
         if check == "races":
             # ThreadSanitizer wants memory where the kernel puts it without randomness.
             command = ["setarch", "-R", *command]

@@ -1,4 +1,4 @@
-"""Registers and stack of every CUDA kernel in the built extension; `python -m tests.cuda.resources` rewrites the table."""
+"""Registers and stack of the CUDA kernels in the extension; `python -m tests.cuda.resources` rewrites the table."""
 
 from __future__ import annotations
 
