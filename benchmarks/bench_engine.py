@@ -23,7 +23,7 @@ ENGINE, SECOND = "(a) engine", "second question"
 EAGER, RELEASE, PRICE = "(b) eager", "(c) release", "(d) plain + refined"
 PLAIN, REFINED, EAGER_TASK, EAGER_REST = "plain", "refined", "eager task", "eager rest"
 # A picture small enough for a check in float32, large enough for a map with a peak.
-CHECK_VISUAL, CHECK_TOKENS = 64, 4
+CHECK_VISUAL, CHECK_TOKENS = 256, 3
 VISUAL, NEW_TOKENS, PRESETS = (256, 1024, 2304), (8, 32), ("paper", "release")
 # The release's procedure takes half a minute at 1024 tokens: beyond it, and beyond 8 new ones, it is not waited for.
 RELEASE_VISUAL, RELEASE_TOKENS = 1024, 8
@@ -219,9 +219,9 @@ def _check_rounded(ways: Ways) -> Look:
     for ids in (result.answer_ids, result.refined_ids, second.answer_ids, second.refined_ids):
         if len(ids) != ways.case.new_tokens:
             raise WrongAnswer(f"{ENGINE}: expected answers of {ways.case.new_tokens} tokens, got {len(ids)}")
-    found = result.task.values[0, :, :, 0]
+    found = result.task.values[0, :, 0, 0]
     check_truth(ENGINE, found)
-    likeness = correlate(found[:, 0], task.maps[:, 0])
+    likeness = correlate(found, task.maps[:, 0])
     if not likeness >= 0.98:
         raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {likeness:.4f}")
     return task

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,16 +69,14 @@ class Case:
             [FIRST, QUESTION, *(text for preset in presets for text in (preset.general_prompt, preset.suffix))]
         )
 
-    @cached_property
+    @property
     def model(self) -> Any:
-        return random_model(self.shape, "sdpa")
+        return _sdpa(self.shape)
 
-    @cached_property
+    @property
     def eager(self) -> Any:
         """The same weights, which attend by eager."""
-        model = random_model(self.shape, "eager")
-        model.load_state_dict(self.model.state_dict(), assign=True)
-        return model
+        return _eager(self.shape)
 
     def inputs(self, images: list[Image.Image], text: str) -> Any:
         prompt = build_prompt(self.processor, text + self.preset.suffix, len(images))
@@ -210,6 +208,19 @@ class Counted:
             self.work = Work(sdpa[0] + eager[0], sdpa[1] + eager[1])
         else:
             self._run()
+
+
+# Cases of one shape share a model, which takes seconds to fill; of two shapes only one fits beside the caches.
+@lru_cache(maxsize=1)
+def _sdpa(shape: Shape) -> Any:
+    return random_model(shape, "sdpa")
+
+
+@lru_cache(maxsize=1)
+def _eager(shape: Shape) -> Any:
+    model = random_model(shape, "eager")
+    model.load_state_dict(_sdpa(shape).state_dict(), assign=True)
+    return model
 
 
 @contextmanager

@@ -41,18 +41,19 @@ def _run(what: str, ways: Ways) -> Callable[[], Any]:
     }[what]
 
 
-def _main(task: str) -> None:
-    asked = json.loads(task)
-    size = asked["refined"]
-    case = Case(Shape(**asked["shape"]), asked["preset"], asked["visual"], asked["new_tokens"])
+def measured(task: dict[str, Any]) -> Peak:
+    """The peak of one way, taken in this process."""
+    size = task["refined"]
+    case = Case(Shape(**task["shape"]), task["preset"], task["visual"], task["new_tokens"])
     ways = Ways(case, None if size is None else noise(max(size)).resize(size))
-    run = _run(asked["what"], ways)
+    run = _run(task["what"], ways)
     # What is there before any question.
-    _ = case.processor, case.model, asked["what"] in (EAGER, RELEASE) and case.eager
-    resident = peak_resident(run)
+    _ = case.processor, case.model, task["what"] in (EAGER, RELEASE) and case.eager
+    # In this order, since the first call also loads what libraries load late.
     tensors = peak_of_tensors(run)
-    print(json.dumps(Peak(tensors, resident, size or ways.refined.size)._asdict()))
+    resident = peak_resident(run)
+    return Peak(tensors, resident, tuple(size or ways.refined.size))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    print(json.dumps(measured(json.loads(sys.argv[1]))._asdict()))

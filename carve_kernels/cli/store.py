@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ class Store:
     def opened(self) -> Iterator[Store]:
         """Make the folder, keep other runs out of it, and take away what a killed run left half written.
 
-        Raises OSError if the folder cannot be made or another run is at work in it.
+        Raises OSError if the folder cannot be made or another run is at work in it. A folder that stays empty goes.
         """
+        made = [path for path in (self._results, *self._results.parents) if not path.exists()]
         try:
             self._results.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder, os.O_RDONLY)
@@ -44,6 +45,9 @@ class Store:
                     path.unlink(missing_ok=True)
             yield self
         finally:
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
             os.close(descriptor)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -84,7 +88,7 @@ class Store:
 
     def write_tables(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """All results on a line each, and the numbers of the run."""
-        lines = "".join(f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows)
+        lines = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
         write_whole(self.folder / TABLE, lines.encode())
         write_whole(self.folder / SUMMARY, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
 

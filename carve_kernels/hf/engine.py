@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -26,6 +27,8 @@ from carve_kernels.pipeline import CarveOutcome, carve
 from carve_kernels.presets import Preset
 from carve_kernels.types import CarveFailure, CarveResult
 
+Picture = str | os.PathLike[str] | Image.Image
+Many = list[Any] | tuple[Any, ...]
 OnProgress = Callable[[str, int, int], None]
 STAGES = ("task", "general", "carve", "answer")
 
@@ -82,18 +85,42 @@ class CarveEngine:
         weights = self.preset.layer_weights
         if weights is not None and len(weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected one for each of layers {list(self.layers)}, got {weights!r}")
+        # Maps come in the order of the layers, whatever the order in which a preset names them.
+        ordered = (
+            None if weights is None else tuple(weight for _, weight in sorted(zip(self.layers, weights, strict=True)))
+        )
+        self._carving = replace(self.preset, layer_weights=ordered)
         self.memory = memory_of(memory)
         if not isinstance(plain, bool):
             raise TypeError(f"plain: expected True or False, got {checks.describe(plain)}")
         self.plain = plain
 
+    @overload
+    def __call__(
+        self, image: Picture, question: str, prompt: str | None = None, on_progress: OnProgress | None = None
+    ) -> CarveResult: ...
+
+    @overload
     def __call__(
         self,
-        image: Any,
-        question: Any,
-        prompt: Any = None,
-        on_progress: Callable[..., None] | None = None,
-    ) -> Any:
+        image: Many,
+        question: str | Many,
+        prompt: str | Many | None = None,
+        on_progress: batch.OnResult | None = None,
+    ) -> list[CarveResult | CarveFailure]: ...
+
+    @overload
+    def __call__(
+        self,
+        image: Picture,
+        question: Many,
+        prompt: str | Many | None = None,
+        on_progress: batch.OnResult | None = None,
+    ) -> list[CarveResult | CarveFailure]: ...
+
+    def __call__(
+        self, image: Any, question: Any, prompt: Any = None, on_progress: Callable[..., None] | None = None
+    ) -> CarveResult | list[CarveResult | CarveFailure]:
         if isinstance(image, (list, tuple)) or isinstance(question, (list, tuple)):
             return batch.answer_all(self, image, question, prompt, on_progress)
         request = self.request(image, question, prompt)
@@ -104,9 +131,9 @@ class CarveEngine:
 
     def stream(
         self,
-        images: Any,
-        questions: Any,
-        prompts: Any = None,
+        images: Picture | Iterable[Picture],
+        questions: str | Iterable[str],
+        prompts: str | Iterable[str | None] | None = None,
         *,
         tokens: int | None = None,
         on_progress: batch.OnResult | None = None,
@@ -131,7 +158,7 @@ class CarveEngine:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * len(decoder_layers(self.model)) * heads * size * backbone.dtype.itemsize)
 
-    def request(self, image: str | os.PathLike[str] | Image.Image, question: str, prompt: str | None = None) -> Request:
+    def request(self, image: Picture, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""
         return make_request(self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels)
 
@@ -182,7 +209,7 @@ class CarveEngine:
             _by_step(seen.general).cpu(),
             grid=[view.grid for view in views] if several else views[0].grid,
             box=[view.box for view in views] if several else views[0].box,
-            preset=self.preset,
+            preset=self._carving,
             backend=self.backend,
         )
 

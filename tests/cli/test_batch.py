@@ -204,11 +204,20 @@ def test_bad_pictures_are_records_and_are_tried_again(ask: Ask, folder: Path) ->
         (LINES, ("--max-image-pixels", "0"), "max_image_pixels: expected an integer of at least 1"),
         (LINES, ("--dtype", "float8"), "dtype: expected one of"),
         (LINES, ("-i", "missing.jsonl"), "missing.jsonl cannot be read"),
+        (LINES, ("-m", "missing"), "missing is missing"),
+        (LINES, ("-o", "out/deep", "-m", "missing"), "missing is missing"),
+        (LINES, ("--device", "nowhere"), "device: 'nowhere' cannot be used here"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
-    ask: Ask, folder: Path, lines: list[Any], more: tuple[Any, ...], message: str
+    ask: Ask,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: list[Any],
+    more: tuple[Any, ...],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(folder)
     done = ask(lines, *more)
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any
 
@@ -108,3 +109,8 @@ def state(model: Any) -> Any:
         {module.__name__: module.eager_attention_forward for module in modeling},
         dict(model.generation_config.to_dict()),
     )
+
+
+def keeps_features(model: Any) -> bool:
+    """Whether this transformers takes what a vision tower gave before, so that a picture shown twice is seen once."""
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters

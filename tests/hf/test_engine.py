@@ -266,6 +266,16 @@ def test_weights_of_layers_are_counted_at_once() -> None:
     assert CarveEngine(model, processor, preset=preset)(PHOTO, QUESTION).saliency.shape == (160, 240)
 
 
+def test_weights_belong_to_the_layers_as_they_were_named() -> None:
+    model, processor = family("llava")
+    named, ordered = (
+        CarveEngine(model, processor, preset={"layers": layers, "layer_weights": weights, "max_new_tokens": 2})
+        for layers, weights in (([3, 0], [9, 1]), ([0, 3], [1, 9]))
+    )
+    first, second = named(PHOTO, QUESTION), ordered(PHOTO, QUESTION)
+    assert torch.equal(first.saliency, second.saliency) and first.preset.layer_weights == (9, 1)
+
+
 def test_max_new_tokens_0() -> None:
     with pytest.raises(ValueError, match="max_new_tokens: expected an integer of at least 1, got int 0"):
         Preset.paper(max_new_tokens=0)

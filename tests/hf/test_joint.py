@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from carve_kernels import capture_attention, layout_of
 from carve_kernels.hf.apart import generated
@@ -65,15 +66,33 @@ def check(model: Any, processor: Any, image: Any, text: str, words: int, rows: R
     assert torch.equal(maps.valid, session.maps.valid) and torch.equal(maps.tokens, session.maps.tokens)
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [*((name, each) for name in FAMILIES for each in ("sdpa", "eager")), ("llava", "flex_attention")],
-)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_branches_are_what_they_are_alone(name: str, implementation: str) -> None:
     model, processor = FAMILIES[name]()
     model.set_attn_implementation({"text_config": implementation})
     model.generation_config.repetition_penalty = 1.05
     found = together(model, processor, look(name, model, processor, PHOTO, [(text, WORDS, "last") for text in TEXTS]))
+    for text, outcome in zip(TEXTS, found[0], strict=True):
+        check(model, processor, PHOTO, text, WORDS, "last", outcome)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_the_row_attends_by_itself_whatever_the_implementation(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_llava()
+
+    def uncalled(*_: Any, **__: Any) -> None:
+        raise AssertionError(implementation)
+
+    with monkeypatch.context() as patch:
+        # FlashAttention runs on no CPU, so its name is put where `set_attn_implementation` would refuse it.
+        for config in (model.config.text_config, model.model.language_model.config):
+            patch.setattr(config, "_attn_implementation_internal", implementation)
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, uncalled)  # type: ignore[arg-type]
+        branches = [(text, WORDS, "last") for text in TEXTS]
+        found = together(model, processor, look("llava", model, processor, PHOTO, branches))
     for text, outcome in zip(TEXTS, found[0], strict=True):
         check(model, processor, PHOTO, text, WORDS, "last", outcome)
 

@@ -210,7 +210,8 @@ def test_a_pick_that_is_a_guess_says_so() -> None:
     assert (guess.doubt is not None) == (guess.pick.score <= 0)
     # Twice the same question says nothing new, and is no other question.
     once, twice = (profile(model, processor, [ASKED[0]] * count, preset=SHORT) for count in (1, 2))
-    assert once.pick == twice.pick and once.doubt is None
+    assert (once.pick.layer, once.pick.rows, once.pick.steps) == (twice.pick.layer, twice.pick.rows, twice.pick.steps)
+    assert once.pick.score == pytest.approx(twice.pick.score, rel=1e-4) and once.doubt is None
 
 
 @pytest.mark.parametrize(
