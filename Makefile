@@ -84,6 +84,11 @@ races:
 	$(CXX) $(NATIVE) -fsanitize=thread csrc/cpu/regions*.cpp tests/native/regions.cpp -o build/regions_races
 	build/regions_races
 
+# A batch that is killed again and again, and thousands of pictures, whose memory is printed on the way.
+soak: $(VENV)/.tests
+	$(VENV)/bin/python -m tests.long.kill --pictures 200 --kills 10
+	$(VENV)/bin/python -m tests.long.soak --pictures 2000
+
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so
 
