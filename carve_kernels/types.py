@@ -6,7 +6,9 @@ T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -111,7 +113,8 @@ class CarveResult:
     """What the engine found out about one image and one question.
 
     `entropy` holds H / ln N of the task map for each captured layer; `seconds` the time of each stage; `reason` says
-    why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted.
+    why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted. `complexity` is
+    measured when it is first read: that takes as long as a tenth of an answer, and few ask for it.
     """
 
     question: str
@@ -125,12 +128,17 @@ class CarveResult:
     saliency: torch.Tensor
     regions: Regions
     entropy: dict[int, float]
-    complexity: dict[str, float]
     seconds: dict[str, float]
     preset: Any
+    measure: Callable[[Image], dict[str, float]] = field(repr=False)
     reason: str | None = None
     answer_ids: tuple[int, ...] = field(default=(), repr=False)
     refined_ids: tuple[int, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def complexity(self) -> dict[str, float]:
+        """How much there is in the image: "edges" and "colours", each from 0 to 1."""
+        return self.measure(self.image)
 
     @property
     def error(self) -> None:
