@@ -1,7 +1,8 @@
-// Runs the CUDA kernels of capture in the emulator, on odd sizes, with garbage around everything and in several orders, and
-// holds them against the CPU's; built with sanitizers, where a read or write out of bounds or a race stops it.
+// Runs the CUDA kernels of capture in the emulator, on odd sizes, with garbage around everything and in several orders,
+// and holds them against the CPU's; built with sanitizers, where a read or write out of bounds or a race stops it.
 
 #include <cstdio>
+#include <cstring>
 
 #include "capture_problem.h"
 #include "cpu/isa.h"
@@ -21,6 +22,7 @@ void on_device(const carve::CaptureParams& params) {
   const int64_t lines = params.batch * params.heads * params.rows;
   const int64_t bytes = (lines * 32 * 8 + params.batch * (params.rows * params.token_count + 1) * 4 + 7) / 8 * 8;
   Guarded<unsigned char> scratch(bytes);
+  std::memset(scratch.get(), 0xab, bytes);
   carve::CaptureDevice device{};
   device.steps = 1;
   device.token_stride = 1;
