@@ -50,8 +50,8 @@ def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles
     stages = STAGES[architecture]
     if element_size == 4:
         # Without matrix units a thread of 128 holds 376 bytes more than its registers (16 lanes, 32 keys, 128
-        # dimensions); 256 threads hold it all in 58. On gfx942, 256 dimensions and 32 keys spill 20 of 256.
-        block = 16 if architecture == "gfx942" and size == 256 else 32
+        # dimensions); 256 threads hold it all in 58. Of 256 dimensions they hold 16 keys in 102, and 32 spill.
+        block = 16 if size == 256 else 32
         return Tiles(Tile(block, 8, 2), Tile(block, 8, 2))
     # 16 KiB of keys: 8 loads of 128 bits for each of 128 threads.
     block = 16384 // (2 * size)
