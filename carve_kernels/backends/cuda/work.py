@@ -50,7 +50,7 @@ def capture_work(
         layers * batch * key_heads * (keys + tokens) * size * element_bytes
 
     The rest of `read_bytes` is queries and statistics, which every block reads again and the second-level cache holds:
-    a fifth more for one row of 28 heads at 4096 keys and 1024 tokens, three times the keys for eight rows.
+    for 28 heads at 4096 keys and 1024 tokens a fifth of the keys for one row, twice the keys for eight.
 
     ===============  =====  =============================================
     name             dtype  meaning
