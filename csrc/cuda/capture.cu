@@ -75,8 +75,8 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   launch.aligned = is_aligned(p);
   const int64_t at_once = std::min<int64_t>(p.layer_count, kLayersAtOnce);
   const Scratch scratch = divide_scratch(p, at_once, launch.splits);
-  check(device.scratch_bytes >= scratch.end, "scratch: expected at least " + std::to_string(scratch.end) + " bytes, got " +
-                                                 std::to_string(device.scratch_bytes));
+  check(device.scratch_bytes >= scratch.end, "scratch: expected at least " + std::to_string(scratch.end) +
+                                                 " bytes, got " + std::to_string(device.scratch_bytes));
   check(reinterpret_cast<uintptr_t>(device.scratch) % sizeof(float2) == 0, "scratch: expected 8 bytes of alignment");
   auto* bytes = static_cast<unsigned char*>(device.scratch);
   launch.stats = reinterpret_cast<float2*>(bytes);

@@ -14,9 +14,9 @@ constexpr int kMaxSize = 256;
 // As many as fit into the 4 KB that every driver takes as arguments; more layers are launched in turns.
 constexpr int kLayersAtOnce = 34;
 
-// Keys of a split: 64 of them, 16 KB of bf16 at D = 128, are what one pass of a block holds in flight. From 2048 keys on the
-// number stays at 32, with which 4 KV heads fill 132 SMs from one layer; each block of the second launch reads all the splits'
-// results, 7 KB of them for 28 heads and one row.
+// Keys of a split: 64 of them, 16 KB of bf16 at D = 128, are what one pass of a block holds in flight. From 2048 keys
+// on the number stays at 32, with which 4 KV heads fill 132 SMs from one layer; each block of the second launch reads
+// all the splits' results, 7 KB of them for 28 heads and one row.
 constexpr int64_t kSplitKeys = 64;
 constexpr int64_t kMaxSplits = 32;
 

@@ -2,6 +2,8 @@
 
 namespace carve {
 
-void launch_capture_bfloat(const CaptureLaunch& launch, const CapturePlan& plan) { launch_capture_of<__nv_bfloat16>(launch, plan); }
+void launch_capture_bfloat(const CaptureLaunch& launch, const CapturePlan& plan) {
+  launch_capture_of<__nv_bfloat16>(launch, plan);
+}
 
 }  // namespace carve

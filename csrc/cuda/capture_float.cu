@@ -2,6 +2,8 @@
 
 namespace carve {
 
-void launch_capture_float(const CaptureLaunch& launch, const CapturePlan& plan) { launch_capture_of<float>(launch, plan); }
+void launch_capture_float(const CaptureLaunch& launch, const CapturePlan& plan) {
+  launch_capture_of<float>(launch, plan);
+}
 
 }  // namespace carve

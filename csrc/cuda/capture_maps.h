@@ -169,8 +169,8 @@ __device__ __forceinline__ void summarize(const CaptureParams& p, const float* m
   store(out.entropy + row * p.entropy_strides[1], count < 2.0f || mass == 0.0f ? 0.0f : entropy / logf(count));
 }
 
-// A block: some tokens, all heads and rows. Grid: [batch x token blocks, 1, layers]. It holds several key heads at a time, so
-// that 32 heads are 4 rounds of latency and not 32, and 16 tokens at D = 128, so that 576 of them are 36 blocks a layer.
+// A block: some tokens, all heads and rows. Grid: [batch x token blocks, 1, layers]. It holds up to 8 key heads at a
+// time, so that 32 are 4 rounds of latency and not 32: at D = 128 and 4 key heads 16 tokens, 36 blocks a layer for 576.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) capture_maps(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;

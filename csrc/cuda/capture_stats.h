@@ -51,7 +51,8 @@ __device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&sc
   if (lane == 0) store(stats, make_float2(top, sum + before.y * exp2f(before.x - offset)));
 }
 
-// A block: one split of the keys of one key head, all the rows of its group. Grid: [batch x key heads x splits, 1, layers].
+// A block: one split of the keys of one key head, all the rows of its group.
+// Grid: [batch x key heads x splits, 1, layers].
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) capture_stats(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;

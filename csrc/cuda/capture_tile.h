@@ -5,14 +5,16 @@
 
 namespace carve {
 
-constexpr int kUnroll = 4;    // keys of a lane, so many 128-bit loads under way
-constexpr int kTile = 32;     // queries in shared memory
-constexpr int kAtOnce = 4;    // queries that the keys of a lane are multiplied with before the lanes add up
+constexpr int kUnroll = 4;  // keys of a lane, so many 128-bit loads under way
+constexpr int kTile = 32;   // queries in shared memory
+constexpr int kAtOnce = 4;  // queries that the keys of a lane are multiplied with before the lanes add up
 constexpr int kSums = kUnroll * kAtOnce;
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// kLanes threads share a key; each has kParts vectors of 16 bytes of it. 256 threads hold 256 x 4 x 16 = 16 KB in flight:
-// bandwidth times latency is 3.35 TB/s x 600 ns / 132 SMs = 15 KB on an H100, and two blocks or more run on an SM.
+// kLanes threads share a key; each has kParts vectors of 16 bytes of it. 256 threads hold 256 x 4 x 16 = 16 KB in
+// flight: bandwidth times latency is 3.35 TB/s x 600 ns / 132 SMs = 15 KB on an H100, and two blocks or more run on an
+// SM. A key of 256 bytes is 18 cycles of an SM's share of the bandwidth; a query costs it one for 128 products and half
+// a one for the shuffles, so that about ten queries of a key head, one row of most models, are bound by memory.
 template <typename T, int kLanes_, int kParts_>
 struct Shape {
   using Element = T;
@@ -177,7 +179,7 @@ __device__ __forceinline__ void stage_queries(const CaptureParams& p, const Capt
 }
 
 // sums[query * kUnroll + key] over the lanes of a key. Each step halves the values of a lane along with the lanes that
-// share them: 15 shuffles for 16 sums over 16 lanes, not 64. Lane l is left with kKept sums from number l * 16 / kLanes on.
+// share them: 15 shuffles for 16 sums over 16 lanes, not 64. Lane l is left with kKept sums from l * 16 / kLanes on.
 template <typename S>
 struct LaneSums {
   static constexpr int kKept = S::kLanes < kSums ? kSums / S::kLanes : 1;

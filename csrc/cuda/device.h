@@ -1,5 +1,5 @@
-// What kernels use of the device beyond plain CUDA C++. The tests replace this header by one that runs kernels on a CPU,
-// checks addresses and counts bytes, so kernels touch device memory through `load` and `store` alone.
+// What kernels use of the device beyond plain CUDA C++. The tests replace this header by one that runs kernels on a
+// CPU, checks addresses and counts bytes, so kernels touch device memory through `load` and `store` alone.
 #pragma once
 
 #include <cuda_bf16.h>

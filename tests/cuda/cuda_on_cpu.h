@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU, for tests alone. Shared memory starts as NaN; warp operations need all 32 lanes; threads
-// that wait in different places, or leave while others wait, are an error. With several resident blocks all their threads
-// run together and change over at atomics and, in shuffled order, at some loads and stores of device memory.
+// Runs CUDA kernels on the CPU, for tests alone. Shared memory starts as NaN; warp operations need all 32 lanes;
+// threads that wait in different places, or leave while others wait, are an error. With several resident blocks all
+// their threads run together and change over at atomics and, in shuffled order, at some loads and stores.
 // It says nothing of speed, of registers, or of the order in which other blocks see plain stores without a fence; under
 // ThreadSanitizer a missing fence is a race.
 #pragma once
@@ -124,10 +124,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_HERE) {
   emulated::exchange(mask, predicate, [](unsigned lane) { return lane; }, file, line);
   emulated::Unwatched unwatched;
   unsigned result = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) result |= unsigned(emulated::bits<int>(*reinterpret_cast<int*>(slots[lane])) != 0) << lane;
+  for (unsigned lane = 0; lane < 32; ++lane) result |= unsigned(*reinterpret_cast<int*>(slots[lane]) != 0) << lane;
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate, EMULATED_HERE) { return __ballot_sync(mask, predicate, file, line) != 0; }
+inline int __any_sync(unsigned mask, int predicate, EMULATED_HERE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
 inline int __all_sync(unsigned mask, int predicate, EMULATED_HERE) {
   return __ballot_sync(mask, predicate, file, line) == ~0u;
 }
@@ -165,7 +167,7 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
-inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value)); }
+inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(uint64_t(value)); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -260,7 +262,8 @@ T& block_shared() {
 
 // What the tests set and read.
 extern "C" {
-__attribute__((used, visibility("default"))) inline void emulator_configure(int order, unsigned resident, unsigned seed, int fail) {
+__attribute__((used, visibility("default"))) inline void emulator_configure(int order, unsigned resident, unsigned seed,
+                                                                            int fail) {
   emulated::Machine& m = emulated::machine();
   m.order = static_cast<emulated::Order>(order), m.resident = resident, m.seed = seed;
   emulated::planted_failure() = fail;

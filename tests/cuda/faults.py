@@ -160,7 +160,7 @@ CAPTURE = (
     Fault(_MAPS, "the query head of another group", "head * (p.heads / p.key_heads) + query / rows : 0",
           "head + query / rows : 0"),
     Fault(_MAPS, "read tokens before they stand", f"{WAIT}\n\n  for (int head = 0", "for (int head = 0"),
-    Fault(_MAPS, "multiply before all is merged", f"{WAIT}\n      fill_values", "fill_values"),
+    Fault(_MAPS, "multiply before all is merged", f"{WAIT}\n      fill_values", "fill_values", "races"),
     Fault(_MAPS, "add heads before they stand", f"{WAIT}\n      add_heads", "add_heads"),
     Fault(_MAPS, "stage over what is added", f"add_heads<S>(part, tokens, rows, shared);\n      {WAIT}",
           "add_heads<S>(part, tokens, rows, shared);", "races"),

@@ -200,6 +200,21 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
     assert [memory.data_ptr() for memory in room._SCRATCH.values()] != held
 
 
+def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is replayed beside other calls, so it may not hand over in the memory that those share."""
+    made = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or torch.zeros(size))
+    device = torch.device("cuda", 0)
+    for capturing, sizes in ((True, [100, 100]), (False, [128])):
+        room._SCRATCH.clear()
+        made.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        first, second = room._scratch(device, 7, 100), room._scratch(device, 7, 100)
+        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH) != capturing
+    assert room._scratch(device, 8, 100) is not first
+    room._SCRATCH.clear()
+
+
 def test_keys_outside_of_the_window_are_not_read() -> None:
     case = LONG.but(batch=1, rows=1, keys=1000, tokens=5, ragged=False)
     (query, key, tokens), options = planted(case)
