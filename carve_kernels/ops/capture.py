@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,11 +9,8 @@ import torch
 
 from carve_kernels import checks, schemas  # noqa: F401  (the schemas must stand before the implementations)
 from carve_kernels.backends import resolve
-from carve_kernels.backends.reference import capture as reference
+from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
 from carve_kernels.types import Capture
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def capture(
@@ -66,18 +62,18 @@ def capture(
     Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a room that cannot serve.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
-    _check_capture(query, key, tokens, mask, positions, softcap, window, sink, lse)
+    check_arguments(query, key, tokens, mask, positions, softcap, window, sink, lse)
     checks.number("scale", scale)
     checks.choice("heads", heads, ("mean", "each"))
     if out is not None:
-        _check_out(query, tokens, heads, out)
+        check_out(query, tokens, heads, out)
     room = resolve(
         "capture", backend, query.device, query, key, tokens,
         scale=scale, mask=mask, positions=positions, softcap=softcap, window=window, sink=sink, lse=lse, heads=heads,
         out=out,
     )  # fmt: skip
     if check or (check is None and query.device.type == "cpu"):
-        _check_values(query, key, scale, mask, positions, softcap, window, sink, lse)
+        check_values(query, key, scale, mask, positions, softcap, window, sink, lse)
     result: Capture = room.forward(
         query, key, tokens,
         scale=scale, mask=mask, positions=positions, softcap=softcap, window=window, sink=sink, lse=lse, heads=heads,
@@ -133,7 +129,7 @@ def capture_layers(
         )
     for layer in range(len(query)):
         one = sink[layer] if sink else None
-        _check_capture(query[layer], key[layer], tokens, mask, positions, softcap, window, one)
+        check_arguments(query[layer], key[layer], tokens, mask, positions, softcap, window, one)
     checks.number("scale", scale)
     checks.integer("first", first, low=0)
     checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
@@ -190,120 +186,3 @@ def _capture_layers(
 
 for _device in ("CPU", "CUDA"):
     torch.library.impl("carve_kernels::capture_layers", _device.lower(), _capture_layers)
-
-
-def _check_capture(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    softcap: float | None,
-    window: int | None,
-    sink: torch.Tensor | None,
-    lse: torch.Tensor | None = None,
-) -> None:
-    if not _agree(query, key, tokens):
-        _name_what_disagrees(query, key, tokens)
-    batch, query_heads, rows, _ = query.shape
-    keys = key.shape[2]
-    if mask is not None:
-        if positions is not None:
-            raise ValueError("positions: expected None beside a mask, got both")
-        checks.tensor("mask", mask, shape=(batch, "1 or A", rows, keys), dtypes=(torch.bool,))
-        if mask.shape[1] not in (1, query_heads):
-            raise ValueError(f"mask: expected 1 or {query_heads} heads, got {checks.describe(mask)}")
-        checks.device("mask", mask, query)
-    if positions is not None:
-        checks.tensor("positions", positions, shape=(batch, rows), dtypes=_INTEGERS)
-        checks.device("positions", positions, query)
-    if softcap is not None and checks.number("softcap", softcap) <= 0:
-        raise ValueError(f"softcap: expected a positive number, got {checks.describe(softcap)}")
-    if window is not None:
-        checks.integer("window", window, low=1)
-        if positions is None:
-            raise ValueError("window: expected positions beside a window, got none")
-    if sink is not None:
-        checks.tensor("sink", sink, shape=(query_heads,), dtypes=_FLOATS)
-        checks.device("sink", sink, query)
-    if lse is not None:
-        checks.tensor("lse", lse, shape=(batch, query_heads, rows), dtypes=(torch.float32, torch.float64))
-        checks.device("lse", lse, query)
-
-
-def _agree(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """What `_name_what_disagrees` looks for, in a third of its time; it stands before every call."""
-    try:
-        batch, heads, _, size = query.shape
-        key_batch, key_heads, _, key_size = key.shape
-        token_batch, _ = tokens.shape
-        return (
-            batch == key_batch == token_batch
-            and size == key_size
-            and key_heads > 0
-            and heads % key_heads == 0
-            and query.dtype in _FLOATS
-            and key.dtype == query.dtype
-            and tokens.dtype in _INTEGERS
-            and query.device == key.device == tokens.device
-        )
-    except (AttributeError, TypeError, ValueError):
-        return False
-
-
-def _name_what_disagrees(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> None:
-    checks.tensor("query", query, shape=("B", "A", "R", "D"), dtypes=_FLOATS)
-    batch, query_heads, _, size = query.shape
-    checks.tensor("key", key, shape=(batch, "KV", "S", size), dtypes=(query.dtype,))
-    key_heads = key.shape[1]
-    if not key_heads or query_heads % key_heads:
-        raise ValueError(f"key: expected a number of heads that divides the query's {query_heads}, got {key_heads}")
-    checks.device("key", key, query)
-    checks.tensor("tokens", tokens, shape=(batch, "N"), dtypes=_INTEGERS)
-    checks.device("tokens", tokens, query)
-
-
-def _check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Capture) -> None:
-    batch, query_heads, rows, _ = query.shape
-    dtypes = (torch.float32, torch.float64)
-    middle = (query_heads,) if heads == "each" else ()
-    checks.tensor("out.maps", out.maps, shape=(batch, *middle, rows, tokens.shape[1]), dtypes=dtypes)
-    checks.tensor("out.mass", out.mass, shape=(batch, rows), dtypes=dtypes)
-    checks.tensor("out.entropy", out.entropy, shape=(batch, rows), dtypes=dtypes)
-
-
-def _check_values(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    softcap: float | None,
-    window: int | None,
-    sink: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> None:
-    """NaN in the query, and an lse under which the first row's probabilities do not sum to 1."""
-    # A sum is one operator where `isfinite` is four; only one that overflows needs the second look.
-    if not math.isfinite(torch.sum(query).item()) and not bool(torch.isfinite(query).all()):
-        raise ValueError("query: expected finite values, got NaN or inf among them")
-    if lse is None or not query.shape[0] or not query.shape[2]:
-        return
-    given = lse[:1, :, :1]
-    row = reference.forward(
-        query[:1, :, :1].double(), key[:1].double(), torch.arange(key.shape[2])[None],
-        scale=scale, mask=None if mask is None else mask[:1, :, :1],
-        positions=None if positions is None else positions[:1, :1],
-        softcap=softcap, window=window, lse=given, heads="each",
-    )  # fmt: skip
-    total = row.maps.sum(-1)
-    if sink is not None:
-        total = total + torch.exp(sink.double().view(1, -1, 1) - given.double())
-    # The logits of half precision are off by up to 2 %; an lse in base 2 is off by far more.
-    tolerance = 0.1 if query.dtype in (torch.float16, torch.bfloat16) else 1e-2
-    wrong = (total - 1).abs() > tolerance
-    if bool((wrong & (total != 0)).any()):
-        raise ValueError(
-            "lse: expected the natural log-sum-exp of the scaled logits, under which the probabilities of a row sum to "
-            f"1, got one under which the first row's sum to {total[wrong][0].item():.4g}"
-        )
