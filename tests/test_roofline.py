@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from benchmarks import bench_capture, opponents, roofline
 from benchmarks.__main__ import app
 from benchmarks.cases import GEOMETRIES, Case, problem
+from carve_kernels import selfcheck
 from carve_kernels.roofline import GPUS, GRAPH_LAUNCH, LAUNCH, UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.work import Work
 
@@ -73,6 +74,8 @@ def test_an_unknown_gpu_has_no_bound_on_its_arithmetic_or_no_prediction() -> Non
     found = gpu_of(device("GPU of tomorrow", (13, 0), memory_clock_rate=1_000_000, memory_bus_width=4000))
     assert found == ("GPU of tomorrow", 1e12, float("inf"), float("inf"))
     assert predict(Work(10**9, 0, 10**18, 1), found).bound == "memory"
+    # JSON has no infinity.
+    assert selfcheck.known(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
 
 
 @pytest.mark.parametrize(("stage", "room"), [("capture", "reference"), ("capture", "nowhere"), ("regions", "triton")])

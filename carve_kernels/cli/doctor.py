@@ -92,15 +92,21 @@ def _job(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _cells(rooms: dict[tuple[str, str], str | None]) -> Iterator[tuple[str, str, Text, str]]:
-    order: tuple[str, ...] = ()
+    orders: dict[str, tuple[str, ...]] = {}
     if rooms:
+        import torch
+
         from carve_kernels.backends import PREFERRED
 
-        order = (*PREFERRED["cpu"], "reference")
+        orders = {"a CPU": PREFERRED["cpu"]} | ({"a GPU": PREFERRED["cuda"]} if torch.cuda.is_available() else {})
     serving = {cell for cell, why in rooms.items() if why is None}
     for (stage, room), why in rooms.items():
-        picked = next((other for other in order if (stage, other) in serving), None)
-        yield stage, room, _yes(why is None), why or ("auto takes it on a CPU" if room == picked else "")
+        takes = [
+            where
+            for where, order in orders.items()
+            if room == next((other for other in (*order, "reference") if (stage, other) in serving), None)
+        ]
+        yield stage, room, _yes(why is None), why or (f"auto takes it on {' and '.join(takes)}" if takes else "")
 
 
 def _machine() -> Iterator[Line]:

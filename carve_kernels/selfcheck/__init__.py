@@ -42,7 +42,7 @@ def examine(device: torch.device, *, quick: bool, announce: Callable[[str], None
     shut = {(cell["stage"], cell["room"]) for cell in cells if cell["shut"] is not None}
     gpu = gpu_of(torch.cuda.get_device_properties(device)) if device.type == "cuda" else None
     clock = Clock(device, 5 if quick else 51 if device.type == "cuda" else 11, _QUICK_FLUSH if quick else None)
-    found: Report = {"rooms": cells, "gpu": gpu and gpu._asdict(), "checks": [], "timings": []}
+    found: Report = {"rooms": cells, "gpu": gpu and known(gpu), "checks": [], "timings": []}
     # Triton launches on the current device, whichever its tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for build in trials(quick=quick):
@@ -56,6 +56,11 @@ def examine(device: torch.device, *, quick: bool, announce: Callable[[str], None
                 if trial.sizes is not None and entry["right"]:
                     found["timings"].append(_time(trial, room, clock, gpu))
     return found
+
+
+def known(gpu: Gpu) -> Report:
+    """The rates of a GPU for JSON, which has no infinity: None where there is no bound."""
+    return {name: None if value == float("inf") else value for name, value in gpu._asdict().items()}
 
 
 def _check(trial: Trial, room: str, device: torch.device) -> Report:

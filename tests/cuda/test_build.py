@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import BackendUnavailable, capture, extension
+from carve_kernels import BackendUnavailable, backends, capture, extension
 from carve_kernels.backends import cuda
 from tests.cuda import resources
 
@@ -61,12 +61,13 @@ def asked() -> Iterator[pytest.MonkeyPatch]:
     """A room that has not been asked yet, and forgets what it is told here."""
     if reason := extension.unavailable():
         pytest.skip(reason)
-    cuda.unavailable.cache_clear()
-    cuda.foreign.cache_clear()
+    caches = (cuda.unavailable, cuda.foreign, backends._shut)
+    for cache in caches:
+        cache.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         yield patch
-    cuda.unavailable.cache_clear()
-    cuda.foreign.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def gpus(

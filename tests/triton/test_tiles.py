@@ -107,8 +107,19 @@ def test_a_device_takes_the_nearest_row_below(
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_an_old_gpu_is_told_so(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    reason = device.too_old.__wrapped__(torch.device("cuda:0"))
-    assert reason is None if served else "compute capability 7.5, this room needs 8.0; use backend=" in reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    room.too_old.cache_clear()
+    try:
+        for reason in (room.too_old(0), room._no_gpu()):
+            assert reason is None if served else "compute capability 7.5, this room needs 8.0; use backend=" in reason
+    finally:
+        room.too_old.cache_clear()
+
+
+def test_without_a_gpu_the_room_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no GPU; install its driver" in room._no_gpu()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +140,7 @@ def test_why_the_room_is_shut(
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    monkeypatch.setattr(room, "_no_gpu", lambda: None)
     found = room.unavailable.__wrapped__()
     assert found is None if reason is None else reason in found
     assert room.devices() == (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu"))

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from carve_kernels.backends.triton import interpreted, too_old, warn_of_bfloat16
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTS, ceiling, plan
-from carve_kernels.backends.triton.device import tiles_of, too_old
+from carve_kernels.backends.triton.device import tiles_of
 from carve_kernels.backends.triton.launch import Several, alignment, strides_of
 from carve_kernels.backends.triton.workspace import Workspace
 from carve_kernels.types import Capture
@@ -66,7 +67,9 @@ def supports(
         return "out is float64, this room writes torch.float32; use backend='reference'"
     if out is not None and any(part.device != query.device for part in out):
         return f"out is on {out.maps.device} and the query on {query.device}, this room writes where it reads"
-    return too_old(query.device)
+    if query.dtype == torch.bfloat16 and interpreted():
+        warn_of_bfloat16()
+    return too_old(query.device.index) if query.device.type == "cuda" else None
 
 
 def forward(

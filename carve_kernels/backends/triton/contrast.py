@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import triton
 
+from carve_kernels.backends.triton import too_old
 from carve_kernels.backends.triton.contrast_kernels import contrast_grid_kernel, contrast_pixels_kernel
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, is_too_long, plan_grid
 from carve_kernels.backends.triton.workspace import Workspace
@@ -33,7 +34,7 @@ def supports(
     for tokens, pixels in _views(grid, size):
         if is_too_long(tokens, pixels):
             return f"{tokens} tokens over {pixels} pixels pass 2^28 on an axis; use backend='reference'"
-    return None
+    return too_old(task.device.index) if task.device.type == "cuda" else None
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""What a device is to this room: old enough, and a row of the table of tiles."""
+"""What a device is to this room: a row of the table of tiles."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import triton
 
 from carve_kernels.backends.triton import interpreted, tiles
 from carve_kernels.backends.triton.launch import on
-
-
-@functools.cache
-def too_old(device: torch.device) -> str | None:
-    """Why a GPU is too old for this room, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"{device} has compute capability {major}.{minor}, this room needs 8.0; use backend='reference'"
-    return None
 
 
 @functools.cache
