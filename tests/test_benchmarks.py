@@ -90,12 +90,20 @@ def test_engine_reports_every_way_against_its_goals(tmp_path: Path, monkeypatch:
     assert all(set(line["seconds"]) == names for line in found["one look"][:4])
     assert {"(a) / (d)", "(b) / (a)", "(c) / (a)", "eager / sdpa"} <= set(found["one look"][4]["ratios"])
     assert [line["labels"]["to"] for line in found["growth with the visual tokens"]] == [64, 64]
+    assert not any(line["goals"] for lines in found.values() for line in lines)
     for line in found["work"]:
         check_work(line["labels"])
     (memory,) = found["peak memory"]
     assert memory["ratios"]["((a) - (d)) / one prefix"]["median"] > 0
     assert {"task", "general", "answer"} <= set(found["stages of the engine"][0]["seconds"])
     assert "### one look: ratios" in files[1].read_text()
+
+
+def test_growth_is_of_medians() -> None:
+    found = {("paper", 8): [(1024, [1.0, 9.0, 1.1]), (256, [1.0, 5.0, 0.9])], ("release", 8): [(256, [1.0])]}
+    (growth,) = bench_engine._growth(found)
+    assert growth["ratios"]["growth of (a) / (d)"]["median"] == pytest.approx(1.1)
+    assert growth["labels"]["from"] == 256 and not growth["goals"][0]["met"]
 
 
 def check_work(labels: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def batch(
         bool, typer.Option("--pictures", help="For each question all that run writes, not result.json alone.")
     ] = False,
     memory: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--memory", help="Folder of general maps, kept for other runs and shared with them."),
     ] = None,
     tokens: Annotated[
@@ -63,11 +63,16 @@ def batch(
     failed. Exit code 1: some questions failed, their result.json says why.
     """
     from carve_kernels import checks
+    from carve_kernels.backends import ROOMS
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
     checks.choice("dtype", dtype, options.DTYPES)
+    checks.choice("backend", backend, ("auto", *ROOMS))
+    if memory is not None:
+        # As a Path, an empty one would be the folder in which the command runs.
+        checks.text("memory", memory)
     asked = read(input)
     name, settings = options.preset_of(
         model,

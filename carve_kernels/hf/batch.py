@@ -164,6 +164,10 @@ def _outcomes(engine: CarveEngine, rows: Iterable[tuple[Any, ...]], limit: int) 
     for image, question, prompt in rows:
         try:
             request = engine.request(image, question, prompt)
+        except _ENDS:
+            # What stands before it is answered all the same.
+            yield from _answered(engine, waiting)
+            raise
         except Exception as error:
             failure = _failure(error, image, question, prompt)
             yield from _answered(engine, waiting)

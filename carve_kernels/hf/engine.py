@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from carve_kernels import checks
+from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.joint import Outcome
 from carve_kernels.hf.loading import preset_of
-from carve_kernels.hf.looking import Looker, Seen
+from carve_kernels.hf.looking import Looker, Seen, needed
 from carve_kernels.hf.memory import Memory, memory_of
 from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 from carve_kernels.hf.requests import Final, Request, make_final, make_request
@@ -60,7 +61,8 @@ class CarveEngine:
 
     Each picture is read once, and the question and the general instruction are answered together behind it (joint.py);
     `apart` says why a model is asked one prompt after the other instead, or is None. Of the two looks' seconds, which
-    are one, each has its share of the tokens.
+    are one, each has its share of the tokens. A model serves one call at a time: while an engine is at work on it, a
+    second thread gets a RuntimeError that says so.
 
     Raises TypeError or ValueError, before the model runs, for arguments that do not fit, an unreadable image included.
     Source: CARVE, arXiv 2509.06461.
@@ -78,7 +80,8 @@ class CarveEngine:
         memory: Memory | str | os.PathLike[str] | bool | None = None,
         plain: bool = True,
     ) -> None:
-        self.model, self.processor, self.backend = model, processor, backend
+        self.model, self.processor = model, processor
+        self.backend = checks.choice("backend", backend, ("auto", *ROOMS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = preset_of(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))
@@ -167,6 +170,8 @@ class CarveEngine:
 
         An exception is about all of them.
         """
+        if not requests:
+            return []
         report = on_stage or (lambda stage: None)
         looker = Looker(
             self.model, self.processor, self.preset, self.layers,
@@ -205,7 +210,7 @@ class CarveEngine:
         several = len(views) > 1
         return carve(
             request.image,
-            _by_step(_captured(seen.task)).cpu(),
+            _by_step(needed(seen.task.maps)).cpu(),
             _by_step(seen.general).cpu(),
             grid=[view.grid for view in views] if several else views[0].grid,
             box=[view.box for view in views] if several else views[0].box,
@@ -246,7 +251,7 @@ class CarveEngine:
             general=seen.general,
             saliency=outcome.saliency,
             regions=outcome.regions,
-            entropy=_entropy(_captured(seen.task), self.preset.steps),
+            entropy=_entropy(needed(seen.task.maps), self.preset.steps),
             seconds={**seen.seconds, **outcome.seconds, "answer": seconds},
             preset=self.preset,
             measure=complexity,
@@ -271,12 +276,6 @@ class _Clock:
 
     def finish(self) -> None:
         self._report("done", len(STAGES), len(STAGES))
-
-
-def _captured(outcome: Outcome) -> AttentionMaps:
-    if outcome.maps is None:
-        raise RuntimeError("maps: expected those of the question, got none")
-    return outcome.maps
 
 
 def _by_step(maps: AttentionMaps) -> torch.Tensor:

@@ -92,9 +92,13 @@ class Looker:
                 return self._second_together(self._joint, requests, seen, finals)
             except Unshareable as reason:
                 self._one_by_one(str(reason))
+        shown = [
+            request.entries if final.shown is request.shown else final.shown.entries
+            for request, final in zip(requests, finals, strict=True)
+        ]
         return [
-            apart.answer(self._model, self._processor, {**final.inputs, **final.shown.entries}, words)
-            for final in finals
+            apart.answer(self._model, self._processor, {**final.inputs, **entries}, words)
+            for final, entries in zip(finals, shown, strict=True)
         ]
 
     def keep(self, seen: Sequence[Seen], requests: Sequence[Request]) -> None:
@@ -222,7 +226,7 @@ class Looker:
         return apart.look(
             self._model,
             self._processor,
-            {**prompt.inputs, **request.shown.entries},
+            {**prompt.inputs, **request.entries},
             max(1, words),
             layers=self._layers,
             rows=rows,

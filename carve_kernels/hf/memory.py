@@ -57,7 +57,8 @@ class Memory:
     holds something else is passed over with a line in the log and written anew; a folder that cannot be written to
     costs a line in the log and nothing else. Safe with threads.
 
-    Raises TypeError or ValueError for bounds that are no whole numbers from 0 on, OSError if the folder cannot be made.
+    Raises TypeError or ValueError for bounds that are no whole numbers from 0 on and for a folder that is no path or
+    an empty one, OSError if the folder cannot be made.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Memory:
             checks.integer("prefix_bytes", prefix_bytes, low=0), checks.integer("pictures", pictures, low=0)
         )
         checks.integer("folder_bytes", folder_bytes, low=0)
-        self._folder = None if folder is None else _Folder(Path(folder), folder_bytes)
+        self._folder = None if folder is None else _Folder(_path("folder", folder), folder_bytes)
 
     def maps(self, key: Hashable) -> AttentionMaps | None:
         """A copy, on the CPU, of the maps that were kept under this key, or None."""
@@ -135,8 +136,16 @@ def memory_of(memory: Memory | str | os.PathLike[str] | bool | None) -> Memory |
     if isinstance(memory, Memory):
         return memory
     if isinstance(memory, (str, os.PathLike)):
-        return Memory(memory)
+        return Memory(_path("memory", memory))
     raise TypeError(f"memory: expected None, False, a folder or a Memory, got {checks.describe(memory)}")
+
+
+def _path(name: str, folder: Any) -> Path:
+    """Check the path of a folder; an empty text would be the folder in which the process runs."""
+    path = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{name}: expected a path, got {checks.describe(folder)}")
+    return Path(checks.text(name, path))
 
 
 class _Shelf:

@@ -183,9 +183,7 @@ def profile(
         step_weights=base.step_weights if pick.steps == "t_full" else None,
         layer_weights=None,
     )
-    doubt = (
-        None if pick.score > 0 else "no layer and row follows the question more than its wording: the pick is a guess"
-    )
+    doubt = None if pick.score > 0 else _DOUBT
     return Profile(chosen, tuple(cells), len(pictures), len(probes), boxes, doubt)
 
 

@@ -44,6 +44,11 @@ class Request:
     pictures: Pictures
     tokens: int
 
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """What the processor made of the picture, made anew where an earlier answer has let go of it."""
+        return self.shown.entries or self.pictures.inputs([self.image], self.task.text)[1].entries
+
 
 class Final(NamedTuple):
     """A last question: its prompt, all of its pictures, and the last one alone where they can be told apart."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from carve_kernels.hf.attention import place_of
+from carve_kernels.hf.attention import EAGER, place_of
 from carve_kernels.hf.backbone import attention_modules, decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.decoding import GUARD
 
@@ -86,4 +86,4 @@ def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
 
 
 def _is_known(implementation: str) -> bool:
-    return implementation in ("eager", "sdpa", "flex_attention") or implementation.startswith("flash_attention_")
+    return implementation in (EAGER, "sdpa", "flex_attention") or implementation.startswith("flash_attention_")

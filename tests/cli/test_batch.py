@@ -203,6 +203,8 @@ def test_bad_pictures_are_records_and_are_tried_again(ask: Ask, folder: Path) ->
         (LINES, ("--tokens", "0"), "tokens: expected an integer of at least 1"),
         (LINES, ("--max-image-pixels", "0"), "max_image_pixels: expected an integer of at least 1"),
         (LINES, ("--dtype", "float8"), "dtype: expected one of"),
+        (LINES, ("--backend", "nope"), "backend: expected one of 'auto', 'reference'"),
+        (LINES, ("--memory", ""), "memory: expected a string with at least one visible character"),
         (LINES, ("-i", "missing.jsonl"), "missing.jsonl cannot be read"),
         (LINES, ("-m", "missing"), "missing is missing"),
         (LINES, ("-o", "out/deep", "-m", "missing"), "missing is missing"),
@@ -222,6 +224,7 @@ def test_bad_input_is_one_line_before_any_work(
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert not (folder / "out").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "2.png", "questions.jsonl"]
 
 
 def test_an_output_that_cannot_be_written(ask: Ask, folder: Path) -> None:

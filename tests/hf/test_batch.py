@@ -40,6 +40,8 @@ class Counting:
     def request(self, image: Any, question: str, prompt: str | None) -> Any:
         if question == "bad":
             raise ValueError("image: bad")
+        if question == "broken":
+            raise BackendUnavailable("no room")
         return SimpleNamespace(image=image, question=question, prompt=prompt, tokens=self._tokens)
 
     def answer(self, requests: list[Any]) -> list[Any]:
@@ -213,6 +215,15 @@ def test_what_is_no_matter_of_one_question_ends_the_batch(fault: Exception, toke
     assert next(outcomes) == ("p", "a", None) and isinstance(next(outcomes), CarveFailure)
     with pytest.raises(type(fault)):
         next(outcomes)
+
+
+def test_what_waits_is_answered_before_a_batch_ends() -> None:
+    engine = Counting()
+    outcomes = stream(engine, "p", ["a", "bad", "b", "c", "broken", "d"], tokens=100)
+    assert [next(outcomes) for _ in range(4)][2:] == [("p", "b", None), ("p", "c", None)]
+    with pytest.raises(BackendUnavailable, match="no room"):
+        next(outcomes)
+    assert engine.groups == [["a"], ["b", "c"]]
 
 
 def test_results_are_not_held_and_iterators_may_be_endless() -> None:

@@ -174,6 +174,17 @@ def test_layers_that_the_model_lacks() -> None:
         CarveEngine(model, processor, preset={"layers": [7]})
 
 
+@pytest.mark.parametrize("backend", ["nope", "CPU", "", None, 3])
+def test_a_room_that_nobody_has_built(backend: Any) -> None:
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got"):
+        CarveEngine(*family("llava"), preset=SHORT, backend=backend)
+
+
+def test_no_request_has_no_answer() -> None:
+    stages: list[str] = []
+    assert CarveEngine(*family("llava"), preset=SHORT).answer([], stages.append) == [] and stages == []
+
+
 def test_progress_is_reported() -> None:
     model, processor = family("llava")
     calls: list[tuple[str, int, int]] = []

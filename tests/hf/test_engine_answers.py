@@ -62,6 +62,7 @@ def test_tiny_models_under_a_repetition_penalty(name: str, implementation: str) 
     for preset in [*presets, Preset.release(layers=(1, 2), max_new_tokens=6)]:
         # A second question finds the picture in memory.
         engine = CarveEngine(model, processor, preset=preset)
+        assert engine.apart is None
         for question in QUESTIONS:
             check(model, processor, preset, engine(PHOTO, question))
 

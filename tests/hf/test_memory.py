@@ -330,8 +330,17 @@ def test_the_argument_of_the_engine(tmp_path: Path) -> None:
     for name in ("maps_bytes", "prefix_bytes", "pictures", "folder_bytes"):
         with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 0"):
             Memory(**{name: -1})
-        with pytest.raises(TypeError, match=name):
-            Memory(**{name: 1.5})
+        for value in (1.5, "5", None, True):
+            with pytest.raises(TypeError, match=f"{name}: expected an integer"):
+                Memory(**{name: value})
+    for number in (3, False, b"maps", [tmp_path]):
+        with pytest.raises(TypeError, match="folder: expected a path, got"):
+            Memory(number)  # type: ignore[arg-type]
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="folder: expected a string with at least one visible character"):
+            Memory(empty)
+        with pytest.raises(ValueError, match="memory: expected a string with at least one visible character"):
+            memory_of(empty)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         Memory(tmp_path / "file")

@@ -88,6 +88,32 @@ def test_an_open_session_is_a_reason() -> None:
     assert obstacle(model) is None
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=["t_end", "t_start", "release"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_request_that_was_answered_together_is_answered_again_alone(name: str, preset: Preset) -> None:
+    model, processor = family(name)
+    engine = CarveEngine(model, processor, preset=preset, memory=False)
+    request = engine.request(PHOTO, QUESTION)
+    engine.answer([request])
+    with capture_attention(model, layers=[1]):
+        (fresh,), (again,) = engine.answer([engine.request(PHOTO, QUESTION)]), engine.answer([request])
+    assert again.answer_ids == fresh.answer_ids and again.refined_ids == fresh.refined_ids
+    assert torch.equal(again.task.values, fresh.task.values) and torch.equal(again.mask, fresh.mask)
+
+
+def test_a_picture_that_is_kept_whole_is_asked_about_again_alone() -> None:
+    model, processor = family("qwen2_5_vl")
+    # The question is the general instruction: the ratio is flat, but for the weight of lam.
+    preset = Preset.paper(layers=(1,), max_new_tokens=4, lam=0.0)
+    engine = CarveEngine(model, processor, preset=preset, memory=False)
+    request = engine.request(PHOTO, preset.general_prompt)
+    (expected,) = engine.answer([request])
+    unasked = CarveEngine(model, processor, preset=preset, memory=False, plain=False)
+    with capture_attention(model, layers=[1]):
+        (again,) = unasked.answer([request])
+    assert again.reason is not None and again.refined_ids == expected.refined_ids
+
+
 def test_a_second_thread_is_refused_and_a_generate_beside_it_is_not() -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESETS[0], memory=False)

@@ -93,9 +93,10 @@ def endless(name: str) -> tuple[Any, Any]:
     return model, processor
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_picture_and_each_token_once(name: str) -> None:
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in FAMILIES), ("qwen2_5_vl", "eager")])
+def test_each_picture_and_each_token_once(name: str, attention: str) -> None:
     model, processor = endless(name)
+    model.set_attn_implementation({"text_config": attention})
     preset = Preset.paper(layers=(1, 2), max_new_tokens=WORDS)
     with counted(model) as work:
         result = CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, QUESTION)
