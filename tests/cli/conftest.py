@@ -1,9 +1,11 @@
-"""A tiny random checkpoint on disk, a picture, and the command line in this process."""
+"""A tiny random checkpoint on disk, pictures, the command line in this process, and what `batch` writes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -15,6 +17,13 @@ QUESTION = "what digit is red"
 QUICK = ("--max-new-tokens", 2, "--layers", "1-2")
 
 Invoke = Callable[..., Result]
+Ask = Callable[..., Result]
+
+LINES = [
+    {"image": "1.png", "question": QUESTION, "answer": "seven"},
+    {"image": "2.png", "question": "where is the square", "id": "second"},
+    {"image": "1.png", "question": "what is the colour", "id": "a/b"},
+]
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +50,41 @@ def run(carve: Invoke, checkpoint: Path, picture_file: Path, tmp_path: Path) -> 
     return lambda *more: carve(*words, *more)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures, 1.png and 2.png."""
+    for seed, size in ((1, (160, 96)), (2, (96, 120))):
+        tiny.picture(*size, seed).save(tmp_path / f"{seed}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def ask(carve: Invoke, checkpoint: Path, folder: Path) -> Ask:
+    """`batch` over these lines into `out`; what a test gives comes after good arguments and wins."""
+
+    def run(lines: list[Any], *more: object) -> Result:
+        path = folder / "questions.jsonl"
+        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        return carve("batch", "-m", checkpoint, "-i", path, "-o", folder / "out", *QUICK, *more)
+
+    return run
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records(folder: Path) -> dict[str, Any]:
+    found = (folder / "out/results").glob("*/result.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files the records are and when they were written."""
+    facts = {path.parent.name: path.stat() for path in (folder / "out/results").glob("*/result.json")}
+    return {name: (each.st_ino, each.st_mtime_ns) for name, each in facts.items()}
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]

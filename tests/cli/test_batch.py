@@ -1,66 +1,20 @@
-"""carve-kernels batch: what it writes, what it does again and what not, and how it stops."""
+"""carve-kernels batch: what it writes, what it does again and what not."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import Result
 
 from carve_kernels.cli.report import FILES
 from carve_kernels.hf.memory import Memory
-from tests.cli.conftest import QUESTION, QUICK, Invoke, content
+from tests.cli.conftest import LINES, Ask, Invoke, content, records, table, written
 from tests.hf import tiny
 
-Ask = Callable[..., Result]
-
-LINES = [
-    {"image": "1.png", "question": QUESTION, "answer": "seven"},
-    {"image": "2.png", "question": "where is the square", "id": "second"},
-    {"image": "1.png", "question": "what is the colour", "id": "a/b"},
-]
 NAMES = ["1", "second", "a%2Fb"]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for seed, size in ((1, (160, 96)), (2, (96, 120))):
-        tiny.picture(*size, seed).save(tmp_path / f"{seed}.png")
-    return tmp_path
-
-
-@pytest.fixture
-def ask(carve: Invoke, checkpoint: Path, folder: Path) -> Ask:
-    """`batch` over these lines into `out`; what a test gives comes after good arguments and wins."""
-
-    def run(lines: list[Any], *more: object) -> Result:
-        path = folder / "questions.jsonl"
-        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-        return carve("batch", "-m", checkpoint, "-i", path, "-o", folder / "out", *QUICK, *more)
-
-    return run
-
-
-def records(folder: Path) -> dict[str, Any]:
-    found = (folder / "out/results").glob("*/result.json")
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
-
-
-def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files the records are and when they were written."""
-    facts = {path.parent.name: path.stat() for path in (folder / "out/results").glob("*/result.json")}
-    return {name: (each.st_ino, each.st_mtime_ns) for name, each in facts.items()}
-
-
-def table(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
 
 
 def test_writes_a_record_for_each_and_tables_of_all(ask: Ask, folder: Path, run: Invoke) -> None:
@@ -191,114 +145,6 @@ def test_bad_pictures_are_records_and_are_tried_again(ask: Ask, folder: Path) ->
     after = written(folder)
     assert {name for name in before if after[name] != before[name]} == {"m", "b"}
     assert all(line["error"] is None for line in table(folder))
-
-
-@pytest.mark.parametrize(
-    ("lines", "more", "message"),
-    [
-        ([LINES[0], "{", "{}"], (), "line 2: Expecting"),
-        ([LINES[1], LINES[1]], (), "line 2: id: 'second' stands on line 1 already"),
-        ([], (), "holds no questions"),
-        (LINES, ("--layers", "two"), "layers: expected 20-25"),
-        (LINES, ("--tokens", "0"), "tokens: expected an integer of at least 1"),
-        (LINES, ("--max-image-pixels", "0"), "max_image_pixels: expected an integer of at least 1"),
-        (LINES, ("--dtype", "float8"), "dtype: expected one of"),
-        (LINES, ("--backend", "nope"), "backend: expected one of 'auto', 'reference'"),
-        (LINES, ("--memory", ""), "memory: expected a string with at least one visible character"),
-        (LINES, ("-i", "missing.jsonl"), "missing.jsonl cannot be read"),
-        (LINES, ("-m", "missing"), "missing is missing"),
-        (LINES, ("-o", "out/deep", "-m", "missing"), "missing is missing"),
-        (LINES, ("--device", "nowhere"), "device: 'nowhere' cannot be used here"),
-    ],
-)
-def test_bad_input_is_one_line_before_any_work(
-    ask: Ask,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    lines: list[Any],
-    more: tuple[Any, ...],
-    message: str,
-) -> None:
-    monkeypatch.chdir(folder)
-    done = ask(lines, *more)
-    assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
-    assert not (folder / "out").exists()
-    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "2.png", "questions.jsonl"]
-
-
-def test_an_output_that_cannot_be_written(ask: Ask, folder: Path) -> None:
-    (folder / "file").write_text("")
-    for place in ("file", "file/deep"):
-        done = ask(LINES, "-o", folder / place)
-        assert done.exit_code == 1 and "output: cannot write into" in done.stderr
-    done = ask(LINES, "--memory", folder / "file")
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1
-
-
-def test_two_runs_do_not_share_a_folder(ask: Ask, folder: Path) -> None:
-    (folder / "out").mkdir()
-    held = os.open(folder / "out", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    done = ask(LINES)
-    assert done.exit_code == 1 and "another run is at work in" in done.stderr
-    assert records(folder) == {}
-    os.close(held)
-    assert ask(LINES).exit_code == 0
-
-
-@pytest.mark.parametrize("place", ["cli.store.Store.write", "hf.engine.CarveEngine.answer", "cli.report.write_record"])
-def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half_written(
-    ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    import carve_kernels.cli.report
-    import carve_kernels.cli.store
-    import carve_kernels.hf.engine
-
-    owner: Any = carve_kernels
-    *way, name = place.split(".")
-    for part in way:
-        owner = getattr(owner, part)
-    work, calls = getattr(owner, name), []
-
-    def interrupt(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return work(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, interrupt)
-        done = ask(LINES, "--tokens", 1)
-    assert done.exit_code == 130, done.output
-    assert done.stderr.startswith("error: interrupted; 1 of 3 questions are done and stay in ")
-    assert list(content(folder / "out")) == ["results/1/result.json"]
-    before = written(folder)
-    assert ask(LINES).exit_code == 0
-    assert written(folder)["1"] == before["1"] and len(table(folder)) == 3
-
-
-def test_a_disk_that_fills_up(ask: Ask, folder: Path, checkpoint: Path) -> None:
-    """No file may be larger than 400 kB: the second answer, of a larger picture, cannot be written."""
-    tiny.picture(400, 300, 2).save(folder / "2.png")
-    path = folder / "questions.jsonl"
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
-    program = """
-import resource, tests.hf.tiny, torch
-torch.set_num_threads(1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-from carve_kernels.cli import app
-app()
-"""
-    words = ["batch", "-m", checkpoint, "-i", path, "-o", folder / "out", *QUICK, "--pictures", "--tokens", 1]
-    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1, run.stderr
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert "File too large" in line and "1 of 3 questions are done and stay in" in line and "run it again" in line
-    assert sorted(content(folder / "out")) == sorted(f"results/1/{name}" for name in FILES)
-    before = written(folder)
-    assert ask(LINES, "--pictures").exit_code == 0
-    assert written(folder)["1"] == before["1"] and len(table(folder)) == 3
 
 
 def test_a_memory_serves_later_runs(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,53 +1,20 @@
-"""Memory: what is kept comes back untouched, bounds hold to the byte, the folder survives processes and damage."""
+"""Memory: what is kept comes back untouched, bounds hold to the byte, threads and the engine's argument."""
 
 from __future__ import annotations
 
-import logging
-import os
 import random
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from carve_kernels import AttentionMaps, View, VisualLayout
+from carve_kernels import AttentionMaps
 from carve_kernels.hf.memory import Memory, memory_of
 from carve_kernels.maps import encode
-
-KEY = ("model", "picture", None, "Write.", (1, 2), "last", 3)
-
-
-def maps(seed: int = 0, tokens: int = 12) -> AttentionMaps:
-    """Maps whose tensors are slices of larger ones, as a session's buffers are."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.rand(1, 2, 8, 1, tokens, generator=generator)[:, :, :3]
-    columns = torch.arange(4, 4 + tokens, dtype=torch.int32)
-    layout = VisualLayout(((View(columns, (2, tokens // 2), (0.0, 0.0, 9.0, 6.0)),),), (((6, 9),),))
-    return AttentionMaps(
-        values=values,
-        mass=values.sum(-1),
-        entropy=values.mean(-1),
-        valid=torch.ones(1, 2, 3, 1, dtype=torch.bool),
-        layers=(1, 2),
-        steps=(0, 1, 2),
-        tokens=columns[None],
-        dtype="float32",
-        layout=layout,
-    )
-
-
-def same(one: AttentionMaps | None, other: AttentionMaps) -> bool:
-    return (
-        one is not None
-        and all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "mass", "valid", "tokens"))
-        and torch.equal(one.entropy, other.entropy)
-        and (one.layers, one.steps, one.dtype) == (other.layers, other.steps, other.dtype)
-        and torch.equal(one.view(), other.view())
-    )
+from tests.hf.kept import KEY, maps, same
 
 
 def storages(found: AttentionMaps) -> list[torch.Tensor]:
@@ -111,7 +78,7 @@ def test_memory_of_the_process_stays_bounded() -> None:
     """1000 maps of 600 kB each under a bound of 32: the process grows by the bound and no more."""
     program = """
 import os, tests.hf.tiny
-from tests.hf.test_memory import maps
+from tests.hf.kept import maps
 from carve_kernels.hf.memory import Memory
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -159,131 +126,6 @@ def test_prefixes_are_lent_and_bounded() -> None:
     memory.keep_maps(KEY, maps())
     memory.clear()
     assert sum(memory.held()) == 0
-
-
-def test_a_folder_serves_other_processes_and_other_days(tmp_path: Path) -> None:
-    Memory(tmp_path / "deep" / "folder").keep_maps(KEY, maps())
-    again = Memory(tmp_path / "deep" / "folder")
-    assert same(again.maps(KEY), maps())
-    assert again.held().maps == 1
-    (file,) = (tmp_path / "deep" / "folder").iterdir()
-    file.unlink()
-    assert same(again.maps(KEY), maps()), "held in memory as well"
-
-
-def flip(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
-        lambda data: flip(data, len(data) - 20),
-        lambda data: data.replace(b'\\"steps\\": [0, 1, 2]', b'\\"steps\\": [0, 1, 3]'),
-        lambda data: b"something else altogether",
-    ],
-)
-def test_a_damaged_file_is_passed_over_and_written_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
-) -> None:
-    Memory(tmp_path).keep_maps(KEY, maps())
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert file.read_bytes() != whole
-    memory = Memory(tmp_path)
-    with caplog.at_level(logging.WARNING, "carve_kernels"):
-        assert memory.maps(KEY) is None
-    assert [record.message.count("\n") for record in caplog.records] == [0]
-    assert str(file) in caplog.text
-    memory.keep_maps(KEY, maps())
-    assert file.stat().st_size == len(whole) and same(Memory(tmp_path).maps(KEY), maps())
-
-
-def test_a_renamed_file_is_foreign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    memory = Memory(tmp_path)
-    memory.keep_maps("one", maps(1))
-    memory.keep_maps("two", maps(2))
-    one, two = sorted(tmp_path.iterdir())
-    os.replace(one, two)
-    fresh = Memory(tmp_path)
-    assert fresh.maps("one") is None and fresh.maps("two") is None
-    assert "holds other maps than its name says" in caplog.text
-
-
-def test_a_folder_that_fills_up_costs_a_line_in_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    memory = Memory(tmp_path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    memory.keep_maps(KEY, maps())
-    assert "cannot keep maps" in caplog.text and "No space left" in caplog.text
-    assert list(tmp_path.iterdir()) == [] and same(memory.maps(KEY), maps())
-
-
-def test_the_folder_is_bounded_and_the_lately_used_stays(tmp_path: Path) -> None:
-    memory = Memory(tmp_path, maps_bytes=0)
-    memory.keep_maps(0, maps())
-    size = next(tmp_path.iterdir()).stat().st_size
-    bounded = Memory(tmp_path, maps_bytes=0, folder_bytes=3 * size + size // 2)
-    for key in (1, 2):
-        bounded.keep_maps(key, maps(key))
-    for age, path in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
-        os.utime(path, (1000 + age, 1000 + age))
-    assert bounded.maps(0) is not None
-    bounded.keep_maps(3, maps(3))
-    assert [bounded.maps(key) is not None for key in range(4)] == [True, False, True, True]
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3.5 * size
-
-
-def test_what_a_killed_process_left_goes_and_other_files_stay(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
-    memory.keep_maps(0, maps())
-    name = next(tmp_path.iterdir()).name
-    old, young, foreign = (tmp_path / part for part in (f".{name}.{'0' * 32}", f".{name}.{'1' * 32}", "notes.txt"))
-    for path in (old, young, foreign):
-        path.write_text("half")
-    for path in (old, foreign):
-        os.utime(path, (1000, 1000))
-    memory.keep_maps(1, maps(1))
-    assert not old.exists() and young.exists() and foreign.exists()
-
-
-def test_processes_that_write_and_evict_at_once_read_whole_maps(tmp_path: Path) -> None:
-    program = """
-import logging, random, sys, tests.hf.tiny
-from tests.hf.test_memory import maps, same
-from carve_kernels.hf.memory import Memory
-logging.basicConfig(level=logging.WARNING)
-memory, draw = Memory(sys.argv[1], maps_bytes=0, folder_bytes=30_000), random.Random(sys.argv[2])
-found = 0
-for _ in range(150):
-    key = draw.randrange(12)
-    got = memory.maps(key)
-    assert got is None or same(got, maps(key))
-    found += got is not None
-    memory.keep_maps(key, maps(key))
-print(found)
-"""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), str(seed)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for seed in range(2)
-    ]  # fmt: skip
-    for run in runs:
-        found, complaints = run.communicate(timeout=300)
-        assert run.returncode == 0, complaints
-        assert int(found) > 20 and complaints == ""
-    assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
 
 
 def test_threads_share_a_memory() -> None:

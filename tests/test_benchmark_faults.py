@@ -1,0 +1,141 @@
+"""The benchmarks stop at a wrong answer before they time anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import (
+    bench_capture,
+    bench_engine,
+    bench_session,
+    cases,
+    cpu_capture,
+    cpu_pixels,
+    one_look,
+    timing,
+)
+from carve_kernels.types import Capture
+from tests.bench import run
+
+
+def untimed(*_args: object, **_options: object) -> None:
+    pytest.fail("timed before the answers were checked")
+
+
+def test_wrong_regions_stop_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = cpu_pixels.regions
+    monkeypatch.setattr(cpu_capture, "measure", lambda *_args, **_options: iter(()))
+    monkeypatch.setattr(cpu_pixels, "regions", lambda *args, **options: honest(*args, **{**options, "keep": 0.3}))
+    result = run("cpu")
+    assert result.exit_code == 1
+    assert "mask" in result.output
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros": torch.zeros_like,
+    "nan": lambda maps: maps * float("nan"),
+    "another token": lambda maps: maps.roll(1, -1),
+    "too much": lambda maps: maps * 1.01,
+    "flat": lambda maps: maps.mean(-1, keepdim=True).expand_as(maps),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_room_stops_capture(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench_capture.capture
+
+    def broken(*args: Any, **options: Any) -> Capture:
+        found = honest(*args, **options)
+        return found._replace(maps=FAULTS[fault](found.maps))
+
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "capture", broken)
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output
+
+
+def test_a_wrong_opponent_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def averaged(given: cases.Problem) -> torch.Tensor:
+        query = given.query.unflatten(1, (-1, given.group)).mean(2, keepdim=True).expand(-1, -1, given.group, -1, -1)
+        return honest(dataclasses.replace(given, query=query.flatten(1, 2)))
+
+    honest = bench_capture.folded
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "folded", averaged)
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "(c) folded" in result.output
+
+
+def test_a_flat_truth_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "truth", lambda given: torch.full((1, 1, given.tokens.shape[1]), 1e-3))
+    monkeypatch.setattr(bench_capture, "paired", untimed)
+    result = run("capture")
+    assert result.exit_code == 1
+    assert "flat" in result.output
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_maps_stop_session(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda answer: answer._replace(maps=FAULTS[fault](answer.maps)))
+    result = run("session")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output
+
+
+def test_another_token_stops_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda answer: answer._replace(ids=answer.ids + 1))
+    result = run("session")
+    assert result.exit_code == 1
+    assert "tokens" in result.output
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
+    honest = bench_session.opponents
+
+    def opponents(*args: Any) -> dict[str, Callable[[], Any]]:
+        runs = honest(*args)
+        session = runs[bench_session.SESSION]
+        return {**runs, bench_session.SESSION: lambda: fault(session())}
+
+    monkeypatch.setattr(bench_session, "opponents", opponents)
+    monkeypatch.setattr(bench_session, "paired", untimed)
+
+
+LIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "another map": ("engine", lambda found: with_maps(found, "task", lambda maps: maps * 1.01), "task"),
+    "the general map rolled": (
+        "engine",
+        lambda found: with_maps(found, "general", lambda maps: maps.roll(1, -1)),
+        "general",
+    ),
+    "another answer": ("engine", lambda found: dataclasses.replace(found, answer_ids=(9, 9, 9, 9)), "plain answer"),
+    "another refined answer": ("second", lambda found: dataclasses.replace(found, refined_ids=(9,)), "refined answer"),
+    "another map by eager": ("eager_task", lambda look: look._replace(maps=look.maps.flip(-1)), "task"),
+    "other tokens of the release": ("release_general", lambda look: look._replace(ids=[1]), "(c) release"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_of_one_way_stops_engine(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, fault, word = LIES[lie]
+    honest = getattr(one_look.Ways, name)
+    monkeypatch.setattr(one_look.Ways, name, lambda ways: fault(honest(ways)))
+    monkeypatch.setattr(bench_engine, "paired", untimed)
+    result = run("engine", "--part", "seconds", "--preset", "paper")
+    assert result.exit_code == 1
+    assert "nothing is timed" in result.output and word in result.output
+
+
+def with_maps(found: Any, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    maps = getattr(found, name)
+    return dataclasses.replace(found, **{name: dataclasses.replace(maps, values=change(maps.values))})
