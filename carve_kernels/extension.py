@@ -29,6 +29,6 @@ def unavailable() -> str | None:
 
 def architectures() -> tuple[int, ...]:
     """The GPU architectures that kernels inside are compiled for, such as 90 for sm_90; none without nvcc."""
-    out = torch.zeros(_MOST_ARCHITECTURES, dtype=torch.int64)
+    out = torch.zeros(_MOST_ARCHITECTURES, dtype=torch.int64, device="cpu")
     torch.ops.carve_kernels.cuda_build(out)
     return tuple(number for number in out.tolist() if number)

@@ -90,6 +90,7 @@ CaptureParams parse_inputs(const Tensor& query, const Tensor& key, const Tensor&
 }
 
 CaptureLayer parse_layer(const CaptureParams& p, const Tensor& query, const Tensor& key) {
+  check(parse_float(query) == p.type, "query: expected the same dtype in all layers");
   check(query.scalar_type() == key.scalar_type(), "key: expected the dtype of query");
   check(has_shape(query, {p.batch, p.heads, p.rows, p.size}) && has_shape(key, {p.batch, p.key_heads, p.keys, p.size}),
         "query, key: expected the same shapes in all layers");

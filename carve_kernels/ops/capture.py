@@ -9,7 +9,7 @@ import torch
 
 from carve_kernels import checks, schemas  # noqa: F401  (the schemas must stand before the implementations)
 from carve_kernels.backends import resolve
-from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
+from carve_kernels.ops.capture_checks import check_arguments, check_out, check_outputs_device, check_values
 from carve_kernels.types import Capture
 
 
@@ -133,11 +133,13 @@ def capture_layers(
     checks.number("scale", scale)
     checks.integer("first", first, low=0)
     checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
+    checks.device("step", step, query[0])
     batch, _, rows, _ = query[0].shape
     room = checks.tensor("out.maps", out.maps, shape=("T", "M", batch, rows, tokens.shape[1]), dtypes=(torch.float32,))
     steps, layers = room.shape[:2]
     for name, part in (("out.mass", out.mass), ("out.entropy", out.entropy)):
         checks.tensor(name, part, shape=(steps, layers, batch, rows), dtypes=(torch.float32,))
+    check_outputs_device(query[0], out)
     if first + len(query) > layers:
         raise ValueError(f"first: expected first + {len(query)} layers to fit in {layers}, got {first}")
     torch.ops.carve_kernels.capture_layers(

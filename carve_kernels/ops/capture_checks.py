@@ -92,6 +92,12 @@ def check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Captur
     checks.tensor("out.maps", out.maps, shape=(batch, *middle, rows, tokens.shape[1]), dtypes=dtypes)
     checks.tensor("out.mass", out.mass, shape=(batch, rows), dtypes=dtypes)
     checks.tensor("out.entropy", out.entropy, shape=(batch, rows), dtypes=dtypes)
+    check_outputs_device(query, out)
+
+
+def check_outputs_device(query: torch.Tensor, out: Capture) -> None:
+    for name, part in zip(out._fields, out, strict=True):
+        checks.device(f"out.{name}", part, query)
 
 
 def check_values(

@@ -79,11 +79,11 @@ def contrast(
         _check_values("task", task)
         _check_values("general", general)
     if layer_weights is None:
-        layer_weights = torch.ones(layers, dtype=torch.float64)
+        layer_weights = torch.ones(layers, dtype=torch.float64, device="cpu")
     else:
         layer_weights = weights("layer_weights", layer_weights, range(layers))
     if step_weights is None:
-        step_weights = torch.arange(1, steps + 1, dtype=torch.float64)
+        step_weights = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
     else:
         step_weights = weights("step_weights", step_weights, range(steps))
     options = {
@@ -99,14 +99,14 @@ def contrast(
 def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
     """Check one weight for each of len(default) things, float64 on the CPU."""
     if value is None:
-        return torch.tensor(default, dtype=torch.float64)
+        return torch.tensor(default, dtype=torch.float64, device="cpu")
     values = value.tolist() if isinstance(value, torch.Tensor) else value
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{name}: expected a sequence of numbers, got {checks.describe(value)}")
     if len(values) != len(default):
         raise ValueError(f"{name}: expected {len(default)} weights, got {len(values)}: {checks.describe(value)}")
     listed = [checks.number(f"{name}[{index}]", weight, low=0) for index, weight in enumerate(values)]
-    return torch.tensor(listed, dtype=torch.float64)
+    return torch.tensor(listed, dtype=torch.float64, device="cpu")
 
 
 def _views(grid: Any, size: Any, tokens: int) -> tuple[Any, Any]:

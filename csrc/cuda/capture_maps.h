@@ -18,6 +18,14 @@ struct MapsShared {
   bool is_last;
 };
 
+// A maximum and a sum in base 2, merged with another such pair. Maxima pass over NaN and sums do not, so a maximum of
+// -inf is no sign of an empty sum: such a pair is added like any other.
+__device__ __forceinline__ void add_part(float other_top, float other_sum, float& top, float& sum) {
+  const float larger = fmaxf(top, other_top), offset = larger == -INFINITY ? 0.0f : larger;
+  sum = sum * exp2f(top - offset) + other_sum * exp2f(other_top - offset);
+  top = larger;
+}
+
 // The splits of each query of a tile, merged by eight threads a query: its maximum, and one over its sum.
 template <typename S>
 __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const CaptureLayer& layer, int64_t batch,
@@ -34,15 +42,10 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
     const float2* stats = stats_of(launch, batch, at, row);
     for (int split = member; split < launch.splits; split += kEach) {
       const float2 other = load(stats + split);
-      const float larger = fmaxf(top, other.x);
-      if (larger == -INFINITY) continue;
-      sum = sum * exp2f(top - larger) + other.y * exp2f(other.x - larger);
-      top = larger;
+      add_part(other.x, other.y, top, sum);
     }
     if (member == 0 && layer.sink != nullptr) {
-      const float sink = load(layer.sink + at) * kLog2E, larger = fmaxf(top, sink);
-      if (larger != -INFINITY) sum = sum * exp2f(top - larger) + exp2f(sink - larger);
-      top = larger;
+      add_part(load(layer.sink + at) * kLog2E, 1.0f, top, sum);
     }
   } else if (used && member == 0) {
     top = load(p.lse + (batch * p.heads + at) * p.rows + row) * kLog2E;
@@ -52,13 +55,11 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
   for (int distance = kEach / 2; distance > 0; distance /= 2) {
     const float other_top = __shfl_xor_sync(kAllLanes, top, distance);
     const float other_sum = __shfl_xor_sync(kAllLanes, sum, distance);
-    const float larger = fmaxf(top, other_top), offset = larger == -INFINITY ? 0.0f : larger;
-    sum = sum * exp2f(top - offset) + other_sum * exp2f(other_top - offset);
-    top = larger;
+    add_part(other_top, other_sum, top, sum);
   }
   if (member == 0) {
     shared.tops[line] = top == -INFINITY ? 0.0f : top;
-    shared.factors[line] = sum > 0.0f ? 1.0f / sum : 0.0f;
+    shared.factors[line] = sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 }
 
@@ -159,9 +160,9 @@ __device__ __forceinline__ void summarize(const CaptureParams& p, const float* m
   const float mass = row_total(part, row, warps, shared.partial);
   const float count = row_total(used, row, warps, shared.partial);
   part = 0.0f;
-  for (int64_t token = start; token < end && mass > 0.0f; token += warps * 32) {
+  for (int64_t token = start; token < end && mass != 0.0f; token += warps * 32) {
     const float share = load_coherent(from + token * token_stride) / mass;
-    if (share > 0.0f) part -= share * logf(share);
+    if (!(share <= 0.0f)) part -= share * logf(share);
   }
   const float entropy = row_total(part, row, warps, shared.partial);
   if (threadIdx.x % (32 * warps) != 0 || row >= rows) return;

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from carve_kernels import capture, capture_layers
-from carve_kernels.backends.cuda import capture as room
-from carve_kernels.backends.cuda.work import LAYERS_AT_ONCE, capture_work, scratch_bytes
+from carve_kernels.backends.cuda.work import LAYERS_AT_ONCE, capture_work
 from carve_kernels.types import Capture
 from tests.cuda import emulator
 from tests.ops.attention import Case, planted, poisoned
@@ -161,58 +160,6 @@ def test_nothing_is_written_beside_the_outputs(case: Case) -> None:
     assert all(bool(part.isfinite().all()) for part in found)
     for part, memory in parts:
         assert bool((memory[:64] == 7).all()) and bool((memory[64 + part.numel() :] == 7).all())
-
-
-@pytest.mark.parametrize("each", [False, True])
-def test_the_scratch_is_as_large_as_is_said_and_nothing_of_it_is_kept(each: bool) -> None:
-    case = LONG.but(keys=700)
-    (query, key, tokens), options = planted(case)
-    heads = "each" if each else "mean"
-    needed = scratch_bytes(layers=1, batch=2, query_heads=6, rows=3, keys=700, tokens=83, lse=False, each=each)
-    out = poisoned(case, heads)
-    results = []
-    for filling in (0, 255, 93):
-        memory = torch.full((needed + 64,), 7, dtype=torch.uint8)
-        memory[:needed] = filling
-        torch.ops.carve_kernels.capture_cuda(
-            [query], [key], tokens, None, options["positions"], [], None, options["scale"], 0.0, 0, each, None, 0, 0,
-            memory[:needed], *out,
-        )  # fmt: skip
-        assert bool((memory[needed:] == 7).all())
-        results.append(Capture(*(part.clone() for part in out)))
-    assert same(results[0], results[1]) and same(results[0], results[2])
-    with pytest.raises(RuntimeError, match=f"scratch: expected at least {needed} bytes, got {needed - 1}"):
-        torch.ops.carve_kernels.capture_cuda(
-            [query], [key], tokens, None, options["positions"], [], None, options["scale"], 0.0, 0, each, None, 0, 0,
-            memory[: needed - 1], *out,
-        )  # fmt: skip
-
-
-def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
-    room._SCRATCH.clear()
-    with torch.inference_mode():
-        inside = captured(Case())
-    assert same(captured(Case()), inside)
-    held = [memory.data_ptr() for memory in room._SCRATCH.values()]
-    captured(Case())
-    assert [memory.data_ptr() for memory in room._SCRATCH.values()] == held and len(held) == 1
-    captured(LONG.but(view="all", batch=1))
-    assert [memory.data_ptr() for memory in room._SCRATCH.values()] != held
-
-
-def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is replayed beside other calls, so it may not hand over in the memory that those share."""
-    made = []
-    monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or torch.zeros(size))
-    device = torch.device("cuda", 0)
-    for capturing, sizes in ((True, [100, 100]), (False, [128])):
-        room._SCRATCH.clear()
-        made.clear()
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        first, second = room._scratch(device, 7, 100), room._scratch(device, 7, 100)
-        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH) != capturing
-    assert room._scratch(device, 8, 100) is not first
-    room._SCRATCH.clear()
 
 
 def test_keys_outside_of_the_window_are_not_read() -> None:

@@ -27,6 +27,7 @@ def test_capture_cuda_refuses_what_it_cannot_use() -> None:
     good = capture_cuda()
     wrong: list[tuple[dict[int, Any], str]] = [
         ({0: [part.repeat(1, 1, 9, 1) for part in good[0]]}, "mask: expected the batch"),
+        ({n: [*good[n][:-1], good[n][-1].half()] for n in (0, 1)}, "query: expected the same dtype in all layers"),
         ({9: 3}, "window: expected positions"),
         ({11: torch.tensor(1.0)}, "step: expected one int64"),
         ({12: 2}, "expected first"),
@@ -45,6 +46,7 @@ def test_what_the_room_refuses_says_why() -> None:
     (query, key, tokens), options = planted(Case())
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
+        ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
         ((query.repeat(1, 1, 3, 1), key, tokens), "9 rows, this room serves up to 8; use backend='triton'"),
         ((query.repeat(1, 1, 1, 5), key.repeat(1, 1, 1, 5), tokens), "320 elements"),
         ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "side by side"),

@@ -25,7 +25,7 @@ def _cuda_on_a_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     if "cuda" not in (parameters.get("room"), parameters.get("name")):
         yield
         return
-    with emulator.serving(request.node.module.__name__.rpartition("_")[2]):
+    with emulator.serving(request.node.module.__name__.rpartition(".")[2].split("_")[1]):
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carve_kernels import BackendUnavailable, capture, capture_layers
-from carve_kernels.backends import cpu
+from carve_kernels import BackendUnavailable, capture
 from carve_kernels.backends.cuda.work import MOST_ROWS
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
 from tests.ops.attention import Case, exact, planted, poisoned, textbook
-from tests.ops.planted import on_gpu, rooms, serving
+from tests.ops.capture_rooms import ROOMS, entered
 from tests.tolerances import correlation, roundings
 
 CASES = {
@@ -50,26 +48,6 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
     if name == "every token padded":
         arguments[2].fill_(-1)
     return case, arguments, options
-
-
-# The compiled room once for each set of instructions: "cpu avx2".
-ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
-ROOMS += on_gpu("capture")
-
-
-@contextmanager
-def entered(name: str) -> Iterator[str]:
-    """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
-    room, *isa = [name] if name.endswith(" on gpu") else name.split()
-    arguments, options = planted(Case())
-    room = serving("capture", room, *arguments, **options)
-    if not isa:
-        yield room
-        return
-    if cpu.ISAS.index(isa[0]) > cpu.ISAS.index(cpu.isa()[1]):
-        pytest.skip(f"this machine has no {isa[0]}")
-    with cpu.forced_isa(isa[0]):
-        yield room
 
 
 @pytest.fixture(params=ROOMS)
@@ -163,6 +141,24 @@ def test_a_row_that_sees_nothing_gives_zeros(room: str) -> None:
     assert found.mass[0, 0] > 0 and bool(found.maps.isfinite().all())
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_in_every_row_that_sees_it(room: str, wrong: float) -> None:
+    _, (query, key, tokens), options = arguments_of("positions", rows=3)
+    options["positions"] = torch.tensor([[20, 63, 76], [57, 64, 76]])
+    seen = (tokens >= 0)[:, None] & (tokens[:, None] <= options["positions"][..., None])
+    clean = capture(query, key, tokens, **options, backend=room)
+    for columns in (slice(21, 22), slice(64, None)):
+        spoiled = key.clone()
+        spoiled[0, 1, columns] = wrong
+        found = capture(query, spoiled, tokens, **options, backend=room)
+        hit = options["positions"] >= columns.start
+        hit[1] = False
+        assert torch.equal(found.mass.isnan(), hit) and torch.equal(found.entropy.isnan(), hit)
+        assert torch.equal(found.maps.isnan() & seen, hit[..., None] & seen)
+        for part, right in zip(found, clean, strict=True):
+            assert torch.allclose(part[~hit], right[~hit], rtol=2e-5, atol=0)
+
+
 @pytest.mark.parametrize("view", ["mask", "positions"])
 def test_huge_logits_pick_one_key(room: str, view: str) -> None:
     case, arguments, options = arguments_of("plain", view=view)
@@ -219,28 +215,6 @@ def test_entropy_is_1_for_a_flat_map_and_0_for_one_token() -> None:
     assert capture(query, key, tokens[:, :1], scale=1.0).entropy.item() == 0.0
 
 
-def test_layers_are_captured_into_their_slots(room: str) -> None:
-    _, arguments, options = arguments_of("sink, softcap, window")
-    sink = options.pop("sink")
-    others = [planted(CASES["sink, softcap, window"].but(seed=seed))[0] for seed in (5, 6)]
-    layers = [arguments, *((query, key, arguments[2]) for query, key, _ in others)]
-    batch, rows, tokens = 2, 2, arguments[2].shape[1]
-    out = Capture(
-        torch.full((4, 5, batch, rows, tokens), torch.nan), *(torch.full((4, 5, batch, rows), torch.nan) for _ in "me")
-    )
-    capture_layers(
-        [layer[0] for layer in layers], [layer[1] for layer in layers], arguments[2],
-        step=torch.tensor(2), first=1, out=out, sink=[sink] * 3, backend=room, **options,
-    )  # fmt: skip
-    for place, (query, key, columns) in enumerate(layers, start=1):
-        alone = capture(query, key, columns, sink=sink, backend=room, **options)
-        for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[2, place], part)
-    written = torch.zeros(4, 5, dtype=torch.bool)
-    written[2, 1:4] = True
-    assert torch.equal(~out.mass.isnan().flatten(2).any(-1), written)
-
-
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "query no tensor": (TypeError, "query: expected a tensor", {"query": [1.0]}),
     "query 3-D": (ValueError, r"query: expected shape \[B, A, R, D\]", {"query": torch.zeros(2, 6, 64)}),
@@ -272,6 +246,14 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "mask: expected a tensor on cpu as the query",
         {"mask": torch.ones(2, 1, 3, 77, dtype=torch.bool, device="meta")},
     ),
+    **{
+        f"out.{field} elsewhere": (
+            ValueError,
+            rf"out\.{field}: expected a tensor on cpu as the query, got one on meta",
+            {"out": poisoned(Case())._replace(**{field: getattr(poisoned(Case()), field).to("meta")})},
+        )
+        for field in Capture._fields
+    },
     "inf": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.inf)}),
     "nan": (ValueError, "query: expected finite values", {"query": torch.full((2, 6, 3, 64), torch.nan)}),
 }
@@ -291,17 +273,3 @@ def test_a_sum_that_overflows_is_no_fault_of_the_query() -> None:
     query = query.abs().clamp(1.0, 2.0) * 100
     assert query.sum() == torch.inf
     assert bool(capture(query, key, tokens, **options, check=True).maps.isfinite().all())
-
-
-def test_bad_layers_are_named() -> None:
-    (query, key, tokens), options = planted(Case())
-    out = Capture(torch.zeros(1, 2, 2, 3, 19), torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2, 3))
-    step = torch.tensor(0)
-    with pytest.raises(ValueError, match="one entry a layer"):
-        capture_layers([query], [key, key], tokens, step=step, out=out, **options)
-    with pytest.raises(ValueError, match="first: expected"):
-        capture_layers([query], [key], tokens, step=step, out=out, first=2, **options)
-    with pytest.raises(ValueError, match=r"out\.mass: expected shape"):
-        capture_layers([query], [key], tokens, step=step, out=out._replace(mass=torch.zeros(2, 2, 2, 3)), **options)
-    with pytest.raises(TypeError, match="step: expected dtype"):
-        capture_layers([query], [key], tokens, step=torch.tensor(0.0), out=out, **options)

@@ -119,6 +119,7 @@ def test_what_the_room_refuses_says_why() -> None:
     (query, key, tokens), options = planted(Case())
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
+        ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
         ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "side by side"),
         ((query.clone().requires_grad_(), key, tokens), "gradient"),
     ):

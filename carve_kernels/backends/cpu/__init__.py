@@ -44,7 +44,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 def _switch(wanted: int) -> tuple[str, str]:
-    out = torch.empty(2, dtype=torch.int64)
+    out = torch.empty(2, dtype=torch.int64, device="cpu")
     try:
         torch.ops.carve_kernels.isa_cpu(wanted, out)
     except RuntimeError as error:

@@ -18,6 +18,8 @@ def supports(
     """Why these arguments cannot be served, or None."""
     if query.dtype not in _FLOATS:
         return f"query is {query.dtype}, this room serves float32, float16 and bfloat16; use backend='reference'"
+    if not query.shape[1]:
+        return "query has no heads; use backend='reference'"
     if key.stride(3) != 1 and key.shape[3] > 1:
         return f"the elements of a key are {key.stride(3)} apart and not side by side; use key.contiguous()"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
@@ -82,9 +84,10 @@ def forward_layers(
     """Capture several layers into one step of `out`, in one call; False where the layers differ too much for that."""
     if out.maps.stride(-1) != 1 or supports(query[0], key[0], tokens, out=out) is not None:
         return False
+    if len({(one.shape, other.shape, one.dtype, one.device) for one, other in zip(query, key, strict=True)}) > 1:
+        return False
     for layer in range(1, len(query)):
-        alike = query[layer].shape == query[0].shape and key[layer].shape == key[0].shape
-        if not alike or supports(query[layer], key[layer], tokens) is not None:
+        if supports(query[layer], key[layer], tokens) is not None:
             return False
     torch.ops.carve_kernels.capture_cpu.default(
         query, key, tokens, mask, positions, [_dense(one) for one in sink], None, scale, softcap or 0.0, window or 0,

@@ -57,4 +57,4 @@ def forward(
 
 
 def _weights(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.float64).contiguous()
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").contiguous()

@@ -1,7 +1,8 @@
-"""Capture by CUDA kernels for up to 8 rows: two launches for all layers, plain loads, since no key is read twice."""
+"""Capture by CUDA kernels for up to 8 rows: two launches for all layers, neither of which reads a key twice."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,32 @@ from carve_kernels.types import Capture
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-_SCRATCH: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+class _Scratch(threading.local):
+    """Memory that the launches of one stream hand over in, kept for each thread, device and stream.
+
+    Two threads on one stream may not share it, since the launches of their calls can interleave. What is outgrown, or
+    was a thread's that has ended, goes back to torch's allocator, which reuses it in the order of its stream.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def take(self, device: torch.device, stream: int, needed: int) -> torch.Tensor:
+        """At least so many bytes of any value."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph is replayed on any stream and beside other calls, so it gets memory of its own pool.
+            return torch.empty(needed, dtype=torch.uint8, device=device)
+        kept = self.kept.get((device, stream))
+        if kept is None or kept.numel() < needed:
+            # A tensor made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                kept = torch.empty(1 << (needed - 1).bit_length(), dtype=torch.uint8, device=device)
+            self.kept[device, stream] = kept
+        return kept
+
+
+_SCRATCH = _Scratch()
 
 
 def supports(
@@ -23,6 +49,8 @@ def supports(
     """Why these arguments cannot be served, or None."""
     if query.dtype not in _FLOATS:
         return f"query is {query.dtype}, this room serves float32, float16 and bfloat16; use backend='reference'"
+    if not query.shape[1]:
+        return "query has no heads; use backend='reference'"
     if query.shape[2] > MOST_ROWS:
         return f"query has {query.shape[2]} rows, this room serves up to {MOST_ROWS}; use backend='triton'"
     if query.shape[3] > MOST_SIZE:
@@ -80,9 +108,10 @@ def forward_layers(
     window: int | None,
 ) -> bool:
     """Capture several layers into one step of `out`, in one call; False where the layers differ too much for that."""
+    if len({(one.shape, other.shape, one.dtype, one.device) for one, other in zip(query, key, strict=True)}) > 1:
+        return False
     for layer in range(len(query)):
-        alike = query[layer].shape == query[0].shape and key[layer].shape == key[0].shape
-        if not alike or supports(query[layer], key[layer], tokens, out=out) is not None:
+        if supports(query[layer], key[layer], tokens, out=out) is not None:
             return False
     _launch(query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, out)
     return True
@@ -112,24 +141,17 @@ def _launch(
         tokens=tokens.shape[1], lse=lse is not None, each=each,
     )  # fmt: skip
     torch.ops.carve_kernels.capture_cuda.default(
-        query, key, tokens, mask, positions, [_dense(one) for one in sink], lse, scale, softcap or 0.0, window or 0,
-        each, step, first, stream, _scratch(device, stream, needed), *out,
+        query, key, tokens, mask, positions, _dense_sinks(sink), lse, scale, softcap or 0.0, window or 0,
+        each, step, first, stream, _SCRATCH.take(device, stream, needed), *out,
     )  # fmt: skip
-
-
-def _scratch(device: torch.device, stream: int, needed: int) -> torch.Tensor:
-    """Memory that the launches of one stream hand over in. What is outgrown goes back, in the order of the stream."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph is replayed on any stream and beside other calls, so it gets memory of its own pool.
-        return torch.empty(needed, dtype=torch.uint8, device=device)
-    held = _SCRATCH.get((device, stream))
-    if held is None or held.numel() < needed:
-        # A tensor made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            held = torch.empty(1 << (needed - 1).bit_length(), dtype=torch.uint8, device=device)
-        _SCRATCH[device, stream] = held
-    return held
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float32).contiguous()
+
+
+def _dense_sinks(sinks: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The layers' sinks in float32: nothing to do where they are, else two launches for all layers and not for each."""
+    if all(sink.dtype == torch.float32 and sink.is_contiguous() and not sink.requires_grad for sink in sinks):
+        return sinks
+    return torch.stack([sink.detach() for sink in sinks]).to(torch.float32).unbind()

@@ -45,12 +45,14 @@ def capture_work(
 ) -> Work:
     """What `capture` of up to 8 rows moves where every row sees all keys, the tokens are int32 and the step is given.
 
-    Each key is read once, and each visual token's once more::
+    The first launch reads each key once, and the second each visual token's key again::
 
         layers * batch * key_heads * (keys + tokens) * size * element_bytes
 
-    The rest of `read_bytes` is queries and statistics, which every block reads again and the second-level cache holds:
-    for 28 heads at 4096 keys and 1024 tokens a fifth of the keys for one row, twice the keys for eight.
+    The rest of `read_bytes` is queries and statistics, which every block reads again. They are small, so mostly the
+    second-level cache serves them, but they are loads all the same, and `roofline` takes them for memory's: of 28 heads
+    in groups of 7 at D = 128, 4096 keys of bf16 and 3276 tokens they are 0.4 of the bytes above for one row and 3.7 of
+    them for eight; of 32 heads without groups at 8192 keys 0.1 and 0.9.
 
     ===============  =====  =============================================
     name             dtype  meaning

@@ -118,5 +118,5 @@ def _listed(values: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
 @functools.lru_cache(maxsize=1024)
 def _weights(by_layer: tuple[float, ...], by_step: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The weight of each layer and step [L, T], kept: a copy to the device makes the host wait until it is there."""
-    table = torch.tensor(by_layer, dtype=torch.float64)[:, None] * torch.tensor(by_step, dtype=torch.float64)
-    return table.to(torch.float32).to(device)
+    layers, steps = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (by_layer, by_step))
+    return (layers[:, None] * steps).to(torch.float32).to(device)

@@ -1,0 +1,80 @@
+"""Under another default device of torch, tensors on a CPU are served as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import BackendUnavailable, capture, capture_layers, contrast, extension, regions
+from carve_kernels.backends import STAGES, cpu
+from carve_kernels.types import Capture
+from tests.cuda import emulator
+from tests.ops.attention import Case, planted
+from tests.ops.planted import maps, rooms
+
+META = torch.device("meta")
+
+
+def _capture() -> Callable[[str], list[torch.Tensor]]:
+    case = Case(sink=True)
+    (query, key, tokens), options = planted(case)
+    shape = (1, 1, case.batch, case.rows)
+    out = Capture(torch.zeros(*shape, case.tokens), torch.zeros(shape), torch.zeros(shape))
+    step = torch.tensor(0)
+
+    def call(backend: str) -> list[torch.Tensor]:
+        found = capture(query, key, tokens, **options, backend=backend)
+        layered = {**options, "sink": [options["sink"].bfloat16()]}
+        capture_layers([query], [key], tokens, step=step, out=out, **layered, backend=backend)
+        return [*found, *(part.clone() for part in out)]
+
+    return call
+
+
+def _contrast() -> Callable[[str], list[torch.Tensor]]:
+    task, general = maps((4, 6))
+    weighted = {"layer_weights": [0.3] * len(task), "step_weights": [0.7] * task.shape[1]}
+
+    def call(backend: str) -> list[torch.Tensor]:
+        return [contrast(task, general, (4, 6), (9, 13), **more, backend=backend) for more in ({}, weighted)]  # type: ignore[misc]
+
+    return call
+
+
+def _regions() -> Callable[[str], list[torch.Tensor]]:
+    saliency = torch.rand(31, 17, generator=torch.Generator().manual_seed(1))
+
+    def call(backend: str) -> list[torch.Tensor]:
+        found = regions(saliency, keep=0.4, top=3, backend=backend)
+        return [found.mask, found.boxes, found.scores]
+
+    return call
+
+
+PROBLEMS: dict[str, Callable[[], Any]] = {"capture": _capture, "contrast": _contrast, "regions": _regions}
+
+
+@pytest.mark.parametrize(("stage", "backend"), [(stage, backend) for stage in STAGES for backend in rooms(stage)])
+def test_a_default_device_changes_no_result(stage: str, backend: str) -> None:
+    call = PROBLEMS[stage]()
+    with emulator.serving(stage) if backend == "cuda" else nullcontext():
+        try:
+            # First of all, so that nothing of an earlier call is there to be taken again.
+            with META:
+                found = call(backend)
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+        wanted = call(backend)
+    assert all(torch.equal(part, right) for part, right in zip(found, wanted, strict=True))
+
+
+def test_the_extension_says_what_it_is_under_any_default_device() -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    wanted = extension.architectures(), cpu.isa()
+    with META:
+        assert (extension.architectures(), cpu.isa()) == wanted
