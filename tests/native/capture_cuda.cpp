@@ -52,8 +52,9 @@ int main(int count, char**) {
   carve::force_isa(0);
   std::vector<Shape> shapes = {
       {2, 2, 1, 3, 67, 40, 35}, {1, 2, 1, 3, 0, 32, 4},    {2, 6, 2, 5, 77, 40, 19},
-      {1, 9, 3, 1, 133, 128, 21}, {1, 1, 1, 8, 65, 256, 3},
+      {1, 9, 3, 1, 133, 128, 21}, {1, 1, 1, 8, 65, 256, 3},  {1, 4, 2, 2, 40, 256, 40},
   };
+  // The last has several blocks of tokens, of which the last one to come sums up.
   // With an argument the first alone, as every run of the tests has it.
   if (count > 1) shapes.resize(1);
   int failures = 0;
