@@ -172,7 +172,8 @@ CAPTURE = (
           "if (threadIdx.x == 0) {\n    __threadfence", "races"),
     Fault(_MAPS, "a ticket without a fence", "__threadfence();\n    const unsigned", "const unsigned", "races"),
     Fault(_MAPS, "tickets without an atomic", "atomicAdd(launch.tickets + blockIdx.z * p.batch + batch, 1u);",
-          "launch.tickets[blockIdx.z * p.batch + batch]++;", "races"),
+          "load_coherent(launch.tickets + blockIdx.z * p.batch + batch);\n"
+          "    store(launch.tickets + blockIdx.z * p.batch + batch, ticket + 1);"),
     Fault(_MAPS, "the last but one block summarizes", "ticket + 1 ==", "ticket + 2 =="),
 )
 # fmt: on

@@ -31,7 +31,7 @@ SANITIZERS = {
     "races": ["-fsanitize=thread", "-g"],
 }
 # What a program is told of how much to run; nothing: as much as it runs by itself.
-AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"]}
+AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"], ("capture", "results"): ["seeds"]}
 # Every type of element is compiled from the same headers; one is enough to plant faults in.
 ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("capture_float.cu", "capture_half.cu"))}
 
