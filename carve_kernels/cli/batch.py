@@ -63,13 +63,11 @@ def batch(
     failed. Exit code 1: some questions failed, their result.json says why.
     """
     from carve_kernels import checks
-    from carve_kernels.backends import ROOMS
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    checks.choice("dtype", dtype, options.DTYPES)
-    checks.choice("backend", backend, ("auto", *ROOMS))
+    options.check_machine(dtype, backend)
     if memory is not None:
         # As a Path, an empty one would be the folder in which the command runs.
         checks.text("memory", memory)

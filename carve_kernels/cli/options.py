@@ -170,6 +170,15 @@ def device_of(name: str) -> Any:
     return device
 
 
+def check_machine(dtype: str, backend: str) -> None:
+    """Raises ValueError for a dtype or a room that there is not, before any model is loaded."""
+    from carve_kernels import checks
+    from carve_kernels.backends import ROOMS
+
+    checks.choice("dtype", dtype, DTYPES)
+    checks.choice("backend", backend, ("auto", *ROOMS))
+
+
 def load_model(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
     import torch
 

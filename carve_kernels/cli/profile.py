@@ -66,7 +66,7 @@ def profile(
     from carve_kernels.hf import profile as profiling
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    checks.choice("dtype", dtype, options.DTYPES)
+    options.check_machine(dtype, backend)
     limit = (
         MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
     )

@@ -37,7 +37,7 @@ def run(
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, open_image
 
     checks.text("question", question)
-    checks.choice("dtype", dtype, options.DTYPES)
+    options.check_machine(dtype, backend)
     name, settings = options.preset_of(
         model,
         preset,
