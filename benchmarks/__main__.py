@@ -144,7 +144,7 @@ def engine(
     """One look by the engine against three calls under eager, the release's procedure and two plain answers."""
     _check_output("--markdown", markdown)
     shape, sizes, counts = (
-        Shape(layers, hidden, dtype),
+        Shape(layers, hidden, dtype, *bench_engine.TOWER),
         visual or bench_engine.VISUAL,
         new_tokens or bench_engine.NEW_TOKENS,
     )

@@ -25,6 +25,8 @@ EAGER, RELEASE, PRICE = "(b) eager", "(c) release", "(d) plain + refined"
 PLAIN, REFINED, EAGER_TASK, EAGER_REST = "plain", "refined", "eager task", "eager rest"
 # A picture small enough for a check in float32, large enough for a map with a peak.
 CHECK_VISUAL, CHECK_TOKENS = 256, 3
+# Layers and width of Qwen2.5-VL's tower at a quarter of its width; the language model has 1024 of the 7B's 3584.
+TOWER = 32, 320
 VISUAL, NEW_TOKENS, PRESETS = (256, 1024, 2304), (8, 32), ("paper", "release")
 # The release's procedure takes half a minute at 1024 tokens: beyond it, and beyond 8 new ones, it is not waited for.
 RELEASE_VISUAL, RELEASE_TOKENS = 1024, 8

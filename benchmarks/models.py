@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-HEAD_SIZE = 128
+HEAD_SIZE, TOWER_HEAD_SIZE = 128, 80
 VISUAL_SHARE = 0.8
 VOCABULARY = 512
 MERGE = 2
@@ -27,11 +27,16 @@ _TEMPLATE = (
 
 
 class Shape(NamedTuple):
-    """Size of the language model; a group of four query heads shares a key head, the head size is that of the 7B."""
+    """Size of a model; a group of four query heads shares a key head, the head size is that of the 7B.
+
+    The default tower costs next to nothing: what a session or a call costs is the language model's.
+    """
 
     layers: int
     hidden: int
     dtype: str
+    tower_layers: int = 1
+    tower_hidden: int = 64
 
     @property
     def heads(self) -> int:
@@ -59,14 +64,14 @@ def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
         "eos_token_id": _EOS,
         "pad_token_id": 0,
     }
-    # A small tower: the price of a session is one of the language model, which this benchmark looks at.
+    # As Qwen2.5-VL's own: windows, and every eighth layer over the whole picture.
     vision = {
-        "depth": 1,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 2,
+        "depth": shape.tower_layers,
+        "hidden_size": shape.tower_hidden,
+        "intermediate_size": 8 * shape.tower_hidden // 3,
+        "num_heads": max(1, shape.tower_hidden // TOWER_HEAD_SIZE),
         "out_hidden_size": shape.hidden,
-        "fullatt_block_indexes": [],
+        "fullatt_block_indexes": list(range(7, shape.tower_layers, 8)),
     }
     config = Qwen2_5_VLConfig(
         text_config=text,

@@ -208,6 +208,8 @@ def _masked(
     _, heads, length, size = query.shape
     groups = heads // keys.shape[1]
     fold = length < _FOLDED or query.device.type != "cpu"
+    if not fold and values.shape[3] == size and part.continues(first, window):
+        return _continued(query, keys, values, scale)
     mask = part.kept(
         ("sdpa", first, window),
         lambda: _additive(part.sees(first, window), query, -torch.inf, groups if fold else 1),
@@ -219,6 +221,19 @@ def _masked(
     folded = query.reshape(1, keys.shape[1], groups * length, size)
     output = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(1, heads, length, values.shape[3])
+
+
+def _continued(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """The last tokens, which see all before them and a triangle of themselves, on a CPU and without a mask.
+
+    Two softmaxes, joined by their sums: a mask over all keys would cost the half of the triangle that it hides.
+    """
+    past = keys.shape[2] - query.shape[2]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    before, weight_before = attend(query, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
+    own, weight_own = attend(query, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale)
+    share = torch.sigmoid(weight_before - weight_own)[..., None]
+    return torch.lerp(own.to(share.dtype), before.to(share.dtype), share).to(query.dtype)
 
 
 def _additive(seen: torch.Tensor | None, like: torch.Tensor, hidden: float, repeats: int = 1) -> torch.Tensor | None:

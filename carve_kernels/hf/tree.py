@@ -81,3 +81,14 @@ class Part:
             ("sees", first, window), lambda: self.tree.sees(self.past + first, window)
         )
         return seen
+
+    def continues(self, first: int, window: int | None) -> bool:
+        """Whether the tokens from the first-th on come behind others and each sees all up to itself."""
+
+        def staircase() -> bool:
+            seen = self.sees(first, window)
+            before = self.past + first
+            return seen is not None and before > 0 and torch.equal(seen, torch.ones_like(seen).tril(before))
+
+        found: bool = self.kept(("continues", first, window), staircase)
+        return found
