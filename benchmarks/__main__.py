@@ -135,7 +135,7 @@ def engine(
     preset: Annotated[list[str] | None, typer.Option(help="paper, release; both.")] = None,
     part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What is measured.")] = "all",
     rounds: Annotated[int, typer.Option(min=3)] = 5,
-    slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of what runs under eager.")] = 1,
+    slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of what runs under eager.")] = 3,
     model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
     threads: Threads = None,
     output: Output = None,
@@ -149,7 +149,7 @@ def engine(
         new_tokens or bench_engine.NEW_TOKENS,
     )
     if quick:
-        shape, sizes, counts, rounds = Shape(2, 256, dtype), (16, 64), (2,), 3
+        shape, sizes, counts, rounds, slow_rounds = Shape(2, 256, dtype), (16, 64), (2,), 3, 1
     for tokens in sizes:
         if math.isqrt(tokens) ** 2 != tokens:
             raise typer.BadParameter(f"--visual: expected squares, as 256 or 1024, got {tokens}")

@@ -195,7 +195,7 @@ class Work(NamedTuple):
 
 
 class Counted:
-    """A way whose first call, which is not timed, also counts its work."""
+    """A way whose first call also counts its work, by two hooks."""
 
     def __init__(self, case: Case, run: Callable[[], Any]) -> None:
         self._case, self._run = case, run

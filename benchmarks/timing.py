@@ -36,10 +36,19 @@ def as_it_comes(_run: Run) -> None:
 
 
 def paired(
-    runs: Mapping[str, Run], *, rounds: int, before: Before, budget: float = math.inf, least: int = 3
+    runs: Mapping[str, Run],
+    *,
+    rounds: int,
+    before: Before,
+    budget: float = math.inf,
+    least: int = 3,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each opponent in each round A B C, A B C, ...; after `least` rounds the budget (seconds) ends them."""
-    for run in runs.values():
+    """Seconds of each opponent in each round A B C, A B C, ...; after `least` rounds the budget (seconds) ends them.
+
+    All run once before the first round; `warm_up=False` is for runs of many seconds.
+    """
+    for run in runs.values() if warm_up else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + budget
