@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import INTERRUPTED, counted, fail, versions
+from carve_kernels.cli.output import INTERRUPTED, counted, fail, note, one_line, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -21,15 +21,24 @@ if TYPE_CHECKING:
     from carve_kernels.types import CarveFailure, CarveResult
 
 _SHOWN = 5
+_BLOCK = 2**20
 
 _Marks = dict[str, str | None]
 
 
 def batch(
-    model: options.ModelOption,
     input: Annotated[
         Path, typer.Option("--input", "-i", help='Lines of JSON: {"image": path, "question": text, "id": ...}.')
     ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            show_default=False,
+            help="Checkpoint directory on this machine. Default: the embedded model, which knows demo's scenes alone.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/batch"),
     pictures: Annotated[
         bool, typer.Option("--pictures", help="For each question all that run writes, not result.json alone.")
@@ -66,12 +75,16 @@ def batch(
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
+    from carve_kernels.models import small
 
     options.check_machine(dtype, backend)
     if memory is not None:
         # As a Path, an empty one would be the folder in which the command runs.
         checks.text("memory", memory)
     asked = read(input)
+    if model is None:
+        model = small()
+        note("no --model: the embedded model is asked, which knows the scenes of carve-kernels demo alone")
     name, settings = options.preset_of(
         model,
         preset,
@@ -186,7 +199,7 @@ class _Run:
             "error": None,
         }
         if isinstance(outcome, CarveFailure):
-            error = {"type": type(outcome.error).__name__, "message": str(outcome.error)}
+            error = {"type": type(outcome.error).__name__, "message": one_line(outcome.error)}
             self.store.write_error(asked.name, {"question": asked.text, **facts, "error": error})
             return
         question = Question(outcome.image, asked.text, asked.truth, facts)
@@ -243,11 +256,17 @@ class _Run:
 
 def _digest(picture: Path) -> str | None:
     """The content of an image file, None where it cannot be read."""
+    found = hashlib.sha256()
     try:
         # A device or a pipe has no end.
-        return hashlib.sha256(picture.read_bytes()).hexdigest() if picture.is_file() else None
+        if not picture.is_file():
+            return None
+        with picture.open("rb") as file:
+            while block := file.read(_BLOCK):
+                found.update(block)
     except OSError:
         return None
+    return found.hexdigest()
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

@@ -151,7 +151,7 @@ def _base(preset: str | None, directory: Path) -> tuple[str, Preset]:
         return preset, Preset.of(preset)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"preset: {path} cannot be read as JSON ({error})") from error
     return path.stem, Preset.from_dict(values)
 

@@ -43,9 +43,18 @@ def fail(message: object) -> None:
     Console(stderr=True).print(Text(f"error: {one_line(message)}{hint}", style="bold red"), soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """One yellow line on stderr: something that a user may not have meant."""
+    Console(stderr=True).print(Text(message, style="yellow"), soft_wrap=True)
+
+
 def one_line(message: object) -> str:
     """A text without line breaks, and without anything else that would steer a terminal."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(message)).split())
+    text = str(message)
+    if not text and isinstance(message, Exception):
+        # Where there is no memory, Python says no more.
+        text = type(message).__name__
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def exit_code(error: Exception) -> int | None:
@@ -80,10 +89,14 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def results(folder: Path, names: Sequence[str], within: Path | None = None) -> Iterator[Path]:
+def results(
+    folder: Path, names: Sequence[str], within: Path | None = None, stale: Sequence[str] = ()
+) -> Iterator[Path]:
     """A temporary folder; at the end its files, called `names`, move into `folder` all together, or none does.
 
-    It is made in `within`, on the same file system as `folder`, or in the first folder above that is there.
+    Files called `stale` go when they come. The last of `names` is there with all others that belong to it, or not at
+    all, even if the process is killed. The temporary folder is made in `within`, on the same file system as `folder`,
+    or in the first folder above that is there.
 
     Raises OSError at once if that cannot work, so that nobody waits for a model in vain.
     """
@@ -101,12 +114,12 @@ def results(folder: Path, names: Sequence[str], within: Path | None = None) -> I
         raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
     try:
         yield temporary
-        _move(temporary, folder, names)
+        _move(temporary, folder, names, stale)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move(source: Path, folder: Path, names: Sequence[str]) -> None:
+def _move(source: Path, folder: Path, names: Sequence[str], stale: Sequence[str]) -> None:
     before = source / "before"
     before.mkdir()
     # A name may reach the disk before what it names.
@@ -115,17 +128,19 @@ def _move(source: Path, folder: Path, names: Sequence[str]) -> None:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if (folder / name).exists():
+        for name in (*reversed(names), *stale):
+            if os.path.lexists(folder / name):
                 os.replace(folder / name, before / name)
+        for name in names:
             os.replace(source / name, folder / name)
         sync(folder)
     except BaseException:
-        for name in names:
-            if (before / name).exists():
-                os.replace(before / name, folder / name)
-            elif not (source / name).exists():
+        for name in reversed(names):
+            if not (source / name).exists():
                 (folder / name).unlink(missing_ok=True)
+        for name in (*stale, *names):
+            if os.path.lexists(before / name):
+                os.replace(before / name, folder / name)
         with suppress(OSError):
             for path in made:
                 path.rmdir()

@@ -26,8 +26,9 @@ def profile(
         typer.Option(
             "--input",
             "-i",
-            help='Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": [text, ...] and '
-            '"box": [x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
+            # rich would take a list of names for its markup.
+            help='Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
+            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
         ),
     ],
     output: Annotated[
@@ -62,7 +63,7 @@ def profile(
     """
     from carve_kernels import checks
     from carve_kernels.cli.looking import facts_of, quiet
-    from carve_kernels.cli.questions import read
+    from carve_kernels.cli.questions import read, refuse
     from carve_kernels.hf import profile as profiling
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
@@ -73,24 +74,29 @@ def profile(
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
     unchanged = dict.fromkeys(("layers", "rows", "steps", "keep", "top", "lam"))
     _, base = options.preset_of(model, preset, max_new_tokens=max_new_tokens, **unchanged)
-    probes = _probes(input, read(input), limit)
+    asked = read(input)
+    probes = _probes(input, asked, limit)
     pictures = len({probe.image for probe in probes})
     with results(output.parent, [output.name]) as folder, quiet(), stages(2 + pictures) as announce:
         announce("loading the model")
         loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
-        found = profiling.profile(
-            loaded,
-            processor,
-            probes,
-            preset=base,
-            rows=candidates,
-            steps=steps or profiling.STEPS,
-            backend=backend,
-            max_image_pixels=limit,
-            on_progress=lambda stage, done, total: announce(
-                "writing" if stage == "done" else f"picture {done + 1} of {total}"
-            ),
-        )
+        try:
+            found = profiling.profile(
+                loaded,
+                processor,
+                probes,
+                preset=base,
+                rows=candidates,
+                steps=steps or profiling.STEPS,
+                backend=backend,
+                max_image_pixels=limit,
+                on_progress=lambda stage, done, total: announce(
+                    "writing" if stage == "done" else f"picture {done + 1} of {total}"
+                ),
+            )
+        except profiling.BadProbes as error:
+            refuse(input, [f"line {asked[place].line}: {fault}" for place, fault in error.faults])
+            raise
         found.save(folder / output.name, model=facts_of(loaded), versions=versions())
     _summarise(found, output)
 
@@ -109,7 +115,7 @@ def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[P
             if line.picture not in opened:
                 open_image(line.picture, max_image_pixels)
                 opened.add(line.picture)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OSError) as error:
             faults.append(f"line {line.line}: {error}")
     refuse(path, faults)
     return probes
@@ -118,7 +124,7 @@ def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[P
 def _probe(line: Asked) -> Probe:
     from carve_kernels.hf.profile import Probe
 
-    extra: dict[str, Any] = dict(line.extra)
+    extra: dict[str, Any] = {key: value for key, value in line.extra.items() if value is not None}
     if line.prompt is not None:
         raise ValueError("prompt: expected none, since other wordings of the question need the template's prompt")
     if "box" in extra and "boxes" in extra:

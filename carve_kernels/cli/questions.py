@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,16 +47,17 @@ def read(path: Path) -> list[Asked]:
     """
     try:
         # Not splitlines: a JSON text may hold other line ends than this one.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"input: {path} cannot be read as text ({error})") from error
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise ValueError(f"input: {path} cannot be read ({error})") from error
     found: list[Asked] = []
     faults: list[str] = []
     first: dict[str, int] = {}
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
         try:
+            text = line.decode()
             asked = _asked(text, number, path.parent)
             earlier = first.setdefault(asked.id, number)
             if earlier != number:

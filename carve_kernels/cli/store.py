@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from carve_kernels.cli.output import TEMPORARY, results
+from carve_kernels.cli.output import results
 from carve_kernels.cli.report import FILES, RECORD, write_record
 from carve_kernels.files import write_whole
 
@@ -23,6 +23,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._results = folder, folder / "results"
+        # Of this command alone: others may be writing into the same folder.
+        self._unfinished = folder / ".batch"
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
@@ -39,11 +41,14 @@ class Store:
         try:
             _lock(descriptor, self.folder)
             for path in self.folder.iterdir():
-                if path.name.startswith(TEMPORARY) and path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
+                if path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
                     path.unlink(missing_ok=True)
-            yield self
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            try:
+                self._unfinished.mkdir(exist_ok=True)
+                yield self
+            finally:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
         finally:
             with suppress(OSError):
                 for path in made:
@@ -77,11 +82,10 @@ class Store:
         Raises OSError, and leaves what was there, if they cannot be written.
         """
         # Whoever looks for */result.json meets no half written one.
-        with results(self._results / name, files, within=self.folder) as folder:
-            fill(folder)
         # Pictures of an earlier answer would pass for those of this one.
-        for file in set(FILES) - set(files):
-            (self._results / name / file).unlink(missing_ok=True)
+        stale = [file for file in FILES if file not in files]
+        with results(self._results / name, files, self._unfinished, stale) as folder:
+            fill(folder)
 
     def write_error(self, name: str, values: Mapping[str, Any]) -> None:
         self.write(name, (RECORD,), lambda folder: write_record(folder, values))
@@ -102,5 +106,8 @@ def _lock(descriptor: int, folder: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise BlockingIOError(f"output: another run is at work in {folder}; wait for it or choose another") from error
+    except OSError:
+        # Some file systems have no locks either.
+        return

@@ -43,6 +43,9 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], words: int) ->
 def generated(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, processor: Any = None) -> torch.Tensor:
     """The new tokens of a greedy `generate` under the model's own generation config, int64 [T]; leaves no trace."""
     config = greedy(model, max_new_tokens)
+    # Adapters generate by themselves, DataParallel does not.
+    while not hasattr(model, "generate"):
+        model = model.module
     with torch.no_grad(), positions_kept(unwrap(model)):
         output = model.generate(**inputs, generation_config=config, **stop_texts(config, processor))
     new: torch.Tensor = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Outcome = CarveResult | CarveFailure
 OnResult = Callable[[Outcome, int, int | None], None]
+_Waiting = tuple[Any, tuple[Any, ...]]
 
 # Eight branches of a row decode in the time of one; a longer row only makes the first result wait.
 MOST = 8
@@ -29,7 +30,7 @@ MOST = 8
 _SHARE = 4
 # No matter of one question: the room, or a GPU that needs a new process.
 _ENDS = (BackendUnavailable, torch.AcceleratorError)
-_EXPECTED = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)
+_EXPECTED = (ValueError, TypeError, OSError)
 _LOG = logging.getLogger("carve_kernels")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -59,7 +60,7 @@ def stream(
     ===========  ======================================================================================================
     argument     meaning
     ===========  ======================================================================================================
-    images       a picture (path or PIL image), or as many as there are questions: a list, or an iterator
+    images       a picture (path or PIL image), or as many as there are questions: a list, or anything iterable
     questions    a text, or as many as there are pictures; what is given once is used for all
     prompts      as `questions`, each a whole prompt or None
     tokens       the most tokens that are in the cache at once; None finds it from the free memory of the device
@@ -123,14 +124,18 @@ def _bound(engine: CarveEngine, tokens: int | None) -> int:
 
 def _is_many(name: str, value: Any) -> bool:
     """Whether an argument holds one thing for each question, or one for all of them."""
-    if value is None and name == "prompts":
-        return False
-    if isinstance(value, (str, os.PathLike, Image.Image)):
-        return False
-    if isinstance(value, (Sequence, Iterator)) and not isinstance(value, (bytes, bytearray, memoryview)):
+    if holds_many(value):
         return True
+    if isinstance(value, (str, os.PathLike, Image.Image)) or (value is None and name == "prompts"):
+        return False
     one = "a path or a PIL image" if name == "images" else "a text"
     raise TypeError(f"{name}: expected {one}, a list or an iterator of them, got {checks.describe(value)}")
+
+
+def holds_many(value: Any) -> bool:
+    """Whether this is a list of things, or an iterable that gives them in an order of its own; an array is neither."""
+    alone = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping, Set)
+    return isinstance(value, Iterable) and not isinstance(value, alone) and not hasattr(value, "shape")
 
 
 def _total(many: dict[str, Any]) -> int | None:
@@ -159,55 +164,77 @@ def _zipped(columns: list[Any], many: dict[str, Any]) -> Iterator[tuple[Any, ...
 
 def _outcomes(engine: CarveEngine, rows: Iterable[tuple[Any, ...]], limit: int) -> Iterator[Outcome]:
     """Outcomes in the order of the rows; requests wait until no more of them fit."""
-    waiting: list[Any] = []
+    waiting: list[_Waiting] = []
     held = 0
-    for image, question, prompt in rows:
+    source = iter(rows)
+    while True:
         try:
-            request = engine.request(image, question, prompt)
-        except _ENDS:
+            asked = next(source, None)
+            found = None if asked is None else _prepared(engine, asked)
+        except Exception:
             # What stands before it is answered all the same.
             yield from _answered(engine, waiting)
             raise
-        except Exception as error:
-            failure = _failure(error, image, question, prompt)
+        if asked is None or found is None:
+            break
+        failed = isinstance(found, CarveFailure)
+        if failed or (waiting and held + found.tokens > limit):
+            together = len(waiting)
             yield from _answered(engine, waiting)
             waiting, held = [], 0
-            yield failure
+            if failed and together and _is_memory(found.error):
+                # Alone, it may have the room that the others took.
+                found = _prepared(engine, asked)
+        if isinstance(found, CarveFailure):
+            yield found
             continue
-        if waiting and (held + request.tokens > limit or len(waiting) == MOST):
+        waiting.append((found, asked))
+        held += found.tokens
+        if held >= limit or len(waiting) == MOST:
             yield from _answered(engine, waiting)
             waiting, held = [], 0
-        waiting.append((request, image, question, prompt))
-        held += request.tokens
     yield from _answered(engine, waiting)
 
 
-def _answered(engine: CarveEngine, waiting: list[Any]) -> Iterator[Outcome]:
-    """The outcomes of a group; if it fails together, of each one alone."""
+def _prepared(engine: CarveEngine, asked: tuple[Any, ...]) -> Any:
+    """The request of one question, or the failure that stands in its place."""
+    try:
+        return engine.request(*asked)
+    except Exception as error:
+        return _failure(error, *asked)
+
+
+def _answered(engine: CarveEngine, waiting: list[_Waiting]) -> Iterator[Outcome]:
+    """The outcomes of a group, which is empty behind it; if it fails together, of each one alone."""
     if not waiting:
         return
+    group = [asked for _, asked in waiting]
+    outcomes: Sequence[Outcome] = ()
     try:
-        outcomes: Sequence[Outcome] = engine.answer([request for request, *_ in waiting])
+        outcomes = engine.answer([request for request, _ in waiting])
     except Exception as error:
-        if len(waiting) == 1 or isinstance(error, _ENDS):
-            _, *asked = waiting[0]
-            outcomes = [_failure(error, *asked)]
+        if len(group) == 1 or isinstance(error, _ENDS):
+            outcomes = [_failure(error, *group[0])]
         else:
-            outcomes = []
-            _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(waiting), error)
+            _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(group), error)
+    # The pictures of all of them may be what did not fit.
+    waiting.clear()
     if outcomes:
         yield from outcomes
         return
-    for entry in waiting:
-        yield from _answered(engine, [entry])
+    for asked in group:
+        found = _prepared(engine, asked)
+        if isinstance(found, CarveFailure):
+            yield found
+        else:
+            yield from _answered(engine, [(found, asked)])
 
 
 def _failure(error: Exception, image: Any, question: str, prompt: str | None) -> CarveFailure:
     """What stands in the place of one question, unless the error is no matter of that one: then it goes on its way."""
     if isinstance(error, _ENDS):
         raise error
-    # torch has no class of its own for a CPU without memory.
-    if not isinstance(error, _EXPECTED) and "allocate memory" not in str(error):
+    if not isinstance(error, _EXPECTED) and not _is_memory(error):
         _LOG.error("batch: question %r failed", question, exc_info=error)
     # The frames of a traceback would hold on to every tensor that was in use.
     link: BaseException | None = error
@@ -215,6 +242,11 @@ def _failure(error: Exception, image: Any, question: str, prompt: str | None) ->
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
     return CarveFailure(question, image, error, prompt)
+
+
+def _is_memory(error: Exception) -> bool:
+    # torch has no class of its own for a CPU without memory.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _reported(outcomes: Iterator[Outcome], total: int | None, on_progress: OnResult | None) -> Iterator[Outcome]:

@@ -14,6 +14,10 @@ from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.rows import tokenizer_of
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Roads to the same greedy words.
+_ROADS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+# Other words, which no one prompt's attention leads to; 1 is the neutral scale.
+_OTHER_WORDS = ("guidance_scale", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
 
 
 class Decision(NamedTuple):
@@ -34,10 +38,20 @@ class Decision(NamedTuple):
 
 
 def greedy(model: Any, max_new_tokens: int) -> Any:
-    """The model's generation config, without sampling and of so many new tokens."""
+    """The model's generation config, without sampling and of so many new tokens.
+
+    Raises ValueError if it asks for words that are not greedy ones in another way: guidance, contrast, constraints.
+    """
     config = copy.deepcopy(unwrap(model).generation_config)
+    for name in _OTHER_WORDS:
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise ValueError(
+                f"model: its generation config has {name}={value!r}, expected None: answers are greedy here, and maps "
+                "are those of the prompt that leads to them"
+            )
     config.update(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens, max_length=None)
-    config.update(**dict.fromkeys(_SAMPLING))
+    config.update(**dict.fromkeys((*_SAMPLING, *_ROADS)))
     return config
 
 

@@ -16,7 +16,8 @@ from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
-from carve_kernels.hf.joint import Outcome
+from carve_kernels.hf.identity import same_pixels
+from carve_kernels.hf.joint import Outcome, alone
 from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.looking import Looker, Seen, needed
 from carve_kernels.hf.memory import Memory, memory_of
@@ -124,7 +125,7 @@ class CarveEngine:
     def __call__(
         self, image: Any, question: Any, prompt: Any = None, on_progress: Callable[..., None] | None = None
     ) -> CarveResult | list[CarveResult | CarveFailure]:
-        if isinstance(image, (list, tuple)) or isinstance(question, (list, tuple)):
+        if batch.holds_many(image) or batch.holds_many(question):
             return batch.answer_all(self, image, question, prompt, on_progress)
         request = self.request(image, question, prompt)
         clock = _Clock(on_progress)
@@ -168,11 +169,14 @@ class CarveEngine:
     def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:
         """Answer requests together; `on_stage` is called with the name of each stage before it.
 
-        An exception is about all of them.
+        An exception is about all of them. A thread waits for another one that is at work on the model.
         """
         if not requests:
             return []
-        report = on_stage or (lambda stage: None)
+        with alone(self.model):
+            return self._answer(requests, on_stage or (lambda stage: None))
+
+    def _answer(self, requests: Sequence[Request], report: Callable[[str], None]) -> list[CarveResult]:
         looker = Looker(
             self.model, self.processor, self.preset, self.layers,
             backend=self.backend, memory=self.memory, plain=self.plain,
@@ -220,10 +224,10 @@ class CarveEngine:
 
     def _final(self, request: Request, seen: Seen, outcome: CarveOutcome) -> tuple[Final | Outcome, str | None]:
         """The last question, or its answer where that is the plain one; and why the image was kept as it was."""
-        plain = seen.task if self.plain else Final(request.task.inputs, request.shown, None)
-        if self.preset.images == "refined" and outcome.reason is not None:
+        plain = seen.task if self.plain else Final(request.task.inputs, request.shown, None, None)
+        same = outcome.reason is not None or same_pixels(outcome.refined, request.image)
+        if self.preset.images == "refined" and same:
             return plain, outcome.reason
-        same = outcome.reason is not None
         try:
             return make_final(self.processor, self.preset, request, outcome.refined, same), outcome.reason
         except ValueError as error:

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, BinaryIO, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from PIL import Image
@@ -17,21 +17,30 @@ from PIL import Image
 from carve_kernels.hf.backbone import unwrap
 
 SAMPLES = 4096
-"""Elements of each tensor that the identity of a model reads; of a smaller tensor it reads all."""
+"""Elements of each tensor that the identity of a model reads one by one; of a smaller tensor it reads all."""
 
-_BLOCK = 4096
+# Of each tensor of a safetensors file, and of a whole file of pickles.
+_BLOCK, _BLOCKS, _BLOCKS_OF_PICKLE = 4096, 4, 4096
+# As safetensors has it.
+_LONGEST_HEADER = 100_000_000
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _GOLDEN = 0.6180339887498949
 
 _LOCK = threading.Lock()
-_MODELS: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+_MODELS: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 _TOKENIZERS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
 def key_of(**facts: Any) -> str:
     """Facts that JSON can hold, as 64 hexadecimal digits; a list and a tuple of the same things are the same fact."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def same_pixels(first: Image.Image, second: Image.Image) -> bool:
+    """Whether two pictures are one."""
+    return first.size == second.size and first.mode == second.mode and first.tobytes() == second.tobytes()
 
 
 def digest(image: Image.Image) -> str:
@@ -42,13 +51,14 @@ def digest(image: Image.Image) -> str:
 def fingerprint(model: Any, processor: Any) -> str:
     """All that maps of this model depend on but the picture and the prompt.
 
-    That is: the classes, configurations and attention implementations, where and in which dtype the model runs, the
-    generation config (it decides how long an answer gets), adapters and whether they are on, the processor with its
-    tokenizer, and the weights: name, shape, dtype and up to SAMPLES elements of each tensor, spread evenly. The path
-    is no part of it: a checkpoint that was moved stays the same one.
+    That is: the classes, configurations and attention implementations, where and in which dtype the model runs, under
+    autocast or not, the generation config (it decides how long an answer gets), adapters, their scales and whether they
+    are on, the processor with its tokenizer, and the weights and buffers: name, shape and dtype of each tensor, the
+    sum of each of its rows, as integers, and up to SAMPLES of its elements. The path is no part of it: a checkpoint
+    that was moved stays the same one.
 
-    The weights are read again when a version counter or an address of theirs has changed. What cannot be seen: a
-    change through `tensor.data`, or of elements that are not among the sampled ones, and code put on the model by hand.
+    The weights are read again when one is another tensor, or has another address or version counter. What cannot be
+    seen: a change through `tensor.data`, which no counter counts, and code put on the model by hand.
     """
     model = unwrap(model)
     return key_of(
@@ -57,6 +67,7 @@ def fingerprint(model: Any, processor: Any) -> str:
         generation=_plain(model.generation_config),
         attention=[str(getattr(module, "_attn_implementation", None)) for module in _configs(model.config)],
         device=model.device.type,
+        autocast=_autocast(model.device.type),
         training=model.training,
         weights=_weights(model),
         processor=processor.to_dict(),
@@ -65,7 +76,7 @@ def fingerprint(model: Any, processor: Any) -> str:
 
 
 def fingerprint_of_directory(folder: str | os.PathLike[str]) -> str:
-    """A checkpoint directory without loading it: its text files whole, its weights by size and evenly spread blocks.
+    """A checkpoint directory without loading it: its text files whole, blocks of every tensor of its weights.
 
     The directory's own carve.json is no part of it, since a caller may use another profile.
     """
@@ -74,19 +85,37 @@ def fingerprint_of_directory(folder: str | os.PathLike[str]) -> str:
         if path.suffix in _TEXTS and path.name != "carve.json" and path.is_file():
             facts[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.suffix in _WEIGHTS:
-            facts[path.name] = _blocks(path)
+            facts[path.name] = _of_weights(path)
     return key_of(files=facts)
 
 
-def _blocks(path: Path) -> str:
-    """The size of a file, its first block, which names the tensors, and 255 blocks over all of it."""
+def _of_weights(path: Path) -> str:
+    """The size of a file and a sample of it: of safetensors the header, and of each tensor its own blocks."""
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for index in range(256):
-            file.seek(index * size // 256)
-            found.update(file.read(_BLOCK))
+        for start, length, blocks in _tensors(file) or [(0, size, _BLOCKS_OF_PICKLE)]:
+            if length <= blocks * _BLOCK:
+                file.seek(start)
+                found.update(file.read(length))
+                continue
+            for index in range(blocks):
+                file.seek(start + index * (length - _BLOCK) // (blocks - 1))
+                found.update(file.read(_BLOCK))
     return found.hexdigest()
+
+
+def _tensors(file: BinaryIO) -> list[tuple[int, int, int]]:
+    """Where the header and the tensors of a safetensors file lie: (start, length, blocks); none of another file."""
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if length <= _LONGEST_HEADER else {}
+        places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        tensors = [(8 + length + int(first), int(last) - int(first), _BLOCKS) for first, last in places]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+    # The header is read whole.
+    return [(0, 8 + length, 8 + length), *tensors]
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -102,17 +131,24 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
     }
 
 
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
 def _configs(config: Any) -> list[Any]:
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [config, *(each for each in inner if each is not None)]
 
 
 def _weights(model: torch.nn.Module) -> str:
-    tensors = {
-        name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
-    }
+    # A rotation's frequencies are in no state_dict.
+    entries = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     adapters = [
-        (name, str(module.__dict__.get("_active_adapter")), bool(module.__dict__.get("_disable_adapters")))
+        (
+            *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
+            bool(module.__dict__.get("_disable_adapters")),
+        )
         for name, module in model.named_modules()
         if "_active_adapter" in module.__dict__
     ]
@@ -122,16 +158,28 @@ def _weights(model: torch.nn.Module) -> str:
     state = (versions, list(tensors), adapters)
     with _LOCK:
         known = _MODELS.get(model)
-        if known is not None and known[0] == state:
-            return known[1]
-    found = key_of(adapters=adapters, tensors=_sampled(tensors))
+    # A new tensor may have the address of one that is gone.
+    if known is not None and known.state == state and known.are(tensors.values()):
+        return known.found
+    found = key_of(adapters=adapters, tensors=_read(tensors))
     with _LOCK:
-        _MODELS[model] = (state, found)
+        _MODELS[model] = _Known(state, [ref(value) for value in tensors.values()], found)
     return found
 
 
+class _Known(NamedTuple):
+    """The weights of a model when they were read, and what was found."""
+
+    state: Any
+    tensors: list[ref[torch.Tensor]]
+    found: str
+
+    def are(self, tensors: Iterable[torch.Tensor]) -> bool:
+        return all(known() is value for known, value in zip(self.tensors, tensors, strict=True))
+
+
 @torch.no_grad()
-def _sampled(tensors: Mapping[str, torch.Tensor]) -> str:
+def _read(tensors: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     picked: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -140,10 +188,20 @@ def _sampled(tensors: Mapping[str, torch.Tensor]) -> str:
         if value.device.type != "meta":
             flat = value.detach().reshape(-1)
             picked.setdefault((value.device, value.dtype), []).append(flat[_places(flat.numel()).to(value.device)])
+            if flat.numel() > SAMPLES:
+                picked.setdefault((value.device, torch.int64), []).append(_sums(flat, value.shape[0]))
     for values in picked.values():
         # One transfer for each kind, not one for each tensor: on a GPU the waiting would be all of the time.
         found.update(torch.cat(values).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _sums(flat: torch.Tensor, rows: int) -> torch.Tensor:
+    """The sum of each of so many rows, as integers of 64 bits where they fill the rows: int64 [rows]."""
+    size = flat.element_size()
+    fits = all(count * size % 8 == 0 for count in (flat.numel() // rows, flat.storage_offset()))
+    integers = flat.view(torch.int64 if fits else _INTEGERS[size])
+    return integers.view(rows, -1).sum(1, dtype=torch.int64)
 
 
 def _places(count: int) -> torch.Tensor:

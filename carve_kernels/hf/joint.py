@@ -7,13 +7,17 @@ so the model's weights are read once for all of them; a branch that has ended is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from carve_kernels.hf.decisions import Decision, decide
+from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.decisions import Decision, decide, positions_kept
 from carve_kernels.hf.pictures import Shown
 from carve_kernels.hf.prefix import Prefix, common
 from carve_kernels.hf.row import Row, Unshareable
@@ -24,6 +28,27 @@ from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
 
 _NONE = torch.empty(0, dtype=torch.int64)
+_OPENING = threading.Lock()
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """Other threads that want this model to themselves wait until the block is left."""
+    with _OPENING:
+        lock = _LOCKS.setdefault(unwrap(model), threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def at_work(model: Any) -> Iterator[None]:
+    """Forwards of `Joint` run in here: alone, without gradients, and what is noted of positions is put back.
+
+    Not in inference mode either: keys are kept for calls that may be out of it, and written to then.
+    """
+    with alone(model), torch.inference_mode(False), torch.no_grad(), positions_kept(unwrap(model)):
+        yield
 
 
 @dataclass

@@ -134,7 +134,7 @@ def _processor(folder: Path) -> Any:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"directory: {path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"directory: expected a JSON object in {path}, got {type(value).__name__}")

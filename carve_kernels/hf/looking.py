@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from carve_kernels.hf import apart
 from carve_kernels.hf.backbone import image_token_positions, unwrap
-from carve_kernels.hf.decisions import positions_kept
 from carve_kernels.hf.identity import digest, fingerprint
-from carve_kernels.hf.joint import Branch, Joint, Look, Outcome
+from carve_kernels.hf.joint import Branch, Joint, Look, Outcome, at_work
 from carve_kernels.hf.memory import Memory
 from carve_kernels.hf.pictures import Shown
 from carve_kernels.hf.requests import Final, Prompt, Request
@@ -108,6 +105,7 @@ class Looker:
         looks = {id(each.look): (each.look, request) for each, request in zip(seen, requests, strict=True)}
         for look, request in looks.values():
             if look is not None and look.prefix is not None:
+                look.prefix.trim()
                 self._memory.keep_prefix(self._prefix_key(request, request.task), look.prefix, look.prefix.nbytes)
 
     def _first_together(self, joint: Joint, requests: Sequence[Request], start: float) -> list[Seen]:
@@ -125,7 +123,7 @@ class Looker:
                     looks, request, request.general, self._general_words, self.general_rows, shown
                 )
         read = {id(look): look.prefix is None for look in looks.values()}
-        with torch.no_grad(), positions_kept(unwrap(self._model)):
+        with at_work(self._model):
             outcomes = dict(zip(map(id, looks.values()), joint.run(list(looks.values())), strict=True))
         if self._plain:
             for each in shown.values():
@@ -200,14 +198,19 @@ class Looker:
                 branch = Branch(final.inputs, words, pictures=None if final.shown is request.shown else final.last)
                 fresh = Look([], before.start, before.pictures, prefix=before.prefix)
             else:
-                key = number
                 branch = Branch(final.inputs, words)
                 columns = image_token_positions(unwrap(self._model), final.inputs["input_ids"])[0]
-                fresh = Look([], int(columns[-1]) + 1, final.shown)
+                start = int(columns[-1]) + 1
+                fresh = Look([], start, final.shown)
+                key = number
+                if final.refined is not None and len(requests) > 1:
+                    # Two questions may keep the same part of a picture.
+                    beginning = tuple(final.inputs["input_ids"][0, :start].tolist())
+                    key = (self._digest(request), digest(final.refined), beginning)
             look = looks.setdefault(key, fresh)
             look.branches = [*look.branches, branch]
             places.append((look, len(look.branches) - 1))
-        with torch.no_grad(), positions_kept(unwrap(self._model)):
+        with at_work(self._model):
             outcomes = dict(zip(map(id, looks.values()), joint.run(list(looks.values())), strict=True))
         return [outcomes[id(look)][place] for look, place in places]
 
@@ -249,12 +252,18 @@ class Looker:
 
     def _maps_key(self, request: Request) -> tuple[Any, ...]:
         return (
-            self._identity, self._digest(request), self._preset.max_pixels, request.general.text,
+            self._identity, self._digest(request), self._preset.max_pixels, self._ids(request.general),
             self._layers, self.general_rows, self._steps, self._backend,
         )  # fmt: skip
 
     def _prefix_key(self, request: Request, prompt: Prompt) -> tuple[Any, ...]:
-        return self._identity, self._digest(request), self._preset.max_pixels, prompt.ids
+        device = str(unwrap(self._model).device)
+        return self._identity, device, self._digest(request), self._preset.max_pixels, prompt.ids
+
+    @staticmethod
+    def _ids(prompt: Prompt) -> list[int]:
+        found: list[int] = prompt.inputs["input_ids"][0].tolist()
+        return found
 
     def _one_by_one(self, reason: str) -> None:
         self._joint = None

@@ -200,7 +200,9 @@ class _Folder:
             # Whoever renames a file must not give one picture the maps of another.
             if facts.get("key") != name:
                 raise ValueError(f"path: {os.fspath(path)!r} holds other maps than its name says")
-            os.utime(path)
+            # In a folder that may only be read, nobody keeps an order.
+            with suppress(OSError):
+                os.utime(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -36,6 +36,14 @@ class Prefix:
         """Forget all but the first `length` tokens; their room stays."""
         self.ids = self.ids[:length]
 
+    def trim(self) -> None:
+        """Give back the room behind it, where that is more than a quarter of it."""
+        length = len(self)
+        for layer, held in self._layers.items():
+            if held[0].shape[2] > length + length // 4:
+                keys, values = (_grown(part, part, length, length) for part in held)
+                self._layers[layer] = keys, values
+
     def hold(
         self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor, room: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

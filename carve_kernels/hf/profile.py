@@ -17,7 +17,7 @@ from carve_kernels.files import write_whole
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.evidence import SCORE, Cell, Choice, Tally, tokens_of
 from carve_kernels.hf.loading import preset_of
-from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, open_image
+from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.row_maps import RowReader, Seen
 from carve_kernels.hf.rows import RowsSpec
 from carve_kernels.ops.contrast import contrast
@@ -56,6 +56,14 @@ class Probe:
 
     def wordings(self) -> tuple[str, ...]:
         return self.paraphrases or tuple(template.format(self.question) for template in PARAPHRASES)
+
+
+class BadProbes(ValueError):
+    """Questions that cannot be asked: `faults` has the place of each and what is wrong with it."""
+
+    def __init__(self, faults: Sequence[tuple[int, Exception]]) -> None:
+        super().__init__("; ".join(f"probes[{place}]: {error}" for place, error in faults))
+        self.faults = tuple(faults)
 
 
 @dataclass(frozen=True)
@@ -135,20 +143,23 @@ def profile(
 
     `on_progress(stage, done, total)` is called before each picture, and once more at the end.
 
-    Raises TypeError or ValueError, before the model runs, for arguments that do not fit, unreadable images included;
-    later for rows that a prompt does not have, or where no choice has maps for all questions.
+    Raises TypeError or ValueError, before the model runs, for arguments that do not fit, and BadProbes, a ValueError,
+    for pictures that cannot be read or that the processor refuses and texts that hold the image token; later for rows
+    that a prompt does not have, or where no choice has maps for all questions.
     Source: ours; the entropy profile is that of CARVE, arXiv 2509.06461.
     """
     base = preset_of(unwrap(model), preset, None)
     wanted = [checks.choice(f"steps[{place}]", step, STEPS) for place, step in enumerate(_list("steps", steps))]
-    pictures = _pictures(probes, checks.integer("max_image_pixels", max_image_pixels, low=1))
+    limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
+    pictures = _pictures(probes)
     checks.choice("backend", backend, ("auto", *ROOMS))
+    _check(probes, processor, base, limit)
     reader = RowReader(model, processor, base, rows, wanted, backend)
     tally = Tally(reader.layers)
     report, boxes = on_progress or (lambda stage, done, total: None), 0
     for done, asked in enumerate(pictures):
         report("picture", done, len(pictures))
-        image = open_image(asked[0].image, max_image_pixels)
+        image = open_image(asked[0].image, limit)
         texts = [probe.question for probe in asked] + [text for probe in asked for text in probe.wordings()]
         seen = reader.looks(image, base.general_prompt, texts)
         general = next(seen)
@@ -223,8 +234,8 @@ def _picture(probe: Probe) -> Hashable:
     return id(probe.image) if isinstance(probe.image, Image.Image) else os.fspath(probe.image)
 
 
-def _pictures(probes: Any, max_image_pixels: int) -> list[list[Probe]]:
-    """The questions by picture, each picture opened once to see that it can be."""
+def _pictures(probes: Any) -> list[list[Probe]]:
+    """The questions by picture."""
     by_picture: dict[Hashable, list[Probe]] = {}
     for place, probe in enumerate(_list("probes", probes)):
         if not isinstance(probe, Probe):
@@ -232,9 +243,24 @@ def _pictures(probes: Any, max_image_pixels: int) -> list[list[Probe]]:
         by_picture.setdefault(_picture(probe), []).append(probe)
     if not by_picture:
         raise ValueError("probes: expected at least one question, got none")
-    for asked in by_picture.values():
-        open_image(asked[0].image, max_image_pixels)
     return list(by_picture.values())
+
+
+def _check(probes: Sequence[Probe], processor: Any, preset: Preset, max_image_pixels: int) -> None:
+    """Each picture goes through the processor once, each text through the template, to see that they can."""
+    faults: list[tuple[int, Exception]] = []
+    prepared: set[Hashable] = set()
+    for place, probe in enumerate(probes):
+        try:
+            prompts = [build_prompt(processor, text + preset.suffix) for text in (probe.question, *probe.wordings())]
+            if _picture(probe) not in prepared:
+                image = open_image(probe.image, max_image_pixels)
+                prepare(processor, [image], prompts[0], None, preset.max_pixels)
+                prepared.add(_picture(probe))
+        except (TypeError, ValueError) as error:
+            faults.append((place, error))
+    if faults:
+        raise BadProbes(faults)
 
 
 def _list(name: str, value: Any) -> Sequence[Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
@@ -17,6 +19,16 @@ from carve_kernels.ops.zoom import to_rgb
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
 
+# What makes a picture of an orientation upright.
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -30,19 +42,25 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
     if isinstance(image, Image.Image):
         try:
             return _upright_rgb(image, limit)
-        except (OSError, ValueError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
             raise ValueError(f"image: cannot be used ({error})") from error
     if not isinstance(image, (str, os.PathLike)):
         raise TypeError(f"image: expected a path or a PIL image, got {describe(image)}")
     path = Path(image)
-    if not path.is_file():
-        raise ValueError(f"image: {path} is {'no file' if path.exists() else 'missing'}")
+    # Path.is_file raises for a name that is too long.
+    if not os.path.isfile(path):
+        raise ValueError(f"image: {path} is {'no file' if os.path.exists(path) else 'missing'}")
     try:
         with _opened(path, limit) as opened:
             return _upright_rgb(opened, limit)
     except Image.DecompressionBombError as error:
         raise ValueError(f"image: {path} is too large ({error}); raise max_image_pixels, or shrink it first") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A damaged file ends Pillow's decoders in errors of many kinds.
         raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
 
 
@@ -126,4 +144,15 @@ def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "
             "shrink it first"
         )
-    return to_rgb("image", ImageOps.exif_transpose(image))
+    return to_rgb("image", _upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy as of ImageOps.exif_transpose, which also writes the picture's notes anew and fails at damaged ones."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
+    except Exception:
+        # Notes that cannot be read say nothing.
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)

@@ -51,11 +51,15 @@ class Request:
 
 
 class Final(NamedTuple):
-    """A last question: its prompt, all of its pictures, and the last one alone where they can be told apart."""
+    """A last question: its prompt, all of its pictures, and the last one alone where they can be told apart.
+
+    `refined` is that picture, None where it is the original.
+    """
 
     inputs: dict[str, Any]
     shown: Shown
     last: Shown | None
+    refined: Image.Image | None
 
 
 def make_request(
@@ -99,11 +103,11 @@ def make_final(processor: Any, preset: Preset, request: Request, refined: Image.
     pictures = request.pictures
     if preset.images == "refined":
         inputs, shown = pictures.inputs([refined], request.task.text)
-        return Final(inputs, shown, None)
+        return Final(inputs, shown, None, refined)
     text = build_prompt(processor, request.question + preset.suffix, 2)
     inputs, shown = pictures.inputs([request.image, refined], text)
     last = pictures.alone(refined)
-    return Final(inputs, shown, request.shown if last is not None and same else last)
+    return Final(inputs, shown, request.shown if last is not None and same else last, None if same else refined)
 
 
 def located(

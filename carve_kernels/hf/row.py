@@ -46,7 +46,7 @@ class Row:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._thread = threading.get_ident()
         self._parts: list[Part] = []
-        self._depth = len(self._modules)
+        self._depth: int | None = None
         self._taking: Taking | None = None
         self._attended = 0
         self.dtype = ""
@@ -93,10 +93,10 @@ class Row:
         takes for the image tokens among `ids`.
         """
         self._attended = 0
-        self._parts, self._depth = parts, len(self._modules) if depth is None else depth
+        self._parts, self._depth = parts, depth
         captured = [part for part in parts if len(part.rows)]
         self._taking = Taking(captured, self._layers, self._backend) if captured else None
-        keep = torch.tensor(logits, device=ids.device)
+        keep = torch.tensor(logits, dtype=torch.int64, device=ids.device)
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         says_nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         try:
@@ -143,7 +143,7 @@ class Row:
         if self._taking is not None and layer in self._layers:
             keys = [keys for part, (keys, _) in zip(self._parts, held, strict=True) if len(part.rows)]
             self._taking.take(layer, query, keys, window, options)
-        if layer == self._depth - 1 and self._depth < len(self._modules):
+        if layer + 1 == self._depth:
             raise _Enough
         eager = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
         attend = partial(_eager, attention, module) if eager else _sdpa

@@ -12,9 +12,8 @@ from PIL import Image
 
 from carve_kernels.hf import apart
 from carve_kernels.hf.backbone import attention_modules, unwrap
-from carve_kernels.hf.decisions import positions_kept
 from carve_kernels.hf.evidence import Choice
-from carve_kernels.hf.joint import Branch, Joint, Look
+from carve_kernels.hf.joint import Branch, Joint, Look, at_work
 from carve_kernels.hf.looking import needed
 from carve_kernels.hf.pictures import Pictures, Shown
 from carve_kernels.hf.prefix import Prefix
@@ -130,7 +129,7 @@ class RowReader:
             look = looks.setdefault(ids, fresh)
             look.branches = [*look.branches, Branch(each.prompt.inputs, self._words, each.rows)]
             places.append((ids, len(look.branches) - 1))
-        with torch.no_grad(), positions_kept(unwrap(self._model)):
+        with at_work(self._model):
             outcomes = dict(zip(looks, joint.run(list(looks.values())), strict=True))
         prefixes.update({ids: look.prefix for ids, look in looks.items()})
         return [needed(outcomes[ids][place].maps) for ids, place in places]

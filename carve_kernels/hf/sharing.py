@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationMixin
@@ -11,17 +12,8 @@ from carve_kernels.hf.backbone import attention_modules, decoder_layers, text_ba
 from carve_kernels.hf.decoding import GUARD
 
 _SEES = ("full_attention", "sliding_attention")
-# Ways of decoding that are no plain greedy search, as `generate` would be asked for them; 1 is the neutral scale.
-_OTHER_WAYS = (
-    "penalty_alpha",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "prefill_chunk_size",
-    "guidance_scale",
-    "constraints",
-    "force_words_ids",
-)
+# Rotations of these kinds depend on the length of the whole row.
+_LENGTH = {"dynamic", "longrope"}
 _EXACT_CACHES = (None, "dynamic", "static")
 
 
@@ -50,6 +42,9 @@ def obstacle(model: Any) -> str | None:
         return f"it has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):
         return "some of its layers use the keys of others"
+    changing = sorted(_rotations(config) & _LENGTH)
+    if changing:
+        return f"its rotation is {changing[0]!r}, which depends on the length of the prompt"
     if not all(getattr(module, "is_causal", True) for module in modules.values()) or getattr(
         config, "use_bidirectional_attention", None
     ):
@@ -70,19 +65,24 @@ def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
         return "it is in training mode"
     if inner._compiled_call_impl is not None:
         return "it was compiled in place"
-    if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values()):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(peft, "is_prompt_learning", False) for peft in adapters):
         return "its adapter puts tokens of its own before a prompt"
+    if any(getattr(peft, "alora_invocation_tokens", None) for peft in adapters):
+        return "its adapter begins in the middle of a prompt"
     devices = {parameter.device for layer in decoder_layers(model) for parameter in layer.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         return "its layers are not on one device"
-    settings = inner.generation_config
-    for name in _OTHER_WAYS:
-        value = getattr(settings, name, None)
-        if value not in (None, 1, 1.0):
-            return f"its generation config has {name}={value!r}"
-    if settings.cache_implementation not in _EXACT_CACHES:
-        return f"its cache is {settings.cache_implementation!r}"
+    if inner.generation_config.cache_implementation not in _EXACT_CACHES:
+        return f"its cache is {inner.generation_config.cache_implementation!r}"
     return None
+
+
+def _rotations(config: Any) -> set[str]:
+    """The kinds of rotation in use; some configurations have one for each type of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in given.values() if isinstance(value, Mapping)]
+    return {str(each.get("rope_type", each.get("type", "default"))) for each in by_layer or [given]}
 
 
 def _is_known(implementation: str) -> bool:

@@ -73,9 +73,9 @@ def maps_of(
         first = averaged(first, rows.weight.to(used.device), used)
     shape = (1, len(layers), len(steps), first.mass.shape[2])
     parts = Capture(
-        torch.zeros(*shape, tokens.shape[1], device=used.device),
-        torch.zeros(shape, device=used.device),
-        torch.zeros(shape, device=used.device),
+        torch.zeros(*shape, tokens.shape[1], dtype=torch.float32, device=used.device),
+        torch.zeros(shape, dtype=torch.float32, device=used.device),
+        torch.zeros(shape, dtype=torch.float32, device=used.device),
     )
     for target, part in zip(parts, first, strict=True):
         target[0, :, 0] = part[:, 0]
@@ -91,7 +91,7 @@ def maps_of(
 
 def _room(layers: int, rows: int, tokens: int, device: torch.device) -> Capture:
     return Capture(
-        torch.empty(layers, rows, tokens, device=device),
-        torch.empty(layers, rows, device=device),
-        torch.empty(layers, rows, device=device),
+        torch.empty(layers, rows, tokens, dtype=torch.float32, device=device),
+        torch.empty(layers, rows, dtype=torch.float32, device=device),
+        torch.empty(layers, rows, dtype=torch.float32, device=device),
     )

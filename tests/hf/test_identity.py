@@ -73,8 +73,8 @@ def test_weights_are_read_again_only_when_they_changed(directory: Path, monkeypa
     from carve_kernels.hf import identity
 
     calls: list[int] = []
-    read = identity._sampled
-    monkeypatch.setattr(identity, "_sampled", lambda tensors: calls.append(1) or read(tensors))
+    read = identity._read
+    monkeypatch.setattr(identity, "_read", lambda tensors: calls.append(1) or read(tensors))
     model, processor = load(directory)
     before = [fingerprint(model, processor) for _ in range(3)]
     assert len(calls) == 1 and len(set(before)) == 1
