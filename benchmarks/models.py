@@ -94,6 +94,9 @@ def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
             if parameter.ndim < 2:
                 continue
             scale = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            if "visual.blocks" in name:
+                # A deep tower of random weights would make all patches alike.
+                scale /= 2
             parameter.normal_(std=1.5 * scale if ".q_proj" in name or ".k_proj" in name else scale, generator=generator)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
