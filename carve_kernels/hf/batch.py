@@ -190,6 +190,8 @@ def _outcomes(engine: CarveEngine, rows: Iterable[tuple[Any, ...]], limit: int) 
             continue
         waiting.append((found, asked))
         held += found.tokens
+        # Whoever answers lets go of the requests, and so must this frame.
+        found = None
         if held >= limit or len(waiting) == MOST:
             yield from _answered(engine, waiting)
             waiting, held = [], 0
@@ -216,7 +218,8 @@ def _answered(engine: CarveEngine, waiting: list[_Waiting]) -> Iterator[Outcome]
         if len(group) == 1 or isinstance(error, _ENDS):
             outcomes = [_failure(error, *group[0])]
         else:
-            _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(group), error)
+            # Its text alone: a record that is kept would keep the frames, and with them all tensors.
+            _LOG.warning("batch: %d questions together failed (%s); asking them one by one", len(group), str(error))
     # The pictures of all of them may be what did not fit.
     waiting.clear()
     if outcomes:

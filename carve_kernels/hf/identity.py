@@ -109,7 +109,9 @@ def _tensors(file: BinaryIO) -> list[tuple[int, int, int]]:
     """Where the header and the tensors of a safetensors file lie: (start, length, blocks); none of another file."""
     try:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) if length <= _LONGEST_HEADER else {}
+        if length > _LONGEST_HEADER:
+            return []
+        header = json.loads(file.read(length))
         places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
         tensors = [(8 + length + int(first), int(last) - int(first), _BLOCKS) for first, last in places]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

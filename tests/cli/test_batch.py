@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from carve_kernels.cli.report import FILES
 from carve_kernels.hf.memory import Memory
+from carve_kernels.models.scenes import draw_scene
 from tests.cli.conftest import LINES, Ask, Invoke, content, records, table, written
 from tests.hf import tiny
 
@@ -165,3 +167,48 @@ def test_the_bar_counts_and_names_the_rate(ask: Ask, monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0
     for part in ("0/3", "3/3", "questions", "left", "/s"):
         assert part in done.stderr
+
+
+def test_an_image_file_is_never_in_memory_whole_to_be_told_apart(tmp_path: Path) -> None:
+    from carve_kernels.cli.batch import _digest
+
+    path = tmp_path / "large.tif"
+    with path.open("wb") as file:
+        file.truncate(2**28)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first = _digest(path)
+    # KiB; the file has 262,144 of them.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    with path.open("r+b") as file:
+        file.seek(2**28 - 1)
+        file.write(b"1")
+    assert first != _digest(path) and first is not None
+
+
+def test_too_little_memory_for_one_picture_is_its_error(
+    ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from carve_kernels.hf import requests
+
+    opened = requests.open_image
+
+    def full(image: Any, limit: int) -> Any:
+        if Path(image).name == "2.png":
+            raise MemoryError
+        return opened(image, limit)
+
+    monkeypatch.setattr(requests, "open_image", full)
+    done = ask(LINES)
+    assert done.exit_code == 1 and "line 2: MemoryError" in done.stderr and done.stderr.count("\n") == 1
+    assert records(folder)["second"]["error"] == {"type": "MemoryError", "message": "MemoryError"}
+
+
+def test_without_a_model_the_embedded_one_answers(carve: Invoke, folder: Path) -> None:
+    scene = draw_scene(seed=3, level=1, split="test")
+    scene.image.save(folder / "scene.png")
+    path = folder / "questions.jsonl"
+    path.write_text(json.dumps({"image": "scene.png", "question": scene.question, "answer": scene.answer}))
+    done = carve("batch", "--input", path, "--output", folder / "out")
+    assert done.exit_code == 0, done.output
+    assert "no --model: the embedded model is asked" in done.stderr and done.stderr.count("\n") == 1
+    assert table(folder)[0]["answer"] in scene.answer + scene.general

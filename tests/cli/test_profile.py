@@ -168,3 +168,32 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(asked) == 4 * 2 and len({line.picture for line in asked}) == 4
     assert all(line.picture.is_file() and len(line.extra["box"]) == 4 for line in asked)
     assert all(asked[place].text != asked[place + 1].text for place in range(0, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"image": "a.png", "question": "what <image> is it"}, "line 4: text: holds the image token"),
+        ({"image": "a.png", "question": "x", "paraphrases": ["y", "<image>"]}, "line 4: text: holds the image token"),
+        ({"image": "x" * 300, "question": "x"}, "line 4: image: "),
+    ],
+)
+def test_lines_that_only_the_processor_refuses_are_named_before_the_model_runs(
+    profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
+) -> None:
+    monkeypatch.setattr("carve_kernels.hf.row_maps.RowReader.looks", lambda *args: pytest.fail("looked"))
+    done = profile("-i", written(tmp_path, [*LINES, line]))
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_given_as_null_is_nothing(profile: Invoke, tmp_path: Path) -> None:
+    empty = {"box": None, "boxes": None, "paraphrases": None}
+    done = profile("-i", written(tmp_path, [{**empty, **line} for line in LINES]))
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/carve.json").read_text())["evidence"]["boxes"] == 2
+
+
+def test_help_shows_the_lines(carve: Invoke) -> None:
+    shown = " ".join(carve("profile", "--help").stdout.replace("│", " ").split())
+    assert '"paraphrases": [text, ...]' in shown and '"box": [x0, y0, x1, y1]' in shown

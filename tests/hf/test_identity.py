@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 
 from carve_kernels import load
+from carve_kernels.hf import identity
 from carve_kernels.hf.identity import SAMPLES, digest, fingerprint, fingerprint_of_directory, key_of
+from carve_kernels.models import small
 from tests.hf.tiny import picture, save, tiny_llava, tiny_qwen2_5_vl
 
 
@@ -37,8 +40,27 @@ def change_a_few_columns(model: Any, processor: Any) -> None:
     model.model.language_model.layers[2].mlp.down_proj.weight[:, 7:15] = 0
 
 
+def change_one_element_that_is_not_sampled(model: Any, processor: Any) -> None:
+    weight = model.model.language_model.layers[2].mlp.down_proj.weight
+    sampled = set(identity._places(weight.numel()).tolist())
+    weight.view(-1)[next(place for place in range(weight.numel()) if place not in sampled)] += 1
+
+
+def turn_more_slowly(model: Any, processor: Any) -> None:
+    # In no state_dict.
+    model.model.language_model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def swap_two_rows(model: Any, processor: Any) -> None:
+    weight = model.model.language_model.embed_tokens.weight
+    weight[[7, 8]] = weight[[8, 7]]
+
+
 CHANGES: list[Callable[[Any, Any], Any]] = [
     change_one_weight_of_many,
+    change_one_element_that_is_not_sampled,
+    turn_more_slowly,
+    swap_two_rows,
     train,
     change_a_few_columns,
     lambda model, processor: model.to(torch.bfloat16),
@@ -70,8 +92,6 @@ def test_the_same_model_elsewhere_is_the_same(directory: Path, tmp_path: Path) -
 
 
 def test_weights_are_read_again_only_when_they_changed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from carve_kernels.hf import identity
-
     calls: list[int] = []
     read = identity._read
     monkeypatch.setattr(identity, "_read", lambda tensors: calls.append(1) or read(tensors))
@@ -130,3 +150,62 @@ def test_a_directory_is_known_without_loading_it(directory: Path, tmp_path: Path
     assert fingerprint_of_directory(folder) == fingerprint_of_directory(directory)
     change(folder)
     assert fingerprint_of_directory(folder) != fingerprint_of_directory(directory)
+
+
+def test_another_tensor_at_the_address_of_the_last_one_is_another(directory: Path) -> None:
+    model, processor = load(directory)
+    layer = model.model.language_model.layers[0].mlp
+    width, depth = layer.up_proj.weight.shape
+    found = set()
+    for _ in range(8):
+        layer.up_proj = None
+        layer.up_proj = torch.nn.Linear(depth, width, bias=False)
+        found.add(fingerprint(model, processor))
+    assert len(found) == 8
+
+
+def test_autocast_is_another_model(directory: Path) -> None:
+    model, processor = load(directory)
+    before = fingerprint(model, processor)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fingerprint(model, processor) != before
+    assert fingerprint(model, processor) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("shape", [(5000,), (3, 1701), (70, 64), (9, 8, 77)])
+def test_one_element_of_a_tensor_of_any_kind(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    # A slice behind one element, whose memory begins at no word.
+    tensor = torch.zeros(1 + torch.Size(shape).numel(), dtype=dtype)[1:].view(shape)
+    before = identity._read({"weight": tensor})
+    for place in (0, 1, tensor.numel() // 2 + 1, tensor.numel() - 1):
+        tensor.view(-1)[place] = 1
+        assert identity._read({"weight": tensor}) != before
+        tensor.view(-1)[place] = 0
+    assert identity._read({"weight": tensor}) == before
+
+
+def test_every_tensor_of_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
+    shutil.copytree(small(), tmp_path / "copy")
+    path = tmp_path / "copy/model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = {name: entry for name, entry in json.loads(whole[8 : 8 + length]).items() if name != "__metadata__"}
+    before = fingerprint_of_directory(tmp_path / "copy")
+    assert len(header) > 50
+    for entry in header.values():
+        first, last = (8 + length + place for place in entry["data_offsets"])
+        path.write_bytes(whole[:first] + bytes(byte ^ 0x55 for byte in whole[first:last]) + whole[last:])
+        assert fingerprint_of_directory(tmp_path / "copy") != before
+    path.write_bytes(whole)
+    assert fingerprint_of_directory(tmp_path / "copy") == before
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"\xff" * 64, (9).to_bytes(8, "little") + b"not JSON."], ids=["empty", "long", "no JSON"]
+)
+def test_a_file_that_is_no_safetensors_has_an_identity(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    before = fingerprint_of_directory(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(damaged + b"1")
+    assert fingerprint_of_directory(tmp_path) != before

@@ -137,3 +137,27 @@ def test_a_failure_in_the_middle_spoils_no_prefix() -> None:
         engine(PHOTO, OTHER)
     hook.remove()
     check(engine(PHOTO, OTHER), CarveEngine(model, processor, preset=SHORT, memory=False)(PHOTO, OTHER))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prefix_takes_no_more_than_its_tokens(name: str) -> None:
+    model, processor = family(name)
+    preset = Preset.release(layers=(1, 2), max_new_tokens=4)
+    engine = CarveEngine(model, processor, preset=preset)
+    engine(PHOTO, QUESTION)
+    (prefix,) = (entry for entry, _ in engine.memory._prefixes._entries.values())
+    assert engine.memory.held().prefix_bytes <= len(prefix) * engine.bytes_per_token * 5 // 4
+    check(engine(PHOTO, OTHER), CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, OTHER))
+
+
+def test_a_tokenizer_that_splits_otherwise_asks_again() -> None:
+    from tokenizers import processors
+
+    model, processor = tiny_llava()
+    engine = CarveEngine(model, processor, preset=SHORT)
+    engine(PHOTO, QUESTION)
+    backend = processor.tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="$A hello", special_tokens=[("hello", 70)])
+    expected = CarveEngine(model, processor, preset=SHORT, memory=False)(PHOTO, OTHER)
+    check(engine(PHOTO, OTHER), expected)
+    assert torch.equal(engine(PHOTO, OTHER).general.tokens, expected.general.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from carve_kernels.hf.memory import Memory
 from tests.hf.kept import KEY, maps, same
@@ -29,6 +33,14 @@ def flip(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
+def without_dimensions(data: bytes) -> bytes:
+    """A file of ours by its header, with one number in each tensor."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    tensors = {name: torch.tensor(1.0) for name in header if name != "__metadata__"}
+    return save(tensors, header["__metadata__"])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -38,6 +50,7 @@ def flip(data: bytes, place: int) -> bytes:
         lambda data: flip(data, len(data) - 20),
         lambda data: data.replace(b'\\"steps\\": [0, 1, 2]', b'\\"steps\\": [0, 1, 3]'),
         lambda data: b"something else altogether",
+        without_dimensions,
     ],
 )
 def test_a_damaged_file_is_passed_over_and_written_anew(
@@ -138,3 +151,13 @@ print(found)
         assert run.returncode == 0, complaints
         assert int(found) > 20 and complaints == ""
     assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_may_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Memory(tmp_path).keep_maps(KEY, maps())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert same(Memory(tmp_path).maps(KEY), maps())

@@ -46,6 +46,21 @@ def test_a_cut_prefix_keeps_its_first_tokens() -> None:
     assert prefix.ids.tolist() == [4, 5] and keys[0, 0, :, 0].tolist() == [0, 1, 9]
 
 
+def test_a_prefix_that_is_put_away_gives_back_its_room() -> None:
+    prefix = Prefix(torch.arange(4))
+    prefix.hold(0, 0, *tokens(0, 4), room=9)
+    before, _ = prefix.hold(0, 4, *tokens(4, 2), room=9)
+    prefix.trim()
+    assert prefix.nbytes == 2 * 4 * (4 + 3) * 4
+    keys, values = prefix.hold(0, 4, *tokens(7, 1), room=6)
+    assert keys[0, 1, :, 0].tolist() == [0, 1, 2, 3, 7] and values[0, 0, :, 0].tolist() == [0, -1, -2, -3, -7]
+    # A little room is not worth a copy.
+    small = Prefix(torch.arange(8))
+    kept, _ = small.hold(0, 0, *tokens(0, 8), room=10)
+    small.trim()
+    assert small.hold(0, 8, *tokens(8, 1), room=10)[0].data_ptr() == kept.data_ptr() != before.data_ptr()
+
+
 def test_a_prefix_on_a_device_of_its_own_dtype() -> None:
     prefix = Prefix(torch.arange(2))
     key, value = (part.bfloat16() for part in tokens(0, 2))

@@ -14,13 +14,13 @@ from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf import row_maps
 from carve_kernels.hf.backbone import decoder_layers
 from carve_kernels.hf.loading import load
-from carve_kernels.hf.profile import Probe, Profile, profile
+from carve_kernels.hf.profile import BadProbes, Probe, Profile, profile
 from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.row_maps import RowReader
 from carve_kernels.models import small
 from carve_kernels.models.scenes import LEVELS, draw_scene
 from tests.hf.looks import PICTURES, family, state
-from tests.hf.tiny import save, tiny_llava
+from tests.hf.tiny import picture, save, tiny_llava
 from tests.tolerances import relative
 
 # Behind the seeds of training, validation and test.
@@ -258,3 +258,11 @@ def test_bad_arguments_are_refused_before_the_model_runs(
 def test_bad_probes_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Probe(**{"image": PICTURES[0], "question": "hello", **arguments})
+
+
+def test_all_that_cannot_be_asked_is_named_at_once() -> None:
+    model, processor = family("qwen2_5_vl")
+    probes = [Probe(picture(90, 60), "hello"), Probe(picture(5000, 1), "hello"), Probe(picture(9, 9), "<|image_pad|>")]
+    with pytest.raises(BadProbes, match=r"probes\[1\]: images: the processor refuses .*; probes\[2\]: text") as caught:
+        profile(model, processor, probes)
+    assert [place for place, _ in caught.value.faults] == [1, 2]

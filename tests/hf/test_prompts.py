@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,31 @@ def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, 
     image = tiny.picture(90, 60)
     inputs = prepare(processor, [image], build_prompt(processor, "x"), max_pixels=10)
     assert inputs["pixel_values"].shape == (1, 3, 84, 84)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [(0x100, 2, 4, b"640\0"), (0x128, 2, 2, b"2\0\0\0"), (0x11A, 2, 3, b"72\0\0"), (0x131, 1, 3, b"abc\0")],
+    ids=["width", "unit", "resolution", "software"],
+)
+def test_a_picture_with_damaged_notes_is_turned(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
+    turned = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+    notes = b"".join(struct.pack("<HHI", *each[:3]) + each[3] for each in sorted([turned, entry]))
+    path = tmp_path / "photo.jpg"
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + notes + bytes(4)
+    tiny.picture(40, 24).save(path, exif=exif)
+    assert open_image(path).size == (24, 40)
+
+
+def test_whatever_a_decoder_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "photo.png"
+    tiny.picture(8, 8).save(path)
+
+    def load(*_: Any) -> None:
+        raise RuntimeError("Failed to decode frame")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=r"photo\.png cannot be read as an image \(Failed to decode frame\)"):
+        open_image(path)
+    with pytest.raises(ValueError, match="is missing"):
+        open_image(tmp_path / ("x" * 300))

@@ -213,3 +213,35 @@ def test_questions_on_one_picture_share_it_and_pictures_share_the_forwards() -> 
         assert result.answer_ids == alone.answer_ids and result.refined_ids == alone.refined_ids
         for mine, expected in ((result.task, alone.task), (result.general, alone.general)):
             assert torch.allclose(mine.values, expected.values, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_maps_of_the_last_layer_need_nothing_behind_its_attention(plain: bool) -> None:
+    model, processor = endless("llava")
+    preset = Preset.paper(layers=(3,), steps="t_start", max_new_tokens=WORDS)
+    with counted(model) as work:
+        CarveEngine(model, processor, preset=preset, memory=False, plain=plain)(PHOTO, QUESTION)
+    assert work.head == WORDS * (1 + plain)
+
+
+@pytest.mark.parametrize("images", ["refined", "original+refined"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_refined_image_that_is_the_original_is_not_seen_again(name: str, images: str) -> None:
+    model, processor = endless(name)
+    preset = Preset.paper(layers=(1, 2), max_new_tokens=WORDS, keep=1.0, images=images)
+    with counted(model) as work:
+        result = CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, QUESTION)
+    assert result.refined.tobytes() == result.image.tobytes()
+    assert work.tower == 1 + (images != "refined" and not keeps_features(model))
+    if images == "refined":
+        assert result.refined_ids == result.answer_ids and work.head == 2 * WORDS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_question_twice_sees_each_picture_once(name: str) -> None:
+    model, processor = endless(name)
+    engine = CarveEngine(model, processor, preset=Preset.paper(layers=(1, 2), max_new_tokens=WORDS), memory=False)
+    with counted(model) as work:
+        first, second = engine([PHOTO, PHOTO.copy()], QUESTION)
+    assert work.tower == 2 and first.refined_ids == second.refined_ids and first.error is None
+    assert first.refined_ids == engine(PHOTO, QUESTION).refined_ids
