@@ -104,7 +104,7 @@ def results(
     base = within or next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not base.is_dir():
         raise NotADirectoryError(f"output: {base} is no folder; choose another --output")
-    taken = [name for name in names if (folder / name).is_dir()]
+    taken = [name for name in (*names, *stale) if (folder / name).is_dir()]
     if taken:
         raise IsADirectoryError(f"output: {folder / taken[0]} is a folder; choose another --output")
     try:

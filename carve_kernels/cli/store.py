@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from carve_kernels.files import write_whole
 
 TABLE = "results.jsonl"
 SUMMARY = "summary.json"
+_UNFINISHED = ".batch-"
 
 
 class Store:
@@ -23,8 +25,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._results = folder, folder / "results"
-        # Of this command alone: others may be writing into the same folder.
-        self._unfinished = folder / ".batch"
+        self._unfinished = folder
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
@@ -39,13 +40,18 @@ class Store:
         except OSError as error:
             raise type(error)(f"output: cannot write into {self.folder} ({error.strerror}); choose another") from error
         try:
-            _lock(descriptor, self.folder)
-            for path in self.folder.iterdir():
-                if path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
+            locked = _lock(descriptor, self.folder)
+            for path in self.folder.iterdir() if locked else ():
+                if path.name.startswith(_UNFINISHED):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
                     path.unlink(missing_ok=True)
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+            # Of this command alone: others may be writing into the same folder.
             try:
-                self._unfinished.mkdir(exist_ok=True)
+                self._unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
+            except OSError as error:
+                raise type(error)(f"output: cannot write into {self.folder} ({error.strerror})") from error
+            try:
                 yield self
             finally:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
@@ -81,9 +87,9 @@ class Store:
 
         Raises OSError, and leaves what was there, if they cannot be written.
         """
-        # Whoever looks for */result.json meets no half written one.
         # Pictures of an earlier answer would pass for those of this one.
         stale = [file for file in FILES if file not in files]
+        # Whoever looks for */result.json meets no half written one.
         with results(self._results / name, files, self._unfinished, stale) as folder:
             fill(folder)
 
@@ -97,17 +103,18 @@ class Store:
         write_whole(self.folder / SUMMARY, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    """Hold the folder itself as the lock: the system lets go of it however the process ends."""
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Hold the folder itself as the lock: the system lets go of it however the process ends. False without locks."""
     try:
         import fcntl
     except ImportError:
         # Windows has no such locks; two runs there do the same work twice, and each result is still whole.
-        return
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BlockingIOError(f"output: another run is at work in {folder}; wait for it or choose another") from error
     except OSError:
         # Some file systems have no locks either.
-        return
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from carve_kernels.hf.backbone import unwrap
-from carve_kernels.hf.decisions import greedy, positions_kept, stop_texts
+from carve_kernels.hf.decisions import ROADS, greedy, positions_kept, stop_texts
 from carve_kernels.hf.joint import Outcome
 from carve_kernels.hf.rows import RowsSpec
 from carve_kernels.hf.session import capture_attention
@@ -46,7 +46,10 @@ def generated(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, proces
     # Adapters generate by themselves, DataParallel does not.
     while not hasattr(model, "generate"):
         model = model.module
-    with torch.no_grad(), positions_kept(unwrap(model)):
-        output = model.generate(**inputs, generation_config=config, **stop_texts(config, processor))
+    inner = unwrap(model)
+    # What a given config leaves out, `generate` takes from the model's own, unless it is told by name.
+    told = {name: None for name in ROADS if getattr(inner.generation_config, name, None) is not None}
+    with torch.no_grad(), positions_kept(inner):
+        output = model.generate(**inputs, generation_config=config, **told, **stop_texts(config, processor))
     new: torch.Tensor = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
     return new

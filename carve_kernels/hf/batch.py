@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,14 +134,19 @@ def _is_many(name: str, value: Any) -> bool:
 
 
 def holds_many(value: Any) -> bool:
-    """Whether this is a list of things, or an iterable that gives them in an order of its own; an array is neither."""
+    """Whether this is a list of things, or an iterable that gives them in its order; no array and no open file is."""
     alone = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping, Set)
-    return isinstance(value, Iterable) and not isinstance(value, alone) and not hasattr(value, "shape")
+    is_alone = isinstance(value, alone) or hasattr(value, "shape") or hasattr(value, "read")
+    return isinstance(value, Iterable) and not is_alone
 
 
 def _total(many: dict[str, Any]) -> int | None:
     """The number of questions, None where nobody knows before they are asked."""
-    lengths = {name: len(value) for name, value in many.items() if isinstance(value, Sized)}
+    lengths = {}
+    for name, value in many.items():
+        # A loader may have a length that it does not know.
+        with suppress(TypeError):
+            lengths[name] = len(value)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{', '.join(lengths)}: expected one length, got {', '.join(map(str, lengths.values()))}")
     return next(iter(lengths.values()), None)
@@ -226,11 +232,17 @@ def _answered(engine: CarveEngine, waiting: list[_Waiting]) -> Iterator[Outcome]
         yield from outcomes
         return
     for asked in group:
-        found = _prepared(engine, asked)
-        if isinstance(found, CarveFailure):
-            yield found
-        else:
-            yield from _answered(engine, [(found, asked)])
+        yield from _alone(engine, asked)
+
+
+def _alone(engine: CarveEngine, asked: tuple[Any, ...]) -> Iterator[Outcome]:
+    found = _prepared(engine, asked)
+    if isinstance(found, CarveFailure):
+        yield found
+        return
+    waiting: list[_Waiting] = [(found, asked)]
+    found = None
+    yield from _answered(engine, waiting)
 
 
 def _failure(error: Exception, image: Any, question: str, prompt: str | None) -> CarveFailure:

@@ -14,9 +14,10 @@ from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.rows import tokenizer_of
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Roads to the same greedy words.
-_ROADS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-# Other words, which no one prompt's attention leads to; 1 is the neutral scale.
+ROADS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+"""Settings of `generate` that lead to the same greedy words."""
+
+# To other words, which no one prompt's attention leads to.
 _OTHER_WORDS = ("guidance_scale", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
 
 
@@ -45,13 +46,14 @@ def greedy(model: Any, max_new_tokens: int) -> Any:
     config = copy.deepcopy(unwrap(model).generation_config)
     for name in _OTHER_WORDS:
         value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
+        neutral = value == 1 if name == "guidance_scale" else not value
+        if value is not None and not neutral:
             raise ValueError(
                 f"model: its generation config has {name}={value!r}, expected None: answers are greedy here, and maps "
                 "are those of the prompt that leads to them"
             )
     config.update(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens, max_length=None)
-    config.update(**dict.fromkeys((*_SAMPLING, *_ROADS)))
+    config.update(**dict.fromkeys((*_SAMPLING, *ROADS)))
     return config
 
 

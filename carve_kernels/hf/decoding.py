@@ -60,10 +60,13 @@ class DecodingGuard:
 
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(generate)
+        # What it takes beyond its named arguments, whatever that is called.
+        more = [name for name, each in signature.parameters.items() if each.kind is inspect.Parameter.VAR_KEYWORD]
 
         def captured_generate(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind_partial(*args, **kwargs).arguments
-            given = {**given, **given.get("kwargs", {})}
+            for name in more:
+                given = {**given, **given.get(name, {})}
             config = given.get("generation_config") or getattr(self._model, "generation_config", None)
             if given.get("assistant_model") is not None:
                 raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")

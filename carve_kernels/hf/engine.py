@@ -62,8 +62,8 @@ class CarveEngine:
 
     Each picture is read once, and the question and the general instruction are answered together behind it (joint.py);
     `apart` says why a model is asked one prompt after the other instead, or is None. Of the two looks' seconds, which
-    are one, each has its share of the tokens. A model serves one call at a time: while an engine is at work on it, a
-    second thread gets a RuntimeError that says so.
+    are one, each has its share of the tokens. A model serves one call at a time: a thread waits for another one that is
+    at work on it.
 
     Raises TypeError or ValueError, before the model runs, for arguments that do not fit, an unreadable image included.
     Source: CARVE, arXiv 2509.06461.

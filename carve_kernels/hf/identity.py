@@ -25,6 +25,7 @@ _BLOCK, _BLOCKS, _BLOCKS_OF_PICKLE = 4096, 4, 4096
 _LONGEST_HEADER = 100_000_000
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin")
+_SUMMED = 64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _GOLDEN = 0.6180339887498949
 
@@ -53,9 +54,9 @@ def fingerprint(model: Any, processor: Any) -> str:
 
     That is: the classes, configurations and attention implementations, where and in which dtype the model runs, under
     autocast or not, the generation config (it decides how long an answer gets), adapters, their scales and whether they
-    are on, the processor with its tokenizer, and the weights and buffers: name, shape and dtype of each tensor, the
-    sum of each of its rows, as integers, and up to SAMPLES of its elements. The path is no part of it: a checkpoint
-    that was moved stays the same one.
+    are on, the processor with its tokenizer, and the weights and buffers: name, shape and dtype of each tensor, a
+    checksum over all of it, and up to SAMPLES of its elements. The path is no part of it: a checkpoint that was moved
+    stays the same one.
 
     The weights are read again when one is another tensor, or has another address or version counter. What cannot be
     seen: a change through `tensor.data`, which no counter counts, and code put on the model by hand.
@@ -113,11 +114,14 @@ def _tensors(file: BinaryIO) -> list[tuple[int, int, int]]:
             return []
         header = json.loads(file.read(length))
         places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-        tensors = [(8 + length + int(first), int(last) - int(first), _BLOCKS) for first, last in places]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        start, size = 8 + length, os.fstat(file.fileno()).st_size
+        if not all(0 <= first <= last <= size - start for first, last in places):
+            return []
+        tensors = [(start + int(first), int(last) - int(first), _BLOCKS) for first, last in places]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return []
     # The header is read whole.
-    return [(0, 8 + length, 8 + length), *tensors]
+    return [(0, start, start), *tensors]
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -134,7 +138,8 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
 
 
 def _autocast(device: str) -> str | None:
-    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)) if used else None
 
 
 def _configs(config: Any) -> list[Any]:
@@ -143,9 +148,13 @@ def _configs(config: Any) -> list[Any]:
 
 
 def _weights(model: torch.nn.Module) -> str:
-    # A rotation's frequencies are in no state_dict.
-    entries = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}
-    tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    # A rotation's frequencies are in no state_dict, and what quantised layers put there is made for it each time.
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    entries = model.state_dict(keep_vars=True).items()
+    made = {name: value for name, value in entries if isinstance(value, torch.Tensor) and name not in tensors}
     adapters = [
         (
             *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
@@ -157,13 +166,13 @@ def _weights(model: torch.nn.Module) -> str:
     versions = [
         (value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype) for value in tensors.values()
     ]
-    state = (versions, list(tensors), adapters)
+    state = (versions, list(tensors), adapters, _read(made))
     with _LOCK:
         known = _MODELS.get(model)
     # A new tensor may have the address of one that is gone.
     if known is not None and known.state == state and known.are(tensors.values()):
         return known.found
-    found = key_of(adapters=adapters, tensors=_read(tensors))
+    found = key_of(adapters=adapters, tensors=_read(tensors), made=state[-1])
     with _LOCK:
         _MODELS[model] = _Known(state, [ref(value) for value in tensors.values()], found)
     return found
@@ -188,22 +197,28 @@ def _read(tensors: Mapping[str, torch.Tensor]) -> str:
         found.update(f"{name} {list(value.shape)} {value.dtype} ".encode())
         # Weights that are offloaded have no elements here.
         if value.device.type != "meta":
-            flat = value.detach().reshape(-1)
+            flat = value.detach().reshape(-1).contiguous()
             picked.setdefault((value.device, value.dtype), []).append(flat[_places(flat.numel()).to(value.device)])
             if flat.numel() > SAMPLES:
-                picked.setdefault((value.device, torch.int64), []).append(_sums(flat, value.shape[0]))
+                picked.setdefault((value.device, torch.int64), []).append(_checksum(flat))
     for values in picked.values():
         # One transfer for each kind, not one for each tensor: on a GPU the waiting would be all of the time.
         found.update(torch.cat(values).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
-def _sums(flat: torch.Tensor, rows: int) -> torch.Tensor:
-    """The sum of each of so many rows, as integers of 64 bits where they fill the rows: int64 [rows]."""
+def _checksum(flat: torch.Tensor) -> torch.Tensor:
+    """One integer over all bytes, which changes with each of them and with their order from block to block: int64 [1].
+
+    Sums of blocks, each times an odd number of its own; they wrap around.
+    """
     size = flat.element_size()
-    fits = all(count * size % 8 == 0 for count in (flat.numel() // rows, flat.storage_offset()))
+    fits = all(count * size % 8 == 0 for count in (flat.numel(), flat.storage_offset()))
     integers = flat.view(torch.int64 if fits else _INTEGERS[size])
-    return integers.view(rows, -1).sum(1, dtype=torch.int64)
+    whole = integers.numel() // _SUMMED * _SUMMED
+    sums = integers[:whole].view(-1, _SUMMED).sum(1, dtype=torch.int64)
+    odd = 2 * torch.arange(sums.numel(), device=flat.device) + 1
+    return ((sums * odd).sum() + integers[whole:].sum(dtype=torch.int64)).reshape(1)
 
 
 def _places(count: int) -> torch.Tensor:

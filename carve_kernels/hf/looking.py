@@ -105,7 +105,8 @@ class Looker:
         looks = {id(each.look): (each.look, request) for each, request in zip(seen, requests, strict=True)}
         for look, request in looks.values():
             if look is not None and look.prefix is not None:
-                look.prefix.trim()
+                with at_work(self._model):
+                    look.prefix.trim()
                 self._memory.keep_prefix(self._prefix_key(request, request.task), look.prefix, look.prefix.nbytes)
 
     def _first_together(self, joint: Joint, requests: Sequence[Request], start: float) -> list[Seen]:

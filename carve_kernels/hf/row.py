@@ -208,7 +208,7 @@ def _masked(
     _, heads, length, size = query.shape
     groups = heads // keys.shape[1]
     fold = length < _FOLDED or query.device.type != "cpu"
-    if not fold and values.shape[3] == size and part.continues(first, window):
+    if not fold and _is_plain(query, keys, values) and part.continues(first, window):
         return _continued(query, keys, values, scale)
     mask = part.kept(
         ("sdpa", first, window),
@@ -221,6 +221,13 @@ def _masked(
     folded = query.reshape(1, keys.shape[1], groups * length, size)
     output = nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(1, heads, length, values.shape[3])
+
+
+def _is_plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the kernel that sdpa itself calls on a CPU takes them as they are."""
+    parts = (query, keys, values)
+    alike = len({(part.dtype, part.shape[3], part.stride(3)) for part in parts}) == 1 and query.stride(3) == 1
+    return alike and not torch.is_autocast_enabled("cpu")
 
 
 def _continued(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import logging
 import weakref
@@ -329,6 +330,13 @@ def test_what_was_drawn_is_answered_before_an_iterators_error() -> None:
         next(outcomes)
 
 
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """A data set of two pictures whose length nobody asks for."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([picture(90, 140, 2), picture(120, 80, 1)])
+
+
 def test_the_engine_takes_whatever_can_be_iterated() -> None:
     model, processor = family("llava")
     engine = CarveEngine(model, processor, preset=SHORT)
@@ -337,6 +345,8 @@ def test_the_engine_takes_whatever_can_be_iterated() -> None:
     for images in (shown.values(), iter(shown.values()), (image for image in shown.values())):
         assert [result.answer_ids for result in engine(images, QUESTIONS[0])] == expected
     assert [result.answer_ids for result in engine(shown["one"], (text for text in QUESTIONS[:1]))] == expected[:1]
-    for images in ({"one.png"}, shown, numpy.zeros((3, 4, 4)), torch.zeros(3, 4, 4)):
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    assert engine(loader, iter(QUESTIONS[:1] * 2))[1].answer_ids == expected[0]
+    for images in ({"one.png"}, shown, io.BytesIO(b"1\n2"), numpy.zeros((3, 4, 4)), torch.zeros(3, 4, 4)):
         with pytest.raises(TypeError, match="image"):
             engine(images, QUESTIONS[0])

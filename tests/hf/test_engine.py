@@ -221,6 +221,9 @@ def test_a_question_in_another_mode_than_the_last_one(first: Any) -> None:
     assert result.answer_ids == expected.answer_ids and torch.equal(result.mask, expected.mask)
     with first():
         assert len(fresh(PHOTO, "hello").answer_ids) > 0
+        # Long enough to be attended to as a whole.
+        assert len(fresh(PHOTO, QUESTION * 8).answer_ids) > 0
+        assert len(fresh(PHOTO, "what").answer_ids) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -258,11 +261,26 @@ def test_words_that_are_not_greedy_are_refused(setting: str, value: Any) -> None
     assert state(model) == before
 
 
+@pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size"])
+def test_other_roads_to_the_greedy_words_one_by_one(setting: str) -> None:
+    expected = greedy("llava", [PHOTO], QUESTION, SHORT)
+    model, processor = FAMILIES["llava"]()
+    setattr(model.generation_config, setting, 3)
+    own_generate(model)
+    engine = CarveEngine(model, processor, preset=SHORT)
+    assert engine.apart is not None and list(engine(PHOTO, QUESTION).answer_ids) == expected
+    assert getattr(model.generation_config, setting) == 3
+
+
+def own_generate(model: Any) -> None:
+    kind = type(model)
+    model.__class__ = type("Own", (kind,), {"generate": lambda self, **given: kind.generate(self, **given)})
+
+
 def test_a_wrapper_that_does_not_generate() -> None:
     model, processor = FAMILIES["llava"]()
     expected = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
-    kind = type(model)
-    model.__class__ = type("Own", (kind,), {"generate": lambda self, **given: kind.generate(self, **given)})
+    own_generate(model)
     engine = CarveEngine(torch.nn.DataParallel(model), processor, preset=SHORT)
     assert engine.apart == "it has a generate of its own"
     assert engine(PHOTO, QUESTION).refined_ids == expected.refined_ids

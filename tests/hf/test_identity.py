@@ -94,7 +94,7 @@ def test_the_same_model_elsewhere_is_the_same(directory: Path, tmp_path: Path) -
 def test_weights_are_read_again_only_when_they_changed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     read = identity._read
-    monkeypatch.setattr(identity, "_read", lambda tensors: calls.append(1) or read(tensors))
+    monkeypatch.setattr(identity, "_read", lambda tensors: (calls.append(1) if tensors else None) or read(tensors))
     model, processor = load(directory)
     before = [fingerprint(model, processor) for _ in range(3)]
     assert len(calls) == 1 and len(set(before)) == 1
@@ -209,3 +209,55 @@ def test_a_file_that_is_no_safetensors_has_an_identity(tmp_path: Path, damaged: 
     before = fingerprint_of_directory(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(damaged + b"1")
     assert fingerprint_of_directory(tmp_path) != before
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (9000, 1), (1, 9000), (130, 65)])
+def test_tensors_of_any_shape_have_a_small_checksum(shape: tuple[int, ...]) -> None:
+    strided = torch.randn(*shape, dtype=torch.complex64).real
+    assert identity._read({"a": strided}) == identity._read({"a": strided.contiguous()})
+    assert identity._checksum(strided.reshape(-1).contiguous()).numel() == 1
+
+
+def test_blocks_that_change_places_change_the_checksum() -> None:
+    flat = torch.randn(64 * 64)
+    swapped = flat.view(32, 128)[[1, 0, *range(2, 32)]].reshape(-1)
+    assert int(identity._checksum(flat)) != int(identity._checksum(swapped))
+
+
+def test_what_a_model_makes_for_its_state_is_part_of_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers quantised to four bits do."""
+    model, processor = load(directory)
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    state = {"scale": 1.0}
+
+    def made(module: Any, entries: Any, prefix: str, _: Any) -> None:
+        entries[f"{prefix}weight.quant_state"] = torch.tensor([state["scale"]])
+
+    layer._register_state_dict_hook(made)
+    calls: list[int] = []
+    read = identity._read
+    monkeypatch.setattr(identity, "_read", lambda tensors: calls.append(len(tensors)) or read(tensors))
+    first = fingerprint(model, processor)
+    assert fingerprint(model, processor) == first
+    # The weights once, and what is made each time.
+    assert sorted(calls)[:2] == [1, 1] and len(calls) == 3
+    state["scale"] = 2.0
+    assert fingerprint(model, processor) != first
+
+
+def test_a_model_whose_first_weights_are_elsewhere(directory: Path) -> None:
+    model, processor = load(directory)
+    first = next(iter(model.parameters()))
+    before = fingerprint(model, processor)
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is first:
+                module._parameters[name] = torch.nn.Parameter(value.to("meta"))
+    assert fingerprint(model, processor) != before
+
+
+@pytest.mark.parametrize("offsets", [[-5000, 20], [0, 1e400], [0, 10**26], [5, 3], [5, 4], [0, 99], ["a", "b"], [1]])
+def test_a_header_that_lies_is_no_header(tmp_path: Path, offsets: list[Any]) -> None:
+    header = json.dumps({"weight": {"dtype": "U8", "shape": [8], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert len(fingerprint_of_directory(tmp_path)) == 64

@@ -161,3 +161,15 @@ def test_a_tokenizer_that_splits_otherwise_asks_again() -> None:
     expected = CarveEngine(model, processor, preset=SHORT, memory=False)(PHOTO, OTHER)
     check(engine(PHOTO, OTHER), expected)
     assert torch.equal(engine(PHOTO, OTHER).general.tokens, expected.general.tokens)
+
+
+def test_a_prefix_that_was_put_away_in_inference_mode_is_written_to_again(tmp_path: Path) -> None:
+    model, processor = family("llava")
+    long = Preset.paper(layers=(1, 2), max_new_tokens=40)
+    CarveEngine(model, processor, preset=long, memory=tmp_path)(picture(60, 60), "hello")
+    engine = CarveEngine(model, processor, preset=long, memory=tmp_path)
+    with torch.inference_mode():
+        engine(picture(60, 60), OTHER * 2)
+        result = engine(picture(60, 60), "hello")
+    expected = CarveEngine(model, processor, preset=long, memory=False)(picture(60, 60), "hello")
+    assert result.answer_ids == expected.answer_ids
