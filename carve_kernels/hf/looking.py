@@ -84,6 +84,8 @@ class Looker:
     def second(self, requests: Sequence[Request], seen: Sequence[Seen], finals: Sequence[Final]) -> list[Outcome]:
         """Ask the last questions, behind what the first look has read of the originals where they show them again."""
         words = self._preset.max_new_tokens
+        if self._memory is None:
+            _let_go(requests, seen, finals)
         if self._joint is not None:
             try:
                 return self._second_together(self._joint, requests, seen, finals)
@@ -269,6 +271,18 @@ class Looker:
     def _one_by_one(self, reason: str) -> None:
         self._joint = None
         _LOG.info("prompts are looked at one by one, since %s", reason)
+
+
+def _let_go(requests: Sequence[Request], seen: Sequence[Seen], finals: Sequence[Final]) -> None:
+    """Drop what was read of originals that no last question shows again: nobody keeps it, and its room is wanted."""
+    shown = {
+        id(each.look)
+        for request, each, final in zip(requests, seen, finals, strict=True)
+        if final.shown is request.shown or final.last is not None
+    }
+    for each in seen:
+        if each.look is not None and id(each.look) not in shown:
+            each.look.prefix = None
 
 
 def needed(maps: AttentionMaps | None) -> AttentionMaps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.backbone import decoder_layers
-from carve_kernels.hf.prefix import common
+from carve_kernels.hf.prefix import Prefix, common
 from carve_kernels.hf.prompts import build_prompt, prepare
 from tests.hf.looks import FAMILIES, family, keeps_features
 from tests.hf.tiny import picture
@@ -245,3 +247,24 @@ def test_the_same_question_twice_sees_each_picture_once(name: str) -> None:
         first, second = engine([PHOTO, PHOTO.copy()], QUESTION)
     assert work.tower == 2 and first.refined_ids == second.refined_ids and first.error is None
     assert first.refined_ids == engine(PHOTO, QUESTION).refined_ids
+
+
+@pytest.mark.parametrize(("memory", "held"), [(False, 1), (None, 2)])
+def test_what_nobody_asks_for_again_makes_room(memory: Any, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the refined image is seen, the keys of the original are there only if a memory keeps them."""
+    model, processor = endless("llava")
+    prefixes: weakref.WeakSet[Prefix] = weakref.WeakSet()
+    made = Prefix.__init__
+    monkeypatch.setattr(Prefix, "__init__", lambda self, ids: prefixes.add(self) or made(self, ids))
+    alive: list[int] = []
+
+    def towers(*_: Any) -> None:
+        gc.collect()
+        alive.append(len(prefixes))
+
+    hook = model.model.vision_tower.register_forward_pre_hook(towers)
+    CarveEngine(model, processor, preset=Preset.paper(layers=(1, 2), max_new_tokens=WORDS), memory=memory)(
+        PHOTO, QUESTION
+    )
+    hook.remove()
+    assert alive == [1, held]
