@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf.sharing import obstacle
-from tests.hf.looks import FAMILIES, family, generate, keeps_features, state
+from tests.hf.looks import FAMILIES, family, generate, keeps_features, own_generate, state
 from tests.hf.tiny import inputs_for, picture, tiny_llava
 
 QUESTION = "what digit is red"
@@ -34,14 +34,6 @@ def own_masks(model: Any) -> None:
             raise AssertionError
 
     model.__class__ = SeesBothWays
-
-
-def own_generate(model: Any) -> None:
-    class Generates(type(model)):  # type: ignore[misc]
-        def generate(self, *args: Any, **kwargs: Any) -> Any:
-            return super().generate(*args, **kwargs)
-
-    model.__class__ = Generates
 
 
 def own_attention(model: Any) -> None:
