@@ -14,6 +14,10 @@ class BackendUnavailable(RuntimeError):
     """A room was asked for by name and cannot serve; the message says why and how to mend it."""
 
 
+class UpstreamChanged(RuntimeError):
+    """The installed transformers works in another way than the tested ones; the message names both versions."""
+
+
 def describe(value: Any) -> str:
     """A value in an error message: tensors by dtype and shape, the rest by type and a short repr."""
     if isinstance(value, torch.Tensor):

@@ -10,6 +10,7 @@ from typing import Any
 
 from carve_kernels.cli.output import Announce, results, stages
 from carve_kernels.cli.report import FILES, Look, Question, summarise, write
+from carve_kernels.hf import names
 from carve_kernels.hf.engine import CarveEngine
 from carve_kernels.presets import Preset
 
@@ -79,5 +80,5 @@ def facts_of(model: Any) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "attention": model.config.get_text_config()._attn_implementation,
+        "attention": names.implementation_of(model),
     }

@@ -67,9 +67,9 @@ def exit_code(error: Exception) -> int | None:
         return None
     import torch
 
-    from carve_kernels.checks import BackendUnavailable
+    from carve_kernels.checks import BackendUnavailable, UpstreamChanged
 
-    return 1 if isinstance(error, (BackendUnavailable, torch.OutOfMemoryError)) else None
+    return 1 if isinstance(error, (BackendUnavailable, UpstreamChanged, torch.OutOfMemoryError)) else None
 
 
 def versions() -> dict[str, str | None]:

@@ -1,30 +1,26 @@
 """Attention that also captures: the function in use runs as it is, then chosen rows of chosen layers are captured.
 
 While a session is open, the entry of the implementation in use stands wrapped where the model looks it up: in the
-registry of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's `eager_attention_forward`.
-The configuration, the name and so the masks stay as they were. A module takes part only if it carries recorders, or a
+registry of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's own function for eager. The
+configuration, the name and so the masks stay as they were. A module takes part only if it carries recorders, or a
 function that attends in place of the one in use (the one-look engine's, see row.py).
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from carve_kernels.hf.names import Attention, full_mask, own_entry, set_entry
 
 # On a module that takes part: (recorder, index) pairs, whose `record` is told of every call of its attention.
 RECORDERS = "_carve_recorders"
 # On a module whose attention is another one for a while: that one, called with the function in use before the rest; it
 # gives None for a forward that is not its own.
 INSTEAD = "_carve_instead"
-EAGER = "eager_attention_forward"
-REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-
-Attention = Callable[..., Any]
 
 
 def capturing(attention: Attention) -> Attention:
@@ -63,9 +59,9 @@ class _Patches:
         with self._lock:
             count, wrapper, before = self._open.get((id(place), name), (0, None, None))
             if wrapper is None:
-                before = _own_entry(place, name)
+                before = own_entry(place, name)
                 wrapper = capturing(before if before is not None else place[name])
-                _set_entry(place, name, wrapper)
+                set_entry(place, name, wrapper)
             self._open[id(place), name] = (count + 1, wrapper, before)
 
     def leave(self, place: Any, name: str) -> None:
@@ -76,28 +72,11 @@ class _Patches:
                 return
             del self._open[id(place), name]
             # An entry that somebody else has replaced meanwhile is theirs.
-            if _own_entry(place, name) is wrapper:
-                _set_entry(place, name, before)
+            if own_entry(place, name) is wrapper:
+                set_entry(place, name, before)
 
 
 PATCHES = _Patches()
-
-
-def place_of(module: nn.Module, layer: int) -> tuple[Any, str]:
-    """Where the attention function of a module is looked up: (its registry or its modeling file, the name)."""
-    modeling = sys.modules[type(module).__module__]
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    registry = getattr(modeling, REGISTRY, None)
-    if registry is None or implementation is None:
-        raise ValueError(
-            f"model: layer {layer} ({type(module).__name__}) does not look its attention up in transformers' "
-            "AttentionInterface, so nothing can be captured beside it"
-        )
-    if implementation != "eager":
-        return registry, implementation
-    if not hasattr(modeling, EAGER):
-        raise ValueError(f"model: {modeling.__name__} has no {EAGER}; use attn_implementation='sdpa' for layer {layer}")
-    return modeling, EAGER
 
 
 def visible(
@@ -150,8 +129,7 @@ def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -
     A 2-D mask says so itself; a prepared one (`generate` with a static cache hands over a dict of them) by what its
     last row sees.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    attention_mask = full_mask(attention_mask)
     attended = torch.ones(batch, total, dtype=torch.bool)
     if attention_mask is None:
         return attended
@@ -174,20 +152,3 @@ def _block_mask_rows(block_mask: Any, rows: torch.Tensor, keys: int) -> torch.Te
     head = torch.zeros((), dtype=torch.long, device=rows.device)
     seen = block_mask.mask_mod(batch, head, rows[:, :, None], column)
     return seen.expand(rows.shape[0], rows.shape[1], keys)[:, None].contiguous()
-
-
-def _own_entry(place: Any, name: str) -> Attention | None:
-    if isinstance(place, type(sys)):
-        entry: Attention | None = getattr(place, name)
-        return entry
-    own: Attention | None = place._local_mapping.get(name)
-    return own
-
-
-def _set_entry(place: Any, name: str, entry: Attention | None) -> None:
-    if isinstance(place, type(sys)):
-        setattr(place, name, entry)
-    elif entry is None:
-        del place[name]
-    else:
-        place[name] = entry

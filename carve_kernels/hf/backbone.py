@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# torch.compile, DDP and DataParallel, PEFT's outer and inner wrapper. A transformers model has children of the last two
-# names as well, so the search ends at the first transformers model.
-_WRAPPED = ("_orig_mod", "module", "base_model", "model")
-
-_RECURRENT_LAYERS = ("linear_attention", "mamba", "conv", "moe")
-_ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
+from carve_kernels.hf import names
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -21,13 +14,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
     Raises TypeError if there is none.
     """
-    inner = model
+    inner: nn.Module | None = model
+    # A transformers model has children of the wrappers' names as well, so the search ends at the first one.
     while not isinstance(inner, PreTrainedModel):
-        children = inner._modules if isinstance(inner, nn.Module) else {}
-        wrapped = next((children[name] for name in _WRAPPED if children.get(name) is not None), None)
-        if wrapped is None:
+        inner = names.wrapped(inner) if isinstance(inner, nn.Module) else None
+        if inner is None:
             raise TypeError(f"model: expected a transformers model or a wrapper of one, got {type(model).__name__}")
-        inner = wrapped
     return inner
 
 
@@ -36,7 +28,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     around, inner = [], model
     while not isinstance(inner, PreTrainedModel):
         around.append(inner)
-        inner = next(inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None)  # type: ignore[assignment]
+        inner = names.wrapped(inner)  # type: ignore[assignment]
     return around
 
 
@@ -45,9 +37,9 @@ def text_backbone(model: nn.Module) -> PreTrainedModel:
 
     Raises TypeError if the model has none.
     """
-    decoder = unwrap(unwrap(model).get_decoder())
+    decoder = unwrap(names.inner_decoder(unwrap(model)))
     while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        inner = unwrap(decoder.get_decoder())
+        inner = unwrap(names.inner_decoder(decoder))
         if inner is decoder:
             raise TypeError(f"model: found no text decoder with `layers` in {type(unwrap(model)).__name__}")
         decoder = inner
@@ -63,12 +55,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of each text layer that has softmax attention, by the layer's number."""
     backbone = text_backbone(model)
-    types = getattr(getattr(backbone, "config", None), "layer_types", None)
+    types = names.layer_types(getattr(backbone, "config", None))
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
-        if types is not None and types[number] in _RECURRENT_LAYERS:
+        if types is not None and names.is_recurrent(types[number]):
             continue
-        attention = _attention_of(layer)
+        attention = names.attention_in(layer)
         if attention is not None:
             found[number] = attention
     return found
@@ -87,14 +79,8 @@ def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[tor
     Raises ValueError if the config names no image token.
     """
     config = unwrap(model).config
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    ids = {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    ids = names.visual_token_ids(config)
     if not ids:
         raise ValueError(f"model: the config of model_type {config.model_type!r} names no image token; give the tokens")
-    marks = torch.tensor(sorted(ids), device=input_ids.device)
+    marks = torch.tensor(ids, device=input_ids.device)
     return [row.nonzero().flatten().to(torch.int32) for row in torch.isin(input_ids, marks)]
-
-
-def _attention_of(layer: nn.Module) -> nn.Module | None:
-    modules = (module for name, module in layer.named_modules() if name)
-    return next((module for module in modules if _ATTENTION.match(type(module).__name__)), None)

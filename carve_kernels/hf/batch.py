@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.checks import BackendUnavailable
+from carve_kernels.checks import BackendUnavailable, UpstreamChanged
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.types import CarveFailure, CarveResult
 
@@ -29,8 +29,8 @@ _Waiting = tuple[Any, tuple[Any, ...]]
 MOST = 8
 # The rest of the free memory is for the forward's own tensors and for whoever else needs some.
 _SHARE = 4
-# No matter of one question: the room, or a GPU that needs a new process.
-_ENDS = (BackendUnavailable, torch.AcceleratorError)
+# No matter of one question: the backend, another transformers, or a GPU that needs a new process.
+_ENDS = (BackendUnavailable, UpstreamChanged, torch.AcceleratorError)
 _EXPECTED = (ValueError, TypeError, OSError)
 _LOG = logging.getLogger("carve_kernels")
 _CGROUP = Path("/sys/fs/cgroup")

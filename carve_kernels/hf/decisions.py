@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.rows import tokenizer_of
 
@@ -59,12 +60,6 @@ def greedy(model: Any, max_new_tokens: int) -> Any:
 
 def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Decision:
     """Ask `generate` what it would do with one prompt, given without its pixels; no forward runs."""
-    asked: dict[str, Any] = {}
-
-    def take(_model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
-        asked.update(prepared)
-        return input_ids
-
     config = greedy(model, max_new_tokens)
     # A cache is the one thing that it prepares and nobody here needs.
     config.update(cache_implementation=None, return_dict_in_generate=False)
@@ -76,13 +71,13 @@ def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
     # What a given config leaves out, `generate` takes from the model's own: ask a twin, which shares all but that.
     twin = copy.copy(model)
     twin.generation_config = config
-    twin.generate(**inputs, stopping_criteria=criteria, custom_generate=take)
-    positions = asked.get("position_ids")
+    prepared = names.prepared_by_generate(twin, inputs, criteria)
+    positions = prepared.positions
     if positions is None:
         positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
     if positions.ndim == 2:
         positions = positions[None]
-    return Decision(positions, asked["logits_processor"], asked["stopping_criteria"])
+    return Decision(positions, prepared.processors, prepared.criteria)
 
 
 def stop_texts(config: Any, processor: Any) -> dict[str, Any]:
@@ -95,9 +90,8 @@ def stop_texts(config: Any, processor: Any) -> dict[str, Any]:
 @contextmanager
 def positions_kept(model: Any) -> Iterator[None]:
     """Puts back what some models (Qwen's) note of the last prompt's positions: a caller may be decoding on it."""
-    noted = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    notes = names.position_notes(model)
     try:
         yield
     finally:
-        for module, deltas in noted:
-            module.rope_deltas = deltas
+        names.set_position_notes(notes)

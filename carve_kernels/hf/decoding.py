@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from carve_kernels.hf import names
+
 GUARD = "_carve_guard"
 
 # Ways of decoding whose forwards are not one new token for each prompt, and the values that turn them off.
@@ -52,21 +54,14 @@ class DecodingGuard:
         self._model = model
         if hasattr(model, "generate"):
             self._shadow("generate", self._generate(model.generate))
-        if hasattr(model, "get_compiled_call"):
-            compiled = model.get_compiled_call
-            self._shadow("get_compiled_call", lambda *args, **kwargs: self._around(compiled(*args, **kwargs)))
-        if model._compiled_call_impl is not None:
-            self._shadow("_compiled_call_impl", self._around(model._compiled_call_impl))
+        for name, call in list(names.compiled_calls(model, self._around)):
+            self._shadow(name, call)
 
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(generate)
-        # What it takes beyond its named arguments, whatever that is called.
-        more = [name for name, each in signature.parameters.items() if each.kind is inspect.Parameter.VAR_KEYWORD]
 
         def captured_generate(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind_partial(*args, **kwargs).arguments
-            for name in more:
-                given = {**given, **given.get(name, {})}
+            given = names.arguments(signature, args, kwargs)
             config = given.get("generation_config") or getattr(self._model, "generation_config", None)
             if given.get("assistant_model") is not None:
                 raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")

@@ -14,7 +14,7 @@ from PIL import Image
 from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
-from carve_kernels.hf import batch
+from carve_kernels.hf import batch, contract
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
@@ -81,6 +81,7 @@ class CarveEngine:
         memory: Memory | str | os.PathLike[str] | bool | None = None,
         plain: bool = True,
     ) -> None:
+        contract.ensure()
         self.model, self.processor = model, processor
         self.backend = checks.choice("backend", backend, ("auto", *ROOMS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from PIL import Image
 
+from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 
 SAMPLES = 4096
@@ -66,7 +67,7 @@ def fingerprint(model: Any, processor: Any) -> str:
         model=type(model).__qualname__,
         config=_plain(model.config),
         generation=_plain(model.generation_config),
-        attention=[str(getattr(module, "_attn_implementation", None)) for module in _configs(model.config)],
+        attention=names.implementations(model.config),
         device=model.device.type,
         autocast=_autocast(model.device.type),
         training=model.training,
@@ -142,11 +143,6 @@ def _autocast(device: str) -> str | None:
     return str(torch.get_autocast_dtype(device)) if used else None
 
 
-def _configs(config: Any) -> list[Any]:
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [config, *(each for each in inner if each is not None)]
-
-
 def _weights(model: torch.nn.Module) -> str:
     # A rotation's frequencies are in no state_dict, and what quantised layers put there is made for it each time.
     tensors = {
@@ -155,14 +151,7 @@ def _weights(model: torch.nn.Module) -> str:
     }
     entries = model.state_dict(keep_vars=True).items()
     made = {name: value for name, value in entries if isinstance(value, torch.Tensor) and name not in tensors}
-    adapters = [
-        (
-            *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
-            bool(module.__dict__.get("_disable_adapters")),
-        )
-        for name, module in model.named_modules()
-        if "_active_adapter" in module.__dict__
-    ]
+    adapters = names.adapter_states(model)
     versions = [
         (value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype) for value in tensors.values()
     ]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 
+from carve_kernels.hf import names
 from carve_kernels.hf.prompts import prepare
 
 # What the entries are called that only the vision tower reads.
 _PIXELS = "pixel"
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 # What the image processors return that treat each picture by itself and lay the results one behind the other.
 _ONE_BY_ONE = ({"pixel_values"}, {"pixel_values", "image_grid_thw"})
-# What a vision tower also returns, and no language model reads.
-_UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 
 
 class Shown:
@@ -31,14 +28,10 @@ class Shown:
     def taken(self, model: Any) -> dict[str, Any]:
         """What the model's forward takes for it; the vision tower has run."""
         if self._taken is None:
-            if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+            results = names.tower_results(model, self.entries)
+            if results is None:
                 return dict(self.entries)
-            encode = model.base_model.get_image_features
-            known = inspect.signature(encode).parameters
-            given = {name: value for name, value in self.entries.items() if name in known}
-            output = encode(**given, return_dict=True)
-            read = {name: value for name, value in output.items() if name not in _UNREAD}
-            self._taken = {"mm_encoder_outputs": {"image": type(output)(**read)}}
+            self._taken = results
         return self._taken
 
     def forget(self) -> None:
@@ -60,7 +53,7 @@ class Pictures:
         """What the processor made of a prompt but its pixels (grids place tokens, too), and all of its pictures."""
         inputs = prepare(self._processor, images, prompt, self._device, self._max_pixels)
         placed = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
-        return placed, Shown({name: value for name, value in inputs.items() if name not in _TEXT})
+        return placed, Shown({name: value for name, value in inputs.items() if not names.is_text(name)})
 
     def alone(self, image: Image.Image) -> Shown | None:
         """One of the pictures; None where the processor made something of all of them together."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from carve_kernels import checks
+from carve_kernels.hf import names
 from carve_kernels.hf.attention import attended_columns
 from carve_kernels.hf.backbone import image_token_positions
 from carve_kernels.hf.decoding import Decoding, end_tokens
@@ -44,6 +45,8 @@ class Planner:
         self._signature = inspect.signature(model.forward)
         # The ids behind the cache, in the pieces that came, on their device: joined only where a prefill needs them.
         self._history: list[torch.Tensor] | None = None
+        # The generate whose first forward has been planned.
+        self._begun: Decoding | None = None
         self._inside: list[object] = []
         # Whether a forward that was planned is under way: a part of the model that is called alone is none.
         self.running = False
@@ -58,12 +61,12 @@ class Planner:
             self._inside.append(source)
             return
         self._inside, self.running = [], False
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = names.arguments(self._signature, args, kwargs)
         record = self._plan(given)
         if record is not None:
-            record.together = self._on_layer is None and self._cached(given)
+            record.together = self._on_layer is None and names.keeps_cache(self._model, given)
         self.record = record
+        self._begun = self.decoding
         self._inside, self.running = [source], True
 
     def end(self) -> None:
@@ -78,13 +81,15 @@ class Planner:
         if source is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
-        record, cache = self.record, given.get("past_key_values")
+        record, cache = self.record, names.cache_of(given)
+        if length == 1 and cache is None and self.decoding is not None and self._begun is self.decoding:
+            raise names.changed("a decode step of generate comes without a cache")
         if record is not None and length == 1 and _follows(cache, record.length):
             self._own_thread()
             record.advance(ids, record.length + 1, 0)
             self._history = None if ids is None or self._history is None else [*self._history, ids.detach()]
             return record
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = int(names.cached_tokens(cache))
         if record is not None and past == 0 and self._repeats(ids):
             self._own_thread()
             record.advance(ids, length, length - 1)
@@ -153,11 +158,6 @@ class Planner:
             )
         return tokens
 
-    def _cached(self, given: dict[str, Any]) -> bool:
-        wanted = given.get("use_cache")
-        config = self._model.config.get_text_config()  # type: ignore[union-attr, operator]
-        return bool(wanted if wanted is not None else getattr(config, "use_cache", False))
-
     def _known(self, batch: int, length: int) -> torch.Tensor | None:
         """The ids of the whole sequence on the CPU, if they passed through this session."""
         if self._history is None or any(piece.shape[0] != batch for piece in self._history):
@@ -205,8 +205,7 @@ def check_tokens(
 
 def _follows(cache: Any, length: int) -> bool:
     """Whether a cache holds so many tokens; one that counts on its device is believed, since asking it would wait."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not getattr(layers[0], "is_initialized", True):
+    if not names.is_filled(cache):
         return False
-    held = cache.get_seq_length()
+    held = names.cached_tokens(cache)
     return not isinstance(held, int) or held == length

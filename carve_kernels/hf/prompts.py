@@ -105,7 +105,7 @@ def prepare(
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
-    size = dict(processor.image_processor.size)
+    size = dict(getattr(processor.image_processor, "size", None) or {})
     if max_pixels is not None and set(size) == {"shortest_edge", "longest_edge"}:
         longest = integer("max_pixels", max_pixels, low=1)
         settings["images_kwargs"] = {

@@ -11,6 +11,7 @@ from torch import nn
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
 from carve_kernels.backends.reference.capture import entropy
+from carve_kernels.hf import names
 from carve_kernels.hf.attention import visible
 from carve_kernels.hf.rows import Rows
 from carve_kernels.maps import AttentionMaps
@@ -125,26 +126,25 @@ class Record:
     ) -> None:
         if not self.active:
             return
-        if options.get("position_bias") is not None:
+        told = names.attention_options(query, options)
+        if told.bias is not None:
             raise ValueError(f"layers: layer {self.layers[index]} adds a position bias, which cannot be captured")
-        if options.get("cache") is not None:
+        if told.paged is not None:
             raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
         query, key = query.detach(), key.detach()
         _, heads, length, size = query.shape
-        scaling = options.get("scaling")
-        scale = float(scaling) if scaling is not None else size**-0.5
-        like = (scale, float(options.get("softcap") or 0.0), key.shape[2], options.get("sliding_window"))
+        like = (told.scale, told.softcap, key.shape[2], told.window)
         pending = self.pending
         if pending is None or not pending.takes(index, like, attention_mask):
             self._flush()
-            pending = self._batch(index, module, like, attention_mask, length, options.get("is_causal"))
+            pending = self._batch(index, module, like, attention_mask, length, told.causal)
             self.pending = pending
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size))
         pending.query.append(query)
         pending.key.append(key)
-        if options.get("s_aux") is not None:
-            pending.sink.append(options["s_aux"].detach())
+        if told.sink is not None:
+            pending.sink.append(told.sink)
         self.dtype = str(query.dtype).removeprefix("torch.")
         if index == len(self.layers) - 1 or not self.together:
             self._flush()
@@ -163,7 +163,7 @@ class Record:
     ) -> _Batch:
         _, _, keys, sliding_window = like
         mask, positions, window = visible(
-            module.config._attn_implementation,  # type: ignore[union-attr, arg-type]
+            names.implementation_of(module) or "",
             attention_mask,
             self.rows,
             length,

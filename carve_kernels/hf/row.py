@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from carve_kernels.hf.attention import INSTEAD, PATCHES, place_of
+from carve_kernels.hf import names
+from carve_kernels.hf.attention import INSTEAD, PATCHES
 from carve_kernels.hf.backbone import attention_modules, text_backbone
 from carve_kernels.hf.taking import Taking
 from carve_kernels.hf.tree import Part
@@ -42,7 +43,7 @@ class Row:
     def __init__(self, model: Any, layers: tuple[int, ...], backend: str) -> None:
         self._model, self._layers, self._backend = model, layers, backend
         self._modules = attention_modules(model)
-        self._windows = _windows(text_backbone(model).config)
+        self._windows = names.windows(text_backbone(model).config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._thread = threading.get_ident()
         self._parts: list[Part] = []
@@ -71,7 +72,7 @@ class Row:
                 for layer, module in self._modules.items():
                     stack.callback(module.__dict__.pop, INSTEAD, None)
                     module.__dict__[INSTEAD] = partial(self._attend, layer)
-            places = [place_of(module, layer) for layer, module in self._modules.items()]
+            places = [names.attention_entry(module, layer) for layer, module in self._modules.items()]
             for place, name in {(id(place), name): (place, name) for place, name in places}.values():
                 PATCHES.enter(place, name)
                 stack.callback(PATCHES.leave, place, name)
@@ -133,7 +134,7 @@ class Row:
             return None
         self._attended += 1
         self.dtype = str(query.dtype).removeprefix("torch.")
-        window = self._windows[layer] if self._windows is not None else options.get("sliding_window")
+        window = self._windows[layer] if self._windows is not None else names.attention_options(query, options).window
         held = []
         for part in self._parts:
             mine = slice(part.start, part.stop)
@@ -145,7 +146,7 @@ class Row:
             self._taking.take(layer, query, keys, window, options)
         if layer + 1 == self._depth:
             raise _Enough
-        eager = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        eager = names.implementation_of(module) == "eager"
         attend = partial(_eager, attention, module) if eager else _sdpa
         outputs = [
             attend(part, query[:, :, part.start : part.stop], *kept, window, options)
@@ -179,10 +180,10 @@ def _sdpa(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """torch's attention for the tokens of one part, whatever the implementation is called: [1, n, A, D]."""
-    for name in ("softcap", "s_aux", "position_bias", "cache"):
-        if options.get(name) is not None:
-            raise Unshareable(f"its attention takes {name}, which torch's does not")
-    scale, fresh = options.get("scaling"), part.fresh
+    told = names.attention_options(query, options)
+    if told.beyond_sdpa is not None:
+        raise Unshareable(f"its attention takes {told.beyond_sdpa}, which torch's does not")
+    scale, fresh = told.scale, part.fresh
     if window is not None and window < fresh:
         fresh = 0
     outputs = []
@@ -202,7 +203,7 @@ def _masked(
     keys: torch.Tensor,
     values: torch.Tensor,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> torch.Tensor:
     """Tokens under a mask; few of them with the query heads that share a key head as rows of it, none is repeated."""
     _, heads, length, size = query.shape
@@ -230,7 +231,7 @@ def _is_plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return alike and not torch.is_autocast_enabled("cpu")
 
 
-def _continued(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
+def _continued(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """The last tokens, which see all before them and a triangle of themselves, on a CPU and without a mask.
 
     Two softmaxes, joined by their sums: a mask over all keys would cost the half of the triangle that it hides.
@@ -249,11 +250,3 @@ def _additive(seen: torch.Tensor | None, like: torch.Tensor, hidden: float, repe
         return None
     mask = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, hidden)
     return mask.repeat(repeats, 1)[None, None].to(like.device)
-
-
-def _windows(config: Any) -> list[int | None] | None:
-    """How far back each layer sees; None where the layers say so themselves."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return None
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from carve_kernels.hf import apart
+from carve_kernels.hf import apart, contract
 from carve_kernels.hf.backbone import attention_modules, unwrap
 from carve_kernels.hf.evidence import Choice
 from carve_kernels.hf.joint import Branch, Joint, Look, at_work
@@ -62,6 +62,7 @@ class RowReader:
         steps: Sequence[str],
         backend: str,
     ) -> None:
+        contract.ensure()
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
         # Candidates of ours that a prompt does not have are left out; those of a caller are an error.

@@ -11,7 +11,8 @@ from torch import nn
 
 from carve_kernels import checks
 from carve_kernels.backends import ROOMS
-from carve_kernels.hf.attention import PATCHES, RECORDERS, place_of
+from carve_kernels.hf import contract, names
+from carve_kernels.hf.attention import PATCHES, RECORDERS
 from carve_kernels.hf.backbone import attention_modules, decoder_layers, unwrap, wrappers
 from carve_kernels.hf.decoding import join, leave
 from carve_kernels.hf.planning import Planner
@@ -93,6 +94,7 @@ class CaptureSession:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
+        contract.ensure()
         self._outer, self._model = model, unwrap(model)
         depth = len(decoder_layers(model))
         self.layers = _layers(layers, depth)
@@ -106,7 +108,7 @@ class CaptureSession:
         self._places = {
             (id(place), name): (place, name)
             for place, name in (
-                place_of(module, layer) for module, layer in zip(self._modules, self.layers, strict=True)
+                names.attention_entry(module, layer) for module, layer in zip(self._modules, self.layers, strict=True)
             )
         }
         if on_layer is not None and not callable(on_layer):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
+from carve_kernels.hf.names import attention_options
 from carve_kernels.hf.record import averaged
 from carve_kernels.hf.rows import Rows
 from carve_kernels.hf.tree import Part
@@ -29,9 +30,8 @@ class Taking:
     ) -> None:
         """A captured layer: query [1, A, n, D] of the whole row, and the keys of each part, [1, KV, S, D]."""
         index = self._layers.index(layer)
-        scaling = options.get("scaling")
-        scale = float(scaling) if scaling is not None else query.shape[3] ** -0.5
-        like = (scale, float(options.get("softcap") or 0.0), window)
+        told = attention_options(query, options)
+        like = (told.scale, told.softcap, window)
         if self._like != like:
             self._flush()
             self._like, self._first = like, index
@@ -39,8 +39,8 @@ class Taking:
         for number, (own, (queries, held, sinks)) in enumerate(zip(keys, self._waiting, strict=True)):
             queries.append(query[:, :, self._rows[number].to(query.device)])
             held.append(own)
-            if options.get("s_aux") is not None:
-                sinks.append(options["s_aux"].detach())
+            if told.sink is not None:
+                sinks.append(told.sink)
         if index == len(self._layers) - 1:
             self._flush()
 

@@ -1,0 +1,433 @@
+"""Every name of transformers, PEFT and accelerate that is a convention or private: one small function each.
+
+Nothing else in the package spells these names. A release that changes one is followed here, and `contract` finds out
+whether the installed one still has what is relied on. "Known in" says which versions have a name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from carve_kernels.checks import UpstreamChanged
+
+TESTED = ("5.12", "5.24")
+"""The oldest and the newest transformers that the tests have run with, both included."""
+
+# In the order in which they are asked for: the newer name first.
+_CACHES = ("cache", "past_key_values")
+_WRAPPED = ("_orig_mod", "module", "base_model", "model")
+_RECURRENT = ("linear_attention", "mamba", "conv", "moe")
+_SEEING = ("full_attention", "sliding_attention")
+_ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
+_IMAGE_IDS = ("image_token_id", "image_token_index")
+_VIDEO_IDS = ("video_token_id", "video_token_index")
+_TOWER = "mm_encoder_outputs"
+# What a vision tower also returns, and no language model reads.
+_UNREAD = ("last_hidden_state", "hidden_states", "attentions")
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_DECISIONS = ("logits_processor", "stopping_criteria")
+
+Attention = Callable[..., Any]
+
+
+# Versions
+
+
+def version() -> str:
+    """The installed transformers."""
+    found: str = transformers.__version__
+    return found
+
+
+def is_tested() -> bool:
+    """Whether the installed transformers lies within TESTED; a pre-release does not."""
+    found = Version(version())
+    oldest, newest = (Version(each).release for each in TESTED)
+    return not found.is_prerelease and oldest <= found.release[:2] <= newest
+
+
+def changed(what: str) -> UpstreamChanged:
+    """The error for something that the installed transformers does in another way than the tested ones."""
+    return UpstreamChanged(
+        f"transformers {version()} is not what carve_kernels was tested with ({TESTED[0]} to {TESTED[1]}): {what}; "
+        f"install a tested version, pip install 'transformers>={TESTED[0]},<={TESTED[1]}.99', or a newer carve_kernels"
+    )
+
+
+def contract() -> dict[str, str | None]:
+    """Try on tiny models what is relied on: each check by name, and why it failed, or None. See contract.py."""
+    from carve_kernels.hf import contract as checks
+
+    return checks.results()
+
+
+# The arguments of a forward
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, or None.
+
+    Known in: `past_key_values` to 5.23, and as an older name to 5.39; `cache` since 5.24. Raises UpstreamChanged for a
+    cache under any other name, ValueError for a paged one.
+    """
+    known = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    if known is None:
+        other = next((name for name, value in given.items() if name not in _CACHES and _is_cache(value)), None)
+        if other is not None:
+            raise changed(f"it hands the cache to a forward as {other!r}, known are {' and '.join(map(repr, _CACHES))}")
+    elif not _is_cache(known):
+        raise ValueError(
+            f"model: its cache is a {type(known).__name__} (continuous batching), which cannot be captured; "
+            "use generate"
+        )
+    return known
+
+
+def cached_tokens(cache: Any) -> int | torch.Tensor:
+    """How many tokens a cache holds; a tensor where it counts on its device. Known in: 5.12 to 5.24."""
+    if cache is None:
+        return 0
+    held: int | torch.Tensor = cache.get_seq_length()
+    return held
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache has been written to, as far as it says. Known in: 5.12 to 5.24."""
+    layers = getattr(cache, "layers", None)
+    return layers is not None and len(layers) > 0 and bool(getattr(layers[0], "is_initialized", True))
+
+
+def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
+    wanted = given.get("use_cache")
+    return bool(wanted if wanted is not None else getattr(model.config.get_text_config(), "use_cache", False))
+
+
+def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those that it takes beyond its named ones included."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given = {**given, **given.pop(name, {})}
+    return dict(given)
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """The signature of a model's forward."""
+    return inspect.signature(model.forward)
+
+
+def full_mask(attention_mask: Any) -> Any:
+    """The mask of layers that see everything, where `generate` prepared one for each type. Known in: 5.12 to 5.24."""
+    if isinstance(attention_mask, dict):
+        return attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    return attention_mask
+
+
+# Attention
+
+
+class AttentionOptions(NamedTuple):
+    """What an attention function is told beside query, key, value and mask.
+
+    `scale` multiplies the scores, `softcap` bounds them (0 is none), `window` is how many keys a row sees, `sink` one
+    more score for each head, `causal` whether rows see what is before them alone (None: the module says), `bias`
+    what is added to the scores, `paged` a cache in pages.
+    """
+
+    scale: float
+    softcap: float
+    window: int | None
+    sink: torch.Tensor | None
+    causal: bool | None
+    bias: Any
+    paged: Any
+
+    @property
+    def beyond_sdpa(self) -> str | None:
+        """The name of the first option that torch's own attention does not take, or None."""
+        found = {"softcap": self.softcap or None, "s_aux": self.sink, "position_bias": self.bias, "cache": self.paged}
+        return next((name for name, value in found.items() if value is not None), None)
+
+
+def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> AttentionOptions:
+    """The options of a call of an attention function, by the names of AttentionInterface. Known in: 5.12 to 5.24."""
+    scaling = options.get("scaling")
+    sink = options.get("s_aux")
+    return AttentionOptions(
+        scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
+        softcap=float(options.get("softcap") or 0.0),
+        window=options.get("sliding_window"),
+        sink=None if sink is None else sink.detach(),
+        causal=options.get("is_causal"),
+        bias=options.get("position_bias"),
+        paged=options.get("cache"),
+    )
+
+
+def implementation_of(module: Any) -> str | None:
+    """The attention implementation of a module or model, by its (text) config. Known in: 5.12 to 5.24."""
+    config = getattr(module, "config", None)
+    if isinstance(module, transformers.PreTrainedModel):
+        config = module.config.get_text_config()
+    found: str | None = getattr(config, "_attn_implementation", None)
+    return found
+
+
+def implementations(config: Any) -> list[str]:
+    """The attention implementations of a configuration and of the ones inside it. Known in: 5.12 to 5.24."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [str(getattr(each, "_attn_implementation", None)) for each in (config, *inner) if each is not None]
+
+
+def attention_entry(module: nn.Module, layer: int) -> tuple[Any, str]:
+    """Where the attention function of a module is looked up: (its registry or its modeling file, the name).
+
+    Known in: 5.12 to 5.24, the registry for every implementation but eager, which stands in the modeling file. Raises
+    ValueError where a module looks nothing up.
+    """
+    modeling = sys.modules[type(module).__module__]
+    implementation = implementation_of(module)
+    registry = getattr(modeling, _REGISTRY, None)
+    if registry is None or implementation is None:
+        raise ValueError(
+            f"model: layer {layer} ({type(module).__name__}) does not look its attention up in transformers' "
+            "AttentionInterface, so nothing can be captured beside it"
+        )
+    if implementation != "eager":
+        return registry, implementation
+    if not hasattr(modeling, _EAGER):
+        raise ValueError(
+            f"model: {modeling.__name__} has no {_EAGER}; use attn_implementation='sdpa' for layer {layer}"
+        )
+    return modeling, _EAGER
+
+
+def own_entry(place: Any, name: str) -> Attention | None:
+    """What this place has of its own under a name; None where the global entry serves. Known in: 5.12 to 5.24."""
+    if isinstance(place, type(sys)):
+        entry: Attention | None = getattr(place, name)
+        return entry
+    try:
+        own: Attention | None = place._local_mapping.get(name)
+    except AttributeError as error:
+        raise changed(f"its registry of attention functions is another one ({error})") from error
+    return own
+
+
+def set_entry(place: Any, name: str, entry: Attention | None) -> None:
+    """Put an attention function there, or take this place's own away. Known in: 5.12 to 5.24."""
+    if isinstance(place, type(sys)):
+        setattr(place, name, entry)
+    elif entry is None:
+        del place[name]
+    else:
+        place[name] = entry
+
+
+def is_builtin(entry: str) -> bool:
+    """Whether the name of an entry is one of transformers' own attention functions. Known in: 5.12 to 5.24."""
+    return entry in (_EAGER, "sdpa", "flex_attention") or entry.startswith("flash_attention_")
+
+
+def attention_in(layer: nn.Module) -> nn.Module | None:
+    """The self-attention of a layer, by the name of its class; None where it has none. Known in: 5.12 to 5.24."""
+    modules = (module for name, module in layer.named_modules() if name)
+    return next((module for module in modules if _ATTENTION.match(type(module).__name__)), None)
+
+
+# Models and their configurations
+
+
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper: torch.compile, DDP, DataParallel, PEFT. Known in: torch 2.10 to 2.14, PEFT 0.17."""
+    return next((child for name in _WRAPPED if (child := module._modules.get(name)) is not None), None)
+
+
+def inner_decoder(model: Any) -> Any:
+    """One step from a model to its text decoder; the module itself where there is none further in.
+
+    Known in: 5.12 to 5.24. Llama 4's stops one level early, at a model whose own `model` has the layers.
+    """
+    inner = model.get_decoder()
+    if inner is model and isinstance(getattr(model, "model", None), transformers.PreTrainedModel):
+        return model.model
+    return inner
+
+
+def layer_types(config: Any) -> list[str] | None:
+    """What each layer does, where the configuration says so. Known in: 5.12 to 5.24."""
+    types = getattr(config, "layer_types", None)
+    return None if types is None else list(types)
+
+
+def is_recurrent(layer_type: str) -> bool:
+    """Whether layers of a type have no softmax attention. Known in: 5.12 to 5.24."""
+    return layer_type in _RECURRENT
+
+
+def windows(config: Any) -> list[int | None] | None:
+    """How far back each layer sees; None where the layers say so themselves. Known in: 5.12 to 5.24."""
+    types = layer_types(config)
+    if types is None:
+        return None
+    return [config.sliding_window if each == "sliding_attention" else None for each in types]
+
+
+def tree_obstacle(model: Any, config: Any) -> str | None:
+    """What a model's class or its text config says against decoding as a tree, or None. Known in: 5.12 to 5.24."""
+    others = sorted({each for each in layer_types(config) or () if each not in _SEEING})
+    if others:
+        return f"it has layers of type {', '.join(others)}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "some of its layers use the keys of others"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its layers see what comes later"
+    if hasattr(type(model), "create_masks_for_generate"):
+        return f"{type(model).__name__} makes masks of its own, under which a picture may be seen both ways"
+    return "it is an encoder and a decoder" if model.config.is_encoder_decoder else None
+
+
+def rotations(config: Any) -> set[str]:
+    """The kinds of rotation in use; some configurations have one for each type of layer.
+
+    Known in: `rope_parameters` since 5.0, `rope_scaling` in remote code.
+    """
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in given.values() if isinstance(value, Mapping)]
+    return {str(each.get("rope_type", each.get("type", "default"))) for each in by_layer or [given]}
+
+
+def image_token_id(config: Any) -> int | None:
+    """The id of the image token; LLaVA and kin call it an index. Known in: 5.12 to 5.24."""
+    return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
+
+
+def visual_token_ids(config: Any) -> list[int]:
+    """The ids of image and video tokens, ascending. Known in: 5.12 to 5.24."""
+    return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
+
+
+def position_notes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """What modules have noted of the last prompt's positions, as Qwen-VL's do. Known in: 5.12 to 5.24."""
+    return [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+
+
+def set_position_notes(notes: list[tuple[nn.Module, Any]]) -> None:
+    """Put back what `position_notes` found."""
+    for module, noted in notes:
+        module.rope_deltas = noted
+
+
+# Images
+
+
+def is_text(name: str) -> bool:
+    """Whether an entry of a processor's output is about the text. Known in: 5.12 to 5.24."""
+    return name in _TEXT
+
+
+def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Run the vision tower over a processor's entries; what the forward takes in place of them.
+
+    None where the forward takes no such thing, as in 5.12 and 5.17. Known in: 5.20 to 5.24.
+    """
+    if _TOWER not in inspect.signature(model.forward).parameters:
+        return None
+    encode = model.base_model.get_image_features
+    known = inspect.signature(encode).parameters
+    given = {name: value for name, value in entries.items() if name in known}
+    output = encode(**given, return_dict=True)
+    read = {name: value for name, value in output.items() if name not in _UNREAD}
+    return {_TOWER: {"image": type(output)(**read)}}
+
+
+def processor_class(family: str) -> str:
+    """The name of the processor class of a model type. Known in: 5.12 to 5.24."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    found: str = PROCESSOR_MAPPING_NAMES[family]
+    return found
+
+
+# generate
+
+
+class Prepared(NamedTuple):
+    """What `generate` would decode with: positions of the prompt or None, logits processors, stopping criteria."""
+
+    positions: torch.Tensor | None
+    processors: Any
+    criteria: Any
+
+
+def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -> Prepared:
+    """Ask `generate` what it would decode a prompt with; no forward runs. Known in: 5.12 to 5.24."""
+    asked: dict[str, Any] = {}
+
+    def take(_model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+        asked.update(prepared)
+        return input_ids
+
+    model.generate(**inputs, stopping_criteria=criteria, custom_generate=take)
+    missing = [name for name in _DECISIONS if asked.get(name) is None]
+    if missing:
+        raise changed(f"generate hands over no {' and no '.join(missing)} to a decoding function of one's own")
+    return Prepared(asked.get("position_ids"), *(asked[name] for name in _DECISIONS))
+
+
+def compiled_in_place(model: nn.Module) -> Any:
+    """What `model.compile()` put in the place of a model's call, or None. Known in: torch 2.10 to 2.14."""
+    return model._compiled_call_impl
+
+
+def compiled_calls(model: nn.Module, around: Callable[[Attention], Attention]) -> Iterator[tuple[str, Attention]]:
+    """The compiled calls of a model, which skip its hooks: the attribute of each, and it with `around` about it.
+
+    Known in: `get_compiled_call` 5.12 to 5.24, the other torch 2.10 to 2.14.
+    """
+    if hasattr(model, "get_compiled_call"):
+        compiled: Any = model.get_compiled_call
+        yield "get_compiled_call", lambda *args, **kwargs: around(compiled(*args, **kwargs))
+    if (in_place := compiled_in_place(model)) is not None:
+        yield "_compiled_call_impl", around(in_place)
+
+
+# PEFT
+
+
+def adapter_obstacle(model: Any) -> str | None:
+    """What a model's adapters say against decoding as a tree, or None. Known in: PEFT 0.17."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(peft, "is_prompt_learning", False) for peft in adapters):
+        return "its adapter puts tokens of its own before a prompt"
+    if any(getattr(peft, "alora_invocation_tokens", None) for peft in adapters):
+        return "its adapter begins in the middle of a prompt"
+    return None
+
+
+def adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Which adapters are active in which modules, how strong, and whether they are off. Known in: PEFT 0.17."""
+    return [
+        (
+            *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
+            bool(module.__dict__.get("_disable_adapters")),
+        )
+        for name, module in model.named_modules()
+        if "_active_adapter" in module.__dict__
+    ]
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
