@@ -6,6 +6,7 @@ import importlib
 import inspect
 import platform
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,9 +27,13 @@ def doctor() -> None:
     rooms = {(stage, room): why for stage, room, why in _rooms()}
     console.print(_table("Rooms", ("stage", "room", "serves", "why not, and how to mend it"), _cells(rooms)))
     transformers = why_not("transformers", "AutoProcessor")
-    console.print(_table("Machine and models", ("what", "works", "more"), [*_machine(), *_models(transformers)]))
+    trials = list(_trials()) if rooms and transformers is None else []
+    tried = [(name, _yes(why is None), why or more) for name, more, why in trials]
+    lines = [*_machine(), *_models(transformers), *tried]
+    console.print(_table("Machine and models", ("what", "works", "more"), lines))
     broken = [f"{stage} in the reference room" for (stage, room), why in rooms.items() if room == "reference" and why]
     broken += ["transformers"] if transformers else []
+    broken += [name for name, _, why in trials if why]
     broken += [] if rooms else ["torch"]
     if broken:
         console.print(Text(f"Needs mending: {', '.join(broken)}.", style="bold red"))
@@ -132,7 +137,7 @@ def _machine() -> Iterator[Line]:
 def _models(transformers: str | None) -> Iterator[Line]:
     """transformers, torchvision, and the processor of each supported family."""
     if find_spec("transformers") is None:
-        yield "transformers", _yes(False), "missing; pip install 'transformers>=5.0'"
+        yield "transformers", _yes(False), "missing; pip install 'transformers>=5.12'"
         return
     yield "transformers", _yes(transformers is None), transformers or ""
     torchvision = why_not("torchvision") if find_spec("torchvision") else "missing"
@@ -147,13 +152,72 @@ def _models(transformers: str | None) -> Iterator[Line]:
         yield from _processors(torchvision)
 
 
-def _processors(torchvision: str | None) -> Iterator[Line]:
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+def _trials() -> Iterator[tuple[str, str, str | None]]:
+    """What people do with transformers, done once: (name, what it was, why it does not work or None)."""
+    from carve_kernels.cli.looking import quiet
 
+    with quiet():
+        yield _contract()
+        for name, more, trial in (
+            ("session", "two new tokens of the embedded model, captured in one layer", _session),
+            ("engine", "one question about one image to the embedded model", _engine),
+        ):
+            try:
+                trial()
+            # Whatever goes wrong there is what a doctor is asked for.
+            except Exception as error:
+                yield name, more, one_line(error)
+            else:
+                yield name, more, None
+
+
+def _contract() -> tuple[str, str, str | None]:
+    """What is relied on in transformers, and whether this version was tested."""
+    from carve_kernels.hf import names
+
+    results = names.contract()
+    failed = [f"{check}: {why}" for check, why in results.items() if why is not None]
+    tested = "tested" if names.is_tested() else "not tested"
+    said = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
+    said += f", {names.TESTED[0]} to {names.TESTED[1]} are"
+    mend = f"; install one of those: pip install 'transformers>={names.TESTED[0]},<={names.TESTED[1]}.99'"
+    return "contract with transformers", said, f"{said}; {'; '.join(failed)}{mend}" if failed else None
+
+
+@cache
+def _embedded() -> tuple[Any, Any, Any]:
+    from carve_kernels.hf.loading import load
+    from carve_kernels.models import scenes, small
+
+    return *load(small(), dtype="float32"), scenes.draw_scene(seed=3, level=1, split="test")
+
+
+def _session() -> None:
+    from carve_kernels.hf.session import capture_attention
+
+    model, processor, scene = _embedded()
+    inputs = processor(images=scene.image, text=f"{processor.image_token} {scene.question}", return_tensors="pt")
+    with capture_attention(model, layers=[1]) as session:
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    if session.maps.steps != (0, 1) or not bool((session.maps.mass > 0).all()):
+        raise RuntimeError(f"expected maps of 2 steps with mass, got {session.maps.steps} with {session.maps.mass}")
+
+
+def _engine() -> None:
+    from carve_kernels.hf.engine import CarveEngine
+
+    model, processor, scene = _embedded()
+    result = CarveEngine(model, processor, memory=False)(scene.image, scene.question)
+    if not result.answer or not bool(result.saliency.isfinite().all()):
+        raise RuntimeError(f"expected an answer and a finite saliency, got {result.answer!r}")
+
+
+def _processors(torchvision: str | None) -> Iterator[Line]:
+    from carve_kernels.hf import names
     from carve_kernels.hf.layouts import FAMILIES
 
     for family in FAMILIES:
-        name = PROCESSOR_MAPPING_NAMES[family]
+        name = names.processor_class(family)
         why = why_not("transformers", name)
         if why is None and torchvision:
             processor = getattr(importlib.import_module("transformers"), name)

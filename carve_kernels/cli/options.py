@@ -182,11 +182,12 @@ def check_machine(dtype: str, backend: str) -> None:
 def load_model(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
     import torch
 
+    from carve_kernels.hf import names
     from carve_kernels.hf.loading import load
 
     model, processor = load(directory, dtype=dtype, device=device, allow_pickle=allow_pickle)
     if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
         model.float()
     if attn is not None:
-        model.set_attn_implementation(attn)
+        names.set_implementation(model, attn)
     return model, processor

@@ -38,7 +38,7 @@ def text_backbone(model: nn.Module) -> PreTrainedModel:
     Raises TypeError if the model has none.
     """
     decoder = unwrap(names.inner_decoder(unwrap(model)))
-    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    while names.layers_in(decoder) is None:
         inner = unwrap(names.inner_decoder(decoder))
         if inner is decoder:
             raise TypeError(f"model: found no text decoder with `layers` in {type(unwrap(model)).__name__}")
@@ -55,7 +55,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of each text layer that has softmax attention, by the layer's number."""
     backbone = text_backbone(model)
-    types = names.layer_types(getattr(backbone, "config", None))
+    types = names.types_of_layers(getattr(backbone, "config", None))
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
         if types is not None and names.is_recurrent(types[number]):
@@ -79,7 +79,7 @@ def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[tor
     Raises ValueError if the config names no image token.
     """
     config = unwrap(model).config
-    ids = names.visual_token_ids(config)
+    ids = names.visual_ids(config)
     if not ids:
         raise ValueError(f"model: the config of model_type {config.model_type!r} names no image token; give the tokens")
     marks = torch.tensor(ids, device=input_ids.device)

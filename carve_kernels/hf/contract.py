@@ -162,7 +162,7 @@ def scale_and_mask(models: Models) -> None:
 
 
 def decoder_and_attention(models: Models) -> None:
-    """The text decoder is found behind get_decoder, and one attention module in each of its layers."""
+    """The text decoder is found, and one attention module in each of its layers."""
     from carve_kernels.hf.backbone import attention_modules
 
     for model in (models.text, models.vision):
@@ -171,8 +171,8 @@ def decoder_and_attention(models: Models) -> None:
 
 def image_token(models: Models) -> None:
     """The configuration names the image and the video token."""
-    _expect("image token", names.image_token_id(models.vision.config), _IMAGE)
-    _expect("visual tokens", names.visual_token_ids(models.vision.config), [_IMAGE, _VIDEO])
+    _expect("image token", names.image_id(models.vision.config), _IMAGE)
+    _expect("visual tokens", names.visual_ids(models.vision.config), [_IMAGE, _VIDEO])
 
 
 def decision_hooks(models: Models) -> None:
@@ -299,7 +299,7 @@ def _attention(model: Any) -> list[nn.Module]:
 @contextmanager
 def _watched(model: Any, implementation: str, watch: Callable[..., None]) -> Iterator[None]:
     """Call `watch(query, key, mask, options)` at each attention of a model's text layers."""
-    model.set_attn_implementation(implementation)
+    names.set_implementation(model, implementation)
     place, name = names.attention_entry(_attention(model)[0], 0)
     before = names.own_entry(place, name)
     attention = before if before is not None else place[name]
@@ -313,7 +313,7 @@ def _watched(model: Any, implementation: str, watch: Callable[..., None]) -> Ite
         yield
     finally:
         names.set_entry(place, name, before)
-        model.set_attn_implementation("sdpa")
+        names.set_implementation(model, "sdpa")
 
 
 def _calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[Any]:
@@ -328,11 +328,11 @@ def _shapes(length: int) -> tuple[list[int], list[int]]:
 
 
 def _eager_attentions(models: Models) -> list[torch.Tensor]:
-    models.vision.set_attn_implementation("eager")
+    names.set_implementation(models.vision, "eager")
     try:
         attentions = models.vision(**models.question, output_attentions=True).attentions
     finally:
-        models.vision.set_attn_implementation("sdpa")
+        names.set_implementation(models.vision, "sdpa")
     return [layer[0, :, -1].mean(0)[models.columns] for layer in attentions]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
-from carve_kernels.hf import batch, contract
+from carve_kernels.hf import batch, contract, names
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
@@ -158,10 +158,7 @@ class CarveEngine:
     def bytes_per_token(self) -> int:
         """The bytes of keys and values of one token in all layers."""
         backbone = text_backbone(self.model)
-        config: Any = backbone.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * len(decoder_layers(self.model)) * heads * size * backbone.dtype.itemsize)
+        return len(decoder_layers(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
 
     def request(self, image: Picture, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, __version__
 
 from carve_kernels.checks import UpstreamChanged
 
@@ -46,8 +46,7 @@ Attention = Callable[..., Any]
 
 def version() -> str:
     """The installed transformers."""
-    found: str = transformers.__version__
-    return found
+    return __version__
 
 
 def is_tested() -> bool:
@@ -85,13 +84,18 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     if known is None:
         other = next((name for name, value in given.items() if name not in _CACHES and _is_cache(value)), None)
         if other is not None:
-            raise changed(f"it hands the cache to a forward as {other!r}, known are {' and '.join(map(repr, _CACHES))}")
+            raise changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
     elif not _is_cache(known):
         raise ValueError(
             f"model: its cache is a {type(known).__name__} (continuous batching), which cannot be captured; "
             "use generate"
         )
     return known
+
+
+def cache_names() -> str:
+    """The names of the cache among a forward's arguments, for a message."""
+    return " or ".join(map(repr, _CACHES))
 
 
 def cached_tokens(cache: Any) -> int | torch.Tensor:
@@ -116,7 +120,12 @@ def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
 
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those that it takes beyond its named ones included."""
-    given = signature.bind_partial(*args, **kwargs).arguments
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        # A forward in another's place may take more than its signature says; one that does not says so itself.
+        known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        given = {**kwargs, **signature.bind_partial(*args, **known).arguments}
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given = {**given, **given.pop(name, {})}
@@ -179,10 +188,15 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
 def implementation_of(module: Any) -> str | None:
     """The attention implementation of a module or model, by its (text) config. Known in: 5.12 to 5.24."""
     config = getattr(module, "config", None)
-    if isinstance(module, transformers.PreTrainedModel):
+    if isinstance(module, PreTrainedModel):
         config = module.config.get_text_config()
     found: str | None = getattr(config, "_attn_implementation", None)
     return found
+
+
+def set_implementation(model: Any, implementation: str) -> None:
+    """Switch the attention implementation of a whole model. Known in: 5.12 to 5.24."""
+    model.set_attn_implementation(implementation)
 
 
 def implementations(config: Any) -> list[str]:
@@ -212,6 +226,11 @@ def attention_entry(module: nn.Module, layer: int) -> tuple[Any, str]:
             f"model: {modeling.__name__} has no {_EAGER}; use attn_implementation='sdpa' for layer {layer}"
         )
     return modeling, _EAGER
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether the rows of an attention module see what is before them alone. Known in: 5.12 to 5.24."""
+    return bool(getattr(module, "is_causal", True))
 
 
 def own_entry(place: Any, name: str) -> Attention | None:
@@ -261,12 +280,25 @@ def inner_decoder(model: Any) -> Any:
     Known in: 5.12 to 5.24. Llama 4's stops one level early, at a model whose own `model` has the layers.
     """
     inner = model.get_decoder()
-    if inner is model and isinstance(getattr(model, "model", None), transformers.PreTrainedModel):
+    if inner is model and isinstance(getattr(model, "model", None), PreTrainedModel):
         return model.model
     return inner
 
 
-def layer_types(config: Any) -> list[str] | None:
+def layers_in(decoder: Any) -> nn.ModuleList | None:
+    """The layers of a text decoder; None where this is none. Known in: 5.12 to 5.24."""
+    found = getattr(decoder, "layers", None)
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def key_value_size(config: Any) -> int:
+    """How many numbers the keys and values of one token have in a layer. Known in: 5.12 to 5.24."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * heads * size)
+
+
+def types_of_layers(config: Any) -> list[str] | None:
     """What each layer does, where the configuration says so. Known in: 5.12 to 5.24."""
     types = getattr(config, "layer_types", None)
     return None if types is None else list(types)
@@ -279,7 +311,7 @@ def is_recurrent(layer_type: str) -> bool:
 
 def windows(config: Any) -> list[int | None] | None:
     """How far back each layer sees; None where the layers say so themselves. Known in: 5.12 to 5.24."""
-    types = layer_types(config)
+    types = types_of_layers(config)
     if types is None:
         return None
     return [config.sliding_window if each == "sliding_attention" else None for each in types]
@@ -287,7 +319,7 @@ def windows(config: Any) -> list[int | None] | None:
 
 def tree_obstacle(model: Any, config: Any) -> str | None:
     """What a model's class or its text config says against decoding as a tree, or None. Known in: 5.12 to 5.24."""
-    others = sorted({each for each in layer_types(config) or () if each not in _SEEING})
+    others = sorted({each for each in types_of_layers(config) or () if each not in _SEEING})
     if others:
         return f"it has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):
@@ -309,12 +341,12 @@ def rotations(config: Any) -> set[str]:
     return {str(each.get("rope_type", each.get("type", "default"))) for each in by_layer or [given]}
 
 
-def image_token_id(config: Any) -> int | None:
+def image_id(config: Any) -> int | None:
     """The id of the image token; LLaVA and kin call it an index. Known in: 5.12 to 5.24."""
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
-def visual_token_ids(config: Any) -> list[int]:
+def visual_ids(config: Any) -> list[int]:
     """The ids of image and video tokens, ascending. Known in: 5.12 to 5.24."""
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
 
@@ -385,6 +417,16 @@ def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -
     if missing:
         raise changed(f"generate hands over no {' and no '.join(missing)} to a decoding function of one's own")
     return Prepared(asked.get("position_ids"), *(asked[name] for name in _DECISIONS))
+
+
+def has_own_generate(model: Any) -> bool:
+    """Whether a model generates in another way than transformers' own. Known in: 5.12 to 5.24."""
+    return type(model).generate is not GenerationMixin.generate or "generate" in model.__dict__
+
+
+def logits_of(model: Any, rows: torch.Tensor) -> dict[str, Any]:
+    """What a forward takes to give some rows' logits alone; nothing where it gives all. Known in: 5.12 to 5.24."""
+    return {"logits_to_keep": rows} if "logits_to_keep" in signature_of(model).parameters else {}
 
 
 def compiled_in_place(model: nn.Module) -> Any:

@@ -145,6 +145,11 @@ class Planner:
             if not any(len(row) for row in found):
                 if self.decoding is not None and self.decoding.chunked:
                     return None
+                if length == 1:
+                    raise ValueError(
+                        "input_ids: expected a prompt with image tokens, or one token behind a cache "
+                        f"({names.cache_names()}), got one token without a cache"
+                    )
                 raise ValueError("input_ids: expected image tokens in the prompt, got none; was the image left out?")
             width = max(len(row) for row in found)
             return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=-1) for row in found])

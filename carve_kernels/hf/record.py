@@ -161,15 +161,15 @@ class Record:
         length: int,
         causal: bool | None,
     ) -> _Batch:
-        _, _, keys, sliding_window = like
+        _, _, keys, window = like
         mask, positions, window = visible(
             names.implementation_of(module) or "",
             attention_mask,
             self.rows,
             length,
             keys,
-            causal=getattr(module, "is_causal", True) if causal is None else causal,
-            window=sliding_window,
+            causal=names.is_causal(module) if causal is None else causal,
+            window=window,
         )
         return _Batch(index, like, attention_mask, self._columns(keys), mask, positions, window)
 

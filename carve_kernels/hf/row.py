@@ -8,7 +8,6 @@ neither copied nor repeated. The model is given no cache, and a mask that says n
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,7 +43,6 @@ class Row:
         self._model, self._layers, self._backend = model, layers, backend
         self._modules = attention_modules(model)
         self._windows = names.windows(text_backbone(model).config)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._thread = threading.get_ident()
         self._parts: list[Part] = []
         self._depth: int | None = None
@@ -98,7 +96,7 @@ class Row:
         captured = [part for part in parts if len(part.rows)]
         self._taking = Taking(captured, self._layers, self._backend) if captured else None
         keep = torch.tensor(logits, dtype=torch.int64, device=ids.device)
-        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        options = names.logits_of(self._model, keep)
         says_nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         try:
             output = self._model(
@@ -116,7 +114,7 @@ class Row:
             self._parts, self._taking = [], None
         if self._attended != len(self._modules):
             raise Unshareable(f"{len(self._modules) - self._attended} of its layers attend in a way of their own")
-        return output.logits[0] if self._keeps_logits else output.logits[0, keep]
+        return output.logits[0] if options else output.logits[0, keep]
 
     def _attend(
         self,

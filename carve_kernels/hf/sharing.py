@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GenerationMixin
-
 from carve_kernels.hf import names
 from carve_kernels.hf.backbone import attention_modules, decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.decoding import GUARD
@@ -23,7 +21,6 @@ def obstacle(model: Any) -> str | None:
     keeps keys as they are.
     """
     inner: Any = unwrap(model)
-    kind: Any = type(inner)
     modules = attention_modules(model)
     if len(modules) < len(decoder_layers(model)):
         return f"{len(decoder_layers(model)) - len(modules)} of its layers have no softmax attention"
@@ -38,15 +35,15 @@ def obstacle(model: Any) -> str | None:
     changing = sorted(names.rotations(config) & _LENGTH)
     if changing:
         return f"its rotation is {changing[0]!r}, which depends on the length of the prompt"
-    if not all(getattr(module, "is_causal", True) for module in modules.values()):
+    if not all(names.is_causal(module) for module in modules.values()):
         return "its layers see what comes later"
-    return names.tree_obstacle(inner, config) or _decodes_otherwise(model, inner, kind)
+    return names.tree_obstacle(inner, config) or _decodes_otherwise(model, inner)
 
 
-def _decodes_otherwise(model: Any, inner: Any, kind: Any) -> str | None:
+def _decodes_otherwise(model: Any, inner: Any) -> str | None:
     if GUARD in inner.__dict__:
         return "a session of capture_attention is open on it"
-    if kind.generate is not GenerationMixin.generate or "generate" in inner.__dict__:
+    if names.has_own_generate(inner):
         return "it has a generate of its own"
     if inner.training:
         return "it is in training mode"

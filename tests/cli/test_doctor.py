@@ -27,6 +27,7 @@ def test_here_everything_needed_works(carve: Invoke, monkeypatch: pytest.MonkeyP
         "CPU",
         "GPU",
         "llava processor",
+        "12 of 12 checks hold",
         "Ready.",
     ):
         assert word in done.stdout, word
@@ -52,6 +53,36 @@ def test_a_broken_reference_room_is_told(carve: Invoke, monkeypatch: pytest.Monk
     assert done.exit_code == 1
     assert "scipy does not fit" in done.stdout
     assert "Needs mending: regions in the reference room." in done.stdout
+
+
+def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = carve("doctor").stdout
+    assert re.search(r"session .* yes .* two new tokens of the embedded model", said)
+    assert re.search(r"engine .* yes .* one question about one image", said)
+
+    def broken(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("no maps today")
+
+    monkeypatch.setattr("carve_kernels.hf.session.capture_attention", broken)
+    monkeypatch.setattr("carve_kernels.hf.engine.CarveEngine.__call__", broken)
+    done = carve("doctor")
+    assert done.exit_code == 1
+    assert re.search(r"session .* no .* no maps today", done.stdout)
+    assert "session, engine." in done.stdout.splitlines()[-1]
+
+
+def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from carve_kernels.hf import names
+
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(names, "version", lambda: "5.99.0")
+    monkeypatch.setattr(names, "_CACHES", ("kv_store",))
+    done = carve("doctor")
+    assert done.exit_code == 1
+    assert "of 12 checks hold; 5.99.0 is not tested, 5.12 to 5.24 are; cache on the second step" in done.stdout
+    assert "pip install 'transformers>=5.12,<=5.24.99'" in done.stdout
+    assert "Needs mending: contract with transformers" in done.stdout
 
 
 def doctor_with(preparation: str) -> subprocess.CompletedProcess[str]:

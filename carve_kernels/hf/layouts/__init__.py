@@ -50,7 +50,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
         raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("inputs: expected images, got a video, which has no layout yet")
-    marks = inputs["input_ids"] == names.image_token_id(config)
+    marks = inputs["input_ids"] == names.image_id(config)
     if not marks.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     sizes = _by_row(images, len(marks))

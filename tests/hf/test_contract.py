@@ -1,0 +1,135 @@
+"""The contract with transformers: it holds here, its checks can fail, and it is asked for where nobody has tested."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import CarveEngine, capture_attention
+from carve_kernels.checks import UpstreamChanged
+from carve_kernels.hf import contract, names
+from tests.hf.looks import family
+
+
+@pytest.fixture(autouse=True)
+def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has asked yet."""
+    monkeypatch.setattr(contract, "_broken", None)
+
+
+def test_it_holds_here() -> None:
+    results = names.contract()
+    assert len(results) >= 12
+    assert {name: why for name, why in results.items() if why is not None} == {}
+
+
+def test_it_leaves_no_trace() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        random = torch.random.get_rng_state()
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+            assert set(names.contract().values()) == {None}
+        assert torch.get_default_dtype() is torch.float64
+        assert torch.equal(torch.random.get_rng_state(), random)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _no_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_CACHES", ("kv_store",))
+
+
+def _other_scale(patch: pytest.MonkeyPatch) -> None:
+    real = names.attention_options
+    patch.setattr(names, "attention_options", lambda query, told: real(query, told)._replace(scale=1.0))
+
+
+def _no_eager(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_EAGER", "eager_attention")
+
+
+def _no_registry(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_REGISTRY", "ATTENTION_FUNCTIONS")
+
+
+def _no_image_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_IMAGE_IDS", ("picture_token_id",))
+
+
+def _no_decisions(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_DECISIONS", ("logits_changers", "stopping_criteria"))
+
+
+def _no_notes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "position_notes", lambda model: [])
+
+
+def _other_attention(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "attention_in", lambda layer: None)
+
+
+def _other_tower(patch: pytest.MonkeyPatch) -> None:
+    real = names.tower_results
+
+    def doubled(model: Any, entries: Any) -> Any:
+        results = real(model, {**entries, "pixel_values": 2 * entries["pixel_values"]})
+        # A version that takes no results has a contract without them.
+        return results if results is not None else pytest.skip("this transformers takes no results of a tower")
+
+    patch.setattr(names, "tower_results", doubled)
+
+
+BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
+    "cache": (_no_cache, {"cache on the second step", "maps of generate"}),
+    "scale": (_other_scale, {"scale and mask", "map of a forward", "maps of generate"}),
+    "eager": (_no_eager, {"eager is looked up"}),
+    "registry": (_no_registry, {"attention is looked up", "map of a forward", "nothing is left"}),
+    "image token": (_no_image_token, {"image token", "map of a forward"}),
+    "decisions": (_no_decisions, {"decision hooks"}),
+    "notes": (_no_notes, {"position notes"}),
+    "attention": (_other_attention, {"decoder and attention", "map of a forward"}),
+    "tower": (_other_tower, {"tower results"}),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_change_upstream_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, expected = BREAKS[name]
+    change(monkeypatch)
+    failed = {check for check, why in names.contract().items() if why is not None}
+    assert expected <= failed
+
+
+def test_a_tested_version_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "version", lambda: "5.20.2")
+    monkeypatch.setattr(contract, "results", lambda: pytest.fail("the checks ran"))
+    capture_attention(family("llava")[0], layers=[0])
+
+
+def test_a_version_that_was_not_tested_is_tried_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(names, "version", lambda: "5.99.0")
+    model, processor = family("llava")
+    with caplog.at_level(logging.WARNING, "carve_kernels"):
+        capture_attention(model, layers=[0])
+        capture_attention(model, layers=[1])
+        CarveEngine(model, processor)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"transformers 5.99.0 was not tested (5.12 to 5.24 were): {len(contract.CHECKS)} checks of it hold"
+    ]
+
+
+def test_a_broken_contract_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "version", lambda: "5.99.0")
+    _no_cache(monkeypatch)
+    model, processor = family("llava")
+    for _ in range(2):
+        with pytest.raises(UpstreamChanged, match=r"transformers 5\.99\.0 .*5\.12 to 5\.24.*cache on the second step"):
+            capture_attention(model, layers=[0])
+    with pytest.raises(UpstreamChanged, match="cache on the second step"):
+        CarveEngine(model, processor)

@@ -1,0 +1,210 @@
+"""Names of transformers: each stands in one file; a cache under an unknown name is the fault of no prompt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import CarveEngine, capture_attention
+from carve_kernels.checks import UpstreamChanged
+from carve_kernels.hf import names
+from tests.hf.looks import family, inputs_of, state
+from tests.hf.tiny import picture
+
+PACKAGE = Path(inspect.getfile(names)).parents[1]
+
+# What is a convention or private: none of these may be spelled anywhere else in the package.
+SPELLINGS = [
+    "past_key_values",
+    '.get("cache"',
+    "get_seq_length",
+    "is_initialized",
+    "_local_mapping",
+    "_global_mapping",
+    "_attn_implementation",
+    "ALL_ATTENTION_FUNCTIONS",
+    "eager_attention_forward",
+    "scaling",
+    "s_aux",
+    "sliding_window",
+    "position_bias",
+    "get_decoder",
+    "_orig_mod",
+    "base_model",
+    "layer_types",
+    "linear_attention",
+    "full_attention",
+    "num_kv_shared_layers",
+    "num_key_value_heads",
+    "use_bidirectional_attention",
+    "create_masks_for_generate",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_deltas",
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "mm_token_type_ids",
+    "mm_encoder_outputs",
+    "get_image_features",
+    "PROCESSOR_MAPPING_NAMES",
+    "custom_generate",
+    "logits_processor",
+    "logits_to_keep",
+    "_compiled_call_impl",
+    "get_compiled_call",
+    "sub_configs",
+    "peft_config",
+    "is_prompt_learning",
+    "alora_invocation_tokens",
+    "_active_adapter",
+    "_disable_adapters",
+    "_hf_hook",
+    "hf_device_map",
+]
+# The checks of `contract` build models, so they write configurations and inputs.
+MAKES_MODELS = {"image_token_id", "video_token_id", "mm_token_type_ids", "rope_parameters", "num_key_value_heads"}
+
+
+def code_of(path: Path) -> str:
+    """A file without its comments; docstrings count."""
+    with tokenize.open(path) as file:
+        kept = [token.string for token in tokenize.generate_tokens(file.readline) if token.type != tokenize.COMMENT]
+    return " ".join(kept).replace(' . get ( "', '.get("')
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_name_of_transformers_stands_in_one_file(spelling: str) -> None:
+    found = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if spelling in code_of(path) and path.name != "names.py"
+    ]
+    expected = ["hf/contract.py"] if spelling in MAKES_MODELS else []
+    assert found == expected
+
+
+def test_every_spelling_is_one_of_names() -> None:
+    """A name that nobody spells any more is no test."""
+    own = code_of(PACKAGE / "hf" / "names.py")
+    unspelled = {"_global_mapping", "_hf_hook", "hf_device_map"}
+    assert [spelling for spelling in SPELLINGS if spelling not in own and spelling not in unspelled] == []
+
+
+class Cache:
+    """Holds so many tokens, as far as anybody can see."""
+
+    def __init__(self, held: int = 0) -> None:
+        self.held = held
+
+    def get_seq_length(self) -> int:
+        return self.held
+
+
+def test_both_names_of_a_cache_are_read() -> None:
+    newer, older = Cache(), Cache()
+    assert names.cache_of({"cache": newer, "past_key_values": None}) is newer
+    assert names.cache_of({"past_key_values": older}) is older
+    assert names.cache_of({"cache": newer, "past_key_values": older}) is newer
+    assert names.cache_of({"input_ids": torch.ones(1, 2)}) is None
+
+
+def test_a_cache_under_another_name_is_the_versions_fault() -> None:
+    with pytest.raises(UpstreamChanged, match=rf"transformers {names.version()} .*5\.12 to 5\.24.*'kv_store'"):
+        names.cache_of({"kv_store": Cache()})
+
+
+def test_a_paged_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model: its cache is a object .*continuous batching"):
+        names.cache_of({"cache": object()})
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("4.57.6", False), ("5.11.3", False), ("5.12.0", True), ("5.20.2", True), ("5.24.1", True),
+        ("5.24.0.dev0", False), ("5.25.0", False), ("5.100.0", False), ("6.0.0", False),
+    ],
+)  # fmt: skip
+def test_tested_versions_include_both_ends(version: str, tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "version", lambda: version)
+    assert names.is_tested() is tested
+
+
+def renamed(model: Any, monkeypatch: pytest.MonkeyPatch, *, opaque: bool = False) -> None:
+    """As the next release may: the cache goes from step to step, and to the forward, under a name nobody knows."""
+    forward, prepare = model.forward, model.prepare_inputs_for_generation
+    used = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    class Store:
+        """Nothing about it says that it is a cache."""
+
+        def __init__(self, cache: Any) -> None:
+            self.held = cache
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, kv_store: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **{**kwargs, used: kv_store.held if isinstance(kv_store, Store) else kv_store})
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        inputs = dict(prepare(*args, **kwargs))
+        cache = inputs.pop(used, None)
+        return {**inputs, "kv_store": Store(cache) if opaque else cache}
+
+    monkeypatch.setattr(model, "forward", wrapped)
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", prepared)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("tokens", [None, [3, 4]])
+def test_a_renamed_cache_blames_the_version(opaque: bool, tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("qwen2_5_vl")[0]
+    renamed(model, monkeypatch, opaque=opaque)
+    before = state(model)
+    with (
+        pytest.raises(UpstreamChanged, match=rf"transformers {names.version()} .*5\.12 to 5\.24") as caught,
+        capture_attention(model, layers=[1], tokens=tokens) as session,
+        torch.no_grad(),
+    ):
+        model.generate(**inputs_of("qwen2_5_vl", 1), max_new_tokens=3, do_sample=False)
+    assert "prompt" not in str(caught.value) and "image" not in str(caught.value)
+    assert state(model) == before
+    if not opaque:
+        with pytest.raises(RuntimeError, match="maps: expected a forward"):
+            _ = session.maps
+
+
+def test_a_step_by_hand_without_a_known_cache_names_the_known_ones() -> None:
+    model = family("qwen2_5_vl")[0]
+    inputs = inputs_of("qwen2_5_vl", 1)
+    with capture_attention(model, layers=[1]), torch.no_grad():
+        model(**inputs)
+        with pytest.raises(ValueError, match=r"'cache' or 'past_key_values'.*got one token without a cache"):
+            model(input_ids=inputs["input_ids"][:, -1:])
+
+
+def test_a_generate_without_decisions_blames_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = family("qwen2_5_vl")
+    kind = type(model)
+    generate = kind.generate
+
+    def without(self: Any, *args: Any, **kwargs: Any) -> Any:
+        take = kwargs.pop("custom_generate", None)
+        if take is None:
+            return generate(self, *args, **kwargs)
+        return take(self, kwargs["input_ids"])
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", without)
+    with pytest.raises(UpstreamChanged, match="no logits_processor and no stopping_criteria"):
+        CarveEngine(model, processor, backend="reference")(picture(112, 84), "what digit is red")
+
+
+def test_an_own_registry_blames_the_version() -> None:
+    with pytest.raises(UpstreamChanged, match="registry of attention functions"):
+        names.own_entry(object(), "sdpa")
