@@ -89,8 +89,9 @@ def find_compiler() -> list[str] | None:
 
 
 def find_ninja() -> str | None:
-    """The ninja of the path, else of the environment, which need not be on the path."""
-    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    """The ninja of the environment, which need not be on the path, else of the path."""
+    # Each version of ninja starts its log over: the one that came with the tests builds on what it built.
+    return shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
 
 
 def find_nvcc() -> str | None:
@@ -176,12 +177,14 @@ def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
     version = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
     against_torch = [*cxx, f"-DTORCH_TARGET_VERSION={version}", f"-I{tools.torch / 'include'}"]
     for source in SOURCES:
-        if source.endswith("register_build.cpp"):
+        name = Path(source).stem
+        if name == "register_build":
+            inside = "".join(f"{number}," for number in numbers)
             yield compile(source, against_torch, "cpu")
-            yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={''.join(f'{n},' for n in numbers)}"], "cuda")
+            yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={inside}"], "cuda")
         else:
-            torch_free = not re.search(r"/(register_\w+|parallel)\.cpp$", source)
-            yield compile(source, cxx if torch_free else against_torch, "cpu", "cuda")
+            sees_torch = name.startswith(("register_", "parallel"))
+            yield compile(source, against_torch if sees_torch else cxx, "cpu", "cuda")
     # libtorch_cpu has to be named as needed, but not where it is: whoever loads the library has imported torch.
     link = [*tools.compiler, "-shared", f"-L{tools.torch / 'lib'}"]
     yield step("link", library("cpu"), objects["cpu"], [*link, *objects["cpu"], "-o", library("cpu"), "-ltorch_cpu"])
@@ -254,7 +257,7 @@ class BuildOperators(build_ext):
                 ext.optional = False
                 raise PlatformError(f"CARVE_KERNELS_BUILD=required: {said}")
             slower = runpy.run_path("carve_kernels/extension.py")["SLOWER"]
-            again = "pip install -e ." if self.inplace else "pip install ."
+            again = "pip install -e ." if self.editable_mode else "pip install ."
             warnings.warn(f"{said}\nOn a CPU {slower}. Once that is mended, build them: {again}", stacklevel=1)
 
     def copy_extensions_to_source(self) -> None:

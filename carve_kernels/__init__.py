@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from carve_kernels.extras import needed_by
-
 if TYPE_CHECKING:
     from carve_kernels.backends import explain
     from carve_kernels.checks import BackendUnavailable
@@ -71,6 +69,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _SOURCES:
         raise AttributeError(f"module 'carve_kernels' has no attribute {name!r}")
+    from carve_kernels.extras import needed_by
+
     with needed_by(name):
         value = getattr(importlib.import_module(f"carve_kernels.{_SOURCES[name]}"), name)
     globals()[name] = value

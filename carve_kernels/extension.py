@@ -46,8 +46,10 @@ def architectures() -> tuple[int, ...]:
 
 def install_command() -> str:
     """What installs the package anew from its source, where that is known."""
-    source = LIBRARY.parents[1]
-    return f"pip install -e {shlex.quote(str(source))}" if (source / "setup.py").exists() else "pip install . in the folder of its source"
+    source = Path(__file__).resolve().parents[1]
+    if (source / "setup.py").exists():
+        return f"pip install -e {shlex.quote(str(source))}"
+    return "pip install . in the folder of its source"
 
 
 def _mend() -> str:
