@@ -28,7 +28,7 @@ def masks() -> dict[str, numpy.ndarray]:
         f"{shape} {share}": random.random(shape) < share for shape in shapes for share in (0, 0.2, 0.5, 0.6, 0.8, 1)
     }
     checkers = numpy.indices((9, 9)).sum(0) % 2 == 0
-    return {**noise, "spiral": spiral(41), "checkers": checkers, "empty": numpy.zeros((0, 3), dtype=bool)}
+    return {**noise, "spiral": spiral(41), "checkers": checkers}
 
 
 @pytest.mark.parametrize("name", masks())
