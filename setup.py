@@ -258,7 +258,7 @@ class BuildOperators(build_ext):
                 raise PlatformError(f"CARVE_KERNELS_BUILD=required: {said}")
             slower = runpy.run_path("carve_kernels/extension.py")["SLOWER"]
             again = "pip install -e ." if self.editable_mode else "pip install ."
-            warnings.warn(f"{said}\nOn a CPU {slower}. Once that is mended, build them: {again}", stacklevel=1)
+            warnings.warn(f"{said}\nOn a CPU: {slower}. Once that is mended, build them: {again}", stacklevel=1)
 
     def copy_extensions_to_source(self) -> None:
         # A library of an earlier build in the source tree must not pass for one that was not built this time.

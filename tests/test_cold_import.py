@@ -159,7 +159,7 @@ def test_the_command_line_tells_of_it_first_and_once(tmp_path: Path) -> None:
     result = process(NO_LIBRARY + textwrap.dedent(code))
     assert result.returncode == 0, result.stderr
     first, *others = result.stderr.splitlines()
-    assert first.startswith("on a CPU reference backend only: ") and "times slower" in first and "pip install" in first
+    assert first.startswith("on a CPU: reference backend only: ") and "times slower" in first and "pip install" in first
     assert not any("is not built" in line for line in others)
 
 

@@ -45,7 +45,7 @@ def _without_extension() -> Iterator[None]:
     if reason is None:
         yield
         return
-    note(f"on a CPU {extension.SLOWER}; {reason}")
+    note(f"on a CPU: {extension.SLOWER}; {reason}")
     log = logging.getLogger("carve_kernels")
 
     def is_news(record: logging.LogRecord) -> bool:
