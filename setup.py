@@ -118,7 +118,10 @@ def find_tools() -> Tools | str:
     """What a build cannot do without; what is missing where something is."""
     compiler, ninja, torch = find_compiler(), find_ninja(), find_torch()
     if torch is None:
-        return f"torch is not installed where the package is installed to ({site_folders()[0]}); install it first"
+        return (
+            f"torch is neither where the build runs nor in {site_folders()[0]}; install it first, and where a tool "
+            "builds in an environment of its own, build without isolation"
+        )
     text = torch.joinpath("version.py").read_text(encoding="utf-8") if torch.joinpath("version.py").exists() else ""
     version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
     if version and (int(version[2]), int(version[3])) < OLDEST_TORCH:

@@ -97,7 +97,7 @@ def test_a_compiler_that_fails_is_a_reason(parts: Any, tree: Path, monkeypatch: 
     [
         ("compiler", "no C++ compiler was found"),
         ("ninja", "ninja was not found"),
-        ("torch", "torch is not installed where the package is installed to"),
+        ("torch", "torch is neither where the build runs nor in "),
         ("a newer torch", "torch 2.9.1+cpu is older than 2.10"),
         ("what a compiler needs", "FAILED"),
     ],
