@@ -6,13 +6,16 @@ OLDEST_TRANSFORMERS ?= transformers==5.12.0
 # The tests know its interpreter's faults and its compiler's registers; a build of torch for a GPU brings its own.
 TRITON ?= triton==3.9.0
 OLDEST_TRITON ?= triton==3.8.0
-# More requirements for the tests' environment.
+# More requirements for the tests' environment, which may be other versions than those of the constraints.
 PINS ?=
+CONSTRAINTS ?= $(if $(PINS),,-c constraints.txt)
+# The Pythons that `make constraints` resolves for.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 CXX ?= g++
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
-SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
 
 # The kernels need no torch: they are tested without it.
 NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
@@ -23,7 +26,7 @@ BFLOAT = csrc/cuda/capture.cu csrc/cuda/capture_bfloat.cu -DBFLOAT_ALONE
 EMULATED_REGIONS = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/regions*.cpp tests/native/regions_cuda.cpp \
 	-x c++ csrc/cuda/regions*.cu
 
-.PHONY: demo test prove sanitize emulate emulate-all mutate compile races soak clean
+.PHONY: constraints demo test prove sanitize emulate emulate-all mutate compile races soak clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
@@ -92,19 +95,22 @@ soak: $(VENV)/.tests
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so
 
+constraints:
+	$(PYTHON) -m tests.constrain $(PYTHONS)
+
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "setuptools>=77" wheel
+	$(PIP) install "setuptools>=77" ninja $(CONSTRAINTS)
 	$(PIP) install $(TORCH)
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --no-build-isolation -e .
+	$(PIP) install --no-build-isolation -e ".[cli]" $(CONSTRAINTS)
 	touch $@
 
 # Some processors of transformers want torchvision. Its compiled part may not fit this torch and then breaks every import
 # of transformers, so it stands where tests/conftest.py alone looks for it.
 $(VENV)/.tests: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --no-build-isolation -e ".[test]" $(TRITON) $(PINS)
+	$(PIP) install --no-build-isolation -e ".[test]" $(TRITON) $(PINS) $(CONSTRAINTS)
 	$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
 	touch $(VENV)/.package $@

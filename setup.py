@@ -1,6 +1,7 @@
 """Builds the compiled operators: one library against torch's stable ABI, so that it also loads in later torches.
 
-Whatever stands in its way, the install goes on and says what is missing: the reference room needs no compiler.
+Whatever stands in its way, the install goes on and says what is missing: the reference backend needs no compiler.
+CARVE_KERNELS_BUILD=required makes it an error instead.
 """
 
 from __future__ import annotations
@@ -8,37 +9,74 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
+import site
 import subprocess
+import sys
+import sysconfig
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import OptionError, PlatformError
 
-SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-HEADERS = sorted(str(path) for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
+NAME = "carve_kernels._C"
+SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
+HEADERS = sorted(path.as_posix() for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 # Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *ARITHMETIC, "-Wall", "-shared"]
-OLDEST_TORCH = "0x020a000000000000"  # 2.10
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *ARITHMETIC, "-Wall", "-Icsrc"]
+OLDEST_TORCH = (2, 10)
 
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-CUDA_BINDINGS = sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp"))
+CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_BINDINGS = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cpp"))
 # A100, H100, B200 and the consumer Blackwells; what comes after them runs the last one's PTX.
 CUDA_ARCHITECTURES = "80;90;100;120"
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
+# All architectures at once: a change in one file would otherwise wait for one after the other.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "-t0"]
+
+# Objects stay here from one build to the next.
+BUILD = Path("build/extension")
+RULES = """\
+builddir = build/extension
+rule compile
+  command = $line
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $line
+"""
+
+# What a manylinux tag promises of the machine: the newest GLIBC, GLIBCXX and CXXABI (the policies of auditwheel 6.8).
+MANYLINUX = {
+    "2_34": {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)},
+    "2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
+    "2_39": {"GLIBC": (2, 39), "GLIBCXX": (3, 4, 33), "CXXABI": (1, 3, 15)},
+}
 
 
-class CudaParts(NamedTuple):
-    """What the CUDA kernels add to the command that links the library."""
+class Cuda(NamedTuple):
+    """CUDA's compiler, the architectures it compiles for, and the options that find its libraries."""
 
-    sources: list[str]
-    options: list[str]
+    nvcc: str
+    numbers: list[str]
+    folders: list[str]
+
+
+class Tools(NamedTuple):
+    """What compiles the operators that a CPU runs."""
+
+    ninja: str
+    compiler: list[str]
+    torch: Path
 
 
 def find_compiler() -> list[str] | None:
@@ -50,6 +88,12 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def find_ninja() -> str | None:
+    """The ninja of the environment, which need not be on the path, else of the path."""
+    # Each version of ninja starts its log over: the one that came with the tests builds on what it built.
+    return shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
+
+
 def find_nvcc() -> str | None:
     """CUDA's compiler: that of $CUDACXX, else of $CUDA_HOME, else of the path."""
     if "CUDACXX" in os.environ:
@@ -58,14 +102,39 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
+def site_folders() -> list[str]:
+    """The packages of the environment that is installed into: pip's isolation takes them off sys.path alone."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return folders if sys.prefix != sys.base_prefix else [*folders, site.getusersitepackages()]
+
+
 def find_torch() -> Path | None:
     """The folder of the installed torch, found without importing it."""
-    spec = importlib.util.find_spec("torch")
+    spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", site_folders())
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def compile_cuda(folder: Path) -> CudaParts | str:
-    """Compile the CUDA kernels, which see no header of torch; why there are none where it did not work."""
+def find_tools() -> Tools | str:
+    """What a build cannot do without; what is missing where something is."""
+    compiler, ninja, torch = find_compiler(), find_ninja(), find_torch()
+    if torch is None:
+        return (
+            f"torch is neither where the build runs nor in {site_folders()[0]}; install it first, and where a tool "
+            "builds in an environment of its own, build without isolation"
+        )
+    text = torch.joinpath("version.py").read_text(encoding="utf-8") if torch.joinpath("version.py").exists() else ""
+    version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
+    if version and (int(version[2]), int(version[3])) < OLDEST_TORCH:
+        return f"torch {version[1]} is older than {'.'.join(map(str, OLDEST_TORCH))}; install a newer one first"
+    if compiler is None:
+        return "no C++ compiler was found (install g++ or clang++, or set CXX to name one)"
+    if ninja is None:
+        return "ninja was not found (pip install ninja, or build with isolation, which brings it)"
+    return Tools(ninja, compiler, torch)
+
+
+def find_cuda() -> Cuda | str:
+    """What compiles the CUDA kernels; why nothing does."""
     nvcc = find_nvcc()
     if nvcc is None:
         return "nvcc was not found (put it on the path, or set CUDACXX or CUDA_HOME)"
@@ -74,86 +143,125 @@ def compile_cuda(folder: Path) -> CudaParts | str:
         return (
             f"CARVE_KERNELS_CUDA_ARCHITECTURES: expected numbers such as {CUDA_ARCHITECTURES}, got {';'.join(numbers)}"
         )
+    try:
+        # nvcc alone knows where its libraries are.
+        told = subprocess.run([nvcc, "--dryrun", "-o", "library", "object.o"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{nvcc} does not run: {error}"
+    line = next((line for line in told.stderr.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    return Cuda(nvcc, numbers, re.findall(r'"(-L[^"]+)"', line))
+
+
+def library(kind: str) -> str:
+    return (BUILD / kind / "library.so").as_posix()
+
+
+def step(rule: str, output: str, inputs: list[str], command: list[str]) -> str:
+    """A statement of ninja's language."""
+    made, *sources = (re.sub(r"([$ :])", r"$\1", path) for path in (output, *inputs))
+    line = shlex.join(command).replace("$", "$$")
+    return f"build {made}: {rule} {' '.join(sources)}\n  line = {line}\n"
+
+
+def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
+    """Every compilation and both libraries, that for a CPU alone and that with CUDA."""
+    yield RULES
+    numbers = cuda.numbers if cuda is not None else []
+    objects: dict[str, list[str]] = {"cpu": [], "cuda": []}
+
+    def compile(source: str, command: list[str], *kinds: str) -> str:
+        target = (BUILD / "-".join(kinds) / source).as_posix() + ".o"
+        for kind in kinds:
+            objects[kind].append(target)
+        return step("compile", target, [source], [*command, "-MD", "-MF", f"{target}.d", "-c", source, "-o", target])
+
+    cxx = [*tools.compiler, *FLAGS]
+    # Kernels that see no header of torch are not compiled anew for another torch.
+    version = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+    against_torch = [*cxx, f"-DTORCH_TARGET_VERSION={version}", f"-I{tools.torch / 'include'}"]
+    for source in SOURCES:
+        name = Path(source).stem
+        if name == "register_build":
+            inside = "".join(f"{number}," for number in numbers)
+            yield compile(source, against_torch, "cpu")
+            yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={inside}"], "cuda")
+        else:
+            sees_torch = name.startswith(("register_", "parallel"))
+            yield compile(source, against_torch if sees_torch else cxx, "cpu", "cuda")
+    # libtorch_cpu has to be named as needed, but not where it is: whoever loads the library has imported torch.
+    link = [*tools.compiler, "-shared", f"-L{tools.torch / 'lib'}"]
+    yield step("link", library("cpu"), objects["cpu"], [*link, *objects["cpu"], "-o", library("cpu"), "-ltorch_cpu"])
+    if cuda is None:
+        return
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     targets.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = [str(folder / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES]
-    commands = [
-        [nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", out]
-        for source, out in zip(CUDA_SOURCES, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reason = next(filter(None, pool.map(run, commands)), None)
-    if reason is not None:
-        return reason
-    # nvcc alone knows where its libraries are.
-    told = subprocess.run([nvcc, "--dryrun", "-o", "library", "object.o"], capture_output=True, text=True)
-    line = next((line for line in told.stderr.splitlines() if line.startswith("#$ LIBRARIES=")), "")
-    folders = re.findall(r'"(-L[^"]+)"', line)
+    for source in CUDA_SOURCES:
+        yield compile(source, [cuda.nvcc, *CUDA_FLAGS, *targets], "cuda")
+    for source in CUDA_BINDINGS:
+        yield compile(source, against_torch, "cuda")
     # The runtime stands inside, out of sight: it finds the driver when it is first called, and torch's own is another.
-    libraries = ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,ALL"]
-    inside = f"-DCARVE_CUDA_ARCHITECTURES={','.join(numbers)},"
-    return CudaParts(CUDA_BINDINGS, [inside, *objects, *folders, *libraries])
+    runtime = [*cuda.folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,ALL"]
+    command = [*link, *objects["cuda"], "-o", library("cuda"), "-ltorch_cpu", *runtime]
+    yield step("link", library("cuda"), objects["cuda"], command)
 
 
-def build(sources: list[str], target: Path, cuda: CudaParts | None = None) -> str | None:
-    """Compile and link in one command; why it did not work, or None."""
-    compiler, torch = find_compiler(), find_torch()
-    if compiler is None:
-        return "no C++ compiler was found (set CXX to name one)"
-    if torch is None:
-        return "torch is not installed where the build runs (install it first, then use --no-build-isolation)"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    more = cuda if cuda is not None else CudaParts([], [])
-    # libtorch_cpu has to be named as needed, but not where it is: whoever loads the library has imported torch.
-    return run([
-        *compiler,
-        *FLAGS,
-        f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
-        "-Icsrc",
-        f"-I{torch / 'include'}",
-        *sources,
-        *more.sources,
-        "-o",
-        str(target),
-        f"-L{torch / 'lib'}",
-        "-ltorch_cpu",
-        *more.options,
-    ])  # fmt: skip
-
-
-def run(command: list[str]) -> str | None:
-    """Run a command; why it did not work, or None."""
+def make(ninja: str, kind: str, target: Path) -> str | None:
+    """Bring a library up to date and copy it; why that did not work, or None."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([ninja, "-f", str(BUILD / "build.ninja"), library(kind)], capture_output=True, text=True)
     except OSError as error:
-        return f"{command[0]} does not run: {error}"
-    if result.returncode != 0:
-        return f"{shlex.join(command)} failed with status {result.returncode}\n{result.stderr}"
+        return f"{ninja} does not run: {error}"
+    if done.returncode != 0:
+        said = done.stdout + done.stderr
+        return said[max(said.find("FAILED:"), 0) :].strip() or f"{ninja} ended with status {done.returncode}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A process that has the library loaded keeps the file that it has.
+    target.unlink(missing_ok=True)
+    shutil.copy(library(kind), target)
     return None
 
 
+def build(target: Path) -> tuple[str | None, str | None]:
+    """Build the library; why there is none, and why there are no CUDA kernels in it, or None and None."""
+    tools = find_tools()
+    if isinstance(tools, str):
+        return tools, None
+    cuda = find_cuda()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    BUILD.joinpath("build.ninja").write_text("".join(statements(tools, None if isinstance(cuda, str) else cuda)))
+    reason = make(tools.ninja, "cpu", target)
+    if reason is not None:
+        return reason, None
+    return None, cuda if isinstance(cuda, str) else make(tools.ninja, "cuda", target)
+
+
 class BuildOperators(build_ext):
-    """Builds with one plain command line, since the flags Python itself was built with are no part of this project."""
+    """Builds with command lines of our own: the flags Python itself was built with are no part of this project."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        wanted = os.environ.get("CARVE_KERNELS_BUILD", "") or "auto"
+        if wanted not in ("auto", "required"):
+            raise OptionError(f"CARVE_KERNELS_BUILD: expected auto or required, got {wanted}")
+        self.required = wanted == "required"
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)
-        cuda = compile_cuda(Path(self.build_temp, "cuda"))
-        without = cuda if isinstance(cuda, str) else build(ext.sources, target, cuda)
-        # What fails with the CUDA kernels may work without.
-        reason = build(ext.sources, target) if without is not None else None
-        if reason is None and without is not None:
+        reason, without = build(target)
+        if without is not None:
             warnings.warn(
-                f"carve_kernels: the CUDA kernels are NOT built: {without}\nThe rooms of a CPU are complete without.",
+                f"carve_kernels: the CUDA kernels are NOT built: {without}\nThe CPU's operators are complete without.",
                 stacklevel=1,
             )
         if reason is not None:
-            warnings.warn(
-                f"carve_kernels: the compiled operators are NOT built: {reason}\n"
-                "The reference room serves. To build: pip install --no-build-isolation -e . with a C++ compiler.",
-                stacklevel=1,
-            )
+            said = f"carve_kernels: the compiled operators are NOT built: {reason}"
+            if self.required:
+                ext.optional = False
+                raise PlatformError(f"CARVE_KERNELS_BUILD=required: {said}")
+            slower = runpy.run_path("carve_kernels/extension.py")["SLOWER"]
+            again = "pip install -e ." if self.editable_mode else "pip install ."
+            warnings.warn(f"{said}\nOn a CPU: {slower}. Once that is mended, build them: {again}", stacklevel=1)
 
     def copy_extensions_to_source(self) -> None:
         # A library of an earlier build in the source tree must not pass for one that was not built this time.
@@ -162,15 +270,55 @@ class BuildOperators(build_ext):
         super().copy_extensions_to_source()
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every Python: torch loads the library, which is no module of Python's."""
+
+    def run(self) -> None:
+        # Built first, since where the files go in a wheel depends on whether there is a library.
+        self.run_command("build")
+        if not self._library().exists():
+            self.root_is_pure, self.distribution.ext_modules = True, []
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag: tuple[str, str, str] = super().get_tag()
+        if self.root_is_pure:
+            return tag
+        needed = manylinux(self._library()) if self._library().exists() else None
+        return "py3", "none", tag[2].replace("linux", f"manylinux_{needed}", 1) if needed else tag[2]
+
+    def _library(self) -> Path:
+        return Path(self.get_finalized_command("build_ext").get_ext_fullpath(NAME))
+
+
+def manylinux(path: Path) -> str | None:
+    """The first manylinux that has what a library needs of GLIBC and of C++; None for one of no Linux with GLIBC."""
+    # An ELF file names the versions it needs in its table of strings.
+    found = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)(?=\0)", path.read_bytes())
+    needed = [(name.decode(), tuple(map(int, version.split(b".")))) for name, version in found]
+    if not any(name == "GLIBC" for name, _ in needed):
+        return None
+    return next((tag for tag, has in MANYLINUX.items() if all(version <= has[name] for name, version in needed)), None)
+
+
+def plain_links(text: str) -> str:
+    """Markdown for a page outside the repository, where what lies beside the page is named and not linked."""
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", text)
+
+
 setup(
+    long_description=plain_links(Path("README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
-            "carve_kernels._C",
+            NAME,
             SOURCES,
             depends=[*HEADERS, *CUDA_SOURCES, *CUDA_BINDINGS],
             py_limited_api=True,
             optional=True,
         ),
     ],
-    cmdclass={"build_ext": BuildOperators},
+    cmdclass={"build_ext": BuildOperators, "bdist_wheel": Wheel},
+    # A plain path to this folder, which type checkers follow too.
+    options={"editable_wheel": {"mode": "compat"}},
 )

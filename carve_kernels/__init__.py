@@ -1,6 +1,6 @@
 """Attention maps of vision-language models at FlashAttention speed, and CARVE on top of them.
 
-Every public name is loaded when it is first used, so that `import carve_kernels` needs torch and numpy alone.
+Every public name is loaded when it is first used: the package and its operators need torch and numpy alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from carve_kernels.pipeline import Preset, carve
     from carve_kernels.types import View, VisualLayout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A submodule of the package itself must not share a name with a key: once loaded, it would take the name's place.
 _SOURCES = {
@@ -69,7 +69,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _SOURCES:
         raise AttributeError(f"module 'carve_kernels' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"carve_kernels.{_SOURCES[name]}"), name)
+    from carve_kernels.extras import needed_by
+
+    with needed_by(name):
+        value = getattr(importlib.import_module(f"carve_kernels.{_SOURCES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from carve_kernels import extras
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -26,8 +28,9 @@ def complexity(image: Image) -> dict[str, float]:
 
     Returns {"edges": ..., "colours": ...}. Source: the complexity measures of CARVE, arXiv 2509.06461.
     """
-    from skimage.color import rgb2gray, rgb2hsv
-    from skimage.feature import canny
+    with extras.needed_by("complexity"):
+        from skimage.color import rgb2gray, rgb2hsv
+        from skimage.feature import canny
 
     picture = image.convert("RGB")
     picture.thumbnail((LONGEST, LONGEST))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from carve_kernels import checks
+from carve_kernels import checks, extras
 from carve_kernels.files import write_whole
 from carve_kernels.picture import saliency_image
 from carve_kernels.types import View, VisualLayout
@@ -110,7 +110,8 @@ class AttentionMaps:
 
 def encode(maps: AttentionMaps, **facts: str) -> bytes:
     """Maps as a safetensors file with a checksum, and with more facts in its metadata."""
-    from safetensors.torch import save
+    with extras.needed_by("AttentionMaps.save"):
+        from safetensors.torch import save
 
     header = {
         "format": _FORMAT,
@@ -129,8 +130,9 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
 
     Raises ValueError if it is another file or a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    with extras.needed_by("AttentionMaps.load"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
     try:
         tensors = load(data)

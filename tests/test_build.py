@@ -1,72 +1,61 @@
-"""The build of the compiled operators: without a compiler the install goes on, and says what is missing."""
+"""What setup.py builds, from what it finds, and what it says where it cannot; compilers are scripts here."""
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from carve_kernels import extension
+
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "carve_kernels/_C.abi3.so"
+# Stands for a compiler: writes what it was asked to the name after -o, notes it, and that each source needs carve.h.
+COMPILER = """\
+echo "$*" >> {log}; asked="$*"
+while [ $# -gt 0 ]; do case "$1" in -o) out=$2;; -MF) depends=$2;; -c) source=$2;; esac; shift; done
+[ -z "$out" ] || printf '%s \\0GLIBC_2.17\\0' "$asked" > "$out"
+[ -z "$depends" ] || echo "$out: $source csrc/carve.h" > "$depends"
+"""
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what a build needs, as the working directory, with a library of an earlier build; no nvcc is found."""
+    folder = tmp_path / "a tree"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in", "Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    folder.joinpath("carve_kernels").mkdir()
+    for name in ("__init__.py", "extension.py", "py.typed"):
+        shutil.copy(ROOT / "carve_kernels" / name, folder / "carve_kernels")
+    folder.joinpath(LIBRARY).write_text("left by an earlier build")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", COMPILER.format(log=tmp_path / "log")))
+    monkeypatch.setenv("CUDACXX", "no-such-compiler")
+    for name in ("CARVE_KERNELS_BUILD", "CARVE_KERNELS_CUDA_ARCHITECTURES"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def parts(tree: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py defines, without a build."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    monkeypatch.chdir(ROOT)
     return runpy.run_path("setup.py")
-
-
-def test_a_compiler_that_fails_is_a_reason(
-    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", "/bin/false")
-    reason = parts["build"](parts["SOURCES"], tmp_path / "_C.abi3.so")
-    assert reason is not None and "failed with status 1" in reason
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_compiler_is_a_reason(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in parts["build"](parts["SOURCES"], tmp_path / "_C.abi3.so")
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no C++ compiler" in parts["build"](parts["SOURCES"], tmp_path / "_C.abi3.so")
-
-
-def test_no_torch_is_a_reason(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find_spec: Callable[[str], Any] = lambda name: None  # noqa: E731
-    monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    monkeypatch.setenv("CXX", "/bin/false")
-    assert "--no-build-isolation" in parts["build"](parts["SOURCES"], tmp_path / "_C.abi3.so")
-
-
-def install(folder: Path, **environment: str) -> str:
-    """Build in a copy of what a build needs; what was said to the user."""
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "README.md").touch()
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    package = folder / "carve_kernels"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "_C.abi3.so").write_text("left by an earlier build")
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 def script(path: Path, text: str) -> str:
@@ -75,31 +64,251 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_failed_build_installs_without_the_library(tmp_path: Path) -> None:
-    said = install(tmp_path, CXX="/bin/false", CUDACXX="no-such-compiler")
-    assert "the compiled operators are NOT built" in said
-    assert "pip install --no-build-isolation -e . with a C++ compiler" in said
-    assert not (tmp_path / "carve_kernels/_C.abi3.so").exists()
+def asked(tree: Path) -> list[str]:
+    """The command lines since this was last asked."""
+    log = tree.parent / "log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
 
 
-# Stands for a C++ compiler: writes the name after -o, and what it was asked.
-COMPILER = 'asked="$*"; while [ "$1" != -o ]; do shift; done; echo "$asked" > "$2"'
+def setup(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *words], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def install(**environment: str) -> str:
+    """Build as an editable install does; what was said to the user."""
+    done = setup("build_ext", "--inplace", **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_compiler_that_fails_is_a_reason(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(tree.parent / "broken", "echo it is broken >&2; exit 3"))
+    reason, _ = parts["build"](tree / "library.so")
+    assert "FAILED" in reason and "it is broken" in reason and str(tree.parent / "broken") in reason
+    assert not (tree / "library.so").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("compiler", "no C++ compiler was found"),
+        ("ninja", "ninja was not found"),
+        ("torch", "torch is neither where the build runs nor in "),
+        ("a newer torch", "torch 2.9.1+cpu is older than 2.10"),
+        ("what a compiler needs", "FAILED"),
+    ],
+)
+def test_nothing_is_compiled_for_a_gpu_in_vain(
+    parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch, missing: str, reason: str
+) -> None:
+    monkeypatch.setenv("CUDACXX", script(tree.parent / "nvcc", f'[ "$1" = --dryrun ] || echo "$*" >> {tree}/nvcc'))
+    none: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif missing == "ninja":
+        monkeypatch.setitem(parts["find_tools"].__globals__, "find_ninja", none)
+    elif missing == "torch":
+        monkeypatch.setattr("importlib.util.find_spec", none)
+        monkeypatch.setattr("sysconfig.get_path", lambda _: str(tree / "empty"))
+    elif missing == "a newer torch":
+        tree.joinpath("torch").mkdir()
+        tree.joinpath("torch/version.py").write_text("__version__ = '2.9.1+cpu'\n")
+        monkeypatch.setitem(parts["find_tools"].__globals__, "find_torch", lambda: tree / "torch")
+    else:
+        monkeypatch.setenv("CXX", "/bin/false")
+    assert reason in parts["build"](tree / "library.so")[0]
+    assert not (tree / "nvcc").exists() and not (tree / "library.so").exists()
+
+
+def test_no_compiler_on_the_path_is_a_reason(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tree))
+    assert parts["find_compiler"]() is None
+
+
+def test_torch_is_found_where_isolation_hides_it(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip takes the packages off sys.path; where they lie is still what sysconfig says."""
+    package = tree / "environment/torch"
+    package.mkdir(parents=True)
+    package.joinpath("__init__.py").write_text("raise RuntimeError('imported')")
+    none: Callable[..., None] = lambda name: None  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", none)
+    for scheme in ("purelib", "platlib"):
+        places = {"purelib": "elsewhere", "platlib": "elsewhere", scheme: str(package.parent)}
+        monkeypatch.setattr("sysconfig.get_path", places.get)
+        assert parts["find_torch"]() == package
+
+
+def test_a_failed_build_installs_without_the_library(tree: Path) -> None:
+    said = install(CXX="/bin/false")
+    assert "the compiled operators are NOT built: FAILED" in said
+    assert "On a CPU: reference backend only: " in said and "times slower" in said and "pip install ." in said
+    assert not tree.joinpath(LIBRARY).exists()
+
+
+def test_a_build_that_is_required_fails_with_its_reason(tree: Path) -> None:
+    done = setup("build_ext", "--inplace", CARVE_KERNELS_BUILD="required", CXX="no-such-compiler")
+    assert done.returncode != 0 and "CARVE_KERNELS_BUILD=required" in done.stderr
+    assert "no C++ compiler was found" in done.stderr
+    done = setup("build_ext", "--inplace", CARVE_KERNELS_BUILD="always")
+    assert done.returncode != 0 and "CARVE_KERNELS_BUILD: expected auto or required, got always" in done.stderr
+    assert "the compiled operators are NOT built" not in install(CARVE_KERNELS_BUILD="required")
+    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
 
 
 @pytest.mark.parametrize(("nvcc", "reason"), [("", "nvcc was not found"), ("echo broken >&2; exit 3", "broken")])
-def test_without_cuda_the_rest_is_built(tmp_path: Path, nvcc: str, reason: str) -> None:
-    (tmp_path / "tree").mkdir()
-    cudacxx = script(tmp_path / "nvcc", nvcc) if nvcc else "no-such-compiler"
-    said = install(tmp_path / "tree", CXX=script(tmp_path / "compiler", COMPILER), CUDACXX=cudacxx)
+def test_without_cuda_the_rest_is_built(tree: Path, nvcc: str, reason: str) -> None:
+    said = install(CUDACXX=script(tree.parent / "nvcc", nvcc) if nvcc else "no-such-compiler")
     assert said.count("the CUDA kernels are NOT built") == 1 and reason in said
     assert "the compiled operators are NOT built" not in said
-    asked = (tmp_path / "tree/carve_kernels/_C.abi3.so").read_text()
-    assert "csrc/cpu/capture.cpp" in asked and "csrc/cuda" not in asked and "cudart" not in asked
+    linked = tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cpu/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
+    assert not any("CARVE_CUDA_ARCHITECTURES" in line and line.split()[-1] in linked for line in asked(tree))
 
 
-def test_cuda_that_does_not_link_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "tree").mkdir()
-    compiler = script(tmp_path / "compiler", f'case "$*" in *cudart*) echo no cudart >&2; exit 1;; esac; {COMPILER}')
-    said = install(tmp_path / "tree", CXX=compiler, CUDACXX=script(tmp_path / "nvcc", "true"))
+def test_cuda_that_does_not_link_is_left_out(tree: Path) -> None:
+    broken = f'case "$*" in *cudart*) echo no cudart >&2; exit 1;; esac\n{COMPILER.format(log="/dev/null")}'
+    said = install(CXX=script(tree.parent / "linker", broken), CUDACXX=script(tree.parent / "nvcc", "true"))
     assert said.count("the CUDA kernels are NOT built") == 1 and "no cudart" in said
-    assert "csrc/cuda" not in (tmp_path / "tree/carve_kernels/_C.abi3.so").read_text()
+    assert "csrc/cuda" not in tree.joinpath(LIBRARY).read_text()
+
+
+def test_cuda_kernels_are_linked_in(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", os.environ["CXX"])
+    assert "NOT built" not in install()
+    linked = tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cuda/capture.cu.o" in linked and "csrc/cpu/capture.cpp.o" in linked and "-lcudart_static" in linked
+    with_numbers = [line for line in asked(tree) if "-DCARVE_CUDA_ARCHITECTURES=80,90,100,120," in line]
+    assert len(with_numbers) == 1 and with_numbers[0].split()[-1] in linked
+
+
+def test_only_what_a_change_reaches_is_compiled_again(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled() -> set[str]:
+        assert parts["build"](tree / "library.so")[0] is None
+        return {re.findall(r"-c (\S+)", line)[0] for line in asked(tree) if " -c " in line}
+
+    sources = {path.relative_to(tree).as_posix() for path in tree.glob("csrc/cpu/*.cpp")}
+    assert compiled() == sources
+    assert compiled() == set()
+    (tree / "csrc/cpu/capture.cpp").touch()
+    assert compiled() == {"csrc/cpu/capture.cpp"}
+    (tree / "library.so").write_text("not ours")
+    (tree / "csrc/carve.h").touch()
+    assert compiled() == sources, "every source includes the header"
+    assert "not ours" not in (tree / "library.so").read_text()
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DANOTHER")
+    assert compiled() == sources, "the command is another"
+    torch = tree / "other/torch"
+    torch.mkdir(parents=True)
+    monkeypatch.setitem(parts["find_tools"].__globals__, "find_torch", lambda: torch)
+    assert compiled() == {name for name in sources if "torch/" in through_headers(tree / name)}
+
+
+def through_headers(path: Path) -> str:
+    """A source, with those of our headers that it includes."""
+    text = path.read_text()
+    near = [*re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+    places = [folder / name for name in near for folder in (path.parent, ROOT / "csrc") if (folder / name).exists()]
+    return text + "".join(map(through_headers, places))
+
+
+def wheel(tree: Path, **environment: str) -> zipfile.ZipFile:
+    done = setup("-q", "bdist_wheel", "--dist-dir", str(tree / "made"), **environment)
+    assert done.returncode == 0, done.stderr
+    [made] = tree.joinpath("made").iterdir()
+    return zipfile.ZipFile(made)
+
+
+def test_a_wheel_with_the_library_is_for_every_python_of_the_machine(tree: Path) -> None:
+    with wheel(tree) as made:
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        tag = platform.replace("linux", "manylinux_2_34")
+        assert Path(str(made.filename)).name == f"carve_kernels-{version()}-py3-none-{tag}.whl"
+        assert "csrc/cpu/capture.cpp" in made.read(LIBRARY).decode()
+        assert "Root-Is-Purelib: false" in made.read(f"carve_kernels-{version()}.dist-info/WHEEL").decode()
+        described = email.message_from_bytes(made.read(f"carve_kernels-{version()}.dist-info/METADATA"))
+    assert described["Version"] == version() == runpy.run_path(str(ROOT / "carve_kernels/__init__.py"))["__version__"]
+    page = str(described.get_payload())
+    assert page.startswith("# carve_kernels") and described["Description-Content-Type"] == "text/markdown"
+    # A page of an index has no files beside it.
+    assert re.findall(r"\]\((?!https://)[^)]*\)", page) == []
+    assert re.findall(r"\]\((?!https://)[^)]*\)", (ROOT / "README.md").read_text("utf-8")) != []
+
+
+def test_a_wheel_without_the_library_is_for_every_machine(tree: Path) -> None:
+    with wheel(tree, CXX="/bin/false") as made:
+        assert str(made.filename).endswith("-py3-none-any.whl")
+        assert "Root-Is-Purelib: true" in made.read(f"carve_kernels-{version()}.dist-info/WHEEL").decode()
+        names = made.namelist()
+    assert "carve_kernels/__init__.py" in names and not any(name.endswith(".so") for name in names)
+
+
+def version() -> str:
+    [found] = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "tag"),
+    [
+        (["GLIBC_2.2.5", "GLIBC_2.34", "GLIBCXX_3.4.29", "CXXABI_1.3.13"], "2_34"),
+        (["GLIBC_2.34", "GLIBCXX_3.4.30"], "2_35"),
+        (["GLIBC_2.36", "GLIBCXX_3.4.9"], "2_39"),
+        (["GLIBC_2.17", "CXXABI_1.3.15"], "2_39"),
+        (["GLIBC_2.43"], None),
+        (["GLIBCXX_3.4.9"], None),
+    ],
+)
+def test_a_tag_promises_what_the_library_needs(parts: Any, tree: Path, names: list[str], tag: str | None) -> None:
+    (tree / "library.so").write_bytes("\0".join(["", *names, ""]).encode())
+    assert parts["manylinux"](tree / "library.so") == tag
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux's")
+def test_the_library_needs_no_more_than_its_tag_promises(parts: Any) -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    read = ["readelf", "--wide", "--dynamic", "--version-info", "--dyn-syms", str(extension.LIBRARY)]
+    told = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    promised = parts["MANYLINUX"][parts["manylinux"](extension.LIBRARY)]
+    needed = {name: set[tuple[int, ...]]() for name in promised}
+    for name, number in re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([0-9.]+)", told):
+        needed[name].add(tuple(map(int, number.split("."))))
+    assert {name for name, found in needed.items() if max(found) > promised[name]} == set()
+    # Whoever loads it has torch: the place of the one it was built against is nobody's.
+    assert "libtorch_cpu.so" in told and "RPATH" not in told and "RUNPATH" not in told
+    assert "PyInit" not in told
+
+
+def test_an_editable_install_is_a_plain_path(tree: Path) -> None:
+    """Type checkers follow a path; they cannot run an import hook."""
+    code = "from setuptools import build_meta; print(build_meta.build_editable('.'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(done.stdout.splitlines()[-1]) as made:
+        [name] = [name for name in made.namelist() if name.endswith(".pth")]
+        assert made.read(name).decode().strip() == str(tree)
+    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
+
+
+def test_an_sdist_holds_what_a_build_needs(tree: Path) -> None:
+    done = setup("-q", "sdist", "--dist-dir", str(tree / "made"))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tree.joinpath("made").iterdir())) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {path.relative_to(tree).as_posix() for path in tree.joinpath("csrc").rglob("*") if path.is_file()}
+    needed |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "constraints.txt"}
+    assert needed <= names and LIBRARY not in names
+
+
+def test_nothing_is_asked_for_that_breaks_an_install() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    [build] = re.findall(r"^requires = (\[.*\])", text, re.MULTILINE)
+    assert "torch" not in build and "ninja" in build
+    [needed] = re.findall(r"^dependencies = (\[.*\])", text, re.MULTILINE)
+    assert re.findall(r'"(\w+)', needed) == ["torch", "numpy"]
+    assert not re.search(r'"[\w-]+[^"]*(<|==|~=)[^"]*"', re.sub(r";[^\"]*", "", text.split("[project.scripts]")[0]))

@@ -1,10 +1,13 @@
-"""A fresh process with everything optional blocked: the package imports, and its tensor stages run on the reference."""
+"""A fresh process with everything optional blocked: the operators run on the reference, the rest names its extra."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
 
 BLOCK = """
 import sys
@@ -25,9 +28,20 @@ torch.ops.load_library = refuse
 """
 
 
+# As after an install that found no compiler.
+NO_LIBRARY = """
+from pathlib import Path
+import carve_kernels.extension
+carve_kernels.extension.LIBRARY = Path("_C.abi3.so")
+"""
+
+
+def process(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
 def run(code: str) -> str:
-    program = BLOCK + textwrap.dedent(code)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    result = process(BLOCK + textwrap.dedent(code))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -69,6 +83,86 @@ def test_contrast_runs_on_the_reference() -> None:
     )
 
 
+def test_regions_run_on_the_reference() -> None:
+    run(
+        """
+        import carve_kernels
+        saliency = torch.tensor([[9.0, 0, 4, 4], [0, 9, 0, 0], [1, 0, 0, 7]])
+        for backend in ("reference", "auto"):
+            found = carve_kernels.regions(saliency, keep=0.5, top=2, connectivity=8, backend=backend)
+            assert found.boxes.tolist() == [[0, 0, 4, 3], [3, 2, 4, 3]], found
+            found = carve_kernels.regions(saliency, keep=0.45, top=2, backend=backend)
+            assert found.boxes.tolist() == [[0, 0, 1, 1], [1, 1, 2, 2]], found
+        """
+    )
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("carve_kernels.CarveEngine", "CarveEngine needs pillow, which is missing; pip install 'carve-kernels[hf]'"),
+        ("from carve_kernels import load", "load needs safetensors, which is missing; pip install 'carve-kernels[hf]'"),
+        ("carve_kernels.zoom(None, None, (0, 0, 1, 1))", "zoom needs pillow, which is missing; pip install"),
+    ],
+)
+def test_what_needs_an_extra_names_it(use: str, message: str) -> None:
+    run(
+        f"""
+        import carve_kernels
+        assert callable(carve_kernels.zoom) and callable(carve_kernels.carve)
+        try:
+            {use}
+        except ImportError as error:
+            assert {message!r} in str(error), error
+        else:
+            raise AssertionError("nothing is missing")
+        """
+    )
+
+
+def test_the_command_line_without_its_packages_names_the_extra() -> None:
+    result = process(
+        BLOCK
+        + textwrap.dedent(
+            """
+            import runpy
+            sys.argv = ["carve-kernels", "doctor"]
+            runpy.run_module("carve_kernels", run_name="__main__")
+            """
+        )
+    )
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "error: carve-kernels needs typer, which is missing; pip install 'carve-kernels[cli]'\n"
+
+
+def test_a_library_that_was_not_built_is_told_of_once() -> None:
+    code = """
+    import torch
+    import carve_kernels
+    for _ in range(2):
+        carve_kernels.contrast(torch.ones(1, 1, 4), torch.ones(1, 1, 4), (2, 2), (2, 2), lam=0.1)
+        carve_kernels.regions(torch.rand(4, 4), keep=0.4, top=1)
+    """
+    result = process(NO_LIBRARY + textwrap.dedent(code))
+    assert result.returncode == 0 and result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert "reference backend only: " in line and "times slower; the extension _C.abi3.so is not built" in line
+    assert "pip install -e " in line
+
+
+def test_the_command_line_tells_of_it_first_and_once(tmp_path: Path) -> None:
+    code = f"""
+    import runpy, sys
+    sys.argv = ["carve-kernels", "demo", "--output", {str(tmp_path / "demo")!r}]
+    runpy.run_module("carve_kernels", run_name="__main__")
+    """
+    result = process(NO_LIBRARY + textwrap.dedent(code))
+    assert result.returncode == 0, result.stderr
+    first, *others = result.stderr.splitlines()
+    assert first.startswith("on a CPU: reference backend only: ") and "times slower" in first and "pip install" in first
+    assert not any("is not built" in line for line in others)
+
+
 def test_a_missing_room_says_why() -> None:
     run(
         """
@@ -77,12 +171,11 @@ def test_a_missing_room_says_why() -> None:
         table = carve_kernels.explain()
         assert "pip install" in table, table
         assert "contrast=reference" in table, table
-        for stage, room, reason in [("contrast", "cpu", "pip install"), ("regions", "reference", "scipy")]:
-            try:
-                resolve(stage, room, torch.device("cpu"), *[torch.rand(2, 1, 12)] * 2, (3, 4), (3, 4))
-            except carve_kernels.BackendUnavailable as error:
-                assert reason in str(error), error
-            else:
-                raise AssertionError(f"{stage} on {room} was served")
+        try:
+            resolve("contrast", "cpu", torch.device("cpu"), *[torch.rand(2, 1, 12)] * 2, (3, 4), (3, 4))
+        except carve_kernels.BackendUnavailable as error:
+            assert "reference backend only" in str(error) and "pip install" in str(error), error
+        else:
+            raise AssertionError("contrast was served")
         """
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from carve_kernels import __version__
+from carve_kernels import __version__, extension
 from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
-from carve_kernels.cli.output import INTERRUPTED, exit_code, fail
+from carve_kernels.cli.output import INTERRUPTED, exit_code, fail, note
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
 
@@ -22,7 +25,8 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _without_extension():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from None
@@ -32,6 +36,26 @@ class _Commands(typer.core.TyperGroup):
                 raise
             fail(error)
             raise typer.Exit(code) from error
+
+
+@contextmanager
+def _without_extension() -> Iterator[None]:
+    """Say first of all that the extension is not built, and do not let the log say so again."""
+    reason = extension.not_built()
+    if reason is None:
+        yield
+        return
+    note(f"on a CPU: {extension.SLOWER}; {reason}")
+    log = logging.getLogger("carve_kernels")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return reason not in record.getMessage()
+
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)
 
 
 app = typer.Typer(

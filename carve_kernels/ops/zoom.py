@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from carve_kernels import checks
+from carve_kernels import checks, extras
 from carve_kernels.types import Size
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def zoom(
 
 def to_rgb(name: str, image: Any) -> Image:
     """Check an image and bring it to 8-bit RGB: transparency on white, 16 bits scaled to 8; RGB comes back as it is."""
-    from PIL import Image
+    with extras.needed_by("zoom"):
+        from PIL import Image
 
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: expected a PIL image, got {checks.describe(image)}")

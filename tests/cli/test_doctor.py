@@ -87,9 +87,8 @@ def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatc
 
 def doctor_with(preparation: str) -> subprocess.CompletedProcess[str]:
     """The doctor in a fresh process, after some lines that break something."""
-    code = (
-        textwrap.dedent(preparation) + "\nimport runpy\nsys.argv = ['x', 'doctor']\nrunpy.run_module('carve_kernels')"
-    )
+    call = "import runpy\nsys.argv = ['x', 'doctor']\nrunpy.run_module('carve_kernels', run_name='__main__')"
+    code = f"{textwrap.dedent(preparation)}\n{call}"
     return subprocess.run(
         [sys.executable, "-c", "import os, sys\nos.environ['COLUMNS'] = '300'\n" + code],
         capture_output=True,

@@ -22,9 +22,10 @@ def devices() -> tuple[str, ...]:
 def unavailable() -> str | None:
     """Why the extension is not there, and the line that would mend it, or None."""
     reason = extension.unavailable()
-    if reason is None:
-        isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
-    return reason
+    if reason is not None:
+        return f"{extension.SLOWER}; {reason}"
+    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
+    return None
 
 
 def isa() -> tuple[str, str]:

@@ -8,7 +8,7 @@ import torch
 
 from carve_kernels import extension
 
-_BUILD = "pip install --no-build-isolation -e . with nvcc on the path, or in CUDACXX or CUDA_HOME"
+_NVCC = "with nvcc on the path, or in CUDACXX or CUDA_HOME"
 
 
 def devices() -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def unavailable() -> str | None:
     if reason is not None:
         return reason
     if not extension.architectures():
-        return f"the extension was built without CUDA kernels; {_BUILD}"
+        return f"the extension was built without CUDA kernels; {extension.install_command()} {_NVCC}"
     if not torch.cuda.is_available():
         need = "NVIDIA's driver" if torch.version.cuda else "NVIDIA's driver and a CUDA build of torch"
         return f"torch {torch.__version__} sees no GPU; install {need}, and see that nvidia-smi lists one"
@@ -42,5 +42,5 @@ def foreign(device: int) -> str | None:
     here = ", ".join(f"sm_{one}" for one in inside)
     return (
         f"{name} is sm_{major}{minor}, and the kernels inside are for {here}; "
-        f"CARVE_KERNELS_CUDA_ARCHITECTURES={major}{minor} {_BUILD}"
+        f"CARVE_KERNELS_CUDA_ARCHITECTURES={major}{minor} {extension.install_command()} {_NVCC}"
     )

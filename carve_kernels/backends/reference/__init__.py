@@ -1,4 +1,4 @@
-"""The reference room: plain torch, numpy and scipy. It defines every number of the other rooms."""
+"""The reference room: plain torch and numpy. It defines every number of the other rooms."""
 
 
 def unavailable() -> str | None:

@@ -1,4 +1,4 @@
-"""The regions of a saliency with numpy and scipy: threshold, label, score, rank, keep."""
+"""The regions of a saliency with numpy: threshold, label, score, rank, keep."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy
 import torch
-from scipy import ndimage
 
+from carve_kernels.backends.reference.labels import label
 from carve_kernels.types import Regions
 
 # A flat map that was resized differs from a flat one by a few roundings.
@@ -35,7 +35,8 @@ def forward(
         return whole(saliency, reason)
 
     threshold = values.dtype.type(numpy.percentile(values, 100 * (1 - keep)))
-    labels, count = ndimage.label(values >= threshold, ndimage.generate_binary_structure(2, connectivity // 4))
+    labels, boxes = label(values >= threshold, connectivity)
+    count = len(boxes)
     if count == 0:
         # The difference of extreme values overflows in the percentile, and no value reaches infinity.
         return whole(saliency, "the range of the saliency is too wide for its dtype")
@@ -45,9 +46,7 @@ def forward(
 
     chosen = numpy.zeros(count + 1, dtype=bool)
     chosen[kept + 1] = True
-    slices = ndimage.find_objects(labels)
-    edges = [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in (slices[i] for i in kept)]
-    boxes = numpy.array(edges, dtype=numpy.int64)
+    boxes = boxes[kept]
     x0, y0, x1, y1 = (int(edge) for edge in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
     device = saliency.device
     return Regions(
