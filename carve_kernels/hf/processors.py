@@ -10,7 +10,8 @@ from typing import Any
 
 import transformers
 from transformers import AutoProcessor, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from carve_kernels.hf import names
 
 _LOG = logging.getLogger("carve_kernels")
 # In the order in which AutoProcessor asks them for a class.
@@ -82,4 +83,4 @@ def _class_name(folder: Path, family: str) -> str:
         named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
         if named is not None:
             return str(named)
-    return str(PROCESSOR_MAPPING_NAMES[family])
+    return names.processor_class(family)
