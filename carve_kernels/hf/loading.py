@@ -175,9 +175,8 @@ def preset_of(
         path = Path(profile)
         if not path.is_file():
             raise ValueError(f"profile: expected the path of a carve.json, got {path}, which is no file")
-        found = _json_object("profile", path)
-    else:
-        # Whoever loaded the model may have named it by its id.
-        folder = checkpoint.locate(model.name_or_path) if model.name_or_path else None
-        found = None if folder is None else _profile_in(folder)
+        return Preset.from_dict(_json_object("profile", path))
+    # Whoever loaded the model may have named it by its id.
+    folder = checkpoint.locate(model.name_or_path) if model.name_or_path else None
+    found = None if folder is None else _profile_in(folder)
     return Preset.paper() if found is None else Preset.from_dict(found)

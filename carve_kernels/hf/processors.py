@@ -15,7 +15,7 @@ from carve_kernels.hf import names
 
 _LOG = logging.getLogger("carve_kernels")
 # In the order in which AutoProcessor asks them for a class.
-_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
+_FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "tokenizer"))
 
 
 def processor_of(folder: Path, family: str) -> Any:
