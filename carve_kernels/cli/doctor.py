@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import platform
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -215,15 +214,15 @@ def _engine() -> None:
 def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names
     from carve_kernels.hf.layouts import FAMILIES
+    from carve_kernels.hf.processors import video_parts
 
     for family in FAMILIES:
         name = names.processor_class(family)
         why = why_not("transformers", name)
-        if why is None and torchvision:
-            processor = getattr(importlib.import_module("transformers"), name)
-            if "video_processor" in inspect.signature(processor.__init__).parameters:
-                why = "its video part needs torchvision; pip install torchvision"
-        yield f"{family} processor", _yes(why is None), why or ""
+        limit = ""
+        if why is None and torchvision and video_parts(getattr(importlib.import_module("transformers"), name)):
+            limit = "images work without torchvision, videos need it: pip install torchvision"
+        yield f"{family} processor", _yes(why is None), why or limit
 
 
 def _yes(works: bool) -> Text:
