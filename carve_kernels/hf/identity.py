@@ -215,7 +215,7 @@ def _places(count: int) -> torch.Tensor:
     """Places spread over `count` elements; equal steps would read the same few columns of a matrix."""
     if count <= SAMPLES:
         return torch.arange(count)
-    return (torch.arange(SAMPLES, dtype=torch.float64) * _GOLDEN % 1.0 * count).long()
+    return (torch.arange(SAMPLES, dtype=torch.float64, device="cpu") * _GOLDEN % 1.0 * count).long()
 
 
 def _tokenizer(tokenizer: Any) -> str:
