@@ -109,6 +109,7 @@ def batch(
         return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory)
 
     with Store(output).opened() as store:
+        store.refuse_twins(each.name for each in asked)
         facts = _facts(model, settings, dtype, attn)
         _Run(store, asked, facts, name, pictures, tokens).work(load)
 
