@@ -122,12 +122,20 @@ def _machine() -> Iterator[Line]:
 
     from carve_kernels import extension
     from carve_kernels.backends import cpu
+    from carve_kernels.backends.cuda import driver
 
     missing = cpu.unavailable()
     yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
     inside = () if missing else extension.architectures()
     more = ", ".join(f"sm_{number}" for number in inside) or "none; build with nvcc on the path or in CUDACXX"
     yield "CUDA kernels", _yes(bool(inside)), more
+    if inside:
+        try:
+            found = driver.find()
+        except RuntimeError:
+            yield "GPU driver", _yes(False), "unknown: the extension is older than this package; build it again"
+        else:
+            yield "GPU driver", _yes(found.fits), str(found)
     yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "GPU", _yes(bool(names)), ", ".join(names) or "none that torch sees; the CPU serves"
