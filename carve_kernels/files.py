@@ -28,10 +28,14 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Put a file, or the names in a folder, on the disk: a file may be whole there while its new name is not."""
-    # Windows opens no folders, and keeps their names by itself.
+    # Windows puts nothing on the disk that was opened for reading, and keeps names by itself.
     if os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # A folder that may be written to need not be one that may be read.
+        return
     try:
         os.fsync(descriptor)
     finally:

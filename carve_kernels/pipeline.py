@@ -14,7 +14,7 @@ from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
 from carve_kernels.ops.zoom import to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
-from carve_kernels.types import Box, Regions, Size
+from carve_kernels.types import Box, Regions, Size, float64_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -177,7 +177,7 @@ def _finish(
 
 def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
     boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
-    scores = torch.empty(0, dtype=torch.float64, device=saliency.device)
+    scores = torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device))
     mask = torch.ones_like(saliency, dtype=torch.bool)
     return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason, seconds)
 

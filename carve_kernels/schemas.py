@@ -116,3 +116,12 @@ torch.library.define("carve_kernels::cuda_build", "(Tensor(a!) out) -> ()", tags
 @torch.library.register_fake("carve_kernels::cuda_build")
 def _cuda_build(*_arguments: object) -> None:
     return None
+
+
+# Writes the version of CUDA's runtime inside and the newest one that the driver serves, such as 13000; 0 without.
+torch.library.define("carve_kernels::cuda_versions", "(Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("carve_kernels::cuda_versions")
+def _cuda_versions(*_arguments: object) -> None:
+    return None

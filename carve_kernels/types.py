@@ -86,6 +86,11 @@ class Capture(NamedTuple):
     entropy: torch.Tensor
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 goes with tensors of a device: the device itself, but the CPU for MPS, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True)
 class Regions:
     """The kept regions of a saliency.
@@ -95,7 +100,7 @@ class Regions:
     ======  =====  ======  ==============================================================
     mask    bool   [H, W]  pixels of the kept regions
     boxes   int64  [K, 4]  x0 y0 x1 y1 of each kept region, best first, x1 y1 exclusive
-    scores  float64 [K]    score of each kept region
+    scores  float64 [K]    score of each kept region; of a saliency on MPS, which has no float64, on the CPU
     box     int    4       union of the boxes; the whole image when nothing was kept
     reason  str            why no region was kept, or None
     ======  =====  ======  ==============================================================

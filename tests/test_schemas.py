@@ -92,6 +92,10 @@ def cuda_build() -> tuple[Any, ...]:
     return (torch.full((16,), -1),)
 
 
+def cuda_versions() -> tuple[Any, ...]:
+    return (torch.full((2,), -1),)
+
+
 def isa_cpu() -> tuple[Any, ...]:
     return -2, torch.full((2,), -1)
 
@@ -102,6 +106,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::contrast_cpu": contrast_cpu,
     "carve_kernels::cuda_build": cuda_build,
+    "carve_kernels::cuda_versions": cuda_versions,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
     "carve_kernels::regions_cuda": regions_cuda,
@@ -113,7 +118,7 @@ def registered() -> list[str]:
 
 
 def operator(name: str) -> Any:
-    if name.endswith(("_cpu", "_build")) and (reason := cpu.unavailable()):
+    if name.endswith(("_cpu", "_build", "_versions")) and (reason := cpu.unavailable()):
         pytest.skip(reason)
     if name.endswith("_cuda"):
         emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))

@@ -58,6 +58,22 @@ def _without_extension() -> Iterator[None]:
         log.removeFilter(is_news)
 
 
+class _Command(typer.core.TyperCommand):
+    """Names an argument in an error as it was typed: `model:` is `--model:` here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TypeError, ValueError) as error:
+            name, colon, rest = str(error).partition(":")
+            option = next((parameter.opts[0] for parameter in self.params if parameter.name == name), None)
+            source = ctx.get_parameter_source(name)
+            # What was not typed stands elsewhere, as in a carve.json.
+            if colon and option and source is not None and source.name == "COMMANDLINE":
+                error.args = (f"{option}:{rest}",)
+            raise
+
+
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
@@ -81,9 +97,9 @@ def main(
     """See where a vision-language model looks, keep that part of the image, and ask again (CARVE)."""
 
 
-app.command()(demo)
-app.command(no_args_is_help=True)(run)
-app.command(no_args_is_help=True)(batch)
-app.command(no_args_is_help=True)(profile)
-app.command()(doctor)
-app.command()(check)
+app.command(cls=_Command)(demo)
+app.command(cls=_Command, no_args_is_help=True)(run)
+app.command(cls=_Command, no_args_is_help=True)(batch)
+app.command(cls=_Command, no_args_is_help=True)(profile)
+app.command(cls=_Command)(doctor)
+app.command(cls=_Command)(check)

@@ -31,12 +31,12 @@ def batch(
         Path, typer.Option("--input", "-i", help='Lines of JSON: {"image": path, "question": text, "id": ...}.')
     ],
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--model",
             "-m",
             show_default=False,
-            help="Checkpoint directory on this machine. Default: the embedded model, which knows demo's scenes alone.",
+            help=f"{options.MODEL} Default: small, which knows demo's scenes alone.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/batch"),
@@ -74,8 +74,8 @@ def batch(
     from carve_kernels import checks
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
+    from carve_kernels.hf.checkpoint import SMALL
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
-    from carve_kernels.models import small
 
     options.check_machine(dtype, backend)
     if memory is not None:
@@ -83,7 +83,7 @@ def batch(
         checks.text("memory", memory)
     asked = read(input)
     if model is None:
-        model = small()
+        model = SMALL
         note("no --model: the embedded model is asked, which knows the scenes of carve-kernels demo alone")
     name, settings = options.preset_of(
         model,
@@ -109,15 +109,18 @@ def batch(
         return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory)
 
     with Store(output).opened() as store:
+        store.refuse_twins(each.name for each in asked)
         facts = _facts(model, settings, dtype, attn)
         _Run(store, asked, facts, name, pictures, tokens).work(load)
 
 
-def _facts(model: Path, preset: Preset, dtype: str, attn: str | None) -> dict[str, Any]:
+def _facts(model: str, preset: Preset, dtype: str, attn: str | None) -> dict[str, Any]:
     """All that answers depend on but the questions and the images."""
+    from carve_kernels.hf.checkpoint import find
     from carve_kernels.hf.identity import fingerprint_of_directory
 
-    known = fingerprint_of_directory(model) if model.is_dir() else None
+    folder = find(model).folder
+    known = fingerprint_of_directory(folder) if folder.is_dir() else None
     return {"format": 1, "model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn}
 
 

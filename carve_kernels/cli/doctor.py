@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import platform
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -123,12 +122,20 @@ def _machine() -> Iterator[Line]:
 
     from carve_kernels import extension
     from carve_kernels.backends import cpu
+    from carve_kernels.backends.cuda import driver
 
     missing = cpu.unavailable()
     yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
     inside = () if missing else extension.architectures()
     more = ", ".join(f"sm_{number}" for number in inside) or "none; build with nvcc on the path or in CUDACXX"
     yield "CUDA kernels", _yes(bool(inside)), more
+    if inside:
+        try:
+            found = driver.find()
+        except RuntimeError:
+            yield "GPU driver", _yes(False), "unknown: the extension is older than this package; build it again"
+        else:
+            yield "GPU driver", _yes(found.fits), str(found)
     yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "GPU", _yes(bool(names)), ", ".join(names) or "none that torch sees; the CPU serves"
@@ -215,15 +222,15 @@ def _engine() -> None:
 def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names
     from carve_kernels.hf.layouts import FAMILIES
+    from carve_kernels.hf.processors import video_parts
 
     for family in FAMILIES:
         name = names.processor_class(family)
         why = why_not("transformers", name)
-        if why is None and torchvision:
-            processor = getattr(importlib.import_module("transformers"), name)
-            if "video_processor" in inspect.signature(processor.__init__).parameters:
-                why = "its video part needs torchvision; pip install torchvision"
-        yield f"{family} processor", _yes(why is None), why or ""
+        limit = ""
+        if why is None and torchvision and video_parts(getattr(importlib.import_module("transformers"), name)):
+            limit = "images work without torchvision, videos need it: pip install torchvision"
+        yield f"{family} processor", _yes(why is None), why or limit
 
 
 def _yes(works: bool) -> Text:

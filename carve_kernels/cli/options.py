@@ -21,7 +21,11 @@ def option(text: str, name: str, panel: str, **settings: Any) -> Any:
     return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **settings)
 
 
-ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint directory on this machine.")]
+MODEL = (
+    "Checkpoint directory, small (the embedded model), or the id of a model in the local hub cache, such as Org/Name: "
+    "nothing is downloaded."
+)
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL)]
 PresetOption = Annotated[
     str | None,
     option(
@@ -70,7 +74,7 @@ MaxImagePixelsOption = Annotated[
 
 
 def preset_of(
-    directory: Path,
+    model: str,
     preset: str | None,
     *,
     layers: str | None,
@@ -91,7 +95,7 @@ def preset_of(
         "lam": None if lam is None else parse_lam(lam),
         "max_new_tokens": max_new_tokens,
     }
-    name, base = _base(preset, directory)
+    name, base = _base(preset, model)
     changes = {key: value for key, value in chosen.items() if value is not None}
     if top is not None:
         changes["floor"] = None
@@ -137,14 +141,13 @@ def parse_lam(text: str) -> str | float:
         raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
 
 
-def _base(preset: str | None, directory: Path) -> tuple[str, Preset]:
+def _base(preset: str | None, model: str) -> tuple[str, Preset]:
     """The name and the preset that the options start from."""
     from carve_kernels.hf.loading import profile_of
     from carve_kernels.presets import Preset
 
     if preset is None:
-        # Of anything but a folder, loading says what is wrong.
-        profile = profile_of(directory) if directory.is_dir() else None
+        profile = profile_of(model)
         return ("paper", Preset.paper()) if profile is None else ("profile", Preset.from_dict(profile))
     path = Path(preset)
     if path.suffix != ".json":
@@ -179,15 +182,15 @@ def check_machine(dtype: str, backend: str) -> None:
     checks.choice("backend", backend, ("auto", *ROOMS))
 
 
-def load_model(directory: Path, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
+def load_model(model: str, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
     import torch
 
     from carve_kernels.hf import names
     from carve_kernels.hf.loading import load
 
-    model, processor = load(directory, dtype=dtype, device=device, allow_pickle=allow_pickle)
-    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
-        model.float()
+    loaded, processor = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
+        loaded.float()
     if attn is not None:
-        names.set_implementation(model, attn)
-    return model, processor
+        names.set_implementation(loaded, attn)
+    return loaded, processor

@@ -14,6 +14,10 @@ from carve_kernels import checks
 
 _KEYS = ("id", "image", "question", "prompt", "answer")
 _SHOWN = 5
+# What Windows takes for a device, whatever comes after a point.
+_DEVICES = frozenset(
+    ("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10)))
+)
 # File systems allow 255 bytes for a name.
 _LONGEST = 200
 
@@ -32,9 +36,12 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """The id as the name of a file: other ids have other names, and none is hidden or leads elsewhere."""
+        """The id as the name of a file on any system: other ids have other names, none is hidden or leads elsewhere."""
         name = quote(self.id, safe=" ()+,=@[]")
-        return f"%2E{name[1:]}" if name.startswith(".") else name
+        if name.startswith(".") or name.split(".")[0].rstrip().lower() in _DEVICES:
+            name = f"{_escaped(name[0])}{name[1:]}"
+        # Windows leaves these out at the end.
+        return f"{name[:-1]}{_escaped(name[-1])}" if name.endswith((".", " ")) else name
 
 
 def read(path: Path) -> list[Asked]:
@@ -77,6 +84,10 @@ def refuse(path: Path, faults: Sequence[str]) -> None:
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_SHOWN])}{more}")
+
+
+def _escaped(letter: str) -> str:
+    return f"%{ord(letter):02X}"
 
 
 def _asked(text: str, number: int, folder: Path) -> Asked:

@@ -1,4 +1,4 @@
-"""carve-kernels run: any local checkpoint of a supported family looks at any image."""
+"""carve-kernels run: any checkpoint of a supported family on this machine looks at any image."""
 
 from __future__ import annotations
 

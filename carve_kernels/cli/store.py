@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,30 +36,42 @@ class Store:
         made = [path for path in (self._results, *self._results.parents) if not path.exists()]
         try:
             self._results.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise type(error)(f"output: cannot write into {self.folder} ({error.strerror}); choose another") from error
         try:
-            locked = _lock(descriptor, self.folder)
-            for path in self.folder.iterdir() if locked else ():
-                if path.name.startswith(_UNFINISHED):
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
-                    path.unlink(missing_ok=True)
-            # Of this command alone: others may be writing into the same folder.
-            try:
-                self._unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
-            except OSError as error:
-                raise type(error)(f"output: cannot write into {self.folder} ({error.strerror})") from error
-            try:
-                yield self
-            finally:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
+            with _lock(self.folder) as locked:
+                for path in self.folder.iterdir() if locked else ():
+                    if path.name.startswith(_UNFINISHED):
+                        shutil.rmtree(path, ignore_errors=True)
+                    elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
+                        path.unlink(missing_ok=True)
+                # Of this command alone: others may be writing into the same folder.
+                try:
+                    self._unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
+                except OSError as error:
+                    raise type(error)(f"output: cannot write into {self.folder} ({error.strerror})") from error
+                try:
+                    yield self
+                finally:
+                    shutil.rmtree(self._unfinished, ignore_errors=True)
         finally:
             with suppress(OSError):
                 for path in made:
                     path.rmdir()
-            os.close(descriptor)
+
+    def refuse_twins(self, names: Iterable[str]) -> None:
+        """Raise ValueError for two names that are one folder here: Windows and macOS take A and a for the same."""
+        swapped = self._unfinished.with_name(self._unfinished.name.swapcase())
+        if not swapped.exists():
+            return
+        first: dict[str, str] = {}
+        for name in names:
+            other = first.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(
+                    f"input: the ids {other!r} and {name!r} are one folder in {self.folder}, where capitals make no "
+                    "difference; change one of them"
+                )
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of a result, None where there is none or no whole one."""
@@ -103,13 +115,25 @@ class Store:
         write_whole(self.folder / SUMMARY, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
 
 
-def _lock(descriptor: int, folder: Path) -> bool:
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
     """Hold the folder itself as the lock: the system lets go of it however the process ends. False without locks."""
     try:
         import fcntl
-    except ImportError:
-        # Windows has no such locks; two runs there do the same work twice, and each result is still whole.
-        return False
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):
+        # Windows has no such locks and opens no folders; two runs there do the same work twice, and each result is
+        # still whole.
+        yield False
+        return
+    try:
+        yield _held(fcntl, descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _held(fcntl: Any, descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -83,8 +83,9 @@ def fingerprint_of_directory(folder: str | os.PathLike[str]) -> str:
     The directory's own carve.json is no part of it, since a caller may use another profile.
     """
     facts = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in _TEXTS and path.name != "carve.json" and path.is_file():
+    # A snapshot in the hub cache is made of links, of which some may lead nowhere.
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        if path.suffix in _TEXTS and path.name != "carve.json":
             facts[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.suffix in _WEIGHTS:
             facts[path.name] = _of_weights(path)
@@ -214,7 +215,7 @@ def _places(count: int) -> torch.Tensor:
     """Places spread over `count` elements; equal steps would read the same few columns of a matrix."""
     if count <= SAMPLES:
         return torch.arange(count)
-    return (torch.arange(SAMPLES, dtype=torch.float64) * _GOLDEN % 1.0 * count).long()
+    return (torch.arange(SAMPLES, dtype=torch.float64, device="cpu") * _GOLDEN % 1.0 * count).long()
 
 
 def _tokenizer(tokenizer: Any) -> str:

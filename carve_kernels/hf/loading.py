@@ -1,4 +1,4 @@
-"""Loading a checkpoint directory: from this machine only, safetensors only unless the user insists."""
+"""Loading a checkpoint: from this machine only, safetensors only unless the user insists."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from carve_kernels.deprecation import renamed
+from carve_kernels.hf import checkpoint
+from carve_kernels.hf.checkpoint import Checkpoint
 from carve_kernels.hf.layouts import FAMILIES, supported
+from carve_kernels.hf.processors import processor_of
 from carve_kernels.presets import Preset
 
 _SINGLE = "model.safetensors"
@@ -20,26 +24,33 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = "pytorch_model*.bin"
 
 
+@renamed(directory="model")
 def load(
-    directory: str | Path,
+    model: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load model and processor of a supported family from a local checkpoint directory, in eval mode.
+    """Load model and processor of a supported family, in eval mode.
+
+    `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name, which is looked for in
+    the local hub cache. A directory goes before an id of its name; one that is called small is "./small", or a Path.
+    The model's `name_or_path` is the folder in which it was found.
 
     Nothing is downloaded and no code of the checkpoint is run; `allow_pickle=True` admits pickle weights, which can run
-    code of whoever wrote them.
+    code of whoever wrote them. Without torchvision, a processor that needs it for videos alone is loaded for images.
 
-    Raises ValueError, before any weight is read, if the directory or a file in it is missing or broken, if the family
-    is not supported, or if the weights are pickles; ImportError if the processor needs a library that is missing.
+    Raises ValueError, before any weight is read, if the checkpoint or a file in it is missing or broken (of an id with
+    the command that fetches it), if the family is not supported, or if the weights are pickles; ImportError if the
+    processor needs a library that is missing.
     """
-    folder = Path(directory)
-    _check_family(folder)
-    _check_weights(folder, allow_pickle)
-    profile_of(folder)
-    processor = _processor(folder)
+    found = checkpoint.find(model)
+    folder = found.folder
+    family = _family(found)
+    _check_weights(found, allow_pickle)
+    _profile_in(folder)
+    processor = _processor(found, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder),
         dtype=dtype,
@@ -47,97 +58,99 @@ def load(
         use_safetensors=not _has_only_pickles(folder),
         output_loading_info=True,
     )
-    model, report = loaded
+    network, report = loaded
     # transformers fills what is missing with random numbers and only logs it.
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(
-            f"directory: the weights in {folder} lack {len(missing)} tensor(s), the first is {missing[0]!r}"
-        )
+        raise ValueError(f"model: the weights in {folder} lack {len(missing)} tensor(s), the first is {missing[0]!r}")
     if device is not None:
-        model.to(device)
-    return model.eval(), processor
+        network.to(device)
+    return network.eval(), processor
 
 
-def profile_of(directory: str | Path) -> dict[str, Any] | None:
-    """The `carve.json` of a checkpoint directory (or the file itself, by its path), or None if there is none.
+def profile_of(model: str | Path) -> dict[str, Any] | None:
+    """The `carve.json` of a checkpoint, which is named as for `load`, or None if it has none.
 
-    Raises ValueError if the file holds no JSON object.
+    Raises ValueError if there is no such checkpoint, or if the file holds no JSON object.
     """
-    path = Path(directory)
-    path = path / "carve.json" if path.is_dir() else path
-    return _json_object(path) if path.is_file() else None
+    return _profile_in(checkpoint.find(model).folder)
 
 
-def _check_family(folder: Path) -> None:
+def _profile_in(folder: Path) -> dict[str, Any] | None:
+    path = folder / "carve.json"
+    return _json_object("model", path) if path.is_file() else None
+
+
+def _family(found: Checkpoint) -> str:
+    folder, mend = found
     if not folder.is_dir():
-        raise ValueError(
-            f"directory: expected a checkpoint directory, {folder} is {'a file' if folder.exists() else 'missing'}"
-        )
+        raise ValueError(f"model: expected a checkpoint directory, {folder} is a file")
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"directory: {folder} has no config.json, so it is no checkpoint of transformers")
-    family = _json_object(config).get("model_type")
+        raise ValueError(f"model: {folder} has no config.json, so it is no whole checkpoint of transformers; {mend}")
+    family = _json_object("model", config).get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"directory: expected a model_type of {supported()}, {config} says {family!r}")
+        raise ValueError(f"model: expected a model_type of {supported()}, {config} says {family!r}")
+    return str(family)
 
 
-def _check_weights(folder: Path, allow_pickle: bool) -> None:
+def _check_weights(found: Checkpoint, allow_pickle: bool) -> None:
+    folder, mend = found
     if _has_only_pickles(folder):
         if allow_pickle:
             return
         raise ValueError(
-            f"directory: {folder} holds its weights as pickles ({_PICKLES}), which can run code when loaded; convert "
+            f"model: {folder} holds its weights as pickles ({_PICKLES}), which can run code when loaded; convert "
             "them to safetensors, or pass allow_pickle=True if you trust whoever wrote them"
         )
     index = folder / _INDEX
     if (folder / _SINGLE).is_file():
         shards = [_SINGLE]
     elif index.is_file():
-        shards = sorted(set(_json_object(index).get("weight_map", {}).values()))
+        shards = sorted(set(_json_object("model", index).get("weight_map", {}).values()))
     else:
-        raise ValueError(f"directory: {folder} has no weights, neither {_SINGLE} nor {_INDEX}")
+        raise ValueError(f"model: {folder} has no weights, neither {_SINGLE} nor {_INDEX}; {mend}")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        raise ValueError(f"directory: {index} names weights that are not there: {', '.join(missing) or 'none at all'}")
+        told = ", ".join(missing) or "none at all"
+        raise ValueError(f"model: {index} names weights that are not there: {told}; {mend}")
     for name in shards:
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"directory: {folder / name} is no whole safetensors file ({error}); copy it again"
-            ) from error
+            raise ValueError(f"model: {folder / name} is no whole safetensors file ({error}); {mend}") from error
 
 
 def _has_only_pickles(folder: Path) -> bool:
     return any(folder.glob(_PICKLES)) and not any((folder / name).is_file() for name in (_SINGLE, _INDEX))
 
 
-def _processor(folder: Path) -> Any:
+def _processor(found: Checkpoint, family: str) -> Any:
+    folder, mend = found
     try:
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+        processor = processor_of(folder, family)
     except ImportError as error:
         raise ImportError(
             f"the processor of {folder} needs a library that is missing or does not fit; most often: "
             f"pip install torchvision ({error})"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"directory: the processor in {folder} cannot be loaded ({error})") from error
+        raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {mend}") from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
-            f"directory: {folder} has no processor for images (processor_config.json, preprocessor_config.json)"
+            f"model: {folder} has no processor for images (processor_config.json, preprocessor_config.json); {mend}"
         )
     return processor
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(argument: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"directory: {path} cannot be read as JSON ({error})") from error
+        raise ValueError(f"{argument}: {path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"directory: expected a JSON object in {path}, got {type(value).__name__}")
+        raise ValueError(f"{argument}: expected a JSON object in {path}, got {type(value).__name__}")
     return value
 
 
@@ -162,7 +175,8 @@ def preset_of(
         path = Path(profile)
         if not path.is_file():
             raise ValueError(f"profile: expected the path of a carve.json, got {path}, which is no file")
-        found = profile_of(path)
-    else:
-        found = profile_of(model.name_or_path) if model.name_or_path else None
+        return Preset.from_dict(_json_object("profile", path))
+    # Whoever loaded the model may have named it by its id.
+    folder = checkpoint.locate(model.name_or_path) if model.name_or_path else None
+    found = None if folder is None else _profile_in(folder)
     return Preset.paper() if found is None else Preset.from_dict(found)

@@ -8,7 +8,7 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends.reference import capture as reference
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, float64_device
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -117,16 +117,18 @@ def check_values(
         raise ValueError("query: expected finite values, got NaN or inf among them")
     if lse is None or not query.shape[0] or not query.shape[2]:
         return
-    given = lse[:1, :, :1]
+    device = float64_device(query.device)
+    given = lse[:1, :, :1].to(device, torch.float64)
     row = reference.forward(
-        query[:1, :, :1].double(), key[:1].double(), torch.arange(key.shape[2], device=key.device)[None],
-        scale=scale, mask=None if mask is None else mask[:1, :, :1],
-        positions=None if positions is None else positions[:1, :1],
+        query[:1, :, :1].to(device, torch.float64), key[:1].to(device, torch.float64),
+        torch.arange(key.shape[2], device=device)[None],
+        scale=scale, mask=None if mask is None else mask[:1, :, :1].to(device),
+        positions=None if positions is None else positions[:1, :1].to(device),
         softcap=softcap, window=window, lse=given, heads="each",
     )  # fmt: skip
     total = row.maps.sum(-1)
     if sink is not None:
-        total = total + torch.exp(sink.double().view(1, -1, 1) - given.double())
+        total = total + torch.exp(sink.to(device, torch.float64).view(1, -1, 1) - given)
     # The logits of half precision are off by up to 2 %; an lse in base 2 is off by far more.
     tolerance = 0.1 if query.dtype in (torch.float16, torch.bfloat16) else 1e-2
     wrong = (total - 1).abs() > tolerance

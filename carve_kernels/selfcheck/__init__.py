@@ -15,9 +15,10 @@ from carve_kernels.backends import PREFERRED, STAGES, why_not
 from carve_kernels.checks import BackendUnavailable
 from carve_kernels.roofline import UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.selfcheck.judging import Verdict
-from carve_kernels.selfcheck.moving import moved, same_bits
+from carve_kernels.selfcheck.moving import moved, same_bits, tensors
 from carve_kernels.selfcheck.timing import Clock
 from carve_kernels.selfcheck.trials import Trial, trials
+from carve_kernels.types import float64_device
 
 Report = dict[str, Any]
 
@@ -65,6 +66,9 @@ def known(gpu: Gpu) -> Report:
 
 def _check(trial: Trial, room: str, device: torch.device) -> Report:
     entry: Report = {"stage": trial.stage, "room": room, "case": trial.name, "right": False}
+    given = tensors([trial.arguments, *trial.options.values()])
+    if float64_device(device) != device and any(part.dtype == torch.float64 for part in given):
+        return {**entry, "right": None, "problem": f"{device.type} has no float64"}
     try:
         first, second = (_run(trial, room, device) for _ in range(2))
         verdict = trial.judge(first)

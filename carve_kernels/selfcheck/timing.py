@@ -47,7 +47,7 @@ class Timing(NamedTuple):
 
 def last_level_cache() -> int:
     """Bytes of the largest cache of a core; 64 MiB where the system does not say."""
-    sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
+    sizes = [path.read_text(encoding="ascii").strip() for path in _CACHES.glob("index*/size")]
     return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=64 * 2**20)
 
 

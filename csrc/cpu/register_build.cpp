@@ -6,8 +6,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 // The build names the architectures of the CUDA kernels where it makes them: 80,90,
-#ifndef CARVE_CUDA_ARCHITECTURES
+#ifdef CARVE_CUDA_ARCHITECTURES
+// Of CUDA's runtime, which stands inside then; its headers are nvcc's alone.
+extern "C" int cudaRuntimeGetVersion(int* version);
+extern "C" int cudaDriverGetVersion(int* version);
+#else
 #define CARVE_CUDA_ARCHITECTURES
+static int cudaRuntimeGetVersion(int*) { return 0; }
+static int cudaDriverGetVersion(int*) { return 0; }
 #endif
 
 namespace {
@@ -23,6 +29,21 @@ void cuda_build(torch::stable::Tensor out) {
   for (int64_t place = 0; place < out.numel(); ++place) to[place] = place < kCount ? kArchitectures[place] : 0;
 }
 
+void cuda_versions(torch::stable::Tensor out) {
+  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Long && out.is_contiguous() && out.numel() == 2,
+                  "cuda_versions: out: expected two contiguous int64");
+  int runtime = 0, driver = 0;
+  // What cannot be found out stays 0.
+  static_cast<void>(cudaRuntimeGetVersion(&runtime));
+  static_cast<void>(cudaDriverGetVersion(&driver));
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  to[0] = runtime;
+  to[1] = driver;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) { m.impl("cuda_build", TORCH_BOX(&cuda_build)); }
+STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) {
+  m.impl("cuda_build", TORCH_BOX(&cuda_build));
+  m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
+}

@@ -105,6 +105,14 @@ def test_transformers_missing() -> None:
     assert done.stderr == ""
 
 
+def test_torchvision_missing() -> None:
+    done = doctor_with("sys.modules['torchvision'] = None")
+    assert done.returncode == 0, done.stderr
+    for family, more in (("qwen2_vl", True), ("qwen2_5_vl", True), ("llava", False)):
+        line = next(line for line in done.stdout.splitlines() if f"{family} processor" in line)
+        assert "yes" in line and ("images work without torchvision, videos need it" in line) is more, line
+
+
 def test_torch_missing() -> None:
     done = doctor_with("sys.modules['torch'] = None")
     assert done.returncode == 1, done.stderr

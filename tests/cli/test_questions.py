@@ -85,7 +85,10 @@ def test_files_that_hold_no_questions(tmp_path: Path) -> None:
 
 def test_names_are_safe_and_differ() -> None:
     ids = ["a", "A/b", "A%2Fb", "..", ".", ".hidden", "a b", "\u00fcber", "/etc/passwd", "x\\y", "a:b", "a\nb", "%2E."]
+    ids += ["a.", "a ", "a%20", "con", "CON", "Nul.txt", "com1", "com1.", "%63on", "console", "lpt", "aux .b"]
     names = [Asked(each, 1, Path("p"), "q", None, None, {}).name for each in ids]
     assert len(set(names)) == len(ids) and names[0] == "a" and names[6] == "a b"
     for name in names:
-        assert not name.startswith(".") and not set(name) & set('/\\:\n\0"<>|?*') and name.isascii()
+        assert not name.startswith(".") and not name.endswith((".", " "))
+        assert name.split(".")[0].strip().lower() not in ("con", "nul", "com1", "aux")
+        assert not set(name) & set('/\\:\n\0"<>|?*') and name.isascii()

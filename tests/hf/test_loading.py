@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from carve_kernels import load
-from carve_kernels.hf import loading
+from carve_kernels.hf import loading, processors
 from carve_kernels.hf.loading import profile_of
 from tests.hf import tiny
 
@@ -160,7 +160,7 @@ def test_a_processor_that_wants_torchvision(checkpoint: Path, monkeypatch: pytes
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", refuse)
     with pytest.raises(ImportError, match="pip install torchvision"):
         load(checkpoint)
 

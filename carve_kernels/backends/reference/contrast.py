@@ -29,8 +29,14 @@ def forward(
 ) -> torch.Tensor | list[torch.Tensor]:
     """The saliency of one view, or a list of them for lists of grids and sizes; see `carve_kernels.contrast`."""
     layers, steps, _ = task.shape
-    by_layer = torch.as_tensor([1.0] * layers if layer_weights is None else layer_weights, device="cpu").to(task)
-    by_step = torch.as_tensor(range(1, steps + 1) if step_weights is None else step_weights, device="cpu").to(task)
+    by_layer, by_step = (
+        # Weights are float64, which not every device takes.
+        torch.as_tensor(values, dtype=task.dtype, device="cpu").to(task.device)
+        for values in (
+            [1.0] * layers if layer_weights is None else layer_weights,
+            range(1, steps + 1) if step_weights is None else step_weights,
+        )
+    )
 
     floor = general + (general.mean(-1, keepdim=True) if lam == "mean" else float(lam))
     # Where general + lam is 0 there is nothing to hold the task map against: the token counts as unseen, not as NaN.

@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from carve_kernels.backends.reference.labels import label
-from carve_kernels.types import Regions
+from carve_kernels.types import Regions, float64_device
 
 # A flat map that was resized differs from a flat one by a few roundings.
 FLAT = 16
@@ -52,7 +52,7 @@ def forward(
     return Regions(
         mask=torch.from_numpy(chosen[labels]).to(device),
         boxes=torch.from_numpy(boxes).to(device),
-        scores=torch.from_numpy(scores[kept]).to(device),
+        scores=torch.from_numpy(scores[kept]).to(float64_device(device)),
         box=(x0, y0, x1, y1),
     )
 
@@ -63,7 +63,7 @@ def whole(saliency: torch.Tensor, reason: str) -> Regions:
     return Regions(
         mask=torch.ones(height, width, dtype=torch.bool, device=saliency.device),
         boxes=torch.empty(0, 4, dtype=torch.int64, device=saliency.device),
-        scores=torch.empty(0, dtype=torch.float64, device=saliency.device),
+        scores=torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device)),
         box=(0, 0, width, height),
         reason=reason,
     )

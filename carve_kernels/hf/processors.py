@@ -1,0 +1,86 @@
+"""A checkpoint's processor, without its part for videos where only that part cannot be had."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoProcessor, ProcessorMixin
+
+from carve_kernels.hf import names
+
+_LOG = logging.getLogger("carve_kernels")
+# In the order in which AutoProcessor asks them for a class.
+_FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "tokenizer"))
+
+
+def processor_of(folder: Path, family: str) -> Any:
+    """The processor in a checkpoint's folder.
+
+    Raises ImportError if it needs a library that is missing for more than videos.
+    """
+    try:
+        return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+    except ImportError as error:
+        complete = getattr(transformers, _class_name(folder, family))
+        if not video_parts(complete):
+            raise
+        processor = without_videos(complete).from_pretrained(str(folder), local_files_only=True)
+        _LOG.info("the processor of %s serves images alone, its part for videos needs more: %s", folder, error)
+        return processor
+
+
+def video_parts(processor_class: Any) -> list[str]:
+    """The arguments of a class of processors that stand for its part for videos."""
+    return [name for name in processor_class.get_attributes() if "video" in name]
+
+
+def without_videos(complete: Any) -> Any:
+    """The same class of processors without its part for videos, which refuses a video by name."""
+
+    class WithoutVideos(complete, _ImagesAlone):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
+            if given.get("videos") is not None:
+                raise ValueError(
+                    "videos: expected none, since this processor was loaded without its part for videos, which needs "
+                    "torchvision; pip install torchvision, and load it again"
+                )
+            return super().__call__(*args, **kwargs)
+
+    # What is saved names the class.
+    WithoutVideos.__name__, WithoutVideos.__qualname__ = complete.__name__, complete.__qualname__
+    return WithoutVideos
+
+
+class _ImagesAlone(ProcessorMixin):
+    """Stands between a class of processors and its base, which is told of the other parts alone."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if "video" not in name]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The class itself takes its parts by position.
+        parts = dict(zip(cls.get_attributes(), args, strict=True))
+        return super().from_args_and_dict(
+            [parts.get(name) for name in super().get_attributes()], processor_dict, **kwargs
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(super().get_attributes(), args, strict=False)), **kwargs}
+        super().__init__(**{name: value for name, value in given.items() if "video" not in name})
+
+
+def _class_name(folder: Path, family: str) -> str:
+    for file in _FILES:
+        path = folder / file
+        named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
+        if named is not None:
+            return str(named)
+    return names.processor_class(family)

@@ -1,0 +1,104 @@
+"""Which NVIDIA driver is needed and which is here: what the extension tells, and what doctor says of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from carve_kernels import extension
+from carve_kernels.backends.cuda import driver
+from carve_kernels.backends.cuda.driver import OLDEST, Driver
+from tests.cli.conftest import carve  # noqa: F401  (a fixture)
+from tests.cli.conftest import Invoke
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("found", "fits", "said"),
+    [
+        (Driver(13000, 13010, "580.95.05"), True, "CUDA 13.0 is inside and needs an NVIDIA driver 580 or newer; "),
+        (Driver(13000, 13010, "580.95.05"), True, "; 580.95.05 is here, for CUDA up to 13.1"),
+        # Any driver of the same major version serves.
+        (Driver(12080, 12020, None), True, "CUDA 12.8 is inside and needs an NVIDIA driver 525 or newer; one is here, "),
+        (Driver(13000, 12080, "570.1"), False, "570.1 is here, for CUDA up to 12.8"),
+        (Driver(13000, 0, None), False, "580 or newer; none is here"),
+        (Driver(21040, 0, None), False, "CUDA 21.4 is inside and needs an NVIDIA driver for CUDA 21; "),
+    ],
+)
+def test_what_is_said(found: Driver, fits: bool, said: str) -> None:
+    assert found.fits is fits and said in str(found)
+
+
+def test_the_extension_tells_the_runtime_inside() -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    found = driver.find()
+    assert (found.runtime > 0) is bool(extension.architectures())
+    if found.runtime:
+        assert found.runtime >= 11000 and found.runtime % 10 == 0
+    if not torch.cuda.is_available():
+        assert found.version is None or found.serves
+    with pytest.raises(RuntimeError, match="two contiguous int64"):
+        torch.ops.carve_kernels.cuda_versions(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [("echo 580.95.05; echo 580.95.05", "580.95.05"), ("echo broken; exit 9", None), ("true", None)],
+)
+def test_the_version_is_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{text}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert driver._version() == version
+
+
+@pytest.mark.parametrize(
+    ("inside", "found", "line"),
+    [
+        ((90,), Driver(13000, 13000, "580.95.05"), r"GPU driver .* yes .* 580 or newer; 580\.95\.05 is here"),
+        ((90,), Driver(13000, 0, None), r"GPU driver .* no .* 580 or newer; none is here"),
+        ((), Driver(0, 0, None), None),
+    ],
+)
+def test_doctor(
+    carve: Invoke,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    inside: tuple[int, ...],
+    found: Driver,
+    line: str | None,
+) -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr("carve_kernels.cli.doctor._trials", lambda: iter(()))
+    monkeypatch.setattr(extension, "architectures", lambda: inside)
+    monkeypatch.setattr(driver, "find", lambda: found)
+    shown = carve("doctor").stdout
+    assert (re.search(line, shown) is not None) if line else "GPU driver" not in shown
+
+
+def test_a_library_of_an_older_package_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+
+    def missing() -> Driver:
+        raise NotImplementedError("Could not run 'carve_kernels::cuda_versions'")
+
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr("carve_kernels.cli.doctor._trials", lambda: iter(()))
+    monkeypatch.setattr(extension, "architectures", lambda: (90,))
+    monkeypatch.setattr(driver, "find", missing)
+    assert re.search(r"GPU driver .* no .* older than this package; build it again", carve("doctor").stdout)
+
+
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    page = (ROOT / "docs/platforms.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| CUDA (\d+) \| (\d+) or newer \|$", page, re.MULTILINE)
+    assert {int(cuda): int(oldest) for cuda, oldest in rows} == OLDEST

@@ -1,0 +1,68 @@
+"""Sessions and the engine with a model on Apple's MPS, by a device that passes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import CarveEngine, capture_attention
+from tests.hf import tiny
+from tests.mps import mps
+
+FAMILIES = [tiny.tiny_llava, tiny.tiny_qwen2_5_vl]
+TEXTS = ["what digit is red", "where is it"]
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with mps() as found:
+        yield found
+
+
+def moved(model: Any, device: torch.device) -> Any:
+    """`model.to`, which does not take another class of tensors."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = torch.nn.Parameter(value.data.to(device), requires_grad=False)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = value.to(device)
+    return model
+
+
+def generate(model: Any, processor: Any, **options: Any) -> tuple[list[list[int]], Any]:
+    inputs = tiny.inputs_for(processor, [tiny.picture(90, 60), tiny.picture(60, 90, 2)], TEXTS)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    with capture_attention(model, layers=[1, 2], processor=processor) as session:
+        answers = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+    return answers[:, inputs["input_ids"].shape[1] :].tolist(), session.maps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_session_captures_what_it_does_on_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
+    """Of answers that end early too: transformers looks for the end a step late there, and runs one forward more."""
+    model, processor = family()
+    (first, second), _ = generate(model, processor)
+    expected = [generate(model, processor, **options) for options in ({}, {"eos_token_id": [first[1], second[2]]})]
+    moved(model, device)
+    for (answers, maps), options in zip(expected, ({}, {"eos_token_id": [first[1], second[2]]}), strict=True):
+        found, there = generate(model, processor, **options)
+        assert found == answers and there.steps == maps.steps and there.values.device == device
+        assert torch.equal(there.valid.cpu(), maps.valid)
+        torch.testing.assert_close(there.values.cpu(), maps.values, rtol=1e-4, atol=1e-6 * float(maps.values.max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_answers_as_on_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
+    model, processor = family()
+    preset = {"layers": [1, 2], "max_new_tokens": 3}
+    image = tiny.picture(90, 60)
+    expected = [CarveEngine(model, processor, preset=preset)(image, text) for text in TEXTS]
+    engine = CarveEngine(moved(model, device), processor, preset=preset)
+    for text, right in zip(TEXTS, expected, strict=True):
+        found = engine(image, text)
+        assert (found.answer_ids, found.refined_ids, found.box) == (right.answer_ids, right.refined_ids, right.box)
