@@ -11,8 +11,10 @@ import torch
 from carve_kernels import extension
 from carve_kernels.backends.cuda import driver
 from carve_kernels.backends.cuda.driver import OLDEST, Driver
-from tests.cli.conftest import carve  # noqa: F401  (a fixture)
-from tests.cli.conftest import Invoke
+from tests.cli.conftest import (
+    Invoke,
+    carve,  # noqa: F401  (a fixture)
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (Driver(13000, 13010, "580.95.05"), True, "CUDA 13.0 is inside and needs an NVIDIA driver 580 or newer; "),
         (Driver(13000, 13010, "580.95.05"), True, "; 580.95.05 is here, for CUDA up to 13.1"),
         # Any driver of the same major version serves.
-        (Driver(12080, 12020, None), True, "CUDA 12.8 is inside and needs an NVIDIA driver 525 or newer; one is here, "),
+        (Driver(12080, 12020, None), True, "CUDA 12.8 is inside and needs an NVIDIA driver 525 or newer; one is here"),
         (Driver(13000, 12080, "570.1"), False, "570.1 is here, for CUDA up to 12.8"),
         (Driver(13000, 0, None), False, "580 or newer; none is here"),
         (Driver(21040, 0, None), False, "CUDA 21.4 is inside and needs an NVIDIA driver for CUDA 21; "),
