@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +14,6 @@ import torch
 from carve_kernels import extension
 from carve_kernels.backends.cuda import driver
 from carve_kernels.backends.cuda.driver import OLDEST, Driver
-from tests.cli.conftest import (
-    Invoke,
-    carve,  # noqa: F401  (a fixture)
-)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,43 +60,35 @@ def test_the_version_is_what_nvidia_smi_says(
     assert driver._version() == version
 
 
-@pytest.mark.parametrize(
-    ("inside", "found", "line"),
-    [
-        ((90,), Driver(13000, 13000, "580.95.05"), r"GPU driver .* yes .* 580 or newer; 580\.95\.05 is here"),
-        ((90,), Driver(13000, 0, None), r"GPU driver .* no .* 580 or newer; none is here"),
-        ((), Driver(0, 0, None), None),
-    ],
-)
-def test_doctor(
-    carve: Invoke,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    inside: tuple[int, ...],
-    found: Driver,
-    line: str | None,
-) -> None:
-    if reason := extension.unavailable():
-        pytest.skip(reason)
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr("carve_kernels.cli.doctor._trials", lambda: iter(()))
-    monkeypatch.setattr(extension, "architectures", lambda: inside)
-    monkeypatch.setattr(driver, "find", lambda: found)
-    shown = carve("doctor").stdout
-    assert (re.search(line, shown) is not None) if line else "GPU driver" not in shown
-
-
-def test_a_library_of_an_older_package_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, str]]]:
+    """What doctor says of a machine with kernels for these architectures inside."""
     if reason := extension.unavailable():
         pytest.skip(reason)
 
+    def ask(inside: tuple[int, ...], find: Callable[[], Driver]) -> dict[str, tuple[str, str]]:
+        monkeypatch.setattr(extension, "architectures", lambda: inside)
+        monkeypatch.setattr(driver, "find", find)
+        module = importlib.import_module("carve_kernels.cli.doctor")
+        return {name: (works.plain, more) for name, works, more in module._machine()}
+
+    return ask
+
+
+def test_doctor(lines: Any) -> None:
+    works, more = lines((90,), lambda: Driver(13000, 13000, "580.95.05"))["GPU driver"]
+    assert works == "yes" and "580 or newer; 580.95.05 is here" in more
+    works, more = lines((90,), lambda: Driver(13000, 0, None))["GPU driver"]
+    assert works == "no" and "needs an NVIDIA driver 580 or newer; none is here" in more
+    assert "GPU driver" not in lines((), lambda: Driver(0, 0, None))
+
+
+def test_a_library_of_an_older_package_is_told(lines: Any) -> None:
     def missing() -> Driver:
         raise NotImplementedError("Could not run 'carve_kernels::cuda_versions'")
 
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr("carve_kernels.cli.doctor._trials", lambda: iter(()))
-    monkeypatch.setattr(extension, "architectures", lambda: (90,))
-    monkeypatch.setattr(driver, "find", missing)
-    assert re.search(r"GPU driver .* no .* older than this package; build it again", carve("doctor").stdout)
+    works, more = lines((90,), missing)["GPU driver"]
+    assert works == "no" and "older than this package; build it again" in more
 
 
 def test_the_table_of_the_docs_is_that_of_the_code() -> None:
