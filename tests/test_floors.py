@@ -15,7 +15,7 @@ MODULES = {
 }
 
 FLOORS = {
-    0: ("types", "checks", "files", "schemas", "work", "extension", "extras", "region_buffers"),
+    0: ("types", "checks", "files", "deprecation", "schemas", "work", "extension", "extras", "region_buffers"),
     1: ("backends",),
     2: ("ops", "picture"),
     3: ("pipeline", "presets", "maps", "complexity", "roofline", "selfcheck"),
