@@ -18,10 +18,21 @@ EXTRAS = {
 
 @contextmanager
 def needed_by(what: str) -> Iterator[None]:
-    """Within, the import of a package that is missing raises an ImportError that names the extra."""
+    """Within, the import of a package that is missing raises an ImportError that names the extra.
+
+    Of a torchvision that does not fit torch it says so: transformers calls whatever it then cannot import missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if "torchvision" in str(cause):
+            raise ImportError(
+                f"{what} needs transformers, and the torchvision here does not fit torch and breaks it ({cause}); "
+                "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
+            ) from error
         if error.name not in EXTRAS:
             raise
         package, extra = EXTRAS[error.name]

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 
 from carve_kernels import load
+from carve_kernels.extras import needed_by
 from carve_kernels.hf.processors import processor_of, video_parts, without_videos
 from tests.hf import tiny
 
@@ -128,6 +129,17 @@ def test_a_video_is_refused_by_name(checkpoint: Path, by_name: bool) -> None:
 def test_with_torchvision_nothing_is_left_out(checkpoint: Path) -> None:
     _, processor = load(checkpoint)
     assert type(processor) is transformers.Qwen2_5_VLProcessor and processor.video_processor is not None
+
+
+def test_a_torchvision_that_does_not_fit_is_named() -> None:
+    """As transformers reports it, at the first use of a name of this package that needs it."""
+    with pytest.raises(
+        ImportError, match=r"^load needs transformers, .* torchvision::nms .* pip uninstall torchvision"
+    ):
+        with needed_by("load"):
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from RuntimeError(
+                "operator torchvision::nms does not exist"
+            )
 
 
 @pytest.mark.parametrize(
