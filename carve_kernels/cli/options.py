@@ -57,7 +57,7 @@ DtypeOption = Annotated[
         f"{', '.join(DTYPES)}. auto is the checkpoint's, but float32 instead of float16 on a CPU.", "--dtype", "Machine"
     ),
 ]
-DeviceOption = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", "--device", "Machine")]
+DeviceOption = Annotated[str, option("auto, cpu, cuda, cuda:1, mps, ...", "--device", "Machine")]
 AttentionOption = Annotated[
     str | None, option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
 ]
