@@ -319,6 +319,4 @@ setup(
         ),
     ],
     cmdclass={"build_ext": BuildOperators, "bdist_wheel": Wheel},
-    # A plain path to this folder, which type checkers follow too.
-    options={"editable_wheel": {"mode": "compat"}},
 )

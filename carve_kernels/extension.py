@@ -9,7 +9,7 @@ from pathlib import Path
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
 # Measured in docs/performance.md, "Without the extension".
-SLOWER = "reference backend only: 5 to 30 times slower"
+SLOWER = "reference backend only: 2 to 11 times slower"
 
 _MOST_ARCHITECTURES = 16
 
