@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +16,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from tests.triton import limits, offline
+from tests.triton import limits, offline, versions
 from tests.triton.limits import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +55,7 @@ def test_the_table_has_every_case_with_every_triton_and_target() -> None:
     names = {f"{kernel} {case.name}" for case in offline.cases() for kernel in kernels_of(case.name)}
     assert set(limits.table()) == names
     for by_version in limits.table().values():
-        assert list(by_version) == ["3.6.0", "3.8.0", "3.9.0"]
+        assert list(by_version) == versions.versions() == ["3.6.0", "3.8.0", "3.9.0"]
         assert all(len(counts) == len(limits.TARGETS) for counts in by_version.values())
 
 
@@ -126,3 +130,41 @@ def test_registers_are_written_next_to_those_of_other_versions(tmp_path: Path, m
     assert json.loads(path.read_text()) == {
         name: {**by_version, "3.99.0": [40, 41, 42, 43]} for name, by_version in limits.table().items()
     }
+
+
+def test_the_docs_have_the_table() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    for name, by_version in limits.table().items():
+        cells = (", ".join(map(str, counts)) for counts in by_version.values())
+        assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("broken", [None, "3.8.0"])
+def test_every_version_is_installed_compiled_and_interpreted(
+    broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(command: list[str], env: dict[str, str] | None = None, **_options: Any) -> Any:
+        if env is None:
+            ran.append((command[-2:], "installed"))
+            return SimpleNamespace(returncode=0)
+        folder = Path(env["PYTHONPATH"])
+        ran.append((command[2], folder.name, "TRITON_INTERPRET" in env))
+        return SimpleNamespace(returncode=int(folder.name == broken and command[2] == "pytest"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["versions", str(tmp_path)])
+    assert versions.main() == (broken is not None)
+    assert ran == [
+        step
+        for version in ("3.6.0", "3.8.0", "3.9.0")
+        for step in (
+            ([str(tmp_path / version), f"triton=={version}"], "installed"),
+            ("tests.triton.offline", version, False),
+            ("pytest", version, True),
+        )
+    ]
+    said = capsys.readouterr().out
+    assert f"3 versions of Triton, {int(broken is not None)} proofs failed" in said
+    assert ("triton 3.8.0: -m pytest" in said) == (broken is not None)

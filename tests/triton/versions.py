@@ -1,0 +1,57 @@
+"""The proofs of the kernels with each Triton whose registers are counted: compiled for every target, and interpreted.
+
+python -m tests.triton.versions FOLDER    install each of them into a folder of its own there, and prove
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.triton.limits import table
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILED = ("-m", "tests.triton.offline", "--all")
+# Those that run the kernels, wherever they stand.
+INTERPRETED = ("-m", "pytest", "-q", "tests/triton", "tests/ops", "-k", "triton")
+
+
+def versions() -> list[str]:
+    return sorted({version for by_version in table().values() for version in by_version})
+
+
+def install(version: str, folder: Path) -> None:
+    """Put a Triton into a folder: the environment keeps the one that it has."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
+    subprocess.run([*command, f"triton=={version}"], check=True)
+
+
+def prove(folder: Path) -> list[str]:
+    """Run the proofs with the Triton of a folder; those that failed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(folder.resolve())
+    proofs = {COMPILED: environment, INTERPRETED: {**environment, "TRITON_INTERPRET": "1"}}
+    return [
+        " ".join(arguments)
+        for arguments, given in proofs.items()
+        if subprocess.run([sys.executable, *arguments], cwd=ROOT, env=given).returncode != 0
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the versions are installed")
+    parent: Path = parser.parse_args().folder
+    failed = []
+    for version in versions():
+        install(version, parent / version)
+        failed += [f"triton {version}: {command}" for command in prove(parent / version)]
+    print(*failed, f"{len(versions())} versions of Triton, {len(failed)} proofs failed", sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
