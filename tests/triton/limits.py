@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +111,15 @@ def table() -> dict[str, dict[str, list[int]]]:
     """The registers on each of the targets, by kernel and case and by the Triton that they were counted with."""
     kept: dict[str, dict[str, list[int]]] = json.loads(REGISTERS.read_text())
     return kept
+
+
+def versions() -> list[str]:
+    """Every Triton of the table, the oldest first."""
+    return by_age({version for by_version in table().values() for version in by_version})
+
+
+def by_age(releases: Iterable[str]) -> list[str]:
+    return sorted(releases, key=lambda one: tuple(map(int, one.split("."))))
 
 
 def is_counted(version: str) -> bool:

@@ -32,7 +32,7 @@ from triton.compiler.compiler import CompiledKernel
 from carve_kernels.backends.triton import capture, contrast
 from carve_kernels.types import Capture
 from tests.triton import offline_driver
-from tests.triton.limits import REGISTERS, REWRITE, TARGETS, Row, is_counted, release, table, verdict
+from tests.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
 MORE_TARGETS = (*TARGETS, "86", "gfx942")
 PROCESSES = 2
@@ -217,7 +217,7 @@ def write(rows: Iterable[Row]) -> None:
     lines = []
     for name in sorted(found):
         by_version = table().get(name, {}) | {release(triton.__version__): [found[name][one] for one in TARGETS]}
-        lines.append(f" {json.dumps(name)}: {json.dumps(by_version, sort_keys=True)}")
+        lines.append(f" {json.dumps(name)}: {json.dumps({one: by_version[one] for one in by_age(by_version)})}")
     REGISTERS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
