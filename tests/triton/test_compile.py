@@ -77,6 +77,7 @@ def sound(**changes: object) -> Row:
         (sound(opcodes=sound().opcodes | {"LDGSTS.E.64": 1}), "fewer than 128 bits"),
         (sound(opcodes={"HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}), "no LDGSTS of 128 bits"),
         (sound(case="bfloat16 head size 128 rows 64"), "no HGMMA"),
+        (sound(case="float16 head size 128 rows 8"), "no HGMMA"),
         (sound(case="bfloat16 head size 128 rows 64", target="100"), "UTC"),
         (sound(case="float32 head size 128 rows 1"), "no FFMA"),
         (sound(opcodes=sound().opcodes | {"MEMBAR.ALL.GPU": 0}), "have not written yet"),
