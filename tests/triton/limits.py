@@ -82,8 +82,8 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
 def matrix_instruction(row: Row) -> str:
     """The instruction that multiplies matrices: wgmma and tcgen05 want 64 lanes, 8 rows of the 7 heads of a group."""
     from_64 = {"90": "HGMMA", "100": r"UTC\w*MMA"}
-    has_64 = (found := re.search(r"rows (\d+)", row.case)) is not None and int(found[1]) >= 8
-    return from_64.get(row.target, "HMMA") if has_64 else "HMMA"
+    rows = int(re.findall(r"rows (\d+)", row.case)[0])
+    return from_64.get(row.target, "HMMA") if rows >= 8 else "HMMA"
 
 
 def verdict(row: Row, version: str) -> list[str]:
