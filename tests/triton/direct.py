@@ -42,9 +42,9 @@ def launched(call: Any) -> dict[str, Any]:
 
 
 def calls() -> dict[str, Any]:
-    storage = torch.zeros(2 * 400 * 64 + 1, dtype=torch.bfloat16)
-    query = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
-    key, shifted = (storage[start:][: 2 * 400 * 64].view(1, 2, 400, 64) for start in (0, 1))
+    storage = torch.zeros(2 * 400 * 16 + 1, dtype=torch.bfloat16)
+    query = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
+    key, shifted = (storage[start:][: 2 * 400 * 16].view(1, 2, 400, 16) for start in (0, 1))
     tokens = torch.zeros(1, 7, dtype=torch.int32)
     out = capture.Capture(torch.empty(1, 1, 7), torch.empty(1, 1), torch.empty(1, 1))
     mask = torch.ones(1, 1, 1, 400, dtype=torch.bool)

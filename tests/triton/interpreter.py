@@ -27,6 +27,7 @@ _MENDED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
 SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _MENDED}
 SHIPPED["apply_impl"] = interpreter.ReduceOps.apply_impl
 SHIPPED["_init_args_hst"] = interpreter.GridExecutor._init_args_hst
+SHIPPED["_patch_lang_tensor"] = interpreter._patch_lang_tensor
 
 
 def widen(bits: numpy.ndarray) -> numpy.ndarray:
@@ -126,6 +127,12 @@ def _on_host(self: Any, args: Any, named: Any) -> tuple[list[Any], dict[str, Any
     return values, {name: _typed(value, types.get(name, "")) for name, value in keywords.items()}
 
 
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    # Triton 3.6 makes an index of an array of one element, which NumPy 2.4 refuses.
+    SHIPPED["_patch_lang_tensor"](tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def _call(self: Any, *args: Any, **named: Any) -> Any:
     # As shipped, every call of a part of a kernel makes the language its own, which takes longer than the part.
     if any(tl.core.is_builtin(module.full) for module in (tl, tl.core)):
@@ -146,6 +153,7 @@ def faithful() -> Iterator[None]:
         stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
         stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "_init_args_hst", _on_host))
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang_tensor", _patch_tensor))
         stack.enter_context(mock.patch.object(interpreter.InterpretedFunction, "__call__", _call))
         # As shipped, each sum and product is taken again in 64 bits, and what comes out is thrown away.
         options = interpreter.InterpreterOptions(sanitize_overflow=False)

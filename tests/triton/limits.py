@@ -15,8 +15,12 @@ SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 2
 # Kernels whose programs hand over to the last of them.
 HANDING_OVER = ("capture_map_kernel", "contrast_grid_kernel")
 
+# The targets whose registers are counted, in the order of the table.
+TARGETS = ("80", "90", "100", "120")
 REGISTERS = Path(__file__).with_name("registers.json")
 REWRITE = "python -m tests.triton.offline --write"
+# A Triton that the table does not know may take half as many registers again as any that it knows.
+ALLOWANCE = 1.5
 
 
 class Row(NamedTuple):
@@ -76,26 +80,54 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
 
 
 def matrix_instruction(row: Row) -> str:
-    """The instruction that multiplies matrices: wgmma and tcgen05 want 64 rows."""
+    """The instruction that multiplies matrices: wgmma and tcgen05 want 64 lanes, 8 rows of the 7 heads of a group."""
     from_64 = {"90": "HGMMA", "100": r"UTC\w*MMA"}
-    return from_64.get(row.target, "HMMA") if "rows 64" in row.case else "HMMA"
+    rows = int(re.findall(r"rows (\d+)", row.case)[0])
+    return from_64.get(row.target, "HMMA") if rows >= 8 else "HMMA"
+
+
+def verdict(row: Row, version: str) -> list[str]:
+    """Everything that is wrong with a row of this Triton, its registers included, in words.
+
+    A Triton that is not in the table may choose other instructions: what it must keep to is memory, and a bound.
+    """
+    found = faults(row) if is_counted(version) else list(_faults_of_memory(row))
+    return [*found, *_faults_of_registers(row, release(version))]
+
+
+def _faults_of_registers(row: Row, version: str) -> Iterator[str]:
+    by_version = table().get(f"{row.kernel} {row.case}")
+    if by_version is None or row.target not in TARGETS:
+        return
+    counts = {one: counted[TARGETS.index(row.target)] for one, counted in by_version.items()}
+    if version in counts:
+        if row.registers != counts[version]:
+            yield f"{row.registers} registers, {counts[version]} in {REGISTERS.name}; to accept it: {REWRITE}"
+    elif row.registers > ALLOWANCE * max(counts.values()):
+        yield f"{row.registers} registers, at most {max(counts.values())} in {REGISTERS.name}; to accept it: {REWRITE}"
 
 
 @functools.cache
-def table() -> tuple[str, dict[str, int]]:
-    """The Triton that the registers were counted with, and the registers by the names of rows."""
-    kept = json.loads(REGISTERS.read_text())
-    return kept["triton"], kept["registers"]
+def table() -> dict[str, dict[str, list[int]]]:
+    """The registers on each of the targets, by kernel and case and by the Triton that they were counted with."""
+    kept: dict[str, dict[str, list[int]]] = json.loads(REGISTERS.read_text())
+    return kept
 
 
-def changes(rows: Iterable[Row], version: str) -> list[str]:
-    """How registers differ from the table, which counts for the Triton that made it."""
-    counted_with, registers = table()
-    if version != counted_with:
-        return []
-    found = {row.name: row.registers for row in rows}
-    return [
-        f"{name}: {found.get(name)} registers, {registers.get(name)} in {REGISTERS.name}; to accept it: {REWRITE}"
-        for name in sorted(found.keys() | registers.keys())
-        if found.get(name) != registers.get(name)
-    ]
+def versions() -> list[str]:
+    """Every Triton of the table, the oldest first."""
+    return by_age({version for by_version in table().values() for version in by_version})
+
+
+def by_age(releases: Iterable[str]) -> list[str]:
+    return sorted(releases, key=lambda one: tuple(map(int, one.split("."))))
+
+
+def is_counted(version: str) -> bool:
+    """Whether the table has the registers of this Triton."""
+    return all(release(version) in by_version for by_version in table().values())
+
+
+def release(version: str) -> str:
+    """The version without what a build of one's own appends to it."""
+    return version.partition("+")[0]

@@ -1,10 +1,11 @@
 """Compile the room's kernels for GPUs that are not there, and say what came out of the compiler.
 
-    python -m tests.triton.offline            the rows of `make test`, as JSON
-    python -m tests.triton.offline --all      every head size, option and target, held against the limits
-    python -m tests.triton.offline --write    write the registers of these rows to registers.json
-    python -m tests.triton.offline --case "bfloat16 head size 128 rows 1" --target 90    one, as JSON
+    python -m tests.triton.offline            the cases whose registers are counted, held against limits and table
+    python -m tests.triton.offline --all      every head size, option and target as well
+    python -m tests.triton.offline --write    write this Triton's registers to registers.json
+    python -m tests.triton.offline --json "90 bfloat16 head size 128 rows 1"    one target and case or several, as JSON
 
+Another Triton is put first on the path: PYTHONPATH=FOLDER, after `pip install --no-deps --target FOLDER triton==3.6.0`.
 Kernels are launched through the room's own `forward`, with a stub in the place of the driver, so that tiles, hints and
 specialisation are those of a real call. Never under TRITON_INTERPRET: kernels would be interpreted.
 """
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,9 +32,8 @@ from triton.compiler.compiler import CompiledKernel
 from carve_kernels.backends.triton import capture, contrast
 from carve_kernels.types import Capture
 from tests.triton import offline_driver
-from tests.triton.limits import REGISTERS, Row, faults
+from tests.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
-TARGETS = ("80", "90", "100", "120")
 MORE_TARGETS = (*TARGETS, "86", "gfx942")
 PROCESSES = 2
 
@@ -89,7 +89,7 @@ def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
 
 
 def cases() -> list[Case]:
-    """What `make test` compiles: rows 1 make a product of 8 lanes, rows 64 at least one of 64."""
+    """Those whose registers are counted: rows 1 make a product of 8 lanes, rows 64 at least one of 64."""
     heads = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)]
     return [
         *(capture_case(dtype, size, rows) for dtype, size in heads for rows in (1, 64)),
@@ -169,18 +169,18 @@ def compile_one(task: tuple[str, str]) -> list[Row]:
     return [row_of(kernel, case.name, target) for kernel in compiled_by(case.launch)]
 
 
-def compile_all(wanted: list[Case], targets: tuple[str, ...]) -> Iterator[Row]:
+def compile_all(tasks: Iterable[tuple[str, str]]) -> Iterator[Row]:
+    """The rows of targets and cases, in their order."""
     # Forked, so that torch and Triton are imported once.
-    tasks = [(target, case.name) for target in targets for case in wanted]
     with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
         for rows in pool.imap(compile_one, tasks):
             yield from rows
 
 
-def compile_apart(root: Path, *arguments: str) -> list[Row]:
-    """The rows of `python -m tests.triton.offline` in a folder, from a process where Triton does not interpret."""
+def compile_apart(root: Path, *tasks: tuple[str, str]) -> list[Row]:
+    """The rows of targets and cases, compiled from a folder, in a process where Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.triton.offline", *arguments]
+    command = [sys.executable, "-m", "tests.triton.offline", "--json", *map(" ".join, tasks)]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     if result.returncode != 0:
         raise RuntimeError(result.stderr[-3000:])
@@ -189,38 +189,51 @@ def compile_apart(root: Path, *arguments: str) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--all", action="store_true", help="every head size, option and target, held against the limits"
-    )
+    parser.add_argument("--all", action="store_true", help="every head size, option and target")
     parser.add_argument("--write", action="store_true", help="write the registers to registers.json")
-    parser.add_argument("--case", help="compile only this case")
-    parser.add_argument("--target", default=TARGETS, nargs=1, help="compile only for this target")
+    parser.add_argument("--json", nargs="+", metavar="TASK", help="print these targets and cases as JSON")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted")
-    if arguments.all:
-        return hold_against_limits()
-    wanted = [case for case in more_cases() if case.name == arguments.case] if arguments.case else cases()
-    rows = list(compile_all(wanted, tuple(arguments.target)))
+    if arguments.json:
+        json.dump(list(compile_all(tuple(task.split(" ", 1)) for task in arguments.json)), sys.stdout)
+        return 0
     if arguments.write:
-        table = {"triton": triton.__version__, "registers": {row.name: row.registers for row in rows}}
-        REGISTERS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    else:
-        json.dump(rows, sys.stdout)
-    return 0
+        write(compile_all(_tasks(cases(), TARGETS)))
+        return 0
+    wanted = _tasks(more_cases(), MORE_TARGETS) if arguments.all else _tasks(cases(), TARGETS)
+    return hold_against_limits(compile_all(wanted))
 
 
-def hold_against_limits() -> int:
-    """Print every case on every target with its faults; 1 if there are any."""
+def _tasks(wanted: list[Case], targets: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(target, case.name) for target in targets for case in wanted]
+
+
+def write(rows: Iterable[Row]) -> None:
+    """Put this Triton's registers into the table, a line for each kernel and case."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(f"{row.kernel} {row.case}", {})[row.target] = row.registers
+    lines = []
+    for name in sorted(found):
+        by_version = table().get(name, {}) | {release(triton.__version__): [found[name][one] for one in TARGETS]}
+        lines.append(f" {json.dumps(name)}: {json.dumps({one: by_version[one] for one in by_age(by_version)})}")
+    REGISTERS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def hold_against_limits(rows: Iterable[Row]) -> int:
+    """Print every row with its faults; 1 if there are any."""
     kernels = failed = 0
-    for row in compile_all(more_cases(), MORE_TARGETS):
-        found = faults(row)
+    for row in rows:
+        found = verdict(row, triton.__version__)
         print(
             f"{row.name}: {row.registers} registers, {row.shared_bytes} bytes shared", *found, sep="\n    ", flush=True
         )
         kernels += 1
         failed += bool(found)
     print(f"{kernels} kernels with triton {triton.__version__}, {failed} at fault")
+    if not is_counted(triton.__version__):
+        print(f"triton {triton.__version__} is not in {REGISTERS.name}; to write its registers there: {REWRITE}")
     return 1 if failed else 0
 
 

@@ -13,9 +13,9 @@ import shutil
 import torch
 
 # The oldest Triton that the kernels were compiled with for every target.
-OLDEST = (3, 8)
+OLDEST = (3, 6)
 
-_MEND = "pip install 'triton>=3.8'"
+_MEND = "pip install 'triton>=3.6'"
 
 
 def devices() -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def capture_map_kernel(
     layer = tl.program_id(2)
     query_ptr = parts.pick(query_ptrs, layer, ALIGN) + b * parts.whole(stride_query_b, UNIT)
     key_ptr = parts.pick(key_ptrs, layer, ALIGN) + b * parts.whole(stride_key_b, UNIT)
-    sink_ptr = parts.pick(sink_ptrs, layer, 1)
+    # Decided here: Triton 3.6 has no function that returns None from one arm of an `if`.
+    sink_ptr = sink_ptrs if sink_ptrs is None else parts.pick(sink_ptrs, layer, 1)
     slot = (block * BLOCK_TOKEN + tl.arange(0, BLOCK_TOKEN)).to(tl.int64)
     token = tl.load(tokens_ptr + b * stride_tokens_b + slot * stride_tokens_n, mask=slot < tokens, other=-1)
     used = (token >= 0) & (token < keys)

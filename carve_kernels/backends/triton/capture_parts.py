@@ -17,14 +17,11 @@ BLOCK_PART = tl.constexpr(32)
 
 @triton.jit
 def pick(tensors, layer, ALIGN: tl.constexpr):
-    """tensors[layer] by a chain of selects, which keeps the addresses in registers; None of None."""
-    if tensors is None:
-        return None
-    else:
-        chosen = tensors[0]
-        for index in tl.static_range(1, len(tensors)):
-            chosen = tl.where(layer == index, tensors[index], chosen)
-        return tl.multiple_of(chosen, ALIGN)
+    """tensors[layer] by a chain of selects, which keeps the addresses in registers."""
+    chosen = tensors[0]
+    for index in tl.static_range(1, len(tensors)):
+        chosen = tl.where(layer == index, tensors[index], chosen)
+    return tl.multiple_of(chosen, ALIGN)
 
 
 @triton.jit
