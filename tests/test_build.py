@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from carve_kernels import extension
+from tests import constrain
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "carve_kernels/_C.abi3.so"
@@ -312,3 +313,31 @@ def test_nothing_is_asked_for_that_breaks_an_install() -> None:
     [needed] = re.findall(r"^dependencies = (\[.*\])", text, re.MULTILINE)
     assert re.findall(r'"(\w+)', needed) == ["torch", "numpy"]
     assert not re.search(r'"[\w-]+[^"]*(<|==|~=)[^"]*"', re.sub(r";[^\"]*", "", text.split("[project.scripts]")[0]))
+
+
+def test_constraints_are_written_by_python() -> None:
+    resolved = {
+        "3.11": {"a": "2", "b": "1", "c": "1"},
+        "3.9": {"a": "1", "b": "1"},
+        "3.10": {"a": "1", "b": "1", "c": "1"},
+        "3.12": {"a": "3", "b": "1", "c": "2"},
+    }
+    assert constrain.lines(resolved) == [
+        'a==1; python_version < "3.11"',
+        'a==2; python_version >= "3.11" and python_version < "3.12"',
+        'a==3; python_version >= "3.12"',
+        "b==1",
+        'c==1; python_version < "3.12"',
+        'c==2; python_version >= "3.12"',
+    ]
+
+
+def test_the_constraints_leave_the_build_of_torch_to_the_user() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {(name, number) for name, number in re.findall(r"^([\w-]+)==([\w.]+)", "\n".join(lines), re.MULTILINE)}
+    names = {name for name, _ in pins}
+    assert {"transformers", "numpy", "pillow", "huggingface-hub", "typer", "pytest", "ninja"} <= names
+    assert not any(constrain.LEFT_OUT.match(name) for name in names)
+    # What gradio takes.
+    assert all(int(number.split(".")[0]) < 13 for name, number in pins if name == "pillow")
+    assert all(int(number.split(".")[0]) < 3 for name, number in pins if name == "huggingface-hub")
