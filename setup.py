@@ -105,7 +105,12 @@ def find_nvcc() -> str | None:
 def site_folders() -> list[str]:
     """The packages of the environment that is installed into: pip's isolation takes them off sys.path alone."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    return folders if sys.prefix != sys.base_prefix else [*folders, site.getusersitepackages()]
+    if sys.prefix == sys.base_prefix:
+        return [*folders, site.getusersitepackages()]
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    if settings.exists() and re.search(r"(?im)^include-system-site-packages\s*=\s*true", settings.read_text()):
+        folders += site.getsitepackages([sys.base_prefix])
+    return folders
 
 
 def find_torch() -> Path | None:

@@ -144,6 +144,16 @@ def test_torch_is_found_where_isolation_hides_it(parts: Any, tree: Path, monkeyp
         assert parts["find_torch"]() == package
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_torch_of_the_system_is_found_where_the_environment_sees_it(
+    parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    tree.joinpath("pyvenv.cfg").write_text(f"home = /usr\ninclude-system-site-packages = {str(seen).lower()}\n")
+    monkeypatch.setattr(sys, "prefix", str(tree))
+    monkeypatch.setattr(sys, "base_prefix", str(tree / "base"))
+    assert any(folder.startswith(str(tree / "base")) for folder in parts["site_folders"]()) == seen
+
+
 def test_a_failed_build_installs_without_the_library(tree: Path) -> None:
     said = install(CXX="/bin/false")
     assert "the compiled operators are NOT built: FAILED" in said
