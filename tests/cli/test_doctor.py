@@ -137,3 +137,15 @@ def test_torchvision_that_does_not_fit() -> None:
     assert "does not fit torch" in done.stdout, done.stderr
     assert "pip uninstall torchvision" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_library_that_was_not_built() -> None:
+    done = doctor_with(
+        """
+        from pathlib import Path
+        import carve_kernels.extension
+        carve_kernels.extension.LIBRARY = Path("_C.abi3.so")
+        """
+    )
+    assert re.search(r"extension .* no .* reference backend only: .* times slower; .*pip install -e ", done.stdout)
+    assert done.stderr.startswith("on a CPU: reference backend only: ")
