@@ -5,7 +5,6 @@ TORCHVISION ?= torchvision==0.28.0
 OLDEST_TRANSFORMERS ?= transformers==5.12.0
 # The tests know its interpreter's faults and its compiler's registers; a build of torch for a GPU brings its own.
 TRITON ?= triton==3.9.0
-OLDEST_TRITON ?= triton==3.8.0
 # More requirements for the tests' environment, which may be other versions than those of the constraints.
 PINS ?=
 CONSTRAINTS ?= $(if $(PINS),,-c constraints.txt)
@@ -39,12 +38,12 @@ lint: $(VENV)/.tests
 # The long proofs, the shortest first; the first that fails ends them, and make names it.
 prove:
 	$(MAKE) -j 2 $(VENV)/.tests native-all
-	$(MAKE) -j 1 slow mutate compile soak oldest
+	$(MAKE) -j 1 slow soak mutate compile oldest
 
 # `make test`, and what of the long proofs fits beside it into a quarter of an hour; pytest has the last word.
 prove-ci:
 	$(MAKE) -j 2 $(VENV)/.tests native-all
-	$(MAKE) -j 2 pytest lint
+	$(MAKE) -j 2 pytest lint SELECT='-m "not gpu"'
 
 # C++ and emulated CUDA under sanitizers; `native` is what `make test` has of them.
 native native-all sanitize races emulate emulate-all:
@@ -58,11 +57,9 @@ mutate: $(VENV)/.tests
 	$(VENV)/bin/python -m tests.cuda.mutate --all
 	$(VENV)/bin/python -m tests.triton.mutants
 
-# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported.
+# Triton's kernels, compiled for every target and interpreted, with each Triton that is supported.
 compile: $(VENV)/.tests
-	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest_triton $(OLDEST_TRITON)
-	env -u TRITON_INTERPRET $(VENV)/bin/python -m tests.triton.offline --all
-	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/oldest_triton $(VENV)/bin/python -m tests.triton.offline --all
+	$(VENV)/bin/python -m tests.triton.versions $(VENV)/triton
 
 # A batch that is killed again and again, and thousands of pictures, whose memory is printed on the way.
 soak: $(VENV)/.tests
