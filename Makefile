@@ -18,8 +18,8 @@ SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.c
 # Which tests: nothing but the short ones, none for a GPU; SELECT="-m slow" or "-m gpu" takes others.
 SELECT ?=
 
-.PHONY: constraints demo test pytest lint prove prove-ci native native-all sanitize races emulate emulate-all mutate compile slow
-.PHONY: soak oldest clean
+.PHONY: constraints demo test pytest lint prove prove-ci native native-all sanitize races emulate emulate-all slow soak
+.PHONY: mutate compile oldest clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
