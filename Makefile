@@ -5,92 +5,70 @@ TORCHVISION ?= torchvision==0.28.0
 OLDEST_TRANSFORMERS ?= transformers==5.12.0
 # The tests know its interpreter's faults and its compiler's registers; a build of torch for a GPU brings its own.
 TRITON ?= triton==3.9.0
-OLDEST_TRITON ?= triton==3.8.0
 # More requirements for the tests' environment, which may be other versions than those of the constraints.
 PINS ?=
 CONSTRAINTS ?= $(if $(PINS),,-c constraints.txt)
 # The Pythons that `make constraints` resolves for.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-CXX ?= g++
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
 
-# The kernels need no torch: they are tested without it.
-NATIVE = -std=c++17 -g -O1 -D_GLIBCXX_ASSERTIONS -pthread -Icsrc csrc/cpu/isa.cpp tests/native/parallel.cpp
-SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
-# CUDA kernels on a CPU; a type of element alone in the tests, all of them in the proofs.
-EMULATED = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/capture*.cpp tests/native/capture_cuda.cpp -x c++
-BFLOAT = csrc/cuda/capture.cu csrc/cuda/capture_bfloat.cu -DBFLOAT_ALONE
-EMULATED_REGIONS = -Itests/cuda/emulated $(NATIVE) -ffp-contract=off csrc/cpu/regions*.cpp tests/native/regions_cuda.cpp \
-	-x c++ csrc/cuda/regions*.cu
+# Which tests: nothing but the short ones, none for a GPU; SELECT="-m slow" or "-m gpu" takes others.
+SELECT ?=
 
-.PHONY: constraints demo test prove sanitize emulate emulate-all mutate compile races soak clean
+.PHONY: constraints demo test pytest lint prove prove-ci native native-all sanitize races emulate emulate-all slow soak
+.PHONY: mutate compile oldest clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
 
-test: $(VENV)/.tests sanitize emulate
+# Two things at a time: pip keeps one core busy, and the other compiles what needs no torch.
+test:
+	$(MAKE) -j 2 native pytest lint
+
+pytest: $(VENV)/.tests
+	$(VENV)/bin/pytest -n 2 --dist worksteal $(SELECT)
+
+lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
 
-# The long proofs, run by hand: the C++ and the CUDA kernels under sanitizers, every compilation of the Triton kernels,
-# planted faults, killed batches and a long one, and the tests with the oldest transformers that is supported.
-prove: sanitize races emulate-all compile mutate soak
-	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
+# The long proofs, the shortest first; the first that fails ends them, and make names it.
+prove:
+	$(MAKE) -j 2 $(VENV)/.tests native-all
+	$(MAKE) -j 1 slow soak mutate compile oldest
 
-sanitize:
-	mkdir -p build
-	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/contrast*.cpp tests/native/contrast.cpp -o build/contrast_sanitized
-	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/regions*.cpp tests/native/regions.cpp -o build/regions_sanitized
-	$(CXX) $(NATIVE) $(SANITIZE) csrc/cpu/capture*.cpp tests/native/capture.cpp -o build/capture_sanitized
-	build/contrast_sanitized
-	build/regions_sanitized
-	build/capture_sanitized
+# `make test`, and what of the long proofs fits beside it into a quarter of an hour; pytest has the last word.
+prove-ci:
+	$(MAKE) -j 2 $(VENV)/.tests native-all
+	$(MAKE) -j 2 pytest lint SELECT='-m "not gpu"'
 
-# The emulator itself, and the kernels in it where no byte outside and no race goes unseen.
-emulate:
-	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -Itests/cuda/emulated -Icsrc tests/native/emulator.cpp -o build/emulator
-	build/emulator
-	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=address -o build/capture_cuda_sanitized
-	build/capture_cuda_sanitized first
-	$(CXX) $(EMULATED) $(BFLOAT) -fsanitize=thread -o build/capture_cuda_races
-	build/capture_cuda_races first
-	$(CXX) $(EMULATED_REGIONS) $(SANITIZE) -o build/regions_cuda_sanitized
-	build/regions_cuda_sanitized
+# C++ and emulated CUDA under sanitizers; `native` is what `make test` has of them.
+native native-all sanitize races emulate emulate-all:
+	$(MAKE) -f tests/native/Makefile $@
 
-emulate-all: emulate
-	build/capture_cuda_races
-	$(CXX) $(EMULATED) csrc/cuda/capture*.cu $(SANITIZE) -o build/capture_cuda_sanitized
-	build/capture_cuda_sanitized
-	build/regions_cuda_sanitized all
-	$(CXX) $(EMULATED_REGIONS) -fsanitize=thread -o build/regions_cuda_races
-	build/regions_cuda_races few
+slow:
+	$(MAKE) pytest SELECT="-m slow"
 
 # Faults that are planted in the kernels: each has to be caught.
 mutate: $(VENV)/.tests
 	$(VENV)/bin/python -m tests.cuda.mutate --all
 	$(VENV)/bin/python -m tests.triton.mutants
 
-# Triton's kernels for every head size, option and target, and once more with the oldest Triton that is supported.
+# Triton's kernels, compiled for every target and interpreted, with each Triton that is supported.
 compile: $(VENV)/.tests
-	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest_triton $(OLDEST_TRITON)
-	env -u TRITON_INTERPRET $(VENV)/bin/python -m tests.triton.offline --all
-	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/oldest_triton $(VENV)/bin/python -m tests.triton.offline --all
-
-# Two threads that write to the same place are a fault even where the result is right.
-races:
-	mkdir -p build
-	$(CXX) $(NATIVE) -fsanitize=thread csrc/cpu/regions*.cpp tests/native/regions.cpp -o build/regions_races
-	build/regions_races
+	$(VENV)/bin/python -m tests.triton.versions $(VENV)/triton
 
 # A batch that is killed again and again, and thousands of pictures, whose memory is printed on the way.
 soak: $(VENV)/.tests
 	$(VENV)/bin/python -m tests.long.kill --pictures 200 --kills 10
 	$(VENV)/bin/python -m tests.long.soak --pictures 2000
+
+# The tests with the oldest transformers that is supported, and a search of their own.
+oldest:
+	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so

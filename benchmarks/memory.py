@@ -101,14 +101,12 @@ def forward(what: str, shape: Shape, rows: int) -> Callable[[int], None]:
     return run
 
 
-def _main(task: str) -> None:
-    asked = json.loads(task)
-    run = forward(asked["what"], Shape(**asked["shape"]), asked["rows"])
+def measured(task: dict[str, Any]) -> Peak:
+    run = forward(task["what"], Shape(**task["shape"]), task["rows"])
     run(64)
-    resident = peak_resident(lambda: run(asked["length"]))
-    tensors = peak_of_tensors(lambda: run(asked["length"]))
-    print(json.dumps(Peak(tensors, resident)._asdict()))
+    resident = peak_resident(lambda: run(task["length"]))
+    return Peak(peak_of_tensors(lambda: run(task["length"])), resident)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    print(json.dumps(measured(json.loads(sys.argv[1]))._asdict()))

@@ -12,6 +12,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Two processes test at once on two cores: what they start computes on one thread as they do, and inductor starts none.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import hypothesis
 import numpy
@@ -81,8 +84,8 @@ def _fixed_seeds() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without `-m` no item for a GPU is selected: `pytest -m gpu` runs them, the same bodies on another device."""
-    config.option.markexpr = config.option.markexpr or "not gpu"
+    """Without `-m` neither items for a GPU, the same bodies on another device, nor long proofs are selected."""
+    config.option.markexpr = config.option.markexpr or "not gpu and not slow"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

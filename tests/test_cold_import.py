@@ -7,8 +7,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 BLOCK = """
 import sys
 import torch
@@ -58,64 +56,59 @@ def test_import_brings_in_no_optional_package() -> None:
     assert loaded.split() == ["carve_kernels"]
 
 
-def test_capture_runs_on_the_reference() -> None:
+def test_the_tensor_stages_run_on_the_reference_and_a_missing_room_says_why() -> None:
     run(
         """
         import carve_kernels
+        from carve_kernels.backends import resolve
+
         query, key = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 9, 32)
         tokens = torch.arange(6, dtype=torch.int32)[None]
         maps, mass, entropy = carve_kernels.capture(query, key, tokens, scale=32 ** -0.5, backend="reference")
         expected = (query.view(1, 2, 2, 32) @ key.mT * 32 ** -0.5).softmax(-1)[..., :6].mean((1, 2))
         torch.testing.assert_close(maps[:, 0], expected)
-        """
-    )
 
-
-def test_contrast_runs_on_the_reference() -> None:
-    run(
-        """
-        import carve_kernels
         task, general = torch.rand(2, 1, 12), torch.rand(2, 1, 12)
         for backend in ("reference", "auto"):
             saliency = carve_kernels.contrast(task, general, (3, 4), (3, 4), lam=0.1, backend=backend)
             torch.testing.assert_close(saliency, (task / (general + 0.1)).sum((0, 1)).view(3, 4))
-        """
-    )
 
-
-def test_regions_run_on_the_reference() -> None:
-    run(
-        """
-        import carve_kernels
         saliency = torch.tensor([[9.0, 0, 4, 4], [0, 9, 0, 0], [1, 0, 0, 7]])
         for backend in ("reference", "auto"):
             found = carve_kernels.regions(saliency, keep=0.5, top=2, connectivity=8, backend=backend)
             assert found.boxes.tolist() == [[0, 0, 4, 3], [3, 2, 4, 3]], found
             found = carve_kernels.regions(saliency, keep=0.45, top=2, backend=backend)
             assert found.boxes.tolist() == [[0, 0, 1, 1], [1, 1, 2, 2]], found
+
+        table = carve_kernels.explain()
+        assert "pip install" in table, table
+        assert "contrast=reference" in table, table
+        try:
+            resolve("contrast", "cpu", torch.device("cpu"), *[torch.rand(2, 1, 12)] * 2, (3, 4), (3, 4))
+        except carve_kernels.BackendUnavailable as error:
+            assert "reference backend only" in str(error) and "pip install" in str(error), error
+        else:
+            raise AssertionError("contrast was served")
         """
     )
 
 
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        ("carve_kernels.CarveEngine", "CarveEngine needs pillow, which is missing; pip install 'carve-kernels[hf]'"),
-        ("from carve_kernels import load", "load needs safetensors, which is missing; pip install 'carve-kernels[hf]'"),
-        ("carve_kernels.zoom(None, None, (0, 0, 1, 1))", "zoom needs pillow, which is missing; pip install"),
-    ],
-)
-def test_what_needs_an_extra_names_it(use: str, message: str) -> None:
+def test_what_needs_an_extra_names_it() -> None:
     run(
-        f"""
+        """
         import carve_kernels
         assert callable(carve_kernels.zoom) and callable(carve_kernels.carve)
-        try:
-            {use}
-        except ImportError as error:
-            assert {message!r} in str(error), error
-        else:
-            raise AssertionError("nothing is missing")
+        for name, use, missing in (
+            ("CarveEngine", lambda: carve_kernels.CarveEngine, "pillow"),
+            ("load", lambda: carve_kernels.load, "safetensors"),
+            ("zoom", lambda: carve_kernels.zoom(None, None, (0, 0, 1, 1)), "pillow"),
+        ):
+            try:
+                use()
+            except ImportError as error:
+                assert f"{name} needs {missing}, which is missing; pip install 'carve-kernels[hf]'" in str(error), error
+            else:
+                raise AssertionError(f"{name}: nothing is missing")
         """
     )
 
@@ -161,21 +154,3 @@ def test_the_command_line_tells_of_it_first_and_once(tmp_path: Path) -> None:
     first, *others = result.stderr.splitlines()
     assert first.startswith("on a CPU: reference backend only: ") and "times slower" in first and "pip install" in first
     assert not any("is not built" in line for line in others)
-
-
-def test_a_missing_room_says_why() -> None:
-    run(
-        """
-        import carve_kernels
-        from carve_kernels.backends import resolve
-        table = carve_kernels.explain()
-        assert "pip install" in table, table
-        assert "contrast=reference" in table, table
-        try:
-            resolve("contrast", "cpu", torch.device("cpu"), *[torch.rand(2, 1, 12)] * 2, (3, 4), (3, 4))
-        except carve_kernels.BackendUnavailable as error:
-            assert "reference backend only" in str(error) and "pip install" in str(error), error
-        else:
-            raise AssertionError("contrast was served")
-        """
-    )

@@ -38,7 +38,7 @@ def forward(model: Any, length: int, rows: int | None, **options: Any) -> Callab
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("rows", [1, 32])
-@pytest.mark.parametrize("length", [2048, 8192])
+@pytest.mark.parametrize("length", [2048, pytest.param(8192, marks=pytest.mark.slow)])
 def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: int, rows: int, use_cache: bool) -> None:
     plain, session = (
         peak_of_tensors(forward(model, length, captured, use_cache=use_cache)) for captured in (None, rows)

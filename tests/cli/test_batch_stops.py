@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carve_kernels.cli.report import FILES
-from tests.cli.conftest import LINES, QUICK, Ask, content, records, table, written
+from tests.cli.conftest import LINES, Ask, content, records, table, written
 from tests.hf import tiny
 
 
@@ -102,22 +102,24 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half_written(
     assert written(folder)["1"] == before["1"] and len(table(folder)) == 3
 
 
-def test_a_disk_that_fills_up(ask: Ask, folder: Path, checkpoint: Path) -> None:
-    """No file may be larger than 400 kB: the second answer, of a larger picture, cannot be written."""
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may become larger, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up(ask: Ask, folder: Path) -> None:
+    """The second answer, of a larger picture, cannot be written."""
     tiny.picture(400, 300, 2).save(folder / "2.png")
-    path = folder / "questions.jsonl"
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
-    program = """
-import resource, tests.hf.tiny, torch
-torch.set_num_threads(1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-from carve_kernels.cli import app
-app()
-"""
-    words = ["batch", "-m", checkpoint, "-i", path, "-o", folder / "out", *QUICK, "--pictures", "--tokens", 1]
-    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1, run.stderr
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    with files_of_at_most(400_000):
+        done = ask(LINES, "--pictures", "--tokens", 1)
+    assert done.exit_code == 1, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "File too large" in line and "1 of 3 questions are done and stay in" in line and "run it again" in line
     assert sorted(content(folder / "out")) == sorted(f"results/1/{name}" for name in FILES)
     before = written(folder)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +24,7 @@ from carve_kernels.backends import cuda
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("forward", "reverse", "shuffled")
 # No contraction: a product and a sum are rounded apart here, whatever this machine could fuse.
-FLAGS = [
-    "-std=c++17",
-    "-g",
-    "-O1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 
 
 class Counters(NamedTuple):
@@ -53,44 +46,41 @@ def compiler() -> str | None:
 
 def build(stage: str, root: Path = ROOT) -> Path:
     """The library of a stage's kernels, registered for tensors on a CPU; built anew where a source has changed."""
-    torch_root = Path(torch.__file__).parent
-    include = [f"-I{root / 'tests/cuda/emulated'}", f"-I{root / 'csrc'}", f"-I{torch_root / 'include'}"]
+    headers = Path(torch.__file__).parent / "include"
+    include = [f"-I{root / 'tests/cuda/emulated'}", f"-I{root / 'csrc'}", f"-I{headers}"]
     options = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DCARVE_CUDA_KEY=CPU", *include]
     digest = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
     for path in sorted([*(root / "csrc").glob("**/*"), *(root / "tests/cuda").glob("**/*.h")]):
         if path.suffix == ".h" or path in sources(stage, root):
             digest.update(path.read_bytes())
     target = ROOT / "build/emulated" / f"{stage}-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    objects = [target.with_suffix(f".{path.stem}.{os.getpid()}.o") for path in sources(stage, root)]
-    jobs = [
-        subprocess.Popen(
-            [compiler() or "g++", *options, "-x", "c++", "-c", str(path), "-o", str(out)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for path, out in zip(sources(stage, root), objects, strict=True)
-    ]
-    errors = [job.communicate()[1] for job in jobs]
-    if any(job.returncode for job in jobs):
-        raise RuntimeError("\n".join(errors)[:4000])
-    fresh = target.with_suffix(f".{os.getpid()}.so")
-    link = [
-        compiler() or "g++",
-        "-shared",
-        *map(str, objects),
-        "-o",
-        str(fresh),
-        f"-L{torch_root / 'lib'}",
-        "-ltorch_cpu",
-    ]
-    subprocess.run(link, check=True)
-    os.replace(fresh, target)
-    for out in objects:
-        out.unlink()
+    with target.with_suffix(".lock").open("w") as lock:
+        # Of several processes that test, one compiles, and the others wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_library(sources(stage, root), options, target)
     return target
+
+
+def compile_library(paths: list[Path], options: list[str], target: Path) -> None:
+    torch_root = Path(torch.__file__).parent
+    command = compiler() or "g++"
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [str(Path(folder, f"{path.stem}.o")) for path in paths]
+        jobs = [
+            subprocess.Popen(
+                [command, *options, "-x", "c++", "-c", str(path), "-o", out], stderr=subprocess.PIPE, text=True
+            )
+            for path, out in zip(paths, objects, strict=True)
+        ]
+        errors = [job.communicate()[1] for job in jobs]
+        if any(job.returncode for job in jobs):
+            raise RuntimeError("\n".join(errors)[:4000])
+        fresh = Path(folder, target.name)
+        link = [command, "-shared", *objects, "-o", str(fresh), f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        subprocess.run(link, check=True)
+        os.replace(fresh, target)
 
 
 @functools.cache

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.emulator import ROOT, compiler
-from tests.cuda.faults import FAULTS, LABEL, RANK, SELECT
-from tests.cuda.mutate import judge, plant
+from tests.cuda.faults import FAULTS, LABEL, RANK, SELECT, Fault
+from tests.cuda.mutate import Verdict, judge, plant
 
-FEW = {fault.name: fault for fault in (SELECT[0], LABEL[6], RANK[1])}
+FEW = (SELECT[0], LABEL[6], RANK[1])
 
 
 def copy_of(file: str, root: Path) -> Path:
@@ -41,10 +41,19 @@ def test_a_pattern_that_is_gone_is_an_error(tmp_path: Path) -> None:
         plant(SELECT[0], tmp_path)
 
 
-@pytest.mark.skipif(compiler() is None, reason="the mutants need a C++ compiler")
-def test_planted_faults_are_caught_and_nothing_else() -> None:
-    right = judge("regions", "results", amount=[])
+@pytest.fixture(scope="module")
+def right() -> Verdict:
+    if compiler() is None:
+        pytest.skip("the mutants need a C++ compiler")
+    return judge("regions", "results", amount=[])
+
+
+def test_nothing_is_caught_where_nothing_is_planted(right: Verdict) -> None:
     assert not right.fails, right.reason
-    for name, fault in FEW.items():
-        verdict = judge(fault.stage, "results", fault, amount=[], limit=120 + 10 * right.seconds)
-        assert verdict.fails, name
+
+
+@pytest.mark.parametrize(
+    "fault", [FEW[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FEW[1:])], ids=lambda fault: fault.name
+)
+def test_planted_faults_are_caught(right: Verdict, fault: Fault) -> None:
+    assert judge(fault.stage, "results", fault, amount=[], limit=120 + 10 * right.seconds).fails

@@ -48,7 +48,8 @@ def static(model: Any) -> StaticCache:
     return StaticCache(config=model.config.get_text_config(), max_cache_len=100)
 
 
-@pytest.mark.parametrize("backend", ["counting", "inductor"])
+# aot_eager is inductor without its C++, which takes a minute to compile.
+@pytest.mark.parametrize("backend", ["counting", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_decode_step_is_one_graph_whatever_the_step(backend: str) -> None:
     torch._dynamo.reset()
     model, inputs = family("llava")[0], inputs_of("llava", 1)

@@ -9,8 +9,8 @@ from tests.long.soak import soak
 
 
 def test_killed_runs_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    found = prove(tmp_path, pictures=10, kills=2)
-    assert len(found) == 2 and 0 < sum(found) < 10
+    (found,) = prove(tmp_path, pictures=8, kills=1)
+    assert 0 < found < 8
 
 
 def test_memory_is_flat() -> None:

@@ -50,6 +50,7 @@ def test_every_instruction_set_gives_the_same_bits(name: str) -> None:
     assert bits_with(name) == bits_with("plain")
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_set_is_named() -> None:
     if reason := cpu.unavailable():
         pytest.skip(reason)

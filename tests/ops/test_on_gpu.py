@@ -71,8 +71,8 @@ def test_without_a_gpu_its_items_are_skipped_for_one_reason() -> None:
     assert re.search(r"^\d+ skipped, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
 
 
-def test_an_item_for_a_gpu_is_not_selected_unasked(request: pytest.FixtureRequest) -> None:
+def test_unasked_neither_items_for_a_gpu_nor_long_proofs_are_selected(request: pytest.FixtureRequest) -> None:
     asked = request.config.option.markexpr
     assert asked, "the default expression"
-    if asked == "not gpu":
-        assert not any(item.get_closest_marker("gpu") for item in request.session.items)
+    if asked == "not gpu and not slow":
+        assert not any(item.get_closest_marker(mark) for item in request.session.items for mark in ("gpu", "slow"))
