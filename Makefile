@@ -18,8 +18,8 @@ SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.c
 # Which tests: nothing but the short ones, none for a GPU; SELECT="-m slow" or "-m gpu" takes others.
 SELECT ?=
 
-.PHONY: constraints demo test pytest lint prove prove-ci native native-all sanitize races emulate emulate-all slow soak
-.PHONY: mutate compile oldest clean
+.PHONY: constraints demo test pytest lint prove prove-ci native native-ci native-all sanitize races emulate emulate-all
+.PHONY: slow soak mutate compile oldest clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/carve-kernels demo --output out/demo
@@ -42,11 +42,11 @@ prove:
 
 # `make test`, and what of the long proofs fits beside it into a quarter of an hour; pytest has the last word.
 prove-ci:
-	$(MAKE) -j 2 $(VENV)/.tests native-all
+	$(MAKE) -j 2 $(VENV)/.tests native-ci
 	$(MAKE) -j 2 pytest lint SELECT='-m "not gpu"'
 
 # C++ and emulated CUDA under sanitizers; `native` is what `make test` has of them.
-native native-all sanitize races emulate emulate-all:
+native native-ci native-all sanitize races emulate emulate-all:
 	$(MAKE) -f tests/native/Makefile $@
 
 slow:
