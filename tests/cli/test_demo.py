@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,6 @@ def test_an_output_that_cannot_be_written(carve: Invoke, stand_in: Path, tmp_pat
 def test_the_embedded_model(tmp_path: Path) -> None:
     # The demo needs no torchvision, and one that does not fit this torch would break it.
     code = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_module('carve_kernels')"
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, "demo", "-o", str(tmp_path / "demo")],
         capture_output=True,
@@ -71,7 +69,6 @@ def test_the_embedded_model(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 60
     assert sorted(content(tmp_path)) == sorted(f"demo/{name}" for name in FILES)
     seen = json.loads((tmp_path / "demo/result.json").read_text())
     assert not seen["presets"]["profile"]["right"]
