@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import transformers
 
 from tests.hf.zoo.kinds import BREAK, END, IMAGE, START, VIDEO, VOCABULARY, Made, config, kind, made, text, vision
 
@@ -246,8 +248,12 @@ def fuyu() -> Made:
         num_key_value_heads=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     )
-    settings = config("fuyu", text_config=language, image_size=56, patch_size=14, image_token_id=IMAGE)
-    return made(settings, 6, {"pixel_values": torch.randn(1, 6, 3 * 14 * 14)}, before=())
+    settings = config(
+        "fuyu", text_config=language, hidden_size=64, image_size=56, patch_size=14, image_token_id=IMAGE
+    )
+    named = inspect.signature(transformers.FuyuForCausalLM.forward).parameters
+    patches = "pixel_values" if "pixel_values" in named else "image_patches"
+    return made(settings, 6, {patches: torch.randn(1, 6, 3 * 14 * 14)}, before=())
 
 
 @kind("ChameleonForConditionalGeneration")

@@ -138,7 +138,7 @@ def qwen3_5_moe() -> Made:
     return qwen("qwen3_5_moe", QWEN3_TOWER, language, 3 * 2 * 16 * 16)
 
 
-@kind("Qwen4ExpForConditionalGeneration")
+@kind("Qwen4ExpForConditionalGeneration", since="5.17")
 def qwen4_exp() -> Made:
     language = text(
         shared_expert_intermediate_size=32,
@@ -240,7 +240,7 @@ def exaone4_5() -> Made:
     return grid_of(settings, 3 * 2 * 14 * 14, types=None)
 
 
-@kind("HyperCLOVAXVisionV2ForConditionalGeneration")
+@kind("HyperCLOVAXVisionV2ForConditionalGeneration", since="5.20")
 def hyperclovax_vision_v2() -> Made:
     settings = config(
         "hyperclovax_vision_v2",
@@ -252,13 +252,13 @@ def hyperclovax_vision_v2() -> Made:
     return grid_of(settings, 3 * 2 * 14 * 14, types=None)
 
 
-@kind("Cosmos3EdgeForConditionalGeneration")
+@kind("Cosmos3EdgeForConditionalGeneration", since="5.17")
 def cosmos3_edge() -> Made:
     tower = vision(image_size=None, patch_size=16, num_patches=64)
     return qwen("cosmos3_edge", tower, text(head_dim=16, rope_parameters=mrope()), 3 * 16 * 16)
 
 
-@kind("Kimi_K25ForConditionalGeneration")
+@kind("Kimi_K25ForConditionalGeneration", since="5.17")
 def kimi_k25() -> Made:
     language = text(
         model_type="deepseek_v3",
@@ -288,7 +288,7 @@ def kimi_k25() -> Made:
     return grid_of(settings, 3, 14, 14, types=None)
 
 
-@kind("Lfm3VlForConditionalGeneration")
+@kind("Lfm3VlForConditionalGeneration", since="5.23")
 def lfm3_vl() -> Made:
     tower = {
         "hidden_size": 32,
@@ -338,7 +338,7 @@ def minimax_m3_vl() -> Made:
     return made(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
 
 
-@kind("MuseGlimmerForConditionalGeneration")
+@kind("MuseGlimmerForConditionalGeneration", since="5.17")
 def muse_glimmer() -> Made:
     tower = vision(
         image_size=None,
@@ -365,7 +365,7 @@ def muse_glimmer() -> Made:
     return made(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
 
 
-@kind("HunYuanVLForConditionalGeneration")
+@kind("HunYuanVLForConditionalGeneration", since="5.17")
 def hunyuan_vl() -> Made:
     """A newline behind each row, and one token before and behind the whole, all with the image's id."""
     tower = {

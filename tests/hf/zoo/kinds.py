@@ -23,9 +23,10 @@ class Made(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A model class, the first supported version that has it, and what a session is known to do with it.
+    """A model class, since which tested version it is there, and what a session is known to do with it.
 
     `refused` and `generate_refused` are words of the error that a session raises; None where its maps equal eager's.
+    `broken_in` names a release in which the class itself fails with a picture.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Kind(NamedTuple):
     since: str
     refused: str | None
     generate_refused: str | None
+    broken_in: str | None
 
     def exists(self) -> bool:
         return hasattr(transformers, self.class_name)
@@ -43,13 +45,18 @@ _KINDS: dict[str, Kind] = {}
 
 
 def kind(
-    class_name: str, *, since: str = "5.12", refused: str | None = None, generate_refused: str | None = None
+    class_name: str,
+    *,
+    since: str = "5.12",
+    refused: str | None = None,
+    generate_refused: str | None = None,
+    broken_in: str | None = None,
 ) -> Callable[[Callable[[], Made]], Callable[[], Made]]:
     """Add a function that makes a config, inputs and the image tokens' columns to the zoo, under its own name."""
 
     def add(make: Callable[[], Made]) -> Callable[[], Made]:
         name = make.__name__
-        _KINDS[name] = Kind(name, class_name, make, since, refused, generate_refused or refused)
+        _KINDS[name] = Kind(name, class_name, make, since, refused, generate_refused or refused, broken_in)
         return make
 
     return add

@@ -51,6 +51,15 @@ def llava_onevision() -> Made:
 @kind("Granite4VisionForConditionalGeneration")
 def granite4_vision() -> Made:
     """Windows of 4 x 4 patches become 2 x 2 learned queries, so that every side is half as long."""
+    queries = {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 64,
+        "encoder_hidden_size": 64,
+        "cross_attention_frequency": 1,
+    }
     settings = config(
         "granite4_vision",
         vision_config=vision(hidden_size=64, **SIGLIP),
@@ -62,7 +71,7 @@ def granite4_vision() -> Made:
         downsample_rate="2/4",
         deepstack_layer_map=[[-1, 0], [-2, 1]],
         spatial_target_layers=[1, 2],
-        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 64},
+        qformer_config=queries,
     )
     return made(settings, 4 + 4 * 4 + 4, base_and_tiles())
 
@@ -92,10 +101,15 @@ def qianfan_ocr() -> Made:
 
 
 def idefics(model_type: str) -> Made:
+    """As many tokens a tile as pixels a patch: SmolVLM takes one for the other in 5.20."""
     settings = config(
-        model_type, vision_config=vision(), text_config=text(**LLAMA), image_token_id=IMAGE, scale_factor=2
+        model_type,
+        vision_config=vision(image_size=16, patch_size=4),
+        text_config=text(**LLAMA),
+        image_token_id=IMAGE,
+        scale_factor=2,
     )
-    pixels = {"pixel_values": torch.randn(1, 3, 3, 56, 56), "pixel_attention_mask": torch.ones(1, 3, 56, 56).bool()}
+    pixels = {"pixel_values": torch.randn(1, 3, 3, 16, 16), "pixel_attention_mask": torch.ones(1, 3, 16, 16).bool()}
     return made(settings, 3 * 4, pixels, row=4)
 
 
@@ -148,7 +162,7 @@ def ovis2() -> Made:
     return made(settings, 16, picture(), start=305, end=306)
 
 
-@kind("Llama4ForConditionalGeneration", refused="found no text decoder")
+@kind("Llama4ForConditionalGeneration", broken_in="5.24.0")
 def llama4() -> Made:
     tower = vision(
         intermediate_size=128,
@@ -177,7 +191,7 @@ def llama4() -> Made:
     return made(settings, 4, picture(), start=START, end=END)
 
 
-@kind("Molmo2ForConditionalGeneration")
+@kind("Molmo2ForConditionalGeneration", since="5.20")
 def molmo2() -> Made:
     """One crop of 4 x 4 patches, pooled 2 by 2."""
     tower = {
@@ -267,7 +281,7 @@ def minicpmv4_6() -> Made:
     return minicpm("minicpmv4_6")
 
 
-@kind("MiniCPMV4_7ForConditionalGeneration")
+@kind("MiniCPMV4_7ForConditionalGeneration", since="5.20")
 def minicpmv4_7() -> Made:
     ids = {"image_start_id": START, "image_end_id": END, "slice_start_id": 305, "slice_end_id": 306}
     return minicpm("minicpmv4_7", newline_id=BREAK, **ids)
