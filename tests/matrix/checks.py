@@ -19,7 +19,7 @@ _COMPILED = re.compile(r"^(\d+) kernels with triton \S+, (\d+) at fault$", re.MU
 
 @dataclass
 class Counts:
-    """How many tests passed, by junit's report; `kinds` has each id in brackets, and whether all of its tests passed."""
+    """How many tests passed, by junit's report; `kinds` has each id in brackets and whether all its tests passed."""
 
     passed: int = 0
     failed: int = 0

@@ -87,7 +87,7 @@ class Environment:
         self.pip("--no-build-isolation", "-e", f"{self.source}[test]", transformers, f"torch=={torch}")
         # torch asks for one release of Triton and works with others. On macOS and Windows there is none.
         self.pip(*([] if row.triton is None else ["--no-deps"]), row.pinned("triton"))
-        # Some processors want torchvision, whose compiled part fits one build of torch: where conftest.py alone finds it.
+        # Some processors want torchvision. Its compiled part may not fit this torch, so conftest.py alone finds it.
         minor = int(torch.split(".")[1]) + 15
         self.pip("--no-deps", "--target", str(self.folder / "venv" / "torchvision"), f"torchvision==0.{minor}.*")
 
