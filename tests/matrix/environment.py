@@ -16,6 +16,8 @@ FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TRITON_INTERPRET", "PYTES
 LEFT_BEHIND = (".*", "__pycache__", "build", "out", "*.egg-info", "*.so")
 # nvcc takes minutes, and no row has a GPU: the CUDA kernels have proofs of their own.
 SETTINGS = {"CUDACXX": "no-such-compiler", "CARVE_KERNELS_BUILD": "required", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+# What these tests are written with; the rest of the extra [test] is for others.
+TOOLS = ("pytest", "pytest-benchmark", "hypothesis")
 LIMIT_S = 3600
 
 
@@ -84,7 +86,7 @@ class Environment:
         self.pip(row.pinned("torch"), "setuptools>=77", "wheel", "ninja")
         torch = self.versions("torch")["torch"]
         transformers = row.pinned("transformers")
-        self.pip("--no-build-isolation", "-e", f"{self.source}[test]", transformers, f"torch=={torch}")
+        self.pip("--no-build-isolation", "-e", f"{self.source}[cli]", transformers, f"torch=={torch}", *TOOLS)
         # torch asks for one release of Triton and works with others. On macOS and Windows there is none.
         self.pip(*([] if row.triton is None else ["--no-deps"]), row.pinned("triton"))
         # Some processors want torchvision. Its compiled part may not fit this torch, so conftest.py alone finds it.
