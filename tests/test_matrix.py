@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -207,3 +208,43 @@ def test_the_newest_is_told_apart_from_the_tested() -> None:
     assert "may be raised" in newest.verdict("6.0.0", "5.12", "5.24", True)
     assert newest.verdict("5.24.3", "5.12", "5.24", True).endswith("is within TESTED (5.12 to 5.24)")
     assert "renamed" not in newest.verdict("5.24.3", "5.12", "5.24", False)
+
+
+@pytest.mark.parametrize(("status", "told"), [(0, "tests/hf pass"), (1, "tests/hf FAIL")])
+def test_the_newest_is_tried_in_a_folder_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, told: str
+) -> None:
+    calls: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append((command, options.get("env", {}).get("PYTHONPATH", "")))
+        return subprocess.CompletedProcess(command, status if "pytest" in command else 0, "5.25.0 5.12 5.24\n", "")
+
+    (tmp_path / "newest").mkdir()
+    (tmp_path / "newest" / "old").touch()
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["newest", str(tmp_path / "newest"), "-n", "2"])
+    assert newest.main() == status
+    assert not (tmp_path / "newest" / "old").exists()
+    (install, _), (_, asked), (zoo, _), (tests, path) = calls
+    assert install[3] == "install" and {"transformers", "tokenizers", "huggingface-hub"} <= set(install)
+    assert zoo[-1] == "tests/hf/test_zoo.py" and tests[-3:] == ["-n", "2", "tests/hf"]
+    assert path == asked == str(tmp_path / "newest")
+    said = capsys.readouterr().out
+    assert said.startswith("transformers 5.25.0\n") and f"{told}; transformers 5.25.0 is newer than TESTED" in said
+
+
+def test_a_newest_that_does_not_install_or_import_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["newest", str(tmp_path / "newest")])
+    for refusing, told in (("install", "does not install"), ("-c", "does not import")):
+        monkeypatch.setattr(
+            subprocess,
+            "run",
+            lambda command, refusing=refusing, **_: subprocess.CompletedProcess(
+                command, int(refusing in command), "", "because"
+            ),
+        )
+        assert newest.main() == 1
+        assert told in capsys.readouterr().out

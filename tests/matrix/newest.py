@@ -1,6 +1,6 @@
 """Try the newest transformers of the index, with what it depends on, beside the installed torch.
 
-    .venv/bin/python -m tests.matrix.newest FOLDER
+    .venv/bin/python -m tests.matrix.newest FOLDER [OPTION OF PYTEST]...
 
 FOLDER is made anew. What it holds goes before the environment's own packages for the tests of tests/hf alone.
 """
@@ -29,7 +29,7 @@ def verdict(version: str, oldest: str, newest: str, passed: bool) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         print(__doc__)
         return 2
     folder = Path(sys.argv[1]).resolve()
@@ -45,10 +45,12 @@ def main() -> int:
         return 1
     version, oldest, newest = told.stdout.split()
     print(f"transformers {version}", flush=True)
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/hf"]
-    status = subprocess.run(tests, cwd=ROOT, env=environment).returncode
-    print(verdict(version, oldest, newest, status == 0))
-    return status
+    tests = [sys.executable, "-m", "pytest", "-q", *sys.argv[2:]]
+    # All of the zoo, of which the tests run a few, and then the tests.
+    runs = [[*tests, "-m", "not gpu", "tests/hf/test_zoo.py"], [*tests, "tests/hf"]]
+    passed = all([subprocess.run(command, cwd=ROOT, env=environment).returncode == 0 for command in runs])
+    print(verdict(version, oldest, newest, passed))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
