@@ -69,7 +69,7 @@ def main() -> int:
         written = table.replaced(page, {row.name: table.line(row, outcome, date.today())}, processor())
         PAGE.write_text(written, encoding="utf-8")
     print(*table.table(table.lines_of(PAGE.read_text(encoding="utf-8"))), sep="\n")
-    print(f"{len(rows) - len(failed)} rows passed, {len(failed)} failed: {' '.join(failed) or 'none'}")
+    print(f"{len(rows) - len(failed)} of {len(rows)} rows passed; failed: {' '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 
