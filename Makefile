@@ -70,6 +70,16 @@ soak: $(VENV)/.tests
 oldest:
 	HYPOTHESIS_PROFILE=searching $(MAKE) test VENV=.venv/oldest PINS="$(OLDEST_TRANSFORMERS)"
 
+# The versions that people have, an environment each: made, tried, deleted. ROWS="3.11-2.13 3.12" takes some of them.
+.PHONY: matrix
+matrix:
+	$(PYTHON) -m tests.matrix $(ROWS)
+
+# The newest transformers of the index, in a folder of its own.
+.PHONY: newest
+newest: $(VENV)/.tests
+	$(VENV)/bin/python -m tests.matrix.newest $(VENV)/newest -n 2 --dist worksteal
+
 clean:
 	rm -rf .venv build out *.egg-info carve_kernels/*.so
 

@@ -328,7 +328,12 @@ def tree_obstacle(model: Any, config: Any) -> str | None:
         return "its layers see what comes later"
     if hasattr(type(model), "create_masks_for_generate"):
         return f"{type(model).__name__} makes masks of its own, under which a picture may be seen both ways"
-    return "it is an encoder and a decoder" if model.config.is_encoder_decoder else None
+    return "it is an encoder and a decoder" if has_encoder(model) else None
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether a model's text decoder attends to the prompt through an encoder. Known in: 5.12 to 5.24."""
+    return bool(model.config.is_encoder_decoder)
 
 
 def rotations(config: Any) -> set[str]:

@@ -96,6 +96,11 @@ class CaptureSession:
             raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
         contract.ensure()
         self._outer, self._model = model, unwrap(model)
+        if names.has_encoder(self._model):
+            raise TypeError(
+                f"model: expected a decoder alone, got {type(self._model).__name__}, an encoder and a decoder, whose "
+                "decoder does not attend to the prompt by self-attention"
+            )
         depth = len(decoder_layers(model))
         self.layers = _layers(layers, depth)
         modules = attention_modules(model)

@@ -44,6 +44,7 @@ SPELLINGS = [
     "num_key_value_heads",
     "use_bidirectional_attention",
     "create_masks_for_generate",
+    "is_encoder_decoder",
     "rope_parameters",
     "rope_scaling",
     "rope_deltas",
