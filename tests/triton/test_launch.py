@@ -76,8 +76,10 @@ def test_parameters_are_pointers_then_typed_numbers_then_constants(kernel: Kerne
 @pytest.fixture(scope="module")
 def calls() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Triton 3.8 builds a syntax tree in a way that Python 3.13 warns of.
+    warnings = ["-W", "error", "-W", "ignore:AnnAssign.__init__ missing:DeprecationWarning"]
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.triton.direct"],
+        [sys.executable, *warnings, "-m", "tests.triton.direct"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
