@@ -64,6 +64,7 @@ def main() -> int:
         outcome = try_row(row, ROOT, LOGS, os.environ)
         print(f"  {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
         if outcome.faults:
+            print(f"  all that was said: {LOGS / row.name}.log", flush=True)
             failed.append(row.name)
         page = PAGE.read_text(encoding="utf-8")
         written = table.replaced(page, {row.name: table.line(row, outcome, date.today())}, processor())
