@@ -248,9 +248,7 @@ def fuyu() -> Made:
         num_key_value_heads=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     )
-    settings = config(
-        "fuyu", text_config=language, hidden_size=64, image_size=56, patch_size=14, image_token_id=IMAGE
-    )
+    settings = config("fuyu", text_config=language, hidden_size=64, image_size=56, patch_size=14, image_token_id=IMAGE)
     named = inspect.signature(transformers.FuyuForCausalLM.forward).parameters
     patches = "pixel_values" if "pixel_values" in named else "image_patches"
     return made(settings, 6, {patches: torch.randn(1, 6, 3 * 14 * 14)}, before=())
