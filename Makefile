@@ -89,7 +89,7 @@ constraints:
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "setuptools>=77" ninja $(CONSTRAINTS)
-	$(PIP) install $(TORCH)
+	$(PIP) install $(TORCH) $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)

@@ -82,7 +82,10 @@ class Tools(NamedTuple):
 def find_compiler() -> list[str] | None:
     """The C++ compiler of $CXX or of the path, as the start of a command line."""
     if "CXX" in os.environ:
-        command = shlex.split(os.environ["CXX"])
+        try:
+            command = shlex.split(os.environ["CXX"])
+        except ValueError:
+            return None
         return command if command and shutil.which(command[0]) else None
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found] if found else None
@@ -219,10 +222,14 @@ def make(ninja: str, kind: str, target: Path) -> str | None:
     if done.returncode != 0:
         said = done.stdout + done.stderr
         return said[max(said.find("FAILED:"), 0) :].strip() or f"{ninja} ended with status {done.returncode}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A process that has the library loaded keeps the file that it has.
-    target.unlink(missing_ok=True)
-    shutil.copy(library(kind), target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A process that has the library loaded keeps the file that it has, and none loads half of one.
+        fresh = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy(library(kind), fresh)
+        fresh.replace(target)
+    except OSError as error:
+        return f"the library cannot be put in its place: {error}"
     return None
 
 
@@ -232,8 +239,11 @@ def build(target: Path) -> tuple[str | None, str | None]:
     if isinstance(tools, str):
         return tools, None
     cuda = find_cuda()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    BUILD.joinpath("build.ninja").write_text("".join(statements(tools, None if isinstance(cuda, str) else cuda)))
+    try:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        BUILD.joinpath("build.ninja").write_text("".join(statements(tools, None if isinstance(cuda, str) else cuda)))
+    except OSError as error:
+        return f"{BUILD} cannot be written to: {error}", None
     reason = make(tools.ninja, "cpu", target)
     if reason is not None:
         return reason, None

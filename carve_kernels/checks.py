@@ -15,7 +15,14 @@ class BackendUnavailable(RuntimeError):
 
 
 class UpstreamChanged(RuntimeError):
-    """The installed transformers works in another way than the tested ones; the message names both versions."""
+    """The installed transformers works in another way than the tested ones; the message names both versions.
+
+    `what` is the part of it that says in which way.
+    """
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 def describe(value: Any) -> str:

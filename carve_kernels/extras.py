@@ -8,6 +8,8 @@ from contextlib import contextmanager
 # By the name of the module: what pip calls it, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "hf"),
+    "huggingface_hub": ("huggingface-hub", "hf"),
+    "packaging": ("packaging", "hf"),
     "rich": ("rich", "cli"),
     "safetensors": ("safetensors", "hf"),
     "skimage": ("scikit-image", "hf"),

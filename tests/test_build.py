@@ -161,6 +161,14 @@ def test_a_failed_build_installs_without_the_library(tree: Path) -> None:
     assert not tree.joinpath(LIBRARY).exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_a_reason(tree: Path) -> None:
+    tree.joinpath("build").mkdir(exist_ok=True)
+    tree.joinpath("build/extension").write_text("no folder")
+    said = install()
+    assert "the compiled operators are NOT built: build/extension cannot be written to" in said
+    assert not tree.joinpath(LIBRARY).exists()
+
+
 def test_a_build_that_is_required_fails_with_its_reason(tree: Path) -> None:
     done = setup("build_ext", "--inplace", CARVE_KERNELS_BUILD="required", CXX="no-such-compiler")
     assert done.returncode != 0 and "CARVE_KERNELS_BUILD=required" in done.stderr

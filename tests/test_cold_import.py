@@ -11,7 +11,10 @@ BLOCK = """
 import sys
 import torch
 
-BLOCKED = {"triton", "transformers", "PIL", "scipy", "skimage", "sklearn", "rich", "typer", "matplotlib", "safetensors"}
+BLOCKED = {
+    "triton", "transformers", "packaging", "huggingface_hub", "PIL", "scipy", "skimage", "sklearn", "rich", "typer",
+    "matplotlib", "safetensors",
+}
 
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -101,6 +104,9 @@ def test_what_needs_an_extra_names_it() -> None:
         for name, use, missing in (
             ("CarveEngine", lambda: carve_kernels.CarveEngine, "pillow"),
             ("load", lambda: carve_kernels.load, "safetensors"),
+            ("capture_attention", lambda: carve_kernels.capture_attention, "packaging"),
+            ("layout_of", lambda: carve_kernels.layout_of, "pillow"),
+            ("carve_kernels.models.scenes", lambda: __import__("carve_kernels.models.scenes"), "pillow"),
             ("zoom", lambda: carve_kernels.zoom(None, None, (0, 0, 1, 1)), "pillow"),
         ):
             try:

@@ -164,21 +164,16 @@ def _trials() -> Iterator[tuple[str, str, str | None]]:
     from carve_kernels.cli.looking import quiet
 
     with quiet():
-        yield _contract()
-        for name, more, trial in (
-            ("session", "two new tokens of the embedded model, captured in one layer", _session),
-            ("engine", "one question about one image to the embedded model", _engine),
-        ):
+        for name, trial in (("contract with transformers", _contract), ("session", _session), ("engine", _engine)):
             try:
-                trial()
+                more, why = trial()
             # Whatever goes wrong there is what a doctor is asked for.
             except Exception as error:
-                yield name, more, one_line(error)
-            else:
-                yield name, more, None
+                more, why = "", one_line(error)
+            yield name, more, why
 
 
-def _contract() -> tuple[str, str, str | None]:
+def _contract() -> tuple[str, str | None]:
     """What is relied on in transformers, and whether this version was tested."""
     from carve_kernels.hf import names
 
@@ -187,8 +182,7 @@ def _contract() -> tuple[str, str, str | None]:
     tested = "tested" if names.is_tested() else "not tested"
     said = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
     said += f", {names.TESTED[0]} to {names.TESTED[1]} are"
-    mend = f"; install one of those: pip install 'transformers>={names.TESTED[0]},<={names.TESTED[1]}.99'"
-    return "contract with transformers", said, f"{said}; {'; '.join(failed)}{mend}" if failed else None
+    return said, f"{said}; {'; '.join(failed)}; install one of those: {names.mend()}" if failed else None
 
 
 @cache
@@ -199,7 +193,7 @@ def _embedded() -> tuple[Any, Any, Any]:
     return *load(small(), dtype="float32"), scenes.draw_scene(seed=3, level=1, split="test")
 
 
-def _session() -> None:
+def _session() -> tuple[str, str | None]:
     from carve_kernels.hf.session import capture_attention
 
     model, processor, scene = _embedded()
@@ -208,28 +202,33 @@ def _session() -> None:
         model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     if session.maps.steps != (0, 1) or not bool((session.maps.mass > 0).all()):
         raise RuntimeError(f"expected maps of 2 steps with mass, got {session.maps.steps} with {session.maps.mass}")
+    return "two new tokens of the embedded model, captured in one layer", None
 
 
-def _engine() -> None:
+def _engine() -> tuple[str, str | None]:
     from carve_kernels.hf.engine import CarveEngine
 
     model, processor, scene = _embedded()
     result = CarveEngine(model, processor, memory=False)(scene.image, scene.question)
     if not result.answer or not bool(result.saliency.isfinite().all()):
         raise RuntimeError(f"expected an answer and a finite saliency, got {result.answer!r}")
+    return "one question about one image to the embedded model", None
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names
     from carve_kernels.hf.layouts import FAMILIES
-    from carve_kernels.hf.processors import video_parts
 
     for family in FAMILIES:
-        name = names.processor_class(family)
-        why = why_not("transformers", name)
         limit = ""
-        if why is None and torchvision and video_parts(getattr(importlib.import_module("transformers"), name)):
-            limit = "images work without torchvision, videos need it: pip install torchvision"
+        try:
+            name = names.processor_class(family)
+            why = why_not("transformers", name)
+            kind = None if why else getattr(importlib.import_module("transformers"), name)
+            if kind is not None and torchvision and names.video_parts(kind):
+                limit = "images work without torchvision, videos need it: pip install torchvision"
+        except names.UpstreamChanged as error:
+            why = one_line(error.what)
         yield f"{family} processor", _yes(why is None), why or limit
 
 

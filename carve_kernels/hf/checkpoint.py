@@ -17,10 +17,11 @@ SMALL = "small"
 
 
 class Checkpoint(NamedTuple):
-    """A path that is there, and what to do where something in it is missing or broken."""
+    """A path that is there, and what to do where something in it is missing, or broken."""
 
     folder: Path
     mend: str
+    mend_broken: str
 
 
 def find(model: str | os.PathLike[str]) -> Checkpoint:
@@ -35,15 +36,18 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
         raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
     name = checks.text("model", os.fspath(model))
     if model == SMALL:
-        return Checkpoint(small(), "install carve_kernels again")
+        return Checkpoint(small(), *["install carve_kernels again"] * 2)
     fetch = f"fetch it with: hf download {name}"
     found = locate(model)
     if found is not None:
-        return Checkpoint(found, "copy it again" if os.path.exists(name) else fetch)
+        if os.path.exists(name):
+            return Checkpoint(found, "copy it whole", "copy it again")
+        # Without force it keeps a file that is there.
+        return Checkpoint(found, fetch, f"{fetch} --force-download")
     if isinstance(model, str) and _is_id(name):
         raise ValueError(
-            f"model: {name!r} is no directory, and no model of this id is in the local hub cache; nothing is "
-            f"downloaded here: {fetch}"
+            f"model: {name!r} is no directory, and the local hub cache has no main revision of a model of this id; "
+            f"nothing is downloaded here: {fetch}"
         )
     raise ValueError(f"model: expected a checkpoint directory, {name} is missing")
 

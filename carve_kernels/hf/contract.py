@@ -10,14 +10,17 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
+from carve_kernels.checks import UpstreamChanged
 from carve_kernels.hf import names
+from carve_kernels.hf.attention import PATCHES, RECORDERS
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
 _PROMPT, _IMAGE, _VIDEO, _START, _END = 5, 60, 61, 62, 63
@@ -36,43 +39,60 @@ _TEXT: dict[str, Any] = {
 }
 # A map in float32 is so far from eager's at most, in parts of its maximum.
 _CLOSE = 1e-4
+# From here on a forward takes results of a vision tower.
+_TAKES_RESULTS = Version("5.20")
 _LOG = logging.getLogger("carve_kernels")
-_LOCK = threading.RLock()
+_LOCK = threading.Lock()
 # The thread in which the checks run: their own sessions are not checked.
 _running_in: int | None = None
-_broken: list[str] | None = None
+_held = False
+_told = False
 
 
 def ensure() -> None:
-    """Run the checks once if the installed transformers was not tested.
+    """Run the checks if the installed transformers was not tested; once they hold, they are not run again.
 
-    Raises UpstreamChanged, which names both versions, if one fails, then and at each later call.
+    Raises UpstreamChanged, which names both versions, if one fails.
     """
-    if names.is_tested() or _running_in == threading.get_ident():
+    global _held, _told
+    if _held or names.is_tested() or _running_in == threading.get_ident():
         return
-    global _broken
-    with _LOCK:
-        if _broken is None:
-            _broken = [f"{name} ({reason})" for name, reason in results().items() if reason is not None]
-            _LOG.warning(
-                "transformers %s was not tested (%s to %s were): %s",
-                *(names.version(), *names.TESTED),
-                f"{len(_broken)} of {len(CHECKS)} checks fail" if _broken else f"{len(CHECKS)} checks of it hold",
-            )
-    if _broken:
-        raise names.changed("; ".join(_broken))
+    broken = [f"{name} ({reason})" for name, reason in results().items() if reason is not None]
+    _held = not broken
+    if not _told:
+        _told = True
+        _LOG.warning(
+            "transformers %s was not tested (%s to %s were): %s",
+            *(names.version(), *names.TESTED),
+            f"{len(broken)} of {len(CHECKS)} checks fail" if broken else f"{len(CHECKS)} checks of it hold",
+        )
+    if broken:
+        raise names.changed("; ".join(broken))
 
 
 def results() -> dict[str, str | None]:
-    """Each check by name, and why it failed, or None."""
-    global _running_in
-    with _LOCK, _undisturbed():
-        models = Models()
+    """Each check by name, and why it failed, or None.
+
+    They run in a thread of their own, where no mode of the caller's (autocast, inference, fake tensors, a default
+    device) is in force.
+    """
+    found: dict[str, str | None] = {}
+
+    def run() -> None:
+        global _running_in
         _running_in = threading.get_ident()
         try:
-            return {name: _failure(check, models) for name, check in CHECKS.items()}
+            with _undisturbed():
+                models = Models()
+                found.update({name: _failure(check, models) for name, check in CHECKS.items()})
         finally:
             _running_in = None
+
+    with _LOCK:
+        thread = threading.Thread(target=run, name="carve_kernels contract")
+        thread.start()
+        thread.join()
+    return found
 
 
 class Models:
@@ -175,6 +195,14 @@ def image_token(models: Models) -> None:
     _expect("visual tokens", names.visual_ids(models.vision.config), [_IMAGE, _VIDEO])
 
 
+def processor_parts(models: Models) -> None:
+    """The class of a model's processor is named, and names its part for videos."""
+    import transformers
+
+    kind = getattr(transformers, names.processor_class(models.vision.config.model_type))
+    _expect("parts for videos", names.video_parts(kind), ["video_processor"])
+
+
 def decision_hooks(models: Models) -> None:
     """generate hands its logits processors, stopping criteria and positions to a decoding function of one's own."""
     from transformers import StoppingCriteriaList
@@ -201,6 +229,8 @@ def tower_results(models: Models) -> None:
     """Logits are the same with results of the vision tower handed in, where the version takes them."""
     results = names.tower_results(models.vision, {n: v for n, v in models.question.items() if not names.is_text(n)})
     if results is None:
+        older = names.is_tested() and Version(names.version()) < _TAKES_RESULTS
+        _expect("a version whose forward takes none", older, True)
         return
     text = {name: value for name, value in models.question.items() if not name.startswith("pixel")}
     expected, found = models.vision(**models.question).logits, models.vision(**text, **results).logits
@@ -227,10 +257,8 @@ def maps_of_generate(models: Models) -> None:
     _close("map of the prompt", session.maps.values[0, 0, 0, 0], _eager_attentions(models)[1])
 
 
-def nothing_is_left(models: Models) -> None:
-    """After all that, the registry is as it was, and compiled calls are where they are looked for."""
-    place, name = names.attention_entry(_attention(models.text)[0], 0)
-    _expect("an entry of its own", names.own_entry(place, name), None)
+def compiled_calls(models: Models) -> None:
+    """A model's compiled calls, which skip its hooks, are where they are looked for."""
     _expect("a call compiled in place", names.compiled_in_place(models.text), None)
     calls = [name for name, _ in names.compiled_calls(models.text, lambda call: call)]
     _expect("compiled calls", len(calls), 1)
@@ -240,7 +268,8 @@ CHECKS: dict[str, Callable[[Models], None]] = {
     check.__name__.replace("_", " "): check
     for check in (
         cache_on_the_second_step, attention_is_looked_up, eager_is_looked_up, scale_and_mask, decoder_and_attention,
-        image_token, decision_hooks, position_notes, tower_results, map_of_a_forward, maps_of_generate, nothing_is_left,
+        image_token, processor_parts, decision_hooks, position_notes, tower_results, map_of_a_forward, maps_of_generate,
+        compiled_calls,
     )
 }  # fmt: skip
 
@@ -248,6 +277,8 @@ CHECKS: dict[str, Callable[[Models], None]] = {
 def _failure(check: Callable[[Models], None], models: Models) -> str | None:
     try:
         check(models)
+    except UpstreamChanged as error:
+        return error.what
     # Whatever goes wrong in there is what a check is for.
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -256,15 +287,9 @@ def _failure(check: Callable[[Models], None], models: Models) -> str | None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """CPU, float32, no gradients; random numbers, default dtype and logging of the caller stay as they are."""
+    """float32 and no gradients; random numbers and the default dtype of the caller stay as they are."""
     dtype = torch.get_default_dtype()
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -296,24 +321,30 @@ def _attention(model: Any) -> list[nn.Module]:
     return list(attention_modules(model).values())
 
 
+class _Watcher:
+    """Told of each call of the attention of some modules, as a session's recorder is."""
+
+    def __init__(self, watch: Callable[..., None]) -> None:
+        self._watch = watch
+
+    def record(self, index: int, module: Any, query: Any, key: Any, mask: Any, options: dict[str, Any]) -> None:
+        self._watch(query, key, mask, names.attention_options(query, options))
+
+
 @contextmanager
 def _watched(model: Any, implementation: str, watch: Callable[..., None]) -> Iterator[None]:
     """Call `watch(query, key, mask, options)` at each attention of a model's text layers."""
-    names.set_implementation(model, implementation)
-    place, name = names.attention_entry(_attention(model)[0], 0)
-    before = names.own_entry(place, name)
-    attention = before if before is not None else place[name]
-
-    def watching(module: Any, query: Any, key: Any, value: Any, mask: Any = None, *args: Any, **options: Any) -> Any:
-        watch(query, key, mask, names.attention_options(query, options))
-        return attention(module, query, key, value, mask, *args, **options)
-
-    names.set_entry(place, name, watching)
-    try:
+    with ExitStack() as stack:
+        stack.callback(names.set_implementation, model, "sdpa")
+        names.set_implementation(model, implementation)
+        modules = _attention(model)
+        entry = names.attention_entry(modules[0], 0)
+        PATCHES.enter(*entry)
+        stack.callback(PATCHES.leave, *entry)
+        for module in modules:
+            setattr(module, RECORDERS, ((_Watcher(watch), 0),))
+            stack.callback(delattr, module, RECORDERS)
         yield
-    finally:
-        names.set_entry(place, name, before)
-        names.set_implementation(model, "sdpa")
 
 
 def _calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[Any]:

@@ -36,7 +36,7 @@ def load(
 
     `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name, which is looked for in
     the local hub cache. A directory goes before an id of its name; one that is called small is "./small", or a Path.
-    The model's `name_or_path` is the folder in which it was found.
+    The model's `name_or_path` is the folder in which it was found, whole.
 
     Nothing is downloaded and no code of the checkpoint is run; `allow_pickle=True` admits pickle weights, which can run
     code of whoever wrote them. Without torchvision, a processor that needs it for videos alone is loaded for images.
@@ -52,7 +52,7 @@ def load(
     _profile_in(folder)
     processor = _processor(found, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        str(folder),
+        str(folder.absolute()),
         dtype=dtype,
         local_files_only=True,
         use_safetensors=not _has_only_pickles(folder),
@@ -82,7 +82,7 @@ def _profile_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _family(found: Checkpoint) -> str:
-    folder, mend = found
+    folder, mend = found.folder, found.mend
     if not folder.is_dir():
         raise ValueError(f"model: expected a checkpoint directory, {folder} is a file")
     config = folder / "config.json"
@@ -95,7 +95,7 @@ def _family(found: Checkpoint) -> str:
 
 
 def _check_weights(found: Checkpoint, allow_pickle: bool) -> None:
-    folder, mend = found
+    folder, mend = found.folder, found.mend
     if _has_only_pickles(folder):
         if allow_pickle:
             return
@@ -119,7 +119,9 @@ def _check_weights(found: Checkpoint, allow_pickle: bool) -> None:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"model: {folder / name} is no whole safetensors file ({error}); {mend}") from error
+            raise ValueError(
+                f"model: {folder / name} is no whole safetensors file ({error}); {found.mend_broken}"
+            ) from error
 
 
 def _has_only_pickles(folder: Path) -> bool:
@@ -127,7 +129,7 @@ def _has_only_pickles(folder: Path) -> bool:
 
 
 def _processor(found: Checkpoint, family: str) -> Any:
-    folder, mend = found
+    folder, mend = found.folder, found.mend
     try:
         processor = processor_of(folder, family)
     except ImportError as error:
@@ -136,7 +138,7 @@ def _processor(found: Checkpoint, family: str) -> Any:
             f"pip install torchvision ({error})"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {mend}") from error
+        raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {found.mend_broken}") from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"model: {folder} has no processor for images (processor_config.json, preprocessor_config.json); {mend}"

@@ -1,7 +1,8 @@
-"""Every name of transformers, PEFT and accelerate that is a convention or private: one small function each.
+"""Every name of transformers and PEFT that is a convention or private: one small function each.
 
 Nothing else in the package spells these names. A release that changes one is followed here, and `contract` finds out
-whether the installed one still has what is relied on. "Known in" says which versions have a name.
+whether the installed one still has what is relied on. "Known in" says which versions have a name. Of accelerate no name
+is needed: weights that it parks are told by their device.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, __version__
+from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin, __version__
 
 from carve_kernels.checks import UpstreamChanged
 
@@ -24,6 +25,7 @@ TESTED = ("5.12", "5.24")
 
 # In the order in which they are asked for: the newer name first.
 _CACHES = ("cache", "past_key_values")
+_LENGTH = "get_seq_length"  # what every cache has but a paged one
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SEEING = ("full_attention", "sliding_attention")
@@ -42,8 +44,6 @@ Attention = Callable[..., Any]
 
 
 # Versions
-
-
 def version() -> str:
     """The installed transformers."""
     return __version__
@@ -51,16 +51,25 @@ def version() -> str:
 
 def is_tested() -> bool:
     """Whether the installed transformers lies within TESTED; a pre-release does not."""
-    found = Version(version())
+    try:
+        found = Version(version())
+    except InvalidVersion:
+        return False
     oldest, newest = (Version(each).release for each in TESTED)
     return not found.is_prerelease and oldest <= found.release[:2] <= newest
+
+
+def mend() -> str:
+    """The line that installs a tested version."""
+    return f"pip install 'transformers>={TESTED[0]},<={TESTED[1]}.99'"
 
 
 def changed(what: str) -> UpstreamChanged:
     """The error for something that the installed transformers does in another way than the tested ones."""
     return UpstreamChanged(
-        f"transformers {version()} is not what carve_kernels was tested with ({TESTED[0]} to {TESTED[1]}): {what}; "
-        f"install a tested version, pip install 'transformers>={TESTED[0]},<={TESTED[1]}.99', or a newer carve_kernels"
+        f"transformers {version()} does not work as those that carve_kernels was tested with ({TESTED[0]} to "
+        f"{TESTED[1]}): {what}; install one of them, {mend()}, or a newer carve_kernels",
+        what,
     )
 
 
@@ -72,8 +81,6 @@ def contract() -> dict[str, str | None]:
 
 
 # The arguments of a forward
-
-
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward, or None.
 
@@ -82,10 +89,10 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     """
     known = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     if known is None:
-        other = next((name for name, value in given.items() if name not in _CACHES and _is_cache(value)), None)
+        other = next((name for name, value in given.items() if name not in _CACHES and hasattr(value, _LENGTH)), None)
         if other is not None:
             raise changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
-    elif not _is_cache(known):
+    elif not hasattr(known, _LENGTH):
         raise ValueError(
             f"model: its cache is a {type(known).__name__} (continuous batching), which cannot be captured; "
             "use generate"
@@ -100,9 +107,7 @@ def cache_names() -> str:
 
 def cached_tokens(cache: Any) -> int | torch.Tensor:
     """How many tokens a cache holds; a tensor where it counts on its device. Known in: 5.12 to 5.24."""
-    if cache is None:
-        return 0
-    held: int | torch.Tensor = cache.get_seq_length()
+    held: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
     return held
 
 
@@ -145,8 +150,6 @@ def full_mask(attention_mask: Any) -> Any:
 
 
 # Attention
-
-
 class AttentionOptions(NamedTuple):
     """What an attention function is told beside query, key, value and mask.
 
@@ -190,8 +193,7 @@ def implementation_of(module: Any) -> str | None:
     config = getattr(module, "config", None)
     if isinstance(module, PreTrainedModel):
         config = module.config.get_text_config()
-    found: str | None = getattr(config, "_attn_implementation", None)
-    return found
+    return getattr(config, "_attn_implementation", None)
 
 
 def set_implementation(model: Any, implementation: str) -> None:
@@ -267,10 +269,8 @@ def attention_in(layer: nn.Module) -> nn.Module | None:
 
 
 # Models and their configurations
-
-
 def wrapped(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper: torch.compile, DDP, DataParallel, PEFT. Known in: torch 2.10 to 2.14, PEFT 0.17."""
+    """The module inside a wrapper: torch.compile, DDP, DataParallel, PEFT. Known in: torch 2.10 to 2.14, PEFT 0.21."""
     return next((child for name in _WRAPPED if (child := module._modules.get(name)) is not None), None)
 
 
@@ -368,8 +368,6 @@ def set_position_notes(notes: list[tuple[nn.Module, Any]]) -> None:
 
 
 # Images
-
-
 def is_text(name: str) -> bool:
     """Whether an entry of a processor's output is about the text. Known in: 5.12 to 5.24."""
     return name in _TEXT
@@ -380,7 +378,7 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
 
     None where the forward takes no such thing, as in 5.12 and 5.17. Known in: 5.20 to 5.24.
     """
-    if _TOWER not in inspect.signature(model.forward).parameters:
+    if _TOWER not in signature_of(model).parameters:
         return None
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
@@ -392,15 +390,43 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
 
 def processor_class(family: str) -> str:
     """The name of the processor class of a model type. Known in: 5.12 to 5.24."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    try:
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    found: str = PROCESSOR_MAPPING_NAMES[family]
+        found: str = PROCESSOR_MAPPING_NAMES[family]
+    except (ImportError, KeyError) as error:
+        raise changed(f"it names no class of processors for {family} ({error})") from error
     return found
 
 
+def video_parts(processor_class: Any) -> list[str]:
+    """The arguments of a class of processors that stand for its part for videos. Known in: 5.12 to 5.24."""
+    try:
+        return [name for name in processor_class.get_attributes() if "video" in name]
+    except AttributeError as error:
+        raise changed(f"its processors do not name their parts ({error})") from error
+
+
+class ImagesAlone(ProcessorMixin):
+    """Stands between a class of processors and its base, which learns of no part for videos. Known in: 5.12 to 5.24."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if "video" not in name]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The class itself takes its parts by position.
+        parts = dict(zip(cls.get_attributes(), args, strict=True))
+        every = [parts.get(name) for name in super().get_attributes()]
+        return super().from_args_and_dict(every, processor_dict, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(super().get_attributes(), args, strict=False)), **kwargs}
+        super().__init__(**{name: value for name, value in given.items() if "video" not in name})
+
+
 # generate
-
-
 class Prepared(NamedTuple):
     """What `generate` would decode with: positions of the prompt or None, logits processors, stopping criteria."""
 
@@ -452,10 +478,8 @@ def compiled_calls(model: nn.Module, around: Callable[[Attention], Attention]) -
 
 
 # PEFT
-
-
 def adapter_obstacle(model: Any) -> str | None:
-    """What a model's adapters say against decoding as a tree, or None. Known in: PEFT 0.17."""
+    """What a model's adapters say against decoding as a tree, or None. Known in: PEFT 0.21."""
     adapters = getattr(model, "peft_config", {}).values()
     if any(getattr(peft, "is_prompt_learning", False) for peft in adapters):
         return "its adapter puts tokens of its own before a prompt"
@@ -465,7 +489,7 @@ def adapter_obstacle(model: Any) -> str | None:
 
 
 def adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Which adapters are active in which modules, how strong, and whether they are off. Known in: PEFT 0.17."""
+    """Which adapters are active in which modules, how strong, and whether they are off. Known in: PEFT 0.21."""
     return [
         (
             *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
@@ -474,7 +498,3 @@ def adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
         for name, module in model.named_modules()
         if "_active_adapter" in module.__dict__
     ]
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor
 
 from carve_kernels.hf import names
 
@@ -27,22 +27,17 @@ def processor_of(folder: Path, family: str) -> Any:
         return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
         complete = getattr(transformers, _class_name(folder, family))
-        if not video_parts(complete):
+        if not names.video_parts(complete):
             raise
         processor = without_videos(complete).from_pretrained(str(folder), local_files_only=True)
         _LOG.info("the processor of %s serves images alone, its part for videos needs more: %s", folder, error)
         return processor
 
 
-def video_parts(processor_class: Any) -> list[str]:
-    """The arguments of a class of processors that stand for its part for videos."""
-    return [name for name in processor_class.get_attributes() if "video" in name]
-
-
 def without_videos(complete: Any) -> Any:
     """The same class of processors without its part for videos, which refuses a video by name."""
 
-    class WithoutVideos(complete, _ImagesAlone):
+    class WithoutVideos(complete, names.ImagesAlone):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
             if given.get("videos") is not None:
@@ -55,26 +50,6 @@ def without_videos(complete: Any) -> Any:
     # What is saved names the class.
     WithoutVideos.__name__, WithoutVideos.__qualname__ = complete.__name__, complete.__qualname__
     return WithoutVideos
-
-
-class _ImagesAlone(ProcessorMixin):
-    """Stands between a class of processors and its base, which is told of the other parts alone."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return [name for name in super().get_attributes() if "video" not in name]
-
-    @classmethod
-    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # The class itself takes its parts by position.
-        parts = dict(zip(cls.get_attributes(), args, strict=True))
-        return super().from_args_and_dict(
-            [parts.get(name) for name in super().get_attributes()], processor_dict, **kwargs
-        )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = {**dict(zip(super().get_attributes(), args, strict=False)), **kwargs}
-        super().__init__(**{name: value for name, value in given.items() if "video" not in name})
 
 
 def _class_name(folder: Path, family: str) -> str:

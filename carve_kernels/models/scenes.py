@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from carve_kernels.extras import needed_by
+
+with needed_by("carve_kernels.models.scenes"):
+    from PIL import Image, ImageDraw
 
 SIZE = 384
 LEVELS = (1, 2, 3, 4)

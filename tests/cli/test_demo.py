@@ -61,7 +61,7 @@ def test_an_output_that_cannot_be_written(carve: Invoke, stand_in: Path, tmp_pat
 
 def test_the_embedded_model(tmp_path: Path) -> None:
     # The demo needs no torchvision, and one that does not fit this torch would break it.
-    code = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_module('carve_kernels')"
+    code = "import runpy, sys; sys.modules['torchvision'] = None; runpy.run_module('carve_kernels', None, '__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code, "demo", "-o", str(tmp_path / "demo")],
         capture_output=True,

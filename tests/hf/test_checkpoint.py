@@ -72,7 +72,7 @@ def test_a_directory_goes_before_an_id(
     assert find(REPO).folder == snapshot
     shutil.copytree(checkpoint, REPO)
     assert find(REPO).folder == Path(REPO)
-    assert load(REPO)[0].name_or_path == str(Path(REPO))
+    assert load(REPO)[0].name_or_path == str(tmp_path / REPO)
 
 
 def test_small_is_the_embedded_model_and_a_directory_of_that_name_is_a_path(
@@ -88,9 +88,11 @@ def test_small_is_the_embedded_model_and_a_directory_of_that_name_is_a_path(
     assert Path(model.name_or_path) == small() and profile_of("small") == profile_of(small())
     for written in ("./small", "small/", Path("small")):
         assert find(written).folder == Path("small")
-    # What a model is called is a path, however short.
+    # What a model is called is a path, wherever the process goes.
     model, processor = load(Path("small"))
-    assert model.name_or_path == "small" and CarveEngine(model, processor).preset.layers == (1,)
+    assert model.name_or_path == str(tmp_path / "small")
+    monkeypatch.chdir(tmp_path.parent)
+    assert CarveEngine(model, processor).preset.layers == (1,)
 
 
 @pytest.mark.parametrize("name", ["Org/Other", "gpt2", "Org/Tiny.v2"])
@@ -175,11 +177,16 @@ PARTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+# What is there is not fetched again without force.
+FORCED = {"half a file", "no processor", "no tokenizer"}
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_snapshot_that_came_in_part_says_what_is_missing(snapshot: Path, part: str) -> None:
     spoil, message = PARTS[part]
     spoil(snapshot)
-    with pytest.raises(ValueError, match=rf"(?s)^model: .*{message}.*; fetch it with: hf download Org/Tiny$"):
+    command = "hf download Org/Tiny" + (" --force-download" if part in FORCED else "")
+    with pytest.raises(ValueError, match=rf"(?s)^model: .*{message}.*; fetch it with: {command}$"):
         load(REPO)
 
 

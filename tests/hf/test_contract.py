@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from tests.hf.looks import family
 @pytest.fixture(autouse=True)
 def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has asked yet."""
-    monkeypatch.setattr(contract, "_broken", None)
+    monkeypatch.setattr(contract, "_held", False)
+    monkeypatch.setattr(contract, "_told", False)
 
 
 def test_it_holds_here() -> None:
@@ -83,16 +85,32 @@ def _other_tower(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "tower_results", doubled)
 
 
+def _no_tower(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "version", lambda: "5.25.0")
+    patch.setattr(names, "_TOWER", "encoder_results")
+
+
+def _no_processors(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES")
+
+
+def _no_compiled_call(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("transformers.PreTrainedModel.get_compiled_call")
+
+
 BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "cache": (_no_cache, {"cache on the second step", "maps of generate"}),
     "scale": (_other_scale, {"scale and mask", "map of a forward", "maps of generate"}),
     "eager": (_no_eager, {"eager is looked up"}),
-    "registry": (_no_registry, {"attention is looked up", "map of a forward", "nothing is left"}),
+    "registry": (_no_registry, {"attention is looked up", "map of a forward"}),
     "image token": (_no_image_token, {"image token", "map of a forward"}),
     "decisions": (_no_decisions, {"decision hooks"}),
     "notes": (_no_notes, {"position notes"}),
     "attention": (_other_attention, {"decoder and attention", "map of a forward"}),
     "tower": (_other_tower, {"tower results"}),
+    "no tower": (_no_tower, {"tower results"}),
+    "processor": (_no_processors, {"processor parts"}),
+    "compiled": (_no_compiled_call, {"compiled calls"}),
 }
 
 
@@ -133,3 +151,55 @@ def test_a_broken_contract_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch
             capture_attention(model, layers=[0])
     with pytest.raises(UpstreamChanged, match="cache on the second step"):
         CarveEngine(model, processor)
+
+
+def test_what_failed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "version", lambda: "5.99.0")
+    _no_cache(monkeypatch)
+    with pytest.raises(UpstreamChanged) as caught:
+        capture_attention(family("llava")[0], layers=[0])
+    assert str(caught.value).count("5.99.0") == 1
+
+
+def test_a_failure_that_has_passed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "version", lambda: "5.99.0")
+    with monkeypatch.context() as patch, pytest.raises(UpstreamChanged):
+        _no_cache(patch)
+        contract.ensure()
+    contract.ensure()
+
+
+def test_models_at_work_in_other_threads_are_no_fault() -> None:
+    """A server may be generating when the first session is opened."""
+    model = family("qwen2_5_vl")[0]
+    ids = torch.arange(1, 8)[None]
+    stop = threading.Event()
+
+    def work() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                model.model.language_model(input_ids=ids)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert set(names.contract().values()) == {None}
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_attention_function_of_ones_own_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    own = ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"]
+    assert set(names.contract().values()) == {None}
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"] is own
+
+
+def test_open_sessions_and_fake_tensors_are_no_fault() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with capture_attention(family("llava")[0], layers=[0]), FakeTensorMode():
+        assert set(names.contract().values()) == {None}

@@ -55,6 +55,8 @@ SPELLINGS = [
     "mm_encoder_outputs",
     "get_image_features",
     "PROCESSOR_MAPPING_NAMES",
+    "get_attributes",
+    "from_args_and_dict",
     "custom_generate",
     "logits_processor",
     "logits_to_keep",
@@ -131,6 +133,7 @@ def test_a_paged_cache_is_refused() -> None:
     [
         ("4.57.6", False), ("5.11.3", False), ("5.12.0", True), ("5.20.2", True), ("5.24.1", True),
         ("5.24.0.dev0", False), ("5.25.0", False), ("5.100.0", False), ("6.0.0", False),
+        ("main", False), ("", False),
     ],
 )  # fmt: skip
 def test_tested_versions_include_both_ends(version: str, tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +182,30 @@ def test_a_renamed_cache_blames_the_version(opaque: bool, tokens: Any, monkeypat
     if not opaque:
         with pytest.raises(RuntimeError, match="maps: expected a forward"):
             _ = session.maps
+
+
+@pytest.mark.parametrize(
+    ("chunk", "options"), [(5, {}), (5, {"tokens": [3, 4]}), (20, {"tokens": [1, 2], "rows": [1]})]
+)
+def test_chunks_behind_a_renamed_cache_blame_the_version(
+    chunk: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family("qwen2_5_vl")[0]
+    renamed(model, monkeypatch, opaque=True)
+    # Texts alone: this model reads no images in chunks in every version.
+    ids = inputs_of("qwen2_5_vl", 1)["input_ids"] % 50 + 5
+    session = capture_attention(model, layers=[1], **{"tokens": [3], **options})
+    with pytest.raises(UpstreamChanged), session, torch.no_grad():
+        model.generate(ids, attention_mask=ids > 0, max_new_tokens=2, do_sample=False, prefill_chunk_size=chunk)
+
+
+def test_a_generate_without_a_cache_is_followed() -> None:
+    """Each forward repeats the prompt with one more token: that is no changed version."""
+    model = family("qwen2_5_vl")[0]
+    inputs = inputs_of("qwen2_5_vl", 1)
+    with capture_attention(model, layers=[1]) as session, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False)
+    assert session.maps.steps == (0, 1, 2)
 
 
 def test_a_step_by_hand_without_a_known_cache_names_the_known_ones() -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from carve_kernels import load
 from carve_kernels.extras import needed_by
-from carve_kernels.hf.processors import processor_of, video_parts, without_videos
+from carve_kernels.hf.names import video_parts
+from carve_kernels.hf.processors import processor_of, without_videos
 from tests.hf import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
