@@ -15,7 +15,6 @@ import torch
 
 from carve_kernels import checks, extras
 from carve_kernels.files import write_whole
-from carve_kernels.picture import saliency_image
 from carve_kernels.types import View, VisualLayout
 
 _FORMAT = "carve_kernels.AttentionMaps/1"
@@ -102,6 +101,9 @@ class AttentionMaps:
         rows = self.valid[0, :, self.last_step(0)].all(0)
         grid = last[:, rows].mean((0, 1))
         factor = max(1, 448 // max(grid.shape))
+        # Pictures need Pillow, which maps do not.
+        from carve_kernels.picture import saliency_image
+
         image = saliency_image(grid)
         buffer = BytesIO()
         image.resize((image.width * factor, image.height * factor), 0).save(buffer, "PNG")

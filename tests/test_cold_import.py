@@ -100,7 +100,7 @@ def test_what_needs_an_extra_names_it() -> None:
     run(
         """
         import carve_kernels
-        assert callable(carve_kernels.zoom) and callable(carve_kernels.carve)
+        assert callable(carve_kernels.zoom) and callable(carve_kernels.carve) and callable(carve_kernels.AttentionMaps)
         for name, use, missing in (
             ("CarveEngine", lambda: carve_kernels.CarveEngine, "pillow"),
             ("load", lambda: carve_kernels.load, "safetensors"),
