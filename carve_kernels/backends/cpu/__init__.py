@@ -24,7 +24,7 @@ def unavailable() -> str | None:
     reason = extension.unavailable()
     if reason is not None:
         return f"{extension.SLOWER}; {reason}"
-    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another room
+    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another backend
     return None
 
 

@@ -1,4 +1,4 @@
-"""The reference room: plain torch and numpy. It defines every number of the other rooms."""
+"""The reference backend: plain torch and numpy. It defines every number of the other backends."""
 
 
 def unavailable() -> str | None:
