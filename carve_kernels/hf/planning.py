@@ -82,7 +82,8 @@ class Planner:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
         record, cache = self.record, names.cache_of(given)
-        if cache is None and self.decoding is not None and self._begun is self.decoding and not self._repeats(ids):
+        behind = self.decoding is not None and self._begun is self.decoding
+        if behind and cache is None and (ids is not None or length == 1) and not self._repeats(ids):
             raise names.changed(f"behind the first forward of generate, {length} token(s) come without a known cache")
         if record is not None and length == 1 and _follows(cache, record.length):
             self._own_thread()
