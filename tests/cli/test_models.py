@@ -42,7 +42,7 @@ def test_run_small_wherever_it_is_called(
     scene = draw_scene(seed=18, level=4, split="test")
     scene.image.save("scene.png")
     words = ("run", "-i", "scene.png", "-q", scene.question, "--max-new-tokens", 2)
-    for name, folder in (("small", small()), ("./small", Path("small"))):
+    for name, folder in (("small", small()), ("./small", tmp_path / "small")):
         done = carve(*words, "--model", name)
         assert done.exit_code == 0, done.output
         assert Path(json.loads(Path("out/run/result.json").read_text())["model"]["directory"]) == folder
@@ -71,7 +71,7 @@ def test_profile_by_an_id(carve: Invoke, snapshot: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Org/Other", "--model: 'Org/Other' is no directory, and no model of this id is in the local hub cache"),
+        ("Org/Other", "--model: 'Org/Other' is no directory, and the local hub cache has no main revision"),
         (REPO, "model.safetensors.index.json; fetch it with: hf download Org/Tiny"),
         ("./Org/Tiny", "--model: expected a checkpoint directory, ./Org/Tiny is missing"),
         ("", "--model: expected a string"),
