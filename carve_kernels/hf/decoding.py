@@ -22,6 +22,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
     "dola_layers": (None,),
     "penalty_alpha": (None,),
+    # A second prompt is run between the steps of the first.
+    "guidance_scale": (None, 1),
 }
 
 _OPENING = threading.Lock()

@@ -186,5 +186,5 @@ def _capture_layers(
             buffer[:, first + layer].index_copy_(0, step.view(1), values.to(buffer.dtype)[None])
 
 
-# On every device: the reference serves those that no other room does.
+# On every device: the reference serves those that no other backend does.
 torch.library.impl("carve_kernels::capture_layers", "default", _capture_layers)

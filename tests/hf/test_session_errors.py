@@ -59,6 +59,7 @@ IN_THE_FORWARD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "num_return_sequences: expected 1", {}, {"num_return_sequences": 2, "do_sample": True},
     ),
     "lookup": ("prompt_lookup_num_tokens: expected None", {}, {"prompt_lookup_num_tokens": 3}),
+    "guidance": ("guidance_scale: expected 1 inside capture_attention, got 1.5", {}, {"guidance_scale": 1.5}),
     "assistant": ("assistant_model: expected None", {}, {"assistant_model": object()}),
     "tokens behind the prompt": ("tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
     "tokens of another batch": ("tokens: expected 1 or 3 rows", {"tokens": torch.zeros(2, 4).int()}, {}),
