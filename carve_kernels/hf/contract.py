@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from carve_kernels.checks import UpstreamChanged
-from carve_kernels.hf import names
+from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention import PATCHES, RECORDERS
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
@@ -313,7 +313,7 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 2) -> No
 
 
 def _noted(given: dict[str, Any]) -> dict[str, int]:
-    return {"new": given["input_ids"].shape[1], "held": int(names.cached_tokens(names.cache_of(given)))}
+    return {"new": given["input_ids"].shape[1], "held": int(caches.cached_tokens(caches.cache_of(given)))}
 
 
 def _attention(model: Any) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """Every name of transformers and PEFT that is a convention or private: one small function each.
 
-Nothing else in the package spells these names. A release that changes one is followed here, and `contract` finds out
-whether the installed one still has what is relied on. "Known in" says which versions have a name. Of accelerate no name
-is needed: weights that it parks are told by their device.
+Nothing else in the package spells these names but caches.py, which has those of caches. A release that changes one
+is followed here or there, and `contract` finds out whether the installed one still has
+what is relied on. "Known in" says which versions have a name. Of accelerate no name is needed: weights that it parks
+are told by their device.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from carve_kernels.checks import UpstreamChanged
 TESTED = ("5.12", "5.24")
 """The oldest and the newest transformers that the tests have run with, both included."""
 
-# In the order in which they are asked for: the newer name first.
-_CACHES = ("cache", "past_key_values")
-_LENGTH = "get_seq_length"  # what every cache has but a paged one
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SEEING = ("full_attention", "sliding_attention")
@@ -81,48 +79,6 @@ def contract() -> dict[str, str | None]:
 
 
 # The arguments of a forward
-def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward, or None.
-
-    Known in: `past_key_values` to 5.23, and as an older name to 5.39; `cache` since 5.24. Raises UpstreamChanged for a
-    cache under any other name, ValueError for a paged one.
-    """
-    known = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-    if known is None:
-        other = next((name for name, value in given.items() if name not in _CACHES and hasattr(value, _LENGTH)), None)
-        if other is not None:
-            raise changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
-    elif not hasattr(known, _LENGTH):
-        raise ValueError(
-            f"model: its cache is a {type(known).__name__} (continuous batching), which cannot be captured; "
-            "use generate"
-        )
-    return known
-
-
-def cache_names() -> str:
-    """The names of the cache among a forward's arguments, for a message."""
-    return " or ".join(map(repr, _CACHES))
-
-
-def cached_tokens(cache: Any) -> int | torch.Tensor:
-    """How many tokens a cache holds; a tensor where it counts on its device. Known in: 5.12 to 5.24."""
-    held: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
-    return held
-
-
-def is_filled(cache: Any) -> bool:
-    """Whether a cache has been written to, as far as it says. Known in: 5.12 to 5.24."""
-    layers = getattr(cache, "layers", None)
-    return layers is not None and len(layers) > 0 and bool(getattr(layers[0], "is_initialized", True))
-
-
-def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
-    wanted = given.get("use_cache")
-    return bool(wanted if wanted is not None else getattr(model.config.get_text_config(), "use_cache", False))
-
-
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those that it takes beyond its named ones included."""
     try:

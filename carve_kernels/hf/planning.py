@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from carve_kernels import checks
-from carve_kernels.hf import names
+from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention import attended_columns
 from carve_kernels.hf.backbone import image_token_positions
 from carve_kernels.hf.decoding import Decoding, end_tokens
@@ -64,7 +64,7 @@ class Planner:
         given = names.arguments(self._signature, args, kwargs)
         record = self._plan(given)
         if record is not None:
-            record.together = self._on_layer is None and names.keeps_cache(self._model, given)
+            record.together = self._on_layer is None and caches.keeps_cache(self._model, given)
         self.record = record
         self._begun = self.decoding
         self._inside, self.running = [source], True
@@ -81,7 +81,7 @@ class Planner:
         if source is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
-        record, cache = self.record, names.cache_of(given)
+        record, cache = self.record, caches.cache_of(given)
         behind = self.decoding is not None and self._begun is self.decoding
         if behind and cache is None and (ids is not None or length == 1) and not self._repeats(ids):
             raise names.changed(f"behind the first forward of generate, {length} token(s) come without a known cache")
@@ -90,7 +90,7 @@ class Planner:
             record.advance(ids, record.length + 1, 0)
             self._history = None if ids is None or self._history is None else [*self._history, ids.detach()]
             return record
-        past = int(names.cached_tokens(cache))
+        past = int(caches.cached_tokens(cache))
         if record is not None and past == 0 and self._repeats(ids):
             self._own_thread()
             record.advance(ids, length, length - 1)
@@ -149,7 +149,7 @@ class Planner:
                 if length == 1:
                     raise ValueError(
                         "input_ids: expected a prompt with image tokens, or one token behind a cache "
-                        f"({names.cache_names()}), got one token without a cache"
+                        f"({caches.cache_names()}), got one token without a cache"
                     )
                 raise ValueError("input_ids: expected image tokens in the prompt, got none; was the image left out?")
             width = max(len(row) for row in found)
@@ -211,7 +211,7 @@ def check_tokens(
 
 def _follows(cache: Any, length: int) -> bool:
     """Whether a cache holds so many tokens; one that counts on its device is believed, since asking it would wait."""
-    if not names.is_filled(cache):
+    if not caches.is_filled(cache):
         return False
-    held = names.cached_tokens(cache)
+    held = caches.cached_tokens(cache)
     return not isinstance(held, int) or held == length

@@ -12,7 +12,7 @@ import torch
 
 from carve_kernels import CarveEngine, capture_attention
 from carve_kernels.checks import UpstreamChanged
-from carve_kernels.hf import contract, names
+from carve_kernels.hf import caches, contract, names
 from tests.hf.looks import family, keeps_features
 
 TAKES_RESULTS = keeps_features(family("qwen2_5_vl")[0])
@@ -47,7 +47,7 @@ def test_it_leaves_no_trace() -> None:
 
 
 def _no_cache(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(names, "_CACHES", ("kv_store",))
+    patch.setattr(caches, "_CACHES", ("kv_store",))
 
 
 def _other_scale(patch: pytest.MonkeyPatch) -> None:
