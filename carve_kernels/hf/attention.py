@@ -9,11 +9,14 @@ function that attends in place of the one in use (the one-look engine's, see row
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from carve_kernels import checks
+from carve_kernels.hf import names
 from carve_kernels.hf.names import Attention, full_mask, own_entry, set_entry
 
 # On a module that takes part: (recorder, index) pairs, whose `record` is told of every call of its attention.
@@ -21,6 +24,10 @@ RECORDERS = "_carve_recorders"
 # On a module whose attention is another one for a while: that one, called with the function in use before the rest; it
 # gives None for a forward that is not its own.
 INSTEAD = "_carve_instead"
+
+_FLASH = "flash"
+# Implementations that add a mask to the scores whatever its dtype.
+_ADDING = ("eager", "flex_attention")
 
 
 def capturing(attention: Attention) -> Attention:
@@ -79,6 +86,18 @@ class _Patches:
 PATCHES = _Patches()
 
 
+class Visible(NamedTuple):
+    """What captured rows see: a bool mask [B, 1 or A, R, S], or positions [B, R] and a window, or all keys.
+
+    `steered` says on the mask's device whether an additive mask does more than hide keys; None where there is none.
+    """
+
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    window: int | None = None
+    steered: torch.Tensor | None = None
+
+
 def visible(
     implementation: str,
     attention_mask: Any,
@@ -88,22 +107,22 @@ def visible(
     *,
     causal: bool,
     window: int | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None]:
-    """What the captured rows [B, R] see, from whatever the implementation was given: (mask, positions, window).
+) -> Visible:
+    """What the captured rows [B, R] see, from whatever the implementation was given.
 
     sdpa and eager get a 4-D mask, bool or additive; flex a BlockMask; flash a 2-D padding mask or None beside the
     window. None under sdpa means all keys for one row, else top-left causal over a tail that nobody sees.
     """
-    flash = "flash" in implementation
+    flash = _FLASH in implementation
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         chosen = attention_mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
         # The one row of a decode step is that of the mask, which need not be copied.
         if query_length > 1 or rows.shape[1] > 1:
             index = rows[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3])
             chosen = chosen.gather(2, index)
-        if chosen.dtype != torch.bool:
-            chosen = chosen > torch.finfo(chosen.dtype).min / 2
-        return chosen, None, None
+        if chosen.dtype == torch.bool:
+            return Visible(chosen)
+        return Visible(chosen > _hidden(chosen.dtype), steered=_steered(chosen))
     if isinstance(attention_mask, torch.Tensor):
         width = attention_mask.shape[1]
         column = torch.arange(keys, device=rows.device)
@@ -113,14 +132,89 @@ def visible(
             seen = seen & (column <= last)
             if window is not None:
                 seen = seen & (column > last - window)
-        return seen.expand(-1, -1, rows.shape[1], -1), None, None
+        return Visible(seen.expand(-1, -1, rows.shape[1], -1))
     if attention_mask is not None:
-        return _block_mask_rows(attention_mask, rows, keys), None, None
+        return Visible(_block_mask_rows(attention_mask, rows, keys))
     if flash and causal and (query_length > 1 or window is not None):
-        return None, rows + (keys - query_length), window
+        return Visible(positions=rows + (keys - query_length), window=window)
     if not flash and implementation != "eager" and query_length > 1 and causal:
-        return None, rows, None
-    return None, None, None
+        return Visible(positions=rows)
+    return Visible()
+
+
+def check_call(implementation: str, given: Mapping[str, Any], length: int) -> None:
+    """What a forward is refused for before it runs: masks that steer, or that are added as numbers, and packed rows."""
+    masks = given.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        check_mask(implementation, mask)
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or not mask.is_floating_point():
+            continue
+        # To read a mask of a step would wait for its device each time; the record asks once, at the end.
+        if (length > 1 or mask.device.type == "cpu") and bool(_steered(mask)):
+            raise steering()
+    positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim == 2 and not isinstance(masks, dict):
+        attends = masks is not None and not bool(masks.all())
+        refuse_packed(implementation, masks if attends else None, None, positions, length)
+    refuse_packed(implementation, None, names.segments_in(given), None, length)
+
+
+def check_mask(implementation: str, attention_mask: Any, keys: int = 0) -> None:
+    """Raise ValueError for a mask that an implementation reads in another way than the mask says."""
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        heads = getattr(attention_mask, "shape", (1, 1))[1]
+        if heads != 1:
+            raise ValueError(f"attention_mask: expected one for all heads, got a block mask of {heads} heads")
+        return
+    got = checks.describe(attention_mask)
+    if attention_mask.ndim == 2:
+        return
+    if attention_mask.ndim != 4:
+        raise ValueError(f"attention_mask: expected one of 2 or 4 dimensions, got {got}")
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ValueError(f"attention_mask: expected a bool or an additive mask, got {got}")
+    if implementation in _ADDING and attention_mask.dtype == torch.bool:
+        raise ValueError(
+            f"attention_mask: expected an additive mask, 0 where a key is seen and -inf where it is not, got {got}, "
+            f"which {implementation} attention adds to the scores as 0 and 1; give that, or use sdpa"
+        )
+    if implementation == "flex_attention" and attention_mask.shape[1] != 1:
+        raise ValueError(f"attention_mask: expected one for all heads under {implementation}, got {got}")
+    if 1 < attention_mask.shape[3] < keys:
+        raise ValueError(f"attention_mask: expected one of {keys} keys, got {got}")
+
+
+def steering() -> ValueError:
+    """The error for an additive mask that does more than hide keys."""
+    return ValueError(
+        "attention_mask: expected 0 where a key is seen and -inf (or the lowest number) where it is not, got other "
+        "values, which steer the attention and are not captured; take them out, or read this model's maps under eager"
+    )
+
+
+def refuse_packed(implementation: str, attention_mask: Any, segments: str | None, positions: Any, length: int) -> None:
+    """Raise ValueError where FlashAttention keeps several prompts of one row apart."""
+    if _FLASH not in implementation or attention_mask is not None or length == 1:
+        return
+    name = segments
+    if positions is not None and positions.shape == (1, length) and not bool((positions.diff() == 1).all()):
+        name = "position_ids"
+    if name is not None:
+        raise ValueError(
+            f"{name}: expected one prompt a row, got several that {implementation} keeps apart in one; give each a "
+            "row of its own, or use attn_implementation='sdpa', which takes them as a mask"
+        )
+
+
+def _hidden(dtype: torch.dtype) -> float:
+    """An additive mask of a dtype hides what is not above this."""
+    return torch.finfo(dtype).min / 2
+
+
+def _steered(mask: torch.Tensor) -> torch.Tensor:
+    return ((mask != 0) & ~(mask <= _hidden(mask.dtype))).any()
 
 
 def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -> torch.Tensor:
@@ -139,7 +233,7 @@ def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -
         last = torch.full((batch, 1), length - 1, dtype=torch.int64)
         if isinstance(attention_mask, torch.Tensor):
             last = last.to(attention_mask.device)
-        seen, _, _ = visible("", attention_mask, last, length, total, causal=True, window=None)
+        seen = visible("", attention_mask, last, length, total, causal=True, window=None).mask
         row = attended if seen is None else seen[:, 0, 0]
     width = min(total, row.shape[1])
     attended[:, :width] = row[:, :width].cpu()

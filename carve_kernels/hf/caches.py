@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,13 +44,72 @@ def cached_tokens(cache: Any) -> int | torch.Tensor:
     return held
 
 
-def is_filled(cache: Any) -> bool:
-    """Whether a cache has been written to, as far as it says. Known in: 5.12 to 5.24."""
-    layers = getattr(cache, "layers", None)
-    return layers is not None and len(layers) > 0 and bool(getattr(layers[0], "is_initialized", True))
-
-
 def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
     """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
     wanted = given.get("use_cache")
     return bool(wanted if wanted is not None else getattr(model.config.get_text_config(), "use_cache", False))
+
+
+class Reach(NamedTuple):
+    """How many keys a layer of a cache hands to the attention.
+
+    `window` - 1 old ones at most and all the new ones (None: all old ones), or always `capacity`, the unwritten last
+    (None: no such buffer).
+    """
+
+    window: int | None
+    capacity: int | None
+
+    def hands_over(self, keys: int, seen: int, length: int) -> bool:
+        """Whether a layer with so many keys has the last of the `seen` ones, of which `length` are new."""
+        if keys == self.capacity and keys >= seen:
+            return True
+        return keys == (seen if self.window is None else min(seen, self.window - 1 + length))
+
+
+class Mark(NamedTuple):
+    """What tells the keys of a layer from others: where they lie, how often they were written to, how many they are."""
+
+    address: int
+    version: int | None
+    keys: int
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in what a forward returned, or None. Known in: as `cache_of`."""
+    if isinstance(output, Mapping):
+        parts = [output.get(name) for name in _CACHES]
+    else:
+        parts = list(output) if isinstance(output, (tuple, list)) else []
+    return next((part for part in parts if hasattr(part, _LENGTH)), None)
+
+
+def reach(cache: Any, module: Any) -> Reach | None:
+    """What the layer of a cache that an attention module writes to hands over; None where there is none for it.
+
+    Known in: `layers`, `is_sliding`, `sliding_window` and `max_cache_len` 5.12 to 5.24.
+    """
+    layer = _layer(cache, module)
+    if layer is None:
+        return None
+    capacity = getattr(layer, "max_cache_len", None)
+    if not getattr(layer, "is_sliding", False):
+        return Reach(None, capacity)
+    return Reach(capacity if capacity is not None else layer.sliding_window, capacity)
+
+
+def mark(cache: Any, module: Any) -> Mark | None:
+    """What tells the keys of a layer of a cache from others; None where there are none. Known in: as `reach`."""
+    keys = getattr(_layer(cache, module), "keys", None)
+    if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
+        return None
+    try:
+        return Mark(keys.data_ptr(), None if keys.is_inference() else keys._version, keys.shape[2])
+    except RuntimeError:
+        # Tensors without a storage of their own, as those that are spread over devices.
+        return Mark(id(keys), None, keys.shape[2])
+
+
+def _layer(cache: Any, module: Any) -> Any:
+    layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
+    return layers[index] if layers is not None and index is not None and index < len(layers) else None

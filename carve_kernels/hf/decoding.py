@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from carve_kernels.hf import names
@@ -30,10 +31,17 @@ _OPENING = threading.Lock()
 
 
 class Decoding(NamedTuple):
-    """What a running `generate` says of its forwards: tokens that end a row, and whether the prompt comes in chunks."""
+    """What a running `generate` says of its forwards.
+
+    `eos` are the tokens that end a row, `chunked` whether the prompt comes in chunks, `ids` the whole prompt where it
+    is given as ids and `length` its tokens, `beside` the name of an argument that may call the model itself.
+    """
 
     eos: tuple[int, ...]
     chunked: bool
+    ids: torch.Tensor | None = None
+    length: int | None = None
+    beside: str | None = None
 
 
 class Decoder(Protocol):
@@ -43,7 +51,7 @@ class Decoder(Protocol):
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self, output: Any) -> None: ...
 
 
 class DecodingGuard:
@@ -71,9 +79,13 @@ class DecodingGuard:
                 value = given.get(name, getattr(config, name, None))
                 if value not in off:
                     raise ValueError(f"{name}: expected {off[-1]} inside capture_attention, got {value!r}")
+            prompt = names.prompt_of(given)
             decoding = Decoding(
                 end_tokens(given.get("eos_token_id", getattr(config, "eos_token_id", None))),
                 given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None,
+                None if prompt is None or prompt.is_floating_point() else prompt,
+                None if prompt is None else prompt.shape[1],
+                names.beside_generate(given),
             )
             for session in self.sessions:
                 session.decoding = decoding
@@ -89,11 +101,17 @@ class DecodingGuard:
         """A compiled call, which skips the hooks, with what the hooks of the sessions do."""
 
         def around(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
+            begun: list[Decoder] = []
+            output = None
+            try:
                 for session in self.sessions:
-                    stack.callback(session.end)
                     session.begin(self, args, kwargs)
-                return call(*args, **kwargs)
+                    begun.append(session)
+                output = call(*args, **kwargs)
+                return output
+            finally:
+                for session in begun:
+                    session.end(output)
 
         return around
 

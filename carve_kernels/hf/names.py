@@ -32,11 +32,13 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _IMAGE_IDS = ("image_token_id", "image_token_index")
 _VIDEO_IDS = ("video_token_id", "video_token_index")
+_SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TOWER = "mm_encoder_outputs"
 # What a vision tower also returns, and no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _DECISIONS = ("logits_processor", "stopping_criteria")
+_PROMPTS = ("inputs_embeds", "inputs", "input_ids")
 
 Attention = Callable[..., Any]
 
@@ -111,7 +113,8 @@ class AttentionOptions(NamedTuple):
 
     `scale` multiplies the scores, `softcap` bounds them (0 is none), `window` is how many keys a row sees, `sink` one
     more score for each head, `causal` whether rows see what is before them alone (None: the module says), `bias`
-    what is added to the scores, `paged` a cache in pages.
+    what is added to the scores, `paged` a cache in pages, `segments` the name of what says where packed prompts
+    begin, `positions` those of the rows.
     """
 
     scale: float
@@ -121,6 +124,8 @@ class AttentionOptions(NamedTuple):
     causal: bool | None
     bias: Any
     paged: Any
+    segments: str | None
+    positions: Any
 
     @property
     def beyond_sdpa(self) -> str | None:
@@ -141,7 +146,14 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
         causal=options.get("is_causal"),
         bias=options.get("position_bias"),
         paged=options.get("cache"),
+        segments=segments_in(options),
+        positions=options.get("position_ids"),
     )
+
+
+def segments_in(given: Mapping[str, Any]) -> str | None:
+    """The argument that says where packed prompts begin in one row, if a call has it. Known in: 5.12 to 5.24."""
+    return next((name for name in _SEGMENTS if given.get(name) is not None), None)
 
 
 def implementation_of(module: Any) -> str | None:
@@ -404,6 +416,16 @@ def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -
     if missing:
         raise changed(f"generate hands over no {' and no '.join(missing)} to a decoding function of one's own")
     return Prepared(asked.get("position_ids"), *(asked[name] for name in _DECISIONS))
+
+
+def prompt_of(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The prompt among the arguments of `generate`, as ids or as embeddings. Known in: 5.12 to 5.24."""
+    return next((found for name in _PROMPTS if isinstance(found := given.get(name), torch.Tensor)), None)
+
+
+def beside_generate(given: Mapping[str, Any]) -> str | None:
+    """The first argument of `generate` that may call the model by itself, or None. Known in: 5.12 to 5.24."""
+    return next((name for name in _DECISIONS if given.get(name)), None)
 
 
 def has_own_generate(model: Any) -> bool:

@@ -1,31 +1,42 @@
-"""Before each forward: a prefill starts a record, a decode step continues it, and anything else is an error."""
+"""Before each forward: a prefill starts a record, a decode step continues that of its cache, all else is an error."""
 
 from __future__ import annotations
 
 import inspect
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
-from carve_kernels.hf.attention import attended_columns
+from carve_kernels.hf.attention import attended_columns, check_call
 from carve_kernels.hf.backbone import image_token_positions
 from carve_kernels.hf.decoding import Decoding, end_tokens
 from carve_kernels.hf.record import OnLayer, Record
 from carve_kernels.hf.rows import RowsSpec, resolve_rows, template_suffix, tokenizer_of
+from carve_kernels.hf.sequences import Caches, Followed, Whole
 from carve_kernels.types import VisualLayout
 
 
+class _UnderWay(NamedTuple):
+    """A forward's prompt, new ids, the cache that it was given, and how many tokens are seen when it ends."""
+
+    followed: Followed
+    ids: torch.Tensor | None
+    cache: Any
+    total: int
+
+
 class Planner:
-    """Follows the forwards of one model: their ids, their place behind the cache, the record they belong to."""
+    """Follows the forwards of one model: which prompt each belongs to, and so which record."""
 
     def __init__(
         self,
         model: nn.Module,
+        modules: Sequence[nn.Module],
         layers: tuple[int, ...],
         device: torch.device | None,
         rows: RowsSpec,
@@ -37,14 +48,16 @@ class Planner:
     ) -> None:
         self.record: Record | None = None
         self.decoding: Decoding | None = None
-        self._model, self._layers, self._device, self._rows = model, layers, device, rows
+        self._model, self._modules, self._layers, self._device, self._rows = model, modules, layers, device, rows
         self._tokenizer = None if processor is None else tokenizer_of(processor)
         self._suffix = template_suffix(processor) if rows == "question" and processor is not None else 0
         self._tokens, self._layout = check_tokens(tokens)
         self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
         self._signature = inspect.signature(model.forward)
-        # The ids behind the cache, in the pieces that came, on their device: joined only where a prefill needs them.
-        self._history: list[torch.Tensor] | None = None
+        self._caches = Caches()
+        # The last forward that read a whole prompt, and the prompt and cache of the one under way.
+        self._whole: Whole | None = None
+        self._under_way = _UnderWay(Followed(), None, None, 0)
         # The generate whose first forward has been planned.
         self._begun: Decoding | None = None
         self._inside: list[object] = []
@@ -69,11 +82,19 @@ class Planner:
         self._begun = self.decoding
         self._inside, self.running = [source], True
 
-    def end(self) -> None:
-        """After a forward."""
+    def end(self, output: Any) -> None:
+        """After a forward; `output` is None if it failed."""
         if self._inside:
             self._inside.pop()
         self.running = bool(self._inside)
+        followed, ids, cache, total = self._under_way
+        if output is None or followed.length == total:
+            return
+        found = caches.cache_in(output)
+        cache = cache if found is None else found
+        if cache is not None:
+            self._caches.bind(cache, followed)
+        followed.note(ids, total, cache, self._modules)
 
     def _plan(self, given: dict[str, Any]) -> Record | None:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -81,38 +102,97 @@ class Planner:
         if source is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
-        record, cache = self.record, caches.cache_of(given)
+        cache = caches.cache_of(given)
+        told = {name: value for name, value in given.items() if value is not cache}
+        check_call(names.implementation_of(self._model) or "", told, length)
+        repeats = self._whole is not None and self._whole.repeated(ids, told)
         behind = self.decoding is not None and self._begun is self.decoding
-        if behind and cache is None and (ids is not None or length == 1) and not self._repeats(ids):
-            raise names.changed(f"behind the first forward of generate, {length} token(s) come without a known cache")
-        if record is not None and length == 1 and _follows(cache, record.length):
-            self._own_thread()
-            record.advance(ids, record.length + 1, 0)
-            self._history = None if ids is None or self._history is None else [*self._history, ids.detach()]
-            return record
-        past = int(caches.cached_tokens(cache))
-        if record is not None and past == 0 and self._repeats(ids):
-            self._own_thread()
-            record.advance(ids, length, length - 1)
-            self._history = [ids.detach()]  # type: ignore[union-attr]
-            return record
-        return self._prefill(ids, source, past, given.get("attention_mask"))
+        if behind and cache is None and (ids is not None or length == 1) and not repeats:
+            raise self._foreign(f"{length} token(s) come without a known cache")
+        followed = None if cache is None else self._caches.get(cache)
+        if behind and cache is not None and followed is None:
+            raise self._foreign(f"{length} token(s) come with another cache")
+        past = self._past(cache, followed, length)
+        if followed is not None and followed.record is not None and length == 1 and self._is_step(followed, past):
+            self._whole = None
+            return self._step(followed, followed.record, ids, cache, past + 1, 0)
+        whole = self._whole
+        if repeats and past == 0 and whole is not None and whole.followed.record is not None:
+            repeated = whole.followed.record
+            whole.followed.ids, self._whole = [], Whole(whole.followed, told)
+            return self._step(whole.followed, repeated, ids, cache, length, length - 1)
+        if followed is None or past == 0:
+            followed = Followed()
+        record = self._prefill(followed, ids, source, past, cache, given.get("attention_mask"))
+        self._whole = Whole(followed, told) if past == 0 else None
+        self._under_way = _UnderWay(followed, ids, cache, past + length)
+        return record
 
-    def _prefill(self, ids: torch.Tensor | None, source: torch.Tensor, past: int, attention_mask: Any) -> Record | None:
+    def _step(
+        self, followed: Followed, record: Record, ids: torch.Tensor | None, cache: Any, total: int, column: int
+    ) -> Record:
+        """A decode step after which so many tokens were seen; row `column` of the query is captured."""
+        self._own_thread()
+        if total <= record.length:
+            record.rewind(total - 1)
+        if record.step == 0:
+            record.reaches = self._reaches(cache)
+        record.advance(ids, total, column)
+        self._under_way = _UnderWay(followed, ids, cache, total)
+        return record
+
+    def _foreign(self, what: str) -> Exception:
+        """The error for a forward inside generate that is not generate's own, or that hides its cache."""
+        if self.decoding is not None and self.decoding.beside is not None:
+            return ValueError(
+                f"{self.decoding.beside}: expected none that calls the model inside capture_attention, since "
+                f"a forward of its own is no step of the answer; behind the first forward of generate, {what}"
+            )
+        return names.changed(f"behind the first forward of generate, {what}")
+
+    def _past(self, cache: Any, followed: Followed | None, length: int) -> int:
+        """How many tokens a cache holds; one that is known is checked, and followed to where it was cropped."""
+        held = caches.cached_tokens(cache)
+        if followed is None:
+            return int(held)
+        # To ask a cache that counts on its device would wait for the device at each step: the record is told later.
+        if length == 1 and isinstance(held, torch.Tensor) and held.device.type != "cpu":
+            past = followed.length
+            if followed.record is not None:
+                followed.record.doubts["cache"].logical_or_(held != past)
+        else:
+            past = int(held)
+        if past > 0:
+            followed.follow(cache, self._modules, self._layers, past)
+        return past
+
+    def _is_step(self, followed: Followed, past: int) -> bool:
+        """Whether one token behind a cache is a decode step: the rest of a prompt may be one token as well."""
+        if self.decoding is not None and self.decoding.length is not None:
+            return past >= self.decoding.length
+        return past >= followed.prompt
+
+    def _reaches(self, cache: Any) -> tuple[caches.Reach | None, ...]:
+        return tuple(caches.reach(cache, module) for module in self._modules)
+
+    def _prefill(
+        self,
+        followed: Followed,
+        ids: torch.Tensor | None,
+        source: torch.Tensor,
+        past: int,
+        cache: Any,
+        attention_mask: Any,
+    ) -> Record | None:
         self._own_thread()
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
-        if ids is None:
-            self._history = None
-        elif past == 0:
-            self._history = [ids.detach()]
-        elif self._history is not None:
-            self._history.append(ids.detach())
-        known = self._known(batch, total)
+        known = self._known(followed, ids, past, total)
         attended = attended_columns(attention_mask, batch, length, total)
         tokens = self._visual_tokens(known, batch, total)
         if tokens is None:
+            followed.record, followed.prompt = None, total
             return None
         rows = resolve_rows(self._rows, known, attended, tokens, self._tokenizer, self._suffix)
         if bool((rows.columns < past).any()):
@@ -120,11 +200,12 @@ class Planner:
                 f"rows: expected rows of this forward, which starts at column {past} behind a cache, got "
                 f"column {int(rows.columns.min())}; use rows='last' for a chunked prefill"
             )
-        return Record(
+        followed.record = Record(
             self._layers,
             rows,
             tokens,
             self._layout,
+            reaches=self._reaches(cache),
             device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
@@ -133,14 +214,29 @@ class Planner:
             on_layer=self._on_layer,
             backend=self._backend,
         )
+        followed.prompt = total
+        return followed.record
+
+    def _known(self, followed: Followed, ids: torch.Tensor | None, past: int, total: int) -> torch.Tensor | None:
+        """The ids of the whole prompt on the CPU, by what went through the cache or what generate was given."""
+        told = None if self.decoding is None or self.decoding.ids is None else self.decoding.ids[:, :total].cpu()
+        if past and followed.length == 0:
+            followed.ids = None if told is None or told.shape[1] < total else [told[:, :past]]
+        known = followed.known(ids, total)
+        if known is not None and told is not None and told.shape == known.shape and not torch.equal(known, told):
+            raise ValueError(
+                "input_ids: expected the tokens that the cache was filled with, followed by new ones, but they differ "
+                f"from column {int((known != told).any(0).nonzero()[0])} on; run the prompt anew"
+            )
+        return known
 
     def _visual_tokens(self, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
         """The columns of the visual tokens, int32 [B, N]; None in a chunk of a prompt before its first image."""
         if self._tokens is None:
             if ids is None:
                 raise ValueError(
-                    "tokens: expected the columns of the visual tokens, since the model was given no input_ids of the "
-                    "whole prompt; got None"
+                    "tokens: expected the columns of the visual tokens, since the whole prompt did not go through "
+                    "this session as input_ids (a cache filled elsewhere, a copy of one, or inputs_embeds); got None"
                 )
             found = image_token_positions(self._model, ids)
             if not any(len(row) for row in found):
@@ -163,20 +259,6 @@ class Planner:
                 "truncated?"
             )
         return tokens
-
-    def _known(self, batch: int, length: int) -> torch.Tensor | None:
-        """The ids of the whole sequence on the CPU, if they passed through this session."""
-        if self._history is None or any(piece.shape[0] != batch for piece in self._history):
-            return None
-        ids = torch.cat(self._history, 1).cpu()
-        return ids if ids.shape[1] == length else None
-
-    def _repeats(self, ids: torch.Tensor | None) -> bool:
-        """Whether a forward without a cache repeats the last one with one more token: a decode step all the same."""
-        if ids is None:
-            return False
-        before = self._known(ids.shape[0], ids.shape[1] - 1)
-        return before is not None and bool(torch.equal(ids[:, :-1].detach().cpu(), before))
 
     def _end_tokens(self) -> tuple[int, ...]:
         if self.decoding is not None:
@@ -207,11 +289,3 @@ def check_tokens(
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
         raise ValueError(f"tokens: expected at least one column, int [N] or [B, N], got {checks.describe(tokens)}")
     return tokens.detach().cpu().to(torch.int32).reshape(-1, tokens.shape[-1]), None
-
-
-def _follows(cache: Any, length: int) -> bool:
-    """Whether a cache holds so many tokens; one that counts on its device is believed, since asking it would wait."""
-    if not caches.is_filled(cache):
-        return False
-    held = caches.cached_tokens(cache)
-    return not isinstance(held, int) or held == length

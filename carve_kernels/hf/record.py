@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,25 @@ from torch import nn
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
 from carve_kernels.backends.reference.capture import entropy
 from carve_kernels.hf import names
-from carve_kernels.hf.attention import visible
+from carve_kernels.hf.attention import check_mask, refuse_packed, steering, visible
+from carve_kernels.hf.caches import Reach
 from carve_kernels.hf.rows import Rows
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
 
+_LOG = logging.getLogger("carve_kernels")
+
 OnLayer = Callable[[int, int, Capture], None]
 # What a buffer of masses holds until something is captured; a mass is never negative.
 _UNSEEN = -1.0
+_EVICTED = (
+    "keys were evicted, or others stand beside them, so it is not known which columns they are; run the prompt anew"
+)
+# What is asked of a device at the end only, and the error for it.
+_DOUBTS: dict[str, Callable[[], ValueError]] = {
+    "cache": lambda: ValueError(f"cache: expected all keys that went through it in this session; {_EVICTED}"),
+    "attention_mask": steering,
+}
 # Decode steps that buffers are made for at first; they double when an answer is longer.
 STEPS = 64
 
@@ -53,6 +65,7 @@ class Record:
         tokens: torch.Tensor,
         layout: VisualLayout | None,
         *,
+        reaches: tuple[Reach | None, ...],
         device: torch.device,
         past: int,
         length: int,
@@ -66,6 +79,7 @@ class Record:
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
         self.rows = (rows.columns - past).to(device)
+        self.reaches = reaches
         self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers = _buffers(1, len(layers), batch, captured, tokens.shape[1], device)
@@ -75,7 +89,12 @@ class Record:
         self.step = 0
         self.max_steps = max_steps
         self.eos = eos
-        self.length = past + length
+        self.length = self.prompt = past + length
+        # How many tokens the forward under way reads, and the layer that was met last in it.
+        self.reads, self.met = length, -1
+        # Why its maps are no maps: what was found in a forward, and what a device knows and is asked for at the end.
+        self.refused: ValueError | None = None
+        self.doubts = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DOUBTS}
         # The tokens fed at each decode step: a record allocates nothing after its first one.
         self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
         self.columns = self.tokens.to(torch.int32)
@@ -88,9 +107,14 @@ class Record:
     def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
         """Prepare for a decode step: `seen` tokens stand in the cache then, row `column` of the query is captured."""
         self.step += 1
+        self.reads, self.met = column + 1, -1
         self.length = seen
         self.seen.fill_(seen)
         self.pending = None
+        if self.last and self.step == self.max_steps:
+            _LOG.warning(
+                "max_steps: steps of this generation from %d on are not captured; raise max_steps for them", self.step
+            )
         self.active = self.last and self.step < self.max_steps
         if not self.active:
             return
@@ -115,6 +139,12 @@ class Record:
         self.later = self.target = later
         self.fed = fed
 
+    def rewind(self, seen: int) -> None:
+        """Forget the steps behind the first `seen` tokens, before one of them is taken anew."""
+        self.step = seen - self.prompt
+        if self.later is not None:
+            self.later.mass[self.step :] = _UNSEEN
+
     def record(
         self,
         index: int,
@@ -126,18 +156,30 @@ class Record:
     ) -> None:
         if not self.active:
             return
+        try:
+            self._record(index, module, query, key, attention_mask, options)
+        except ValueError as error:
+            self.refused = error
+            raise
+
+    def _record(
+        self,
+        index: int,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: Any,
+        options: dict[str, Any],
+    ) -> None:
         told = names.attention_options(query, options)
-        if told.bias is not None:
-            raise ValueError(f"layers: layer {self.layers[index]} adds a position bias, which cannot be captured")
-        if told.paged is not None:
-            raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
         query, key = query.detach(), key.detach()
+        self._check(index, query, key, told)
         _, heads, length, size = query.shape
         like = (told.scale, told.softcap, key.shape[2], told.window)
         pending = self.pending
         if pending is None or not pending.takes(index, like, attention_mask):
             self._flush()
-            pending = self._batch(index, module, like, attention_mask, length, told.causal)
+            pending = self._batch(index, module, like, attention_mask, length, told)
             self.pending = pending
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size))
@@ -152,6 +194,33 @@ class Record:
             slot = int(self.slot)
             self.on_layer(self.layers[index], self.step, Capture(*(part[slot, index] for part in self.target)))
 
+    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, told: names.AttentionOptions) -> None:
+        """Whether this layer attends over the columns of the prompt as the model was given it."""
+        layer, compiling = self.layers[index], torch.compiler.is_compiling()
+        if told.bias is not None:
+            raise ValueError(f"layers: layer {layer} adds a position bias, which cannot be captured")
+        if told.paged is not None:
+            raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
+        batch, _, rows, _ = query.shape
+        if batch != self.tokens.shape[0] or rows != self.reads:
+            raise ValueError(
+                f"layers: layer {layer} has {batch} x {rows} rows, the model was given {self.tokens.shape[0]} x "
+                f"{self.reads} tokens: tokens were dropped or added inside the forward, so the columns of a map are "
+                "not known; capture layers before that, or open the session around the part behind it"
+            )
+        if not compiling:
+            if index <= self.met:
+                raise ValueError(f"layers: layer {layer} runs again in one forward, and one map of it is kept")
+            self.met = index
+        reach, keys = self.reaches[index], key.shape[2]
+        if reach is None:
+            reach = Reach(told.window, None)
+        if not compiling:
+            if keys != self.length and not reach.hands_over(keys, self.length, rows):
+                raise ValueError(f"cache: layer {layer} has {keys} keys, {self.length} were seen; {_EVICTED}")
+        elif reach.window is None and keys != reach.capacity:
+            self.doubts["cache"].logical_or_(self.seen != keys)
+
     def _batch(
         self,
         index: int,
@@ -159,19 +228,27 @@ class Record:
         like: tuple[float, float, int, int | None],
         attention_mask: Any,
         length: int,
-        causal: bool | None,
+        told: names.AttentionOptions,
     ) -> _Batch:
         _, _, keys, window = like
-        mask, positions, window = visible(
-            names.implementation_of(module) or "",
+        implementation = names.implementation_of(module) or ""
+        check_mask(implementation, attention_mask, keys)
+        refuse_packed(implementation, attention_mask, told.segments, told.positions, length)
+        seen = visible(
+            implementation,
             attention_mask,
             self.rows,
             length,
             keys,
-            causal=names.is_causal(module) if causal is None else causal,
+            causal=names.is_causal(module) if told.causal is None else told.causal,
             window=window,
         )
-        return _Batch(index, like, attention_mask, self._columns(keys), mask, positions, window)
+        if seen.steered is not None:
+            if torch.compiler.is_compiling() or seen.steered.device.type != "cpu":
+                self.doubts["attention_mask"].logical_or_(seen.steered)
+            elif bool(seen.steered):
+                raise steering()
+        return _Batch(index, like, attention_mask, self._columns(keys), seen.mask, seen.positions, seen.window)
 
     def _columns(self, keys: int) -> torch.Tensor:
         """Where the tokens stand among these keys: a sliding cache hands over its last ones only, so they move left."""
@@ -192,7 +269,12 @@ class Record:
         )  # fmt: skip
 
     def result(self) -> AttentionMaps:
-        """What has been captured so far, as tensors of its own."""
+        """What has been captured so far, as tensors of its own; raises ValueError where something was refused."""
+        if self.refused is not None:
+            raise self.refused
+        for name, doubt in self.doubts.items():
+            if bool(doubt):
+                raise _DOUBTS[name]()
         steps = min(self.step + 1, self.max_steps) if self.last else 1
         first = Capture(*(part[0] for part in self.buffers))
         used = self.tokens >= 0

@@ -120,6 +120,7 @@ class CaptureSession:
             raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
         self._planner = Planner(
             self._model,
+            self._modules,
             self.layers,
             _device(self._modules, self.layers),
             check_rows(rows, None if processor is None else tokenizer_of(processor)),
@@ -182,7 +183,7 @@ class CaptureSession:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._planner.end()
+            self._planner.end(output)
 
 
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:

@@ -1,0 +1,150 @@
+"""Which prompt a cache belongs to: the ids that went through it, its record, and whether it is as it was left."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from carve_kernels.hf import caches
+from carve_kernels.hf.record import Record
+
+
+class Followed:
+    """One prompt and the tokens behind it, which one cache holds, or none where each forward reads all anew."""
+
+    def __init__(self) -> None:
+        self.record: Record | None = None
+        # The ids in the pieces that came, on their device, None where some are not known.
+        self.ids: list[torch.Tensor] | None = []
+        # How many tokens went through it, and where the first step begins.
+        self.length = 0
+        self.prompt = 0
+        self._marks: list[caches.Mark | None] | None = None
+
+    def known(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """All ids on the CPU, those of a forward behind them, where there are `length` of them."""
+        pieces = None if ids is None or self.ids is None else [*self.ids, ids]
+        if pieces is None or any(piece.shape[0] != pieces[0].shape[0] for piece in pieces):
+            return None
+        whole = torch.cat([piece.detach().cpu() for piece in pieces], 1)
+        return whole if whole.shape[1] == length else None
+
+    def note(self, ids: torch.Tensor | None, length: int, cache: Any, modules: Sequence[nn.Module]) -> None:
+        """After a forward of so many ids: how it left the cache."""
+        self.ids = None if ids is None or self.ids is None else [*self.ids, ids.detach()]
+        self.length = length
+        self._marks = [caches.mark(cache, module) for module in modules]
+
+    def follow(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], held: int) -> None:
+        """Before a forward: go back to where the cache was cropped to, if it was.
+
+        Raises ValueError for a cache that was changed in another way: what its columns are is not known then.
+        """
+        if self._marks is None:
+            raise ValueError(
+                f"cache: expected one whose last forward came to its end, got one of {held} tokens that was "
+                "interrupted; run the prompt anew"
+            )
+        for layer, module, left in zip(layers, modules, self._marks, strict=True):
+            found = caches.mark(cache, module)
+            if found is None and left is None and held == self.length:
+                continue
+            if found is None or left is None or not _only_cropped(left, found, self.length, held):
+                raise ValueError(
+                    f"cache: expected it as the last forward left it, with {self.length} tokens, but layer {layer} has "
+                    f"{'none' if found is None else found.keys} of the keys and the cache says {held}: keys were "
+                    "evicted, replaced or reordered, so it is not known which columns they are; run the prompt anew"
+                )
+        if held < self.length:
+            self._cut(held)
+
+    def _cut(self, length: int) -> None:
+        self.length = length
+        if self.ids is None:
+            return
+        kept, left = [], length
+        for piece in self.ids:
+            kept.append(piece[:, :left])
+            left -= kept[-1].shape[1]
+        self.ids = kept if left == 0 else None
+
+
+class Caches:
+    """The prompt of each cache that is alive, told by the cache itself and not by what it holds."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Any], Followed]] = {}
+
+    def get(self, cache: Any) -> Followed | None:
+        """What went through this very cache in the session, or None."""
+        alive, followed = self._found.get(id(cache), (None, None))
+        return followed if alive is not None and alive() is cache else None
+
+    def bind(self, cache: Any, followed: Followed) -> None:
+        """From here on this cache, and no other, holds the prompt."""
+        self._found = {
+            key: (alive, other)
+            for key, (alive, other) in self._found.items()
+            if alive() is not None and other is not followed
+        }
+        self._found[id(cache)] = (weakref.ref(cache), followed)
+
+
+class Whole:
+    """A forward that read a whole prompt, for telling whether a later one repeats it with one more token."""
+
+    def __init__(self, followed: Followed, given: Mapping[str, Any]) -> None:
+        self.followed = followed
+        self._given = dict(given)
+        self._versions = {name: _version(value) for name, value in given.items()}
+
+    def repeated(self, ids: torch.Tensor | None, given: Mapping[str, Any]) -> bool:
+        """Whether the arguments are those of this forward, pixels included, with one more token."""
+        before = self._given.get("input_ids")
+        if ids is None or before is None or ids.shape != (before.shape[0], before.shape[1] + 1):
+            return False
+        return all(
+            self._versions.get(name) == _version(self._given.get(name))
+            and _continues(self._given.get(name), given.get(name), before.shape[1])
+            for name in {**self._given, **given}
+        )
+
+
+# What says how a forward works and not what it reads.
+_SETTINGS = (bool, int, float, str, type(None))
+
+
+def _only_cropped(left: caches.Mark, found: caches.Mark, length: int, held: int) -> bool:
+    """Whether keys are those that a forward left behind, of which the first `held` may have been kept alone."""
+    if (left.address, left.version) != (found.address, found.version) or held > length:
+        return False
+    if held == length:
+        return found.keys == left.keys
+    # A buffer stays as it is; keys that are all there are cut to the first ones.
+    return found.keys == left.keys > length or (left.keys == length and found.keys in (held, length))
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
+def _continues(before: Any, after: Any, length: int) -> bool:
+    """Whether an argument is the same, or the same with one more column on its axes of `length`; settings are none."""
+    if before is after:
+        return True
+    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        if before.ndim != after.ndim or before.dtype != after.dtype:
+            return False
+        sides = list(zip(before.shape, after.shape, strict=True))
+        if any(new != old and (old, new) != (length, length + 1) for old, new in sides):
+            return False
+        return bool(torch.equal(after[tuple(slice(0, old) for old, _ in sides)].detach(), before.detach()))
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return all(_continues(before.get(name), after.get(name), length) for name in {**before, **after})
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return len(before) == len(after) and all(map(_continues, before, after, [length] * len(before)))
+    return isinstance(before, _SETTINGS) and isinstance(after, _SETTINGS)
