@@ -7,6 +7,7 @@ from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -35,6 +36,11 @@ def describe(value: Any) -> str:
         # Python does not print integers of thousands of digits.
         text = "too long to print"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tensors and their numbers as lists and numbers of Python; anything else as it is."""
+    return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic, torch.Tensor)) else value
 
 
 def tensor(

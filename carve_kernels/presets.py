@@ -98,11 +98,10 @@ class Preset:
         return {"preset": base.name} | {key: value for key, value in mine.items() if value != theirs[key]}
 
     def __post_init__(self) -> None:
-        # JSON has lists where this has tuples.
+        # JSON has lists where this has tuples, and callers have ranges and arrays.
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+            value = checks.plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, (list, range)) else value)
         checks.text("name", self.name)
         if isinstance(self.layers, tuple):
             _integers("layers", self.layers)
@@ -142,6 +141,7 @@ class Preset:
 def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     """The layers of a model with `depth` of them: "paper", "release", or numbers, where -1 is the last."""
     checks.integer("depth", depth, low=1)
+    layers = checks.plain(layers)
     if layers == "release":
         found = tuple(range(20, min(26, depth)))
         if not found:

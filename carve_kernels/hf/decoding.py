@@ -67,6 +67,10 @@ class DecodingGuard:
         for name, call in list(names.compiled_calls(model, self._around)):
             self._shadow(name, call)
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        # What stands on the model is bound to it: a copy would run and change this model in place of itself.
+        raise TypeError("model: cannot be copied or pickled inside capture_attention; do that before it, or after it")
+
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(generate)
 

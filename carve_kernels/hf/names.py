@@ -100,6 +100,16 @@ def signature_of(model: nn.Module) -> inspect.Signature:
     return inspect.signature(model.forward)
 
 
+def rows_kept(model: Any, given: Mapping[str, Any]) -> int | None:
+    """How many last rows alone go through the layers that use the keys of others; None where all do.
+
+    Known in: 5.20 to 5.24, of Gemma 4.
+    """
+    kept = given.get("logits_to_keep")
+    shares = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    return kept if shares and isinstance(kept, int) and kept > 0 else None
+
+
 def full_mask(attention_mask: Any) -> Any:
     """The mask of layers that see everything, where `generate` prepared one for each type. Known in: 5.12 to 5.24."""
     if isinstance(attention_mask, dict):

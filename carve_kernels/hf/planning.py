@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import nn
 
@@ -123,7 +124,7 @@ class Planner:
             return self._step(whole.followed, repeated, ids, cache, length, length - 1)
         if followed is None or past == 0:
             followed = Followed()
-        record = self._prefill(followed, ids, source, past, cache, given.get("attention_mask"))
+        record = self._prefill(followed, ids, source, past, cache, given)
         self._whole = Whole(followed, told) if past == 0 else None
         self._under_way = _UnderWay(followed, ids, cache, past + length)
         return record
@@ -182,14 +183,14 @@ class Planner:
         source: torch.Tensor,
         past: int,
         cache: Any,
-        attention_mask: Any,
+        given: Mapping[str, Any],
     ) -> Record | None:
         self._own_thread()
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
         known = self._known(followed, ids, past, total)
-        attended = attended_columns(attention_mask, batch, length, total)
+        attended = attended_columns(given.get("attention_mask"), batch, length, total)
         tokens = self._visual_tokens(known, batch, total)
         if tokens is None:
             followed.record, followed.prompt = None, total
@@ -209,6 +210,7 @@ class Planner:
             device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
+            kept=names.rows_kept(self._model, given),
             max_steps=self._max_steps,
             eos=self._end_tokens(),
             on_layer=self._on_layer,
@@ -281,11 +283,23 @@ def check_tokens(
     if tokens is None:
         return None, None
     if isinstance(tokens, VisualLayout):
-        return tokens.tokens(), tokens
+        columns = tokens.tokens()
+        if not bool((columns >= 0).any()):
+            raise ValueError("tokens: expected a VisualLayout with tokens, got one without any")
+        return columns, tokens
+    tokens = torch.as_tensor(tokens) if isinstance(tokens, numpy.ndarray) else tokens
     if not isinstance(tokens, torch.Tensor):
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TypeError(f"tokens: expected a VisualLayout, columns or None, got {checks.describe(tokens)}")
         tokens = torch.tensor([checks.integer(f"tokens[{place}]", token) for place, token in enumerate(tokens)])
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
         raise ValueError(f"tokens: expected at least one column, int [N] or [B, N], got {checks.describe(tokens)}")
-    return tokens.detach().cpu().to(torch.int32).reshape(-1, tokens.shape[-1]), None
+    columns = tokens.detach().cpu().to(torch.int64).reshape(-1, tokens.shape[-1])
+    if int(columns.min()) < -1 or not bool((columns >= 0).any()):
+        raise ValueError(
+            f"tokens: expected columns from 0 on, and -1 for padding, got {checks.describe(columns.tolist())}"
+        )
+    ordered = columns.sort(1).values
+    if bool(((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError(f"tokens: expected each column once a row, got {checks.describe(columns.tolist())}")
+    return columns.to(torch.int32), None

@@ -36,12 +36,16 @@ _DOUBTS: dict[str, Callable[[], ValueError]] = {
 STEPS = 64
 
 
+# Scale, softcap, keys, window and rows of a layer's attention.
+_Like = tuple[float, float, int, int | None, int]
+
+
 @dataclass
 class _Batch:
     """Layers of one forward that wait to be captured together, since they share all but query, key and sink."""
 
     first: int
-    like: tuple[float, float, int, int | None]
+    like: _Like
     given: Any
     tokens: torch.Tensor
     mask: torch.Tensor | None
@@ -51,7 +55,7 @@ class _Batch:
     key: list[torch.Tensor] = field(default_factory=list)
     sink: list[torch.Tensor] = field(default_factory=list)
 
-    def takes(self, index: int, like: tuple[float, float, int, int | None], given: Any) -> bool:
+    def takes(self, index: int, like: _Like, given: Any) -> bool:
         return self.given is given and self.like == like and index == self.first + len(self.query)
 
 
@@ -69,6 +73,7 @@ class Record:
         device: torch.device,
         past: int,
         length: int,
+        kept: int | None,
         max_steps: int,
         eos: tuple[int, ...],
         on_layer: OnLayer | None,
@@ -92,6 +97,8 @@ class Record:
         self.length = self.prompt = past + length
         # How many tokens the forward under way reads, and the layer that was met last in it.
         self.reads, self.met = length, -1
+        # How many of them, the last ones, may be all that a layer reads, and the first row that is captured.
+        self.kept, self.lowest = kept, int(rows.columns.min()) - past
         # Why its maps are no maps: what was found in a forward, and what a device knows and is asked for at the end.
         self.refused: ValueError | None = None
         self.doubts = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DOUBTS}
@@ -107,7 +114,7 @@ class Record:
     def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
         """Prepare for a decode step: `seen` tokens stand in the cache then, row `column` of the query is captured."""
         self.step += 1
-        self.reads, self.met = column + 1, -1
+        self.reads, self.met, self.lowest = column + 1, -1, column
         self.length = seen
         self.seen.fill_(seen)
         self.pending = None
@@ -175,14 +182,15 @@ class Record:
         query, key = query.detach(), key.detach()
         self._check(index, query, key, told)
         _, heads, length, size = query.shape
-        like = (told.scale, told.softcap, key.shape[2], told.window)
+        like = (told.scale, told.softcap, key.shape[2], told.window, length)
+        picked = self.rows if length == self.reads else self.rows - (self.reads - length)
         pending = self.pending
         if pending is None or not pending.takes(index, like, attention_mask):
             self._flush()
-            pending = self._batch(index, module, like, attention_mask, length, told)
+            pending = self._batch(index, module, like, attention_mask, picked, length, told)
             self.pending = pending
         if length > 1 or self.rows.shape[1] > 1:
-            query = query.gather(2, self.rows[:, None, :, None].expand(-1, heads, -1, size))
+            query = query.gather(2, picked[:, None, :, None].expand(-1, heads, -1, size))
         pending.query.append(query)
         pending.key.append(key)
         if told.sink is not None:
@@ -202,7 +210,8 @@ class Record:
         if told.paged is not None:
             raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
         batch, _, rows, _ = query.shape
-        if batch != self.tokens.shape[0] or rows != self.reads:
+        whole = rows == self.reads or (rows == self.kept and self.lowest >= self.reads - rows >= 0)
+        if batch != self.tokens.shape[0] or not whole:
             raise ValueError(
                 f"layers: layer {layer} has {batch} x {rows} rows, the model was given {self.tokens.shape[0]} x "
                 f"{self.reads} tokens: tokens were dropped or added inside the forward, so the columns of a map are "
@@ -225,19 +234,20 @@ class Record:
         self,
         index: int,
         module: nn.Module,
-        like: tuple[float, float, int, int | None],
+        like: _Like,
         attention_mask: Any,
+        picked: torch.Tensor,
         length: int,
         told: names.AttentionOptions,
     ) -> _Batch:
-        _, _, keys, window = like
+        keys, window = like[2:4]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, attention_mask, keys)
         refuse_packed(implementation, attention_mask, told.segments, told.positions, length)
         seen = visible(
             implementation,
             attention_mask,
-            self.rows,
+            picked,
             length,
             keys,
             causal=names.is_causal(module) if told.causal is None else told.causal,
@@ -262,7 +272,7 @@ class Record:
         self.pending = None
         if pending is None:
             return
-        scale, softcap, _, _ = pending.like
+        scale, softcap = pending.like[:2]
         torch.ops.carve_kernels.capture_layers(
             pending.query, pending.key, pending.tokens, pending.mask, pending.positions, pending.sink, scale, softcap,
             pending.window or 0, self.slot, pending.first, self.backend, *self.target,
@@ -302,8 +312,8 @@ class Record:
                 f"layers: nothing was captured in layers {missing}; their attention was not called in the captured "
                 "forward (was the implementation switched inside the session?)"
             )
-        # All tokens out of a row's window give exactly 0: the map is missing, it is not black.
-        valid &= alive[:, None, :, None] & ((mass != 0) | ~used.any(-1)[:, None, None, None])
+        # All tokens out of a row's window give exactly 0: the map is missing, it is not black. So is that of no tokens.
+        valid &= alive[:, None, :, None] & (mass != 0)
         values[~valid], mass[~valid], spread[~valid] = 0.0, 0.0, 0.0
         kept = int(alive[:, :finished].any(0).nonzero()[-1]) + 1
         return AttentionMaps(

@@ -158,6 +158,11 @@ class CaptureSession:
         if self._stack is not None:
             self._stack.close()
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise TypeError(
+            "model: neither it nor a part of it can be copied or pickled inside capture_attention; do that before, or after"
+        )
+
     def record(self, index: int, *call: Any) -> None:
         """Called by the attention of a captured layer."""
         record = self._planner.record
@@ -188,7 +193,9 @@ class CaptureSession:
 
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     """The layers argument as ascending numbers: the order in which a forward meets them."""
-    return tuple(range(depth)) if layers == "all" else tuple(sorted(layers_of(layers, depth)))
+    return (
+        tuple(range(depth)) if isinstance(layers, str) and layers == "all" else tuple(sorted(layers_of(layers, depth)))
+    )
 
 
 def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device | None:
