@@ -147,7 +147,11 @@ def check_call(implementation: str, given: Mapping[str, Any], length: int) -> No
     masks = given.get("attention_mask")
     for mask in masks.values() if isinstance(masks, dict) else (masks,):
         check_mask(implementation, mask)
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or not mask.is_floating_point():
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+            continue
+        if mask.shape[2] not in (1, length):
+            raise ValueError(f"attention_mask: expected one of {length} rows, got {checks.describe(mask)}")
+        if not mask.is_floating_point():
             continue
         # To read a mask of a step would wait for its device each time; the record asks once, at the end.
         if (length > 1 or mask.device.type == "cpu") and bool(_steered(mask)):

@@ -160,7 +160,7 @@ class CaptureSession:
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         raise TypeError(
-            "model: neither it nor a part of it can be copied or pickled inside capture_attention; do that before, or after"
+            "model: neither it nor a part of it can be copied or pickled inside capture_attention; do that before it"
         )
 
     def record(self, index: int, *call: Any) -> None:
