@@ -42,7 +42,7 @@ def capture(
     ===========  ================  ==================  =============================================================
     query        float             [B, A, R, D]        the captured rows, any strides
     key          as query          [B, KV, S, D]       all keys, any strides; A is a multiple of KV
-    tokens       int32, int64      [B, N]              columns of the visual tokens; -1 and other strays are padding
+    tokens       int32, int64      [B, N]              columns of the visual tokens; -1 is padding
     scale        float                                 factor of the logits, usually D ** -0.5
     mask         bool              [B, 1 or A, R, S]   True where a row sees a key
     positions    int32, int64      [B, R]              last key that a row sees, instead of a mask
@@ -52,7 +52,7 @@ def capture(
     lse          float             [B, A, R]           natural log-sum-exp of the logits, where it is known already
     heads        str                                   "mean" over the heads, or "each" head by itself
     out          Capture                               tensors to write into, of the shapes below
-    check        bool                                  look for NaN and a wrong lse; the default does so on a CPU only
+    check        bool                                  look for NaN, strays and a wrong lse; by default on a CPU only
     ===========  ================  ==================  =============================================================
 
     Returns Capture(maps [B, R, N] or [B, A, R, N], mass [B, R], entropy [B, R]) in float32 (float64 for float64
@@ -73,7 +73,7 @@ def capture(
         out=out,
     )  # fmt: skip
     if check or (check is None and query.device.type == "cpu"):
-        check_values(query, key, scale, mask, positions, softcap, window, sink, lse)
+        check_values(query, key, tokens, scale, mask, positions, softcap, window, sink, lse)
     result: Capture = room.forward(
         query, key, tokens,
         scale=scale, mask=mask, positions=positions, softcap=softcap, window=window, sink=sink, lse=lse, heads=heads,

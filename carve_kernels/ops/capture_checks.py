@@ -103,6 +103,7 @@ def check_outputs_device(query: torch.Tensor, out: Capture) -> None:
 def check_values(
     query: torch.Tensor,
     key: torch.Tensor,
+    tokens: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
@@ -111,7 +112,14 @@ def check_values(
     sink: torch.Tensor | None,
     lse: torch.Tensor | None,
 ) -> None:
-    """NaN in the query, and an lse under which the first row's probabilities do not sum to 1."""
+    """NaN in the query, tokens that are no keys, and an lse under which the first row's probabilities miss 1."""
+    if tokens.numel() and key.shape[2]:
+        lowest, highest = (int(end) for end in tokens.aminmax())
+        if lowest < -1 or highest >= key.shape[2]:
+            raise ValueError(
+                f"tokens: expected columns from 0 to {key.shape[2] - 1}, and -1 for padding, got some from {lowest} to "
+                f"{highest}"
+            )
     # A sum is one operator where `isfinite` is four; only one that overflows needs the second look.
     if not math.isfinite(torch.sum(query).item()) and not bool(torch.isfinite(query).all()):
         raise ValueError("query: expected finite values, got NaN or inf among them")

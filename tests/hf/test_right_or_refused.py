@@ -97,7 +97,14 @@ class World:
         rows = torch.full((self.batch,), ids.shape[1] - 1)
         if first and padded:
             rows = torch.stack([row.nonzero()[-1, 0] for row in talk.attended()])
-        truth = truth_of(self.twin, talk, arguments, rows)
+        try:
+            truth = truth_of(self.twin, talk, arguments, rows)
+        except RuntimeError:
+            # A mask of the model's own may not fit to keys that were cut out of one layer.
+            with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+                self.model(**arguments, past_key_values=talk.cache)
+            self.talks = [other for other in self.talks if other is not talk]
+            return
         sane = talk.broken is None and name != "biased" and (name, self.implementation) != ("bool", "eager")
         try:
             with torch.no_grad():

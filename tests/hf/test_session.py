@@ -205,10 +205,14 @@ def test_buffers_grow_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(session.maps.values[:, :, :, 0], eager("llava", 3, "dynamic")[1], rtol=1e-4, atol=1e-7)
 
 
-def test_max_steps_bounds_what_is_kept() -> None:
+def test_max_steps_bounds_what_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
+    with capture_attention(model, layers="all", max_steps=STEPS):
+        generate(model, inputs)
+    assert "max_steps" not in caplog.text
     with capture_attention(model, layers="all", max_steps=2) as session:
         generate(model, inputs)
+    assert [record.levelname for record in caplog.records if "max_steps" in record.message] == ["WARNING"]
     assert session.maps.steps == (0, 1)
     assert torch.allclose(session.maps.values[:, :, :, 0], eager("llava", 1, "dynamic")[1][:, :, :2], rtol=1e-4)
     with capture_attention(model, layers="all", max_steps=1) as session:

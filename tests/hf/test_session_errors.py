@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from carve_kernels import capture_attention, layout_of
+from carve_kernels import Preset, VisualLayout, capture_attention, layout_of
 from tests.hf.looks import PICTURES, TEXTS, family, generate, inputs_of, state
 from tests.hf.tiny import inputs_for, tiny_llama, tiny_llava
 
@@ -24,6 +28,12 @@ AT_ONCE: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "backend": (ValueError, "backend: expected one of", {"backend": "torch"}),
     "tokens text": (TypeError, "tokens: expected a VisualLayout", {"tokens": "image"}),
     "tokens empty": (ValueError, "tokens: expected at least one column", {"tokens": []}),
+    "tokens below -1": (ValueError, "tokens: expected columns from 0 on", {"tokens": [3, -2]}),
+    "tokens all padding": (ValueError, "tokens: expected columns from 0 on", {"tokens": [-1, -1]}),
+    "tokens of a bool array": (ValueError, "tokens: expected at least one column", {"tokens": np.array([True])}),
+    "tokens of no view": (ValueError, "tokens: expected a VisualLayout", {"tokens": VisualLayout(((),), ((),))}),
+    "layers of a float array": (TypeError, r"layers\[0\]: expected an integer", {"layers": np.array([1.0])}),
+    "layers of a bool tensor": (TypeError, r"layers\[0\]: expected an integer", {"layers": torch.tensor([True])}),
     "tokens float": (ValueError, "tokens: expected at least one column", {"tokens": torch.zeros(3)}),
 }
 
@@ -36,6 +46,43 @@ def test_refused_at_once(name: str) -> None:
     with pytest.raises(error, match=message):
         capture_attention(model, **{"layers": [0], **options})
     assert state(model) == before
+
+
+@pytest.mark.parametrize("layers", [np.arange(1, 3), np.array([-3, 2]), torch.tensor([1, 2]), range(1, 3), (1, 2)])
+def test_layers_come_as_numbers_of_any_kind(layers: Any) -> None:
+    model = family("llava")[0]
+    assert capture_attention(model, layers=layers).layers == (1, 2)
+    assert capture_attention(model, layers=layers[0]).layers == (1,)
+    assert Preset(layers=layers).layers == Preset(layers=tuple(int(layer) for layer in layers)).layers
+
+
+@pytest.mark.parametrize("tokens", [np.arange(5, 9), torch.arange(5, 9), range(5, 9), [5, 6, 7, 8]])
+def test_tokens_come_as_numbers_of_any_kind(tokens: Any) -> None:
+    with capture_attention(family("llava")[0], layers=[0], tokens=tokens) as session:
+        generate(family("llava")[0], inputs_of("llava", 1), steps=1)
+    assert session.maps.tokens.tolist() == [[5, 6, 7, 8]]
+
+
+def test_a_row_without_tokens_has_no_map() -> None:
+    with capture_attention(
+        family("llava")[0], layers=[0], tokens=torch.tensor([[40, 41], [-1, -1], [42, -1]])
+    ) as session:
+        generate(family("llava")[0], inputs_of("llava", 3), steps=1)
+    assert session.maps.valid[:, 0, 0, 0].tolist() == [True, False, True]
+
+
+def test_a_model_is_not_copied_inside_a_session() -> None:
+    """What stands on it is bound to it: the copy's generate would run the model itself."""
+    model = family("llava")[0]
+    copies = (copy.deepcopy, pickle.dumps, lambda part: torch.save(part, io.BytesIO()))
+    before = state(model)
+    with capture_attention(model, layers=[0]):
+        for copied in copies:
+            for part in (model, model.model.language_model):
+                with pytest.raises(TypeError, match=r"^model: "):
+                    copied(part)
+    assert state(model) == before
+    assert generate(copy.deepcopy(model), inputs_of("llava", 1)).sequences.shape[0] == 1
 
 
 def test_no_model() -> None:

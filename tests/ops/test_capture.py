@@ -159,6 +159,14 @@ def test_what_is_not_finite_shows_in_every_row_that_sees_it(room: str, wrong: fl
             assert torch.allclose(part[~hit], right[~hit], rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("stray", [[-2, 0], [4, 1], [2**31 - 1, 0], [4, 5]])
+def test_tokens_that_are_no_keys(stray: list[int]) -> None:
+    query, key = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 4, 32)
+    with pytest.raises(ValueError, match=r"^tokens: "):
+        capture(query, key, torch.tensor([stray]), scale=0.1)
+    assert not capture(query, key, torch.tensor([stray]), scale=0.1, check=False).maps[..., 0].any()
+
+
 @pytest.mark.parametrize("view", ["mask", "positions"])
 def test_huge_logits_pick_one_key(room: str, view: str) -> None:
     case, arguments, options = arguments_of("plain", view=view)
