@@ -12,7 +12,7 @@ import torch
 from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
-from carve_kernels.ops.zoom import to_rgb, zoom
+from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size, float64_device
 
@@ -102,12 +102,14 @@ def carve(
     after it; `keep` is then a share of the rectangle around all of them. A degenerate map (no steps, constant, all 0)
     keeps the whole image: refined = the original, and `reason` says why.
 
-    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image.
+    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image and for a picture
+    with an EXIF orientation, since nobody knows whether the maps are of its pixels as stored or of the turned ones.
 
     Source: the pipeline of CARVE (arXiv 2509.06461); the presets name the values of the paper and of its release.
     """
     settings = Preset.of(preset)
     original = to_rgb("image", image)
+    refuse_turned("image", image)
     several = is_several(grid)
     grids: Any = list(grid) if several else [grid]
     boxes: Any = [None] * len(grids) if box is None else list(box) if is_several(box) else [box]

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
-from carve_kernels.ops.zoom import to_rgb
+from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
 
+# Where Pillow looks for an orientation, in the order in which it does.
+_NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # What makes a picture of an orientation upright.
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -34,6 +35,8 @@ _PILLOW_LIMIT = threading.Lock()
 
 def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Open an image as an upright RGB picture: EXIF-transposed, transparency over white, 16 bits scaled to 8.
+
+    The picture has none of the file's EXIF and XMP notes, so nobody turns it again.
 
     Raises ValueError if the file is missing, is no image or is cut off, if its pixels are floating-point, or if it has
     more than `max_image_pixels`; TypeError for anything that is neither a path nor a PIL image.
@@ -144,15 +147,13 @@ def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "
             "shrink it first"
         )
-    return to_rgb("image", _upright(image))
+    picture = to_rgb("image", _upright(image))
+    for note in _NOTES:
+        picture.info.pop(note, None)
+    return picture
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """A copy as of ImageOps.exif_transpose, which also writes the picture's notes anew and fails at damaged ones."""
-    image.load()
-    try:
-        turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
-    except Exception:
-        # Notes that cannot be read say nothing.
-        turn = None
+    turn = _TURNS.get(orientation(image))
     return image.copy() if turn is None else image.transpose(turn)

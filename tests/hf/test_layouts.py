@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from carve_kernels import layout_of
 from carve_kernels.hf.backbone import image_token_positions
@@ -95,15 +96,40 @@ def test_images_as_sizes_as_one_image_and_under_a_wrapper(llava: tuple[Any, Any]
         assert torch.equal(view.tokens, expected.tokens)
 
 
-def test_sizes_are_those_of_the_upright_picture(llava: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_picture_that_may_have_been_turned_is_refused(family: tuple[Any, Any], orientation: int) -> None:
+    model, processor = family
+    tagged = tiny.picture(120, 60)
+    tagged.getexif()[0x0112] = orientation
+    inputs = tiny.inputs_for(processor, [tagged], ["x"])
+    with pytest.raises(ValueError, match=r"^images: .*exif_transpose"):
+        layout_of(model, processor, inputs, [tagged])
+    stored = layout_of(model, processor, inputs, [(60, 120)])
+    upright = ImageOps.exif_transpose(tagged)
+    turned = layout_of(model, processor, tiny.inputs_for(processor, [upright], ["x"]), [upright])
+    assert (stored.sizes, turned.sizes) == ((((60, 120),),), (((upright.height, upright.width),),))
+
+
+@pytest.mark.parametrize("notes", [{}, {0x0112: 1}, {0x0112: 0}, {0x0112: 9}, {0x0131: "camera"}])
+def test_notes_that_turn_nothing_are_no_matter(llava: tuple[Any, Any], notes: dict[int, Any]) -> None:
     model, processor = llava
-    sideways = tiny.picture(60, 120)
-    sideways.getexif()[0x0112] = 6
-    upright = sideways.transpose(Image.Transpose.ROTATE_270)
-    inputs = tiny.inputs_for(processor, [upright], ["x"])
-    layout = layout_of(model, processor, inputs, [sideways])
-    assert layout.sizes == (((60, 120),),)
-    assert layout.views[0][0].box == (30, 0, 90, 60)
+    image = tiny.picture(120, 60)
+    image.getexif().update(notes)
+    assert layout_of(model, processor, tiny.inputs_for(processor, [image], ["x"]), [image]).sizes == (((60, 120),),)
+
+
+def test_a_file_that_its_decoder_turns_has_the_size_that_the_processor_saw(
+    llava: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, processor = llava
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tiny.picture(120, 60).save(tmp_path / "turned.tiff", exif=exif)
+    with Image.open(tmp_path / "turned.tiff") as image, Image.open(tmp_path / "turned.tiff") as again:
+        inputs = tiny.inputs_for(processor, [image], ["x"])
+        for each in (image, again):
+            layout = layout_of(model, processor, inputs, [each])
+            assert (layout.sizes, layout.views[0][0].box) == ((((120, 60),),), (0, 30, 60, 90))
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 3), (3, 1), (2, 5)])

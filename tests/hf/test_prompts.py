@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.prompts import build_prompt, open_image, prepare
 from tests.hf import tiny
+from tests.hf.looks import FORMATS, tagged_photo
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,40 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert np.asarray(opened)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = tiny.picture(40, 24)
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_goes_with_the_turn(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = tagged_photo(tmp_path / f"turned.{suffix}", orientation)
+    with Image.open(path) as stored:
+        upright = ImageOps.exif_transpose(stored).convert("RGB")
+    first = open_image(path)
+    with Image.open(path) as stored:
+        assert open_image(stored).tobytes() == first.tobytes()
+    assert (first.size, first.tobytes()) == (upright.size, upright.tobytes())
+    # What is opened once more, or was written and is read again, stays as it is.
+    assert open_image(first).tobytes() == first.tobytes()
+    first.save(tmp_path / "again.png")
+    assert open_image(tmp_path / "again.png").tobytes() == first.tobytes()
+    assert first.transpose(Image.Transpose.ROTATE_90).getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("key", ["exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"])
+def test_an_orientation_is_taken_away_wherever_pillow_finds_it(key: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-    opened = open_image(tmp_path / "turned.png")
-    assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    exif[0x0112] = 3
+    xmp = '<rdf:Description tiff:Orientation="3"/>'
+    values = {
+        "exif": exif.tobytes(),
+        "Raw profile type exif": "\nexif\n  10\n" + exif.tobytes().hex(),
+        "XML:com.adobe.xmp": xmp,
+        "xmp": xmp.encode(),
+    }
+    image = tiny.picture(40, 24)
+    image.info[key] = values[key]
+    opened = open_image(image)
+    assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_180).tobytes()
+    assert opened.getexif().get(0x0112) is None and open_image(opened).tobytes() == opened.tobytes()
+    assert image.info[key] == values[key]
 
 
 def test_the_given_image_is_not_changed() -> None:

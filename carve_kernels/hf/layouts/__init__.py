@@ -16,6 +16,7 @@ from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
 from carve_kernels.hf.layouts.placing import Place, Placing
+from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
 FAMILIES: dict[str, Place] = {
@@ -23,9 +24,6 @@ FAMILIES: dict[str, Place] = {
     "qwen2_vl": merged_grid.place,
     "qwen2_5_vl": merged_grid.place,
 }
-
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
@@ -36,13 +34,14 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     ======  ==========================================================================================
     inputs  what the processor returned: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
-            An image is a PIL image or a pair (height, width), of the upright picture (EXIF-transposed)
+            An image is the PIL image that the processor was given, or its (height, width)
     ======  ==========================================================================================
 
     A box is in pixels of that picture, and reaches outside of it where the processor padded it.
 
     Raises ValueError if the family is not supported, no image is in the prompt, the images do not match the prompt,
-    or the image tokens do not fit the grid.
+    the image tokens do not fit the grid, or an image has an EXIF orientation: whether the processor turned it depends
+    on how it was called.
     """
     config = unwrap(model).config
     place = FAMILIES.get(config.model_type)
@@ -100,7 +99,7 @@ def _by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
             f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
             "images a row, in the order of the prompt"
         )
-    return tuple(tuple(_upright_size(image) for image in row) for row in nested)
+    return tuple(tuple(_size(image) for image in row) for row in nested)
 
 
 def _is_image(value: Any) -> bool:
@@ -109,9 +108,8 @@ def _is_image(value: Any) -> bool:
     )
 
 
-def _upright_size(image: Any) -> Size:
+def _size(image: Any) -> Size:
     if not isinstance(image, Image.Image):
         return check_size("images", image)
-    if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
-        return image.width, image.height
+    refuse_turned("images", image)
     return image.height, image.width
