@@ -98,8 +98,8 @@ def prepare(
 ) -> Any:
     """Model inputs of one row from its images and its prompt, as `build_prompt` makes it.
 
-    `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin); processors
-    of a fixed size ignore it. The processor itself is not changed.
+    `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin), and never
+    raises the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
@@ -108,12 +108,11 @@ def prepare(
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
-    size = dict(getattr(processor.image_processor, "size", None) or {})
-    if max_pixels is not None and set(size) == {"shortest_edge", "longest_edge"}:
-        longest = integer("max_pixels", max_pixels, low=1)
-        settings["images_kwargs"] = {
-            "size": {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
-        }
+    bounds = (
+        None if max_pixels is None else _bounds(processor.image_processor, integer("max_pixels", max_pixels, low=1))
+    )
+    if bounds is not None:
+        settings["images_kwargs"] = bounds
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
         # The template has put it there; the tokenizer would put another one before it.
@@ -124,6 +123,23 @@ def prepare(
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
+    """The sizes for a call of an image processor that bounds the pixels of an image, None for another one."""
+    size = dict(getattr(settings, "size", None) or {})
+    if set(size) != {"shortest_edge", "longest_edge"}:
+        return None
+    # Each edge is a number of pixels here. Attributes of these names go before the size, in every call.
+    given = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
+    least, most = given["min_pixels"] or size["shortest_edge"], given["max_pixels"] or size["longest_edge"]
+    longest = min(most or max_pixels, max_pixels)
+    shortest = min(least or longest, longest)
+    found: dict[str, Any] = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
+    for name, value in (("min_pixels", shortest), ("max_pixels", longest)):
+        if given[name] is not None:
+            found[name] = value
+    return found
 
 
 def _opened(path: Path, limit: int) -> Image.Image:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from carve_kernels import CarveEngine
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.prompts import build_prompt, open_image, prepare
 from tests.hf import tiny
@@ -215,6 +216,39 @@ def test_max_pixels_bounds_the_grid_and_leaves_the_processor_alone() -> None:
     assert int(free.prod()) * 14 * 14 > 56 * 56 * 4
     with pytest.raises(ValueError, match="max_pixels"):
         prepare(processor, [image], prompt, max_pixels=0)
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels`:FutureWarning")
+@pytest.mark.parametrize("style", ["size", "attributes"])
+@pytest.mark.parametrize("make", [tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+def test_the_smaller_of_two_bounds_holds(make: Any, style: str) -> None:
+    image, (_, processor) = tiny.picture(400, 200), make()
+
+    def pixels(least: int, most: int, max_pixels: int | None) -> int:
+        if style == "size":
+            processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
+        else:
+            processor.image_processor.min_pixels, processor.image_processor.max_pixels = least, most
+        inputs = prepare(processor, [image], build_prompt(processor, "x"), max_pixels=max_pixels)
+        return int(inputs["image_grid_thw"].prod()) * 14 * 14
+
+    small, large = 28 * 28 * 10, 28 * 28 * 60
+    unbounded = pixels(28 * 28, small, None)
+    assert unbounded <= small
+    # A bound of ours changes nothing where the processor's own is smaller, and takes its place where it is larger.
+    assert pixels(28 * 28, small, large) == pixels(28 * 28, small, 2 * large) == unbounded
+    assert pixels(28 * 28, large, small) == unbounded < pixels(28 * 28, large, None)
+    # An upper bound goes before a lower one, whoever they are of.
+    assert pixels(large, 2 * large, small) <= small and pixels(large, small, 2 * large) <= small
+
+
+def test_the_engine_keeps_a_processors_own_bound() -> None:
+    model, processor = tiny.tiny_qwen2_vl()
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}
+    own = int(prepare(processor, [tiny.picture(400, 200)], build_prompt(processor, "x"))["image_grid_thw"].prod()) // 4
+    preset = {"layers": [1], "max_new_tokens": 1, "max_pixels": 448 * 448}
+    result = CarveEngine(model, processor, preset=preset)(tiny.picture(400, 200), "what digit is red")
+    assert result.task.values.shape[-1] == result.general.values.shape[-1] == own <= 12
 
 
 def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, Any]) -> None:
