@@ -80,7 +80,7 @@ def batch(
     options.check_machine(dtype, backend)
     if memory is not None:
         # As a Path, an empty one would be the folder in which the command runs.
-        checks.text("memory", memory)
+        checks.filled("memory", memory)
     asked = read(input)
     if model is None:
         model = SMALL

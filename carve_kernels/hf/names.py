@@ -32,6 +32,7 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _IMAGE_IDS = ("image_token_id", "image_token_index")
 _VIDEO_IDS = ("video_token_id", "video_token_index")
+_AROUND_IMAGE = ("<|vision_start|>", "<|vision_end|>")
 _TOWER = "mm_encoder_outputs"
 # What a vision tower also returns, and no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
@@ -342,6 +343,15 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
     return {_TOWER: {"image": type(output)(**read)}}
+
+
+def image_in_text(processor: Any) -> str:
+    """What stands for an image in a prompt without a template. Known in: 5.12 to 5.24."""
+    tokenizer, token = processor.tokenizer, processor.image_token
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND_IMAGE]
+    if None in marks or tokenizer.unk_token_id in marks:
+        return f"{token}\n"
+    return str(token).join(_AROUND_IMAGE)
 
 
 def processor_class(family: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
+from carve_kernels.hf import names
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -68,25 +70,61 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
 
 
 def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
-    """The prompt for `n_images` images and a text, by the processor's chat template where it has one.
+    """The prompt for `n_images` images and a text, by the chat template of the processor, or else of its tokenizer.
 
-    Raises ValueError if the text is empty or holds the image token, or if the template drops images.
+    A template for texts, which takes no list of parts, gets the images' tokens before the text, as where there is no
+    template at all.
+
+    Raises ValueError if the text is empty or holds the image token, if the template drops images or the text, or if
+    there are several templates and none is the default.
     """
     check_text("text", text)
     count = integer("n_images", n_images, low=0)
     token = processor.image_token
     if token in text:
         raise ValueError(f"text: holds the image token {token!r}, which stands for an image; take it out")
-    if not getattr(processor, "chat_template", None):
-        return f"{token}\n" * count + text
-    content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    prompt: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    if prompt.count(token) != count:
-        raise ValueError(
-            f"processor: its chat template put {prompt.count(token)} image(s) in the prompt, expected {count}"
-        )
-    return prompt
+    flat = names.image_in_text(processor) * count + text
+    template = template_of(processor)
+    if template is None:
+        return flat
+    parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
+    faults: list[str] = []
+    for content in (parts, flat):
+        try:
+            prompt: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:
+            # A template for texts cannot add a list to a text, or finds a method of texts missing.
+            faults.append(f"fails ({error})")
+            continue
+        fault = _fault(prompt, token, count, text)
+        if fault is None:
+            return prompt
+        faults.append(fault)
+    raise ValueError(f"processor: its chat template {faults[0]}")
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several by name the default one.
+
+    Raises ValueError if there are several and none is the default.
+    """
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, Mapping) and found:
+            if "default" not in found and len(found) > 1:
+                raise ValueError(
+                    f"processor: expected a chat template named default, got {', '.join(map(repr, found))}; set "
+                    "processor.chat_template to one of them"
+                )
+            found = found.get("default") or next(iter(found.values()))
+        if found:
+            return str(found)
+    return None
 
 
 def prepare(
@@ -123,6 +161,16 @@ def prepare(
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def _fault(prompt: str, token: str, count: int, text: str) -> str | None:
+    """What is wrong with a prompt that a chat template made, or None."""
+    # A template for texts may write a list of parts as Python or JSON does.
+    if any(prompt.count(key) > text.count(key) for key in ("'type'", '"type"')):
+        return "writes parts of a message as they are"
+    if prompt.count(token) != count:
+        return f"put {prompt.count(token)} image(s) in the prompt, expected {count}"
+    return None if text.strip() in prompt else "leaves the text out"
 
 
 def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:

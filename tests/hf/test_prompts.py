@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from carve_kernels import CarveEngine
+from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.prompts import build_prompt, open_image, prepare
 from tests.hf import tiny
@@ -170,6 +170,74 @@ def test_prompt_without_a_template_and_with_one_that_drops_images(llava: tuple[A
     processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
     with pytest.raises(ValueError, match=r"chat template put 0 image\(s\) in the prompt, expected 1"):
         build_prompt(processor, "x")
+
+
+TEXTS_ALONE = [
+    "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:",
+    "{% for m in messages %}USER: {{ m['content'] | trim }} {% endfor %}ASSISTANT:",
+    "{% for m in messages %}{{ 'USER: ' + m['content'].strip() + ' ' }}{% endfor %}ASSISTANT:",
+    "{% for m in messages %}{{ 'USER: ' + m['content'] + ' ' }}{% endfor %}ASSISTANT:",
+]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_that_only_the_tokenizer_has_is_used(family: tuple[Any, Any], named: bool) -> None:
+    processor = copy.copy(family[1])
+    processor.tokenizer = copy.copy(processor.tokenizer)
+    own = processor.chat_template
+    processor.chat_template = None
+    processor.tokenizer.chat_template = {"default": own, "tool_use": "no"} if named else own
+    for count in (0, 1, 2):
+        assert build_prompt(processor, "what digit is red", count) == build_prompt(
+            family[1], "what digit is red", count
+        )
+    # The processor's own goes first.
+    processor.chat_template = own.replace("assistant", "helper").replace("ASSISTANT", "HELPER")
+    assert "helper" in build_prompt(processor, "what digit is red").lower()
+
+
+@pytest.mark.parametrize("owner", ["processor", "tokenizer"])
+@pytest.mark.parametrize("template", TEXTS_ALONE)
+def test_a_template_for_texts_gets_the_images_in_the_text(family: tuple[Any, Any], template: str, owner: str) -> None:
+    processor = copy.copy(family[1])
+    processor.tokenizer = copy.copy(processor.tokenizer)
+    processor.chat_template = template if owner == "processor" else None
+    processor.tokenizer.chat_template = template if owner == "tokenizer" else None
+    mark = "<image>\n" if "<image>" in processor.image_token else "<|vision_start|><|image_pad|><|vision_end|>"
+    for count in (0, 1, 2):
+        assert build_prompt(processor, "it's red", count) == f"USER: {mark * count}it's red ASSISTANT:"
+    processor.chat_template = processor.tokenizer.chat_template = None
+    assert build_prompt(processor, "it's red", 2) == f"{mark * 2}it's red"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"rag": "a", "tool_use": "b"},
+        "<image> of nothing",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]['content'] | tojson }}<image>",
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused(llava: tuple[Any, Any], template: Any) -> None:
+    processor = copy.copy(llava[1])
+    processor.chat_template = template
+    with pytest.raises(ValueError, match=r"^processor: "):
+        build_prompt(processor, "what digit is red")
+
+
+@pytest.mark.parametrize("half", ["\ud800", "red \udfff?", "\ud83d\ude00"])
+def test_halves_of_characters_are_refused_by_name(llava: tuple[Any, Any], half: str) -> None:
+    engine = CarveEngine(*llava, preset={"layers": [1]})
+    with pytest.raises(ValueError, match=r"^question: "):
+        engine(tiny.picture(60, 60), half)
+    with pytest.raises(ValueError, match=r"^prompt: "):
+        engine(tiny.picture(60, 60), "x", f"<image>{half}")
+    with pytest.raises(ValueError, match=r"^text: "):
+        build_prompt(llava[1], half)
+    for name in ("general_prompt", "suffix"):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            Preset.paper(**{name: half})
 
 
 def test_bad_texts(llava: tuple[Any, Any]) -> None:
