@@ -345,6 +345,11 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
     return {_TOWER: {"image": type(output)(**read)}}
 
 
+def class_tokens(vision_config: Any) -> int | None:
+    """How many tokens a vision tower puts before its patches, None where that is not known. Known in: 5.12 to 5.24."""
+    return {"clip_vision_model": 1, "siglip_vision_model": 0}.get(vision_config.model_type)
+
+
 def image_in_text(processor: Any) -> str:
     """What stands for an image in a prompt without a template. Known in: 5.12 to 5.24."""
     tokenizer, token = processor.tokenizer, processor.image_token

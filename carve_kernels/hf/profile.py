@@ -16,6 +16,7 @@ from carve_kernels.backends import ROOMS
 from carve_kernels.files import write_whole
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.evidence import SCORE, Cell, Choice, Tally, tokens_of
+from carve_kernels.hf.layouts import check_processor
 from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.row_maps import RowReader, Seen
@@ -149,6 +150,7 @@ def profile(
     Source: ours; the entropy profile is that of CARVE, arXiv 2509.06461.
     """
     base = preset_of(unwrap(model), preset, None)
+    check_processor(model, processor)
     wanted = [checks.choice(f"steps[{place}]", step, STEPS) for place, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
     pictures = _pictures(probes)

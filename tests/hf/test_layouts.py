@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from carve_kernels import layout_of
+from carve_kernels import CarveEngine, layout_of
 from carve_kernels.hf.backbone import image_token_positions
+from carve_kernels.hf.profile import Probe, profile
 from tests.hf import tiny
 
 TEXTS = ["what digit is red", "x", "Write a general description of the image."]
@@ -201,12 +203,49 @@ def test_one_token_too_many(llava: tuple[Any, Any]) -> None:
         layout_of(model, processor, inputs, [PICTURES[0]])
 
 
-def test_a_processor_that_drops_a_patch_as_if_it_were_a_class_token() -> None:
+FAULTS = [
+    ("patch_size", {"patch_size": None}),
+    ("patch_size", {"patch_size": 16}),
+    ("vision_feature_select_strategy", {"vision_feature_select_strategy": None}),
+    ("vision_feature_select_strategy", {"vision_feature_select_strategy": "full"}),
+    ("num_additional_image_tokens", {"num_additional_image_tokens": 0}),
+    ("patch_size", {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0}),
+    ("its image token", {"image_token_id": 5}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), FAULTS)
+def test_settings_of_a_processor_that_do_not_fit_the_model_are_named(name: str, settings: dict[str, Any]) -> None:
     model, processor = tiny.tiny_llava()
-    processor.num_additional_image_tokens = 0
     inputs = tiny.inputs_for(processor, [PICTURES[0]], ["x"])
-    with pytest.raises(ValueError, match=r"35 image tokens.*6 x 6 needs 36"):
+    for key, value in settings.items():
+        setattr(processor, key, value)
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
         layout_of(model, processor, inputs, [PICTURES[0]])
+    # Nothing runs, the processor neither.
+    processor.image_processor, model.forward = None, None
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
+        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
+        profile(model, processor, [Probe(PICTURES[0], "x")], preset={"layers": [1]})
+
+
+@pytest.mark.parametrize("name", ["patch_size", "merge_size"])
+def test_settings_of_an_image_processor_that_do_not_fit_the_model_are_named(name: str) -> None:
+    model, processor = tiny.tiny_qwen2_5_vl()
+    setattr(processor.image_processor, name, 28)
+    with pytest.raises(ValueError, match=rf"^processor: image_processor\.{name} is 28"):
+        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+
+
+def test_an_old_processor_that_counts_right_by_itself_is_taken(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    older = copy.copy(processor)
+    older.vision_feature_select_strategy, older.num_additional_image_tokens = None, 0
+    expected, found = (tiny.inputs_for(each, [PICTURES[0]], ["x"]) for each in (processor, older))
+    assert torch.equal(expected["input_ids"], found["input_ids"])
+    views = [layout_of(model, each, found, [PICTURES[0]]).views[0][0] for each in (processor, older)]
+    assert torch.equal(views[0].tokens, views[1].tokens) and views[0].box == views[1].box
 
 
 def test_inputs_that_are_not_what_a_processor_returns(family: tuple[Any, Any]) -> None:

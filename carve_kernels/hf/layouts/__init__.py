@@ -15,14 +15,14 @@ from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
-from carve_kernels.hf.layouts.placing import Place, Placing
+from carve_kernels.hf.layouts.placing import Canvas, Kind, Placing
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
-FAMILIES: dict[str, Place] = {
-    "llava": centre_crop.place,
-    "qwen2_vl": merged_grid.place,
-    "qwen2_5_vl": merged_grid.place,
+FAMILIES: dict[str, Kind] = {
+    "llava": centre_crop.KIND,
+    "qwen2_vl": merged_grid.KIND,
+    "qwen2_5_vl": merged_grid.KIND,
 }
 
 
@@ -39,26 +39,52 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
 
     A box is in pixels of that picture, and reaches outside of it where the processor padded it.
 
-    Raises ValueError if the family is not supported, no image is in the prompt, the images do not match the prompt,
-    the image tokens do not fit the grid, or an image has an EXIF orientation: whether the processor turned it depends
-    on how it was called.
+    Raises ValueError if the family is not supported, the processor's settings do not fit the model, no image is in the
+    prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
+    orientation: whether the processor turned it depends on how it was called.
     """
     config = unwrap(model).config
-    place = FAMILIES.get(config.model_type)
-    if place is None:
-        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
+    kind = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("inputs: expected images, got a video, which has no layout yet")
     marks = inputs["input_ids"] == names.image_id(config)
     if not marks.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     sizes = _by_row(images, len(marks))
-    placings = iter(place(config, processor, inputs, [size for row in sizes for size in row]))
+    placings = iter(kind.place(config, processor, inputs, [size for row in sizes for size in row]))
     views = tuple(
         _views(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(placings, len(sizes[number]))))
         for number, row in enumerate(marks)
     )
     return VisualLayout(views, sizes)
+
+
+def check_processor(model: nn.Module, processor: Any) -> Kind:
+    """The kind of layout of a model, whose processor puts as many tokens into a prompt as the model makes.
+
+    Raises ValueError for a family that is not supported, and for a setting of the processor that does not fit.
+    """
+    config = unwrap(model).config
+    kind = FAMILIES.get(config.model_type)
+    if kind is None:
+        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
+    expected = names.image_id(config)
+    found = getattr(processor, "image_token_id", expected)
+    if found != expected:
+        raise ValueError(
+            f"processor: its image token has the id {found}, expected {expected} as in the model's config; "
+            "load the tokenizer that belongs to the model"
+        )
+    kind.check(config, processor)
+    return kind
+
+
+def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
+    """The smallest canvas for an image of (height, width) that the processor shows whole.
+
+    Raises ValueError if there is none.
+    """
+    return check_processor(model, processor).canvas(unwrap(model).config, processor, size)
 
 
 def supported() -> str:
