@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from carve_kernels.cli import options
+from carve_kernels.cli.output import note
 
 
 def run(
@@ -23,6 +24,7 @@ def run(
     top: options.TopOption = None,
     lam: options.LamOption = None,
     max_new_tokens: options.MaxNewTokensOption = None,
+    fit: options.FitOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     attn: options.AttentionOption = None,
@@ -38,6 +40,7 @@ def run(
 
     checks.text("question", question)
     options.check_machine(dtype, backend)
+    options.check_fit(fit)
     name, settings = options.preset_of(
         model,
         preset,
@@ -51,11 +54,15 @@ def run(
     )
     limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
     opened = open_image(image, limit)
-    look(
+    seen = look(
         output,
         Question(opened, question),
         {name: settings},
         lambda: options.load_model(model, dtype, options.device_of(device), attn, allow_pickle),
         backend=backend,
         max_image_pixels=limit,
+        fit=fit,
     )
+    told = options.outside(seen.by_preset[name].unseen)
+    if told is not None:
+        note(told)

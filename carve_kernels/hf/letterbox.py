@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from carve_kernels import checks
 from carve_kernels.hf.layouts import canvas_of, layout_of
 from carve_kernels.hf.layouts.placing import Canvas
 from carve_kernels.types import Box, VisualLayout
@@ -36,6 +37,12 @@ class Letterbox:
         layout = layout_of(self._model, self._processor, inputs, [canvas.size])
         views = tuple(replace(view, box=_shifted(view.box, canvas)) for view in layout.views[0])
         return VisualLayout((views,), (((image.height, image.width),),))
+
+    @classmethod
+    def of(cls, fit: str | None, model: Any, processor: Any, max_image_pixels: int) -> Letterbox | None:
+        """What a way to fit images means: None for the processor's own."""
+        checks.choice("fit", fit, FITS)
+        return None if fit is None else cls(model, processor, max_image_pixels)
 
     @property
     def _colour(self) -> tuple[int, ...]:

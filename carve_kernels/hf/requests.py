@@ -85,7 +85,7 @@ def make_request(
             )
     check_processor(model, processor)
     original = open_image(image, max_image_pixels)
-    letterbox = Letterbox(model, processor, max_image_pixels) if fit == "pad" else None
+    letterbox = Letterbox.of(fit, model, processor, max_image_pixels)
     pictures = Pictures(processor, unwrap(model).device, preset.max_pixels, letterbox)
     asked = build_prompt(processor, question + preset.suffix) if prompt is None else prompt
     inputs, shown = pictures.inputs([original], asked)
