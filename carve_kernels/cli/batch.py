@@ -243,7 +243,8 @@ class _Run:
         warning = options.outside(max(unseen))
         if warning is not None:
             count = sum(options.outside(share) is not None for share in unseen)
-            note(f"in {count} of {len(rows)} questions up to {warning}")
+            told = f"in {count} of {len(rows)} questions up to {warning}"
+            console.print(Text(told, style="yellow"), soft_wrap=True)
         if failed:
             shown = "; ".join(f"line {row['line']}: {row['error']['message']}" for row in failed[:_SHOWN])
             more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""

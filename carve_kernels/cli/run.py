@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import note
 
 
 def run(
@@ -33,6 +32,9 @@ def run(
     max_image_pixels: options.MaxImagePixelsOption = None,
 ) -> None:
     """Ask a local checkpoint about an image, see where it looks, keep that part, and ask again."""
+    from rich.console import Console
+    from rich.text import Text
+
     from carve_kernels import checks
     from carve_kernels.cli.looking import look
     from carve_kernels.cli.report import Question
@@ -65,4 +67,4 @@ def run(
     )
     told = options.outside(seen.by_preset[name].unseen)
     if told is not None:
-        note(told)
+        Console().print(Text(told, style="yellow"), soft_wrap=True)

@@ -308,6 +308,11 @@ def image_id(config: Any) -> int | None:
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
+def image_id_of(processor: Any) -> int | None:
+    """The id under which a processor knows the image token, None where it does not say. Known in: 5.12 to 5.24."""
+    return getattr(processor, "image_token_id", None)
+
+
 def visual_ids(config: Any) -> list[int]:
     """The ids of image and video tokens, ascending. Known in: 5.12 to 5.24."""
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})

@@ -20,11 +20,11 @@ def numbers(values: Any) -> Any:
 
 def test_run_says_what_was_unseen_and_pad_shows_it(run: Invoke, tmp_path: Path) -> None:
     plain = run()
-    assert plain.exit_code == 0 and plain.stderr.splitlines().count(WARNING) == 1
+    assert plain.exit_code == 0 and plain.stdout.splitlines().count(WARNING) == 1
     first = numbers(json.loads((tmp_path / "out/result.json").read_text()))
     assert first["unseen"] == pytest.approx(0.4)
     padded = run("--fit", "pad")
-    assert padded.exit_code == 0 and "--fit" not in padded.stderr
+    assert padded.exit_code == 0 and "--fit" not in padded.output
     found = numbers(json.loads((tmp_path / "out/result.json").read_text()))
     assert found["unseen"] == 0.0 and found["views"][0]["box"] == [0, -32, 160, 128]
     assert found["mass"] != first["mass"]
@@ -32,12 +32,12 @@ def test_run_says_what_was_unseen_and_pad_shows_it(run: Invoke, tmp_path: Path) 
 
 def test_batch_asks_again_under_another_fit(ask: Ask, folder: Path) -> None:
     lines = LINES[:2]
-    assert WARNING in ask(lines).stderr and "in 2 of 2 questions up to" in ask(lines).stderr
+    assert f"in 2 of 2 questions up to {WARNING}" in ask(lines).stdout.splitlines()
     assert [row["unseen"] for row in table(folder)] == pytest.approx([0.4, 0.2])
     before = written(folder)
     assert ask(lines).exit_code == 0 and written(folder) == before
     padded = ask(lines, "--fit", "pad")
-    assert padded.exit_code == 0 and "--fit" not in padded.stderr
+    assert padded.exit_code == 0 and "--fit" not in padded.output
     after = written(folder)
     assert not set(before.values()) & set(after.values())
     assert [row["unseen"] for row in table(folder)] == [0.0, 0.0]

@@ -68,9 +68,8 @@ def check_processor(model: nn.Module, processor: Any) -> Kind:
     kind = FAMILIES.get(config.model_type)
     if kind is None:
         raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
-    expected = names.image_id(config)
-    found = getattr(processor, "image_token_id", expected)
-    if found != expected:
+    found, expected = names.image_id_of(processor), names.image_id(config)
+    if found not in (None, expected):
         raise ValueError(
             f"processor: its image token has the id {found}, expected {expected} as in the model's config; "
             "load the tokenizer that belongs to the model"
