@@ -57,7 +57,7 @@ def agree(name: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise ValueError(
             f"processor: {name} is {found!r}, expected {expected!r} as the model has it; "
-            f"set processor.{name} = {expected!r}"
+            f"set processor.{name} = {expected!r}, or write it into the checkpoint's file of the processor"
         )
 
 
