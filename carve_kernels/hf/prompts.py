@@ -84,7 +84,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     if token in text:
         raise ValueError(f"text: holds the image token {token!r}, which stands for an image; take it out")
     flat = names.image_in_text(processor) * count + text
-    template = template_of(processor)
+    template = _template_of(processor)
     if template is None:
         return flat
     parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
@@ -106,25 +106,6 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
             return prompt
         faults.append(fault)
     raise ValueError(f"processor: its chat template {faults[0]}")
-
-
-def template_of(processor: Any) -> str | None:
-    """The chat template of a processor, or else of its tokenizer; of several by name the default one.
-
-    Raises ValueError if there are several and none is the default.
-    """
-    for owner in (processor, getattr(processor, "tokenizer", None)):
-        found = getattr(owner, "chat_template", None)
-        if isinstance(found, Mapping) and found:
-            if "default" not in found and len(found) > 1:
-                raise ValueError(
-                    f"processor: expected a chat template named default, got {', '.join(map(repr, found))}; set "
-                    "processor.chat_template to one of them"
-                )
-            found = found.get("default") or next(iter(found.values()))
-        if found:
-            return str(found)
-    return None
 
 
 def prepare(
@@ -161,6 +142,25 @@ def prepare(
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def _template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several by name the default one.
+
+    Raises ValueError if there are several and none is the default.
+    """
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, Mapping) and found:
+            if "default" not in found and len(found) > 1:
+                raise ValueError(
+                    f"processor: expected a chat template named default, got {', '.join(map(repr, found))}; set "
+                    "processor.chat_template to one of them"
+                )
+            found = found.get("default") or next(iter(found.values()))
+        if found:
+            return str(found)
+    return None
 
 
 def _fault(prompt: str, token: str, count: int, text: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps
 
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.layouts import layout_of
+from carve_kernels.hf.loading import load
+from carve_kernels.hf.memory import Memory
 from carve_kernels.hf.prompts import build_prompt, open_image, prepare
 from tests.hf import tiny
 from tests.hf.looks import FORMATS, tagged_photo
@@ -130,6 +133,21 @@ def test_damaged_files_give_an_image_or_the_named_error(tmp_path: Path, suffix: 
             assert open_image(damaged).mode == "RGB"
         except ValueError as error:
             assert str(error).startswith("image: ")
+
+
+def test_a_path_need_not_be_unicode(tmp_path: Path) -> None:
+    """Names of files are bytes on Linux; what is not UTF-8 in them comes as halves of characters."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes Unicode alone")
+    tiny.picture(8, 8).save(folder / "photo.png")
+    assert open_image(folder / "photo.png").size == (8, 8)
+    Memory(folder / "maps")
+    assert (folder / "maps").is_dir()
+    with pytest.raises(ValueError, match=r"^model: .*no config"):
+        load(folder)
 
 
 def test_too_many_pixels(tmp_path: Path) -> None:
