@@ -46,8 +46,9 @@ class Letterbox:
 
     @property
     def _colour(self) -> tuple[int, ...]:
-        mean = getattr(self._processor.image_processor, "image_mean", None) or (0.0, 0.0, 0.0)
-        return tuple(int(255 * channel) for channel in mean)
+        mean = tuple(getattr(self._processor.image_processor, "image_mean", None) or ())
+        # Cut off, not rounded, as LLaVA's own padding does.
+        return tuple(int(255 * channel) for channel in mean) if len(mean) == 3 else (0, 0, 0)
 
     def _canvas(self, image: Image.Image) -> Canvas:
         canvas = canvas_of(self._model, self._processor, (image.height, image.width))

@@ -32,7 +32,6 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _IMAGE_IDS = ("image_token_id", "image_token_index")
 _VIDEO_IDS = ("video_token_id", "video_token_index")
-_AROUND_IMAGE = ("<|vision_start|>", "<|vision_end|>")
 _TOWER = "mm_encoder_outputs"
 # What a vision tower also returns, and no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
@@ -308,11 +307,6 @@ def image_id(config: Any) -> int | None:
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
-def image_id_of(processor: Any) -> int | None:
-    """The id under which a processor knows the image token, None where it does not say. Known in: 5.12 to 5.24."""
-    return getattr(processor, "image_token_id", None)
-
-
 def visual_ids(config: Any) -> list[int]:
     """The ids of image and video tokens, ascending. Known in: 5.12 to 5.24."""
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
@@ -348,20 +342,6 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
     return {_TOWER: {"image": type(output)(**read)}}
-
-
-def class_tokens(vision_config: Any) -> int | None:
-    """How many tokens a vision tower puts before its patches, None where that is not known. Known in: 5.12 to 5.24."""
-    return {"clip_vision_model": 1, "siglip_vision_model": 0}.get(vision_config.model_type)
-
-
-def image_in_text(processor: Any) -> str:
-    """What stands for an image in a prompt without a template. Known in: 5.12 to 5.24."""
-    tokenizer, token = processor.tokenizer, processor.image_token
-    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND_IMAGE]
-    if None in marks or tokenizer.unk_token_id in marks:
-        return f"{token}\n"
-    return str(token).join(_AROUND_IMAGE)
 
 
 def processor_class(family: str) -> str:

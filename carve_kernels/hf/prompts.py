@@ -14,7 +14,6 @@ from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
-from carve_kernels.hf import names
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -32,6 +31,8 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+# What Qwen's templates write around an image.
+_AROUND = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -83,7 +84,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     token = processor.image_token
     if token in text:
         raise ValueError(f"text: holds the image token {token!r}, which stands for an image; take it out")
-    flat = names.image_in_text(processor) * count + text
+    flat = _image_in_text(processor) * count + text
     template = _template_of(processor)
     if template is None:
         return flat
@@ -142,6 +143,15 @@ def prepare(
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def _image_in_text(processor: Any) -> str:
+    """What stands for an image in a text: its token between the marks that the tokenizer knows, or on a line."""
+    tokenizer = processor.tokenizer
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND]
+    if None in marks or tokenizer.unk_token_id in marks:
+        return f"{processor.image_token}\n"
+    return str(processor.image_token).join(_AROUND)
 
 
 def _template_of(processor: Any) -> str | None:

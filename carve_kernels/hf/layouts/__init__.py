@@ -68,7 +68,7 @@ def check_processor(model: nn.Module, processor: Any) -> Kind:
     kind = FAMILIES.get(config.model_type)
     if kind is None:
         raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
-    found, expected = names.image_id_of(processor), names.image_id(config)
+    found, expected = names.image_id(processor), names.image_id(config)
     if found not in (None, expected):
         raise ValueError(
             f"processor: its image token has the id {found}, expected {expected} as in the model's config; "

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from carve_kernels.hf import names
 from carve_kernels.hf.layouts.placing import Canvas, Kind, Part, Placing, agree, check_count, needed
 from carve_kernels.types import Box, Size
+
+# How many tokens a vision tower puts before its patches.
+_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def place(config: Any, processor: Any, inputs: Any, sizes: list[Size]) -> list[Placing]:
@@ -48,7 +50,7 @@ def _check(config: Any, processor: Any) -> None:
     patch = config.vision_config.patch_size
     found = getattr(processor, "patch_size", patch)
     agree("patch_size", tuple(found) if isinstance(found, list) else found, patch)
-    before, strategy = names.class_tokens(config.vision_config), config.vision_feature_select_strategy
+    before, strategy = _CLASS_TOKENS.get(config.vision_config.model_type), config.vision_feature_select_strategy
     if before is None or _added(processor) == before - (strategy == "default"):
         return
     agree("vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", strategy), strategy)
