@@ -107,11 +107,23 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a string that says something."""
+    """Check a string that says something, in characters that can be written as UTF-8."""
+    return writable(name, filled(name, value))
+
+
+def filled(name: str, value: Any) -> str:
+    """Check a string that is not blank; of a path, whose bytes may be no UTF-8, no more can be asked."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a string, got {describe(value)}")
     if not value.strip():
         raise ValueError(f"{name}: expected a string with at least one visible character, got {describe(value)}")
+    return value
+
+
+def writable(name: str, value: str) -> str:
+    """Check a string without halves of characters (lone surrogates), which no tokenizer and no file takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{name}: expected characters that can be written, got {describe(value)}")
     return value
 
 

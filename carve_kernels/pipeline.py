@@ -12,7 +12,7 @@ import torch
 from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
-from carve_kernels.ops.zoom import to_rgb, zoom
+from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size, float64_device
 
@@ -102,43 +102,63 @@ def carve(
     after it; `keep` is then a share of the rectangle around all of them. A degenerate map (no steps, constant, all 0)
     keeps the whole image: refined = the original, and `reason` says why.
 
-    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image.
+    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image and for a picture
+    with an EXIF orientation, since nobody knows whether the maps are of its pixels as stored or of the turned ones.
 
     Source: the pipeline of CARVE (arXiv 2509.06461); the presets name the values of the paper and of its release.
     """
     settings = Preset.of(preset)
     original = to_rgb("image", image)
+    refuse_turned("image", image)
     several = is_several(grid)
     grids: Any = list(grid) if several else [grid]
     boxes: Any = [None] * len(grids) if box is None else list(box) if is_several(box) else [box]
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
-    parts = [_rectangle(part, original.size) for part in boxes]
+    whole = (0.0, 0.0, float(original.width), float(original.height))
+    checked = [whole if part is None else _inside(part, original.size) for part in boxes]
     for name, maps in (("task", task), ("general", general)):
         checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
+    return carve_views(original, task, general, grids, checked, settings, backend)
 
-    saliency = torch.zeros(original.height, original.width, dtype=task.dtype, device=task.device)
+
+def carve_views(
+    image: Image,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grids: Sequence[Size],
+    boxes: Sequence[Box],
+    preset: Preset,
+    backend: str,
+) -> CarveOutcome:
+    """`carve` of what has been checked, with boxes that may leave the image where it was padded."""
+    saliency = torch.zeros(image.height, image.width, dtype=task.dtype, device=task.device)
     if task.numel() == 0 or general.numel() == 0:
-        return _unchanged(original, saliency, "the maps are empty", {})
-    task, general, by_step = pair(task, general, settings.steps, step_weights=settings.step_weights)
+        return _unchanged(image, saliency, "the maps are empty", {})
+    parts = [_rectangle(box, image.size) for box in boxes]
+    task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in parts]
+    several = len(grids) > 1
     start = time.perf_counter()
     views = contrast(
         task,
         general,
-        grid,
+        list(grids) if several else grids[0],
         sizes if several else sizes[0],
-        lam=settings.lam,
-        layer_weights=settings.layer_weights,
+        lam=preset.lam,
+        layer_weights=preset.layer_weights,
         step_weights=by_step,
-        normalize=settings.normalize,
+        normalize=preset.normalize,
         backend=backend,
     )
+    shown = []
     for (left, top, right, bottom), view in zip(parts, views if several else [views], strict=True):
-        saliency[top:bottom, left:right] = view
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        saliency[y0:y1, x0:x1] = view[y0 - top : y1 - top, x0 - left : x1 - left]
+        shown.append((x0, y0, x1, y1))
     seconds = {"contrast": time.perf_counter() - start}
-    lows, highs = torch.tensor(parts).amin(0).tolist(), torch.tensor(parts).amax(0).tolist()
-    return _finish(original, saliency, (lows[0], lows[1], highs[2], highs[3]), settings, backend, seconds)
+    lows, highs = torch.tensor(shown).amin(0).tolist(), torch.tensor(shown).amax(0).tolist()
+    return _finish(image, saliency, (lows[0], lows[1], highs[2], highs[3]), preset, backend, seconds)
 
 
 def _finish(
@@ -182,11 +202,9 @@ def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[
     return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason, seconds)
 
 
-def _rectangle(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box in whole pixels, at least one, inside an image (width, height)."""
+def _inside(box: Any, size: tuple[int, int]) -> Box:
+    """Check a box of an image of (width, height)."""
     width, height = size
-    if box is None:
-        return 0, 0, width, height
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
         raise TypeError(f"box: expected four numbers (x0, y0, x1, y1), got {checks.describe(box)}")
     x0, y0, x1, y1 = (checks.number(f"box[{index}]", edge) for index, edge in enumerate(box))
@@ -196,5 +214,16 @@ def _rectangle(box: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
             f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
             f"{height} high, got {(x0, y0, x1, y1)}"
         )
-    left, top = min(max(0, round(x0)), width - 1), min(max(0, round(y0)), height - 1)
-    return left, top, max(left + 1, min(round(x1), width)), max(top + 1, min(round(y1), height))
+    return x0, y0, x1, y1
+
+
+def _rectangle(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box in whole pixels, at least one of them inside an image of (width, height)."""
+    (left, right), (top, bottom) = (_span(box[axis], box[axis + 2], size[axis]) for axis in (0, 1))
+    return left, top, right, bottom
+
+
+def _span(first: float, end: float, length: int) -> tuple[int, int]:
+    low = min(round(first), length - 1) if first < -0.5 else min(max(0, round(first)), length - 1)
+    high = round(end) if end > length + 0.5 else min(round(end), length)
+    return low, max(max(low, 0) + 1, high)

@@ -128,6 +128,7 @@ class Preset:
         checks.text("general_prompt", self.general_prompt)
         if not isinstance(self.suffix, str):
             raise TypeError(f"suffix: expected a string, got {checks.describe(self.suffix)}")
+        checks.writable("suffix", self.suffix)
         checks.choice("images", self.images, IMAGES)
         checks.integer("max_new_tokens", self.max_new_tokens, low=1)
         if self.max_pixels is not None:

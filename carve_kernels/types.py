@@ -6,6 +6,7 @@ T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,7 @@ class View:
     ======  ======  =========  ==================================================================
     tokens  int32   [GH * GW]  positions in the token sequence, row-major over the grid
     grid    int     (GH, GW)   rows and columns of tokens
-    box     float   4          part of the EXIF-transposed original that the grid covers, pixels
+    box     float   4          part of the upright original under the grid, pixels; outside of it is padding
     image   int                number of the image in its row of the batch
     frame   int     2 or None  first and one past the last frame, for video
     kind    str                "base", "tile", "crop" or "frame"
@@ -77,6 +78,23 @@ class VisualLayout:
             ends.append(ends[-1] + view.tokens.numel())
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
+    def unseen(self, row: int = 0, image: int = 0) -> float:
+        """The share of the area of an image that none of its views covers, 0.0 where all of it is seen."""
+        height, width = self.sizes[row][image]
+        boxes = [view.box for view in self.views[row] if view.image == image]
+        across, down = (
+            sorted({0.0, float(end), *(min(max(edge, 0.0), float(end)) for box in boxes for edge in box[axis::2])})
+            for axis, end in ((0, width), (1, height))
+        )
+        # No view ends within one of these cells.
+        cells = ((left, top, right, bottom) for left, right in pairwise(across) for top, bottom in pairwise(down))
+        missed = [
+            (right - left) * (bottom - top)
+            for left, top, right, bottom in cells
+            if not any(x0 <= left and y0 <= top and right <= x1 and bottom <= y1 for x0, y0, x1, y1 in boxes)
+        ]
+        return math.fsum(missed) / (height * width)
+
 
 class Capture(NamedTuple):
     """What one capture returns: maps fp32 [B, R, N] (or [B, A, R, N]), mass fp32 [B, R], entropy fp32 [B, R]."""
@@ -119,7 +137,8 @@ class CarveResult:
 
     `entropy` holds H / ln N of the task map for each captured layer; `seconds` the time of each stage; `reason` says
     why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted. `complexity` is
-    measured when it is first read: that takes as long as a tenth of an answer, and few ask for it.
+    measured when it is first read: that takes as long as a tenth of an answer, and few ask for it. `unseen` is the
+    share of the image's area that the model was not shown, as where its processor crops.
     """
 
     question: str
@@ -139,6 +158,7 @@ class CarveResult:
     reason: str | None = None
     answer_ids: tuple[int, ...] = field(default=(), repr=False)
     refined_ids: tuple[int, ...] = field(default=(), repr=False)
+    unseen: float = 0.0
 
     @cached_property
     def complexity(self) -> dict[str, float]:

@@ -262,6 +262,19 @@ def test_bad_presets_are_named(changes: dict[str, Any], error: type[Exception], 
         Preset.paper(**changes)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_picture_that_may_have_been_turned_is_refused(orientation: int) -> None:
+    """Nobody knows whether the maps are of its pixels as they are stored."""
+    image, (task, general) = photograph(33, 33), maps((3, 5), layers=3)
+    expected = carve(image, task, general, grid=(3, 5))
+    image.getexif()[0x0112] = orientation
+    if orientation == 1:
+        assert carve(image, task, general, grid=(3, 5)).regions.box == expected.regions.box
+        return
+    with pytest.raises(ValueError, match=r"^image: .*exif_transpose"):
+        carve(image, task, general, grid=(3, 5))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

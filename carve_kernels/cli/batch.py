@@ -58,6 +58,7 @@ def batch(
     top: options.TopOption = None,
     lam: options.LamOption = None,
     max_new_tokens: options.MaxNewTokensOption = None,
+    fit: options.FitOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     attn: options.AttentionOption = None,
@@ -78,9 +79,10 @@ def batch(
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
     options.check_machine(dtype, backend)
+    options.check_fit(fit)
     if memory is not None:
         # As a Path, an empty one would be the folder in which the command runs.
-        checks.text("memory", memory)
+        checks.filled("memory", memory)
     asked = read(input)
     if model is None:
         model = SMALL
@@ -106,22 +108,24 @@ def batch(
         from carve_kernels.hf.engine import CarveEngine
 
         loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
-        return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory)
+        return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
 
     with Store(output).opened() as store:
         store.refuse_twins(each.name for each in asked)
-        facts = _facts(model, settings, dtype, attn)
+        facts = _facts(model, settings, dtype, attn, fit)
         _Run(store, asked, facts, name, pictures, tokens).work(load)
 
 
-def _facts(model: str, preset: Preset, dtype: str, attn: str | None) -> dict[str, Any]:
+def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
     """All that answers depend on but the questions and the images."""
     from carve_kernels.hf.checkpoint import find
     from carve_kernels.hf.identity import fingerprint_of_directory
 
     folder = find(model).folder
     known = fingerprint_of_directory(folder) if folder.is_dir() else None
-    return {"format": 1, "model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn}
+    values = {"model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
+    # Another format is another way to come to an answer, or another record of it.
+    return {"format": 2, **values}
 
 
 @dataclass
@@ -235,6 +239,12 @@ class _Run:
         console = Console()
         console.print(Text(f"{told}; {seconds:.1f} s, {done / seconds:.2f} a second"), soft_wrap=True)
         console.print(Text(f"{self.store.folder}/: results.jsonl, summary.json"), soft_wrap=True)
+        unseen = [row.get("unseen", 0.0) for row in rows]
+        warning = options.outside(max(unseen))
+        if warning is not None:
+            count = sum(options.outside(share) is not None for share in unseen)
+            told = f"in {count} of {len(rows)} questions up to {warning}"
+            console.print(Text(told, style="yellow"), soft_wrap=True)
         if failed:
             shown = "; ".join(f"line {row['line']}: {row['error']['message']}" for row in failed[:_SHOWN])
             more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
@@ -249,7 +259,7 @@ class _Run:
         if values.get("error") is not None:
             return {**given, "error": values["error"]}
         (numbers,) = values["presets"].values()
-        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "reason")
+        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason")
         return {**given, **{key: numbers[key] for key in kept}, "error": None}
 
     def _kept(self) -> str:

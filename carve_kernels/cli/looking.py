@@ -28,10 +28,10 @@ def look(
     presets: Mapping[str, Preset],
     load: Callable[[], tuple[Any, Any]],
     **options: Any,
-) -> None:
+) -> Look:
     """Fill the folder `output` with everything seen under each preset, the first one's in full, and print a summary.
 
-    `options` are the engine's: backend, max_image_pixels.
+    `options` are the engine's: backend, max_image_pixels, fit.
     """
     start = time.perf_counter()
     with results(output, FILES) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
@@ -46,6 +46,7 @@ def look(
         seen = Look(asked, facts_of(model), found, {"load": loaded, "total": time.perf_counter() - start})
         write(folder, seen)
     summarise(seen, output)
+    return seen
 
 
 @contextmanager

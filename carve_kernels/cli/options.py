@@ -50,6 +50,15 @@ TopOption = Annotated[int | None, option("Regions to keep at most.", "--top", "M
 LamOption = Annotated[
     str | None, option("Added to the general map: a number, or mean (of that map).", "--lam", "Method")
 ]
+FitOption = Annotated[
+    str | None,
+    option(
+        "pad lays images on a canvas that the model sees whole, where its processor would cut some away. "
+        "Default: as the processor does it.",
+        "--fit",
+        "Method",
+    ),
+]
 MaxNewTokensOption = Annotated[int | None, option("Longest answer, in tokens.", "--max-new-tokens", "Method")]
 DtypeOption = Annotated[
     str,
@@ -171,6 +180,21 @@ def device_of(name: str) -> Any:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
     return device
+
+
+def check_fit(fit: str | None) -> None:
+    """Raises ValueError for a way to fit images that there is not, before any model is loaded."""
+    from carve_kernels import checks
+    from carve_kernels.hf.letterbox import FITS
+
+    checks.choice("fit", fit, FITS)
+
+
+def outside(share: float) -> str | None:
+    """What to say of a share of an image that the model was not shown, None where it is next to nothing."""
+    if share <= 0.005:
+        return None
+    return f"{100 * share:.0f} % of the image was outside the model's view (centre crop); --fit pad shows it whole"
 
 
 def check_machine(dtype: str, backend: str) -> None:

@@ -49,6 +49,7 @@ def profile(
         options.option("Of t_start, t_end, t_full, again and again. Default: all.", "--steps", "Method"),
     ] = None,
     max_new_tokens: options.MaxNewTokensOption = None,
+    fit: options.FitOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     attn: options.AttentionOption = None,
@@ -68,6 +69,7 @@ def profile(
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
     options.check_machine(dtype, backend)
+    options.check_fit(fit)
     limit = (
         MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
     )
@@ -90,6 +92,7 @@ def profile(
                 steps=steps or profiling.STEPS,
                 backend=backend,
                 max_image_pixels=limit,
+                fit=fit,
                 on_progress=lambda stage, done, total: announce(
                     "writing" if stage == "done" else f"picture {done + 1} of {total}"
                 ),

@@ -136,6 +136,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "scores": regions.scores.tolist(),
         "box": list(regions.box),
         "kept": _share(result),
+        "unseen": result.unseen,
         "reason": result.reason,
         "saliency": {"low": float(result.saliency.min()), "high": float(result.saliency.max())},
         "refined": {"width": result.refined.width, "height": result.refined.height},

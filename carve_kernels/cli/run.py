@@ -23,6 +23,7 @@ def run(
     top: options.TopOption = None,
     lam: options.LamOption = None,
     max_new_tokens: options.MaxNewTokensOption = None,
+    fit: options.FitOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
     attn: options.AttentionOption = None,
@@ -31,6 +32,9 @@ def run(
     max_image_pixels: options.MaxImagePixelsOption = None,
 ) -> None:
     """Ask a local checkpoint about an image, see where it looks, keep that part, and ask again."""
+    from rich.console import Console
+    from rich.text import Text
+
     from carve_kernels import checks
     from carve_kernels.cli.looking import look
     from carve_kernels.cli.report import Question
@@ -38,6 +42,7 @@ def run(
 
     checks.text("question", question)
     options.check_machine(dtype, backend)
+    options.check_fit(fit)
     name, settings = options.preset_of(
         model,
         preset,
@@ -51,11 +56,15 @@ def run(
     )
     limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
     opened = open_image(image, limit)
-    look(
+    seen = look(
         output,
         Question(opened, question),
         {name: settings},
         lambda: options.load_model(model, dtype, options.device_of(device), attn, allow_pickle),
         backend=backend,
         max_image_pixels=limit,
+        fit=fit,
     )
+    told = options.outside(seen.by_preset[name].unseen)
+    if told is not None:
+        Console().print(Text(told, style="yellow"), soft_wrap=True)

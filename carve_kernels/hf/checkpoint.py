@@ -34,7 +34,7 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
-    name = checks.text("model", os.fspath(model))
+    name = checks.filled("model", os.fspath(model))
     if model == SMALL:
         return Checkpoint(small(), *["install carve_kernels again"] * 2)
     fetch = f"fetch it with: hf download {name}"

@@ -18,6 +18,7 @@ from carve_kernels.hf import batch, contract, names
 from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
+from carve_kernels.hf.letterbox import FITS
 from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.looking import Looker, Seen, needed
 from carve_kernels.hf.memory import Memory, memory_of
@@ -25,7 +26,7 @@ from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 from carve_kernels.hf.requests import Final, Request, make_final, make_request
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
-from carve_kernels.pipeline import CarveOutcome, carve
+from carve_kernels.pipeline import CarveOutcome, carve_views
 from carve_kernels.presets import Preset
 from carve_kernels.types import CarveFailure, CarveResult
 
@@ -52,6 +53,9 @@ class CarveEngine:
                       within bounds; False keeps nothing; a folder's path keeps maps there too; or a Memory
     plain             whether the plain answer is wanted; without it `answer` is empty, and maps of the first step alone
                       (`t_start`, rows of the prompt) cost no layer behind the last one that is read
+    fit               how an image is shown to a processor that would cut some of it away (LLaVA's centre crop): None
+                      lets it; "pad" lays the image, and then the refined one, on a canvas of the processor's mean
+                      colour that is shown whole. Maps, boxes and masks are in pixels of the image
     ================  =================================================================================================
 
     Calling it: `image` is a path or a PIL image; `question` a text; `prompt`, if given, the whole text that the model
@@ -80,6 +84,7 @@ class CarveEngine:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         memory: Memory | str | os.PathLike[str] | bool | None = None,
         plain: bool = True,
+        fit: str | None = None,
     ) -> None:
         contract.ensure()
         self.model, self.processor = model, processor
@@ -99,6 +104,7 @@ class CarveEngine:
         if not isinstance(plain, bool):
             raise TypeError(f"plain: expected True or False, got {checks.describe(plain)}")
         self.plain = plain
+        self.fit: str | None = checks.choice("fit", fit, FITS)
 
     @overload
     def __call__(
@@ -162,7 +168,9 @@ class CarveEngine:
 
     def request(self, image: Picture, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""
-        return make_request(self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels)
+        return make_request(
+            self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels, self.fit
+        )
 
     def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:
         """Answer requests together; `on_stage` is called with the name of each stage before it.
@@ -177,7 +185,7 @@ class CarveEngine:
     def _answer(self, requests: Sequence[Request], report: Callable[[str], None]) -> list[CarveResult]:
         looker = Looker(
             self.model, self.processor, self.preset, self.layers,
-            backend=self.backend, memory=self.memory, plain=self.plain,
+            backend=self.backend, memory=self.memory, plain=self.plain, fit=self.fit,
         )  # fmt: skip
         report("task")
         report("general")
@@ -209,15 +217,14 @@ class CarveEngine:
 
     def _carve(self, request: Request, seen: Seen) -> CarveOutcome:
         views = request.task.layout.views[0]
-        several = len(views) > 1
-        return carve(
+        return carve_views(
             request.image,
             _by_step(needed(seen.task.maps)).cpu(),
             _by_step(seen.general).cpu(),
-            grid=[view.grid for view in views] if several else views[0].grid,
-            box=[view.box for view in views] if several else views[0].box,
-            preset=self._carving,
-            backend=self.backend,
+            [view.grid for view in views],
+            [view.box for view in views],
+            self._carving,
+            self.backend,
         )
 
     def _final(self, request: Request, seen: Seen, outcome: CarveOutcome) -> tuple[Final | Outcome, str | None]:
@@ -260,6 +267,7 @@ class CarveEngine:
             reason=reason,
             answer_ids=seen.task.ids if self.plain else (),
             refined_ids=refined,
+            unseen=request.task.layout.unseen(),
         )
 
     def _decoded(self, ids: tuple[int, ...]) -> str:

@@ -51,6 +51,7 @@ class Looker:
         backend: str,
         memory: Memory | None,
         plain: bool,
+        fit: str | None = None,
     ) -> None:
         self._model, self._processor, self._preset, self._layers = model, processor, preset, layers
         self._backend, self._memory = backend, memory
@@ -59,7 +60,7 @@ class Looker:
         # What is read of the maps decides how many words must be found for them; an answer takes them all.
         self._general_words = 0 if self._steps == 1 else preset.max_new_tokens
         self._task_words = preset.max_new_tokens if plain else self._general_words
-        self._plain = plain
+        self._plain, self._fit = plain, fit
         self._digests: dict[int, str] = {}
         self._compare = memory is not None
         self._identity = "" if memory is None else fingerprint(unwrap(model), processor)
@@ -255,13 +256,13 @@ class Looker:
 
     def _maps_key(self, request: Request) -> tuple[Any, ...]:
         return (
-            self._identity, self._digest(request), self._preset.max_pixels, self._ids(request.general),
+            self._identity, self._digest(request), self._preset.max_pixels, self._fit, self._ids(request.general),
             self._layers, self.general_rows, self._steps, self._backend,
         )  # fmt: skip
 
     def _prefix_key(self, request: Request, prompt: Prompt) -> tuple[Any, ...]:
         device = str(unwrap(self._model).device)
-        return self._identity, device, self._digest(request), self._preset.max_pixels, prompt.ids
+        return self._identity, device, self._digest(request), self._preset.max_pixels, self._fit, prompt.ids
 
     @staticmethod
     def _ids(prompt: Prompt) -> list[int]:

@@ -145,7 +145,7 @@ def _path(name: str, folder: Any) -> Path:
     path = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected a path, got {checks.describe(folder)}")
-    return Path(checks.text(name, path))
+    return Path(checks.filled(name, path))
 
 
 class _Shelf:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf import names
+from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.prompts import prepare
 
 # What the entries are called that only the vision tower reads.
@@ -43,21 +44,26 @@ class Shown:
 class Pictures:
     """Model inputs of prompts that show the same pictures, from a processor that is not changed."""
 
-    def __init__(self, processor: Any, device: torch.device, max_pixels: int | None) -> None:
+    def __init__(
+        self, processor: Any, device: torch.device, max_pixels: int | None, letterbox: Letterbox | None = None
+    ) -> None:
         self._once = _Once(processor.image_processor)
         self._processor = copy.copy(processor)
         self._processor.image_processor = self._once
         self._device, self._max_pixels = device, max_pixels
+        self._letterbox = letterbox
+        self._canvases: list[tuple[Image.Image, Image.Image]] = []
 
     def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], Shown]:
         """What the processor made of a prompt but its pixels (grids place tokens, too), and all of its pictures."""
-        inputs = prepare(self._processor, images, prompt, self._device, self._max_pixels)
+        laid = [self._laid(image) for image in images]
+        inputs = prepare(self._processor, laid, prompt, self._device, self._max_pixels)
         placed = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
         return placed, Shown({name: value for name, value in inputs.items() if not names.is_text(name)})
 
     def alone(self, image: Image.Image) -> Shown | None:
         """One of the pictures; None where the processor made something of all of them together."""
-        entries = self._once.of(image)
+        entries = self._once.of(self._laid(image))
         if entries is None:
             return None
         return Shown({name: value.to(self._device) for name, value in entries.items()})
@@ -65,6 +71,17 @@ class Pictures:
     def forget(self) -> None:
         """Let go of what the processor made of the pictures."""
         self._once.kept.clear()
+        self._canvases.clear()
+
+    def _laid(self, image: Image.Image) -> Image.Image:
+        """The picture on its canvas, the same object each time, as what the processor made of it is known by it."""
+        if self._letterbox is None:
+            return image
+        for original, laid in self._canvases:
+            if original is image:
+                return laid
+        self._canvases.append((image, self._letterbox.laid(image)))
+        return self._canvases[-1][1]
 
 
 class _Once:

@@ -16,6 +16,8 @@ from carve_kernels.backends import ROOMS
 from carve_kernels.files import write_whole
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.evidence import SCORE, Cell, Choice, Tally, tokens_of
+from carve_kernels.hf.layouts import check_processor
+from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.row_maps import RowReader, Seen
@@ -121,6 +123,7 @@ def profile(
     steps: Sequence[str] = STEPS,
     backend: str = "auto",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    fit: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Profile:
     """Choose the layer, the rows and the steps whose maps follow the question, without looking at a box.
@@ -139,6 +142,7 @@ def profile(
     steps             of t_start, t_end and t_full; the later ones exist for "last" alone. t_start alone costs one token
     backend           the room that captures
     max_image_pixels  the most pixels that an image may have
+    fit               how images are shown, as for CarveEngine: None or "pad"
     ================  =================================================================================================
 
     `on_progress(stage, done, total)` is called before each picture, and once more at the end.
@@ -149,12 +153,14 @@ def profile(
     Source: ours; the entropy profile is that of CARVE, arXiv 2509.06461.
     """
     base = preset_of(unwrap(model), preset, None)
+    check_processor(model, processor)
     wanted = [checks.choice(f"steps[{place}]", step, STEPS) for place, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
     pictures = _pictures(probes)
     checks.choice("backend", backend, ("auto", *ROOMS))
-    _check(probes, processor, base, limit)
-    reader = RowReader(model, processor, base, rows, wanted, backend)
+    letterbox = Letterbox.of(fit, model, processor, limit)
+    _check(probes, processor, base, limit, letterbox)
+    reader = RowReader(model, processor, base, rows, wanted, backend, letterbox)
     tally = Tally(reader.layers)
     report, boxes = on_progress or (lambda stage, done, total: None), 0
     for done, asked in enumerate(pictures):
@@ -246,7 +252,9 @@ def _pictures(probes: Any) -> list[list[Probe]]:
     return list(by_picture.values())
 
 
-def _check(probes: Sequence[Probe], processor: Any, preset: Preset, max_image_pixels: int) -> None:
+def _check(
+    probes: Sequence[Probe], processor: Any, preset: Preset, max_image_pixels: int, letterbox: Letterbox | None
+) -> None:
     """Each picture goes through the processor once, each text through the template, to see that they can."""
     faults: list[tuple[int, Exception]] = []
     prepared: set[Hashable] = set()
@@ -255,6 +263,7 @@ def _check(probes: Sequence[Probe], processor: Any, preset: Preset, max_image_pi
             prompts = [build_prompt(processor, text + preset.suffix) for text in (probe.question, *probe.wordings())]
             if _picture(probe) not in prepared:
                 image = open_image(probe.image, max_image_pixels)
+                image = image if letterbox is None else letterbox.laid(image)
                 prepare(processor, [image], prompts[0], None, preset.max_pixels)
                 prepared.add(_picture(probe))
         except (TypeError, ValueError) as error:

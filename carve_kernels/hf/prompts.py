@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import text as check_text
-from carve_kernels.ops.zoom import to_rgb
+from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
 
+# Where Pillow looks for an orientation, in the order in which it does.
+_NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # What makes a picture of an orientation upright.
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -29,11 +31,15 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+# What Qwen's templates write around an image.
+_AROUND = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
 
 
 def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Open an image as an upright RGB picture: EXIF-transposed, transparency over white, 16 bits scaled to 8.
+
+    The picture has none of the file's EXIF and XMP notes, so nobody turns it again.
 
     Raises ValueError if the file is missing, is no image or is cut off, if its pixels are floating-point, or if it has
     more than `max_image_pixels`; TypeError for anything that is neither a path nor a PIL image.
@@ -65,25 +71,42 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
 
 
 def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
-    """The prompt for `n_images` images and a text, by the processor's chat template where it has one.
+    """The prompt for `n_images` images and a text, by the chat template of the processor, or else of its tokenizer.
 
-    Raises ValueError if the text is empty or holds the image token, or if the template drops images.
+    A template for texts, which takes no list of parts, gets the images' tokens before the text, as where there is no
+    template at all.
+
+    Raises ValueError if the text is empty or holds the image token, if the template drops images or the text, or if
+    there are several templates and none is the default.
     """
     check_text("text", text)
     count = integer("n_images", n_images, low=0)
     token = processor.image_token
     if token in text:
         raise ValueError(f"text: holds the image token {token!r}, which stands for an image; take it out")
-    if not getattr(processor, "chat_template", None):
-        return f"{token}\n" * count + text
-    content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    prompt: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    if prompt.count(token) != count:
-        raise ValueError(
-            f"processor: its chat template put {prompt.count(token)} image(s) in the prompt, expected {count}"
-        )
-    return prompt
+    flat = _image_in_text(processor) * count + text
+    template = _template_of(processor)
+    if template is None:
+        return flat
+    parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
+    faults: list[str] = []
+    for content in (parts, flat):
+        try:
+            prompt: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:
+            # A template for texts cannot add a list to a text, or finds a method of texts missing.
+            faults.append(f"fails ({error})")
+            continue
+        fault = _fault(prompt, token, count, text)
+        if fault is None:
+            return prompt
+        faults.append(fault)
+    raise ValueError(f"processor: its chat template {faults[0]}")
 
 
 def prepare(
@@ -95,8 +118,8 @@ def prepare(
 ) -> Any:
     """Model inputs of one row from its images and its prompt, as `build_prompt` makes it.
 
-    `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin); processors
-    of a fixed size ignore it. The processor itself is not changed.
+    `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin), and never
+    raises the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
@@ -105,12 +128,11 @@ def prepare(
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
-    size = dict(getattr(processor.image_processor, "size", None) or {})
-    if max_pixels is not None and set(size) == {"shortest_edge", "longest_edge"}:
-        longest = integer("max_pixels", max_pixels, low=1)
-        settings["images_kwargs"] = {
-            "size": {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
-        }
+    bounds = (
+        None if max_pixels is None else _bounds(processor.image_processor, integer("max_pixels", max_pixels, low=1))
+    )
+    if bounds is not None:
+        settings["images_kwargs"] = bounds
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
         # The template has put it there; the tokenizer would put another one before it.
@@ -121,6 +143,61 @@ def prepare(
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def _image_in_text(processor: Any) -> str:
+    """What stands for an image in a text: its token between the marks that the tokenizer knows, or on a line."""
+    tokenizer = processor.tokenizer
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND]
+    if None in marks or tokenizer.unk_token_id in marks:
+        return f"{processor.image_token}\n"
+    return str(processor.image_token).join(_AROUND)
+
+
+def _template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several by name the default one.
+
+    Raises ValueError if there are several and none is the default.
+    """
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, Mapping) and found:
+            if "default" not in found and len(found) > 1:
+                raise ValueError(
+                    f"processor: expected a chat template named default, got {', '.join(map(repr, found))}; set "
+                    "processor.chat_template to one of them"
+                )
+            found = found.get("default") or next(iter(found.values()))
+        if found:
+            return str(found)
+    return None
+
+
+def _fault(prompt: str, token: str, count: int, text: str) -> str | None:
+    """What is wrong with a prompt that a chat template made, or None."""
+    # A template for texts may write a list of parts as Python or JSON does.
+    if any(prompt.count(key) > text.count(key) for key in ("'type'", '"type"')):
+        return "writes parts of a message as they are"
+    if prompt.count(token) != count:
+        return f"put {prompt.count(token)} image(s) in the prompt, expected {count}"
+    return None if text.strip() in prompt else "leaves the text out"
+
+
+def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
+    """The sizes for a call of an image processor that bounds the pixels of an image, None for another one."""
+    size = dict(getattr(settings, "size", None) or {})
+    if set(size) != {"shortest_edge", "longest_edge"}:
+        return None
+    # Each edge is a number of pixels here. Attributes of these names go before the size, in every call.
+    given = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
+    least, most = given["min_pixels"] or size["shortest_edge"], given["max_pixels"] or size["longest_edge"]
+    longest = min(most or max_pixels, max_pixels)
+    shortest = min(least or longest, longest)
+    found: dict[str, Any] = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
+    for name, value in (("min_pixels", shortest), ("max_pixels", longest)):
+        if given[name] is not None:
+            found[name] = value
+    return found
 
 
 def _opened(path: Path, limit: int) -> Image.Image:
@@ -144,15 +221,13 @@ def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "
             "shrink it first"
         )
-    return to_rgb("image", _upright(image))
+    picture = to_rgb("image", _upright(image))
+    for note in _NOTES:
+        picture.info.pop(note, None)
+    return picture
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """A copy as of ImageOps.exif_transpose, which also writes the picture's notes anew and fails at damaged ones."""
-    image.load()
-    try:
-        turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
-    except Exception:
-        # Notes that cannot be read say nothing.
-        turn = None
+    turn = _TURNS.get(orientation(image))
     return image.copy() if turn is None else image.transpose(turn)

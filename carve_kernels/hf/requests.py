@@ -11,7 +11,8 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.hf.backbone import unwrap
-from carve_kernels.hf.layouts import layout_of
+from carve_kernels.hf.layouts import check_processor, layout_of
+from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.pictures import Pictures, Shown
 from carve_kernels.hf.prompts import build_prompt, open_image
 from carve_kernels.presets import Preset
@@ -70,6 +71,7 @@ def make_request(
     question: str,
     prompt: str | None,
     max_image_pixels: int,
+    fit: str | None = None,
 ) -> Request:
     """Check a picture and a question, open them and run the processor; the model does not run."""
     checks.text("question", question)
@@ -81,14 +83,16 @@ def make_request(
                 f"(images={preset.images!r}), since one prompt cannot hold one image and then two; "
                 f"got {checks.describe(prompt)}"
             )
+    check_processor(model, processor)
     original = open_image(image, max_image_pixels)
-    pictures = Pictures(processor, unwrap(model).device, preset.max_pixels)
+    letterbox = Letterbox.of(fit, model, processor, max_image_pixels)
+    pictures = Pictures(processor, unwrap(model).device, preset.max_pixels, letterbox)
     asked = build_prompt(processor, question + preset.suffix) if prompt is None else prompt
     inputs, shown = pictures.inputs([original], asked)
-    task = located(model, processor, original, asked, inputs, shown.entries)
+    task = located(model, processor, original, asked, inputs, shown.entries, letterbox)
     instruction = build_prompt(processor, preset.general_prompt + preset.suffix)
     inputs, same = pictures.inputs([original], instruction)
-    general = located(model, processor, original, instruction, inputs, same.entries)
+    general = located(model, processor, original, instruction, inputs, same.entries, letterbox)
     if preset.images == "refined":
         pictures.forget()
     tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
@@ -111,8 +115,15 @@ def make_final(processor: Any, preset: Preset, request: Request, refined: Image.
 
 
 def located(
-    model: Any, processor: Any, image: Image.Image, text: str, inputs: dict[str, Any], entries: Mapping[str, Any]
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    text: str,
+    inputs: dict[str, Any],
+    entries: Mapping[str, Any],
+    letterbox: Letterbox | None = None,
 ) -> Prompt:
     """What `Pictures.inputs` made of a prompt, with the places of its visual tokens."""
-    layout = layout_of(model, processor, {**inputs, **entries}, [image])
+    whole = {**inputs, **entries}
+    layout = letterbox.layout(whole, image) if letterbox else layout_of(model, processor, whole, [image])
     return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)

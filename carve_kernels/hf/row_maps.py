@@ -14,6 +14,7 @@ from carve_kernels.hf import apart, contract
 from carve_kernels.hf.backbone import attention_modules, unwrap
 from carve_kernels.hf.evidence import Choice
 from carve_kernels.hf.joint import Branch, Joint, Look, at_work
+from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.looking import needed
 from carve_kernels.hf.pictures import Pictures, Shown
 from carve_kernels.hf.prefix import Prefix
@@ -61,8 +62,10 @@ class RowReader:
         rows: Sequence[RowsSpec] | None,
         steps: Sequence[str],
         backend: str,
+        letterbox: Letterbox | None = None,
     ) -> None:
         contract.ensure()
+        self._letterbox = letterbox
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
         # Candidates of ours that a prompt does not have are left out; those of a caller are an error.
@@ -83,14 +86,14 @@ class RowReader:
 
     def looks(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[Seen]:
         """The maps of the general instruction, and then of each text; in the former the whole stands for a word."""
-        pictures = Pictures(self._processor, unwrap(self._model).device, self._preset.max_pixels)
+        pictures = Pictures(self._processor, unwrap(self._model).device, self._preset.max_pixels, self._letterbox)
         prefixes: dict[Any, Prefix | None] = {}
         for start in range(0, 1 + len(texts), TOGETHER):
             asked = []
             for place, text in list(enumerate([general, *texts]))[start : start + TOGETHER]:
                 said = build_prompt(self._processor, text + self._preset.suffix)
                 inputs, shown = pictures.inputs([image], said)
-                prompt = located(self._model, self._processor, image, said, inputs, shown.entries)
+                prompt = located(self._model, self._processor, image, said, inputs, shown.entries, self._letterbox)
                 columns = self._columns(inputs["input_ids"].cpu(), prompt.layout.tokens(), general=place == 0)
                 first = min(int(group.min()) for group in columns.values())
                 asked.append(_Asked(prompt, shown, columns, first, inputs["input_ids"].shape[1] - first))

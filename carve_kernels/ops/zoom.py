@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 RESAMPLE = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 SIZES = ("longer", "cover")
 
+_ORIENTATION = 0x0112
+
 _log = logging.getLogger("carve_kernels")
 
 
@@ -104,6 +106,28 @@ def to_rgb(name: str, image: Any) -> Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def orientation(image: Image) -> int:
+    """The EXIF orientation of a picture as it is in memory: 1 is upright, 2 to 8 are turned or mirrored."""
+    # Some files are turned by their decoder.
+    image.load()
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        # Notes that cannot be read say nothing.
+        return 1
+    return int(found) if found in range(1, 9) else 1
+
+
+def refuse_turned(name: str, image: Image) -> None:
+    """Raise ValueError for an EXIF orientation: who made maps of the picture may have applied it, or may not have."""
+    turned = orientation(image)
+    if turned > 1:
+        raise ValueError(
+            f"{name}: expected an upright picture, got one with EXIF orientation {turned}; whether the processor has "
+            "applied it cannot be told, so turn it before the processor sees it: PIL.ImageOps.exif_transpose(image)"
+        )
 
 
 def colour(fill: Any) -> tuple[int, ...]:

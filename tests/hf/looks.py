@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from carve_kernels.hf.backbone import attention_modules
 from tests.hf.tiny import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
@@ -30,6 +32,18 @@ def family(name: str) -> tuple[Any, Any]:
 @functools.cache
 def inputs_of(name: str, batch: int) -> Any:
     return inputs_for(family(name)[1], PICTURES[:batch], TEXTS[:batch])
+
+
+FORMATS = ["jpg", "png", "webp", "tiff", "mpo", *(["avif"] if ".avif" in Image.registered_extensions() else [])]
+
+
+def tagged_photo(path: Path, orientation: int, size: tuple[int, int] = (120, 80)) -> Path:
+    """Write a picture whose file says that it is to be turned; the suffix says in which format."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    more: dict[str, Any] = {"save_all": True, "append_images": [picture(*size, 9)]} if path.suffix == ".mpo" else {}
+    picture(*size).save(path, exif=exif, **more)
+    return path
 
 
 def visual(model: Any, inputs: Any) -> list[torch.Tensor]:

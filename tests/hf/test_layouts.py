@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from carve_kernels import layout_of
+from carve_kernels import CarveEngine, layout_of
 from carve_kernels.hf.backbone import image_token_positions
+from carve_kernels.hf.profile import Probe, profile
 from tests.hf import tiny
 
 TEXTS = ["what digit is red", "x", "Write a general description of the image."]
@@ -95,15 +98,40 @@ def test_images_as_sizes_as_one_image_and_under_a_wrapper(llava: tuple[Any, Any]
         assert torch.equal(view.tokens, expected.tokens)
 
 
-def test_sizes_are_those_of_the_upright_picture(llava: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_picture_that_may_have_been_turned_is_refused(family: tuple[Any, Any], orientation: int) -> None:
+    model, processor = family
+    tagged = tiny.picture(120, 60)
+    tagged.getexif()[0x0112] = orientation
+    inputs = tiny.inputs_for(processor, [tagged], ["x"])
+    with pytest.raises(ValueError, match=r"^images: .*exif_transpose"):
+        layout_of(model, processor, inputs, [tagged])
+    stored = layout_of(model, processor, inputs, [(60, 120)])
+    upright = ImageOps.exif_transpose(tagged)
+    turned = layout_of(model, processor, tiny.inputs_for(processor, [upright], ["x"]), [upright])
+    assert (stored.sizes, turned.sizes) == ((((60, 120),),), (((upright.height, upright.width),),))
+
+
+@pytest.mark.parametrize("notes", [{}, {0x0112: 1}, {0x0112: 0}, {0x0112: 9}, {0x0131: "camera"}])
+def test_notes_that_turn_nothing_are_no_matter(llava: tuple[Any, Any], notes: dict[int, Any]) -> None:
     model, processor = llava
-    sideways = tiny.picture(60, 120)
-    sideways.getexif()[0x0112] = 6
-    upright = sideways.transpose(Image.Transpose.ROTATE_270)
-    inputs = tiny.inputs_for(processor, [upright], ["x"])
-    layout = layout_of(model, processor, inputs, [sideways])
-    assert layout.sizes == (((60, 120),),)
-    assert layout.views[0][0].box == (30, 0, 90, 60)
+    image = tiny.picture(120, 60)
+    image.getexif().update(notes)
+    assert layout_of(model, processor, tiny.inputs_for(processor, [image], ["x"]), [image]).sizes == (((60, 120),),)
+
+
+def test_a_file_that_its_decoder_turns_has_the_size_that_the_processor_saw(
+    llava: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, processor = llava
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tiny.picture(120, 60).save(tmp_path / "turned.tiff", exif=exif)
+    with Image.open(tmp_path / "turned.tiff") as image, Image.open(tmp_path / "turned.tiff") as again:
+        inputs = tiny.inputs_for(processor, [image], ["x"])
+        for each in (image, again):
+            layout = layout_of(model, processor, inputs, [each])
+            assert (layout.sizes, layout.views[0][0].box) == ((((120, 60),),), (0, 30, 60, 90))
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 3), (3, 1), (2, 5)])
@@ -175,12 +203,49 @@ def test_one_token_too_many(llava: tuple[Any, Any]) -> None:
         layout_of(model, processor, inputs, [PICTURES[0]])
 
 
-def test_a_processor_that_drops_a_patch_as_if_it_were_a_class_token() -> None:
+FAULTS = [
+    ("patch_size", {"patch_size": None}),
+    ("patch_size", {"patch_size": 16}),
+    ("vision_feature_select_strategy", {"vision_feature_select_strategy": None}),
+    ("vision_feature_select_strategy", {"vision_feature_select_strategy": "full"}),
+    ("num_additional_image_tokens", {"num_additional_image_tokens": 0}),
+    ("patch_size", {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0}),
+    ("its image token", {"image_token_id": 5}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), FAULTS)
+def test_settings_of_a_processor_that_do_not_fit_the_model_are_named(name: str, settings: dict[str, Any]) -> None:
     model, processor = tiny.tiny_llava()
-    processor.num_additional_image_tokens = 0
     inputs = tiny.inputs_for(processor, [PICTURES[0]], ["x"])
-    with pytest.raises(ValueError, match=r"35 image tokens.*6 x 6 needs 36"):
+    for key, value in settings.items():
+        setattr(processor, key, value)
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
         layout_of(model, processor, inputs, [PICTURES[0]])
+    # Nothing runs, the processor neither.
+    processor.image_processor, model.forward = None, None
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
+        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+    with pytest.raises(ValueError, match=f"^processor: {name}"):
+        profile(model, processor, [Probe(PICTURES[0], "x")], preset={"layers": [1]})
+
+
+@pytest.mark.parametrize("name", ["patch_size", "merge_size"])
+def test_settings_of_an_image_processor_that_do_not_fit_the_model_are_named(name: str) -> None:
+    model, processor = tiny.tiny_qwen2_5_vl()
+    setattr(processor.image_processor, name, 28)
+    with pytest.raises(ValueError, match=rf"^processor: image_processor\.{name} is 28"):
+        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+
+
+def test_an_old_processor_that_counts_right_by_itself_is_taken(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    older = copy.copy(processor)
+    older.vision_feature_select_strategy, older.num_additional_image_tokens = None, 0
+    expected, found = (tiny.inputs_for(each, [PICTURES[0]], ["x"]) for each in (processor, older))
+    assert torch.equal(expected["input_ids"], found["input_ids"])
+    views = [layout_of(model, each, found, [PICTURES[0]]).views[0][0] for each in (processor, older)]
+    assert torch.equal(views[0].tokens, views[1].tokens) and views[0].box == views[1].box
 
 
 def test_inputs_that_are_not_what_a_processor_returns(family: tuple[Any, Any]) -> None:

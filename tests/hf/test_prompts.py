@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.layouts import layout_of
+from carve_kernels.hf.loading import load
+from carve_kernels.hf.memory import Memory
 from carve_kernels.hf.prompts import build_prompt, open_image, prepare
 from tests.hf import tiny
+from tests.hf.looks import FORMATS, tagged_photo
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +57,40 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert np.asarray(opened)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = tiny.picture(40, 24)
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_goes_with_the_turn(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = tagged_photo(tmp_path / f"turned.{suffix}", orientation)
+    with Image.open(path) as stored:
+        upright = ImageOps.exif_transpose(stored).convert("RGB")
+    first = open_image(path)
+    with Image.open(path) as stored:
+        assert open_image(stored).tobytes() == first.tobytes()
+    assert (first.size, first.tobytes()) == (upright.size, upright.tobytes())
+    # What is opened once more, or was written and is read again, stays as it is.
+    assert open_image(first).tobytes() == first.tobytes()
+    first.save(tmp_path / "again.png")
+    assert open_image(tmp_path / "again.png").tobytes() == first.tobytes()
+    assert first.transpose(Image.Transpose.ROTATE_90).getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("key", ["exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"])
+def test_an_orientation_is_taken_away_wherever_pillow_finds_it(key: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-    opened = open_image(tmp_path / "turned.png")
-    assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    exif[0x0112] = 3
+    xmp = '<rdf:Description tiff:Orientation="3"/>'
+    values = {
+        "exif": exif.tobytes(),
+        "Raw profile type exif": "\nexif\n  10\n" + exif.tobytes().hex(),
+        "XML:com.adobe.xmp": xmp,
+        "xmp": xmp.encode(),
+    }
+    image = tiny.picture(40, 24)
+    image.info[key] = values[key]
+    opened = open_image(image)
+    assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_180).tobytes()
+    assert opened.getexif().get(0x0112) is None and open_image(opened).tobytes() == opened.tobytes()
+    assert image.info[key] == values[key]
 
 
 def test_the_given_image_is_not_changed() -> None:
@@ -103,6 +135,21 @@ def test_damaged_files_give_an_image_or_the_named_error(tmp_path: Path, suffix: 
             assert str(error).startswith("image: ")
 
 
+def test_a_path_need_not_be_unicode(tmp_path: Path) -> None:
+    """Names of files are bytes on Linux; what is not UTF-8 in them comes as halves of characters."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes Unicode alone")
+    tiny.picture(8, 8).save(folder / "photo.png")
+    assert open_image(folder / "photo.png").size == (8, 8)
+    Memory(folder / "maps")
+    assert (folder / "maps").is_dir()
+    with pytest.raises(ValueError, match=r"^model: .*no config"):
+        load(folder)
+
+
 def test_too_many_pixels(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"400000000 pixels.*178956970.*raise max_image_pixels"):
@@ -141,6 +188,74 @@ def test_prompt_without_a_template_and_with_one_that_drops_images(llava: tuple[A
     processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
     with pytest.raises(ValueError, match=r"chat template put 0 image\(s\) in the prompt, expected 1"):
         build_prompt(processor, "x")
+
+
+TEXTS_ALONE = [
+    "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:",
+    "{% for m in messages %}USER: {{ m['content'] | trim }} {% endfor %}ASSISTANT:",
+    "{% for m in messages %}{{ 'USER: ' + m['content'].strip() + ' ' }}{% endfor %}ASSISTANT:",
+    "{% for m in messages %}{{ 'USER: ' + m['content'] + ' ' }}{% endfor %}ASSISTANT:",
+]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_that_only_the_tokenizer_has_is_used(family: tuple[Any, Any], named: bool) -> None:
+    processor = copy.copy(family[1])
+    processor.tokenizer = copy.copy(processor.tokenizer)
+    own = processor.chat_template
+    processor.chat_template = None
+    processor.tokenizer.chat_template = {"default": own, "tool_use": "no"} if named else own
+    for count in (0, 1, 2):
+        assert build_prompt(processor, "what digit is red", count) == build_prompt(
+            family[1], "what digit is red", count
+        )
+    # The processor's own goes first.
+    processor.chat_template = own.replace("assistant", "helper").replace("ASSISTANT", "HELPER")
+    assert "helper" in build_prompt(processor, "what digit is red").lower()
+
+
+@pytest.mark.parametrize("owner", ["processor", "tokenizer"])
+@pytest.mark.parametrize("template", TEXTS_ALONE)
+def test_a_template_for_texts_gets_the_images_in_the_text(family: tuple[Any, Any], template: str, owner: str) -> None:
+    processor = copy.copy(family[1])
+    processor.tokenizer = copy.copy(processor.tokenizer)
+    processor.chat_template = template if owner == "processor" else None
+    processor.tokenizer.chat_template = template if owner == "tokenizer" else None
+    mark = "<image>\n" if "<image>" in processor.image_token else "<|vision_start|><|image_pad|><|vision_end|>"
+    for count in (0, 1, 2):
+        assert build_prompt(processor, "it's red", count) == f"USER: {mark * count}it's red ASSISTANT:"
+    processor.chat_template = processor.tokenizer.chat_template = None
+    assert build_prompt(processor, "it's red", 2) == f"{mark * 2}it's red"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"rag": "a", "tool_use": "b"},
+        "<image> of nothing",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]['content'] | tojson }}<image>",
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused(llava: tuple[Any, Any], template: Any) -> None:
+    processor = copy.copy(llava[1])
+    processor.chat_template = template
+    with pytest.raises(ValueError, match=r"^processor: "):
+        build_prompt(processor, "what digit is red")
+
+
+@pytest.mark.parametrize("half", ["\ud800", "red \udfff?", "\ud83d\ude00"])
+def test_halves_of_characters_are_refused_by_name(llava: tuple[Any, Any], half: str) -> None:
+    engine = CarveEngine(*llava, preset={"layers": [1]})
+    with pytest.raises(ValueError, match=r"^question: "):
+        engine(tiny.picture(60, 60), half)
+    with pytest.raises(ValueError, match=r"^prompt: "):
+        engine(tiny.picture(60, 60), "x", f"<image>{half}")
+    with pytest.raises(ValueError, match=r"^text: "):
+        build_prompt(llava[1], half)
+    for name in ("general_prompt", "suffix"):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            Preset.paper(**{name: half})
 
 
 def test_bad_texts(llava: tuple[Any, Any]) -> None:
@@ -187,6 +302,39 @@ def test_max_pixels_bounds_the_grid_and_leaves_the_processor_alone() -> None:
     assert int(free.prod()) * 14 * 14 > 56 * 56 * 4
     with pytest.raises(ValueError, match="max_pixels"):
         prepare(processor, [image], prompt, max_pixels=0)
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels`:FutureWarning")
+@pytest.mark.parametrize("style", ["size", "attributes"])
+@pytest.mark.parametrize("make", [tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+def test_the_smaller_of_two_bounds_holds(make: Any, style: str) -> None:
+    image, (_, processor) = tiny.picture(400, 200), make()
+
+    def pixels(least: int, most: int, max_pixels: int | None) -> int:
+        if style == "size":
+            processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
+        else:
+            processor.image_processor.min_pixels, processor.image_processor.max_pixels = least, most
+        inputs = prepare(processor, [image], build_prompt(processor, "x"), max_pixels=max_pixels)
+        return int(inputs["image_grid_thw"].prod()) * 14 * 14
+
+    small, large = 28 * 28 * 10, 28 * 28 * 60
+    unbounded = pixels(28 * 28, small, None)
+    assert unbounded <= small
+    # A bound of ours changes nothing where the processor's own is smaller, and takes its place where it is larger.
+    assert pixels(28 * 28, small, large) == pixels(28 * 28, small, 2 * large) == unbounded
+    assert pixels(28 * 28, large, small) == unbounded < pixels(28 * 28, large, None)
+    # An upper bound goes before a lower one, whoever they are of.
+    assert pixels(large, 2 * large, small) <= small and pixels(large, small, 2 * large) <= small
+
+
+def test_the_engine_keeps_a_processors_own_bound() -> None:
+    model, processor = tiny.tiny_qwen2_vl()
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}
+    own = int(prepare(processor, [tiny.picture(400, 200)], build_prompt(processor, "x"))["image_grid_thw"].prod()) // 4
+    preset = {"layers": [1], "max_new_tokens": 1, "max_pixels": 448 * 448}
+    result = CarveEngine(model, processor, preset=preset)(tiny.picture(400, 200), "what digit is red")
+    assert result.task.values.shape[-1] == result.general.values.shape[-1] == own <= 12
 
 
 def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, Any]) -> None:

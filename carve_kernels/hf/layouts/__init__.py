@@ -15,17 +15,15 @@ from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
-from carve_kernels.hf.layouts.placing import Place, Placing
+from carve_kernels.hf.layouts.placing import Canvas, Kind, Placing
+from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
-FAMILIES: dict[str, Place] = {
-    "llava": centre_crop.place,
-    "qwen2_vl": merged_grid.place,
-    "qwen2_5_vl": merged_grid.place,
+FAMILIES: dict[str, Kind] = {
+    "llava": centre_crop.KIND,
+    "qwen2_vl": merged_grid.KIND,
+    "qwen2_5_vl": merged_grid.KIND,
 }
-
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
@@ -36,30 +34,56 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     ======  ==========================================================================================
     inputs  what the processor returned: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
-            An image is a PIL image or a pair (height, width), of the upright picture (EXIF-transposed)
+            An image is the PIL image that the processor was given, or its (height, width)
     ======  ==========================================================================================
 
     A box is in pixels of that picture, and reaches outside of it where the processor padded it.
 
-    Raises ValueError if the family is not supported, no image is in the prompt, the images do not match the prompt,
-    or the image tokens do not fit the grid.
+    Raises ValueError if the family is not supported, the processor's settings do not fit the model, no image is in the
+    prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
+    orientation: whether the processor turned it depends on how it was called.
     """
     config = unwrap(model).config
-    place = FAMILIES.get(config.model_type)
-    if place is None:
-        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
+    kind = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("inputs: expected images, got a video, which has no layout yet")
     marks = inputs["input_ids"] == names.image_id(config)
     if not marks.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     sizes = _by_row(images, len(marks))
-    placings = iter(place(config, processor, inputs, [size for row in sizes for size in row]))
+    placings = iter(kind.place(config, processor, inputs, [size for row in sizes for size in row]))
     views = tuple(
         _views(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(placings, len(sizes[number]))))
         for number, row in enumerate(marks)
     )
     return VisualLayout(views, sizes)
+
+
+def check_processor(model: nn.Module, processor: Any) -> Kind:
+    """The kind of layout of a model, whose processor puts as many tokens into a prompt as the model makes.
+
+    Raises ValueError for a family that is not supported, and for a setting of the processor that does not fit.
+    """
+    config = unwrap(model).config
+    kind = FAMILIES.get(config.model_type)
+    if kind is None:
+        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
+    found, expected = names.image_id(processor), names.image_id(config)
+    if found not in (None, expected):
+        raise ValueError(
+            f"processor: its image token has the id {found}, expected {expected} as in the model's config; "
+            "load the tokenizer that belongs to the model"
+        )
+    kind.check(config, processor)
+    return kind
+
+
+def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
+    """The smallest canvas for an image of (height, width) that the processor shows whole.
+
+    Raises ValueError if there is none.
+    """
+    return check_processor(model, processor).canvas(unwrap(model).config, processor, size)
 
 
 def supported() -> str:
@@ -100,7 +124,7 @@ def _by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
             f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
             "images a row, in the order of the prompt"
         )
-    return tuple(tuple(_upright_size(image) for image in row) for row in nested)
+    return tuple(tuple(_size(image) for image in row) for row in nested)
 
 
 def _is_image(value: Any) -> bool:
@@ -109,9 +133,8 @@ def _is_image(value: Any) -> bool:
     )
 
 
-def _upright_size(image: Any) -> Size:
+def _size(image: Any) -> Size:
     if not isinstance(image, Image.Image):
         return check_size("images", image)
-    if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
-        return image.width, image.height
+    refuse_turned("images", image)
     return image.height, image.width

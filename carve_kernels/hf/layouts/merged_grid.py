@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from carve_kernels.hf.layouts.placing import Part, Placing, check_count, needed
+from carve_kernels.hf.layouts.placing import Canvas, Kind, Part, Placing, agree, check_count, needed
 from carve_kernels.types import Size
 
 
@@ -22,3 +22,16 @@ def place(config: Any, processor: Any, inputs: Any, sizes: list[Size]) -> list[P
         box = (0.0, 0.0, float(width), float(height))
         placings.append(Placing(count, (Part(torch.arange(count), grid, box),)))
     return placings
+
+
+def _check(config: Any, processor: Any) -> None:
+    vision, settings = config.vision_config, getattr(processor, "image_processor", None)
+    for name, expected in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
+        agree(f"image_processor.{name}", getattr(settings, name, expected), expected)
+
+
+def _canvas(config: Any, processor: Any, size: Size) -> Canvas:
+    return Canvas(size)
+
+
+KIND = Kind(place, _check, _canvas)

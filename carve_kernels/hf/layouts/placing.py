@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,10 +26,39 @@ class Placing(NamedTuple):
     parts: tuple[Part, ...]
 
 
+class Canvas(NamedTuple):
+    """A larger picture that an image is laid on: its (height, width), and where the image's top left corner is."""
+
+    size: Size
+    top: int = 0
+    left: int = 0
+
+
 class Place(Protocol):
-    """A kind of layout: from what the processor returned and the (height, width) of every image, to placings."""
+    """From what the processor returned and the (height, width) of every image, to placings."""
 
     def __call__(self, config: Any, processor: Any, inputs: Any, sizes: list[Size]) -> list[Placing]: ...
+
+
+class Kind(NamedTuple):
+    """A kind of layout.
+
+    `check` raises ValueError for settings of a processor that do not fit the model's; `canvas` finds the smallest
+    canvas for an image of a (height, width) that the processor shows whole, the image itself where it does already.
+    """
+
+    place: Place
+    check: Callable[[Any, Any], None]
+    canvas: Callable[[Any, Any, Size], Canvas]
+
+
+def agree(name: str, found: Any, expected: Any) -> None:
+    """A setting of the processor must be what the model's config says."""
+    if found != expected:
+        raise ValueError(
+            f"processor: {name} is {found!r}, expected {expected!r} as the model has it; "
+            f"set processor.{name} = {expected!r}, or write it into the checkpoint's file of the processor"
+        )
 
 
 def needed(inputs: Any, name: str) -> torch.Tensor:
