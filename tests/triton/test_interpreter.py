@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -34,6 +35,14 @@ def _arithmetic_kernel(left_ptr, right_ptr, sum_ptr, less_ptr, narrow_ptr, SIZE:
 @triton.jit
 def _total_kernel(left_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.load(left_ptr + tl.arange(0, SIZE)), 0))
+
+
+@triton.jit
+def _share_kernel(left_ptr, plain_ptr, rounded_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    left = tl.load(left_ptr + place)
+    tl.store(plain_ptr + place, left / left)
+    tl.store(rounded_ptr + place, tl.div_rn(left, left))
 
 
 @triton.jit
@@ -98,6 +107,15 @@ def test_bfloat16_arithmetic_is_torchs() -> None:
     assert torch.equal(sums, left * right + left)
     assert torch.equal(less, (left < right).int())
     assert torch.equal(narrowed, (left.float() / 3.0).to(torch.bfloat16))
+
+
+def test_a_plain_division_is_no_better_than_on_a_gpu() -> None:
+    left = torch.tensor([0.3, 7.0, torch.inf, 0.0])
+    plain, rounded = torch.empty(4), torch.empty(4)
+    with numpy.errstate(invalid="ignore"):
+        _share_kernel[(1,)](left, plain, rounded, SIZE=4)
+    assert bool((plain[:2] < 1).all()) and torch.equal(rounded[:2], torch.ones(2))
+    assert bool(plain[2:].isnan().all()) and bool(rounded[2:].isnan().all())
 
 
 def test_what_is_not_mended_is_refused() -> None:
