@@ -81,9 +81,9 @@ def test_high_logits_are_as_right_as_the_reference(room: str, height: float, dty
     # A logit that is rounded where it is as high as the others are moves its probability by as many roundings.
     bound = relative(own[there], truth[there]) + roundings(2) * height
     assert relative(found[there], truth[there]) < bound
+    # The highest logit has the rounding that it has in the sum.
     whole = truth > 1 - 1e-9
-    # The highest logit has the rounding that it has in the sum, but where a product's order of sums is its shape's.
-    assert height < 1e3 or room == "triton" or relative(found[whole], truth[whole]) < roundings(4)
+    assert height < 1e3 or (whole.any() and relative(found[whole], truth[whole]) < roundings(4))
 
 
 def alone(dtype: torch.dtype, tokens: int) -> tuple[Any, dict[str, Any]]:

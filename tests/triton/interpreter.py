@@ -1,9 +1,10 @@
 """Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
 
 As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, gives numbers the type of
-their value instead of their annotation, divides better than a GPU, and runs the programs of a grid in one order.
-`faithful` mends all but the last for a run; `programs_in` changes the order; `traffic` counts what kernels load and
-store. All lean on private names of the interpreter: the canary in `test_interpreter.py` tells when they change.
+their value instead of their annotation, divides better than a GPU, adds up products in an order that follows from the
+shape, and runs the programs of a grid in one order. `faithful` mends all but the last for a run; `programs_in` changes
+the order; `traffic` counts what kernels load and store. All lean on private names of the interpreter: the canary in
+`test_interpreter.py` tells when they change.
 """
 
 from __future__ import annotations
@@ -70,9 +71,14 @@ def _refuse_bfloat16(value: Any) -> None:
 
 
 def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+    # As shipped, a BLAS adds up in an order that follows from the shape; on a GPU an element's is that of every tile.
+    columns, rows = _wide(left).data.astype(numpy.float32), _wide(right).data.astype(numpy.float32)
+    sums = total.data.copy()
     # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
     with numpy.errstate(invalid="ignore"):
-        return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
+        for place in range(columns.shape[1]):
+            sums += columns[:, place, None] * rows[place]
+    return Handle(sums, total.dtype.scalar)
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:

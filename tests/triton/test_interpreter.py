@@ -24,6 +24,14 @@ def _dot_kernel(left_ptr, right_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _wide_dot_kernel(left_ptr, right_ptr, out_ptr, width, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row, size, column = tl.arange(0, 16)[:, None], tl.arange(0, SIZE), tl.arange(0, BLOCK)[None, :]
+    left = tl.load(left_ptr + row * SIZE + size[None, :])
+    right = tl.load(right_ptr + size[:, None] * width + column)
+    tl.store(out_ptr + row * BLOCK + column, tl.dot(left, right, input_precision="ieee"))
+
+
+@triton.jit
 def _arithmetic_kernel(left_ptr, right_ptr, sum_ptr, less_ptr, narrow_ptr, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
     left, right = tl.load(left_ptr + place), tl.load(right_ptr + place)
@@ -98,6 +106,14 @@ def test_bfloat16_products_are_right() -> None:
     left, right, out = halves(16, 16), halves(16, 16), torch.empty(16, 16)
     _dot_kernel[(1,)](left, right, out, SIZE=16)
     torch.testing.assert_close(out, left.float() @ right.float())
+
+
+def test_a_product_is_the_same_in_every_tile() -> None:
+    left, right = torch.randn(16, 64), torch.randn(64, 256)
+    whole, part = torch.empty(16, 256), torch.empty(16, 32)
+    _wide_dot_kernel[(1,)](left, right, whole, 256, SIZE=64, BLOCK=256)
+    _wide_dot_kernel[(1,)](left, right, part, 256, SIZE=64, BLOCK=32)
+    assert torch.equal(whole[:, :32], part)
 
 
 def test_bfloat16_arithmetic_is_torchs() -> None:
