@@ -70,15 +70,13 @@ def _refuse_bfloat16(value: Any) -> None:
         raise NotImplementedError("the interpreter computes this on bit patterns: widen bfloat16 to float32 first")
 
 
-def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
-    # As shipped, a BLAS adds up in an order that follows from the shape; on a GPU an element's is that of every tile.
-    columns, rows = _wide(left).data.astype(numpy.float32), _wide(right).data.astype(numpy.float32)
-    sums = total.data.copy()
+def _dot(self: Any, left: Any, right: Any, total: Any, *_options: Any) -> Any:
+    # As shipped, a BLAS adds up in an order that follows from the shape; on a GPU an element is the same in every tile.
+    # In 64 bits the order is below what is rounded.
+    columns, rows = _wide(left).data.astype(numpy.float64), _wide(right).data.astype(numpy.float64)
     # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
     with numpy.errstate(invalid="ignore"):
-        for place in range(columns.shape[1]):
-            sums += columns[:, place, None] * rows[place]
-    return Handle(sums, total.dtype.scalar)
+        return Handle((numpy.matmul(columns, rows) + total.data).astype(total.data.dtype), total.dtype.scalar)
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
