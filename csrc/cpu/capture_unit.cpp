@@ -12,7 +12,7 @@ constexpr int64_t kScratchFloats = int64_t{1} << 18;
 // Where that leaves fewer rows for one read of the keys than half of this, this many share it, and the exponentials
 // spill: a row of a group of 7 costs 84 bytes a key there and back, another read of bfloat16 keys 256.
 constexpr int64_t kSpilledRows = 8;
-constexpr float kLog2E = 1.44269504088896341f;
+constexpr double kLog2E = 1.44269504088896341;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -172,20 +172,24 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
     const float* sums = sums_of(plan, scratch, line);
     float top = *std::max_element(tops, tops + plan.chunks);
     const bool dead = top == -INFINITY;
-    const float sink = unit.layer->sink != nullptr ? unit.layer->sink[head] * kLog2E : -INFINITY;
+    // A sum that is known, or the sink: in base 2 as the maxima are, but not rounded.
+    double other = -INFINITY;
     if (p.lse != nullptr) {
-      top = p.lse[(unit.batch * p.heads + head) * p.rows + row] * kLog2E;
-    } else {
-      top = std::max(top, sink);
+      other = p.lse[(unit.batch * p.heads + head) * p.rows + row] * kLog2E;
+      top = static_cast<float>(other);
+    } else if (unit.layer->sink != nullptr) {
+      other = unit.layer->sink[head] * kLog2E;
+      top = std::max(top, static_cast<float>(other));
     }
     if (dead || top == -INFINITY) {
       std::fill(tops, tops + plan.chunks, 0.0f);
       continue;
     }
     plan.kernels.relate(tops, plan.chunks, top);
-    if (p.lse != nullptr) continue;
-    double total = std::exp2(static_cast<double>(sink) - static_cast<double>(top));
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) total += static_cast<double>(tops[chunk]) * sums[chunk];
+    double total = std::exp2(other - top);
+    for (int64_t chunk = 0; chunk < plan.chunks && p.lse == nullptr; ++chunk) {
+      total += static_cast<double>(tops[chunk]) * sums[chunk];
+    }
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) tops[chunk] = static_cast<float>(tops[chunk] / total);
   }
 }

@@ -29,7 +29,7 @@ struct CaptureLaunch {
   int token_blocks;
   int heads_at_once;  // key heads that a block of the second launch holds at a time, a power of two
   bool aligned;       // every key starts at a multiple of 16 bytes and has whole vectors of them
-  float2* stats;      // [layers, batch, heads, rows, splits], maximum and sum in base 2
+  float2* stats;      // [layers, batch, heads, rows, splits], maximum, and sum of e^(logit - maximum)
   float* mean;        // [layers, batch, rows, token_count], where the maps are of each head
   unsigned* tickets;  // [layers, batch]
 };

@@ -18,11 +18,11 @@ struct MapsShared {
   bool is_last;
 };
 
-// A maximum and a sum in base 2, merged with another such pair. Maxima pass over NaN and sums do not, so a maximum of
+// A maximum and a sum, merged with another such pair. Maxima pass over NaN and sums do not, so a maximum of
 // -inf is no sign of an empty sum: such a pair is added like any other.
 __device__ __forceinline__ void add_part(float other_top, float other_sum, float& top, float& sum) {
   const float larger = fmaxf(top, other_top), offset = larger == -INFINITY ? 0.0f : larger;
-  sum = sum * exp2f(top - offset) + other_sum * exp2f(other_top - offset);
+  sum = sum * exponential(top, offset) + other_sum * exponential(other_top, offset);
   top = larger;
 }
 
@@ -45,10 +45,10 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
       add_part(other.x, other.y, top, sum);
     }
     if (member == 0 && layer.sink != nullptr) {
-      add_part(load(layer.sink + at) * kLog2E, 1.0f, top, sum);
+      add_part(load(layer.sink + at), 1.0f, top, sum);
     }
   } else if (used && member == 0) {
-    top = load(p.lse + (batch * p.heads + at) * p.rows + row) * kLog2E;
+    top = load(p.lse + (batch * p.heads + at) * p.rows + row);
     sum = top == -INFINITY ? 0.0f : 1.0f;
   }
 #pragma unroll
@@ -103,7 +103,7 @@ __device__ __forceinline__ void fill_values(const CaptureLaunch& launch, const T
       float value = 0.0f;
       if (head < p.key_heads && key >= 0 && seen_by(p, batch, query_head, row).at(key)) {
         const int line = local * part.stride + place;
-        value = exp2f(logit(p, sums.values[i]) - shared.tops[line]) * shared.factors[line];
+        value = exponential(logit(p, sums.values[i]), shared.tops[line]) * shared.factors[line];
       }
       shared.tile.values[place][at] = value;
       if (p.each && head < p.key_heads && first + token < p.token_count) {

@@ -46,9 +46,9 @@ __device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&sc
   const float offset = top == -INFINITY ? 0.0f : top;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < S::kSlots / 32; ++i) sum += exp2f(logits[i] - offset);
+  for (int i = 0; i < S::kSlots / 32; ++i) sum += exponential(logits[i], offset);
   sum = warp_sum(sum);
-  if (lane == 0) store(stats, make_float2(top, sum + before.y * exp2f(before.x - offset)));
+  if (lane == 0) store(stats, make_float2(top, sum + before.y * exponential(before.x, offset)));
 }
 
 // A block: one split of the keys of one key head, all the rows of its group.

@@ -54,6 +54,13 @@ To bits(From value) {
   return result;
 }
 
+// Read back from memory: no compiler fuses this product or sum with another.
+template <typename T>
+T rounded(T value) {
+  const volatile T stored = value;
+  return stored;
+}
+
 // What the lane `source(lane)` has of `value`.
 template <typename T, typename Source>
 T exchange(unsigned mask, T value, Source source, const char* file, int line) {
@@ -168,13 +175,13 @@ inline int __popcll(unsigned long long value) { return __builtin_popcountll(valu
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
 inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(uint64_t(value)); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return emulated::rounded(a + b); }
+inline float __fsub_rn(float a, float b) { return emulated::rounded(a - b); }
+inline float __fmul_rn(float a, float b) { return emulated::rounded(a * b); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline double __dadd_rn(double a, double b) { return a + b; }
-inline double __dsub_rn(double a, double b) { return a - b; }
-inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return emulated::rounded(a + b); }
+inline double __dsub_rn(double a, double b) { return emulated::rounded(a - b); }
+inline double __dmul_rn(double a, double b) { return emulated::rounded(a * b); }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline long long __double2ll_rn(double value) { return std::llrint(value); }
 

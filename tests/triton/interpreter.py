@@ -1,9 +1,10 @@
 """Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
 
 As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, gives numbers the type of
-their value instead of their annotation, and runs the programs of a grid in one order. `faithful` mends the first three
-for a run; `programs_in` changes the order; `traffic` counts what kernels load and store. All lean on private names of
-the interpreter: the canary in `test_interpreter.py` tells when they change.
+their value instead of their annotation, divides better than a GPU, adds up products in an order that follows from the
+shape, and runs the programs of a grid in one order. `faithful` mends all but the last for a run; `programs_in` changes
+the order; `traffic` counts what kernels load and store. All lean on private names of the interpreter: the canary in
+`test_interpreter.py` tells when they change.
 """
 
 from __future__ import annotations
@@ -56,15 +57,26 @@ def _narrow_result(values: numpy.ndarray) -> Any:
     return Handle(values, tl.int1) if values.dtype == numpy.bool_ else Handle(narrow(values), tl.bfloat16)
 
 
+def _divide(self: Any, left: Any, right: Any) -> Any:
+    # What `/` of float32 is on a GPU, div.full.f32, may be two units off, and x / x another number than 1.
+    exact = self.binary_op(left, right, numpy.divide)
+    if exact.dtype.scalar != tl.float32:
+        return exact
+    return Handle(numpy.where(numpy.isfinite(exact.data), numpy.nextafter(exact.data, 0), exact.data), tl.float32)
+
+
 def _refuse_bfloat16(value: Any) -> None:
     if value.dtype.scalar == tl.bfloat16:
         raise NotImplementedError("the interpreter computes this on bit patterns: widen bfloat16 to float32 first")
 
 
-def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+def _dot(self: Any, left: Any, right: Any, total: Any, *_options: Any) -> Any:
+    # As shipped, a BLAS adds up in an order that follows from the shape; on a GPU an element is the same in every tile.
+    # In 64 bits the order is below what is rounded.
+    columns, rows = _wide(left).data.astype(numpy.float64), _wide(right).data.astype(numpy.float64)
     # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
     with numpy.errstate(invalid="ignore"):
-        return SHIPPED["create_dot"](self, _wide(left), _wide(right), total, *options)
+        return Handle((numpy.matmul(columns, rows) + total.data).astype(total.data.dtype), total.dtype.scalar)
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
@@ -145,8 +157,11 @@ def _call(self: Any, *args: Any, **named: Any) -> Any:
 
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """bfloat16 from values, rounded to nearest even; hints held against addresses; numbers of their annotated types."""
-    mended = {"create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma}
+    """bfloat16 from values, hints held against addresses, numbers of their annotated types, a GPU's division."""
+    mended = {
+        "create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma,
+        "create_fdiv": _divide,
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, method in mended.items():
             stack.enter_context(mock.patch.object(Builder, name, method))

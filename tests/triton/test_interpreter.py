@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -23,6 +24,14 @@ def _dot_kernel(left_ptr, right_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _wide_dot_kernel(left_ptr, right_ptr, out_ptr, width, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row, size, column = tl.arange(0, 16)[:, None], tl.arange(0, SIZE), tl.arange(0, BLOCK)[None, :]
+    left = tl.load(left_ptr + row * SIZE + size[None, :])
+    right = tl.load(right_ptr + size[:, None] * width + column)
+    tl.store(out_ptr + row * BLOCK + column, tl.dot(left, right, input_precision="ieee"))
+
+
+@triton.jit
 def _arithmetic_kernel(left_ptr, right_ptr, sum_ptr, less_ptr, narrow_ptr, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
     left, right = tl.load(left_ptr + place), tl.load(right_ptr + place)
@@ -34,6 +43,14 @@ def _arithmetic_kernel(left_ptr, right_ptr, sum_ptr, less_ptr, narrow_ptr, SIZE:
 @triton.jit
 def _total_kernel(left_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.load(left_ptr + tl.arange(0, SIZE)), 0))
+
+
+@triton.jit
+def _share_kernel(left_ptr, plain_ptr, rounded_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    left = tl.load(left_ptr + place)
+    tl.store(plain_ptr + place, left / left)
+    tl.store(rounded_ptr + place, tl.div_rn(left, left))
 
 
 @triton.jit
@@ -91,6 +108,14 @@ def test_bfloat16_products_are_right() -> None:
     torch.testing.assert_close(out, left.float() @ right.float())
 
 
+def test_a_product_is_the_same_in_every_tile() -> None:
+    left, right = torch.randn(16, 64), torch.randn(64, 256)
+    whole, part = torch.empty(16, 256), torch.empty(16, 32)
+    _wide_dot_kernel[(1,)](left, right, whole, 256, SIZE=64, BLOCK=256)
+    _wide_dot_kernel[(1,)](left, right, part, 256, SIZE=64, BLOCK=32)
+    assert torch.equal(whole[:, :32], part)
+
+
 def test_bfloat16_arithmetic_is_torchs() -> None:
     left, right = halves(64), halves(64)
     sums, less, narrowed = torch.empty_like(left), torch.empty(64, dtype=torch.int32), torch.empty_like(left)
@@ -98,6 +123,15 @@ def test_bfloat16_arithmetic_is_torchs() -> None:
     assert torch.equal(sums, left * right + left)
     assert torch.equal(less, (left < right).int())
     assert torch.equal(narrowed, (left.float() / 3.0).to(torch.bfloat16))
+
+
+def test_a_plain_division_is_no_better_than_on_a_gpu() -> None:
+    left = torch.tensor([0.3, 7.0, torch.inf, 0.0])
+    plain, rounded = torch.empty(4), torch.empty(4)
+    with numpy.errstate(invalid="ignore"):
+        _share_kernel[(1,)](left, plain, rounded, SIZE=4)
+    assert bool((plain[:2] < 1).all()) and torch.equal(rounded[:2], torch.ones(2))
+    assert bool(plain[2:].isnan().all()) and bool(rounded[2:].isnan().all())
 
 
 def test_what_is_not_mended_is_refused() -> None:

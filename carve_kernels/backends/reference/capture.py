@@ -40,9 +40,12 @@ def forward(
         scores = scores.masked_fill_(~seen, -math.inf)
     dtype = scores.dtype
 
+    # The maximum and the sum below it stay apart: the logarithm of both would be rounded to the digits of the maximum.
     if lse is not None:
-        total = lse.to(dtype).unsqueeze(-1)
-        dead = (scores == -math.inf).all(-1, keepdim=True) | (total == -math.inf)
+        top = lse.to(dtype).unsqueeze(-1)
+        summed = torch.ones_like(top)
+        dead = (scores == -math.inf).all(-1, keepdim=True) | (top == -math.inf)
+        top = top.masked_fill(dead, 0.0)
     else:
         top = scores.amax(-1, keepdim=True) if key.shape[2] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
         if sink is not None:
@@ -55,7 +58,6 @@ def forward(
             summed += torch.exp(block - top).sum(-1, keepdim=True)
         if sink is not None:
             summed += torch.exp(sink - top)
-        total = top + torch.log(summed)
 
     used = (tokens >= 0) & (tokens < key.shape[2])
     if key.shape[2]:
@@ -63,7 +65,7 @@ def forward(
         picked = scores.gather(-1, index)
     else:
         picked = scores.new_zeros(*scores.shape[:-1], tokens.shape[-1])
-    probabilities = torch.exp(picked - total.masked_fill(dead, 0.0))
+    probabilities = torch.exp(picked - top) / summed
     probabilities = probabilities.masked_fill(dead | ~used[:, None, None, :], 0.0)
 
     mean = probabilities.mean(1)

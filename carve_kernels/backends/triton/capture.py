@@ -185,7 +185,7 @@ def _launch(
         *query_strides, *key_strides, *(_NOWHERE if mask is None else strides_of(mask)),
         *(_NOWHERE[:2] if positions is None else strides_of(positions)),
     )  # fmt: skip
-    factors = (scale * LOG2E, 0.0) if softcap is None else (scale * 2 * LOG2E / softcap, softcap * LOG2E)
+    factors = (scale, 0.0) if softcap is None else (scale * 2 * LOG2E / softcap, softcap)
     counts = batch, query_heads, key_heads, rows, keys, divided.splits
     shape = size, divided.block_size, divided.block_row, divided.block_group
     dense = size == 1 or query_strides[3] == key_strides[3] == 1

@@ -1,7 +1,7 @@
 """The two kernels of capture: statistics of all keys by split, then probabilities of the visual tokens.
 
-One program holds a tile of rows times query heads of one key head, so that a key is loaded once for all of them. Logits
-are kept in base 2. The layer is the last axis of the grid, and its tensors are chosen from tuples.
+One program holds a tile of rows times query heads of one key head, so that a key is loaded once for all of them. The
+layer is the last axis of the grid, and its tensors are chosen from tuples.
 """
 
 # Triton's tensors have no types that mypy knows.
@@ -26,7 +26,7 @@ def capture_statistics_kernel(
     BLOCK_KEY: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of the scores over one split of the keys, and sum of their exp2 below it, as [L, B, A, R, splits]."""
+    """Maximum of the logits over one split of the keys, and sum of their exp below it, as [L, B, A, R, splits]."""
     group = query_heads // key_heads
     row_tiles = tl.cdiv(rows, BLOCK_ROW)
     tiles = row_tiles * tl.cdiv(group, BLOCK_GROUP)
@@ -62,7 +62,7 @@ def capture_statistics_kernel(
         score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
         higher = tl.maximum(maximum, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(score - base[:, None]), 1)
+        total = total * tl.exp(maximum - base) + tl.sum(tl.exp(score - base[:, None]), 1)
         maximum = higher
     line = ((layer.to(tl.int64) * batch + b) * query_heads + head) * rows + row
     tl.store(scratch_ptr + line * splits + split, maximum, mask=live)
@@ -133,7 +133,7 @@ def capture_map_kernel(
         mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
         seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
         score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
-        probability = tl.where(used[None, :], tl.exp2(score - top[:, None]) * share[:, None], 0.0)
+        probability = tl.where(used[None, :], tl.exp(score - top[:, None]) * share[:, None], 0.0)
         if EACH:
             at = (head * stride_map_a + row * stride_map_r)[:, None]
             tl.store(map_ptr + at, probability, mask=(live & (row < rows_to_write))[:, None] & (slot < tokens)[None, :])

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from carve_kernels.backends.triton import capture_plan
 
-LOG2E = tl.constexpr(capture_plan.LOG2E)
 PARTS = tl.constexpr(capture_plan.PARTS)
 MOST_SPLITS = tl.constexpr(capture_plan.MOST_SPLITS)
 # Blocks of tokens that are added up at a time.
@@ -94,9 +93,9 @@ def visible(mask_ptr, at, stride_s, live, column, there, after, last):
 
 @triton.jit
 def scores(query, key, seen, scale, cap, HAS_SOFTCAP: tl.constexpr):
-    """Logits in base 2 [M, N] of query [M, D] and key [N, D], -inf where they are not seen.
+    """Logits [M, N] of query [M, D] and key [N, D], -inf where they are not seen.
 
-    With a soft cap the scale is 2 log2(e) / softcap times itself, and cap is log2(e) softcap.
+    With a soft cap the scale is 2 log2(e) / softcap times itself, for a tanh in base 2.
     """
     # Half precision is exact in any mode; TF32 would round the logits of float32 to three digits.
     logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
@@ -110,12 +109,12 @@ def scores(query, key, seen, scale, cap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, line, splits, live):
-    """(top, share) of each lane: the probability of a score is exp2(score - top) * share.
+    """(top, share) of each lane: the probability of a score is exp(score - top) * share.
 
     Without a log-sum-exp they come from the statistics: maxima [lines, splits], and as many sums behind them.
     """
     if lse_ptr is not None:
-        known = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32) * LOG2E
+        known = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32)
         total = tl.where(known == float("-inf"), 0.0, 1.0)
         top = tl.where(known == float("-inf"), 0.0, known)
     else:
@@ -127,12 +126,12 @@ def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, l
         part = tl.load(statistics_ptr + statistics + at, mask=there, other=0.0)
         top = tl.max(maximum, 1)
         if sink_ptr is not None:
-            sink = tl.load(sink_ptr + sink_at, mask=live, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.load(sink_ptr + sink_at, mask=live, other=0.0).to(tl.float32)
             top = tl.maximum(top, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(part * tl.exp2(maximum - top[:, None]), 1)
+        total = tl.sum(part * tl.exp(maximum - top[:, None]), 1)
         if sink_ptr is not None:
-            total += tl.exp2(sink - top)
+            total += tl.exp(sink - top)
     # A row that sees nothing has a total of 0, and gets zeros; one that sees a NaN gets NaN.
     return top, 1.0 / tl.where(total == 0, float("inf"), total)
 
@@ -144,7 +143,8 @@ def last_of_row(part_at, ticket_ptr, mean, used, fits, block, blocks):
     The parts of each row are [blocks, PARTS]. The last one leaves the ticket at 0, for the next call or graph replay.
     """
     mass = tl.sum(mean, 1)
-    share = mean / tl.where(mass > 0, mass, 1.0)[:, None]
+    # A plain division is off by up to two units: a token that holds all would have an entropy.
+    share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0)[:, None])
     spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), 1)
     at = part_at + block * PARTS
     tl.store(at, mass, mask=fits)
@@ -178,7 +178,7 @@ def summary(part_at, fits, blocks, BLOCK_ROW: tl.constexpr):
     for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
         there = fits[:, None] & (first + part < blocks)[None, :]
         at = part_at[:, None] + (first + part)[None, :] * PARTS
-        share = tl.load(at, mask=there, other=0.0) / tl.where(total > 0, total, 1.0)[:, None]
+        share = tl.div_rn(tl.load(at, mask=there, other=0.0), tl.where(total > 0, total, 1.0)[:, None])
         inner = tl.load(at + 1, mask=there, other=0.0)
         spread += share * (inner - tl.log2(tl.where(share > 0, share, 1.0)))
     return total, tl.where(used > 1, tl.sum(spread, 1) / tl.log2(tl.maximum(used, 2.0)), 0.0)
