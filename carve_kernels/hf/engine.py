@@ -15,7 +15,7 @@ from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch, contract, names
-from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.backbone import check_decoder, decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
 from carve_kernels.hf.loading import preset_of
@@ -82,6 +82,7 @@ class CarveEngine:
         plain: bool = True,
     ) -> None:
         contract.ensure()
+        check_decoder(model)
         self.model, self.processor = model, processor
         self.backend = checks.choice("backend", backend, ("auto", *ROOMS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)

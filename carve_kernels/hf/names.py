@@ -2,8 +2,7 @@
 
 Nothing else in the package spells these names but caches.py, which has those of caches. A release that changes one
 is followed here or there, and `contract` finds out whether the installed one still has
-what is relied on. "Known in" says which versions have a name. Of accelerate no name is needed: weights that it parks
-are told by their device.
+what is relied on. "Known in" says which versions have a name. What other libraries put on a model is in foreign.py.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SEEING = ("full_attention", "sliding_attention")
 _ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
+_CROSS_CLASS = re.compile(r"Cross\w*Attention", re.IGNORECASE)
+_CROSS_NAME = re.compile(r"(.*\.)?(cross_?att\w*|encoder_attn)")
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _IMAGE_IDS = ("image_token_id", "image_token_index")
@@ -36,6 +37,9 @@ _TOWER = "mm_encoder_outputs"
 # What a vision tower also returns, and no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+# Adapters that change what a layer makes of a token, by that token alone.
+_ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
+             "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
 _DECISIONS = ("logits_processor", "stopping_criteria")
 
 Attention = Callable[..., Any]
@@ -292,6 +296,15 @@ def has_encoder(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
+def cross_attention_in(decoder: nn.Module) -> str | None:
+    """The first module of a text decoder that attends to something else than its prompt. Known in: 5.12 to 5.24."""
+    for name, module in decoder.named_modules():
+        if _CROSS_CLASS.search(type(module).__name__) or _CROSS_NAME.fullmatch(name):
+            return f"{name} ({type(module).__name__})"
+    layers = getattr(getattr(decoder, "config", None), "cross_attention_layers", None)
+    return f"layer {layers[0]}" if layers else None
+
+
 def rotations(config: Any) -> set[str]:
     """The kinds of rotation in use; some configurations have one for each type of layer.
 
@@ -434,13 +447,21 @@ def compiled_calls(model: nn.Module, around: Callable[[Attention], Attention]) -
 
 
 # PEFT
-def adapter_obstacle(model: Any) -> str | None:
-    """What a model's adapters say against decoding as a tree, or None. Known in: PEFT 0.21."""
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(peft, "is_prompt_learning", False) for peft in adapters):
+def has_virtual_tokens(module: Any) -> bool:
+    """Whether a module's adapters put tokens of their own before a prompt. Known in: PEFT 0.21."""
+    return any(getattr(peft, "is_prompt_learning", False) for peft in getattr(module, "peft_config", {}).values())
+
+
+def adapter_obstacle(module: Any) -> str | None:
+    """What a module's adapters say against decoding as a tree, or None. Known in: PEFT 0.21."""
+    if has_virtual_tokens(module):
         return "its adapter puts tokens of its own before a prompt"
-    if any(getattr(peft, "alora_invocation_tokens", None) for peft in adapters):
-        return "its adapter begins in the middle of a prompt"
+    for peft in getattr(module, "peft_config", {}).values():
+        if getattr(peft, "alora_invocation_tokens", None):
+            return "its adapter begins in the middle of a prompt"
+        kind = str(getattr(getattr(peft, "peft_type", None), "value", "of no type"))
+        if kind not in _ADAPTERS:
+            return f"its adapter is {kind}, which may look at more than one token"
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf import apart, contract
-from carve_kernels.hf.backbone import attention_modules, unwrap
+from carve_kernels.hf.backbone import attention_modules, check_decoder, input_device, unwrap
 from carve_kernels.hf.evidence import Choice
 from carve_kernels.hf.joint import Branch, Joint, Look, at_work
 from carve_kernels.hf.looking import needed
@@ -63,6 +63,7 @@ class RowReader:
         backend: str,
     ) -> None:
         contract.ensure()
+        check_decoder(model)
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
         # Candidates of ours that a prompt does not have are left out; those of a caller are an error.
@@ -83,7 +84,7 @@ class RowReader:
 
     def looks(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[Seen]:
         """The maps of the general instruction, and then of each text; in the former the whole stands for a word."""
-        pictures = Pictures(self._processor, unwrap(self._model).device, self._preset.max_pixels)
+        pictures = Pictures(self._processor, input_device(self._model), self._preset.max_pixels)
         prefixes: dict[Any, Prefix | None] = {}
         for start in range(0, 1 + len(texts), TOGETHER):
             asked = []

@@ -16,6 +16,7 @@ from PIL import Image
 from carve_kernels import load
 from carve_kernels.hf import identity
 from carve_kernels.hf.identity import SAMPLES, digest, fingerprint, fingerprint_of_directory, key_of
+from carve_kernels.hf.tensors import Unidentified
 from carve_kernels.models import small
 from tests.hf.tiny import picture, save, tiny_llava, tiny_qwen2_5_vl
 
@@ -245,15 +246,13 @@ def test_what_a_model_makes_for_its_state_is_part_of_it(directory: Path, monkeyp
     assert fingerprint(model, processor) != first
 
 
-def test_a_model_whose_first_weights_are_elsewhere(directory: Path) -> None:
+def test_parked_weights_are_no_identity(directory: Path) -> None:
+    """Two models whose parked weights differ would be one."""
     model, processor = load(directory)
-    first = next(iter(model.parameters()))
-    before = fingerprint(model, processor)
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is first:
-                module._parameters[name] = torch.nn.Parameter(value.to("meta"))
-    assert fingerprint(model, processor) != before
+    weight = model.model.language_model.layers[1].mlp.up_proj
+    weight.weight = torch.nn.Parameter(weight.weight.to("meta"))
+    with pytest.raises(Unidentified, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        fingerprint(model, processor)
 
 
 @pytest.mark.parametrize("offsets", [[-5000, 20], [0, 1e400], [0, 10**26], [5, 3], [5, 4], [0, 99], ["a", "b"], [1]])

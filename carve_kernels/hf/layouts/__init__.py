@@ -13,7 +13,7 @@ from torch import nn
 from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
-from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.backbone import check_decoder, unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
 from carve_kernels.hf.layouts.placing import Place, Placing
 from carve_kernels.types import Size, View, VisualLayout
@@ -44,6 +44,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     Raises ValueError if the family is not supported, no image is in the prompt, the images do not match the prompt,
     or the image tokens do not fit the grid.
     """
+    check_decoder(model)
     config = unwrap(model).config
     place = FAMILIES.get(config.model_type)
     if place is None:
