@@ -62,23 +62,24 @@ def code_on(model: nn.Module) -> str | None:
 def mixer(model: nn.Module, decoder: nn.Module) -> str | None:
     """The first module whose result for a token may depend on the tokens beside it, for a message, or None.
 
-    Those of the text decoder that attend are not asked: they are known (row.py).
+    How its attention looks at others is known (row.py); this is about all the rest.
     """
+    decoding = {id(module) for module in decoder.modules()}
+    training = None
     for name, module in _modules(model):
-        kind = type(module)
-        if module.training:
-            return f"{name} is in training mode"
+        kind, path = type(module), _forward_owner(type(module)).__module__
+        if isinstance(module, _MIXERS) and id(module) in decoding:
+            return f"{name} in its text decoder, {kind.__name__}, mixes tokens"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return f"{name} normalises over all that it is given"
-        path = _forward_owner(kind).__module__
         known = kind.__name__ in _WEIGHT_ONLY_LAYERS and path.startswith("bitsandbytes.")
         if not known and (path.startswith(_QUANTIZED) or path.split(".")[0] not in _TOKEN_BY_TOKEN):
             return f"{name}, {kind.__name__} of {path}, may scale a token by those beside it"
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and not _is_weight_only(tensor):
                 return f"the weights of {name}, {type(tensor).__name__}, may scale a token by those beside it"
-    mixing = next(((name, each) for name, each in _modules(decoder) if isinstance(each, _MIXERS)), None)
-    return None if mixing is None else f"{mixing[0]} of its text decoder, {type(mixing[1]).__name__}, mixes tokens"
+        training = training or (name if module.training else None)
+    return None if training is None else f"{training} is in training mode"
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -13,7 +13,15 @@ from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.hf import contract, names
 from carve_kernels.hf.attention import PATCHES, RECORDERS
-from carve_kernels.hf.backbone import attention_modules, check_decoder, decoder_layers, devices_of, unwrap, wrappers
+from carve_kernels.hf.backbone import (
+    attention_modules,
+    check_decoder,
+    decoder_layers,
+    devices_of,
+    text_backbone,
+    unwrap,
+    wrappers,
+)
 from carve_kernels.hf.decoding import join, leave
 from carve_kernels.hf.planning import Planner
 from carve_kernels.hf.record import OnLayer
@@ -167,6 +175,8 @@ class CaptureSession:
         for place, name in self._places.values():
             PATCHES.enter(place, name)
             stack.callback(PATCHES.leave, place, name)
+        if names.has_own_generate(self._model):
+            stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._beside).remove)
         for module in (*wrappers(self._outer), self._model):
             stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
@@ -179,6 +189,15 @@ class CaptureSession:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._planner.end()
+
+    def _beside(self, *_call: Any) -> None:
+        """Before a forward of the text decoder: `generate` may run it past the model that the session follows."""
+        if self._planner.decoding is not None and not self._planner.running:
+            kind = type(self._model).__name__
+            raise ValueError(
+                f"model: expected a generate that runs {kind} itself, got one that runs the language model inside of "
+                "it; open the session on that one, with the columns of the image's tokens as tokens"
+            )
 
 
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
