@@ -40,7 +40,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 # Adapters that change what a layer makes of a token, by that token alone.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
-_GENERATION = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
+_STEPS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
 _DECISIONS = ("logits_processor", "stopping_criteria")
 
 Attention = Callable[..., Any]
@@ -423,8 +423,9 @@ def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -
 def has_own_generate(model: Any) -> bool:
     """Whether a model generates in another way than transformers' own. Known in: 5.12 to 5.24."""
     kind = type(model)
-    others = any(not getattr(kind, name).__module__.startswith("transformers.") for name in _GENERATION)
-    return kind.generate is not GenerationMixin.generate or others or any(n in model.__dict__ for n in _GENERATION)
+    own = [name for name in _STEPS if not getattr(kind, name).__module__.startswith("transformers.")]
+    replaced = [name for name in ("generate", *_STEPS) if name in model.__dict__]
+    return kind.generate is not GenerationMixin.generate or bool(own or replaced)
 
 
 def logits_of(model: Any, rows: torch.Tensor) -> dict[str, Any]:
