@@ -88,6 +88,16 @@ def check_decoder(model: nn.Module) -> None:
         )
 
 
+def check_steady(model: nn.Module) -> None:
+    """Raises ValueError for a model that drops numbers at random: nothing of it would come a second time."""
+    for name, module in unwrap(model).named_modules():
+        if module.training and names.dropout_of(module):
+            raise ValueError(
+                f"model: expected a model that computes the same each time, got one in training mode, whose {name} "
+                f"drops {names.dropout_of(module):.0%}; call model.eval()"
+            )
+
+
 def devices_of(module: nn.Module) -> set[torch.device]:
     """Where the parts of a module run: where accelerate brings them, else where their weights are.
 

@@ -15,7 +15,7 @@ from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch, contract, names
-from carve_kernels.hf.backbone import check_decoder, decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.backbone import check_decoder, check_steady, decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
 from carve_kernels.hf.loading import preset_of
@@ -163,6 +163,7 @@ class CarveEngine:
 
     def request(self, image: Picture, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""
+        check_steady(self.model)
         return make_request(self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels)
 
     def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf import apart, contract
-from carve_kernels.hf.backbone import attention_modules, check_decoder, input_device, unwrap
+from carve_kernels.hf.backbone import attention_modules, check_decoder, check_steady, input_device, unwrap
 from carve_kernels.hf.evidence import Choice
 from carve_kernels.hf.joint import Branch, Joint, Look, at_work
 from carve_kernels.hf.looking import needed
@@ -64,6 +64,7 @@ class RowReader:
     ) -> None:
         contract.ensure()
         check_decoder(model)
+        check_steady(model)
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
         # Candidates of ours that a prompt does not have are left out; those of a caller are an error.

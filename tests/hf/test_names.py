@@ -1,4 +1,4 @@
-"""Names of other libraries: each stands in one of three files; a cache under an unknown name is the fault of no prompt."""
+"""Names of other libraries: each in one of three files; a cache under an unknown name is the fault of no prompt."""
 
 from __future__ import annotations
 

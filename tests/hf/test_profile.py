@@ -107,12 +107,12 @@ def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using:
     rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red")]
     texts = ["what digit is red", "the red square at the left", "is red a digit"]
     reader = reader_of(name, rows, ["t_start", "t_end"])
-    if not shared:
-        reader._joint = None
     before = state(model)
     # Three in a row, so that the last one continues what the first ones have read of the picture.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_maps, "TOGETHER", 3)
+        if not shared:
+            patch.setattr(row_maps, "obstacle", lambda _: "nobody wants it")
         general, *seen = reader.looks(PICTURES[0], SHORT.general_prompt, texts)
     assert state(model) == before and (reader._joint is not None) == shared
     assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
