@@ -93,8 +93,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def is_spread(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has parts of it in other processes."""
-    return type(tensor).__name__ == "DTensor"
+    """Whether a tensor has parts of it in other processes: those of torch, of FSDP and of DeepSpeed."""
+    return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "ds_id")
 
 
 def _current() -> int:

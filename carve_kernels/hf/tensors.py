@@ -68,5 +68,7 @@ def _of_tensor(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tens
         yield f"{name}:{value.dtype}", value.int_repr()
     elif value.layout != torch.strided:
         yield f"{name}:{value.layout}", value.detach().to_dense()
+    elif value.numel() and not value.untyped_storage().nbytes():
+        raise Unidentified(f"{name} is parked elsewhere")
     else:
         yield name, value

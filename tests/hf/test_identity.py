@@ -376,6 +376,18 @@ def spread(values: torch.Tensor) -> Any:
     return values.as_subclass(type("DTensor", (torch.Tensor,), {}))
 
 
+def partitioned(values: torch.Tensor) -> Any:
+    """As DeepSpeed leaves a weight of which another process has the numbers."""
+    empty = torch.nn.Parameter(values.new_empty(0))
+    empty.ds_id = 3
+    return empty
+
+
+def freed(values: torch.Tensor) -> Any:
+    values.untyped_storage().resize_(0)
+    return values
+
+
 def nameless(values: torch.Tensor) -> Any:
     def fail(_: Any) -> Any:
         raise RuntimeError("no numbers here")
@@ -383,7 +395,9 @@ def nameless(values: torch.Tensor) -> Any:
     return values.as_subclass(type("Opaque", (torch.Tensor,), {"__tensor_flatten__": fail}))
 
 
-@pytest.mark.parametrize("value", [spread, nameless, lambda values: values.to("meta"), lambda _: object()])
+@pytest.mark.parametrize(
+    "value", [spread, partitioned, freed, nameless, lambda values: values.to("meta"), lambda _: object()]
+)
 def test_what_cannot_be_read_is_no_identity(value: Callable[[torch.Tensor], Any]) -> None:
     with pytest.raises(Unidentified, match=r"weight\[1\]"):
         list(plain("weight", [3, value(torch.zeros(3))]))
