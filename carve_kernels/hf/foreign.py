@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn.modules import module as torch_hooks
 from torch.nn.utils.parametrize import ParametrizationList
 
-_OWN = __name__.split(".")[0]
 # They read or compute weights, or note outputs that somebody asked for.
-_HARMLESS = (f"{_OWN}.", "transformers.utils.output_capturing", "transformers.modeling_utils", "torch.nn.utils.")
+_HARMLESS = ("carve_kernels.", "transformers.utils.output_capturing", "transformers.modeling_utils", "torch.nn.utils.")
 _ACCELERATE = "accelerate.hooks"
 # Their modules compute each token by itself, but for those of _QUANTIZED.
-_TOKEN_BY_TOKEN = ("torch", "transformers", "peft", _OWN)
+_TOKEN_BY_TOKEN = ("torch", "transformers", "peft")
 _QUANTIZED = ("torch.ao.", "transformers.integrations.")
 _QUANTIZERS = ("auto_round", "bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "optimum", "torchao")
 # Of bitsandbytes: the layers that turn weights back into numbers of their own, and then multiply as usual.

@@ -431,6 +431,8 @@ def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -
 
 def has_own_generate(model: Any) -> bool:
     """Whether a model generates in another way than transformers' own. Known in: 5.12 to 5.24."""
+    if not isinstance(model, GenerationMixin):
+        return hasattr(model, "generate")
     kind = type(model)
     own = [name for name in _STEPS if not getattr(kind, name).__module__.startswith("transformers.")]
     replaced = [name for name in ("generate", *_STEPS) if name in model.__dict__]

@@ -255,6 +255,13 @@ def test_a_model_that_sees_the_image_otherwise_is_refused_everywhere(change: Cal
             refused()
 
 
+def test_a_decoder_without_generate_is_captured() -> None:
+    model = tiny_llama().model
+    with capture_attention(model, layers=[1], tokens=[3, 4]) as session, torch.no_grad():
+        model(input_ids=torch.arange(20)[None])
+    assert session.maps.steps == (0,)
+
+
 def test_mllama_is_refused_by_name() -> None:
     model, inputs, _ = build("mllama")
     for refused in (
