@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -227,22 +227,33 @@ def _eager(shape: Shape) -> Any:
 def _counted(model: Any) -> Iterator[list[int]]:
     counts = [0, 0]
 
-    def tokens(_module: Any, args: Any, kwargs: Any) -> None:
+    def tokens(args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         counts[0] += states.shape[0] * states.shape[1]
 
-    def pictures(_module: Any, _args: Any) -> None:
+    def pictures(_args: Any, _kwargs: Any) -> None:
         counts[1] += 1
 
-    handles = [
-        decoder_layers(model)[0].register_forward_pre_hook(tokens, with_kwargs=True),
-        model.model.visual.register_forward_pre_hook(pictures),
-    ]
-    try:
+    with _watched(decoder_layers(model)[0], tokens), _watched(model.model.visual, pictures):
         yield counts
+
+
+@contextmanager
+def _watched(module: Any, before: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call `before(args, kwargs)` at each forward of a module, by way of its class: hooks keep prompts apart."""
+    kind, forward = type(module), type(module).forward
+
+    @wraps(forward)
+    def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is module:
+            before(args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    kind.forward = watching
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        kind.forward = forward
 
 
 def _generate(model: Any, inputs: Any, new_tokens: int) -> list[int]:

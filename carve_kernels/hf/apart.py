@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from carve_kernels.hf import names
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.decisions import ROADS, greedy, positions_kept, stop_texts
 from carve_kernels.hf.joint import Outcome
@@ -45,7 +46,7 @@ def generated(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, proces
     config = greedy(model, max_new_tokens)
     # Adapters generate by themselves, DataParallel does not.
     while not hasattr(model, "generate"):
-        model = model.module
+        model = names.wrapped(model)
     inner = unwrap(model)
     # What a given config leaves out, `generate` takes from the model's own, unless it is told by name.
     told = {name: None for name in ROADS if getattr(inner.generation_config, name, None) is not None}

@@ -1,4 +1,4 @@
-"""Finding one's way in a model: through wrappers to the model, to its text decoder, to the attention of each layer."""
+"""Finding one's way in a model: through wrappers, to its text decoder, to the attention of each layer, to devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from carve_kernels.hf import names
+from carve_kernels.hf import foreign, names
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -64,6 +64,69 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if attention is not None:
             found[number] = attention
     return found
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raises TypeError for a model whose answers do not come by self-attention over the columns of its prompt."""
+    inner = unwrap(model)
+    kind = type(inner).__name__
+    if names.has_encoder(inner):
+        raise TypeError(
+            f"model: expected a decoder alone, got {kind}, an encoder and a decoder, whose decoder does not attend to "
+            "the prompt by self-attention"
+        )
+    crossing = names.cross_attention_in(text_backbone(model))
+    if crossing is not None:
+        raise TypeError(
+            f"model: expected a decoder that reads image tokens by self-attention, got {kind}, whose {crossing} looks "
+            "at the image by cross-attention, of which no maps are made; use a model whose prompt holds image tokens"
+        )
+    if any(names.has_virtual_tokens(each) for each in (*wrappers(model), inner)):
+        raise TypeError(
+            "model: expected a model whose prompt begins where its input_ids do, got one with an adapter that puts "
+            "tokens of its own before them (prompt learning); give the model without it, or a LoRA"
+        )
+
+
+def check_steady(model: nn.Module) -> None:
+    """Raises ValueError for a model that drops numbers at random: nothing of it would come a second time."""
+    for name, module in unwrap(model).named_modules():
+        if module.training and names.dropout_of(module):
+            raise ValueError(
+                f"model: expected a model that computes the same each time, got one in training mode, whose {name} "
+                f"drops {names.dropout_of(module):.0%}; call model.eval()"
+            )
+
+
+def devices_of(module: nn.Module) -> set[torch.device]:
+    """Where the parts of a module run: where accelerate brings them, else where their weights are.
+
+    Weights that are parked say nothing; a module of such ones alone runs where it is called.
+    """
+    devices: set[torch.device] = set()
+    for each in module.modules():
+        told = foreign.execution_device(each)
+        if told is not None and any(True for _ in each.parameters(recurse=False)):
+            devices.add(told)
+        elif told is None:
+            devices |= {weight.device for weight in each.parameters(recurse=False) if weight.device.type != "meta"}
+    return devices
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where its embedding runs.
+
+    Raises ValueError if the model's weights are nowhere.
+    """
+    inner = unwrap(model)
+    for module in (inner.get_input_embeddings(), inner):
+        devices = devices_of(module)
+        if devices:
+            return min(devices, key=str)
+    raise ValueError(
+        f"model: expected weights on a device, got {type(inner).__name__} on the meta device, and no hook of "
+        "accelerate that brings them; load its weights"
+    )
 
 
 def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:

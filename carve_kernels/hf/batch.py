@@ -15,7 +15,7 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.checks import BackendUnavailable, UpstreamChanged
-from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.backbone import input_device
 from carve_kernels.types import CarveFailure, CarveResult
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _left_of_group() -> int | None:
 def _bound(engine: CarveEngine, tokens: int | None) -> int:
     if tokens is not None:
         return checks.integer("tokens", tokens, low=1)
-    return max(1, free_bytes(unwrap(engine.model).device) // _SHARE // engine.bytes_per_token)
+    return max(1, free_bytes(input_device(engine.model)) // _SHARE // engine.bytes_per_token)
 
 
 def _is_many(name: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.complexity import complexity
 from carve_kernels.hf import batch, contract, names
-from carve_kernels.hf.backbone import decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.backbone import check_decoder, check_steady, decoder_layers, text_backbone, unwrap
 from carve_kernels.hf.identity import same_pixels
 from carve_kernels.hf.joint import Outcome, alone
 from carve_kernels.hf.letterbox import FITS
@@ -87,6 +87,7 @@ class CarveEngine:
         fit: str | None = None,
     ) -> None:
         contract.ensure()
+        check_decoder(model)
         self.model, self.processor = model, processor
         self.backend = checks.choice("backend", backend, ("auto", *ROOMS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
@@ -168,6 +169,7 @@ class CarveEngine:
 
     def request(self, image: Picture, question: str, prompt: str | None = None) -> Request:
         """Check a picture and a question, open them and run the processor; the model does not run."""
+        check_steady(self.model)
         return make_request(
             self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels, self.fit
         )

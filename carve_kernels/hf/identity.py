@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from PIL import Image
 
-from carve_kernels.hf import names
-from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf import foreign, names
+from carve_kernels.hf.backbone import input_device, unwrap
+from carve_kernels.hf.tensors import Unidentified, plain
 
 SAMPLES = 4096
 """Elements of each tensor that the identity of a model reads one by one; of a smaller tensor it reads all."""
@@ -60,16 +61,26 @@ def fingerprint(model: Any, processor: Any) -> str:
     stays the same one.
 
     The weights are read again when one is another tensor, or has another address or version counter. What cannot be
-    seen: a change through `tensor.data`, which no counter counts, and code put on the model by hand.
+    seen: a change through `tensor.data`, which no counter counts, and numbers that modules hold outside their weights.
+
+    Raises Unidentified for a model with hooks or forwards of somebody's own, and where weights cannot be read: parked
+    elsewhere, in other processes, or of a kind that gives no numbers.
     """
     model = unwrap(model)
+    code = foreign.code_on(model)
+    if code is not None:
+        raise Unidentified(code)
+    device = input_device(model).type
     return key_of(
         model=type(model).__qualname__,
         config=_plain(model.config),
         generation=_plain(model.generation_config),
         attention=names.implementations(model.config),
-        device=model.device.type,
-        autocast=_autocast(model.device.type),
+        modules=[
+            f"{name} {type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()
+        ],
+        device=device,
+        autocast=_autocast(device),
         training=model.training,
         weights=_weights(model),
         processor=processor.to_dict(),
@@ -146,12 +157,12 @@ def _autocast(device: str) -> str | None:
 
 def _weights(model: torch.nn.Module) -> str:
     # A rotation's frequencies are in no state_dict, and what quantised layers put there is made for it each time.
-    tensors = {
+    weights = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    entries = model.state_dict(keep_vars=True).items()
-    made = {name: value for name, value in entries if isinstance(value, torch.Tensor) and name not in tensors}
+    tensors = _parts(weights.items())
+    made = _parts((name, value) for name, value in model.state_dict(keep_vars=True).items() if name not in weights)
     adapters = names.adapter_states(model)
     versions = [
         (value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype) for value in tensors.values()
@@ -166,6 +177,10 @@ def _weights(model: torch.nn.Module) -> str:
     with _LOCK:
         _MODELS[model] = _Known(state, [ref(value) for value in tensors.values()], found)
     return found
+
+
+def _parts(entries: Iterable[tuple[str, Any]]) -> dict[str, torch.Tensor]:
+    return {part: tensor for name, value in entries for part, tensor in plain(name, value)}
 
 
 class _Known(NamedTuple):
@@ -185,12 +200,15 @@ def _read(tensors: Mapping[str, torch.Tensor]) -> str:
     picked: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for name, value in tensors.items():
         found.update(f"{name} {list(value.shape)} {value.dtype} ".encode())
-        # Weights that are offloaded have no elements here.
-        if value.device.type != "meta":
-            flat = value.detach().reshape(-1).contiguous()
-            picked.setdefault((value.device, value.dtype), []).append(flat[_places(flat.numel()).to(value.device)])
-            if flat.numel() > SAMPLES:
-                picked.setdefault((value.device, torch.int64), []).append(_checksum(flat))
+        try:
+            flat = value.detach().as_subclass(torch.Tensor).reshape(-1).contiguous()
+            # There are types without an index of their own.
+            whole = flat.view(_INTEGERS[flat.element_size()])
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise Unidentified(f"{name} is {value.dtype}, which cannot be read ({error})") from error
+        picked.setdefault((value.device, whole.dtype), []).append(whole[_places(whole.numel()).to(value.device)])
+        if whole.numel() > SAMPLES:
+            picked.setdefault((value.device, torch.int64), []).append(_checksum(flat))
     for values in picked.values():
         # One transfer for each kind, not one for each tensor: on a GPU the waiting would be all of the time.
         found.update(torch.cat(values).cpu().contiguous().view(torch.uint8).numpy().tobytes())

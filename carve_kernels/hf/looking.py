@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carve_kernels.hf import apart
-from carve_kernels.hf.backbone import image_token_positions, unwrap
+from carve_kernels.hf.backbone import image_token_positions, input_device, unwrap
 from carve_kernels.hf.identity import digest, fingerprint
 from carve_kernels.hf.joint import Branch, Joint, Look, Outcome, at_work
 from carve_kernels.hf.memory import Memory
@@ -22,6 +22,7 @@ from carve_kernels.hf.requests import Final, Prompt, Request
 from carve_kernels.hf.row import Unshareable
 from carve_kernels.hf.rows import RowsSpec
 from carve_kernels.hf.sharing import obstacle
+from carve_kernels.hf.tensors import Unidentified
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
 
@@ -62,8 +63,14 @@ class Looker:
         self._task_words = preset.max_new_tokens if plain else self._general_words
         self._plain, self._fit = plain, fit
         self._digests: dict[int, str] = {}
-        self._compare = memory is not None
-        self._identity = "" if memory is None else fingerprint(unwrap(model), processor)
+        self._identity = ""
+        if memory is not None:
+            try:
+                self._identity = fingerprint(model, processor)
+            except Unidentified as error:
+                self._memory = None
+                _LOG.info("nothing is remembered of this model, since %s", error)
+        self._compare = self._memory is not None
         self._joint: Joint | None = None
         reason = obstacle(model)
         if reason is None:
@@ -261,7 +268,7 @@ class Looker:
         )  # fmt: skip
 
     def _prefix_key(self, request: Request, prompt: Prompt) -> tuple[Any, ...]:
-        device = str(unwrap(self._model).device)
+        device = str(input_device(self._model))
         return self._identity, device, self._digest(request), self._preset.max_pixels, self._fit, prompt.ids
 
     @staticmethod

@@ -2,8 +2,7 @@
 
 Nothing else in the package spells these names but caches.py, which has those of caches. A release that changes one
 is followed here or there, and `contract` finds out whether the installed one still has
-what is relied on. "Known in" says which versions have a name. Of accelerate no name is needed: weights that it parks
-are told by their device.
+what is relied on. "Known in" says which versions have a name. What other libraries put on a model is in foreign.py.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SEEING = ("full_attention", "sliding_attention")
 _ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
+_CROSS_CLASS = re.compile(r"Cross\w*Attention", re.IGNORECASE)
+_CROSS_NAME = re.compile(r"(.*\.)?(cross_?att\w*|encoder_attn)")
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _IMAGE_IDS = ("image_token_id", "image_token_index")
@@ -37,6 +38,10 @@ _TOWER = "mm_encoder_outputs"
 # What a vision tower also returns, and no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+# Adapters that change what a layer makes of a token, by that token alone.
+_ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
+             "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
+_STEPS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
 _DECISIONS = ("logits_processor", "stopping_criteria")
 _PROMPTS = ("inputs_embeds", "inputs", "input_ids")
 
@@ -213,6 +218,15 @@ def is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", True))
 
 
+def dropout_of(module: nn.Module) -> float:
+    """The share of numbers that a module drops at random while it trains. Known in: 5.12 to 5.24."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    return max(
+        [value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float)] or [0.0]
+    )
+
+
 def own_entry(place: Any, name: str) -> Attention | None:
     """What this place has of its own under a name; None where the global entry serves. Known in: 5.12 to 5.24."""
     if isinstance(place, type(sys)):
@@ -312,6 +326,15 @@ def tree_obstacle(model: Any, config: Any) -> str | None:
 def has_encoder(model: Any) -> bool:
     """Whether a model's text decoder attends to the prompt through an encoder. Known in: 5.12 to 5.24."""
     return bool(model.config.is_encoder_decoder)
+
+
+def cross_attention_in(decoder: nn.Module) -> str | None:
+    """The first module of a text decoder that attends to something else than its prompt. Known in: 5.12 to 5.24."""
+    for name, module in decoder.named_modules():
+        if _CROSS_CLASS.search(type(module).__name__) or _CROSS_NAME.fullmatch(name):
+            return f"{name} ({type(module).__name__})"
+    layers = getattr(getattr(decoder, "config", None), "cross_attention_layers", None)
+    return f"layer {layers[0]}" if layers else None
 
 
 def rotations(config: Any) -> set[str]:
@@ -440,7 +463,12 @@ def beside_generate(given: Mapping[str, Any]) -> str | None:
 
 def has_own_generate(model: Any) -> bool:
     """Whether a model generates in another way than transformers' own. Known in: 5.12 to 5.24."""
-    return type(model).generate is not GenerationMixin.generate or "generate" in model.__dict__
+    if not isinstance(model, GenerationMixin):
+        return hasattr(model, "generate")
+    kind = type(model)
+    own = [name for name in _STEPS if not getattr(kind, name).__module__.startswith("transformers.")]
+    replaced = [name for name in ("generate", *_STEPS) if name in model.__dict__]
+    return kind.generate is not GenerationMixin.generate or bool(own or replaced)
 
 
 def logits_of(model: Any, rows: torch.Tensor) -> dict[str, Any]:
@@ -466,13 +494,21 @@ def compiled_calls(model: nn.Module, around: Callable[[Attention], Attention]) -
 
 
 # PEFT
-def adapter_obstacle(model: Any) -> str | None:
-    """What a model's adapters say against decoding as a tree, or None. Known in: PEFT 0.21."""
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(peft, "is_prompt_learning", False) for peft in adapters):
+def has_virtual_tokens(module: Any) -> bool:
+    """Whether a module's adapters put tokens of their own before a prompt. Known in: PEFT 0.21."""
+    return any(getattr(peft, "is_prompt_learning", False) for peft in getattr(module, "peft_config", {}).values())
+
+
+def adapter_obstacle(module: Any) -> str | None:
+    """What a module's adapters say against decoding as a tree, or None. Known in: PEFT 0.21."""
+    if has_virtual_tokens(module):
         return "its adapter puts tokens of its own before a prompt"
-    if any(getattr(peft, "alora_invocation_tokens", None) for peft in adapters):
-        return "its adapter begins in the middle of a prompt"
+    for peft in getattr(module, "peft_config", {}).values():
+        if getattr(peft, "alora_invocation_tokens", None):
+            return "its adapter begins in the middle of a prompt"
+        kind = str(getattr(getattr(peft, "peft_type", None), "value", "of no type"))
+        if kind not in _ADAPTERS:
+            return f"its adapter is {kind}, which may look at more than one token"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.backbone import input_device
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.pictures import Pictures, Shown
@@ -86,7 +86,7 @@ def make_request(
     check_processor(model, processor)
     original = open_image(image, max_image_pixels)
     letterbox = Letterbox.of(fit, model, processor, max_image_pixels)
-    pictures = Pictures(processor, unwrap(model).device, preset.max_pixels, letterbox)
+    pictures = Pictures(processor, input_device(model), preset.max_pixels, letterbox)
     asked = build_prompt(processor, question + preset.suffix) if prompt is None else prompt
     inputs, shown = pictures.inputs([original], asked)
     task = located(model, processor, original, asked, inputs, shown.entries, letterbox)

@@ -130,6 +130,8 @@ class Row:
     ) -> Any:
         if not self._parts or threading.get_ident() != self._thread:
             return None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.numel() > 1:
+            raise Unshareable("its layers attend under a mask of their own")
         self._attended += 1
         self.dtype = str(query.dtype).removeprefix("torch.")
         window = self._windows[layer] if self._windows is not None else names.attention_options(query, options).window

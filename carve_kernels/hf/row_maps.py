@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf import apart, contract
-from carve_kernels.hf.backbone import attention_modules, unwrap
+from carve_kernels.hf.backbone import attention_modules, check_decoder, check_steady, input_device, unwrap
 from carve_kernels.hf.evidence import Choice
 from carve_kernels.hf.joint import Branch, Joint, Look, at_work
 from carve_kernels.hf.letterbox import Letterbox
@@ -65,6 +65,8 @@ class RowReader:
         letterbox: Letterbox | None = None,
     ) -> None:
         contract.ensure()
+        check_decoder(model)
+        check_steady(model)
         self._letterbox = letterbox
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
@@ -79,15 +81,17 @@ class RowReader:
             raise ValueError(f"rows: expected 'last' beside steps {list(steps)}, got {self.rows}")
         # Without words no head of the model runs; all layers are captured and none is saved.
         self._words = preset.max_new_tokens if set(steps) != {"t_start"} else 0
-        reason = obstacle(model)
-        self._joint = None if reason else Joint(unwrap(model), processor, self.layers, backend)
-        if reason:
-            _LOG.info("prompts are looked at one by one, since %s", reason)
+        self._joint: Joint | None = None
 
     def looks(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[Seen]:
         """The maps of the general instruction, and then of each text; in the former the whole stands for a word."""
-        pictures = Pictures(self._processor, unwrap(self._model).device, self._preset.max_pixels, self._letterbox)
+        pictures = Pictures(self._processor, input_device(self._model), self._preset.max_pixels, self._letterbox)
         prefixes: dict[Any, Prefix | None] = {}
+        # Asked for each picture: hooks come and go.
+        reason = obstacle(self._model)
+        self._joint = None if reason else Joint(unwrap(self._model), self._processor, self.layers, self._backend)
+        if reason:
+            _LOG.info("prompts are looked at one by one, since %s", reason)
         for start in range(0, 1 + len(texts), TOGETHER):
             asked = []
             for place, text in list(enumerate([general, *texts]))[start : start + TOGETHER]:

@@ -13,7 +13,15 @@ from carve_kernels import checks
 from carve_kernels.backends import ROOMS
 from carve_kernels.hf import contract, names
 from carve_kernels.hf.attention import PATCHES, RECORDERS
-from carve_kernels.hf.backbone import attention_modules, decoder_layers, unwrap, wrappers
+from carve_kernels.hf.backbone import (
+    attention_modules,
+    check_decoder,
+    decoder_layers,
+    devices_of,
+    text_backbone,
+    unwrap,
+    wrappers,
+)
 from carve_kernels.hf.decoding import join, leave
 from carve_kernels.hf.planning import Planner
 from carve_kernels.hf.record import OnLayer
@@ -96,11 +104,7 @@ class CaptureSession:
             raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
         contract.ensure()
         self._outer, self._model = model, unwrap(model)
-        if names.has_encoder(self._model):
-            raise TypeError(
-                f"model: expected a decoder alone, got {type(self._model).__name__}, an encoder and a decoder, whose "
-                "decoder does not attend to the prompt by self-attention"
-            )
+        check_decoder(model)
         depth = len(decoder_layers(model))
         self.layers = _layers(layers, depth)
         modules = attention_modules(model)
@@ -177,6 +181,8 @@ class CaptureSession:
         for place, name in self._places.values():
             PATCHES.enter(place, name)
             stack.callback(PATCHES.leave, place, name)
+        if names.has_own_generate(self._model):
+            stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._beside).remove)
         for module in (*wrappers(self._outer), self._model):
             stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
@@ -190,6 +196,15 @@ class CaptureSession:
         if not torch.compiler.is_compiling():
             self._planner.end(output)
 
+    def _beside(self, *_call: Any) -> None:
+        """Before a forward of the text decoder: `generate` may run it past the model that the session follows."""
+        if self._planner.decoding is not None and not self._planner.running:
+            kind = type(self._model).__name__
+            raise ValueError(
+                f"model: expected a generate that runs {kind} itself, got one that runs the language model inside of "
+                "it; open the session on that one, with the columns of the image's tokens as tokens"
+            )
+
 
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     """The layers argument as ascending numbers: the order in which a forward meets them."""
@@ -199,15 +214,14 @@ def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
 
 
 def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device | None:
-    """Where the captured layers are; None where their weights are parked elsewhere until they run."""
-    devices = {parameter.device for module in modules for parameter in module.parameters()}
+    """Where the captured layers run; None where nobody says so before they do."""
+    devices = set().union(*(devices_of(module) for module in modules))
     if len(devices) > 1:
         raise ValueError(
             f"layers: expected layers on one device, got layers {list(layers)} on {sorted(map(str, devices))}; open a "
             "session for the layers of each device"
         )
-    device = devices.pop() if devices else None
-    return None if device is None or device.type == "meta" else device
+    return devices.pop() if devices else None
 
 
 def _push(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:

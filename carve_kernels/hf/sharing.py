@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from carve_kernels.hf import names
-from carve_kernels.hf.backbone import attention_modules, decoder_layers, text_backbone, unwrap
+from carve_kernels.hf import foreign, names
+from carve_kernels.hf.backbone import (
+    attention_modules,
+    decoder_layers,
+    devices_of,
+    text_backbone,
+    unwrap,
+    wrappers,
+)
 from carve_kernels.hf.decoding import GUARD
 
 # Rotations of these kinds depend on the length of the whole row.
@@ -18,7 +25,8 @@ def obstacle(model: Any) -> str | None:
 
     The row of many prompts has an attention of its own (row.py), which is causal softmax attention, with sliding
     windows or without. It holds all keys in buffers of its own, so the kind of cache does not matter as long as that
-    keeps keys as they are.
+    keeps keys as they are. All else must treat each token by itself, since the last row of many prompts is no more the
+    prompt's last than the largest activation is its own.
     """
     inner: Any = unwrap(model)
     modules = attention_modules(model)
@@ -47,14 +55,15 @@ def _decodes_otherwise(model: Any, inner: Any) -> str | None:
         return "it has a generate of its own"
     if inner.training:
         return "it is in training mode"
-    if names.compiled_in_place(inner) is not None:
+    if any(names.compiled_in_place(module) is not None for module in inner.modules()):
         return "it was compiled in place"
-    adapter = names.adapter_obstacle(model)
-    if adapter is not None:
-        return adapter
-    devices = {parameter.device for layer in decoder_layers(model) for parameter in layer.parameters()}
-    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+    for module in (*wrappers(model), inner):
+        adapter = names.adapter_obstacle(module)
+        if adapter is not None:
+            return adapter
+    places = [devices_of(layer) for layer in decoder_layers(model)]
+    if any(len(place) != 1 or place != places[0] for place in places):
         return "its layers are not on one device"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
-    return None
+    return foreign.code_on(inner) or foreign.mixer(inner, text_backbone(model))

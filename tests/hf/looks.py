@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,36 @@ def state(model: Any) -> Any:
         {module.__name__: module.eager_attention_forward for module in modeling},
         dict(model.generation_config.to_dict()),
     )
+
+
+@contextmanager
+def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None]:
+    """Call `before(args, kwargs)` and `after(args, kwargs)` at each forward of a module, by way of its class.
+
+    A hook would be seen: an engine looks one by one at a model that has hooks.
+    """
+    kind = type(module)
+    forward, own = kind.forward, "forward" in kind.__dict__
+
+    @functools.wraps(forward)
+    def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return forward(self, *args, **kwargs)
+        if before is not None:
+            before(args, kwargs)
+        output = forward(self, *args, **kwargs)
+        if after is not None:
+            after(args, kwargs)
+        return output
+
+    kind.forward = watching
+    try:
+        yield
+    finally:
+        if own:
+            kind.forward = forward
+        else:
+            del kind.forward
 
 
 def keeps_features(model: Any) -> bool:

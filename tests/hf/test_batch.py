@@ -21,7 +21,7 @@ from carve_kernels.hf import batch
 from carve_kernels.hf.batch import MOST, free_bytes, stream
 from carve_kernels.types import CarveFailure, CarveResult
 from tests.hf.asked import QUESTIONS, Counting
-from tests.hf.looks import family, state
+from tests.hf.looks import family, state, watched
 from tests.hf.tiny import picture
 
 SHORT = Preset.paper(max_new_tokens=3)
@@ -233,10 +233,9 @@ def test_ctrl_c_leaves_the_model_as_it_was() -> None:
             raise KeyboardInterrupt
 
     shown = [picture(120, 80, seed) for seed in range(3)]
-    hook = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    layer = model.model.language_model.layers[1]
+    with pytest.raises(KeyboardInterrupt), watched(layer, before=interrupt):
         engine(shown, QUESTIONS[0])
-    hook.remove()
     assert state(model) == before
     alone = CarveEngine(model, processor, preset=SHORT, memory=False)
     found = engine(shown, QUESTIONS[0])

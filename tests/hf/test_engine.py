@@ -13,7 +13,7 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset, capture_attention, carve
 from carve_kernels.complexity import complexity
 from carve_kernels.hf.prompts import build_prompt, prepare
-from tests.hf.looks import family, in_eager, state
+from tests.hf.looks import family, in_eager, state, watched
 from tests.hf.tiny import picture, tiny_llava
 
 QUESTION = "what digit is red"
@@ -194,10 +194,9 @@ def test_ctrl_c_in_the_middle_leaves_the_model_as_it_was() -> None:
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    hook = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    layer = model.model.language_model.layers[1]
+    with pytest.raises(KeyboardInterrupt), watched(layer, before=interrupt):
         CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
-    hook.remove()
     assert state(model) == before
     result = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
     assert list(result.answer_ids) == greedy("qwen2_5_vl", [PHOTO], QUESTION, SHORT)

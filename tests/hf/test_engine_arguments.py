@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import CarveEngine, Preset, load
+from carve_kernels.hf.profile import Probe, profile
 from tests.hf.looks import family, state
 from tests.hf.tiny import picture, save, tiny_llava
 
@@ -134,3 +135,23 @@ def test_a_model_that_computes_nan_is_named() -> None:
         model.model.language_model.layers[3].self_attn.q_proj.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
         CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
+
+
+def test_a_model_that_drops_numbers_at_random_is_refused() -> None:
+    model, processor = tiny_llava()
+    engine = CarveEngine(model, processor, preset=SHORT)
+    expected = engine(PHOTO, QUESTION)
+    attention, tower = model.model.language_model.layers[1].self_attn, model.model.vision_tower
+    # Without a share that is dropped, training mode is no matter.
+    model.train()
+    assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids
+    attention.attention_dropout = 0.2
+    with pytest.raises(ValueError, match=r"^model: .*layers\.1\.self_attn"):
+        engine(PHOTO, QUESTION)
+    with pytest.raises(ValueError, match=r"^model: "):
+        profile(model, processor, [Probe(PHOTO, QUESTION)], preset=SHORT)
+    model.eval()
+    attention.attention_dropout = 0.0
+    tower.dropped = torch.nn.Dropout(0.1).train()
+    with pytest.raises(ValueError, match=r"^model: .*vision_tower\.dropped"):
+        engine(PHOTO, QUESTION)

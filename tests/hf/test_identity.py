@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from carve_kernels import load
+from carve_kernels import CarveEngine, Preset, load
 from carve_kernels.hf import identity
 from carve_kernels.hf.identity import SAMPLES, digest, fingerprint, fingerprint_of_directory, key_of
+from carve_kernels.hf.tensors import Unidentified, plain
 from carve_kernels.models import small
 from tests.hf.tiny import picture, save, tiny_llava, tiny_qwen2_5_vl
 
@@ -245,15 +247,13 @@ def test_what_a_model_makes_for_its_state_is_part_of_it(directory: Path, monkeyp
     assert fingerprint(model, processor) != first
 
 
-def test_a_model_whose_first_weights_are_elsewhere(directory: Path) -> None:
+def test_parked_weights_are_no_identity(directory: Path) -> None:
+    """Two models whose parked weights differ would be one."""
     model, processor = load(directory)
-    first = next(iter(model.parameters()))
-    before = fingerprint(model, processor)
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is first:
-                module._parameters[name] = torch.nn.Parameter(value.to("meta"))
-    assert fingerprint(model, processor) != before
+    weight = model.model.language_model.layers[1].mlp.up_proj
+    weight.weight = torch.nn.Parameter(weight.weight.to("meta"))
+    with pytest.raises(Unidentified, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        fingerprint(model, processor)
 
 
 @pytest.mark.parametrize("offsets", [[-5000, 20], [0, 1e400], [0, 10**26], [5, 3], [5, 4], [0, 99], ["a", "b"], [1]])
@@ -261,3 +261,163 @@ def test_a_header_that_lies_is_no_header(tmp_path: Path, offsets: list[Any]) -> 
     header = json.dumps({"weight": {"dtype": "U8", "shape": [8], "data_offsets": offsets}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     assert len(fingerprint_of_directory(tmp_path)) == 64
+
+
+class Halved(torch.Tensor):
+    """A weight of two tensors and a number, as torchao's are: all that plain functions know of it is its shape."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, low: torch.Tensor, high: torch.Tensor, scale: float) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, (2 * low.shape[0], *low.shape[1:]), dtype=torch.float32)
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor, scale: float) -> None:
+        self.low, self.high, self.scale = low, high, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["low", "high"], {"scale": self.scale}
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return Halved(args[0].low, args[0].high, args[0].scale)
+        raise NotImplementedError(function)
+
+
+def halved(model: Any) -> Any:
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    weight = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(Halved(*weight.mul(127).to(torch.int8).chunk(2), 2.0), requires_grad=False)
+    return layer.weight
+
+
+def test_a_weight_that_consists_of_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one, processor), (other, _) = load(directory), load(directory)
+    weight = halved(one)
+    before = fingerprint(one, processor)
+    twin = halved(other)
+    assert fingerprint(other, processor) == before
+    twin.scale = 3.0
+    assert fingerprint(other, processor) != before
+    calls: list[int] = []
+    read = identity._read
+    monkeypatch.setattr(identity, "_read", lambda tensors: (calls.append(1) if tensors else None) or read(tensors))
+    assert fingerprint(one, processor) == before and not calls
+    weight.high[3, 3] += 1
+    assert fingerprint(one, processor) != before and len(calls) == 1
+
+
+def quantised(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8).eval()
+
+
+def test_weights_that_a_layer_keeps_packed(directory: Path) -> None:
+    """They are neither parameters nor buffers."""
+    (one, processor), (other, _), (third, _) = load(directory), load(directory), load(directory)
+    with torch.no_grad():
+        other.model.language_model.layers[1].mlp.up_proj.weight[0, 0] += 0.5
+    found = [fingerprint(quantised(model), processor) for model in (one, other, third)]
+    assert found[0] == found[2] != found[1]
+
+
+def per_tensor(values: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(values, 0.5, 3, torch.qint8)
+
+
+def per_channel(values: torch.Tensor) -> torch.Tensor:
+    scales, points = torch.full((len(values),), 0.5), torch.zeros(len(values), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_channel(values, scales, points, 0, torch.qint8)
+
+
+KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "quantised": per_tensor,
+    "quantised by channels": per_channel,
+    "sparse": lambda values: values.to_sparse(),
+    "sparse rows": lambda values: values.to_sparse_csr(),
+    "float8": lambda values: values.to(torch.float8_e4m3fn),
+    "a subclass": lambda values: values.as_subclass(type("Params4bit", (torch.Tensor,), {})),
+    "a list": lambda values: [values, None, 3, "text"],
+    "a mapping": lambda values: {"inner": (values, torch.int8)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_any_kind_are_read(kind: str) -> None:
+    values = torch.arange(12.0).view(3, 4)
+    other = values.clone()
+    other[2, 1] += 1
+
+    def found(tensor: torch.Tensor) -> str:
+        return identity._read(dict(plain("weight", KINDS[kind](tensor))))
+
+    assert found(values) == found(values.clone()) != found(other)
+
+
+def test_what_is_said_beside_the_numbers_counts() -> None:
+    values = torch.zeros(3, 4)
+
+    def found(value: Any) -> str:
+        return identity._read(dict(plain("weight", value)))
+
+    facts = [[values, 3], [values, 4], [values, "3"], [values], {"3": values}, values, values.to_sparse()]
+    assert len({found(value) for value in [per_tensor(values), per_channel(values), *facts]}) == len(facts) + 2
+
+
+def spread(values: torch.Tensor) -> Any:
+    return values.as_subclass(type("DTensor", (torch.Tensor,), {}))
+
+
+def partitioned(values: torch.Tensor) -> Any:
+    """As DeepSpeed leaves a weight of which another process has the numbers."""
+    empty = torch.nn.Parameter(values.new_empty(0))
+    empty.ds_id = 3
+    return empty
+
+
+def freed(values: torch.Tensor) -> Any:
+    values.untyped_storage().resize_(0)
+    return values
+
+
+def nameless(values: torch.Tensor) -> Any:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("no numbers here")
+
+    return values.as_subclass(type("Opaque", (torch.Tensor,), {"__tensor_flatten__": fail}))
+
+
+@pytest.mark.parametrize(
+    "value", [spread, partitioned, freed, nameless, lambda values: values.to("meta"), lambda _: object()]
+)
+def test_what_cannot_be_read_is_no_identity(value: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(Unidentified, match=r"weight\[1\]"):
+        list(plain("weight", [3, value(torch.zeros(3))]))
+
+
+def test_a_module_that_holds_no_weights_counts(directory: Path) -> None:
+    model, processor = load(directory)
+    before = fingerprint(model, processor)
+    model.model.language_model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    assert fingerprint(model, processor) != before
+
+
+def test_a_model_without_an_identity_is_not_remembered(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, processor = load(directory)
+
+    def packed(module: Any, entries: Any, prefix: str, _: Any) -> None:
+        entries[f"{prefix}packed"] = object()
+
+    model.model.language_model.layers[1].mlp.up_proj._register_state_dict_hook(packed)
+    engine = CarveEngine(model, processor, preset=Preset.paper(layers=(1,), max_new_tokens=2))
+    with caplog.at_level("INFO", logger="carve_kernels"):
+        engine(picture(80, 60), "hello")
+    assert "nothing is remembered" in caplog.text and "up_proj" in caplog.text and sum(engine.memory.held()) == 0

@@ -12,7 +12,7 @@ import torch
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.memory import Memory
 from carve_kernels.types import CarveResult
-from tests.hf.looks import family
+from tests.hf.looks import family, watched
 from tests.hf.tiny import picture, tiny_llava
 
 PHOTO = picture(240, 160, 1)
@@ -132,10 +132,9 @@ def test_a_failure_in_the_middle_spoils_no_prefix() -> None:
         if len(calls) == 3:
             raise RuntimeError("in the middle")
 
-    hook = model.model.language_model.layers[2].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
+    layer = model.model.language_model.layers[2]
+    with pytest.raises(RuntimeError, match="in the middle"), watched(layer, before=fail):
         engine(PHOTO, OTHER)
-    hook.remove()
     check(engine(PHOTO, OTHER), CarveEngine(model, processor, preset=SHORT, memory=False)(PHOTO, OTHER))
 
 

@@ -1,4 +1,4 @@
-"""Names of transformers: each stands in one of two files; a cache under an unknown name is the fault of no prompt."""
+"""Names of other libraries: each in one of three files; a cache under an unknown name is the fault of no prompt."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from carve_kernels.hf import caches, names
 from tests.hf.looks import family, inputs_of, state
 from tests.hf.tiny import picture
 
+FILES = ("names.py", "caches.py", "foreign.py")
 PACKAGE = Path(inspect.getfile(names)).parents[1]
 
 # What is a convention or private: none of these may be spelled anywhere else in the package.
@@ -72,6 +73,11 @@ SPELLINGS = [
     "_active_adapter",
     "_disable_adapters",
     "_hf_hook",
+    "_old_forward",
+    "accelerate.hooks",
+    "Linear4bit",
+    "act_quant_kwargs",
+    "DTensor",
     "hf_device_map",
 ]
 # The checks of `contract` build models, so they write configurations and inputs.
@@ -90,7 +96,7 @@ def test_a_name_of_transformers_stands_in_the_files_of_names(spelling: str) -> N
     found = [
         path.relative_to(PACKAGE).as_posix()
         for path in sorted(PACKAGE.rglob("*.py"))
-        if spelling in code_of(path) and path.name not in ("names.py", "caches.py")
+        if spelling in code_of(path) and path.name not in FILES
     ]
     expected = ["hf/contract.py"] if spelling in MAKES_MODELS else []
     assert found == expected
@@ -98,8 +104,8 @@ def test_a_name_of_transformers_stands_in_the_files_of_names(spelling: str) -> N
 
 def test_every_spelling_is_one_of_names() -> None:
     """A name that nobody spells any more is no test."""
-    own = code_of(PACKAGE / "hf" / "names.py") + code_of(PACKAGE / "hf" / "caches.py")
-    unspelled = {"_global_mapping", "_hf_hook", "hf_device_map"}
+    own = "".join(code_of(PACKAGE / "hf" / file) for file in FILES)
+    unspelled = {"_global_mapping", "hf_device_map"}
     assert [spelling for spelling in SPELLINGS if spelling not in own and spelling not in unspelled] == []
 
 

@@ -19,7 +19,7 @@ from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.row_maps import RowReader
 from carve_kernels.models import small
 from carve_kernels.models.scenes import LEVELS, draw_scene
-from tests.hf.looks import PICTURES, family, state
+from tests.hf.looks import PICTURES, family, state, watched
 from tests.hf.tiny import picture, save, tiny_llava
 from tests.tolerances import relative
 
@@ -107,12 +107,12 @@ def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using:
     rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red")]
     texts = ["what digit is red", "the red square at the left", "is red a digit"]
     reader = reader_of(name, rows, ["t_start", "t_end"])
-    if not shared:
-        reader._joint = None
     before = state(model)
     # Three in a row, so that the last one continues what the first ones have read of the picture.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_maps, "TOGETHER", 3)
+        if not shared:
+            patch.setattr(row_maps, "obstacle", lambda _: "nobody wants it")
         general, *seen = reader.looks(PICTURES[0], SHORT.general_prompt, texts)
     assert state(model) == before and (reader._joint is not None) == shared
     assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
@@ -157,13 +157,11 @@ def test_a_picture_is_read_once_for_all_that_is_asked(steps: list[str], forwards
     towers: list[Any] = []
     layers: list[int] = []
     reported: list[tuple[str, int, int]] = []
-    hooks = [
-        model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1)),
-        decoder_layers(model)[3].register_forward_pre_hook(lambda _, given: layers.append(given[0].shape[1])),
-    ]
-    profile(model, processor, ASKED, preset=SHORT, steps=steps, on_progress=lambda *words: reported.append(words))
-    for hook in hooks:
-        hook.remove()
+    with (
+        watched(model.model.vision_tower, after=lambda *_: towers.append(1)),
+        watched(decoder_layers(model)[3], before=lambda given, _: layers.append(given[0].shape[1])),
+    ):
+        profile(model, processor, ASKED, preset=SHORT, steps=steps, on_progress=lambda *words: reported.append(words))
     assert len(towers) == 2
     assert len(layers) == 2 * forwards
     # Behind the picture each prompt has its own tokens, and each answer one a forward: six prompts, then four.

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from carve_kernels import Preset, VisualLayout, capture_attention, layout_of
+from carve_kernels import CarveEngine, Preset, VisualLayout, capture_attention, layout_of
+from carve_kernels.hf.profile import Probe, profile
 from tests.hf.looks import PICTURES, TEXTS, family, generate, inputs_of, state
 from tests.hf.tiny import inputs_for, tiny_llama, tiny_llava
+from tests.hf.zoo.kinds import build
 
 AT_ONCE: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "layer too high": (ValueError, "layers: expected numbers from -4 to 3 for 4 layers, got", {"layers": [4]}),
@@ -257,3 +262,81 @@ def test_a_forward_of_another_thread_does_not_replace_a_record() -> None:
         thread.join()
         assert "captures another thread" in str(errors[0])
         assert torch.equal(session.maps.values, before.values)
+
+
+def named_as_in_another_library(model: Any) -> None:
+    model.model.language_model.layers[2].cross_attn = nn.Linear(2, 2)
+
+
+def of_a_class_of_somebodys(model: Any) -> None:
+    model.model.language_model.layers[2].gate = type("GatedCrossAttentionBlock", (nn.Identity,), {})()
+
+
+def said_by_the_config(model: Any) -> None:
+    model.config.text_config.cross_attention_layers = [2]
+
+
+def virtual_tokens(model: Any) -> None:
+    model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+
+
+OTHERWISE: list[Callable[[Any], None]] = [
+    named_as_in_another_library, of_a_class_of_somebodys, said_by_the_config, virtual_tokens,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_a_model_that_sees_the_image_otherwise_is_refused_everywhere(change: Callable[[Any], None]) -> None:
+    model, processor = tiny_llava()
+    inputs = inputs_of("llava", 1)
+    change(model)
+    around = nn.DataParallel(model)
+    for refused in (
+        lambda: capture_attention(model, layers=[1]),
+        lambda: capture_attention(around, layers=[1]),
+        lambda: CarveEngine(model, processor),
+        lambda: layout_of(model, processor, inputs, PICTURES[:1]),
+        lambda: profile(model, processor, [Probe(PICTURES[0], "what")]),
+    ):
+        with pytest.raises(TypeError, match=r"^model: "):
+            refused()
+
+
+def test_a_decoder_without_generate_is_captured() -> None:
+    model = tiny_llama().model
+    with capture_attention(model, layers=[1], tokens=[3, 4]) as session, torch.no_grad():
+        model(input_ids=torch.arange(20)[None])
+    assert session.maps.steps == (0,)
+
+
+def test_mllama_is_refused_by_name() -> None:
+    model, inputs, _ = build("mllama")
+    for refused in (
+        lambda: capture_attention(model, layers=[1]),
+        lambda: capture_attention(model, layers=[0], tokens=[1]),
+        lambda: CarveEngine(model, None),
+        lambda: layout_of(model, None, inputs, PICTURES[:1]),
+    ):
+        with pytest.raises(TypeError, match=r"^model: .*MllamaForConditionalGeneration.*cross-attention"):
+            refused()
+
+
+def test_a_generate_past_the_model_is_refused_before_its_text_decoder_runs() -> None:
+    model, inputs, columns = build("blip_2")
+    ran: list[int] = []
+    model.language_model.model.decoder.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with (
+        pytest.raises(ValueError, match=r"^model: .*Blip2ForConditionalGeneration"),
+        capture_attention(model, layers=[1], tokens=columns),
+        torch.no_grad(),
+    ):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert not ran
+    # A forward of its own, and a session on the language model inside of it, are followed.
+    with capture_attention(model, layers=[1], tokens=columns) as session, torch.no_grad():
+        model(**inputs)
+    expected = session.maps.values[0, 0, 0]
+    with capture_attention(model.language_model, layers=[1], tokens=columns) as session, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert session.maps.steps == (0, 1)
+    assert float((session.maps.values[0, 0, 0] - expected).abs().max()) <= 1e-5 * float(expected.max())

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf.sharing import obstacle
-from tests.hf.looks import FAMILIES, family, generate, keeps_features, own_generate, state
+from tests.hf.looks import FAMILIES, family, generate, keeps_features, own_generate, state, watched
 from tests.hf.tiny import inputs_for, picture, tiny_llava
 
 QUESTION = "what digit is red"
@@ -123,13 +123,15 @@ def test_a_generate_of_another_thread_beside_it() -> None:
         found.append(generate(model, inputs).sequences)
 
     def once(*_: Any) -> None:
-        hook.remove()
-        thread = threading.Thread(target=beside)
-        thread.start()
-        thread.join()
+        if not begun:
+            begun.append(1)
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
 
-    hook = model.model.language_model.layers[1].register_forward_pre_hook(once)
-    assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids
+    begun: list[int] = []
+    with watched(model.model.language_model.layers[1], before=once):
+        assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids
     assert torch.equal(found[0], ids)
 
 
@@ -170,9 +172,8 @@ def test_the_question_before_the_picture_shares_the_tower_alone() -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESETS[0], memory=False)
     seen: list[int] = []
-    hook = model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
-    result = engine(PHOTO, QUESTION, prompt=f"USER: {QUESTION} <image>\nASSISTANT:")
-    hook.remove()
+    with watched(model.model.vision_tower, after=lambda *_: seen.append(1)):
+        result = engine(PHOTO, QUESTION, prompt=f"USER: {QUESTION} <image>\nASSISTANT:")
     assert len(seen) == 2 + (not keeps_features(model))
     own_generate(model)
     alone = engine(PHOTO, QUESTION, prompt=f"USER: {QUESTION} <image>\nASSISTANT:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.backbone import decoder_layers
 from carve_kernels.hf.prefix import Prefix, common
 from carve_kernels.hf.prompts import build_prompt, prepare
-from tests.hf.looks import FAMILIES, family, keeps_features
+from tests.hf.looks import FAMILIES, family, keeps_features, watched
 from tests.hf.tiny import picture
 
 QUESTION = "what digit is red"
@@ -52,34 +52,30 @@ class _Captures(TorchDispatchMode):
 def counted(model: Any) -> Iterator[Work]:
     work = Work(tokens=[0] * len(decoder_layers(model)))
     tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
-    hooks = []
 
-    def towers(_module: Any, _args: Any, _output: Any) -> None:
+    def towers(_args: Any, _kwargs: Any) -> None:
         work.tower += 1
 
     def layer(number: int) -> Any:
-        def count(_module: Any, args: Any, _kwargs: Any) -> None:
+        def count(args: Any, _kwargs: Any) -> None:
             work.tokens[number] += args[0].shape[1]
 
         return count
 
-    def norm(_module: Any, args: Any, _output: Any) -> None:
+    def norm(args: Any, _kwargs: Any) -> None:
         work.norm += args[0].shape[1]
 
-    def head(_module: Any, args: Any, _output: Any) -> None:
+    def head(args: Any, _kwargs: Any) -> None:
         work.head += args[0].shape[1]
 
-    hooks.append(tower.register_forward_hook(towers))
-    for number, each in enumerate(decoder_layers(model)):
-        hooks.append(each.register_forward_pre_hook(layer(number), with_kwargs=True))
-    hooks.append(model.model.language_model.norm.register_forward_hook(norm))
-    hooks.append(model.lm_head.register_forward_hook(head))
-    try:
-        with _Captures(work):
-            yield work
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        stack.enter_context(watched(tower, after=towers))
+        for number, each in enumerate(decoder_layers(model)):
+            stack.enter_context(watched(each, before=layer(number)))
+        stack.enter_context(watched(model.model.language_model.norm, after=norm))
+        stack.enter_context(watched(model.lm_head, after=head))
+        stack.enter_context(_Captures(work))
+        yield work
 
 
 def ids_of(name: str, images: list[Any], text: str, preset: Preset) -> torch.Tensor:
@@ -262,9 +258,8 @@ def test_what_nobody_asks_for_again_makes_room(memory: Any, held: int, monkeypat
         gc.collect()
         alive.append(len(prefixes))
 
-    hook = model.model.vision_tower.register_forward_pre_hook(towers)
-    CarveEngine(model, processor, preset=Preset.paper(layers=(1, 2), max_new_tokens=WORDS), memory=memory)(
-        PHOTO, QUESTION
-    )
-    hook.remove()
+    with watched(model.model.vision_tower, before=towers):
+        CarveEngine(model, processor, preset=Preset.paper(layers=(1, 2), max_new_tokens=WORDS), memory=memory)(
+            PHOTO, QUESTION
+        )
     assert alive == [1, held]

@@ -13,7 +13,7 @@ from torch import nn
 from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
-from carve_kernels.hf.backbone import unwrap
+from carve_kernels.hf.backbone import check_decoder, unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
 from carve_kernels.hf.layouts.placing import Canvas, Kind, Placing
 from carve_kernels.ops.zoom import refuse_turned
@@ -43,6 +43,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
     orientation: whether the processor turned it depends on how it was called.
     """
+    check_decoder(model)
     config = unwrap(model).config
     kind = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:

@@ -17,7 +17,7 @@ QFORMER = {
     "encoder_hidden_size": 32,
 }
 # Their generate calls the language model past the model that a session follows.
-OWN_GENERATE = "expected a forward of the model inside the session"
+OWN_GENERATE = "^model: .*open the session on that one"
 
 
 @kind("Idefics2ForConditionalGeneration")
@@ -130,7 +130,7 @@ def deepseek_ocr2() -> Made:
     return made(settings, 145, picture(256))
 
 
-@kind("MllamaForConditionalGeneration")
+@kind("MllamaForConditionalGeneration", refused="^model: .*MllamaForConditionalGeneration.*cross-attention")
 def mllama() -> Made:
     """One placeholder in the prompt; layers 1 and 3 attend to the picture by cross-attention, which is no map."""
     tower = {

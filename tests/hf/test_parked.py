@@ -1,0 +1,117 @@
+"""Models whose weights are parked: they run where accelerate brings them, and say nothing of it before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import CarveEngine, Preset, capture_attention
+from carve_kernels.hf.backbone import decoder_layers, devices_of, input_device
+from carve_kernels.hf.identity import fingerprint
+from carve_kernels.hf.sharing import obstacle
+from carve_kernels.hf.tensors import Unidentified
+from tests.hf.looks import family, generate
+from tests.hf.parked import park
+from tests.hf.tiny import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
+
+QUESTION = "what digit is red"
+PHOTO = picture(240, 160, 1)
+PRESET = Preset.paper(layers=(1, 2), max_new_tokens=4)
+WHICH: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "the last layers": lambda name: ".layers.2" in name or ".layers.3" in name,
+    "parts of a layer": lambda name: "layers.1.self_attn.q_proj" in name or "layers.2.mlp" in name,
+    "the embedding": lambda name: "embed_tokens" in name,
+}
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_an_engine_and_a_session_work(which: str, caplog: pytest.LogCaptureFixture) -> None:
+    expected = CarveEngine(*family("llava"), preset=PRESET)(PHOTO, QUESTION)
+    model, processor = tiny_llava()
+    park(model, WHICH[which])
+    inputs = inputs_for(processor, [PHOTO], [QUESTION])
+    with capture_attention(model, layers=[1, 2]) as session:
+        generate(model, inputs, steps=3)
+    truth = expected.task.values[0, :, 0]
+    assert float((session.maps.values[0, :, 0] - truth).abs().max()) <= 1e-5 * float(truth.max())
+    engine = CarveEngine(model, processor, preset=PRESET)
+    assert engine.apart is None and input_device(model) == torch.device("cpu")
+    with caplog.at_level(logging.INFO, logger="carve_kernels"):
+        results = [engine(PHOTO, QUESTION) for _ in range(2)]
+    assert all(result.answer_ids == expected.answer_ids for result in results)
+    assert all(torch.equal(result.general.values, expected.general.values) for result in results)
+    # What is parked cannot be told from what is parked elsewhere.
+    assert "nothing is remembered of this model, since" in caplog.text and sum(engine.memory.held()) == 0
+
+
+def test_two_models_that_differ_in_parked_weights_share_no_memory() -> None:
+    (one, processor), (other, _) = tiny_qwen2_5_vl(), tiny_qwen2_5_vl(seed=1)
+    for model in (one, other):
+        park(model)
+        with pytest.raises(Unidentified, match="parked"):
+            fingerprint(model, processor)
+    memory = CarveEngine(one, processor, preset=PRESET).memory
+    CarveEngine(one, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)
+    found = CarveEngine(other, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)
+    alone = CarveEngine(other, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
+    assert torch.equal(found.general.values, alone.general.values)
+
+
+def test_layers_on_several_devices() -> None:
+    model = tiny_llava()[0]
+    park(model.model.language_model.layers[:2], device="cuda:0")
+    park(model.model.language_model.layers[2:], device="cuda:1")
+    places = [devices_of(layer) for layer in decoder_layers(model)]
+    assert [len(place) for place in places] == [1] * 4 and places[0] == places[1] != places[2] == places[3]
+    assert "not on one device" in (obstacle(model) or "")
+    with pytest.raises(ValueError, match=r"^layers: "):
+        capture_attention(model, layers=[1, 2])
+    # A device without a number is the current one.
+    park(model.model.language_model.layers[:2], device="cuda")
+    assert devices_of(decoder_layers(model)[0]) == {torch.device("cuda:0")}
+
+
+def test_a_chain_of_hooks_is_asked() -> None:
+    model = tiny_llava()[0]
+    park(model)
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        if hook is not None:
+            chain = type("SequentialHook", (), {"__module__": "accelerate.hooks"})()
+            chain.hooks = (type("ModelHook", (), {"__module__": "accelerate.hooks"})(), hook)
+            module.__dict__["_hf_hook"] = chain
+    assert input_device(model) == torch.device("cpu") and obstacle(model) is None
+
+
+def test_a_hook_that_somebody_wrote_is_none_of_accelerates() -> None:
+    model = tiny_llava()[0]
+    park(model)
+    layer = model.model.language_model.layers[1]
+    layer.mlp.up_proj._hf_hook.__class__ = type("Steers", (type(layer.mlp.up_proj._hf_hook),), {})
+    assert "layers.1.mlp.up_proj" in (obstacle(model) or "")
+
+
+def test_weights_that_are_nowhere() -> None:
+    model, processor = tiny_llava()
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"^model: "):
+        CarveEngine(model, processor, preset=PRESET)(PHOTO, QUESTION)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_forward_around_accelerates_is_seen(outside: bool) -> None:
+    model = tiny_llava()[0]
+    layer: Any = model.model.language_model.layers[1].mlp.up_proj
+    plain = layer.forward
+    if not outside:
+        layer.forward = lambda *args: plain(*args)
+    park(model)
+    if outside:
+        moved = layer.forward
+        layer.forward = lambda *args: moved(*args)
+    assert "layers.1.mlp.up_proj" in (obstacle(model) or "")
