@@ -216,16 +216,16 @@ def _engine() -> tuple[str, str | None]:
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
-    from carve_kernels.hf import names
+    from carve_kernels.hf import processor_names
     from carve_kernels.hf.layouts import FAMILIES
 
     for family in FAMILIES:
         limit = ""
         try:
-            name = names.processor_class(family)
+            name = processor_names.processor_class(family)
             why = why_not("transformers", name)
             kind = None if why else getattr(importlib.import_module("transformers"), name)
-            if kind is not None and torchvision and names.video_parts(kind):
+            if kind is not None and torchvision and processor_names.video_parts(kind):
                 limit = "images work without torchvision, videos need it: pip install torchvision"
         except names.UpstreamChanged as error:
             why = one_line(error.what)

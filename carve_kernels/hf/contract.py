@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from carve_kernels.checks import UpstreamChanged
-from carve_kernels.hf import caches, names
+from carve_kernels.hf import caches, names, processor_names
 from carve_kernels.hf.attention import PATCHES, RECORDERS
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
@@ -199,8 +199,8 @@ def processor_parts(models: Models) -> None:
     """The class of a model's processor is named, and names its part for videos."""
     import transformers
 
-    kind = getattr(transformers, names.processor_class(models.vision.config.model_type))
-    _expect("parts for videos", names.video_parts(kind), ["video_processor"])
+    kind = getattr(transformers, processor_names.processor_class(models.vision.config.model_type))
+    _expect("parts for videos", processor_names.video_parts(kind), ["video_processor"])
 
 
 def decision_hooks(models: Models) -> None:

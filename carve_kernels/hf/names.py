@@ -1,8 +1,8 @@
 """Every name of transformers and PEFT that is a convention or private: one small function each.
 
-Nothing else in the package spells these names but caches.py, which has those of caches. A release that changes one
-is followed here or there, and `contract` finds out whether the installed one still has
-what is relied on. "Known in" says which versions have a name. What other libraries put on a model is in foreign.py.
+Nothing else in the package spells these names but caches.py, which has those of caches, and processor_names.py. A
+release that changes one is followed there, and `contract` finds out whether the installed one still has what is relied
+on. "Known in" says which versions have a name. What other libraries put on a model is in foreign.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import InvalidVersion, Version
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin, __version__
+from transformers import GenerationMixin, PreTrainedModel, __version__
 
 from carve_kernels.checks import UpstreamChanged
 
@@ -387,44 +387,6 @@ def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | No
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
     return {_TOWER: {"image": type(output)(**read)}}
-
-
-def processor_class(family: str) -> str:
-    """The name of the processor class of a model type. Known in: 5.12 to 5.24."""
-    try:
-        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
-        found: str = PROCESSOR_MAPPING_NAMES[family]
-    except (ImportError, KeyError) as error:
-        raise changed(f"it names no class of processors for {family} ({error})") from error
-    return found
-
-
-def video_parts(processor_class: Any) -> list[str]:
-    """The arguments of a class of processors that stand for its part for videos. Known in: 5.12 to 5.24."""
-    try:
-        return [name for name in processor_class.get_attributes() if "video" in name]
-    except AttributeError as error:
-        raise changed(f"its processors do not name their parts ({error})") from error
-
-
-class ImagesAlone(ProcessorMixin):
-    """Stands between a class of processors and its base, which learns of no part for videos. Known in: 5.12 to 5.24."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return [name for name in super().get_attributes() if "video" not in name]
-
-    @classmethod
-    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # The class itself takes its parts by position.
-        parts = dict(zip(cls.get_attributes(), args, strict=True))
-        every = [parts.get(name) for name in super().get_attributes()]
-        return super().from_args_and_dict(every, processor_dict, **kwargs)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = {**dict(zip(super().get_attributes(), args, strict=False)), **kwargs}
-        super().__init__(**{name: value for name, value in given.items() if "video" not in name})
 
 
 # generate

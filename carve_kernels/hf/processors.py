@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from transformers import AutoProcessor
 
-from carve_kernels.hf import names
+from carve_kernels.hf import processor_names
 
 _LOG = logging.getLogger("carve_kernels")
 # In the order in which AutoProcessor asks them for a class.
@@ -27,7 +27,7 @@ def processor_of(folder: Path, family: str) -> Any:
         return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
         complete = getattr(transformers, _class_name(folder, family))
-        if not names.video_parts(complete):
+        if not processor_names.video_parts(complete):
             raise
         processor = without_videos(complete).from_pretrained(str(folder), local_files_only=True)
         _LOG.info("the processor of %s serves images alone, its part for videos needs more: %s", folder, error)
@@ -37,7 +37,7 @@ def processor_of(folder: Path, family: str) -> Any:
 def without_videos(complete: Any) -> Any:
     """The same class of processors without its part for videos, which refuses a video by name."""
 
-    class WithoutVideos(complete, names.ImagesAlone):
+    class WithoutVideos(complete, processor_names.ImagesAlone):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
             if given.get("videos") is not None:
@@ -58,4 +58,4 @@ def _class_name(folder: Path, family: str) -> str:
         named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
         if named is not None:
             return str(named)
-    return names.processor_class(family)
+    return processor_names.processor_class(family)

@@ -17,7 +17,7 @@ from carve_kernels.hf import caches, names
 from tests.hf.looks import family, inputs_of, state
 from tests.hf.tiny import picture
 
-FILES = ("names.py", "caches.py", "foreign.py")
+FILES = ("names.py", "caches.py", "processor_names.py", "foreign.py")
 PACKAGE = Path(inspect.getfile(names)).parents[1]
 
 # What is a convention or private: none of these may be spelled anywhere else in the package.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from carve_kernels import load
 from carve_kernels.extras import needed_by
-from carve_kernels.hf.names import video_parts
+from carve_kernels.hf.processor_names import video_parts
 from carve_kernels.hf.processors import processor_of, without_videos
 from tests.hf import tiny
 
