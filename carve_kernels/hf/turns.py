@@ -1,0 +1,154 @@
+"""What a chat template writes around the texts of a user, and where the user's last text is in a prompt."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from carve_kernels.hf.spelling import find_written, spellings
+
+# Texts that no template holds.
+_FIRST, _ANSWER, _SECOND = "carvefirstquestion", "carvefirstanswer", "carvesecondquestion"
+_SAID = re.compile("|".join((_FIRST, _ANSWER, _SECOND)), re.IGNORECASE)
+
+
+class Turns(NamedTuple):
+    """What stands around the user's texts.
+
+    =======  ====================================================================
+    name     meaning
+    =======  ====================================================================
+    lead     between the image and the user's text; white space in it counts as the user's
+    call     behind the user's text, the call for an answer included
+    close    behind the user's text where no answer is called for
+    answer   between the user's text and an answer
+    turn     between an answer and the user's next text
+    =======  ====================================================================
+    """
+
+    lead: str
+    call: str
+    close: str
+    answer: str
+    turn: str
+
+    @property
+    def calls(self) -> bool:
+        """Whether something that can be seen separates the user's text from an answer."""
+        return bool((self.call + self.answer).strip())
+
+
+def template_of(processor: Any) -> Any:
+    """The processor, or its tokenizer, whichever has a chat template; None where neither has one."""
+    for holder in (processor, getattr(processor, "tokenizer", None)):
+        if getattr(holder, "chat_template", None):
+            return holder
+    return None
+
+
+def turns_of(processor: Any) -> list[Turns]:
+    """What the chat template writes around texts in parts, and around plain texts; none where it rewrites them."""
+    template, image = template_of(processor), getattr(processor, "image_token", None)
+    if template is None:
+        return []
+    found = (_turns(template, image, parts) for parts in (True, False))
+    return [turns for turns in found if turns is not None]
+
+
+def last_call(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int] | None:
+    """The characters of the last call for an answer behind `start`."""
+    return max((span for each in turns for span in _calls(text, start, each, tokenizer)), default=None)
+
+
+def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int]:
+    """The characters between an image that ends at `start` and the end of the user's last text.
+
+    Raises ValueError if the prompt has a part of the template, but not what would say where the user's text ends.
+    """
+    for each in turns:
+        found = _question(text, start, each, tokenizer)
+        if found is not None:
+            return found
+    for each in turns:
+        parts = [(part, start) for wanted in (each.call, each.close, each.answer) for part in wanted.split()]
+        if each.close.strip():
+            # Where a user's text has an end that can be seen, one that was begun has lost it.
+            parts += [(part, 0) for part in each.turn.split()]
+        for part, first in parts:
+            if _places(text, part, first, tokenizer):
+                raise ValueError(
+                    f"rows: expected the chat template's {(each.call or each.close)!r} behind the question, the prompt "
+                    f"has only {part!r}; make it by apply_chat_template, or use rows=('text', TEXT)"
+                )
+    return start, len(text)
+
+
+def _question(text: str, start: int, turns: Turns, tokenizer: Any) -> tuple[int, int] | None:
+    """The same, None where the prompt was not made by this template."""
+    calls = _calls(text, start, turns, tokenizer)
+    # A user's next text stands behind an answer.
+    answered = min((stop for _, stop in calls), default=len(text)) if turns.answer.strip() else start
+    nexts = [span for span in _places(text, turns.turn, start, tokenizer) if span[0] >= answered]
+    begin = _visible(text, nexts[-1][1]) if nexts else _behind(text, start, turns.lead, tokenizer)
+    if calls and calls[-1][0] >= begin:
+        return begin, calls[-1][0]
+    closes = _places(text, turns.close, begin, tokenizer)
+    if closes:
+        return begin, closes[-1][0]
+    unknown = bool(turns.close.strip()) or (turns.calls and not calls)
+    return None if unknown else (begin, len(text))
+
+
+def _calls(text: str, start: int, turns: Turns, tokenizer: Any) -> list[tuple[int, int]]:
+    return sorted(_places(text, turns.call, start, tokenizer) + _places(text, turns.answer, start, tokenizer))
+
+
+def _behind(text: str, start: int, lead: str, tokenizer: Any) -> int:
+    """Where the text goes on behind a lead that it may begin with."""
+    for first, stop in _places(text, lead, start, tokenizer)[:1]:
+        if not text[start:first].strip():
+            return stop
+    return start
+
+
+def _visible(text: str, place: int) -> int:
+    """The next place that is no white space."""
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def _places(text: str, wanted: str, start: int, tokenizer: Any) -> list[tuple[int, int]]:
+    if wanted.strip():
+        for spelling in spellings(tokenizer, wanted):
+            found = find_written(text, spelling, start)
+            if found:
+                return found
+    return []
+
+
+def _turns(template: Any, image: str | None, parts: bool) -> Turns | None:
+    called = _around(template, [_FIRST], parts, call=True)
+    closed = _around(template, [_FIRST], parts)
+    if called is None or closed is None:
+        return None
+    longer = _around(template, [_FIRST, _ANSWER, _SECOND], parts)
+    answer, turn = ("", "") if longer is None else longer[1:3]
+    shown = _around(template, [_FIRST], parts, shown=True) if parts and image else None
+    lead = shown[0].rpartition(image)[2] if shown is not None and image in shown[0] else ""  # type: ignore[arg-type, operator]
+    return Turns(lead, called[1], closed[1], answer, turn)
+
+
+def _around(template: Any, said: list[str], parts: bool, call: bool = False, shown: bool = False) -> list[str] | None:
+    """What a template writes before, between and behind texts; None where it refuses or rewrites them."""
+    chat = []
+    for place, text in enumerate(said):
+        content = [*[{"type": "image"}] * shown, {"type": "text", "text": text}]
+        chat.append({"role": ("user", "assistant")[place % 2], "content": content if parts else text})
+    try:
+        rendered = template.apply_chat_template(chat, add_generation_prompt=call, tokenize=False)
+    except Exception:
+        # Templates refuse what they do not know by errors of many kinds.
+        return None
+    around = _SAID.split(rendered)
+    return around if len(around) == len(said) + 1 else None
