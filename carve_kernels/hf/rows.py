@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from carve_kernels import checks
-from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings
+from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings, unknown_of
 from carve_kernels.hf.turns import last_call, last_question, template_of, turns_of
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
@@ -116,17 +116,17 @@ class _Finder:
             said = ids[columns]
             visual = torch.isin(columns, tokens.to(columns.dtype)) | (said < 0)
             spelled = Spelled(self._tokenizer, said.tolist(), visual.tolist())
-            places = self._question(spelled, said, behind) if self._kind == "question" else self._span(spelled)
+            places = self._question(spelled, said.tolist(), behind) if self._kind == "question" else self._span(spelled)
         if not places:
             raise ValueError("rows: expected a question behind the image, found no token of one; use rows='last'")
         return columns[places]
 
-    def _question(self, spelled: Spelled, ids: torch.Tensor, behind: int) -> list[int]:
+    def _question(self, spelled: Spelled, ids: list[int], behind: int) -> list[int]:
         start, stop = last_question(spelled.text, spelled.begin(behind), self._turns, self._tokenizer)
         asked = spelled.text[start:stop]
         special = _special(self._tokenizer)
         places = spelled.tokens(start, start + len(asked.rstrip())) if asked.strip() else []
-        return [place for place in places if int(ids[place]) not in special]
+        return [place for place in places if ids[place] not in special]
 
     def _span(self, spelled: Spelled) -> list[int]:
         """The tokens of the last place behind the first image, in a call for an answer only if there is no other."""
@@ -156,6 +156,4 @@ def _special(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marks = {id for id, token in added.items() if getattr(token, "special", False)}
     marks.update(getattr(tokenizer, "all_special_ids", None) or ())
-    others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return marks if unknown in others else marks - {unknown}
+    return marks if unknown_of(tokenizer) is None else marks - {tokenizer.unk_token_id}

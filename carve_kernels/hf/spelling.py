@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy
+
 IMAGE = "\ufffc"
 """What stands in the text for a visual token."""
 
@@ -39,7 +41,7 @@ class Spelled:
         # A byte that belongs to no character is a character by itself.
         self.text = b"".join(each).decode("utf-8", "surrogateescape")
         self._tokens = [0, *accumulate(map(len, each))]
-        self._characters = [0, *accumulate(map(_size, self.text))]
+        self._characters = [0, *accumulate(_sizes(self.text))]
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The tokens that hold at least one byte of the characters from `start` to before `stop`."""
@@ -60,6 +62,12 @@ def spellings(tokenizer: Any, text: str) -> Iterator[str]:
         written = _decoded(tokenizer, ids).strip()
         if written and written != text:
             yield written
+
+
+def unknown_of(tokenizer: Any) -> str | None:
+    """What a tokenizer writes for characters that it does not know; None where that is the mark of something else."""
+    mark: str | None = getattr(tokenizer, "unk_token", None)
+    return None if mark in {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad")} else mark
 
 
 def find_last(text: str, wanted: str, word: bool, start: int = 0) -> tuple[int, int] | None:
@@ -109,10 +117,12 @@ def _is_mark(character: str) -> bool:
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[bytes]:
     """The bytes of each token, by the way of writing them whose text is the tokenizer's own."""
-    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(ids)]
+    distinct = sorted(set(ids))
+    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(distinct)]
     expected = _known(_decoded(tokenizer, ids))
     for write in (_byte_level, _sentence_piece, _words(".,?!"), _words("")):
-        each = [write(token) for token in tokens]
+        written = dict(zip(distinct, map(write, tokens), strict=True))
+        each = [written[id] for id in ids]
         if _known(b"".join(each).decode("utf-8", "replace")) == expected:
             return each
     raise ValueError(
@@ -152,9 +162,10 @@ def _known(text: str) -> str:
     return text.replace("\ufffd", "").lstrip(" ")
 
 
-def _size(character: str) -> int:
-    """The bytes of a character in UTF-8; one of a broken character is a surrogate."""
-    code = ord(character)
-    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:
-        return 1
-    return 2 if code < 0x800 else 3 if code < 0x10000 else 4
+def _sizes(text: str) -> list[int]:
+    """The bytes of each character in UTF-8; a byte that belongs to none is a surrogate."""
+    codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
+    found: list[int] = sizes.tolist()
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from carve_kernels.hf.spelling import find_written, spellings
+from carve_kernels.hf.spelling import find_written, spellings, unknown_of
 
 # Texts that no template holds.
 _FIRST, _ANSWER, _SECOND = "carvefirstquestion", "carvefirstanswer", "carvesecondquestion"
@@ -71,9 +71,10 @@ def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> 
             return found
     for each in turns:
         parts = [(part, start) for wanted in (each.call, each.close, each.answer) for part in wanted.split()]
-        if each.close.strip():
-            # Where a user's text has an end that can be seen, one that was begun has lost it.
-            parts += [(part, 0) for part in each.turn.split()]
+        # Where a user's text has an end that can be seen, one that was begun has lost it.
+        parts += [(part, 0) for part in each.turn.split() if each.close.strip()]
+        # What the tokenizer does not know may have been the template's.
+        parts.append((unknown_of(tokenizer) or "", start))
         for part, first in parts:
             if _places(text, part, first, tokenizer):
                 raise ValueError(
