@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from carve_kernels import checks
@@ -33,13 +34,18 @@ class Rows(NamedTuple):
 
 def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
     """Check a rows argument before anything runs; a list of positions becomes a tuple."""
+    if isinstance(rows, (numpy.ndarray, numpy.generic, torch.Tensor)):
+        rows = rows.tolist()
     if isinstance(rows, str):
+        if rows == "question" and tokenizer is not None:
+            _reads(tokenizer, rows)
         return checks.choice("rows", rows, ("last", "question"))
     if isinstance(rows, int):
         return checks.integer("rows", rows, low=1)
     if isinstance(rows, Sequence) and len(rows) == 2 and rows[0] in ("word", "text"):
         if tokenizer is None:
             raise ValueError(f"processor: expected a processor beside rows={tuple(rows)!r}, got None")
+        _reads(tokenizer, rows)
         return (str(rows[0]), checks.text("rows[1]", rows[1]))
     if isinstance(rows, Sequence) and len(rows):
         return tuple(checks.integer(f"rows[{place}]", row) for place, row in enumerate(rows))
@@ -47,6 +53,14 @@ def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
         "rows: expected 'last', 'question', a number of last rows, positions, ('word', WORD) or ('text', TEXT), got "
         + checks.describe(rows)
     )
+
+
+def _reads(tokenizer: Any, rows: RowsSpec) -> None:
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"processor: expected a processor with a tokenizer, or a tokenizer, beside rows={rows!r}, got "
+            + checks.describe(tokenizer)
+        )
 
 
 def resolve_rows(

@@ -47,12 +47,12 @@ def template_of(processor: Any) -> Any:
 
 
 def turns_of(processor: Any) -> list[Turns]:
-    """What the chat template writes around texts in parts, and around plain texts; none where it rewrites them."""
+    """What the chat template writes around texts: beside an image, alone, not in parts; none where it rewrites them."""
     template, image = template_of(processor), getattr(processor, "image_token", None)
     if template is None:
         return []
-    found = (_turns(template, image, parts) for parts in (True, False))
-    return [turns for turns in found if turns is not None]
+    forms = ([{"type": "image"}, {"type": "text"}], [{"type": "text"}], None)
+    return [turns for form in forms if (turns := _turns(template, image, form)) is not None]
 
 
 def last_call(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int] | None:
@@ -128,24 +128,23 @@ def _places(text: str, wanted: str, start: int, tokenizer: Any) -> list[tuple[in
     return []
 
 
-def _turns(template: Any, image: str | None, parts: bool) -> Turns | None:
-    called = _around(template, [_FIRST], parts, call=True)
-    closed = _around(template, [_FIRST], parts)
+def _turns(template: Any, image: str | None, form: list[dict[str, str]] | None) -> Turns | None:
+    called, closed = (_around(template, [_FIRST], form, call) for call in (True, False))
     if called is None or closed is None:
         return None
-    longer = _around(template, [_FIRST, _ANSWER, _SECOND], parts)
+    longer = _around(template, [_FIRST, _ANSWER, _SECOND], form)
     answer, turn = ("", "") if longer is None else longer[1:3]
-    shown = _around(template, [_FIRST], parts, shown=True) if parts and image else None
-    lead = shown[0].rpartition(image)[2] if shown is not None and image in shown[0] else ""  # type: ignore[arg-type, operator]
+    lead = called[0].rpartition(image)[2] if image and image in called[0] else ""
     return Turns(lead, called[1], closed[1], answer, turn)
 
 
-def _around(template: Any, said: list[str], parts: bool, call: bool = False, shown: bool = False) -> list[str] | None:
+def _around(template: Any, said: list[str], form: list[dict[str, str]] | None, call: bool = False) -> list[str] | None:
     """What a template writes before, between and behind texts; None where it refuses or rewrites them."""
     chat = []
     for place, text in enumerate(said):
-        content = [*[{"type": "image"}] * shown, {"type": "text", "text": text}]
-        chat.append({"role": ("user", "assistant")[place % 2], "content": content if parts else text})
+        # Only the first text has the image.
+        parts = None if form is None else [*(form[:-1] if place == 0 else []), {**form[-1], "text": text}]
+        chat.append({"role": ("user", "assistant")[place % 2], "content": text if parts is None else parts})
     try:
         rendered = template.apply_chat_template(chat, add_generation_prompt=call, tokenize=False)
     except Exception:

@@ -202,8 +202,8 @@ def test_any_text_is_found_whole_and_alone(text: str, kind: str, template: str, 
             question(processor, said)
         return
     prompted, columns = question(processor, said)
-    start = prompted.text.rindex(IMAGE) + len(IMAGE)
-    start = prompted.text.index(text, start)
+    lead = {"llava": "\n", "qwen": "<|vision_end|>"}.get(template, "")
+    start = prompted.text.index(IMAGE + lead + text) + len(IMAGE + lead)
     held = prompted.columns(start, start + len(text))
     visible = prompted.columns(start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
     assert set(visible) <= set(columns)
