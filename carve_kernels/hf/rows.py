@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from carve_kernels import checks
-from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings, unknown_of
+from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings
 from carve_kernels.hf.turns import last_call, last_question, template_of, turns_of
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
@@ -144,8 +144,7 @@ class _Finder:
 
     def _span(self, spelled: Spelled) -> list[int]:
         """The tokens of the last place behind the first image, in a call for an answer only if there is no other."""
-        text = spelled.text
-        first = max(text.find(IMAGE), 0)
+        text, first = spelled.text, spelled.first
         call = last_call(text, first, self._turns, self._tokenizer)
         said = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
         forms = list(spellings(self._tokenizer, self._wanted))
@@ -166,8 +165,6 @@ class _Finder:
 
 
 def _special(tokenizer: Any) -> set[int]:
-    """The tokens that are no text; what a tokenizer does not know is one."""
+    """The tokens that are no text of a user, those that stand for what the tokenizer does not know among them."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    marks = {id for id, token in added.items() if getattr(token, "special", False)}
-    marks.update(getattr(tokenizer, "all_special_ids", None) or ())
-    return marks if unknown_of(tokenizer) is None else marks - {tokenizer.unk_token_id}
+    return {id for id, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", None) or ())

@@ -42,6 +42,8 @@ class Spelled:
         self.text = b"".join(each).decode("utf-8", "surrogateescape")
         self._tokens = [0, *accumulate(map(len, each))]
         self._characters = [0, *accumulate(_sizes(self.text))]
+        # Where the first image begins.
+        self.first = self.begin(visual.index(True)) if any(visual) else 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The tokens that hold at least one byte of the characters from `start` to before `stop`."""
