@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from carve_kernels.hf.spelling import find_written, spellings, unknown_of
 
 # Texts that no template holds.
 _FIRST, _ANSWER, _SECOND = "carvefirstquestion", "carvefirstanswer", "carvesecondquestion"
+_Form = Callable[[str], Any]
 _SAID = re.compile("|".join((_FIRST, _ANSWER, _SECOND)), re.IGNORECASE)
 
 
@@ -32,11 +34,6 @@ class Turns(NamedTuple):
     answer: str
     turn: str
 
-    @property
-    def calls(self) -> bool:
-        """Whether something that can be seen separates the user's text from an answer."""
-        return bool((self.call + self.answer).strip())
-
 
 def template_of(processor: Any) -> Any:
     """The processor, or its tokenizer, whichever has a chat template; None where neither has one."""
@@ -51,8 +48,8 @@ def turns_of(processor: Any) -> list[Turns]:
     template, image = template_of(processor), getattr(processor, "image_token", None)
     if template is None:
         return []
-    forms = ([{"type": "image"}, {"type": "text"}], [{"type": "text"}], None)
-    return [turns for form in forms if (turns := _turns(template, image, form)) is not None]
+    forms: list[tuple[_Form, _Form]] = [(_shown, _in_parts), (_in_parts, _in_parts), (str, str)]
+    return [turns for form in forms if (turns := _turns(template, image, *form)) is not None]
 
 
 def last_call(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int] | None:
@@ -87,6 +84,11 @@ def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> 
 def _question(text: str, start: int, turns: Turns, tokenizer: Any) -> tuple[int, int] | None:
     """The same, None where the prompt was not made by this template."""
     calls = _calls(text, start, turns, tokenizer)
+    if len({first for first, _ in calls}) > 1 and not turns.turn.strip():
+        raise ValueError(
+            "rows: expected one call for an answer behind the image, since the chat template does not show where a "
+            f"user's next text begins, got {turns.call!r} twice; use rows=('text', TEXT)"
+        )
     # A user's next text stands behind an answer.
     answered = min((stop for _, stop in calls), default=len(text)) if turns.answer.strip() else start
     nexts = [span for span in _places(text, turns.turn, start, tokenizer) if span[0] >= answered]
@@ -96,8 +98,8 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any) -> tuple[int,
     closes = _places(text, turns.close, begin, tokenizer)
     if closes:
         return begin, closes[-1][0]
-    unknown = bool(turns.close.strip()) or (turns.calls and not calls)
-    return None if unknown else (begin, len(text))
+    calling = (turns.call + turns.answer).strip()
+    return None if turns.close.strip() or (calling and not calls) else (begin, len(text))
 
 
 def _calls(text: str, start: int, turns: Turns, tokenizer: Any) -> list[tuple[int, int]]:
@@ -128,23 +130,28 @@ def _places(text: str, wanted: str, start: int, tokenizer: Any) -> list[tuple[in
     return []
 
 
-def _turns(template: Any, image: str | None, form: list[dict[str, str]] | None) -> Turns | None:
-    called, closed = (_around(template, [_FIRST], form, call) for call in (True, False))
+def _turns(template: Any, image: str | None, first: _Form, later: _Form) -> Turns | None:
+    called, closed = (_around(template, [first(_FIRST)], call) for call in (True, False))
     if called is None or closed is None:
         return None
-    longer = _around(template, [_FIRST, _ANSWER, _SECOND], form)
-    answer, turn = ("", "") if longer is None else longer[1:3]
+    # Some take a user's texts in parts and an answer as it is.
+    longer = (_around(template, [first(_FIRST), answered(_ANSWER), later(_SECOND)]) for answered in (str, later))
+    _, answer, turn, _ = next(filter(None, longer), ("", "", "", ""))
     lead = called[0].rpartition(image)[2] if image and image in called[0] else ""
     return Turns(lead, called[1], closed[1], answer, turn)
 
 
-def _around(template: Any, said: list[str], form: list[dict[str, str]] | None, call: bool = False) -> list[str] | None:
+def _in_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _shown(text: str) -> list[dict[str, str]]:
+    return [{"type": "image"}, *_in_parts(text)]
+
+
+def _around(template: Any, said: list[Any], call: bool = False) -> list[str] | None:
     """What a template writes before, between and behind texts; None where it refuses or rewrites them."""
-    chat = []
-    for place, text in enumerate(said):
-        # Only the first text has the image.
-        parts = None if form is None else [*(form[:-1] if place == 0 else []), {**form[-1], "text": text}]
-        chat.append({"role": ("user", "assistant")[place % 2], "content": text if parts is None else parts})
+    chat = [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(said)]
     try:
         rendered = template.apply_chat_template(chat, add_generation_prompt=call, tokenize=False)
     except Exception:

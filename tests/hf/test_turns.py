@@ -94,6 +94,10 @@ def test_templates_of_texts_and_templates_that_end_in_nothing(kind: str) -> None
     is_question(processor, rendered(processor, *said) + " It is", ASKED)
     bare = processor_of_kind(kind, BARE)
     is_question(bare, rendered(bare, user(ASKED)), ASKED)
+    # Users' texts in parts, and answers as they are.
+    mixed = processor_of_kind(kind, TEMPLATES["inst"].replace("m['content'][0]['text']", "m['content']"))
+    told = (user("what digit is red"), {"role": "assistant", "content": "seven"}, user(ASKED, images=0))
+    is_question(mixed, rendered(mixed, *told), ASKED)
     # The template that the tokenizer has is as good as the processor's.
     tokenizer = tokenizer_of_kind(kind)
     tokenizer.chat_template = TEMPLATES["llava"]
@@ -138,6 +142,8 @@ def test_a_question_that_is_not_behind_the_image_is_refused(kind: str) -> None:
         ("qwen", f"<|im_start|>user\n{IMAGE} {ASKED}"),
         ("qwen", f"{IMAGE} {ASKED} <|im_start|>assistant"),
         (CALLING, f"{IMAGE} {ASKED} Answer:"),
+        # Nothing shows where the second text begins.
+        (CALLING, f"{IMAGE} {ASKED}\n## Answer: red {ASKED}\n## Answer:"),
     ],
 )
 def test_a_prompt_with_a_part_of_the_template_is_refused(kind: str, template: str, text: str) -> None:
