@@ -158,14 +158,19 @@ class RowReader:
         return found
 
     def _candidates(self) -> list[RowsSpec]:
-        """The last words of a text are counted from the end of a prompt of it."""
-        text = self._preset.general_prompt
-        said = build_prompt(self._processor, text + self._preset.suffix)
-        ids = prepare(self._processor, [Image.new("RGB", (64, 64))], said)["input_ids"]
-        found = resolve_rows(("text", text), ids, torch.ones_like(ids) > 0, torch.full((1, 1), -1), self._processor)
-        behind = ids.shape[1] - 1 - int(found.columns.max())
-        words = [(-place,) for place in range(behind + 1, behind + LAST_WORDS + 1) if place > 1]
-        return ["last", "question", *words]
+        """The last words of a text are counted from the end of a prompt; left out where the text's end is not found."""
+        image, text, suffix = Image.new("RGB", (64, 64)), self._preset.general_prompt, self._preset.suffix
+        said = build_prompt(self._processor, text + suffix)
+        inputs = prepare(self._processor, [image], said)
+        tokens = located(self._model, self._processor, image, said, inputs, {}).layout.tokens()
+        ids = inputs["input_ids"]
+        rows: RowsSpec = ("text", text) if suffix.strip() else "question"
+        try:
+            found = resolve_rows(rows, ids, torch.ones_like(ids) > 0, tokens, self._processor)
+        except ValueError:
+            return ["last", "question"]
+        last = int(found.columns.max()) - ids.shape[1]
+        return ["last", "question", *((place,) for place in range(last, last - LAST_WORDS, -1) if place < -1)]
 
 
 def _seen(asked: _Asked, maps: AttentionMaps) -> Seen:

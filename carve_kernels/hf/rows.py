@@ -132,7 +132,10 @@ class _Finder:
             spelled = Spelled(self._tokenizer, said.tolist(), visual.tolist())
             places = self._question(spelled, said.tolist(), behind) if self._kind == "question" else self._span(spelled)
         if not places:
-            raise ValueError("rows: expected a question behind the image, found no token of one; use rows='last'")
+            raise ValueError(
+                "rows: expected a question behind the image, found no token of one; put the image first, or use "
+                "rows='last'"
+            )
         return columns[places]
 
     def _question(self, spelled: Spelled, ids: list[int], behind: int) -> list[int]:
