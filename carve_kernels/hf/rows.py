@@ -150,7 +150,7 @@ class _Finder:
         text, first = spelled.text, spelled.first
         call = last_call(text, first, self._turns, self._tokenizer)
         said = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
-        forms = list(spellings(self._tokenizer, self._wanted))
+        forms = [form for form in spellings(self._tokenizer, self._wanted) if IMAGE not in form]
         for searched in dict.fromkeys((said, text)):
             for form in forms:
                 span = find_last(searched, form, self._kind == "word", first)

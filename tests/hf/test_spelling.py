@@ -125,7 +125,7 @@ def test_words_that_are_not_there_or_see_no_image_are_refused(kind: str) -> None
             found(processor, rows, "what is it")
     # An image is no letter, but it is between the letters on its sides.
     prompted = Prompted(processor.tokenizer, f"is {IMAGE} it{IMAGE} red")
-    for rows in (("word", "is"), ("text", "it red")):
+    for rows in (("word", "is"), ("text", "it red"), ("text", "\ufffc")):
         with pytest.raises(ValueError, match=r"^rows:"):
             resolve_rows(rows, prompted.ids, prompted.attended, prompted.tokens, processor)
     columns = resolve_rows(("word", "it"), prompted.ids, prompted.attended, prompted.tokens, processor).columns[0]
