@@ -179,7 +179,9 @@ def test_the_time_of_a_long_prompt_is_linear() -> None:
 
 @given(
     before=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12),
-    wanted=st.text(st.characters(exclude_categories=["Cs", "Cc", "Z", "M"]), min_size=1, max_size=6),
+    wanted=st.text(
+        st.characters(exclude_categories=["Cs", "Cc", "Z", "M"], exclude_characters="\ufffc"), min_size=1, max_size=6
+    ),
     behind=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12),
     kind=st.sampled_from(SPELLING),
 )
