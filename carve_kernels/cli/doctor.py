@@ -216,7 +216,7 @@ def _engine() -> tuple[str, str | None]:
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
-    from carve_kernels.hf import processor_names
+    from carve_kernels.hf import names, processor_names
     from carve_kernels.hf.layouts import FAMILIES
 
     for family in FAMILIES:

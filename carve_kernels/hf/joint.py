@@ -21,7 +21,7 @@ from carve_kernels.hf.decisions import Decision, decide, positions_kept
 from carve_kernels.hf.pictures import Shown
 from carve_kernels.hf.prefix import Prefix, common
 from carve_kernels.hf.row import Row, Unshareable
-from carve_kernels.hf.rows import Rows, RowsSpec, resolve_rows, template_suffix, tokenizer_of
+from carve_kernels.hf.rows import Rows, RowsSpec, resolve_rows
 from carve_kernels.hf.taking import maps_of
 from carve_kernels.hf.tree import Part, Tree
 from carve_kernels.maps import AttentionMaps
@@ -167,9 +167,7 @@ class Joint:
             rows = None
             if branch.rows is not None and look.layout is not None:
                 attended = torch.ones(ids.shape, dtype=torch.bool)
-                tokenizer = tokenizer_of(self._processor)
-                suffix = template_suffix(self._processor) if branch.rows == "question" else 0
-                rows = resolve_rows(branch.rows, ids.cpu(), attended, look.layout.tokens(), tokenizer, suffix)
+                rows = resolve_rows(branch.rows, ids.cpu(), attended, look.layout.tokens(), self._processor)
                 bounds.append(int(rows.columns.min()))
             growing.append(_Growing(branch, decision, ids, rows, number, decision.positions[..., -1:]))
         first = growing[0].ids[0].cpu()

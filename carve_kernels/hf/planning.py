@@ -17,7 +17,7 @@ from carve_kernels.hf.attention import attended_columns, check_call
 from carve_kernels.hf.backbone import image_token_positions
 from carve_kernels.hf.decoding import Decoding, end_tokens
 from carve_kernels.hf.record import OnLayer, Record
-from carve_kernels.hf.rows import RowsSpec, resolve_rows, template_suffix, tokenizer_of
+from carve_kernels.hf.rows import RowsSpec, resolve_rows
 from carve_kernels.hf.sequences import Caches, Followed, Whole
 from carve_kernels.types import VisualLayout
 
@@ -50,8 +50,7 @@ class Planner:
         self.record: Record | None = None
         self.decoding: Decoding | None = None
         self._model, self._modules, self._layers, self._device, self._rows = model, modules, layers, device, rows
-        self._tokenizer = None if processor is None else tokenizer_of(processor)
-        self._suffix = template_suffix(processor) if rows == "question" and processor is not None else 0
+        self._processor = processor
         self._tokens, self._layout = check_tokens(tokens)
         self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
         self._signature = inspect.signature(model.forward)
@@ -195,7 +194,7 @@ class Planner:
         if tokens is None:
             followed.record, followed.prompt = None, total
             return None
-        rows = resolve_rows(self._rows, known, attended, tokens, self._tokenizer, self._suffix)
+        rows = resolve_rows(self._rows, known, attended, tokens, self._processor)
         if bool((rows.columns < past).any()):
             raise ValueError(
                 f"rows: expected rows of this forward, which starts at column {past} behind a cache, got "

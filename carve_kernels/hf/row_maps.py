@@ -18,10 +18,10 @@ from carve_kernels.hf.letterbox import Letterbox
 from carve_kernels.hf.looking import needed
 from carve_kernels.hf.pictures import Pictures, Shown
 from carve_kernels.hf.prefix import Prefix
-from carve_kernels.hf.prompts import build_prompt
+from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.requests import Prompt, located
 from carve_kernels.hf.row import Unshareable
-from carve_kernels.hf.rows import RowsSpec, check_rows, resolve_rows, template_suffix, tokenizer_of
+from carve_kernels.hf.rows import RowsSpec, check_rows, resolve_rows, tokenizer_of
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
@@ -69,11 +69,12 @@ class RowReader:
         check_steady(model)
         self._letterbox = letterbox
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
-        self._tokenizer, self._template = tokenizer_of(processor), template_suffix(processor)
         # Candidates of ours that a prompt does not have are left out; those of a caller are an error.
         self._given = rows is not None
         # What a preset cannot say cannot be picked.
-        candidates = [check_rows(row, self._tokenizer) for row in (self._candidates() if rows is None else rows)]
+        candidates = [
+            check_rows(row, tokenizer_of(processor)) for row in (self._candidates() if rows is None else rows)
+        ]
         self.rows: list[RowsSpec] = [replace(preset, rows=row).rows for row in candidates]  # type: ignore[arg-type]
         self.layers = tuple(sorted(attention_modules(model)))
         self.choices = [Choice(row, step) for row in self.rows for step in steps if step == "t_start" or row == "last"]
@@ -149,7 +150,7 @@ class RowReader:
         for rows in self.rows:
             meant = "question" if general and isinstance(rows, tuple) and rows[0] == "word" else rows
             try:
-                group = resolve_rows(meant, ids, attended, tokens, self._tokenizer, self._template).columns[0]
+                group = resolve_rows(meant, ids, attended, tokens, self._processor).columns[0]
                 if int(group.min()) <= after:
                     raise ValueError(
                         f"rows: expected rows behind the picture, got {rows!r} in a prompt of {ids.numel()}"
@@ -164,10 +165,19 @@ class RowReader:
         return found
 
     def _candidates(self) -> list[RowsSpec]:
-        suffix = self._preset.suffix
-        behind = self._template + (len(self._tokenizer(suffix, add_special_tokens=False)["input_ids"]) if suffix else 0)
-        words = [(-place,) for place in range(behind + 1, behind + LAST_WORDS + 1) if place > 1]
-        return ["last", "question", *words]
+        """The last words of a text are counted from the end of a prompt; left out where the text's end is not found."""
+        image, text, suffix = Image.new("RGB", (64, 64)), self._preset.general_prompt, self._preset.suffix
+        said = build_prompt(self._processor, text + suffix)
+        inputs = prepare(self._processor, [image], said)
+        tokens = located(self._model, self._processor, image, said, inputs, {}).layout.tokens()
+        ids = inputs["input_ids"]
+        rows: RowsSpec = ("text", text) if suffix.strip() else "question"
+        try:
+            found = resolve_rows(rows, ids, torch.ones_like(ids) > 0, tokens, self._processor)
+        except ValueError:
+            return ["last", "question"]
+        last = int(found.columns.max()) - ids.shape[1]
+        return ["last", "question", *((place,) for place in range(last, last - LAST_WORDS, -1) if place < -1)]
 
 
 def _seen(asked: _Asked, maps: AttentionMaps) -> Seen:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from carve_kernels import checks
+from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings
+from carve_kernels.hf.turns import last_call, last_question, template_of, turns_of
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
 
@@ -31,13 +34,18 @@ class Rows(NamedTuple):
 
 def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
     """Check a rows argument before anything runs; a list of positions becomes a tuple."""
+    if isinstance(rows, (numpy.ndarray, numpy.generic, torch.Tensor)):
+        rows = rows.tolist()
     if isinstance(rows, str):
+        if rows == "question" and tokenizer is not None:
+            _reads(tokenizer, rows)
         return checks.choice("rows", rows, ("last", "question"))
     if isinstance(rows, int):
         return checks.integer("rows", rows, low=1)
     if isinstance(rows, Sequence) and len(rows) == 2 and rows[0] in ("word", "text"):
         if tokenizer is None:
             raise ValueError(f"processor: expected a processor beside rows={tuple(rows)!r}, got None")
+        _reads(tokenizer, rows)
         return (str(rows[0]), checks.text("rows[1]", rows[1]))
     if isinstance(rows, Sequence) and len(rows):
         return tuple(checks.integer(f"rows[{place}]", row) for place, row in enumerate(rows))
@@ -47,8 +55,16 @@ def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
     )
 
 
+def _reads(tokenizer: Any, rows: RowsSpec) -> None:
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"processor: expected a processor with a tokenizer, or a tokenizer, beside rows={rows!r}, got "
+            + checks.describe(tokenizer)
+        )
+
+
 def resolve_rows(
-    rows: RowsSpec, ids: torch.Tensor | None, attended: torch.Tensor, tokens: torch.Tensor, tokenizer: Any, suffix: int
+    rows: RowsSpec, ids: torch.Tensor | None, attended: torch.Tensor, tokens: torch.Tensor, processor: Any
 ) -> Rows:
     """Find the rows in a prompt: ids int64 [B, S], attended bool [B, S], visual tokens int32 [B, N], on the CPU."""
     if rows == "last" or isinstance(rows, int):
@@ -64,31 +80,14 @@ def resolve_rows(
         return Rows(_positions(tuple(int(row) for row in rows), attended), None, False)
     if ids is None:
         raise ValueError(f"input_ids: expected them beside rows={rows!r}, got none (a forward with inputs_embeds?)")
-    groups = []
-    for row in range(ids.shape[0]):
-        columns = attended[row].nonzero()[:, 0]
-        if rows == "question":
-            groups.append(_question(ids[row], columns, tokens[row], tokenizer, suffix))
-        else:
-            groups.append(_span(str(rows[0]), str(rows[1]), ids[row], columns, tokens[row], tokenizer))
+    find = _Finder(rows, processor)
+    groups = [find(ids[row], attended[row].nonzero()[:, 0], tokens[row]) for row in range(len(ids))]
     width = max(len(group) for group in groups)
     index = torch.stack([torch.cat([group, group[-1:].expand(width - len(group))]) for group in groups])
     weight = torch.zeros(len(groups), 1, width)
     for row, group in enumerate(groups):
         weight[row, 0, : len(group)] = 1.0 / len(group)
     return Rows(index, weight, False)
-
-
-def template_suffix(processor: Any) -> int:
-    """How many tokens the chat template puts behind the user's text, the call for an answer included."""
-    tokenizer = tokenizer_of(processor)
-    if not getattr(processor, "chat_template", None):
-        return 0
-    marker = "carve"
-    message = [{"role": "user", "content": [{"type": "text", "text": marker}]}]
-    rendered: str = processor.apply_chat_template(message, add_generation_prompt=True)
-    tail = rendered[rendered.rindex(marker) + len(marker) :]
-    return len(tokenizer(tail, add_special_tokens=False)["input_ids"]) if tail else 0
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -108,45 +107,67 @@ def _positions(rows: tuple[int, ...], attended: torch.Tensor) -> torch.Tensor:
     return index.expand(attended.shape[0], -1)
 
 
-def _question(
-    ids: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor, tokenizer: Any, suffix: int
-) -> torch.Tensor:
-    last_visual = int(tokens.max()) if tokens.numel() else -1
-    columns = columns[: len(columns) - suffix]
-    columns = columns[columns > last_visual]
-    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or []), dtype=ids.dtype)
-    found = columns[~torch.isin(ids[columns], special)]
-    if not len(found):
-        raise ValueError("rows: expected a question behind the image, found no token of one; use rows='last'")
-    return found
+class _Finder:
+    """Finds the columns of a question, a word or a text in prompts."""
+
+    def __init__(self, rows: Any, processor: Any) -> None:
+        self._kind: str = rows if isinstance(rows, str) else rows[0]
+        self._wanted: str = "" if isinstance(rows, str) else rows[1]
+        self._tokenizer = None if processor is None else tokenizer_of(processor)
+        self._turns = [] if processor is None else turns_of(processor)
+        if self._kind == "question" and not self._turns and template_of(processor) is not None:
+            raise ValueError(
+                "processor: expected a chat template that shows a user's text as it is, this one refuses or rewrites "
+                "it; use rows=('text', TEXT)"
+            )
+
+    def __call__(self, ids: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The columns in a prompt: ids int64 [S], the columns that are attended to, visual tokens int32 [N]."""
+        behind = int((columns <= tokens.max()).sum()) if tokens.numel() else 0
+        if self._tokenizer is None:
+            places = list(range(behind, len(columns)))
+        else:
+            said = ids[columns]
+            visual = torch.isin(columns, tokens.to(columns.dtype)) | (said < 0)
+            spelled = Spelled(self._tokenizer, said.tolist(), visual.tolist())
+            places = self._question(spelled, said.tolist(), behind) if self._kind == "question" else self._span(spelled)
+        if not places:
+            raise ValueError(
+                "rows: expected a question behind the image, found no token of one; put the image first, or use "
+                "rows='last'"
+            )
+        return columns[places]
+
+    def _question(self, spelled: Spelled, ids: list[int], behind: int) -> list[int]:
+        start, stop = last_question(spelled.text, spelled.begin(behind), self._turns, self._tokenizer)
+        asked = spelled.text[start:stop]
+        special = _special(self._tokenizer)
+        places = spelled.tokens(start, start + len(asked.rstrip())) if asked.strip() else []
+        return [place for place in places if ids[place] not in special]
+
+    def _span(self, spelled: Spelled) -> list[int]:
+        """The tokens of the last place behind the first image, in a call for an answer only if there is no other."""
+        text, first = spelled.text, spelled.first
+        call = last_call(text, first, self._turns, self._tokenizer)
+        said = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
+        forms = [form for form in spellings(self._tokenizer, self._wanted) if IMAGE not in form]
+        for searched in dict.fromkeys((said, text)):
+            for form in forms:
+                span = find_last(searched, form, self._kind == "word", first)
+                if span is not None:
+                    return spelled.tokens(*span)
+        if any(find_last(text[:first], form, self._kind == "word") for form in forms):
+            raise ValueError(
+                f"rows: expected a {self._kind} behind the image, got {self._wanted!r}, which stands before it and "
+                "cannot see it"
+            )
+        shown = text.replace(IMAGE, "")[-200:]
+        raise ValueError(
+            f"rows: expected a {self._kind} of the prompt, got {self._wanted!r}; the prompt reads {shown!r}"
+        )
 
 
-def _span(
-    kind: str, text: str, ids: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor, tokenizer: Any
-) -> torch.Tensor:
-    """The tokens of the last occurrence of a word or a text, found in the decoded prompt without the visual tokens."""
-    columns = columns[~torch.isin(columns, tokens.to(columns.dtype))]
-    ends: list[int] = []
-    decoded = ""
-    for end in range(1, len(columns) + 1):
-        decoded = tokenizer.decode(ids[columns[:end]].tolist(), clean_up_tokenization_spaces=False)
-        ends.append(len(decoded))
-    start = _last_occurrence(kind, text.strip(), decoded)
-    if start < 0:
-        start = _last_occurrence(kind, text.strip().lower(), decoded.lower())
-    if start < 0:
-        raise ValueError(f"rows: expected a {kind} of the prompt, got {text!r}; the prompt reads {decoded[-200:]!r}")
-    stop = start + len(text.strip())
-    begins = [0, *ends[:-1]]
-    inside = [place for place in range(len(ends)) if begins[place] < stop and ends[place] > start]
-    return columns[inside]
-
-
-def _last_occurrence(kind: str, text: str, decoded: str) -> int:
-    place = decoded.rfind(text)
-    while kind == "word" and place >= 0:
-        before, after = decoded[:place][-1:], decoded[place + len(text) :][:1]
-        if not before.isalnum() and not after.isalnum():
-            break
-        place = decoded.rfind(text, 0, place + len(text) - 1)
-    return place
+def _special(tokenizer: Any) -> set[int]:
+    """The tokens that are no text of a user, those that stand for what the tokenizer does not know among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {id for id, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", None) or ())

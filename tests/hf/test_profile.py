@@ -19,6 +19,7 @@ from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.row_maps import RowReader
 from carve_kernels.models import small
 from carve_kernels.models.scenes import LEVELS, draw_scene
+from tests.hf.kinds import Prompted, tokenizer_of_kind
 from tests.hf.looks import PICTURES, family, state, watched
 from tests.hf.tiny import picture, save, tiny_llava
 from tests.tolerances import relative
@@ -139,6 +140,19 @@ def test_candidates_end_with_the_users_text() -> None:
     suffix = Preset.paper(suffix=" in one word", max_new_tokens=2)
     more = len(processor.tokenizer(" in one word", add_special_tokens=False)["input_ids"])
     assert reader_of("llava", None, steps, suffix).rows[2] == (-(behind + more + 1),)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "always"])
+def test_candidates_are_counted_in_a_prompt(kind: str) -> None:
+    model, processor = tiny_llava()
+    processor.tokenizer = tokenizer_of_kind(kind)
+    for suffix in ("", " in one word"):
+        preset = Preset.paper(general_prompt="what color is the cat", suffix=suffix, max_new_tokens=2)
+        reader = RowReader(model, processor, preset, None, ["t_start"], "auto")
+        prompted = Prompted(processor.tokenizer, build_prompt(processor, preset.general_prompt + suffix))
+        end = prompted.text.index("cat") + len("cat")
+        last = prompted.columns(end - 1, end)[-1] - prompted.ids.shape[1]
+        assert reader.rows[2:] == [(last - place,) for place in range(4)]
 
 
 def test_rows_that_a_prompt_lacks_are_left_out_or_refused() -> None:

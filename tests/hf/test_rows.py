@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from carve_kernels import capture_attention
-from tests.hf.looks import TEXTS, eager, family, generate, in_eager, inputs_of, visual
+from tests.hf.kinds import Prompted, processor_of_kind, user
+from tests.hf.looks import PICTURES, TEXTS, eager, family, generate, in_eager, inputs_of, visual
+from tests.hf.tiny import inputs_for, tiny_llava
 
 LAYERS = 4
 
@@ -63,9 +66,6 @@ def test_the_last_rows_of_a_left_padded_batch(name: str) -> None:
 
 
 def test_the_last_rows_of_a_right_padded_batch() -> None:
-    from tests.hf.looks import PICTURES
-    from tests.hf.tiny import inputs_for
-
     model, processor = family("llava")
     inputs = inputs_for(processor, PICTURES, TEXTS, padding_side="right")
     with capture_attention(model, layers="all", rows=2) as session, torch.no_grad():
@@ -128,9 +128,6 @@ def test_the_question_is_what_the_user_asked(name: str) -> None:
 @pytest.mark.parametrize("rows", [("word", "square"), ("word", "the"), ("text", "left of the image")])
 def test_a_word_is_its_last_occurrence(name: str, rows: tuple[str, str]) -> None:
     model, processor = family(name)
-    from tests.hf.looks import PICTURES
-    from tests.hf.tiny import inputs_for
-
     text = "the square, is the square at the left of the image another squares"
     inputs = inputs_for(processor, PICTURES[:1], [text])
     with capture_attention(model, layers="all", rows=rows, processor=processor) as session, torch.no_grad():
@@ -194,3 +191,64 @@ def test_rows_that_the_prompt_lacks_are_refused_before_the_model_runs(rows: Any,
     finally:
         hook.remove()
     assert not ran
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "first"])
+def test_a_session_finds_the_question_and_its_words_in_any_tokens(kind: str) -> None:
+    model, processor = tiny_llava()[0], processor_of_kind(kind, "llava")
+    model.resize_token_embeddings(len(processor.tokenizer))
+    asked = "İ what color is the 猫 of the cat"
+    said = processor.apply_chat_template([user(asked)], add_generation_prompt=True, tokenize=False)
+    prompted = Prompted(processor.tokenizer, f"{said} The answer is", width=36)
+    inputs = {"input_ids": prompted.ids, "attention_mask": prompted.attended.long()}
+    inputs["pixel_values"] = torch.rand(1, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+
+    def maps(rows: Any) -> torch.Tensor:
+        with capture_attention(model, layers="all", rows=rows, processor=processor) as session, torch.no_grad():
+            model(**inputs)
+        return session.maps.values[0, :, 0]
+
+    start = prompted.text.index(asked)
+    for rows, shown in [
+        ("question", asked),
+        (("word", "cat"), "cat"),
+        (("word", "猫"), "猫"),
+        (("text", "猫 OF"), "猫 of"),
+    ]:
+        place = start + asked.rindex(shown)
+        columns = prompted.columns(place, place + len(shown))
+        # White space between the image and the question may be tokens of its own.
+        wider = [[*range(columns[0] - more, columns[0]), *columns] for more in range(3 if rows == "question" else 1)]
+        found = maps(rows)[:, 0]
+        assert any(torch.allclose(found, maps(each).mean(1), rtol=1e-4, atol=1e-7) for each in wider), rows
+
+
+def test_an_image_behind_the_question_is_refused_before_the_model_runs() -> None:
+    model, processor = family("llava")
+    content = [{"type": "text", "text": "what digit is red\n"}, {"type": "image"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=PICTURES[:1], text=[prompt], return_tensors="pt")
+    ran: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        for rows in ("question", ("word", "red"), ("text", "what digit")):
+            session = capture_attention(model, layers=[0], rows=rows, processor=processor)
+            with pytest.raises(ValueError, match=r"^rows:"), session, torch.no_grad():
+                model(**inputs)
+    finally:
+        hook.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize("rows", [numpy.int64(2), numpy.arange(45, 47), torch.tensor([45, 46]), range(45, 47)])
+def test_rows_from_numpy_and_torch(rows: Any) -> None:
+    expected = captured("llava", 1, 2 if isinstance(rows, numpy.integer) else [45, 46])
+    found = captured("llava", 1, rows)
+    assert torch.equal(found.values, expected.values)
+
+
+def test_what_has_no_tokenizer_cannot_find_a_question() -> None:
+    model, processor = family("llava")
+    for rows in ("question", ("word", "red"), ("text", "red")):
+        with pytest.raises(TypeError, match=r"^processor:"):
+            capture_attention(model, layers=[0], rows=rows, processor=processor.image_processor)

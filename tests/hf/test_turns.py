@@ -1,0 +1,218 @@
+"""The question is the user's last text behind the image, whatever the tokenizer and the template make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from carve_kernels.hf.rows import resolve_rows
+from tests.hf.kinds import (
+    IMAGE,
+    KINDS,
+    TEMPLATES,
+    Prompted,
+    assistant,
+    processor_of_kind,
+    tokenizer_of_kind,
+    user,
+)
+
+ASKED = "What color is the cat"
+# A template of a text model: it takes plain texts.
+VICUNA = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{{ m['content'] }}"
+    "{{ ' ' if m['role'] == 'user' else '</s>' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# Nothing that can be seen is behind the user's text.
+BARE = (
+    "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}"
+    "{% endif %}{% endfor %}\n{% endfor %}"
+)
+CALLING = BARE + "{% if add_generation_prompt %}## Answer:{% endif %}"
+
+
+def rendered(processor: Any, *chat: dict[str, Any], call: bool = True) -> str:
+    return processor.apply_chat_template(list(chat), add_generation_prompt=call, tokenize=False)
+
+
+def question(processor: Any, text: str) -> tuple[Prompted, list[int]]:
+    prompted = Prompted(processor.tokenizer, text)
+    rows = resolve_rows("question", prompted.ids, prompted.attended, prompted.tokens, processor)
+    assert rows.weight is not None and not rows.last
+    columns = rows.columns[0].tolist()
+    assert len(set(columns)) == len(columns)
+    return prompted, columns
+
+
+def is_question(processor: Any, text: str, asked: str) -> None:
+    """The columns are those that hold the text's last `asked`; white space before it may be another."""
+    prompted, columns = question(processor, text)
+    start = prompted.text.rindex(asked)
+    expected = prompted.columns(start, start + len(asked))
+    assert columns[-len(expected) :] == expected
+    before = processor.tokenizer.convert_ids_to_tokens(prompted.ids[0, columns[: -len(expected)]].tolist())
+    assert not "".join(before).strip("▁ĠĊ").replace("<0x0A>", "")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tokenizer_with_every_template(kind: str, template: str) -> None:
+    processor = processor_of_kind(kind, template)
+    once = rendered(processor, user(ASKED))
+    is_question(processor, once, ASKED)
+    # What is written behind the call for an answer is no question, and may call again.
+    is_question(processor, f"{once} The answer is", ASKED)
+    is_question(processor, rendered(processor, user(ASKED), assistant("It is red"), call=False), ASKED)
+    is_question(processor, rendered(processor, user(ASKED), call=False), ASKED)
+    # Only the last of several turns is the question.
+    told = (user("what digit is red"), assistant("seven"), user(ASKED, images=0))
+    is_question(processor, rendered(processor, *told), ASKED)
+    is_question(processor, rendered(processor, *told, call=False), ASKED)
+    is_question(processor, rendered(processor, *told, assistant("the cat is red"), call=False), ASKED)
+    is_question(processor, rendered(processor, user("hello", 0), assistant("seven"), user(ASKED, 2)), ASKED)
+    # A user may write as the template does.
+    is_question(
+        processor, rendered(processor, user("is it ASSISTANT: or [/INST] what")), "is it ASSISTANT: or [/INST] what"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_without_the_template_is_the_users_text(kind: str, template: str) -> None:
+    is_question(processor_of_kind(kind, template), f"{IMAGE} {ASKED}", ASKED)
+    is_question(processor_of_kind(kind, template), f"{IMAGE}\n{ASKED}</s>", ASKED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_of_texts_and_templates_that_end_in_nothing(kind: str) -> None:
+    processor = processor_of_kind(kind, VICUNA)
+    said = [{"role": "user", "content": f"{IMAGE}\n{ASKED}"}]
+    is_question(processor, rendered(processor, *said), ASKED)
+    is_question(processor, rendered(processor, *said) + " It is", ASKED)
+    bare = processor_of_kind(kind, BARE)
+    is_question(bare, rendered(bare, user(ASKED)), ASKED)
+    # Users' texts in parts, and answers as they are.
+    mixed = processor_of_kind(kind, TEMPLATES["inst"].replace("m['content'][0]['text']", "m['content']"))
+    told = (user("what digit is red"), {"role": "assistant", "content": "seven"}, user(ASKED, images=0))
+    is_question(mixed, rendered(mixed, *told), ASKED)
+    # The template that the tokenizer has is as good as the processor's.
+    tokenizer = tokenizer_of_kind(kind)
+    tokenizer.chat_template = TEMPLATES["llava"]
+    try:
+        is_question(_Holder(tokenizer), rendered(processor_of_kind(kind, "llava"), user(ASKED)), ASKED)
+    finally:
+        tokenizer.chat_template = None
+
+
+class _Holder:
+    """A processor without a template of its own."""
+
+    chat_template, image_token = None, IMAGE
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+def test_a_template_may_trim_and_lower_the_text_but_not_drop_it() -> None:
+    trimmed = TEMPLATES["llava"].replace("part['text']", "part['text'] | trim | lower")
+    processor = processor_of_kind("llama", trimmed)
+    is_question(processor, rendered(processor, user(f"  {ASKED} ")), ASKED.lower())
+    dropped = TEMPLATES["llava"].replace("part['text']", "'a question'")
+    with pytest.raises(ValueError, match=r"^processor:"):
+        question(processor_of_kind("llama", dropped), f"USER: {IMAGE} {ASKED} ASSISTANT:")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_that_is_not_behind_the_image_is_refused(kind: str) -> None:
+    for template in TEMPLATES:
+        processor = processor_of_kind(kind, template)
+        last = {"role": "user", "content": [{"type": "text", "text": f"{ASKED}\n"}, {"type": "image"}]}
+        for text in (rendered(processor, last), rendered(processor, last) + " It is", f"{ASKED} {IMAGE}\n"):
+            with pytest.raises(ValueError, match=r"^rows:"):
+                question(processor, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("qwen", f"<|im_start|>user\n{IMAGE} {ASKED}"),
+        ("qwen", f"{IMAGE} {ASKED} <|im_start|>assistant"),
+        (CALLING, f"{IMAGE} {ASKED} Answer:"),
+        # Nothing shows where the second text begins.
+        (CALLING, f"{IMAGE} {ASKED}\n## Answer: red {ASKED}\n## Answer:"),
+    ],
+)
+def test_a_prompt_with_a_part_of_the_template_is_refused(kind: str, template: str, text: str) -> None:
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor_of_kind(kind, template), text)
+
+
+def test_what_a_tokenizer_does_not_know_may_have_been_the_template() -> None:
+    processor = processor_of_kind("word-piece", "glued")
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor, rendered(processor, user("is it İstanbul")))
+    processor = processor_of_kind("word-piece", "llava")
+    is_question(processor, rendered(processor, user("İstanbul is it")), "is it")
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor, rendered(processor, user("İstanbul")))
+
+
+def test_without_a_processor_the_question_is_what_is_behind_the_image() -> None:
+    processor = processor_of_kind("llama", "llava")
+    prompted = Prompted(processor.tokenizer, rendered(processor, user(ASKED)))
+    rows = resolve_rows("question", prompted.ids, prompted.attended, prompted.tokens, None)
+    assert rows.columns[0].tolist() == list(range(int(prompted.tokens.max()) + 1, prompted.ids.shape[1]))
+
+
+def test_padding_and_rows_of_several_lengths() -> None:
+    import torch
+
+    processor = processor_of_kind("llama", "llava")
+    texts = [ASKED, "what digit is red", "a"]
+    each = [Prompted(processor.tokenizer, rendered(processor, user(text))) for text in texts]
+    width, pad = max(one.ids.shape[1] for one in each), processor.tokenizer.pad_token_id
+    for left in (True, False):
+        spare = [width - one.ids.shape[1] for one in each]
+        sides = [(count, 0) if left else (0, count) for count in spare]
+        pads = torch.nn.functional.pad
+        rows = resolve_rows(
+            "question",
+            torch.cat([pads(one.ids, side, value=pad) for one, side in zip(each, sides, strict=True)]),
+            torch.cat([pads(one.attended, side, value=False) for one, side in zip(each, sides, strict=True)]),
+            torch.cat([one.tokens + count * left for one, count in zip(each, spare, strict=True)]),
+            processor,
+        )
+        for place, one in enumerate(each):
+            alone = resolve_rows("question", one.ids, one.attended, one.tokens, processor).columns[0]
+            assert rows.weight is not None
+            used = rows.columns[place][rows.weight[place, 0] > 0]
+            assert used.tolist() == (alone + spare[place] * left).tolist()
+            assert rows.weight[place].sum() == pytest.approx(1)
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufffc"), min_size=1, max_size=20),
+    kind=st.sampled_from([kind for kind in KINDS if kind != "word-piece"]),
+    template=st.sampled_from(sorted(TEMPLATES)),
+    more=st.sampled_from(["", " The answer is", "\n"]),
+)
+@example(text="猫\u0301 a", kind="llama", template="glued", more="")
+def test_any_text_is_found_whole_and_alone(text: str, kind: str, template: str, more: str) -> None:
+    processor = processor_of_kind(kind, template)
+    said = rendered(processor, user(text)) + more
+    if not text.strip():
+        with pytest.raises(ValueError, match=r"^rows:"):
+            question(processor, said)
+        return
+    prompted, columns = question(processor, said)
+    lead = {"llava": "\n", "qwen": "<|vision_end|>"}.get(template, "")
+    start = prompted.text.index(IMAGE + lead + text) + len(IMAGE + lead)
+    held = prompted.columns(start, start + len(text))
+    visible = prompted.columns(start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+    assert set(visible) <= set(columns)
+    outside = processor.tokenizer.convert_ids_to_tokens(prompted.ids[0, sorted(set(columns) - set(held))].tolist())
+    assert not "".join(outside).strip("▁ĠĊ").replace("<0x0A>", "")
