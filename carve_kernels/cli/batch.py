@@ -28,7 +28,8 @@ _Marks = dict[str, str | None]
 
 def batch(
     input: Annotated[
-        Path, typer.Option("--input", "-i", help='Lines of JSON: {"image": path, "question": text, "id": ...}.')
+        str,
+        options.path('Lines of JSON: {"image": path, "question": text, "id": ...}.', "--input", "-i"),
     ],
     model: Annotated[
         str | None,
@@ -39,13 +40,13 @@ def batch(
             help=f"{options.MODEL} Default: small, which knows demo's scenes alone.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/batch"),
+    output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/batch",
     pictures: Annotated[
         bool, typer.Option("--pictures", help="For each question all that run writes, not result.json alone.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Folder of general maps, kept for other runs and shared with them."),
+        options.path("Folder of general maps, kept for other runs and shared with them.", "--memory"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Most tokens in the cache at once. Default: what memory allows.")
@@ -77,11 +78,11 @@ def batch(
     from carve_kernels.hf.checkpoint import SMALL
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    options.check_machine(dtype, backend)
+    dtype = options.check_machine(dtype, backend)
+    folder, questions = checks.path("output", output), checks.path("input", input)
     if memory is not None:
-        # As a Path, an empty one would be the folder in which the command runs.
-        checks.text("memory", memory)
-    asked = read(input)
+        checks.path("memory", memory)
+    asked = read(questions)
     if model is None:
         model = SMALL
         note("no --model: the embedded model is asked, which knows the scenes of carve-kernels demo alone")
@@ -108,8 +109,10 @@ def batch(
         loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory)
 
-    with Store(output).opened() as store:
+    inputs = {"--input": [questions, *(each.picture for each in asked)], "--preset": options.preset_files(preset)}
+    with Store(folder).opened() as store:
         store.refuse_twins(each.name for each in asked)
+        store.refuse_inputs([each.name for each in asked], inputs)
         facts = _facts(model, settings, dtype, attn)
         _Run(store, asked, facts, name, pictures, tokens).work(load)
 
@@ -143,6 +146,7 @@ class _Run:
         start = time.perf_counter()
         try:
             todo = self._todo()
+            self.store.refuse_foreign(todo)
             if todo:
                 with quiet():
                     self._answer(load(), todo)
@@ -150,6 +154,8 @@ class _Run:
         except KeyboardInterrupt:
             fail(f"interrupted; {self._kept()}")
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise type(error)(f"{error}; {self._kept()}") from error
 

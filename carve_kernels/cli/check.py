@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carve_kernels.cli.options import device_of
+from carve_kernels.cli.options import device_of, path
 from carve_kernels.cli.output import one_line, results, stages, versions
+
+_KIND = "carve_kernels.check"
 
 
 def check(
@@ -21,22 +22,24 @@ def check(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few and small problems: seconds, and no real timing.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file with every case, error and time.")] = Path(
-        "check.json"
-    ),
+    output: Annotated[str, path("JSON file with every case, error and time.", "--output", "-o")] = "check.json",
 ) -> None:
     """Check every kernel that serves a device against the reference, time it, and write a report to send back."""
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: {output.absolute().parent} is no folder; choose another --output")
+    from carve_kernels import checks
+    from carve_kernels.cli.ours import is_json
+
+    file = checks.path("output", output).absolute()
+    if not file.parent.is_dir():
+        raise ValueError(f"output: {file.parent} is no folder; choose another --output")
     chosen = device_of(device)
-    with results(output.absolute().parent, [output.name]) as folder:
+    with results(file.parent, [file.name], is_json(_KIND)) as folder:
         from carve_kernels import selfcheck
 
         with stages(selfcheck.count(quick=quick)) as announce:
             found = selfcheck.examine(chosen, quick=quick, announce=announce)
-        report = {"format": "carve_kernels.check/1", "quick": quick, "machine": _machine(chosen), **found}
+        report = {"format": f"{_KIND}/1", "quick": quick, "machine": _machine(chosen), **found}
         text = json.dumps(report, indent=1, allow_nan=False)
-        (folder / output.name).write_text(text + "\n", encoding="utf-8")
+        (folder / file.name).write_text(text + "\n", encoding="utf-8")
     wrong = _show(report)
     print(f"Written: {output}")
     if wrong:

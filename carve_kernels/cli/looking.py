@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carve_kernels.cli.output import Announce, results, stages
-from carve_kernels.cli.report import FILES, Look, Question, summarise, write
+from carve_kernels.cli.report import FILES, Look, Question, is_ours, summarise, write
 from carve_kernels.hf import names
 from carve_kernels.hf.engine import CarveEngine
 from carve_kernels.presets import Preset
@@ -34,7 +34,7 @@ def look(
     `options` are the engine's: backend, max_image_pixels.
     """
     start = time.perf_counter()
-    with results(output, FILES) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
+    with results(output, FILES, is_ours) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
         announce("loading the model")
         model, processor = load()
         loaded = time.perf_counter() - start

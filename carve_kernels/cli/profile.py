@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from carve_kernels.cli import options
 from carve_kernels.cli.output import results, stages, versions
 
@@ -22,18 +20,18 @@ _SHOWN = 8
 def profile(
     model: options.ModelOption,
     input: Annotated[
-        Path,
-        typer.Option(
+        str,
+        options.path(
+            # rich would take a list of names for its markup.
+            'Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
+            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
             "--input",
             "-i",
-            # rich would take a list of names for its markup.
-            help='Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
-            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The carve.json: for --preset, or for the checkpoint's own folder.")
-    ] = Path("out/carve.json"),
+        str, options.path("The carve.json: for --preset, or for the checkpoint's own folder.", "--output", "-o")
+    ] = "out/carve.json",
     preset: options.PresetOption = None,
     rows: Annotated[
         list[str] | None,
@@ -63,21 +61,25 @@ def profile(
     """
     from carve_kernels import checks
     from carve_kernels.cli.looking import facts_of, quiet
+    from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.questions import read, refuse
     from carve_kernels.hf import profile as profiling
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    options.check_machine(dtype, backend)
+    dtype = options.check_machine(dtype, backend)
+    file, questions = checks.path("output", output), checks.path("input", input)
     limit = (
         MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
     )
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
     unchanged = dict.fromkeys(("layers", "rows", "steps", "keep", "top", "lam"))
     _, base = options.preset_of(model, preset, max_new_tokens=max_new_tokens, **unchanged)
-    asked = read(input)
-    probes = _probes(input, asked, limit)
+    asked = read(questions)
+    inputs = {"--input": [questions, *(line.picture for line in asked)], "--preset": options.preset_files(preset)}
+    refuse_inputs([file], inputs)
+    probes = _probes(questions, asked, limit)
     pictures = len({probe.image for probe in probes})
-    with results(output.parent, [output.name]) as folder, quiet(), stages(2 + pictures) as announce:
+    with results(file.parent, [file.name], profiling.is_saved) as folder, quiet(), stages(2 + pictures) as announce:
         announce("loading the model")
         loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         try:
@@ -95,10 +97,10 @@ def profile(
                 ),
             )
         except profiling.BadProbes as error:
-            refuse(input, [f"line {asked[place].line}: {fault}" for place, fault in error.faults])
+            refuse(questions, [f"line {asked[place].line}: {fault}" for place, fault in error.faults])
             raise
-        found.save(folder / output.name, model=facts_of(loaded), versions=versions())
-    _summarise(found, output)
+        found.save(folder / file.name, model=facts_of(loaded), versions=versions())
+    _summarise(found, file)
 
 
 def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[Probe]:

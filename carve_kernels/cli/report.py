@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from carve_kernels.cli.ours import is_json, png_info, png_texts
 from carve_kernels.cli.output import one_line, versions
-from carve_kernels.maps import AttentionMaps
+from carve_kernels.maps import AttentionMaps, is_saved
 from carve_kernels.picture import Tile, kept, overlay, panel, saliency_image
 from carve_kernels.types import CarveResult
 
@@ -25,6 +27,7 @@ RECORD = "result.json"
 # In the order in which they appear: where the record is, everything is.
 FILES = ("panel.png", "saliency.png", "saliency.npy", "image.png", "refined.png", "maps.safetensors", RECORD)
 
+_KIND = "carve_kernels.result"
 _VERDICTS = {None: "", True: ", right", False: ", wrong"}
 _STYLES = {None: "", True: "green", False: "red"}
 
@@ -53,19 +56,35 @@ def write(folder: Path, seen: Look) -> None:
     """Write every file of FILES: the panel and the JSON hold all presets, the other files belong to the first."""
     first = next(iter(seen.by_preset.values()))
     rows = [_row(name, result, seen.asked.truth) for name, result in seen.by_preset.items()]
-    _panel(rows, seen).save(folder / "panel.png")
-    saliency_image(first.saliency).save(folder / "saliency.png")
+    _panel(rows, seen).save(folder / "panel.png", pnginfo=png_info())
     numpy.save(folder / "saliency.npy", first.saliency.cpu().numpy().astype(numpy.float32))
+    # An array has no room for a mark of its own.
+    beside = png_info(**{"saliency.npy": _digest(folder / "saliency.npy")})
+    saliency_image(first.saliency).save(folder / "saliency.png", pnginfo=beside)
     write_record(folder, record(seen))
-    first.image.save(folder / "image.png")
-    first.refined.save(folder / "refined.png")
+    first.image.save(folder / "image.png", pnginfo=png_info())
+    first.refined.save(folder / "refined.png", pnginfo=png_info())
     first.task.save(folder / "maps.safetensors")
 
 
 def write_record(folder: Path, values: Mapping[str, Any]) -> None:
     """Write result.json alone."""
-    text = json.dumps(values, indent=2, allow_nan=False)
+    text = json.dumps({"format": f"{_KIND}/1", **values}, indent=2, allow_nan=False)
     (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file with one of the names of FILES is as `write` wrote it."""
+    if path.suffix == ".png":
+        return png_texts(path) is not None
+    if path.suffix == ".npy":
+        texts = png_texts(path.with_suffix(".png"))
+        return texts is not None and texts.get(path.name) == _digest(path)
+    return is_saved(path) if path.suffix == ".safetensors" else is_json(_KIND)(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def record(seen: Look) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
     fetch = f"fetch it with: hf download {name}"
     found = locate(model)
     if found is not None:
-        if os.path.exists(name):
+        if os.path.exists(os.path.expanduser(name)):
             return Checkpoint(found, "copy it whole", "copy it again")
         # Without force it keeps a file that is there.
         return Checkpoint(found, fetch, f"{fetch} --force-download")
@@ -49,13 +49,14 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
             f"model: {name!r} is no directory, and the local hub cache has no main revision of a model of this id; "
             f"nothing is downloaded here: {fetch}"
         )
-    raise ValueError(f"model: expected a checkpoint directory, {name} is missing")
+    raise ValueError(f"model: expected a checkpoint directory, {checks.path('model', model)} is missing")
 
 
 def locate(name: str | os.PathLike[str]) -> Path | None:
     """The path itself where it is there, else the folder of this id in the local hub cache, or None."""
-    if os.path.exists(name):
-        return Path(name)
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        return path
     if not isinstance(name, str) or not _is_id(name):
         return None
     try:
