@@ -25,7 +25,7 @@ def usable(name: str, value: Any) -> torch.device:
         # What torch knows of all its backends goes on for pages.
         reason = str(error).split("\n")[0][:120]
         raise ValueError(
-            f"{name}: expected one of {', '.join(available())}; {str(value)!r} cannot be used here ({reason})"
+            f"{name}: {str(value)!r} cannot be used here, expected one of {', '.join(available())} ({reason})"
         ) from error
     return device
 

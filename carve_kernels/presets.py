@@ -178,11 +178,11 @@ def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
 
 def _unknown(keys: Sequence[Any], known: Sequence[str]) -> str:
     """What to say of keys that there are not: first what may have been meant."""
-    meant = [difflib.get_close_matches(str(key).lower(), known, n=1) for key in keys]
-    told = ", ".join(
-        f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key) for key, near in zip(keys, meant, strict=True)
-    )
-    return f"no such key: {told}; expected keys among {', '.join(known)}"
+    told = []
+    for key in keys:
+        near = difflib.get_close_matches(str(key).lower(), known, n=1)
+        told.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
+    return f"no such key: {', '.join(told)}; expected keys among {', '.join(known)}"
 
 
 def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ def _facts(model: str, preset: Preset, dtype: str, attn: str | None) -> dict[str
 
     folder = find(model).folder
     known = fingerprint_of_directory(folder) if folder.is_dir() else None
-    return {"format": 1, "model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn}
+    return {"model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn}
 
 
 @dataclass
@@ -177,7 +177,7 @@ class _Run:
         """What tells an answer to this question under these settings from any other, by the keys of its record."""
         from carve_kernels.hf.identity import key_of
 
-        asking = key_of(question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
+        asking = key_of(format=1, question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
         return {"fingerprint": asking, "picture_digest": digest}
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -24,7 +25,7 @@ def png_info(**texts: str) -> PngInfo:
     return info
 
 
-def png_texts(path: Path) -> Mapping[str, str] | None:
+def png_texts(path: Path) -> Mapping[Any, Any] | None:
     """The texts of a PNG that was saved with `png_info`, None of any other file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -35,7 +36,7 @@ def png_texts(path: Path) -> Mapping[str, str] | None:
 
 
 def is_json(kind: str) -> IsOurs:
-    """Whether a file is JSON whose first key says that it is of this kind, such as carve_kernels.result; whole or not."""
+    """Tells whether a file is JSON whose first key says that it is of this kind; the rest of it may be damaged."""
     begins = re.compile(rf'\s*\{{\s*"format": "{re.escape(kind)}/'.encode())
 
     def check(path: Path) -> bool:
@@ -62,7 +63,6 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]])
     for path in outputs:
         with suppress(OSError):
             facts = path.stat()
-            if option := known.get((facts.st_dev, facts.st_ino)):
-                raise ValueError(
-                    f"output: {path} is what {option} reads, so it is not written; choose another --output"
-                )
+            if (facts.st_dev, facts.st_ino) in known:
+                option = known[facts.st_dev, facts.st_ino]
+                raise ValueError(f"output: {path} is what {option} reads and is not replaced; choose another --output")

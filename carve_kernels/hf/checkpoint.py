@@ -34,7 +34,8 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
-    name = checks.text("model", os.fspath(model))
+    checks.path("model", model)
+    name = os.fspath(model)
     if model == SMALL:
         return Checkpoint(small(), *["install carve_kernels again"] * 2)
     fetch = f"fetch it with: hf download {name}"
@@ -49,7 +50,7 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
             f"model: {name!r} is no directory, and the local hub cache has no main revision of a model of this id; "
             f"nothing is downloaded here: {fetch}"
         )
-    raise ValueError(f"model: expected a checkpoint directory, {checks.path('model', model)} is missing")
+    raise ValueError(f"model: expected a checkpoint directory, {name} is missing")
 
 
 def locate(name: str | os.PathLike[str]) -> Path | None:

@@ -26,7 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = "pytorch_model*.bin"
 _PROFILE = "carve.json"
 
-DTYPES = {
+DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
     **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
@@ -94,7 +94,7 @@ def dtype_of(name: str, dtype: Any) -> str | torch.dtype:
 
 
 def preset_in(name: str, path: str | os.PathLike[str]) -> Preset:
-    """The preset in a JSON file such as carve.json; what is wrong in the file is told of under `name`, with the file."""
+    """The preset in a JSON file such as carve.json; an error begins with `name` and the file."""
     found = checks.path(name, path)
     if not found.is_file():
         raise ValueError(f"{name}: expected the path of a carve.json, got {found}, which is no file")

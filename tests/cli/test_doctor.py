@@ -73,11 +73,11 @@ def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: py
 
 
 def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    from carve_kernels.hf import names
+    from carve_kernels.hf import caches, names
 
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(names, "version", lambda: "5.99.0")
-    monkeypatch.setattr(names, "_CACHES", ("kv_store",))
+    monkeypatch.setattr(caches, "_CACHES", ("kv_store",))
     done = carve("doctor")
     assert done.exit_code == 1
     assert "of 13 checks hold; 5.99.0 is not tested, 5.12 to 5.24 are; cache on the second step" in done.stdout
