@@ -139,6 +139,7 @@ class CarveResult:
     reason: str | None = None
     answer_ids: tuple[int, ...] = field(default=(), repr=False)
     refined_ids: tuple[int, ...] = field(default=(), repr=False)
+    unseen: float = 0.0
 
     @cached_property
     def complexity(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import INTERRUPTED, counted, fail, note, one_line, versions
+from carve_kernels.cli.output import INTERRUPTED, clock, counted, fail, note, number_of, one_line, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -181,9 +181,6 @@ class _Run:
         return {"fingerprint": asking, "picture_digest": digest}
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
-        from carve_kernels.cli.looking import facts_of
-
-        model = facts_of(engine.model)
         waiting = [asked for asked in self.asked if asked.name in todo]
         columns: dict[str, list[Any]] = {
             "images": [asked.picture for asked in waiting],
@@ -193,11 +190,13 @@ class _Run:
         outcomes = engine.stream(**columns, tokens=self.tokens)
         with counted(len(self.asked), len(self.asked) - len(todo), "questions") as advance:
             for asked, outcome in zip(waiting, outcomes, strict=True):
-                self._write(asked, outcome, model, todo[asked.name])
+                self._write(asked, outcome, engine, todo[asked.name])
                 self.done += 1
                 advance()
 
-    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, model: dict[str, Any], marks: _Marks) -> None:
+    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
+        from carve_kernels.cli.looking import facts_of
+        from carve_kernels.cli.notes import notes_of
         from carve_kernels.cli.report import FILES, RECORD, Look, Question, record, write, write_record
         from carve_kernels.types import CarveFailure
 
@@ -212,7 +211,9 @@ class _Run:
             self.store.write_error(asked.name, {"question": asked.text, **facts, "error": error})
             return
         question = Question(outcome.image, asked.text, asked.truth, facts)
-        seen = Look(question, model, {self.name: outcome}, {"load": 0.0, "total": sum(outcome.seconds.values())})
+        notes = {self.name: notes_of(outcome, engine.model, engine.processor)}
+        seconds = {"load": 0.0, "look": sum(outcome.seconds.values()), "total": sum(outcome.seconds.values())}
+        seen = Look(question, facts_of(engine.model), {self.name: outcome}, notes, seconds)
         if self.pictures:
             self.store.write(asked.name, FILES, lambda folder: write(folder, seen))
         else:
@@ -235,16 +236,20 @@ class _Run:
             "versions": versions(),
         }
         self.store.write_tables(rows, summary)
-        told = f"{summary['answered']} of {len(rows)} questions answered, {len(rows) - done} of them before this run"
+        total = number_of(len(rows), "question")
+        told = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
         if summary["right"] is not None:
             told += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
         console = Console()
-        console.print(Text(f"{told}; {seconds:.1f} s, {done / seconds:.2f} a second"), soft_wrap=True)
+        rate = f"; {done / seconds:.2f} a second" if done else ""
+        console.print(Text(f"{told}; {clock.seconds():.1f} s{rate}"), soft_wrap=True)
         console.print(Text(f"{self.store.folder}/: results.jsonl, summary.json"), soft_wrap=True)
+        noted = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
+        if noted:
+            note(_first(noted))
         if failed:
-            shown = "; ".join(f"line {row['line']}: {row['error']['message']}" for row in failed[:_SHOWN])
-            more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-            fail(f"{len(failed)} of {len(rows)} questions failed: {shown}{more}")
+            told = _first([f"line {row['line']}: {row['error']['message']}" for row in failed])
+            fail(f"{len(failed)} of {total} failed: {told}")
             raise typer.Exit(1)
 
     def _row(self, asked: Asked) -> dict[str, Any]:
@@ -255,12 +260,12 @@ class _Run:
         if values.get("error") is not None:
             return {**given, "error": values["error"]}
         (numbers,) = values["presets"].values()
-        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "reason")
-        return {**given, **{key: numbers[key] for key in kept}, "error": None}
+        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason", "notes")
+        return {**given, **{key: numbers.get(key) for key in kept}, "error": None}
 
     def _kept(self) -> str:
-        count = f"{self.done} of {len(self.asked)}"
-        return f"{count} questions are done and stay in {self.store.folder}; run it again to go on"
+        done = f"{self.done} of {number_of(len(self.asked), 'question')}"
+        return f"{done} are done and stay in {self.store.folder}; run it again to go on"
 
 
 def _digest(picture: Path) -> str | None:
@@ -276,6 +281,11 @@ def _digest(picture: Path) -> str | None:
     except OSError:
         return None
     return found.hexdigest()
+
+
+def _first(lines: Sequence[str]) -> str:
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return f"{'; '.join(lines[:_SHOWN])}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:
