@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import results, stages, versions
+from carve_kernels.cli.output import number_of, results, stages, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from carve_kernels.hf.profile import Probe, Profile
 
 _SHOWN = 8
+_COLUMNS = ("layer", "rows", "steps", "score", "departure", "entropy", "between", "within")
+_BY_BOXES = ("pointing", "by contrast", "mass")
+# What a narrow screen does without, the first ones first.
+_SPARE = ("mass", "within", "between", "departure", "entropy", "by contrast")
 
 
 def profile(
@@ -137,24 +141,23 @@ def _probe(line: Asked) -> Probe:
 
 def _summarise(found: Profile, output: Path) -> None:
     """Print the best cells, the pick first, and the one that points best where boxes tell."""
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
+
+    from carve_kernels.cli.tables import screen, show
 
     best = found.best_pointing
     shown = list(found.cells[:_SHOWN])
     if best is not None and best not in shown:
         shown.append(best)
-    title = f"{found.questions} questions about {found.pictures} pictures"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    names = ["layer", "rows", "steps", "score", "departure", "entropy", "between", "within"]
-    for name in ("", *names, *(("pointing", "by contrast", "mass") if best is not None else ())):
-        table.add_column(name)
+    title = f"{number_of(found.questions, 'question')} about {number_of(found.pictures, 'picture')}"
+    columns = ["", *_COLUMNS, *(_BY_BOXES if best is not None else ())]
+    lines = []
     for cell in shown:
         mark = "pick" if cell is found.pick else "points best" if cell is best else ""
-        table.add_row(Text(mark), *_numbers(cell), style="bold" if cell is found.pick else "")
-    console = Console()
-    console.print(table)
+        style = "bold" if cell is found.pick else ""
+        lines.append([Text(text, style=style) for text in (mark, *_numbers(cell))])
+    console = screen()
+    show(console, title, columns, lines, [name for name in _SPARE if name in columns])
     if best is not None:
         console.print(Text(f"the boxes ({found.boxes}) chose nothing: the pick points at {_share(found.pick, best)}"))
     if found.doubt is not None:

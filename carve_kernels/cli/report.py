@@ -13,13 +13,12 @@ from typing import Any
 import numpy
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from carve_kernels.cli.notes import percent
 from carve_kernels.cli.ours import is_json, png_info, png_texts
 from carve_kernels.cli.output import clock, note, number_of, one_line, versions
+from carve_kernels.cli.tables import screen, table
 from carve_kernels.maps import AttentionMaps, is_saved
 from carve_kernels.picture import Scale, Tile, kept, overlay, panel, saliency_image
 from carve_kernels.types import CarveResult
@@ -111,20 +110,20 @@ def record(seen: Look) -> dict[str, Any]:
 
 def summarise(seen: Look, folder: Path, seconds: Mapping[str, float]) -> None:
     """Print the answers under each preset, where time went, where the files are, and what to know of the answers."""
-    table = Table(title=Text(seen.asked.text), title_justify="left", title_style="bold")
-    for column in ("", "plain answer", "refined answer", "kept", "entropy", "seconds"):
-        table.add_column(column, overflow="fold")
-    for name, result in seen.by_preset.items():
-        table.add_row(
-            Text(name),
+    lines = [
+        (
+            name,
             _answer(result.answer, seen.asked.truth),
             _answer(result.refined_answer, seen.asked.truth),
-            Text(result.reason or f"{percent(_share(result))} of the image"),
+            result.reason or f"{percent(_share(result))} of the image",
             f"{_average(result.entropy):.2f}",
             f"{sum(result.seconds.values()):.1f}",
         )
-    console = Console()
-    console.print(table)
+        for name, result in seen.by_preset.items()
+    ]
+    columns = ("", "plain answer", "refined answer", "kept", "entropy", "seconds")
+    console = screen()
+    console.print(table(Text(seen.asked.text), columns, lines))
     if seen.asked.truth is not None:
         console.print(Text(f"true answer: {seen.asked.truth}"))
     console.print(Text(_times(seconds)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels import extension
+from carve_kernels import extension, extras
 from tests.cli.conftest import Invoke
 
 
@@ -103,6 +103,13 @@ def test_transformers_missing() -> None:
     assert "pip install 'transformers" in done.stdout
     assert "Needs mending: transformers." in done.stdout
     assert done.stderr == ""
+
+
+def test_the_versions_to_install_are_those_of_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["transformers-stream>=9", "transformers>=7.1,<8; extra == 'hf'", "torch>=3"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert extras.requirement("transformers") == "transformers>=7.1,<8" and extras.requirement("torch") == "torch>=3"
+    assert extras.requirement("triton") == "triton"
 
 
 def test_torchvision_missing() -> None:
