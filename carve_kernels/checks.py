@@ -126,7 +126,7 @@ def path(name: str, value: Any) -> Path:
         raise ValueError(f"{name}: expected a path, got {describe(given)}, which holds a null character")
     if _URL.match(given):
         shown = given if len(given) <= 80 else f"{given[:77]}..."
-        raise ValueError(f"{name}: expected the path of a file here, {shown} is a URL, and nothing is fetched")
+        raise ValueError(f"{name}: expected a path, {shown} is a URL, and nothing is fetched")
     return Path(os.path.expanduser(given))
 
 

@@ -16,15 +16,12 @@ from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
-from carve_kernels.cli.output import INTERRUPTED, clock, exit_code, fail, note, printable
+from carve_kernels.cli.output import INTERRUPTED, TYPED, clock, exit_code, fail, note, printable
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
 
 # What an error may begin with: an argument, or a place in one.
 _ARGUMENT = re.compile(r"(?P<name>\w+)(\[\d+\])*(='(?P<value>[^']*)')?: ")
-
-# What other layers call the argument that is an option here.
-_OPTIONS = {"text": "question", "images": "image", "attn_implementation": "attn"}
 
 
 class _Commands(typer.core.TyperGroup):
@@ -76,6 +73,11 @@ def _without_extension() -> Iterator[None]:
 class _Command(typer.core.TyperCommand):
     """Names an argument in an error as it was typed: `model:` is `--model:` here."""
 
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
+        # A paragraph's lines would end where they do in the source.
+        paragraphs = (" ".join(paragraph.split()) for paragraph in (help or "").split("\n\n"))
+        super().__init__(*args, help="\n\n".join(paragraphs), **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -91,7 +93,7 @@ class _Command(typer.core.TyperCommand):
     def _typed(self, ctx: Any, name: str) -> str | None:
         """The option of an argument, None if it was not typed: what was not stands elsewhere, as in a carve.json."""
         options = {parameter.name: parameter.opts[0] for parameter in self.params}
-        name = name if name in options else _OPTIONS.get(name, name)
+        name = name if name in options else TYPED.get(name, name)
         source = ctx.get_parameter_source(name)
         return options.get(name) if source is not None and source.name == "COMMANDLINE" else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import INTERRUPTED, clock, counted, fail, note, number_of, one_line, versions
+from carve_kernels.cli.output import INTERRUPTED, as_typed, clock, counted, fail, note, number_of, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -80,8 +81,8 @@ def batch(
 
     dtype = options.check_machine(dtype, backend)
     folder, questions = checks.path("output", output), checks.path("input", input)
-    if memory is not None:
-        checks.path("memory", memory)
+    if memory is not None and os.path.isfile(checks.path("memory", memory)):
+        raise ValueError(f"memory: expected a folder, {memory} is a file")
     asked = read(questions)
     if model is None:
         model = SMALL
@@ -207,7 +208,7 @@ class _Run:
             "error": None,
         }
         if isinstance(outcome, CarveFailure):
-            error = {"type": type(outcome.error).__name__, "message": one_line(outcome.error)}
+            error = {"type": type(outcome.error).__name__, "message": as_typed(outcome.error)}
             self.store.write_error(asked.name, {"question": asked.text, **facts, "error": error})
             return
         question = Question(outcome.image, asked.text, asked.truth, facts)
@@ -265,7 +266,8 @@ class _Run:
 
     def _kept(self) -> str:
         done = f"{self.done} of {number_of(len(self.asked), 'question')}"
-        return f"{done} are done and stay in {self.store.folder}; run it again to go on"
+        told = "is done and stays" if len(self.asked) == 1 else "are done and stay"
+        return f"{done} {told} in {self.store.folder}; run it again to go on"
 
 
 def _digest(picture: Path) -> str | None:

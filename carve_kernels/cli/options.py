@@ -196,5 +196,8 @@ def load_model(model: str, dtype: str, device: Any, attn: str | None, allow_pick
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
         loaded.float()
     if attn is not None:
-        names.set_implementation(loaded, attn)
+        try:
+            names.set_implementation(loaded, attn)
+        except (ValueError, ImportError) as error:
+            raise type(error)(f"attn: {error}") from error
     return loaded, processor

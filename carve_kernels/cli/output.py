@@ -30,10 +30,15 @@ from rich.text import Text
 
 from carve_kernels.files import refuse_foreign, sync
 
+# What users type, by what it is called where it is checked.
+TYPED = {"text": "question", "images": "image"}
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 TEMPORARY = ".carve-"
+# Seconds.
+_EVERY = 30.0
 PACKAGES = ("torch", "transformers", "triton", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "safetensors")
 
 Announce = Callable[[str], None]
@@ -93,6 +98,13 @@ def one_line(message: object) -> str:
         # Where there is no memory, Python says no more.
         text = type(message).__name__
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def as_typed(error: Exception) -> str:
+    """An error about a line of questions in one line; it begins with the key that stands in the file."""
+    message = one_line(error)
+    name, colon, rest = message.partition(":")
+    return f"{TYPED[name]}:{rest}" if colon and name in TYPED else message
 
 
 def exit_code(error: Exception) -> int | None:
@@ -208,13 +220,28 @@ def stages(total: int) -> Iterator[Announce]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
         begun = 0
+        tell = _teller(console)
 
         def announce(text: str) -> None:
             nonlocal begun
             progress.update(bar, completed=begun, description=text)
             begun += 1
+            tell(f"{begun} of {total}: {text}")
 
         yield announce
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    """Prints how far the work is where there is no terminal for a bar, no more often than anybody would look."""
+    last = time.perf_counter()
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if not console.is_terminal and time.perf_counter() - last >= _EVERY:
+            last = time.perf_counter()
+            console.print(Text(text), soft_wrap=True)
+
+    return tell
 
 
 class _Rate(ProgressColumn):
@@ -237,4 +264,12 @@ def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(text, total=total, completed=done)
-        yield lambda: progress.advance(bar)
+        tell = _teller(console)
+
+        def advance() -> None:
+            nonlocal done
+            progress.advance(bar)
+            done += 1
+            tell(f"{done} of {total} {text}")
+
+        yield advance

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import number_of, results, stages, versions
+from carve_kernels.cli.output import as_typed, number_of, results, stages, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -101,7 +101,7 @@ def profile(
                 ),
             )
         except profiling.BadProbes as error:
-            refuse(questions, [f"line {asked[place].line}: {fault}" for place, fault in error.faults])
+            refuse(questions, [f"line {asked[place].line}: {as_typed(fault)}" for place, fault in error.faults])
             raise
         found.save(folder / file.name, model=facts_of(loaded), versions=versions())
     _summarise(found, file)
@@ -122,7 +122,7 @@ def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[P
                 open_image(line.picture, max_image_pixels)
                 opened.add(line.picture)
         except (TypeError, ValueError, OSError) as error:
-            faults.append(f"line {line.line}: {error}")
+            faults.append(f"line {line.line}: {as_typed(error)}")
     refuse(path, faults)
     return probes
 

@@ -34,7 +34,7 @@ def table(title: Cell, columns: Sequence[str], lines: Iterable[Sequence[Cell]]) 
 def show(
     console: Console, title: Cell, columns: Sequence[str], lines: Sequence[Sequence[Cell]], spare: Sequence[str]
 ) -> None:
-    """Print a table without as many columns of `spare`, the first ones first, as it has to lack to fit on the screen."""
+    """Print a table; where it does not fit on the screen, without columns of `spare`, the first ones first."""
     for count in range(len(spare) + 1):
         left = spare[:count]
         places = [place for place, column in enumerate(columns) if column not in left]

@@ -116,7 +116,7 @@ def _named(name: str, values: Any) -> Preset:
     try:
         return Preset.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {str(error).removeprefix('preset: ')}") from error
 
 
 def profile_of(model: str | Path) -> dict[str, Any] | None:

@@ -172,8 +172,11 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"image": "a.png", "question": "what <image> is it"}, "line 4: text: holds the image token"),
-        ({"image": "a.png", "question": "x", "paraphrases": ["y", "<image>"]}, "line 4: text: holds the image token"),
+        ({"image": "a.png", "question": "what <image> is it"}, "line 4: question: holds the image token"),
+        (
+            {"image": "a.png", "question": "x", "paraphrases": ["y", "<image>"]},
+            "line 4: question: holds the image token",
+        ),
         ({"image": "x" * 300, "question": "x"}, "line 4: image: "),
     ],
 )
