@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from carve_kernels import checks
 from carve_kernels.files import write_whole
 from carve_kernels.hf.identity import key_of
-from carve_kernels.maps import AttentionMaps, decode, encode
+from carve_kernels.maps import AttentionMaps, decode, encode, is_saved
 
 MEBIBYTE = 2**20
 
@@ -230,7 +230,9 @@ class _Folder:
         for _, size, path in files:
             if total <= self._bound:
                 return
-            path.unlink(missing_ok=True)
+            # Whoever keeps a file of theirs here, under a name as ours are, keeps it.
+            if is_saved(path):
+                path.unlink(missing_ok=True)
             total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
