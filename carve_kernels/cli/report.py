@@ -192,7 +192,7 @@ def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
 def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
     preset, layout, truth = result.preset, result.task.layout, seen.asked.truth
     task, general = (_grid(maps, preset.steps) for maps in (result.task, result.general))
-    share = "share of attention per token"
+    share = "of the attention per token"
     grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
     box, grid = layout.views[0][0].box, " x ".join(map(str, layout.views[0][0].grid))
     lam = "the mean of the general map" if preset.lam == "mean" else f"{preset.lam:g}"
@@ -213,19 +213,19 @@ def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
             "Where it looks for the question",
             f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, "
             f"mass {_average(_mass(result.task, preset.steps)):.3f}{grey}",
-            _scale(100 * task, "{:.3g}%", share),
+            _scale(100 * task, "%", share),
         ),
         Tile(
             overlay(result.image, general, box=box),
             "Where it looks in general",
             f"{_quoted(preset.general_prompt)}\nmass {_average(_mass(result.general, preset.steps)):.3f}{grey}",
-            _scale(100 * general, "{:.3g}%", share),
+            _scale(100 * general, "%", share),
         ),
         Tile(
             overlay(result.image, result.saliency),
             "Contrast",
             f"question / (general + lambda)\nlambda: {lam}",
-            _scale(result.saliency, "{:.3g}", "contrast"),
+            _scale(result.saliency, "", "contrast"),
         ),
         Tile(kept(result.image, result.regions), "Kept", found),
         Tile(
@@ -237,9 +237,9 @@ def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
     ]
 
 
-def _scale(values: torch.Tensor, form: str, unit: str) -> Scale:
-    """The ends of a map, as numbers of this form."""
-    low, high = (form.format(float(end)) for end in values.aminmax())
+def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
+    """The ends of a map with two digits, and a sign behind them."""
+    low, high = (f"{end:.2g}{sign}" if end < 10 else f"{end:.0f}{sign}" for end in map(float, values.aminmax()))
     return Scale(low, high, unit)
 
 
