@@ -82,7 +82,7 @@ def batch(
     dtype = options.check_machine(dtype, backend)
     folder, questions = checks.path("output", output), checks.path("input", input)
     if memory is not None and os.path.isfile(checks.path("memory", memory)):
-        raise ValueError(f"memory: expected a folder, {memory} is a file")
+        raise NotADirectoryError(f"memory: {memory} is no folder; choose another --memory")
     asked = read(questions)
     if model is None:
         model = SMALL
