@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+
+# One letter in front of a colon is a drive of Windows.
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class BackendUnavailable(RuntimeError):
@@ -125,6 +131,21 @@ def writable(name: str, value: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{name}: expected characters that can be written, got {describe(value)}")
     return value
+
+
+def path(name: str, value: Any) -> Path:
+    """Check the path of a file or a folder; a `~` in front is the user's own folder, as in a shell."""
+    given = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(given, str):
+        raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    # An empty one would be the folder in which the process runs.
+    filled(name, given)
+    if "\0" in given:
+        raise ValueError(f"{name}: expected a path, got {describe(given)}, which holds a null character")
+    if _URL.match(given):
+        shown = given if len(given) <= 80 else f"{given[:77]}..."
+        raise ValueError(f"{name}: expected a path, {shown} is a URL, and nothing is fetched")
+    return Path(os.path.expanduser(given))
 
 
 def size(name: str, value: Any) -> tuple[int, int]:

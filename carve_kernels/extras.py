@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 # By the name of the module: what pip calls it, and the extra.
 EXTRAS = {
@@ -16,6 +18,16 @@ EXTRAS = {
     "transformers": ("transformers", "hf"),
     "typer": ("typer", "cli"),
 }
+
+
+def requirement(package: str) -> str:
+    """A package with the versions that the install asks for; its name alone where they are not known."""
+    try:
+        lines = metadata.requires("carve-kernels") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    found = (re.match(rf"({re.escape(package)}[^\w.;-][^;]*)", line) for line in lines)
+    return next((match[1].strip() for match in found if match), package)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Files that are there whole or not at all, whatever stops the writing."""
+"""Files that are there whole or not at all, whatever stops the writing, and that replace nobody else's."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -24,6 +25,16 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(target.parent)
+
+
+def refuse_foreign(name: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError if anything but a file of ours stands at a path; `is_ours` looks at what is in a file."""
+    # What a link leads to would stay, but the link would go.
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_ours(path)):
+        raise ValueError(
+            f"{name}: {path} is there and was not written by carve_kernels, so it is not replaced; choose another "
+            f"{name}, or move it away"
+        )
 
 
 def sync(path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from carve_kernels import checks, extras
-from carve_kernels.files import write_whole
+from carve_kernels.files import refuse_foreign, write_whole
 from carve_kernels.types import View, VisualLayout
 
 _FORMAT = "carve_kernels.AttentionMaps/1"
+# As safetensors has it.
+_LONGEST_HEADER = 100_000_000
 _TENSORS = ("values", "mass", "entropy", "valid", "tokens")
 
 
@@ -86,13 +88,19 @@ class AttentionMaps:
         return replace(self, layout=layout)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
-        write_whole(path, encode(self))
+        """Write a safetensors file, whole or not at all, in place of maps that were saved there before.
+
+        Raises ValueError if any other file stands there.
+        """
+        target = checks.path("path", path)
+        refuse_foreign("path", target, is_saved)
+        write_whole(target, encode(self))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> AttentionMaps:
         """Read what `save` wrote."""
-        return decode(Path(path).read_bytes(), os.fspath(path))[0]
+        found = checks.path("path", path)
+        return decode(found.read_bytes(), os.fspath(found))[0]
 
     def _repr_png_(self) -> bytes | None:
         if self.layout is None or not self.layout.views[0]:
@@ -156,6 +164,17 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
         layout=layout,
     )
     return maps, facts
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file begins as one that `AttentionMaps.save` wrote; its numbers may be damaged."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            facts = json.loads(file.read(size)).get("__metadata__", {}) if size < _LONGEST_HEADER else {}
+            return bool(json.loads(facts["carve"])["format"] == _FORMAT)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

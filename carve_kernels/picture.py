@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
-from carve_kernels import checks
+from carve_kernels import checks, fonts
 from carve_kernels.types import Box, Regions
+
+_LOG = logging.getLogger("carve_kernels")
 
 # Dark to light with even steps of lightness, so that more reads as more in grey and to colour-blind eyes too.
 _ANCHORS = ((10, 8, 34), (66, 22, 104), (143, 38, 107), (211, 66, 76), (246, 127, 47), (252, 196, 74), (252, 250, 196))
@@ -24,12 +27,24 @@ LONGEST = 1600
 _INK, _SOFT, _PAPER, _TILE, _ACCENT = (28, 30, 38), (96, 100, 112), (255, 255, 255), (241, 242, 245), (255, 196, 60)
 
 
+_UNREADABLE = "Characters that no font here has are shown as escapes, such as \\u732b."
+
+
+class Scale(NamedTuple):
+    """What the colours of a picture mean: the values at both ends, and the unit between them."""
+
+    low: str
+    high: str
+    unit: str
+
+
 class Tile(NamedTuple):
-    """One picture of a panel, with a title above it and a caption below."""
+    """One picture of a panel, with a title above it, and below it a scale of its colours and a caption."""
 
     image: Image.Image | None
     title: str = ""
     caption: str = ""
+    scale: Scale | None = None
 
 
 def saliency_image(saliency: torch.Tensor, *, colour: bool = True) -> Image.Image:
@@ -84,12 +99,16 @@ def panel(
     """Rows of tiles side by side on one page, with a title and a caption for the whole; long text wraps.
 
     Every tile takes `tile` pixels across; a row is as high as its highest picture, `tile` at most. A tile without an
-    image holds text alone.
+    image holds text alone. Characters that no font of this machine has become escapes, and the page says so.
     """
     checks.integer("tile", tile, low=64)
     checks.integer("margin", margin, low=0)
     if not rows or not all(rows):
         raise ValueError(f"rows: expected at least one row and one tile in each, got {checks.describe(rows)}")
+    texts = [title, caption, *(text for row in rows for part in row for text in (part.title, part.caption))]
+    if any(fonts.unreadable(text) for text in texts):
+        _LOG.warning("panel: no font here has some characters of the text; they are shown as escapes")
+        caption = f"{caption}\n{_UNREADABLE}".strip()
     width = margin + max(len(row) for row in rows) * (tile + margin)
     inner = width - 2 * margin
     blocks: list[Image.Image] = []
@@ -110,7 +129,7 @@ def panel(
 def _row(tiles: Sequence[Tile], width: int, tile: int, margin: int) -> Image.Image:
     titles = [_text(part.title, tile, tile // 18, _INK) for part in tiles]
     pictures = [_fit(part.image, tile) for part in tiles]
-    captions = [_text(part.caption, tile, tile // 21, _SOFT) for part in tiles]
+    captions = [_below(part, tile) for part in tiles]
     above = max(text.height for text in titles) + margin // 4
     high = max((picture.height for picture in pictures if picture), default=0)
     below = max(text.height for text in captions)
@@ -122,6 +141,24 @@ def _row(tiles: Sequence[Tile], width: int, tile: int, margin: int) -> Image.Ima
             block.paste(_TILE, (x, above, x + tile, above + high))
             block.paste(picture, (x + (tile - picture.width) // 2, above + (high - picture.height) // 2))
         block.paste(caption, (x, above + high + margin // 3 if picture else above))
+    return block
+
+
+def _below(part: Tile, width: int) -> Image.Image:
+    """The caption of a tile, below the scale of its colours where it has one."""
+    size = width // 21
+    caption = _text(part.caption, width, size, _SOFT)
+    if part.scale is None:
+        return caption
+    bar = Image.fromarray(_LUT[None]).resize((width, max(6, width // 40)))
+    ends = _text("x", width, size, _PAPER)
+    draw, size = ImageDraw.Draw(ends), max(size, 12)
+    for text, share in ((part.scale.low, 0.0), (part.scale.unit, 0.5), (part.scale.high, 1.0)):
+        fonts.draw(draw, (round((width - fonts.length(text, size)) * share), 0), text, size, _SOFT)
+    block = Image.new("RGB", (width, bar.height + 4 + ends.height + caption.height), _PAPER)
+    block.paste(bar, (0, 0))
+    block.paste(ends, (0, bar.height + 4))
+    block.paste(caption, (0, bar.height + 4 + ends.height))
     return block
 
 
@@ -138,27 +175,26 @@ def _fit(image: Image.Image | None, tile: int) -> Image.Image | None:
 def _text(text: str, width: int, size: int, colour: tuple[int, int, int]) -> Image.Image:
     """Text of a readable size wrapped to a width; nothing takes no room."""
     size = max(size, 12)
-    font = ImageFont.load_default(size)
-    lines = [line for paragraph in text.splitlines() for line in _wrap(paragraph, width, font)]
+    lines = [line for paragraph in fonts.legible(text).splitlines() for line in _wrap(paragraph, width, size)]
     step = round(size * 1.35)
     block = Image.new("RGB", (width, step * len(lines)), _PAPER)
     draw = ImageDraw.Draw(block)
     for index, line in enumerate(lines):
-        draw.text((0, index * step), line, fill=colour, font=font)
+        fonts.draw(draw, (0, index * step), line, size, colour)
     return block
 
 
-def _wrap(text: str, width: int, font: Any) -> list[str]:
+def _wrap(text: str, width: int, size: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
+        if fonts.length(longer, size) <= width:
             lines[-1] = longer
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
+            if fonts.length(lines[-1] + letter, size) > width:
                 lines.append("")
             lines[-1] += letter
     return lines

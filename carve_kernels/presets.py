@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,7 @@ class Preset:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in overrides if key not in known]
         if unknown:
-            names = ", ".join(["preset", *known, "evidence"])
-            raise ValueError(f"preset: expected keys among {names}, got {', '.join(map(repr, unknown))}")
+            raise ValueError(f"preset: {_unknown(unknown, ['preset', *known, 'evidence'])}")
         return cls.release(**overrides) if base == "release" else cls.paper(**overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,6 +175,15 @@ def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
     if steps != "t_full":
         raise ValueError(f"step_weights: expected None with {steps}, which reads one step, got {step_weights!r}")
     weights("step_weights", step_weights, step_weights)
+
+
+def _unknown(keys: Sequence[Any], known: Sequence[str]) -> str:
+    """What to say of keys that there are not: first what may have been meant."""
+    told = []
+    for key in keys:
+        near = difflib.get_close_matches(str(key).lower(), known, n=1)
+        told.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
+    return f"no such key: {', '.join(told)}; expected keys among {', '.join(known)}"
 
 
 def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:

@@ -15,9 +15,20 @@ MODULES = {
 }
 
 FLOORS = {
-    0: ("types", "checks", "files", "deprecation", "schemas", "work", "extension", "extras", "region_buffers"),
+    0: (
+        "types",
+        "checks",
+        "devices",
+        "files",
+        "deprecation",
+        "schemas",
+        "work",
+        "extension",
+        "extras",
+        "region_buffers",
+    ),
     1: ("backends",),
-    2: ("ops", "picture"),
+    2: ("ops", "picture", "fonts"),
     3: ("pipeline", "presets", "maps", "complexity", "roofline", "selfcheck"),
     4: ("hf", "models"),
     5: ("cli", "__main__"),
@@ -28,7 +39,7 @@ TOP = 6  # carve_kernels itself, which only the command line may import from
 HOMES: dict[str, tuple[int | str, ...]] = {
     "transformers": (4, 5),
     "triton": ("backends.triton",),
-    "PIL": ("picture", "ops.zoom", 3, 4, 5),
+    "PIL": ("picture", "fonts", "ops.zoom", 3, 4, 5),
     "matplotlib": (5,),
     "rich": (5,),
     "typer": (5,),

@@ -71,7 +71,8 @@ def test_saved_maps_come_back(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "maps.safetensors"
-    path.write_bytes(b"before")
+    maps().save(path)
+    before = path.read_bytes()
 
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
@@ -79,7 +80,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         maps().save(path)
-    assert path.read_bytes() == b"before" and [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before and [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 def test_files_that_are_no_maps_are_refused(tmp_path: Path) -> None:

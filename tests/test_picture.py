@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import regions
-from carve_kernels.picture import LONGEST, Tile, kept, overlay, panel, saliency_image
+from carve_kernels.picture import LONGEST, Scale, Tile, kept, overlay, panel, saliency_image
 
 
 def lightness(pixels: Any) -> numpy.ndarray:
@@ -77,6 +77,18 @@ def test_a_panel_has_even_columns_and_wraps_its_text() -> None:
     ]
     margins = numpy.asarray(long)[:, -20:]
     assert (margins == 255).all()
+
+
+def test_a_scale_has_the_colours_of_the_saliency_from_low_to_high() -> None:
+    image = Image.new("L", (64, 64), 9)
+    bare = panel([[Tile(image)]], tile=200, margin=0)
+    scaled = numpy.asarray(panel([[Tile(image, scale=Scale("0.1%", "7%", "share"))]], tile=200, margin=0))
+    bar = scaled[200 + 3]
+    expected = numpy.asarray(saliency_image(torch.linspace(0, 1, 200)[None]))[0].astype(int)
+    assert numpy.abs(bar.astype(int) - expected).max() <= 8
+    below = scaled[bare.height + 8 :]
+    for third in (slice(0, 50), slice(70, 130), slice(150, 200)):
+        assert (below[:, third] < 128).any()
 
 
 def test_a_panel_without_text_is_pictures_alone() -> None:

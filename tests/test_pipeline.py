@@ -215,7 +215,7 @@ def test_presets_travel_as_json() -> None:
     assert Preset.release(keep=0.3).to_dict() == {"preset": "release", "keep": 0.3}
     assert Preset.of("release") == Preset.release() and Preset.of(mine) is mine
     assert Preset.of({"rows": ["word", "red"]}).rows == ("word", "red")
-    with pytest.raises(ValueError, match=r"expected keys among preset, name, layers.* got 'lambda'"):
+    with pytest.raises(ValueError, match=r"^preset: .*'lambda' \(did you mean 'lam'\?\); .* preset, name, layers"):
         Preset.of({"lambda": 1})
     with pytest.raises(ValueError, match="preset: expected one of 'paper', 'release'"):
         Preset.of("papers")

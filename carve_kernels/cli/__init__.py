@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -15,13 +16,21 @@ from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
-from carve_kernels.cli.output import INTERRUPTED, exit_code, fail, note
+from carve_kernels.cli.output import INTERRUPTED, TYPED, clock, exit_code, fail, note, printable
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
+
+# What an error may begin with: an argument, or a place in one.
+_ARGUMENT = re.compile(r"(?P<name>\w+)(\[\d+\])*(='(?P<value>[^']*)')?: ")
 
 
 class _Commands(typer.core.TyperGroup):
     """Ends every command alike: an expected error is one line, `--debug` shows where it came from."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        clock.start()
+        with printable():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,6 +39,9 @@ class _Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             fail("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever closed the pipe has read enough, and typer ends without a word.
+            raise
         except Exception as error:
             code = exit_code(error)
             if code is None or ctx.params.get("debug"):
@@ -61,17 +73,29 @@ def _without_extension() -> Iterator[None]:
 class _Command(typer.core.TyperCommand):
     """Names an argument in an error as it was typed: `model:` is `--model:` here."""
 
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
+        # A paragraph's lines would end where they do in the source.
+        paragraphs = (" ".join(paragraph.split()) for paragraph in (help or "").split("\n\n"))
+        super().__init__(*args, help="\n\n".join(paragraphs), **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (TypeError, ValueError) as error:
-            name, colon, rest = str(error).partition(":")
-            option = next((parameter.opts[0] for parameter in self.params if parameter.name == name), None)
-            source = ctx.get_parameter_source(name)
-            # What was not typed stands elsewhere, as in a carve.json.
-            if colon and option and source is not None and source.name == "COMMANDLINE":
-                error.args = (f"{option}:{rest}",)
+        except Exception as error:
+            message = str(error)
+            found = _ARGUMENT.match(message)
+            option = found and self._typed(ctx, found["name"])
+            if found and option:
+                value = f" {found['value']}" if found["value"] else ""
+                error.args = (f"{option}{value}: {message[found.end() :]}",)
             raise
+
+    def _typed(self, ctx: Any, name: str) -> str | None:
+        """The option of an argument, None if it was not typed: what was not stands elsewhere, as in a carve.json."""
+        options = {parameter.name: parameter.opts[0] for parameter in self.params}
+        name = name if name in options else TYPED.get(name, name)
+        source = ctx.get_parameter_source(name)
+        return options.get(name) if source is not None and source.name == "COMMANDLINE" else None
 
 
 app = typer.Typer(

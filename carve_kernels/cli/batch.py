@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import INTERRUPTED, counted, fail, note, one_line, versions
+from carve_kernels.cli.output import INTERRUPTED, as_typed, clock, counted, fail, note, number_of, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -28,7 +29,8 @@ _Marks = dict[str, str | None]
 
 def batch(
     input: Annotated[
-        Path, typer.Option("--input", "-i", help='Lines of JSON: {"image": path, "question": text, "id": ...}.')
+        str,
+        options.path('Lines of JSON: {"image": path, "question": text, "id": ...}.', "--input", "-i"),
     ],
     model: Annotated[
         str | None,
@@ -39,13 +41,13 @@ def batch(
             help=f"{options.MODEL} Default: small, which knows demo's scenes alone.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/batch"),
+    output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/batch",
     pictures: Annotated[
         bool, typer.Option("--pictures", help="For each question all that run writes, not result.json alone.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Folder of general maps, kept for other runs and shared with them."),
+        options.path("Folder of general maps, kept for other runs and shared with them.", "--memory"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Most tokens in the cache at once. Default: what memory allows.")
@@ -78,12 +80,12 @@ def batch(
     from carve_kernels.hf.checkpoint import SMALL
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    options.check_machine(dtype, backend)
+    dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
-    if memory is not None:
-        # As a Path, an empty one would be the folder in which the command runs.
-        checks.filled("memory", memory)
-    asked = read(input)
+    folder, questions = checks.path("output", output), checks.path("input", input)
+    if memory is not None and os.path.isfile(checks.path("memory", memory)):
+        raise NotADirectoryError(f"memory: {memory} is no folder; choose another --memory")
+    asked = read(questions)
     if model is None:
         model = SMALL
         note("no --model: the embedded model is asked, which knows the scenes of carve-kernels demo alone")
@@ -110,8 +112,10 @@ def batch(
         loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
 
-    with Store(output).opened() as store:
+    inputs = {"--input": [questions, *(each.picture for each in asked)], "--preset": options.preset_files(preset)}
+    with Store(folder).opened() as store:
         store.refuse_twins(each.name for each in asked)
+        store.refuse_inputs([each.name for each in asked], inputs)
         facts = _facts(model, settings, dtype, attn, fit)
         _Run(store, asked, facts, name, pictures, tokens).work(load)
 
@@ -123,9 +127,7 @@ def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | 
 
     folder = find(model).folder
     known = fingerprint_of_directory(folder) if folder.is_dir() else None
-    values = {"model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
-    # Another format is another way to come to an answer, or another record of it.
-    return {"format": 2, **values}
+    return {"model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
 
 
 @dataclass
@@ -147,6 +149,7 @@ class _Run:
         start = time.perf_counter()
         try:
             todo = self._todo()
+            self.store.refuse_foreign(todo)
             if todo:
                 with quiet():
                     self._answer(load(), todo)
@@ -154,6 +157,8 @@ class _Run:
         except KeyboardInterrupt:
             fail(f"interrupted; {self._kept()}")
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise type(error)(f"{error}; {self._kept()}") from error
 
@@ -175,13 +180,10 @@ class _Run:
         """What tells an answer to this question under these settings from any other, by the keys of its record."""
         from carve_kernels.hf.identity import key_of
 
-        asking = key_of(question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
+        asking = key_of(format=2, question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
         return {"fingerprint": asking, "picture_digest": digest}
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
-        from carve_kernels.cli.looking import facts_of
-
-        model = facts_of(engine.model)
         waiting = [asked for asked in self.asked if asked.name in todo]
         columns: dict[str, list[Any]] = {
             "images": [asked.picture for asked in waiting],
@@ -191,11 +193,13 @@ class _Run:
         outcomes = engine.stream(**columns, tokens=self.tokens)
         with counted(len(self.asked), len(self.asked) - len(todo), "questions") as advance:
             for asked, outcome in zip(waiting, outcomes, strict=True):
-                self._write(asked, outcome, model, todo[asked.name])
+                self._write(asked, outcome, engine, todo[asked.name])
                 self.done += 1
                 advance()
 
-    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, model: dict[str, Any], marks: _Marks) -> None:
+    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
+        from carve_kernels.cli.looking import facts_of
+        from carve_kernels.cli.notes import notes_of
         from carve_kernels.cli.report import FILES, RECORD, Look, Question, record, write, write_record
         from carve_kernels.types import CarveFailure
 
@@ -206,11 +210,13 @@ class _Run:
             "error": None,
         }
         if isinstance(outcome, CarveFailure):
-            error = {"type": type(outcome.error).__name__, "message": one_line(outcome.error)}
+            error = {"type": type(outcome.error).__name__, "message": as_typed(outcome.error)}
             self.store.write_error(asked.name, {"question": asked.text, **facts, "error": error})
             return
         question = Question(outcome.image, asked.text, asked.truth, facts)
-        seen = Look(question, model, {self.name: outcome}, {"load": 0.0, "total": sum(outcome.seconds.values())})
+        notes = {self.name: notes_of(outcome, engine.model, engine.processor)}
+        seconds = {"load": 0.0, "look": sum(outcome.seconds.values()), "total": sum(outcome.seconds.values())}
+        seen = Look(question, facts_of(engine.model), {self.name: outcome}, notes, seconds)
         if self.pictures:
             self.store.write(asked.name, FILES, lambda folder: write(folder, seen))
         else:
@@ -233,22 +239,26 @@ class _Run:
             "versions": versions(),
         }
         self.store.write_tables(rows, summary)
-        told = f"{summary['answered']} of {len(rows)} questions answered, {len(rows) - done} of them before this run"
+        total = number_of(len(rows), "question")
+        told = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
         if summary["right"] is not None:
             told += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
         console = Console()
-        console.print(Text(f"{told}; {seconds:.1f} s, {done / seconds:.2f} a second"), soft_wrap=True)
+        rate = f"; {done / seconds:.2f} a second" if done else ""
+        console.print(Text(f"{told}; {clock.seconds():.1f} s{rate}"), soft_wrap=True)
         console.print(Text(f"{self.store.folder}/: results.jsonl, summary.json"), soft_wrap=True)
-        unseen = [row.get("unseen", 0.0) for row in rows]
+        unseen = [row.get("unseen") or 0.0 for row in rows]
         warning = options.outside(max(unseen))
         if warning is not None:
             count = sum(options.outside(share) is not None for share in unseen)
-            told = f"in {count} of {len(rows)} questions up to {warning}"
+            told = f"in {count} of {number_of(len(rows), 'question')} up to {warning}"
             console.print(Text(told, style="yellow"), soft_wrap=True)
+        noted = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
+        if noted:
+            note(_first(noted))
         if failed:
-            shown = "; ".join(f"line {row['line']}: {row['error']['message']}" for row in failed[:_SHOWN])
-            more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-            fail(f"{len(failed)} of {len(rows)} questions failed: {shown}{more}")
+            told = _first([f"line {row['line']}: {row['error']['message']}" for row in failed])
+            fail(f"{len(failed)} of {total} failed: {told}")
             raise typer.Exit(1)
 
     def _row(self, asked: Asked) -> dict[str, Any]:
@@ -259,12 +269,13 @@ class _Run:
         if values.get("error") is not None:
             return {**given, "error": values["error"]}
         (numbers,) = values["presets"].values()
-        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason")
-        return {**given, **{key: numbers[key] for key in kept}, "error": None}
+        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason", "notes")
+        return {**given, **{key: numbers.get(key) for key in kept}, "error": None}
 
     def _kept(self) -> str:
-        count = f"{self.done} of {len(self.asked)}"
-        return f"{count} questions are done and stay in {self.store.folder}; run it again to go on"
+        done = f"{self.done} of {number_of(len(self.asked), 'question')}"
+        told = "is done and stays" if len(self.asked) == 1 else "are done and stay"
+        return f"{done} {told} in {self.store.folder}; run it again to go on"
 
 
 def _digest(picture: Path) -> str | None:
@@ -280,6 +291,11 @@ def _digest(picture: Path) -> str | None:
     except OSError:
         return None
     return found.hexdigest()
+
+
+def _first(lines: Sequence[str]) -> str:
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return f"{'; '.join(lines[:_SHOWN])}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

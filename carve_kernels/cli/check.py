@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carve_kernels.cli.options import device_of
+from carve_kernels.cli.options import device_of, path
 from carve_kernels.cli.output import one_line, results, stages, versions
+from carve_kernels.cli.tables import Cell, screen, show, table
+
+_KIND = "carve_kernels.check"
+_TIMED = ("stage", "room", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
 
 
 def check(
@@ -21,22 +24,24 @@ def check(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few and small problems: seconds, and no real timing.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file with every case, error and time.")] = Path(
-        "check.json"
-    ),
+    output: Annotated[str, path("JSON file with every case, error and time.", "--output", "-o")] = "check.json",
 ) -> None:
     """Check every kernel that serves a device against the reference, time it, and write a report to send back."""
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: {output.absolute().parent} is no folder; choose another --output")
+    from carve_kernels import checks
+    from carve_kernels.cli.ours import is_json
+
+    file = checks.path("output", output).absolute()
+    if not file.parent.is_dir():
+        raise ValueError(f"output: {file.parent} is no folder; choose another --output")
     chosen = device_of(device)
-    with results(output.absolute().parent, [output.name]) as folder:
+    with results(file.parent, [file.name], is_json(_KIND)) as folder:
         from carve_kernels import selfcheck
 
         with stages(selfcheck.count(quick=quick)) as announce:
             found = selfcheck.examine(chosen, quick=quick, announce=announce)
-        report = {"format": "carve_kernels.check/1", "quick": quick, "machine": _machine(chosen), **found}
+        report = {"format": f"{_KIND}/1", "quick": quick, "machine": _machine(chosen), **found}
         text = json.dumps(report, indent=1, allow_nan=False)
-        (folder / output.name).write_text(text + "\n", encoding="utf-8")
+        (folder / file.name).write_text(text + "\n", encoding="utf-8")
     wrong = _show(report)
     print(f"Written: {output}")
     if wrong:
@@ -45,13 +50,13 @@ def check(
 
 def _show(report: dict[str, Any]) -> list[str]:
     """Print what was found; the cases that are wrong."""
-    # A file or a pipe has no width of its own, and the default of 80 would break every cell.
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = screen()
     machine = report["machine"]
     console.print(Text(f"{machine['device']}: {machine['name']}", style="bold"))
     console.print(_cells(report))
     if report["timings"]:
-        console.print(_times(report))
+        title = "Timed behind flushed caches: median (p10 to p90)"
+        show(console, title, _TIMED, _times(report), ("host's call", "in a graph", "times that"))
     if machine["device"].startswith("cuda") and report["gpu"] is None:
         console.print("No prediction: neither the name nor the memory of this GPU tells its rates.")
     if all(entry["room"] == "reference" for entry in report["checks"]):
@@ -70,12 +75,12 @@ def _show(report: dict[str, Any]) -> list[str]:
 
 def _cells(report: dict[str, Any]) -> Table:
     """A line for each stage and room: how many cases are right, and the one closest to its limit; or why it is shut."""
-    table = _table("Checked against the reference in float64", ("stage", "room", "right", "not served", "closest"))
+    lines: list[Sequence[Cell]] = []
     for cell in report["rooms"]:
         stage, room = cell["stage"], cell["room"]
         entries = [entry for entry in report["checks"] if (entry["stage"], entry["room"]) == (stage, room)]
         if cell["shut"] is not None:
-            table.add_row(stage, room, "-", "all", Text(one_line(cell["shut"])))
+            lines.append((stage, room, "-", "all", one_line(cell["shut"])))
             continue
         judged = [entry for entry in entries if entry["right"] is not None]
         right = [entry for entry in judged if entry["right"]]
@@ -85,13 +90,13 @@ def _cells(report: dict[str, Any]) -> Table:
             share, entry = max(shares, key=lambda pair: pair[0])
             closest = f"{entry['error']:.1e} of {entry['allowed']:.1e} ({share:.0%}): {entry['case']}"
         shown = Text(f"{len(right)} of {len(judged)}", style="green" if len(right) == len(judged) else "bold red")
-        table.add_row(stage, room, shown, str(len(entries) - len(judged)), Text(closest))
-    return table
+        lines.append((stage, room, shown, str(len(entries) - len(judged)), closest))
+    columns = ("stage", "room", "right", "not served", "closest")
+    return table("Checked against the reference in float64", columns, lines)
 
 
-def _times(report: dict[str, Any]) -> Table:
-    heads = ("stage", "room", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
-    table = _table("Timed behind flushed caches: median (p10 to p90)", heads)
+def _times(report: dict[str, Any]) -> list[Sequence[Cell]]:
+    lines: list[Sequence[Cell]] = []
     for entry in report["timings"]:
         predicted, ratio = "-", "-"
         if entry["predicted"] is not None:
@@ -99,8 +104,8 @@ def _times(report: dict[str, Any]) -> Table:
             predicted = f"{_figure(1e6 * least['seconds'])} {least['bound']}"
             ratio = f"{entry['seconds']['median'] / least['seconds']:.3g}"
         spreads = (_spread(entry[name]) for name in ("seconds", "graph", "host"))
-        table.add_row(entry["stage"], entry["room"], Text(entry["case"]), *spreads, predicted, ratio)
-    return table
+        lines.append((entry["stage"], entry["room"], entry["case"], *spreads, predicted, ratio))
+    return lines
 
 
 def _spread(spread: dict[str, float] | None) -> str:
@@ -112,13 +117,6 @@ def _spread(spread: dict[str, float] | None) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def _machine(device: Any) -> dict[str, Any]:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from carve_kernels.cli import options
 
 # A scene of the test split that the model answers wrongly as it is, and rightly once its own profile has carved it.
 SEED, LEVEL = 18, 4
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/demo"),
+    output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/demo",
     scene: Annotated[int, typer.Option("--scene", min=0, help="Seed of the scene; any number draws another.")] = SEED,
     level: Annotated[
         int, typer.Option("--level", min=1, max=4, help="How crowded: 1 has 2 large digits, 4 has 8.")
     ] = LEVEL,
 ) -> None:
     """Look into the embedded small model: one scene, carved by the model's own profile and by the paper's preset."""
+    from carve_kernels import checks
     from carve_kernels.cli.looking import look
     from carve_kernels.cli.report import Question
-    from carve_kernels.hf.loading import load, profile_of
+    from carve_kernels.hf.loading import load, preset_beside
     from carve_kernels.models import small
     from carve_kernels.models.scenes import draw_scene
     from carve_kernels.presets import Preset
@@ -32,14 +34,14 @@ def demo(
     facts = {
         "scene": {"seed": scene, "level": level, "split": "test", "box": list(drawn.box), "general": drawn.general}
     }
-    profile = Preset.from_dict(profile_of(small()) or {})
+    profile = preset_beside(small()) or Preset.paper()
     # The words are the model's own, since it knows no others; everything else is the paper's.
     paper = Preset.paper(
         general_prompt=profile.general_prompt, suffix=profile.suffix, max_new_tokens=profile.max_new_tokens
     )
     with _one_thread():
         look(
-            output,
+            checks.path("output", output),
             Question(drawn.image, drawn.question, drawn.answer, facts),
             {"profile": profile, "paper": paper},
             lambda: load(small(), dtype="float32"),

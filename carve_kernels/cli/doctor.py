@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from carve_kernels.cli.output import one_line, versions
+from carve_kernels.cli.tables import screen, table
+from carve_kernels.extras import requirement
 
 Line = tuple[str, Text, str]
 
 
 def doctor() -> None:
     """Say which versions, rooms, devices and processors work here, and how to mend what does not."""
-    console = Console()
-    console.print(_table("Versions", ("package", "version"), _versions()))
+    console = screen()
+    console.print(table("Versions", ("package", "version"), _versions()))
     rooms = {(stage, room): why for stage, room, why in _rooms()}
-    console.print(_table("Rooms", ("stage", "room", "serves", "why not, and how to mend it"), _cells(rooms)))
+    console.print(table("Rooms", ("stage", "room", "serves", "why not, and how to mend it"), _cells(rooms)))
     transformers = why_not("transformers", "AutoProcessor")
     trials = list(_trials()) if rooms and transformers is None else []
     tried = [(name, _yes(why is None), why or more) for name, more, why in trials]
     lines = [*_machine(), *_models(transformers), *tried]
-    console.print(_table("Machine and models", ("what", "works", "more"), lines))
+    console.print(table("Machine and models", ("what", "works", "more"), lines))
     broken = [f"{stage} in the reference room" for (stage, room), why in rooms.items() if room == "reference" and why]
     broken += ["transformers"] if transformers else []
     broken += [name for name, _, why in trials if why]
@@ -144,7 +144,7 @@ def _machine() -> Iterator[Line]:
 def _models(transformers: str | None) -> Iterator[Line]:
     """transformers, torchvision, and the processor of each supported family."""
     if find_spec("transformers") is None:
-        yield "transformers", _yes(False), "missing; pip install 'transformers>=5.12'"
+        yield "transformers", _yes(False), f"missing; pip install '{requirement('transformers')}'"
         return
     yield "transformers", _yes(transformers is None), transformers or ""
     torchvision = why_not("torchvision") if find_spec("torchvision") else "missing"
@@ -234,12 +234,3 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
 
 def _yes(works: bool) -> Text:
     return Text("yes", style="green") if works else Text("no", style="yellow")
-
-
-def _table(title: str, columns: tuple[str, ...], lines: Iterable[tuple[str | Text, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for line in lines:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in line))
-    return table

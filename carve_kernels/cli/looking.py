@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from carve_kernels.cli.output import Announce, results, stages
-from carve_kernels.cli.report import FILES, Look, Question, summarise, write
+from carve_kernels.cli.notes import notes_of
+from carve_kernels.cli.output import Announce, clock, results, stages
+from carve_kernels.cli.report import FILES, Look, Question, is_ours, summarise, write
 from carve_kernels.hf import names
+from carve_kernels.hf.backbone import input_device
 from carve_kernels.hf.engine import CarveEngine
 from carve_kernels.presets import Preset
 
@@ -33,19 +34,22 @@ def look(
 
     `options` are the engine's: backend, max_image_pixels, fit.
     """
-    start = time.perf_counter()
-    with results(output, FILES) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
+    imported = clock.seconds()
+    with results(output, FILES, is_ours) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
         announce("loading the model")
         model, processor = load()
-        loaded = time.perf_counter() - start
+        loaded = clock.seconds()
         found = {}
         for name, preset in presets.items():
             engine = CarveEngine(model, processor, preset=preset, **options)
             found[name] = engine(asked.image, asked.text, on_progress=_announcer(announce, name))
         announce("writing")
-        seen = Look(asked, facts_of(model), found, {"load": loaded, "total": time.perf_counter() - start})
+        looked = clock.seconds()
+        notes = {name: notes_of(result, model, processor) for name, result in found.items()}
+        seconds = {"imports": imported, "load": loaded - imported, "look": looked - loaded, "total": looked}
+        seen = Look(asked, facts_of(model), found, notes, seconds)
         write(folder, seen)
-    summarise(seen, output)
+    summarise(seen, output, {**seconds, "write": clock.seconds() - looked})
     return seen
 
 
@@ -80,6 +84,6 @@ def facts_of(model: Any) -> dict[str, Any]:
         "type": model.config.model_type,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "device": str(input_device(model)),
         "attention": names.implementation_of(model),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +12,16 @@ import typer
 if TYPE_CHECKING:
     from carve_kernels.presets import Preset
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 
 def option(text: str, name: str, panel: str, **settings: Any) -> Any:
     return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **settings)
+
+
+def path(text: str, *names: str) -> Any:
+    """The option of a path, as the text that was typed: a Path would make another text of a URL, and of no text "."."""
+    return typer.Option(*names, help=text, metavar="<path>")
 
 
 MODEL = (
@@ -63,7 +66,9 @@ MaxNewTokensOption = Annotated[int | None, option("Longest answer, in tokens.", 
 DtypeOption = Annotated[
     str,
     option(
-        f"{', '.join(DTYPES)}. auto is the checkpoint's, but float32 instead of float16 on a CPU.", "--dtype", "Machine"
+        "auto, float32, bfloat16, float16, float64. auto is the checkpoint's, but float32 instead of float16 on a CPU.",
+        "--dtype",
+        "Machine",
     ),
 ]
 DeviceOption = Annotated[str, option("auto, cpu, cuda, cuda:1, mps, ...", "--device", "Machine")]
@@ -152,34 +157,32 @@ def parse_lam(text: str) -> str | float:
 
 def _base(preset: str | None, model: str) -> tuple[str, Preset]:
     """The name and the preset that the options start from."""
-    from carve_kernels.hf.loading import profile_of
+    from carve_kernels.hf.loading import preset_beside, preset_in
     from carve_kernels.presets import Preset
 
     if preset is None:
-        profile = profile_of(model)
-        return ("paper", Preset.paper()) if profile is None else ("profile", Preset.from_dict(profile))
-    path = Path(preset)
-    if path.suffix != ".json":
-        return preset, Preset.of(preset)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"preset: {path} cannot be read as JSON ({error})") from error
-    return path.stem, Preset.from_dict(values)
+        profile = preset_beside(model)
+        return ("paper", Preset.paper()) if profile is None else ("profile", profile)
+    files = preset_files(preset)
+    return (files[0].stem, preset_in("preset", files[0])) if files else (preset, Preset.of(preset))
+
+
+def preset_files(preset: str | None) -> list[Path]:
+    """The file of --preset, where it is one."""
+    from carve_kernels import checks
+
+    return [checks.path("preset", preset)] if preset is not None and preset.endswith(".json") else []
 
 
 def device_of(name: str) -> Any:
+    """The device of a name, where auto is the first GPU, or the CPU without one."""
     import torch
+
+    from carve_kernels.devices import usable
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    # torch without CUDA asserts.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
-    return device
+    return usable("device", name)
 
 
 def check_fit(fit: str | None) -> None:
@@ -197,13 +200,14 @@ def outside(share: float) -> str | None:
     return f"{100 * share:.0f} % of the image was outside the model's view (centre crop); --fit pad shows it whole"
 
 
-def check_machine(dtype: str, backend: str) -> None:
-    """Raises ValueError for a dtype or a room that there is not, before any model is loaded."""
+def check_machine(dtype: str, backend: str) -> str:
+    """The dtype's own name, such as float16 for fp16; ValueError for a dtype or a room that there is not."""
     from carve_kernels import checks
     from carve_kernels.backends import ROOMS
+    from carve_kernels.hf.loading import dtype_of
 
-    checks.choice("dtype", dtype, DTYPES)
     checks.choice("backend", backend, ("auto", *ROOMS))
+    return str(dtype_of("dtype", dtype)).removeprefix("torch.")
 
 
 def load_model(model: str, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
@@ -216,5 +220,8 @@ def load_model(model: str, dtype: str, device: Any, attn: str | None, allow_pick
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
         loaded.float()
     if attn is not None:
-        names.set_implementation(loaded, attn)
+        try:
+            names.set_implementation(loaded, attn)
+        except (ValueError, ImportError) as error:
+            raise type(error)(f"attn: {error}") from error
     return loaded, processor

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from carve_kernels.cli import options
-from carve_kernels.cli.output import results, stages, versions
+from carve_kernels.cli.output import as_typed, number_of, results, stages, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
@@ -17,23 +15,27 @@ if TYPE_CHECKING:
     from carve_kernels.hf.profile import Probe, Profile
 
 _SHOWN = 8
+_COLUMNS = ("layer", "rows", "steps", "score", "departure", "entropy", "between", "within")
+_BY_BOXES = ("pointing", "by contrast", "mass")
+# What a narrow screen does without, the first ones first.
+_SPARE = ("mass", "within", "between", "departure", "entropy", "by contrast")
 
 
 def profile(
     model: options.ModelOption,
     input: Annotated[
-        Path,
-        typer.Option(
+        str,
+        options.path(
+            # rich would take a list of names for its markup.
+            'Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
+            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
             "--input",
             "-i",
-            # rich would take a list of names for its markup.
-            help='Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
-            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The carve.json: for --preset, or for the checkpoint's own folder.")
-    ] = Path("out/carve.json"),
+        str, options.path("The carve.json: for --preset, or for the checkpoint's own folder.", "--output", "-o")
+    ] = "out/carve.json",
     preset: options.PresetOption = None,
     rows: Annotated[
         list[str] | None,
@@ -64,22 +66,26 @@ def profile(
     """
     from carve_kernels import checks
     from carve_kernels.cli.looking import facts_of, quiet
+    from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.questions import read, refuse
     from carve_kernels.hf import profile as profiling
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
 
-    options.check_machine(dtype, backend)
+    dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
+    file, questions = checks.path("output", output), checks.path("input", input)
     limit = (
         MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
     )
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
     unchanged = dict.fromkeys(("layers", "rows", "steps", "keep", "top", "lam"))
     _, base = options.preset_of(model, preset, max_new_tokens=max_new_tokens, **unchanged)
-    asked = read(input)
-    probes = _probes(input, asked, limit)
+    asked = read(questions)
+    inputs = {"--input": [questions, *(line.picture for line in asked)], "--preset": options.preset_files(preset)}
+    refuse_inputs([file], inputs)
+    probes = _probes(questions, asked, limit)
     pictures = len({probe.image for probe in probes})
-    with results(output.parent, [output.name]) as folder, quiet(), stages(2 + pictures) as announce:
+    with results(file.parent, [file.name], profiling.is_saved) as folder, quiet(), stages(2 + pictures) as announce:
         announce("loading the model")
         loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         try:
@@ -98,10 +104,10 @@ def profile(
                 ),
             )
         except profiling.BadProbes as error:
-            refuse(input, [f"line {asked[place].line}: {fault}" for place, fault in error.faults])
+            refuse(questions, [f"line {asked[place].line}: {as_typed(fault)}" for place, fault in error.faults])
             raise
-        found.save(folder / output.name, model=facts_of(loaded), versions=versions())
-    _summarise(found, output)
+        found.save(folder / file.name, model=facts_of(loaded), versions=versions())
+    _summarise(found, file)
 
 
 def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[Probe]:
@@ -119,7 +125,7 @@ def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[P
                 open_image(line.picture, max_image_pixels)
                 opened.add(line.picture)
         except (TypeError, ValueError, OSError) as error:
-            faults.append(f"line {line.line}: {error}")
+            faults.append(f"line {line.line}: {as_typed(error)}")
     refuse(path, faults)
     return probes
 
@@ -138,24 +144,23 @@ def _probe(line: Asked) -> Probe:
 
 def _summarise(found: Profile, output: Path) -> None:
     """Print the best cells, the pick first, and the one that points best where boxes tell."""
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
+
+    from carve_kernels.cli.tables import screen, show
 
     best = found.best_pointing
     shown = list(found.cells[:_SHOWN])
     if best is not None and best not in shown:
         shown.append(best)
-    title = f"{found.questions} questions about {found.pictures} pictures"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    names = ["layer", "rows", "steps", "score", "departure", "entropy", "between", "within"]
-    for name in ("", *names, *(("pointing", "by contrast", "mass") if best is not None else ())):
-        table.add_column(name)
+    title = f"{number_of(found.questions, 'question')} about {number_of(found.pictures, 'picture')}"
+    columns = ["", *_COLUMNS, *(_BY_BOXES if best is not None else ())]
+    lines = []
     for cell in shown:
         mark = "pick" if cell is found.pick else "points best" if cell is best else ""
-        table.add_row(Text(mark), *_numbers(cell), style="bold" if cell is found.pick else "")
-    console = Console()
-    console.print(table)
+        style = "bold" if cell is found.pick else ""
+        lines.append([Text(text, style=style) for text in (mark, *_numbers(cell))])
+    console = screen()
+    show(console, title, columns, lines, [name for name in _SPARE if name in columns])
     if best is not None:
         console.print(Text(f"the boxes ({found.boxes}) chose nothing: the pick points at {_share(found.pick, best)}"))
     if found.doubt is not None:

@@ -101,7 +101,7 @@ def _asked(text: str, number: int, folder: Path) -> Asked:
     asked = Asked(
         id=checks.text("id", str(given)),
         line=number,
-        picture=folder / _text("image", known.get("image")),
+        picture=folder / checks.path("image", _text("image", known.get("image"))),
         text=_text("question", known.get("question")),
         prompt=_text("prompt", known["prompt"]) if "prompt" in known else None,
         truth=_text("answer", known["answer"]) if "answer" in known else None,

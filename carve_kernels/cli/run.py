@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,9 +11,9 @@ from carve_kernels.cli import options
 
 def run(
     model: options.ModelOption,
-    image: Annotated[Path, typer.Option("--image", "-i", help="Image file.")],
+    image: Annotated[str, options.path("Image file.", "--image", "-i")],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out/run"),
+    output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/run",
     preset: options.PresetOption = None,
     layers: options.LayersOption = None,
     rows: options.RowsOption = None,
@@ -37,12 +36,14 @@ def run(
 
     from carve_kernels import checks
     from carve_kernels.cli.looking import look
-    from carve_kernels.cli.report import Question
+    from carve_kernels.cli.ours import refuse_inputs
+    from carve_kernels.cli.report import FILES, Question
     from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, open_image
 
     checks.text("question", question)
-    options.check_machine(dtype, backend)
+    dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
+    folder = checks.path("output", output)
     name, settings = options.preset_of(
         model,
         preset,
@@ -56,8 +57,10 @@ def run(
     )
     limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
     opened = open_image(image, limit)
+    inputs = {"--image": [checks.path("image", image)], "--preset": options.preset_files(preset)}
+    refuse_inputs((folder / file for file in FILES), inputs)
     seen = look(
-        output,
+        folder,
         Question(opened, question),
         {name: settings},
         lambda: options.load_model(model, dtype, options.device_of(device), attn, allow_pickle),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,13 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from carve_kernels.cli.output import results
-from carve_kernels.cli.report import FILES, RECORD, write_record
+from carve_kernels.cli.ours import is_json, refuse_inputs
+from carve_kernels.cli.output import TEMPORARY, refuse_taken, results
+from carve_kernels.cli.report import FILES, RECORD, is_ours, write_record
 from carve_kernels.files import write_whole
 
 TABLE = "results.jsonl"
 SUMMARY = "summary.json"
-_UNFINISHED = ".batch-"
+_KIND = "carve_kernels.batch"
+_UNFINISHED = f"{TEMPORARY}batch-"
+_HALF_WRITTEN = re.compile(rf"\.({re.escape(TABLE)}|{re.escape(SUMMARY)})\.[0-9a-f]{{32}}")
 
 
 class Store:
@@ -41,9 +45,9 @@ class Store:
         try:
             with _lock(self.folder) as locked:
                 for path in self.folder.iterdir() if locked else ():
-                    if path.name.startswith(_UNFINISHED):
+                    if path.name.startswith(_UNFINISHED) and path.is_dir():
                         shutil.rmtree(path, ignore_errors=True)
-                    elif path.name.startswith((f".{TABLE}.", f".{SUMMARY}.")):
+                    elif _HALF_WRITTEN.fullmatch(path.name):
                         path.unlink(missing_ok=True)
                 # Of this command alone: others may be writing into the same folder.
                 try:
@@ -72,6 +76,16 @@ class Store:
                     f"input: the ids {other!r} and {name!r} are one folder in {self.folder}, where capitals make no "
                     "difference; change one of them"
                 )
+
+    def refuse_inputs(self, names: Iterable[str], inputs: Mapping[str, Iterable[Path]]) -> None:
+        """Raise ValueError for an output that is one of the inputs; these are paths by their option."""
+        results = (self._results / name / file for name in names for file in FILES)
+        refuse_inputs((self.folder / TABLE, self.folder / SUMMARY, *results), inputs)
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Raise ValueError for a file that is not one of ours where the tables go, or one of these results."""
+        refuse_taken((self.folder / TABLE, self.folder / SUMMARY), is_json(_KIND))
+        refuse_taken((self._results / name / file for name in names for file in FILES), is_ours)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of a result, None where there is none or no whole one."""
@@ -102,7 +116,7 @@ class Store:
         # Pictures of an earlier answer would pass for those of this one.
         stale = [file for file in FILES if file not in files]
         # Whoever looks for */result.json meets no half written one.
-        with results(self._results / name, files, self._unfinished, stale) as folder:
+        with results(self._results / name, files, is_ours, self._unfinished, stale) as folder:
             fill(folder)
 
     def write_error(self, name: str, values: Mapping[str, Any]) -> None:
@@ -110,9 +124,12 @@ class Store:
 
     def write_tables(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """All results on a line each, and the numbers of the run."""
-        lines = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        # Somebody may have put a file there in the meantime.
+        self.refuse_foreign(())
+        kind = {"format": f"{_KIND}/1"}
+        lines = "".join(f"{json.dumps({**kind, **row}, allow_nan=False)}\n" for row in rows)
         write_whole(self.folder / TABLE, lines.encode())
-        write_whole(self.folder / SUMMARY, f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
+        write_whole(self.folder / SUMMARY, f"{json.dumps({**kind, **summary}, indent=2, allow_nan=False)}\n".encode())
 
 
 @contextmanager

@@ -34,13 +34,14 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
-    name = checks.filled("model", os.fspath(model))
+    checks.path("model", model)
+    name = os.fspath(model)
     if model == SMALL:
         return Checkpoint(small(), *["install carve_kernels again"] * 2)
     fetch = f"fetch it with: hf download {name}"
     found = locate(model)
     if found is not None:
-        if os.path.exists(name):
+        if os.path.exists(os.path.expanduser(name)):
             return Checkpoint(found, "copy it whole", "copy it again")
         # Without force it keeps a file that is there.
         return Checkpoint(found, fetch, f"{fetch} --force-download")
@@ -54,8 +55,9 @@ def find(model: str | os.PathLike[str]) -> Checkpoint:
 
 def locate(name: str | os.PathLike[str]) -> Path | None:
     """The path itself where it is there, else the folder of this id in the local hub cache, or None."""
-    if os.path.exists(name):
-        return Path(name)
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        return path
     if not isinstance(name, str) or not _is_id(name):
         return None
     try:

@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from carve_kernels import checks
 from carve_kernels.deprecation import renamed
+from carve_kernels.devices import usable
 from carve_kernels.hf import checkpoint
 from carve_kernels.hf.checkpoint import Checkpoint
 from carve_kernels.hf.layouts import FAMILIES, supported
@@ -22,6 +24,16 @@ from carve_kernels.presets import Preset
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = "pytorch_model*.bin"
+_PROFILE = "carve.json"
+
+DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
+    **dict.fromkeys(("float64", "double"), torch.float64),
+}
+"""What a dtype may be called."""
 
 
 @renamed(directory="model")
@@ -36,15 +48,19 @@ def load(
 
     `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name, which is looked for in
     the local hub cache. A directory goes before an id of its name; one that is called small is "./small", or a Path.
-    The model's `name_or_path` is the folder in which it was found, whole.
+    The model's `name_or_path` is the folder in which it was found, whole. `dtype` is "auto" (the checkpoint's own), a
+    dtype of torch with a point that floats, or its name, short ones such as "bf16" too; `device` None leaves the model
+    where it is loaded.
 
     Nothing is downloaded and no code of the checkpoint is run; `allow_pickle=True` admits pickle weights, which can run
     code of whoever wrote them. Without torchvision, a processor that needs it for videos alone is loaded for images.
 
     Raises ValueError, before any weight is read, if the checkpoint or a file in it is missing or broken (of an id with
-    the command that fetches it), if the family is not supported, or if the weights are pickles; ImportError if the
-    processor needs a library that is missing.
+    the command that fetches it), if the family is not supported, if the weights are pickles, for another dtype, or for
+    a device that cannot be used here; ImportError if the processor needs a library that is missing.
     """
+    wanted = dtype_of("dtype", dtype)
+    place = None if device is None else usable("device", device)
     found = checkpoint.find(model)
     folder = found.folder
     family = _family(found)
@@ -53,7 +69,7 @@ def load(
     processor = _processor(found, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder.absolute()),
-        dtype=dtype,
+        dtype=wanted,
         local_files_only=True,
         use_safetensors=not _has_only_pickles(folder),
         output_loading_info=True,
@@ -63,9 +79,44 @@ def load(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"model: the weights in {folder} lack {len(missing)} tensor(s), the first is {missing[0]!r}")
-    if device is not None:
-        network.to(device)
+    if place is not None:
+        network.to(place)
     return network.eval(), processor
+
+
+def dtype_of(name: str, dtype: Any) -> str | torch.dtype:
+    """The dtype of torch that a name means, or "auto"; ValueError for one that no model is loaded in."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
+        return DTYPES[dtype.removeprefix("torch.")]
+    raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {checks.describe(dtype)}")
+
+
+def preset_in(name: str, path: str | os.PathLike[str]) -> Preset:
+    """The preset in a JSON file such as carve.json; an error begins with `name` and the file."""
+    found = checks.path(name, path)
+    if not found.is_file():
+        raise ValueError(f"{name}: expected the path of a carve.json, got {found}, which is no file")
+    return _named(f"{name}: {found}", _json_object(name, found))
+
+
+def preset_beside(model: str | Path) -> Preset | None:
+    """The preset in the `carve.json` of a checkpoint, which is named as for `load`, or None if it has none."""
+    return _preset_in_folder(checkpoint.find(model).folder)
+
+
+def _preset_in_folder(folder: Path) -> Preset | None:
+    values = _profile_in(folder)
+    return None if values is None else _named(f"model: {folder / _PROFILE}", values)
+
+
+def _named(name: str, values: Any) -> Preset:
+    """A preset from a dict; an error says whose key it was."""
+    try:
+        return Preset.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {str(error).removeprefix('preset: ')}") from error
 
 
 def profile_of(model: str | Path) -> dict[str, Any] | None:
@@ -77,7 +128,7 @@ def profile_of(model: str | Path) -> dict[str, Any] | None:
 
 
 def _profile_in(folder: Path) -> dict[str, Any] | None:
-    path = folder / "carve.json"
+    path = folder / _PROFILE
     return _json_object("model", path) if path.is_file() else None
 
 
@@ -172,13 +223,9 @@ def preset_of(
             raise TypeError("profile: expected a dict, the path of a carve.json, None or False, got True")
         return Preset.paper()
     if isinstance(profile, Mapping):
-        return Preset.from_dict(profile)
+        return _named("profile", profile)
     if profile is not None:
-        path = Path(profile)
-        if not path.is_file():
-            raise ValueError(f"profile: expected the path of a carve.json, got {path}, which is no file")
-        return Preset.from_dict(_json_object("profile", path))
+        return preset_in("profile", profile)
     # Whoever loaded the model may have named it by its id.
     folder = checkpoint.locate(model.name_or_path) if model.name_or_path else None
-    found = None if folder is None else _profile_in(folder)
-    return Preset.paper() if found is None else Preset.from_dict(found)
+    return (folder and _preset_in_folder(folder)) or Preset.paper()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from carve_kernels import checks
 from carve_kernels.files import write_whole
 from carve_kernels.hf.identity import key_of
-from carve_kernels.maps import AttentionMaps, decode, encode
+from carve_kernels.maps import AttentionMaps, decode, encode, is_saved
 
 MEBIBYTE = 2**20
 
@@ -76,7 +76,7 @@ class Memory:
             checks.integer("prefix_bytes", prefix_bytes, low=0), checks.integer("pictures", pictures, low=0)
         )
         checks.integer("folder_bytes", folder_bytes, low=0)
-        self._folder = None if folder is None else _Folder(_path("folder", folder), folder_bytes)
+        self._folder = None if folder is None else _Folder(_made("folder", folder), folder_bytes)
 
     def maps(self, key: Hashable) -> AttentionMaps | None:
         """A copy, on the CPU, of the maps that were kept under this key, or None."""
@@ -136,16 +136,18 @@ def memory_of(memory: Memory | str | os.PathLike[str] | bool | None) -> Memory |
     if isinstance(memory, Memory):
         return memory
     if isinstance(memory, (str, os.PathLike)):
-        return Memory(_path("memory", memory))
+        return Memory(_made("memory", memory))
     raise TypeError(f"memory: expected None, False, a folder or a Memory, got {checks.describe(memory)}")
 
 
-def _path(name: str, folder: Any) -> Path:
-    """Check the path of a folder; an empty text would be the folder in which the process runs."""
-    path = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
-    if not isinstance(path, str):
-        raise TypeError(f"{name}: expected a path, got {checks.describe(folder)}")
-    return Path(checks.filled(name, path))
+def _made(name: str, folder: Any) -> Path:
+    """Check the path of a folder, and make the folder where there is none."""
+    path = checks.path(name, folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{name}: cannot make the folder {path} ({error.strerror})") from error
+    return path
 
 
 class _Shelf:
@@ -190,7 +192,6 @@ class _Folder:
 
     def __init__(self, path: Path, bound: int) -> None:
         self._path, self._bound = path, bound
-        path.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str) -> tuple[AttentionMaps, bytes] | None:
         path = self._file(name)
@@ -229,7 +230,9 @@ class _Folder:
         for _, size, path in files:
             if total <= self._bound:
                 return
-            path.unlink(missing_ok=True)
+            # Whoever keeps a file of theirs here, under a name as ours are, keeps it.
+            if is_saved(path):
+                path.unlink(missing_ok=True)
             total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.backends import ROOMS
-from carve_kernels.files import write_whole
+from carve_kernels.files import refuse_foreign, write_whole
 from carve_kernels.hf.backbone import unwrap
 from carve_kernels.hf.evidence import SCORE, Cell, Choice, Tally, tokens_of
 from carve_kernels.hf.layouts import check_processor
@@ -101,6 +102,7 @@ class Profile:
             "questions": self.questions,
             "boxes": self.boxes,
             "doubt": self.doubt,
+            "preset": self.preset.to_dict(),
             "pick": self.pick.to_dict(),
             "best_pointing": None if best is None else best.to_dict(),
             **facts,
@@ -109,8 +111,13 @@ class Profile:
         return {**self.preset.to_dict(), "evidence": evidence}
 
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
-        """Write the carve.json, whole or not at all."""
-        write_whole(path, (json.dumps(self.to_dict(**facts), indent=2, allow_nan=False) + "\n").encode())
+        """Write the carve.json, whole or not at all, in place of one that was saved there before.
+
+        Raises ValueError if any other file stands there, or one that was changed since.
+        """
+        target = checks.path("path", path)
+        refuse_foreign("path", target, is_saved)
+        write_whole(target, (json.dumps(self.to_dict(**facts), indent=2, allow_nan=False) + "\n").encode())
 
 
 def profile(
@@ -202,6 +209,15 @@ def profile(
     )
     doubt = None if pick.score > 0 else _DOUBT
     return Profile(chosen, tuple(cells), len(pictures), len(probes), boxes, doubt)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file is a carve.json as `Profile.save` wrote it: the preset is still what was chosen."""
+    try:
+        values = json.loads(path.read_bytes())
+        return bool(values.pop("evidence")["preset"] == values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 class _Maps:

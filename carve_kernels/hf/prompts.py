@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from carve_kernels.checks import describe, integer
+from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.ops.zoom import orientation, to_rgb
 
@@ -54,7 +55,7 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
             raise ValueError(f"image: cannot be used ({error})") from error
     if not isinstance(image, (str, os.PathLike)):
         raise TypeError(f"image: expected a path or a PIL image, got {describe(image)}")
-    path = Path(image)
+    path = check_path("image", image)
     # Path.is_file raises for a name that is too long.
     if not os.path.isfile(path):
         raise ValueError(f"image: {path} is {'no file' if os.path.exists(path) else 'missing'}")

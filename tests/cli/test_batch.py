@@ -131,7 +131,10 @@ def test_bad_pictures_are_records_and_are_tried_again(ask: Ask, folder: Path) ->
     ]
     done = ask(lines)
     assert done.exit_code == 1
-    assert done.stderr.startswith("error: 3 of 5 questions failed: line 2: image: ") and "line 5: text: " in done.stderr
+    assert (
+        done.stderr.startswith("error: 3 of 5 questions failed: line 2: image: ")
+        and "line 5: question: " in done.stderr
+    )
     assert "2 of 5 questions answered" in done.stdout
     found = records(folder)
     assert found["m"]["error"]["type"] == "ValueError" and "is missing" in found["m"]["error"]["message"]

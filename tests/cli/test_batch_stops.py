@@ -57,7 +57,8 @@ def test_an_output_that_cannot_be_written(ask: Ask, folder: Path) -> None:
         done = ask(LINES, "-o", folder / place)
         assert done.exit_code == 1 and "output: cannot write into" in done.stderr
     done = ask(LINES, "--memory", folder / "file")
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+    assert done.exit_code == 1 and done.stderr.startswith("error: --memory: ") and done.stderr.count("\n") == 1
+    assert not (folder / "out").exists()
 
 
 def test_two_runs_do_not_share_a_folder(ask: Ask, folder: Path) -> None:

@@ -115,11 +115,12 @@ def test_an_interrupted_check_writes_nothing(
     def examine(*_args: object, **_options: object) -> None:
         raise error
 
-    (tmp_path / "check.json").write_text("what was there")
+    before = '{"format": "carve_kernels.check/1"}'
+    (tmp_path / "check.json").write_text(before)
     monkeypatch.setattr(selfcheck, "examine", examine)
     done = carve("check", "--device", "cpu", "-o", tmp_path / "check.json")
     assert done.exit_code == code
-    assert content(tmp_path) == {"check.json": b"what was there"}
+    assert content(tmp_path) == {"check.json": before.encode()}
 
 
 def test_help_loads_no_torch() -> None:

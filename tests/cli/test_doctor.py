@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels import extension
+from carve_kernels import extension, extras
 from tests.cli.conftest import Invoke
 
 
@@ -73,11 +73,11 @@ def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: py
 
 
 def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    from carve_kernels.hf import names
+    from carve_kernels.hf import caches, names
 
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(names, "version", lambda: "5.99.0")
-    monkeypatch.setattr(names, "_CACHES", ("kv_store",))
+    monkeypatch.setattr(caches, "_CACHES", ("kv_store",))
     done = carve("doctor")
     assert done.exit_code == 1
     assert "of 13 checks hold; 5.99.0 is not tested, 5.12 to 5.24 are; cache on the second step" in done.stdout
@@ -103,6 +103,13 @@ def test_transformers_missing() -> None:
     assert "pip install 'transformers" in done.stdout
     assert "Needs mending: transformers." in done.stdout
     assert done.stderr == ""
+
+
+def test_the_versions_to_install_are_those_of_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["transformers-stream>=9", "transformers>=7.1,<8; extra == 'hf'", "torch>=3"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert extras.requirement("transformers") == "transformers>=7.1,<8" and extras.requirement("torch") == "torch>=3"
+    assert extras.requirement("triton") == "triton"
 
 
 def test_torchvision_missing() -> None:

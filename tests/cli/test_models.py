@@ -93,7 +93,8 @@ def test_a_name_that_leads_nowhere_is_one_line(
 def test_an_argument_is_named_as_it_was_typed(run: Invoke, checkpoint: Path, tmp_path: Path) -> None:
     done = run("--max-image-pixels", 0)
     assert done.stderr == "error: --max-image-pixels: expected an integer of at least 1, got int 0\n"
-    # What stands in a file was not typed.
+    # What stands in a file was not typed, but the file's owner was.
     Path(shutil.copytree(checkpoint, tmp_path / "copy"), "carve.json").write_text('{"keep": 7}')
     done = run("--model", tmp_path / "copy")
-    assert done.exit_code == 2 and done.stderr.startswith("error: keep: expected a "), done.output
+    assert done.exit_code == 2 and done.stderr.startswith("error: --model: "), done.output
+    assert "carve.json: keep: " in done.stderr

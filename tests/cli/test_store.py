@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -11,19 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from carve_kernels import AttentionMaps
 from carve_kernels.cli import output
-from carve_kernels.cli.report import FILES, RECORD
+from carve_kernels.cli.ours import png_info
+from carve_kernels.cli.report import FILES, RECORD, write_record
 from carve_kernels.cli.store import Store
+from carve_kernels.maps import encode
 
 
 def write(store: Store, answer: str, files: Sequence[str]) -> None:
     def fill(folder: Path) -> None:
         for name in files:
-            record = {"error": None, "fingerprint": answer}
-            (folder / name).write_text(json.dumps(record) if name == RECORD else answer)
+            save(folder / name, answer)
 
     store.write("1", files, fill)
+
+
+def save(path: Path, answer: str) -> None:
+    """A file as `run` writes it, of this answer."""
+    if path.suffix == ".png":
+        digest = hashlib.sha256(answer.encode()).hexdigest()
+        Image.new("1", (1, 1)).save(path, pnginfo=png_info(answer=answer, **{"saliency.npy": digest}))
+    elif path.suffix == ".safetensors":
+        *maps, tokens = (torch.zeros(1) for _ in range(5))
+        path.write_bytes(encode(AttentionMaps(*maps, (0,), (0,), tokens, dtype=answer)))
+    elif path.name == RECORD:
+        write_record(path.parent, {"error": None, "fingerprint": answer})
+    else:
+        path.write_text(answer)
+
+
+def answer_of(path: Path) -> str:
+    if path.suffix == ".png":
+        return Image.open(path).info["answer"]
+    return AttentionMaps.load(path).dtype if path.suffix == ".safetensors" else path.read_text()
 
 
 def killed(store: Store, answer: str, files: Sequence[str], moves: int) -> bool:
@@ -58,7 +83,7 @@ def test_a_kill_mixes_no_two_answers(tmp_path: Path, first: Sequence[str], secon
             for answer, files in (("old", first), ("new", second)):
                 if store.has("1", {"fingerprint": answer}, pictures=False):
                     assert {path.name for path in there.iterdir()} == set(files)
-                    assert all((there / name).read_text() == answer for name in files if name != RECORD)
+                    assert all(answer_of(there / name) == answer for name in files if name != RECORD)
                     assert answer == "new" or moves == 0
             # The next run does what is missing, and leaves nothing beside it.
             write(store, "new", second)
@@ -86,11 +111,11 @@ def test_an_error_in_the_middle_brings_back_what_was_there(tmp_path: Path, monke
                 write(store, "new", FILES)
         there = tmp_path / str(moves) / "results/1"
         assert json.loads((there / RECORD).read_text())["fingerprint"] == "old"
-        assert all((there / name).read_text() == "old" for name in FILES if name != RECORD)
+        assert all(answer_of(there / name) == "old" for name in FILES if name != RECORD)
 
 
 def test_what_another_command_is_writing_stays(tmp_path: Path) -> None:
-    with output.results(tmp_path, ["carve.json"]) as beside:
+    with output.results(tmp_path, ["carve.json"], lambda path: False) as beside:
         with Store(tmp_path).opened() as store:
             write(store, "old", FILES)
         (beside / "carve.json").write_text("{}")

@@ -37,7 +37,7 @@ def test_a_profile_is_used_unless_the_caller_says_otherwise(tmp_path: Path) -> N
     assert CarveEngine(model, processor, profile={"layers": [3]}).layers == (3,)
     with pytest.raises(ValueError, match=r"profile: expected the path of a carve\.json"):
         CarveEngine(model, processor, profile=tmp_path / "missing.json")
-    with pytest.raises(ValueError, match="preset: expected keys among"):
+    with pytest.raises(ValueError, match=r"^profile: .*'layer' \(did you mean 'layers'"):
         CarveEngine(model, processor, profile={"layer": [3]})
     (directory / "carve.json").write_text("[1]")
     with pytest.raises(ValueError, match="expected a JSON object"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import load
+from carve_kernels import AttentionMaps, CarveEngine, load
 from carve_kernels.hf import loading, processors
 from carve_kernels.hf.loading import profile_of
+from carve_kernels.hf.memory import memory_of
+from carve_kernels.hf.prompts import open_image
 from tests.hf import tiny
 
 
@@ -58,10 +61,53 @@ def test_loaded_model_answers_as_the_saved_one(
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_dtype_and_device(checkpoint: Path) -> None:
-    model, _ = load(checkpoint, dtype=torch.bfloat16, device="meta")
-    assert model.dtype == torch.bfloat16
-    assert model.device.type == "meta"
+def test_dtype_and_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: moved.append(place) or to(self, place))
+    for name, dtype in (("bf16", torch.bfloat16), (torch.bfloat16, torch.bfloat16), ("torch.half", torch.float16)):
+        assert load(checkpoint, dtype=name, device="cpu")[0].dtype == dtype
+    assert moved == [torch.device("cpu")] * 3
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", torch.int8, torch.complex64, None, 16, "Float16", ""])
+def test_another_dtype_is_refused_with_those_that_there_are(checkpoint: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"^dtype: .*float32.*fp16"):
+        load(checkpoint, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [*((name, ValueError) for name in ("cuda:99", "nowhere", "meta", "hpu", "vulkan", "", 99)), (True, TypeError)],
+)
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: Any, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(kind, match=r"^device: .*cpu"):
+        load(checkpoint, device=device)
+
+
+def test_a_tilde_is_the_users_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(checkpoint, target_is_directory=True)
+    model, processor = load("~/model")
+    tiny.picture(60, 40).save(tmp_path / "a.png")
+    (tmp_path / "mine.json").write_text('{"keep": 0.25, "layers": [1], "max_new_tokens": 1}')
+    engine = CarveEngine(model, processor, profile="~/mine.json", memory="~/maps")
+    result = engine(Path("~/a.png"), "what digit is red")
+    assert engine.preset.keep == 0.25 and len(list((tmp_path / "maps").iterdir())) == 1
+    result.task.save("~/task.safetensors")
+    assert AttentionMaps.load("~/task.safetensors").layers == (1,) and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/Org/Name", "s3://bucket/x.png", "data:image/png;base64,AAAA"])
+def test_a_url_is_named_as_one(url: str) -> None:
+    for name, call in (("model", load), ("image", open_image), ("memory", memory_of), ("path", AttentionMaps.load)):
+        with pytest.raises(ValueError, match=rf"^{name}: .*{re.escape(url)} is a URL"):
+            call(url)
 
 
 def _unlink(*names: str) -> Callable[[Path], None]:

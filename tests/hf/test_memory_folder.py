@@ -110,6 +110,18 @@ def test_the_folder_is_bounded_and_the_lately_used_stays(tmp_path: Path) -> None
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3.5 * size
 
 
+def test_a_full_folder_loses_no_file_of_somebody_else(tmp_path: Path) -> None:
+    Memory(tmp_path).keep_maps("one", maps())
+    size = next(tmp_path.iterdir()).stat().st_size
+    theirs = tmp_path / f"{'f' * 64}.safetensors"
+    theirs.write_bytes(b"somebody's own")
+    os.utime(theirs, (1, 1))
+    memory = Memory(tmp_path, maps_bytes=0, folder_bytes=size + 20)
+    for key in ("two", "three"):
+        memory.keep_maps(key, maps())
+    assert theirs.read_bytes() == b"somebody's own" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_a_killed_process_left_goes_and_other_files_stay(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     memory.keep_maps(0, maps())

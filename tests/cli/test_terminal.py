@@ -1,0 +1,212 @@
+"""What is printed where: any encoding, any width, a closed pipe, no terminal; and what to know of a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.cells
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from carve_kernels.cli import app, output
+from carve_kernels.cli.notes import percent
+from carve_kernels.cli.tables import show
+from carve_kernels.hf.engine import CarveEngine
+from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
+
+
+def test_an_encoding_that_lacks_a_character_is_no_error(checkpoint: Path, picture_file: Path, tmp_path: Path) -> None:
+    words = ["-m", checkpoint, "-i", picture_file, "-q", "\u732b\u5728\u54ea\u91cc", "-o", tmp_path / "out", *QUICK]
+    done = CliRunner(charset="ascii").invoke(app, ["run", *map(str, words)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "\\u732b" in done.stdout
+    assert json.loads((tmp_path / "out/result.json").read_text())["question"] == "\u732b\u5728\u54ea\u91cc"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["batch", "-h"], ["run", "-m", "\u732b", "-i", "x", "-q", "x"]])
+def test_every_command_prints_in_ascii(words: list[str]) -> None:
+    done = CliRunner(charset="ascii").invoke(app, words)
+    assert not isinstance(done.exception, UnicodeError) and done.exit_code == (2 if "run" in words else 0), done.output
+
+
+def test_a_name_with_broken_bytes_is_printed(run: Invoke, tmp_path: Path) -> None:
+    done = run("-o", tmp_path / "o\udcff")
+    assert done.exit_code == 0, done.exception
+    assert "\\udcff" in done.stdout
+
+
+def test_streams_are_as_they_were_behind_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with output.printable():
+        print("\u732b")
+    assert stream.errors == "strict"
+    stream.flush()
+    assert stream.buffer.getvalue() == f"\\u732b{os.linesep}".encode()  # type: ignore[attr-defined]
+
+
+def test_a_closed_pipe_is_no_error_of_ours(run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_args: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("carve_kernels.cli.looking.summarise", closed)
+    done = run()
+    assert done.exit_code == 1 and done.stderr == "" and (tmp_path / "out/result.json").is_file()
+
+
+@pytest.mark.parametrize(("width", "kept"), [(80, "abcde"), (50, "abe"), (20, "ae"), (12, "ae")])
+def test_a_narrow_screen_does_without_spare_columns(width: int, kept: str) -> None:
+    console = Console(width=width, file=io.StringIO())
+    lines = [[letter * 10 for letter in "abcde"], ["x"] * 5]
+    show(console, "title", list("abcde"), lines, ["d", "c", "b"])
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {letter for letter in "abcde" if shown.count(letter) >= 10} == set(kept)
+    assert all(rich.cells.cell_len(line) <= width for line in shown.splitlines()) and "\u2026" not in shown
+    assert ("On a wider" in shown) == (len(kept) < 5)
+
+
+def test_the_table_of_profile_can_be_read(
+    carve: Invoke, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    (folder / "questions.jsonl").write_text(json.dumps({**LINES[0], "box": [1, 2, 90, 80]}))
+    words = ("--rows", "last", "--steps", "t_start", *QUICK[:2], "-o", folder / "carve.json")
+    done = carve("profile", "-m", checkpoint, "-i", folder / "questions.jsonl", *words)
+    assert done.exit_code == 0, done.output
+    title, _, heads = done.stdout.splitlines()[:3]
+    assert title.strip() == "1 question about 1 picture" and "t_start" in done.stdout
+    assert all(name in heads for name in ("layer", "rows", "steps", "score", "pointing"))
+
+
+def test_help_has_no_lines_that_end_early(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = carve("batch", "-h").stdout
+    (paragraph,) = (part for part in shown.split("\u256d")[0].split(f"\n{' ' * 80}\n") if "Each question" in part)
+    lines = [line.strip() for line in paragraph.splitlines()]
+    # The next word would not have fitted.
+    for line, after in itertools.pairwise(lines):
+        assert len(line) + 1 + len(after.split()[0]) > 78, lines
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_without_a_terminal_long_work_tells_where_it_is(ask: Ask, run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_EVERY", 0.0)
+    assert "1 of 6: loading the model" in run().stderr
+    told = ask(LINES).stderr
+    assert "1 of 3 questions" in told and "3 of 3 questions" in told
+
+
+def test_the_whole_time_is_told(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A command that began a day ago.
+    monkeypatch.setattr(output.clock, "seconds", lambda: 86_400.0)
+    line = next(line for line in run().stdout.splitlines() if "all" in line)
+    assert "all 86400.0 s" in line and all(
+        part in line for part in ("libraries 86400.0 s", "model", "answers", "files")
+    )
+
+
+@pytest.fixture
+def altered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the engine's results are changed to."""
+    changes: dict[str, Any] = {}
+    answer = CarveEngine.answer
+
+    def changed(self: CarveEngine, *args: Any, **settings: Any) -> Any:
+        return [dataclasses.replace(result, **changes) for result in answer(self, *args, **settings)]
+
+    monkeypatch.setattr(CarveEngine, "answer", changed)
+    return changes
+
+
+def test_no_words_are_told_of(run: Invoke, ask: Ask, folder: Path, altered: dict[str, Any]) -> None:
+    plain = Image.open(folder / "out/panel.png").height if run().exit_code == 0 else 0
+    altered.update(answer="", refined_answer=" ")
+    done = run()
+    assert done.exit_code == 0 and done.stderr == "the model gave no words in its plain and its refined answer\n"
+    (numbers,) = json.loads((folder / "out/result.json").read_text())["presets"].values()
+    assert [f"{note}\n" for note in numbers["notes"]] == [done.stderr]
+    assert Image.open(folder / "out/panel.png").height > plain > 0
+    altered.update(answer="red")
+    assert ask(LINES[:1]).exit_code == 0
+    assert table(folder)[0]["notes"] == ["the model gave no words in its refined answer"]
+
+
+def test_what_the_model_did_not_see_is_told(run: Invoke, folder: Path, altered: dict[str, Any]) -> None:
+    altered.update(unseen=0.4)
+    done = run()
+    assert done.exit_code == 0 and "40 % of the image was outside the model's view" in done.stdout
+    (numbers,) = json.loads((folder / "out/result.json").read_text())["presets"].values()
+    assert numbers["unseen"] == 0.4 and not numbers["notes"]
+
+
+def test_words_that_the_embedded_model_does_not_know(carve: Invoke, picture_file: Path, tmp_path: Path) -> None:
+    for question, told in (("is there a cat", "3 of the 4 tokens"),):
+        done = carve("run", "-m", "small", "-i", picture_file, "-q", question, "-o", tmp_path / "out")
+        assert done.exit_code == 0 and told in done.stderr and "'what digit is red'" in done.stderr, done.output
+
+
+def test_shares_are_never_rounded_to_nothing_or_all() -> None:
+    assert [percent(share) for share in (0.0, 0.001, 0.4, 0.999, 1.0)] == ["0%", "less than 1%", "40%", "99%", "100%"]
+
+
+@pytest.mark.parametrize("key", ["keeep", "Layers", "general_promt"])
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(run: Invoke, tmp_path: Path, key: str) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps({key: 1}))
+    done = run("--preset", tmp_path / "mine.json")
+    meant = {"keeep": "keep", "Layers": "layers", "general_promt": "general_prompt"}[key]
+    assert done.exit_code == 2 and done.stderr.startswith("error: --preset: "), done.output
+    assert done.stderr.index(f"{key!r} (did you mean {meant!r}?)") < done.stderr.index("step_weights")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--image", value) for value in ("https://a.b/c.png", "", "none.png")),
+        *(("--output", value) for value in ("https://a.b/c", "")),
+        *(("--model", value) for value in ("https://huggingface.co/a/b", "~/none")),
+        *(("--dtype", "fp99"), ("--device", "cuda:99"), ("--device", "meta"), ("--attn", "fast"), ("--backend", "gpu")),
+        *(("--question", ""), ("--question", "what <image>"), ("--preset", "papr"), ("--backend", "cuda")),
+        *(
+            ("--rows", "word:blue"),
+            ("--layers", "99"),
+            ("--steps", "x"),
+            ("--keep", "nan"),
+            ("--lam", "x"),
+            ("--top", 0),
+        ),
+    ],
+)
+def test_an_option_is_named_as_it_was_typed(run: Invoke, option: str, value: Any) -> None:
+    done = run(option, value)
+    assert done.exit_code in (1, 2) and done.stderr.startswith(f"error: {option}"), done.output
+    assert "https:/a" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_url_among_the_questions_is_named_with_its_line(ask: Ask) -> None:
+    done = ask([*LINES, {"image": "https://a.b/c.png", "question": QUESTION}])
+    assert done.exit_code == 2 and "line 4: image: " in done.stderr and "https://a.b/c.png is a URL" in done.stderr
+
+
+def test_short_names_of_dtypes_and_a_tilde(
+    run: Invoke, ask: Ask, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("-i", "~/1.png", "-o", "~/deep/out", "--dtype", "bf16").exit_code == 0
+    assert json.loads((tmp_path / "deep/out/result.json").read_text())["model"]["dtype"] == "bfloat16"
+    lines = [{**LINES[0], "image": "~/2.png"}]
+    assert ask(lines, "-o", "~/batch", "--memory", "~/maps", "--dtype", "fp32").exit_code == 0
+    # The same dtype by another name asks nothing again.
+    monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert ask(lines, "-o", "~/batch", "--dtype", "float32").exit_code == 0
+    assert (tmp_path / "maps").is_dir() and not (tmp_path / "~").exists()
