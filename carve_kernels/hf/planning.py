@@ -118,9 +118,11 @@ class Planner:
             return self._step(followed, followed.record, ids, cache, past + 1, 0)
         whole = self._whole
         if repeats and past == 0 and whole is not None and whole.followed.record is not None:
-            repeated = whole.followed.record
-            whole.followed.ids, self._whole = [], Whole(whole.followed, told)
-            return self._step(whole.followed, repeated, ids, cache, length, length - 1)
+            # A cache that holds the shorter prompt goes on by itself from there.
+            followed, repeated = Followed(), whole.followed.record
+            followed.record, followed.prompt, whole.followed.record = repeated, whole.followed.prompt, None
+            self._whole = Whole(followed, told)
+            return self._step(followed, repeated, ids, cache, length, length - 1)
         if followed is None or past == 0:
             followed = Followed()
         record = self._prefill(followed, ids, source, past, cache, given)

@@ -177,6 +177,9 @@ class World:
         if self.draw(st.booleans()):
             other.truths, pixels = [], torch.randn(talk.prompt.pixels.shape, generator=torch.Generator().manual_seed(7))
             other.prompt.pixels = pixels
+        else:
+            # The steps so far are those of the repetition.
+            talk.truths = []
         self.talks.append(other)
         self.forward(other, self.new_tokens(1), False, pixels=pixels)
 
