@@ -57,20 +57,22 @@ def capture_attention(
     model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are looked through
     layers     numbers (negative ones count from the end), a range, one number, "paper" or "all"
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
-               "question": mean of the tokens between the image and the end of the user's text; ("word", WORD): mean of
-               the pieces of its last occurrence; ("text", TEXT): likewise. Rows but the last exist at step 0 only
+               "question": mean of the tokens between the image (or the user's last turn behind it) and the end of the
+               user's text; ("word", WORD): mean of the pieces of its last occurrence behind the image, the user's
+               before the template's; ("text", TEXT): likewise. Rows but the last exist at step 0 only
     tokens     the visual tokens: None finds them in input_ids; a VisualLayout; columns [N] or [B, N], -1 is padding
     processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to tell a question from the
-               template behind it
-    max_steps  forward passes that are kept of one generation; later ones run uncaptured
+               chat template around it
+    max_steps  forward passes that are kept of one generation; later ones run uncaptured, which the log tells
     on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
     backend    the room that captures
     =========  =========================================================================================================
 
-    `session.maps` is the AttentionMaps of the newest prefill and its steps; a new prefill starts anew. The vision tower
-    is not touched, and on leaving, by an error or Ctrl-C too, the model is as before. Raises TypeError or ValueError at
-    once for arguments that do not fit, and in the forward for a prompt that does not fit them, before it runs; beams,
-    several return sequences and assisted decoding raise ValueError.
+    `session.maps` is the AttentionMaps of the prompt that ran last and its steps; a new prefill starts anew, and a step
+    belongs to the cache that its prompt was read into. The vision tower is not touched, and on leaving, by an error or
+    Ctrl-C too, the model is as before. Raises TypeError or ValueError at once for arguments that do not fit, and for a
+    prompt, a mask, a cache or a way of decoding whose map cannot be known, before the model runs where that can be told
+    by then. docs/refusals.md has all of them, and what to do instead.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     return CaptureSession(
@@ -138,7 +140,10 @@ class CaptureSession:
 
     @property
     def maps(self) -> AttentionMaps:
-        """The maps of the newest prefill and the steps behind it, copied out of the buffers."""
+        """The maps of the prompt that ran last and the steps behind it, copied out of the buffers.
+
+        Raises RuntimeError before the first forward, and ValueError where something in it was refused.
+        """
         record = self._planner.record
         if record is None:
             raise RuntimeError(
