@@ -297,3 +297,15 @@ def test_bad_arguments_of_carve_are_named(changes: dict[str, Any], error: type[E
     task, general = maps((3, 5), layers=3)
     with pytest.raises(error, match=message):
         carve(**{"image": photograph(33, 17), "task": task, "general": general, "grid": (3, 5), **changes})
+
+
+@pytest.mark.parametrize("normalize", ["none", "minmax"])
+def test_a_contrast_that_differs_by_rounding_alone_is_constant(normalize: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    general = torch.rand(2, 1, 12, generator=generator) + 0.1
+    noise = torch.randn(2, 1, 12, generator=generator)
+    preset = Preset.paper(lam=0.0, normalize=normalize, layers=(0, 1))
+    for size, reason in ((1e-7, "the saliency is constant"), (1e-3, None)):
+        task = general * (1 + size * noise)
+        outcome = carve(Image.new("RGB", (40, 30)), task, general, grid=(3, 4), box=(0, 0, 40, 30), preset=preset)
+        assert outcome.reason == reason

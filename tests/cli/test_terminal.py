@@ -128,6 +128,7 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_no_words_are_told_of(run: Invoke, ask: Ask, folder: Path, altered: dict[str, Any]) -> None:
+    altered.update(unseen=0.0)
     plain = Image.open(folder / "out/panel.png").height if run().exit_code == 0 else 0
     altered.update(answer="", refined_answer=" ")
     done = run()
