@@ -12,7 +12,7 @@ from rich.text import Text
 
 Cell = str | Text
 
-_WIDE = 160
+_WIDE = 200
 
 
 def screen() -> Console:
