@@ -53,7 +53,7 @@ def model_of(kind: str, implementation: str) -> Any:
 
 @dataclass
 class Prompt:
-    """Ids [B, S] with one picture a row, the columns [B, 4] of its tokens, its pixels, and what is no padding."""
+    """Ids [B, S] with P pictures a row, columns [B, P * 4] of their tokens, pixels, what is no padding."""
 
     ids: torch.Tensor
     columns: torch.Tensor
@@ -74,7 +74,7 @@ def prompt_of(seed: int, batch: int, before: int, behind: int, pads: list[int], 
         columns.append(list(range(left + before, left + before + PICTURE_TOKENS)))
         real = before + behind + PICTURE_TOKENS + width - pad
         attended.append([left <= column < left + real for column in range(len(row))])
-    pixels = torch.randn(batch, 3, 28, 28, generator=generator)
+    pixels = torch.randn(batch, 1, 3, 28, 28, generator=generator)
     return Prompt(torch.tensor(rows), torch.tensor(columns), pixels, torch.tensor(attended))
 
 
@@ -82,7 +82,7 @@ def prompt_of(seed: int, batch: int, before: int, behind: int, pads: list[int], 
 class Conversation:
     """A prompt and the tokens behind it; `keys` are, by layer, the columns of the keys that its cache still holds.
 
-    `truths` are eager's maps [B, L, 4] of the steps so far. `broken` says why the session cannot know it any more.
+    `truths` are eager's maps [B, L, N] of the steps so far. `broken` says why the session cannot know it any more.
     """
 
     prompt: Prompt
@@ -92,6 +92,8 @@ class Conversation:
     keys: list[list[int]] = field(default_factory=lambda: [[] for _ in range(LAYERS)])
     truths: list[torch.Tensor] = field(default_factory=list)
     broken: str | None = None
+    # Whether its steps so far may have gone over to a repetition of it.
+    loose: bool = False
 
     def attended(self) -> torch.Tensor:
         more = self.ids.shape[1] - self.prompt.attended.shape[1]
@@ -131,7 +133,7 @@ def mask_of(name: str, talk: Conversation, new: int, keys: int) -> torch.Tensor 
 
 
 def truth_of(model: Any, talk: Conversation, arguments: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-    """Eager's maps [B, L, 4] of rows [B] of a forward, whose cache is left alone; 0 at keys that are gone."""
+    """Eager's maps [B, L, N] of rows [B] of a forward, whose cache is left alone; 0 at keys that are gone."""
     own = copy.deepcopy(talk.cache)
     mask = arguments.get("attention_mask")
     given = {**arguments, "past_key_values": own, "output_attentions": True, "return_dict": True}
@@ -144,7 +146,7 @@ def truth_of(model: Any, talk: Conversation, arguments: dict[str, Any], rows: to
 
 def gathered(attentions: Any, talk: Conversation, rows: torch.Tensor) -> torch.Tensor:
     batch = rows.shape[0]
-    found = torch.zeros(batch, LAYERS, PICTURE_TOKENS)
+    found = torch.zeros(batch, LAYERS, talk.prompt.columns.shape[1])
     for layer, attention in enumerate(attentions):
         columns = talk.keys[layer]
         keys = attention.shape[-1]

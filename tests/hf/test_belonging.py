@@ -17,7 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def read(model: Any, prompt: Prompt, cache: Any = None, **options: Any) -> Any:
     with torch.no_grad():
-        given = {"input_ids": prompt.ids, "pixel_values": prompt.pixels, "past_key_values": cache, **options}
+        given = {
+            "input_ids": prompt.ids,
+            "pixel_values": prompt.pixels.flatten(0, 1),
+            "past_key_values": cache,
+            **options,
+        }
         return model(**given).past_key_values
 
 
@@ -213,7 +218,10 @@ def test_a_logits_processor_that_calls_the_model() -> None:
             torch.no_grad(),
         ):
             model.generate(
-                input_ids=prompt.ids, pixel_values=prompt.pixels, logits_processor=[guidance], max_new_tokens=3
+                input_ids=prompt.ids,
+                pixel_values=prompt.pixels.flatten(0, 1),
+                logits_processor=[guidance],
+                max_new_tokens=3,
             )
 
 

@@ -29,7 +29,7 @@ def causal(length: int) -> torch.Tensor:
 
 def forward(model: Any, prompt: Prompt, mask: torch.Tensor) -> None:
     with torch.no_grad():
-        model(input_ids=prompt.ids, pixel_values=prompt.pixels, attention_mask=mask)
+        model(input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1), attention_mask=mask)
 
 
 @pytest.mark.parametrize("value", [2.0, -2.0, 1e-3, -1e4, float("inf"), float("nan")])
@@ -59,7 +59,10 @@ def test_an_additive_mask_that_hides(prompt: Prompt, implementation: str, hidden
         forward(model, prompt, torch.zeros(seen.shape).masked_fill(~seen, hidden))
     with torch.no_grad():
         output = model_of("llama", "eager")(
-            input_ids=prompt.ids, pixel_values=prompt.pixels, attention_mask=additive(seen), output_attentions=True
+            input_ids=prompt.ids,
+            pixel_values=prompt.pixels.flatten(0, 1),
+            attention_mask=additive(seen),
+            output_attentions=True,
         )
     for layer, attention in enumerate(output.attentions):
         expected = attention[0, :, -1, prompt.columns[0]].mean(0)
@@ -82,7 +85,7 @@ def test_a_bias_that_the_model_makes_itself(prompt: Prompt, implementation: str)
     try:
         with capture_attention(model, layers="all") as session, torch.no_grad():
             with pytest.raises(ValueError, match=r"^attention_mask: "):
-                model(input_ids=prompt.ids, pixel_values=prompt.pixels)
+                model(input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1))
             with pytest.raises(ValueError, match=r"^attention_mask: "):
                 print(session.maps)
     finally:
