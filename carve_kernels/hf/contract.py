@@ -157,6 +157,12 @@ def cache_on_the_second_step(models: Models) -> None:
     _expect("two forwards", len(given), 2)
     _expect("new tokens in the second forward", given[1]["new"], 1)
     _expect("tokens in the cache of the second forward", given[1]["held"], _PROMPT)
+    cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), _attention(models.text)[1]
+    whole = caches.mark(cache, attention)
+    _expect("keys of a layer in the cache", None if whole is None else whole.keys, _PROMPT)
+    cache.crop(-1)
+    _expect("keys of a cropped cache", caches.mark(cache, attention), whole and whole._replace(keys=_PROMPT - 1))
+    _expect("keys of a static cache", caches.reach(_static(models.text), attention), caches.Reach(None, _PROMPT))
 
 
 def attention_is_looked_up(models: Models) -> None:
@@ -314,6 +320,12 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 2) -> No
 
 def _noted(given: dict[str, Any]) -> dict[str, int]:
     return {"new": given["input_ids"].shape[1], "held": int(caches.cached_tokens(caches.cache_of(given)))}
+
+
+def _static(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=_PROMPT)
 
 
 def _attention(model: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -48,6 +49,20 @@ def test_it_leaves_no_trace() -> None:
 
 def _no_cache(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(caches, "_CACHES", ("kv_store",))
+
+
+def _other_keys(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(caches, "mark", lambda cache, module: None)
+
+
+def _other_crop(patch: pytest.MonkeyPatch) -> None:
+    real = caches.mark
+    count = itertools.count()
+    patch.setattr(caches, "mark", lambda cache, module: real(cache, module)._replace(version=next(count)))
+
+
+def _other_buffers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(caches, "reach", lambda cache, module: caches.Reach(None, None))
 
 
 def _other_scale(patch: pytest.MonkeyPatch) -> None:
@@ -103,6 +118,9 @@ def _no_compiled_call(patch: pytest.MonkeyPatch) -> None:
 
 BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "cache": (_no_cache, {"cache on the second step", "maps of generate"}),
+    "keys": (_other_keys, {"cache on the second step"}),
+    "crop": (_other_crop, {"cache on the second step"}),
+    "buffers": (_other_buffers, {"cache on the second step"}),
     "scale": (_other_scale, {"scale and mask", "map of a forward", "maps of generate"}),
     "eager": (_no_eager, {"eager is looked up"}),
     "registry": (_no_registry, {"attention is looked up", "map of a forward"}),
