@@ -189,7 +189,7 @@ def _unknown(keys: Sequence[Any], known: Sequence[str]) -> str:
 def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
     if not values:
         raise ValueError(f"{name}: expected at least one number, got {values!r}")
-    return tuple(checks.integer(f"{name}[{index}]", value) for index, value in enumerate(values))
+    return tuple(checks.integer(f"{name}[{index}]", checks.plain(value)) for index, value in enumerate(values))
 
 
 def _check_rows(rows: Any) -> None:

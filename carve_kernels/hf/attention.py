@@ -26,6 +26,8 @@ RECORDERS = "_carve_recorders"
 INSTEAD = "_carve_instead"
 
 _FLASH = "flash"
+# Rows of a block mask that are asked at a time.
+_ROWS = 256
 # Implementations that add a mask to the scores whatever its dtype.
 _ADDING = ("eager", "flex_attention")
 
@@ -115,7 +117,7 @@ def visible(
     """
     flash = _FLASH in implementation
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        chosen = attention_mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
+        chosen = attention_mask[..., :keys].expand(rows.shape[0], -1, query_length, keys)
         # The one row of a decode step is that of the mask, which need not be copied.
         if query_length > 1 or rows.shape[1] > 1:
             index = rows[:, None, :, None].expand(-1, chosen.shape[1], -1, chosen.shape[3])
@@ -137,6 +139,11 @@ def visible(
         return Visible(_block_mask_rows(attention_mask, rows, keys))
     if flash and causal and (query_length > 1 or window is not None):
         return Visible(positions=rows + (keys - query_length), window=window)
+    if window is not None and window < keys and not flash and implementation != "eager":
+        raise ValueError(
+            f"attention_mask: expected one under {implementation} with a window of {window}, got none for {keys} keys; "
+            "register a mask function of that name"
+        )
     if not flash and implementation != "eager" and query_length > 1 and causal:
         return Visible(positions=rows)
     return Visible()
@@ -172,22 +179,27 @@ def check_mask(implementation: str, attention_mask: Any, keys: int = 0) -> None:
         if heads != 1:
             raise ValueError(f"attention_mask: expected one for all heads, got a block mask of {heads} heads")
         return
-    got = checks.describe(attention_mask)
     if attention_mask.ndim == 2:
         return
+    wrong = _wrong(implementation, attention_mask, keys)
+    if wrong is not None:
+        raise ValueError(f"attention_mask: expected {wrong}, got {checks.describe(attention_mask)}")
+
+
+def _wrong(implementation: str, attention_mask: torch.Tensor, keys: int) -> str | None:
+    """What a mask should be in place of what it is, or None."""
     if attention_mask.ndim != 4:
-        raise ValueError(f"attention_mask: expected one of 2 or 4 dimensions, got {got}")
+        return "one of 2 or 4 dimensions"
     if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-        raise ValueError(f"attention_mask: expected a bool or an additive mask, got {got}")
+        return "a bool or an additive mask"
     if implementation in _ADDING and attention_mask.dtype == torch.bool:
-        raise ValueError(
-            f"attention_mask: expected an additive mask, 0 where a key is seen and -inf where it is not, got {got}, "
-            f"which {implementation} attention adds to the scores as 0 and 1; give that, or use sdpa"
+        return (
+            f"an additive mask (0 where a key is seen, -inf where it is not) under {implementation}, which adds a bool "
+            "one to the scores as 0 and 1"
         )
     if implementation == "flex_attention" and attention_mask.shape[1] != 1:
-        raise ValueError(f"attention_mask: expected one for all heads under {implementation}, got {got}")
-    if 1 < attention_mask.shape[3] < keys:
-        raise ValueError(f"attention_mask: expected one of {keys} keys, got {got}")
+        return f"one for all heads under {implementation}"
+    return f"one of {keys} keys" if 1 < attention_mask.shape[3] < keys else None
 
 
 def steering() -> ValueError:
@@ -224,23 +236,27 @@ def _steered(mask: torch.Tensor) -> torch.Tensor:
 def attended_columns(attention_mask: Any, batch: int, length: int, total: int) -> torch.Tensor:
     """Which columns of the prompt are no padding, bool [B, total] on the CPU, by the mask that a model was called with.
 
-    A 2-D mask says so itself; a prepared one (`generate` with a static cache hands over a dict of them) by what its
-    last row sees.
+    A 2-D mask says so itself; of a prepared one (`generate` with a static cache hands over a dict of them) they are
+    those that any row sees, and what stands in the cache.
     """
     attention_mask = full_mask(attention_mask)
     attended = torch.ones(batch, total, dtype=torch.bool)
     if attention_mask is None:
         return attended
+    past = 0
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        row = attention_mask.bool()
+        seen = attention_mask.bool()
+    elif isinstance(attention_mask, torch.Tensor):
+        past = total - length
+        seen = attention_mask[..., :total]
+        seen = seen.any(2).any(1) if seen.dtype == torch.bool else seen.amax((1, 2)) > _hidden(seen.dtype)
     else:
-        last = torch.full((batch, 1), length - 1, dtype=torch.int64)
-        if isinstance(attention_mask, torch.Tensor):
-            last = last.to(attention_mask.device)
-        seen = visible("", attention_mask, last, length, total, causal=True, window=None).mask
-        row = attended if seen is None else seen[:, 0, 0]
-    width = min(total, row.shape[1])
-    attended[:, :width] = row[:, :width].cpu()
+        past = total - length
+        rows = torch.arange(length)[None].expand(batch, -1).split(_ROWS, 1)
+        parts = [_block_mask_rows(attention_mask, part.contiguous(), total).any(2).any(1) for part in rows]
+        seen = torch.stack(parts).any(0)
+    width = min(total, seen.shape[1])
+    attended[:, past:width] = seen[:, past:width].cpu()
     return attended
 
 
@@ -249,4 +265,8 @@ def _block_mask_rows(block_mask: Any, rows: torch.Tensor, keys: int) -> torch.Te
     column = torch.arange(keys, device=rows.device)[None, None, :]
     head = torch.zeros((), dtype=torch.long, device=rows.device)
     seen = block_mask.mask_mod(batch, head, rows[:, :, None], column)
+    # A block that is left out is not seen, whatever the function says of its columns.
+    high, wide = block_mask.BLOCK_SIZE
+    blocks = block_mask.to_dense()[:, 0].bool().to(rows.device).expand(rows.shape[0], -1, -1)
+    seen = seen & blocks[batch, (rows // high)[:, :, None], column // wide]
     return seen.expand(rows.shape[0], rows.shape[1], keys)[:, None].contiguous()

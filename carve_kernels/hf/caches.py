@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from carve_kernels.hf import names
 
 # In the order in which they are asked for: the newer name first.
 _CACHES = ("cache", "past_key_values")
 _LENGTH = "get_seq_length"  # what every cache has but a paged one
+_SAMPLES = 16
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
@@ -27,8 +29,8 @@ def cache_of(given: Mapping[str, Any]) -> Any:
             raise names.changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
     elif not hasattr(known, _LENGTH):
         raise ValueError(
-            f"model: its cache is a {type(known).__name__} (continuous batching), which cannot be captured; "
-            "use generate"
+            f"model: expected a cache of transformers, got a {type(known).__name__} (a paged one, of continuous "
+            "batching?), which cannot be captured; use generate, or a DynamicCache"
         )
     return known
 
@@ -68,11 +70,20 @@ class Reach(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What tells the keys of a layer from others: where they lie, how often they were written to, how many they are."""
+    """What tells the keys of a layer from others: where they lie, how often they were written to, how many they are.
 
-    address: int
+    `kept` keeps the address from being given to others; `apart` tells keys that a quantised layer holds elsewhere.
+    """
+
+    address: tuple[int, int]
     version: int | None
     keys: int
+    apart: tuple[int, ...]
+    kept: Any
+
+    def same_place(self, other: Mark) -> bool:
+        """Whether both are of the same keys, of which nothing was written in between, as far as a counter tells."""
+        return (self.address, self.version, self.apart) == (other.address, other.version, other.apart)
 
 
 def cache_in(output: Any) -> Any:
@@ -90,12 +101,14 @@ def reach(cache: Any, module: Any) -> Reach | None:
     Known in: `layers`, `is_sliding`, `sliding_window` and `max_cache_len` 5.12 to 5.24.
     """
     layer = _layer(cache, module)
-    if layer is None:
-        return None
+    return None if layer is None else _reach(layer)
+
+
+def _reach(layer: Any) -> Reach:
     capacity = getattr(layer, "max_cache_len", None)
     if not getattr(layer, "is_sliding", False):
         return Reach(None, capacity)
-    return Reach(capacity if capacity is not None else layer.sliding_window, capacity)
+    return Reach(capacity if capacity is not None else getattr(layer, "sliding_window", None), capacity)
 
 
 def mark(cache: Any, module: Any) -> Mark | None:
@@ -103,11 +116,42 @@ def mark(cache: Any, module: Any) -> Mark | None:
     keys = getattr(_layer(cache, module), "keys", None)
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
         return None
+    version, apart = None if keys.is_inference() else keys._version, _apart(_layer(cache, module))
     try:
-        return Mark(keys.data_ptr(), None if keys.is_inference() else keys._version, keys.shape[2])
-    except RuntimeError:
+        kept = StorageWeakRef(keys.untyped_storage())
+        return Mark((kept.cdata, int(keys.storage_offset())), version, keys.shape[2], apart, kept)
+    except (RuntimeError, NotImplementedError):
         # Tensors without a storage of their own, as those that are spread over devices.
-        return Mark(id(keys), None, keys.shape[2])
+        return Mark((id(keys), 0), version, keys.shape[2], apart, keys)
+
+
+def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
+    """A few numbers of a layer's first `length` keys, which tell them from others where no counter does."""
+    keys = getattr(_layer(cache, module), "keys", None)
+    if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or not keys.shape[2]:
+        return None
+    return keys[:, -1, : length : max(1, length // _SAMPLES), -1].clone()
+
+
+def has_layers(cache: Any) -> bool:
+    """Whether the keys of a cache can be found. Known in: as `reach`."""
+    return getattr(cache, "layers", None) is not None
+
+
+def reaches_in(cache: Any) -> tuple[Reach, ...]:
+    """What the layers of a cache hand over, for a module that uses those of another one. Known in: as `reach`."""
+    return tuple({_reach(layer) for layer in getattr(cache, "layers", None) or ()})
+
+
+def _apart(layer: Any) -> tuple[int, ...]:
+    """Keys that a quantised layer holds in another form, and an order of rows that is still to come."""
+    packed = getattr(layer, "_quantized_keys", None)
+    first = (
+        next((each for each in packed if isinstance(each, torch.Tensor)), packed)
+        if isinstance(packed, tuple)
+        else packed
+    )
+    return tuple(id(each) for each in (first, getattr(layer, "_pending_beam_idx", None)) if each is not None)
 
 
 def _layer(cache: Any, module: Any) -> Any:

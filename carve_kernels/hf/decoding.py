@@ -34,13 +34,15 @@ class Decoding(NamedTuple):
     """What a running `generate` says of its forwards.
 
     `eos` are the tokens that end a row, `chunked` whether the prompt comes in chunks, `ids` the whole prompt where it
-    is given as ids and `length` its tokens, `beside` the name of an argument that may call the model itself.
+    is given as ids, `length` its tokens and `mask` [B, length or more] which are no padding, `beside` the name of an
+    argument that may call the model itself.
     """
 
     eos: tuple[int, ...]
     chunked: bool
     ids: torch.Tensor | None = None
     length: int | None = None
+    mask: torch.Tensor | None = None
     beside: str | None = None
 
 
@@ -76,19 +78,28 @@ class DecodingGuard:
 
         def captured_generate(*args: Any, **kwargs: Any) -> Any:
             given = names.arguments(signature, args, kwargs)
-            config = given.get("generation_config") or getattr(self._model, "generation_config", None)
+            configs = [given.get("generation_config"), getattr(self._model, "generation_config", None)]
+
+            def told(name: str) -> Any:
+                """A setting as `generate` takes it: by name, else by the config, else by the model's own."""
+                values = [given[name]] if name in given else [getattr(config, name, None) for config in configs]
+                return next((value for value in values if value is not None), None)
+
             if given.get("assistant_model") is not None:
                 raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")
             for name, off in _REFUSED.items():
-                value = given.get(name, getattr(config, name, None))
+                value = told(name)
                 if value not in off:
                     raise ValueError(f"{name}: expected {off[-1]} inside capture_attention, got {value!r}")
+            if told("cache_implementation") == "paged":
+                raise ValueError("cache_implementation: expected none in pages inside capture_attention, got 'paged'")
             prompt = names.prompt_of(given)
             decoding = Decoding(
-                end_tokens(given.get("eos_token_id", getattr(config, "eos_token_id", None))),
-                given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None,
+                end_tokens(told("eos_token_id")),
+                told("prefill_chunk_size") is not None,
                 None if prompt is None or prompt.is_floating_point() else prompt,
                 None if prompt is None else prompt.shape[1],
+                mask if isinstance(mask := given.get("attention_mask"), torch.Tensor) and mask.ndim == 2 else None,
                 names.beside_generate(given),
             )
             for session in self.sessions:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING"
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
 _STEPS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
 _DECISIONS = ("logits_processor", "stopping_criteria")
+# What may call the model itself.
+_BESIDE = (*_DECISIONS, "prefix_allowed_tokens_fn", "custom_generate", "streamer")
 _PROMPTS = ("inputs_embeds", "inputs", "input_ids")
 
 Attention = Callable[..., Any]
@@ -362,6 +364,11 @@ def position_notes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     return [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
 
 
+def noted_positions(modules: Iterable[nn.Module]) -> list[Any]:
+    """What these modules have noted of the last prompt's positions. Known in: 5.12 to 5.24."""
+    return [module.rope_deltas for module in modules]
+
+
 def set_position_notes(notes: list[tuple[nn.Module, Any]]) -> None:
     """Put back what `position_notes` found."""
     for module, noted in notes:
@@ -420,7 +427,7 @@ def prompt_of(given: Mapping[str, Any]) -> torch.Tensor | None:
 
 def beside_generate(given: Mapping[str, Any]) -> str | None:
     """The first argument of `generate` that may call the model by itself, or None. Known in: 5.12 to 5.24."""
-    return next((name for name in _DECISIONS if given.get(name)), None)
+    return next((name for name in _BESIDE if given.get(name)), None)
 
 
 def has_own_generate(model: Any) -> bool:

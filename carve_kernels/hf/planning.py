@@ -14,12 +14,14 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention import attended_columns, check_call
-from carve_kernels.hf.backbone import image_token_positions
+from carve_kernels.hf.backbone import decoder_layers, image_token_positions
 from carve_kernels.hf.decoding import Decoding, end_tokens
 from carve_kernels.hf.record import OnLayer, Record
 from carve_kernels.hf.rows import RowsSpec, resolve_rows
 from carve_kernels.hf.sequences import Caches, Followed, Whole
 from carve_kernels.types import VisualLayout
+
+_LAST_COLUMN = 2**31 - 1
 
 
 class _UnderWay(NamedTuple):
@@ -55,6 +57,7 @@ class Planner:
         self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
         self._signature = inspect.signature(model.forward)
         self._caches = Caches()
+        self._noting = [module for module, _ in names.position_notes(model)]
         # The last forward that read a whole prompt, and the prompt and cache of the one under way.
         self._whole: Whole | None = None
         self._under_way = _UnderWay(Followed(), None, None, 0)
@@ -75,9 +78,17 @@ class Planner:
             return
         self._inside, self.running = [], False
         given = names.arguments(self._signature, args, kwargs)
-        record = self._plan(given)
+        before, self.record = self.record, None
+        try:
+            record = self._plan(given, before)
+        except RuntimeError:
+            # It is about who called, and not about a prompt.
+            self.record = before
+            raise
         if record is not None:
-            record.together = self._on_layer is None and caches.keeps_cache(self._model, given)
+            record.together = (
+                self._on_layer is None and caches.keeps_cache(self._model, given) and not self._may_write()
+            )
         self.record = record
         self._begun = self.decoding
         self._inside, self.running = [source], True
@@ -94,9 +105,19 @@ class Planner:
         cache = cache if found is None else found
         if cache is not None:
             self._caches.bind(cache, followed)
-        followed.note(ids, total, cache, self._modules)
+        followed.note(ids, total, cache, self._modules, names.noted_positions(self._noting))
 
-    def _plan(self, given: dict[str, Any]) -> Record | None:
+    def _may_write(self) -> bool:
+        """Whether a hook may write to what was given to an attention, and no counter tells."""
+        if not torch.is_inference_mode_enabled():
+            return False
+        return any(
+            part._forward_hooks or part._forward_pre_hooks
+            for layer in decoder_layers(self._model)
+            for part in layer.modules()
+        )
+
+    def _plan(self, given: dict[str, Any], before: Record | None) -> Record | None:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
@@ -110,9 +131,14 @@ class Planner:
         if behind and cache is None and (ids is not None or length == 1) and not repeats:
             raise self._foreign(f"{length} token(s) come without a known cache")
         followed = None if cache is None else self._caches.get(cache)
+        if followed is not None:
+            # A step that is refused takes nothing from what was there.
+            self.record = before
         if behind and cache is not None and followed is None:
             raise self._foreign(f"{length} token(s) come with another cache")
         past = self._past(cache, followed, length)
+        if followed is not None and past and (given.get("position_ids") is None or self.decoding is not None):
+            self._check_positions(followed)
         if followed is not None and followed.record is not None and length == 1 and self._is_step(followed, past):
             self._whole = None
             return self._step(followed, followed.record, ids, cache, past + 1, 0)
@@ -121,12 +147,12 @@ class Planner:
             # A cache that holds the shorter prompt goes on by itself from there.
             followed, repeated = Followed(), whole.followed.record
             followed.record, followed.prompt, whole.followed.record = repeated, whole.followed.prompt, None
-            self._whole = Whole(followed, told)
+            self._whole = Whole(followed, told, self.decoding is not None)
             return self._step(followed, repeated, ids, cache, length, length - 1)
         if followed is None or past == 0:
             followed = Followed()
         record = self._prefill(followed, ids, source, past, cache, given)
-        self._whole = Whole(followed, told) if past == 0 else None
+        self._whole = Whole(followed, told, self.decoding is not None) if past == 0 else None
         self._under_way = _UnderWay(followed, ids, cache, past + length)
         return record
 
@@ -138,10 +164,18 @@ class Planner:
         if total <= record.length:
             record.rewind(total - 1)
         if record.step == 0:
-            record.reaches = self._reaches(cache)
+            record.reaches, record.shared = self._reaches(cache), caches.reaches_in(cache)
         record.advance(ids, total, column)
         self._under_way = _UnderWay(followed, ids, cache, total)
         return record
+
+    def _check_positions(self, followed: Followed) -> None:
+        """Whether a model that keeps notes of a prompt's positions, as Qwen-VL, has those of this one."""
+        if not followed.has_positions(names.noted_positions(self._noting)):
+            raise ValueError(
+                "position_ids: expected those of this prompt, since the model has noted the positions of another one "
+                "since and would go on from there; give them in a forward, or run the prompt anew"
+            )
 
     def _foreign(self, what: str) -> Exception:
         """The error for a forward inside generate that is not generate's own, or that hides its cache."""
@@ -166,13 +200,20 @@ class Planner:
             past = int(held)
         if past > 0:
             followed.follow(cache, self._modules, self._layers, past)
+            written = followed.was_written(cache, self._modules[0])
+            if written is not None and written.device.type != "cpu" and followed.record is not None:
+                followed.record.doubts["cache"].logical_or_(written)
+            elif written is not None and bool(written):
+                raise ValueError(
+                    "cache: expected it as the last forward left it, but other keys were written to it since; run the "
+                    "prompt anew"
+                )
         return past
 
     def _is_step(self, followed: Followed, past: int) -> bool:
         """Whether one token behind a cache is a decode step: the rest of a prompt may be one token as well."""
-        if self.decoding is not None and self.decoding.length is not None:
-            return past >= self.decoding.length
-        return past >= followed.prompt
+        prompt = 0 if self.decoding is None else self.decoding.length or 0
+        return past >= max(prompt, followed.prompt)
 
     def _reaches(self, cache: Any) -> tuple[caches.Reach | None, ...]:
         return tuple(caches.reach(cache, module) for module in self._modules)
@@ -191,7 +232,10 @@ class Planner:
         batch, length = source.shape[:2]
         total = past + length
         known = self._known(followed, ids, past, total)
-        attended = attended_columns(given.get("attention_mask"), batch, length, total)
+        mask = given.get("attention_mask")
+        if self.decoding is not None and self.decoding.mask is not None and self.decoding.mask.shape[1] >= total:
+            mask = self.decoding.mask[:, :total]
+        attended = attended_columns(mask, batch, length, total)
         tokens = self._visual_tokens(known, batch, total)
         if tokens is None:
             followed.record, followed.prompt = None, total
@@ -208,6 +252,7 @@ class Planner:
             tokens,
             self._layout,
             reaches=self._reaches(cache),
+            shared=caches.reaches_in(cache),
             device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
@@ -227,6 +272,8 @@ class Planner:
             followed.ids = None if told is None or told.shape[1] < total else [told[:, :past]]
         known = followed.known(ids, total)
         if known is not None and told is not None and told.shape == known.shape and not torch.equal(known, told):
+            if self.decoding is not None and self.decoding.beside is not None:
+                raise self._foreign("other tokens come than it was given")
             raise ValueError(
                 "input_ids: expected the tokens that the cache was filled with, followed by new ones, but they differ "
                 f"from column {int((known != told).any(0).nonzero()[0])} on; run the prompt anew"
@@ -257,6 +304,8 @@ class Planner:
         if tokens.shape[0] != batch:
             raise ValueError(f"tokens: expected 1 or {batch} rows as the batch, got {checks.describe(self._tokens)}")
         if tokens.numel() and int(tokens.max()) >= length:
+            if self.decoding is not None and self.decoding.chunked:
+                return None
             raise ValueError(
                 f"tokens: expected columns below the prompt's {length} tokens, got {int(tokens.max())}; was the prompt "
                 "truncated?"
@@ -292,11 +341,14 @@ def check_tokens(
     if not isinstance(tokens, torch.Tensor):
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TypeError(f"tokens: expected a VisualLayout, columns or None, got {checks.describe(tokens)}")
-        tokens = torch.tensor([checks.integer(f"tokens[{place}]", token) for place, token in enumerate(tokens)])
+        numbers = [checks.integer(f"tokens[{place}]", checks.plain(token)) for place, token in enumerate(tokens)]
+        if max((abs(number) for number in numbers), default=0) > _LAST_COLUMN:
+            raise ValueError(f"tokens: expected columns of a prompt, got {checks.describe(numbers)}")
+        tokens = torch.tensor(numbers)
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
         raise ValueError(f"tokens: expected at least one column, int [N] or [B, N], got {checks.describe(tokens)}")
     columns = tokens.detach().cpu().to(torch.int64).reshape(-1, tokens.shape[-1])
-    if int(columns.min()) < -1 or not bool((columns >= 0).any()):
+    if int(columns.min()) < -1 or int(columns.max()) > _LAST_COLUMN or not bool((columns >= 0).any()):
         raise ValueError(
             f"tokens: expected columns from 0 on, and -1 for padding, got {checks.describe(columns.tolist())}"
         )

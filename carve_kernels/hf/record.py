@@ -47,16 +47,19 @@ class _Batch:
     first: int
     like: _Like
     given: Any
+    version: int | None
     tokens: torch.Tensor
     mask: torch.Tensor | None
     positions: torch.Tensor | None
     window: int | None
     query: list[torch.Tensor] = field(default_factory=list)
     key: list[torch.Tensor] = field(default_factory=list)
+    written: list[int | None] = field(default_factory=list)
     sink: list[torch.Tensor] = field(default_factory=list)
 
     def takes(self, index: int, like: _Like, given: Any) -> bool:
-        return self.given is given and self.like == like and index == self.first + len(self.query)
+        same = self.given is given and self.version == _version(given)
+        return same and self.like == like and index == self.first + len(self.query)
 
 
 class Record:
@@ -70,6 +73,7 @@ class Record:
         layout: VisualLayout | None,
         *,
         reaches: tuple[Reach | None, ...],
+        shared: tuple[Reach, ...],
         device: torch.device,
         past: int,
         length: int,
@@ -84,7 +88,8 @@ class Record:
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
         self.rows = (rows.columns - past).to(device)
-        self.reaches = reaches
+        # How many keys each layer is handed; one that uses another layer's keys is handed as many as some layer is.
+        self.reaches, self.shared = reaches, shared
         self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers = _buffers(1, len(layers), batch, captured, tokens.shape[1], device)
@@ -193,6 +198,7 @@ class Record:
             query = query.gather(2, picked[:, None, :, None].expand(-1, heads, -1, size))
         pending.query.append(query)
         pending.key.append(key)
+        pending.written.append(_version(key))
         if told.sink is not None:
             pending.sink.append(told.sink)
         self.dtype = str(query.dtype).removeprefix("torch.")
@@ -222,12 +228,11 @@ class Record:
                 raise ValueError(f"layers: layer {layer} runs again in one forward, and one map of it is kept")
             self.met = index
         reach, keys = self.reaches[index], key.shape[2]
-        if reach is None:
-            reach = Reach(told.window, None)
+        known = (reach,) if reach is not None else (Reach(told.window, None), *self.shared)
         if not compiling:
-            if keys != self.length and not reach.hands_over(keys, self.length, rows):
+            if keys != self.length and not any(each.hands_over(keys, self.length, rows) for each in known):
                 raise ValueError(f"cache: layer {layer} has {keys} keys, {self.length} were seen; {_EVICTED}")
-        elif reach.window is None and keys != reach.capacity:
+        elif all(each.window is None and keys != each.capacity for each in known):
             self.doubts["cache"].logical_or_(self.seen != keys)
 
     def _batch(
@@ -258,7 +263,16 @@ class Record:
                 self.doubts["attention_mask"].logical_or_(seen.steered)
             elif bool(seen.steered):
                 raise steering()
-        return _Batch(index, like, attention_mask, self._columns(keys), seen.mask, seen.positions, seen.window)
+        return _Batch(
+            index,
+            like,
+            attention_mask,
+            _version(attention_mask),
+            self._columns(keys),
+            seen.mask,
+            seen.positions,
+            seen.window,
+        )
 
     def _columns(self, keys: int) -> torch.Tensor:
         """Where the tokens stand among these keys: a sliding cache hands over its last ones only, so they move left."""
@@ -272,6 +286,11 @@ class Record:
         self.pending = None
         if pending is None:
             return
+        if [_version(key) for key in pending.key] != pending.written:
+            raise ValueError(
+                f"cache: keys of layer {self.layers[pending.first]} or behind it were written to after their attention "
+                "and before their capture; use on_layer, which captures each layer at once"
+            )
         scale, softcap = pending.like[:2]
         torch.ops.carve_kernels.capture_layers(
             pending.query, pending.key, pending.tokens, pending.mask, pending.positions, pending.sink, scale, softcap,
@@ -331,6 +350,13 @@ class Record:
         for step, ids in enumerate(self.fed[: min(steps - 1, self.step)], start=1):
             alive[:, step] = alive[:, step - 1] & ~torch.isin(ids, ends)
         return alive
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was written to; None where nobody counts, as for a mask that is none."""
+    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return value._version
 
 
 def _buffers(steps: int, layers: int, batch: int, rows: int, tokens: int, device: torch.device) -> Capture:

@@ -24,6 +24,11 @@ class Followed:
         self.length = 0
         self.prompt = 0
         self._marks: list[caches.Mark | None] | None = None
+        # Some of its keys, where no counter tells whether they were written to.
+        self._sample: torch.Tensor | None = None
+        self._noted = 0
+        # What modules had noted of its positions when its last forward ended.
+        self._positions: list[Any] = []
 
     def known(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """All ids on the CPU, those of a forward behind them, where there are `length` of them."""
@@ -33,11 +38,18 @@ class Followed:
         whole = torch.cat([piece.detach().cpu() for piece in pieces], 1)
         return whole if whole.shape[1] == length else None
 
-    def note(self, ids: torch.Tensor | None, length: int, cache: Any, modules: Sequence[nn.Module]) -> None:
-        """After a forward of so many ids: how it left the cache."""
-        self.ids = None if ids is None or self.ids is None else [*self.ids, ids.detach()]
+    def note(
+        self, ids: torch.Tensor | None, length: int, cache: Any, modules: Sequence[nn.Module], positions: list[Any]
+    ) -> None:
+        """After a forward of so many ids: how it left the cache, and what the model noted of positions."""
+        self._positions = positions
+        # A caller may use the tensor again for other ids.
+        self.ids = None if ids is None or self.ids is None else [*self.ids, ids.detach().clone()]
         self.length = length
         self._marks = [caches.mark(cache, module) for module in modules]
+        uncounted = any(left is not None and left.version is None for left in self._marks)
+        self._sample = caches.sample(cache, modules[0], length) if uncounted else None
+        self._noted = length
 
     def follow(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], held: int) -> None:
         """Before a forward: go back to where the cache was cropped to, if it was.
@@ -51,7 +63,8 @@ class Followed:
             )
         for layer, module, left in zip(layers, modules, self._marks, strict=True):
             found = caches.mark(cache, module)
-            if found is None and left is None and held == self.length:
+            # A layer that uses the keys of another one has none.
+            if found is None and left is None and held == self.length and caches.has_layers(cache):
                 continue
             if found is None or left is None or not _only_cropped(left, found, self.length, held):
                 raise ValueError(
@@ -61,6 +74,20 @@ class Followed:
                 )
         if held < self.length:
             self._cut(held)
+
+    def has_positions(self, positions: list[Any]) -> bool:
+        """Whether what the model has noted of positions is still what it noted of this prompt."""
+        return all(
+            now is then or (isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor) and torch.equal(now, then))
+            for now, then in zip(positions, self._positions, strict=True)
+        )
+
+    def was_written(self, cache: Any, module: nn.Module) -> torch.Tensor | None:
+        """Whether keys are others than those noted, on their device; None where a counter has told it already."""
+        if self._sample is None:
+            return None
+        found = caches.sample(cache, module, self._noted)
+        return None if found is None or found.shape != self._sample.shape else (found != self._sample).any()
 
     def _cut(self, length: int) -> None:
         self.length = length
@@ -95,12 +122,14 @@ class Caches:
 
 
 class Whole:
-    """A forward that read a whole prompt, for telling whether a later one repeats it with one more token."""
+    """A forward that read a whole prompt, for telling whether a later one repeats it with one more token.
 
-    def __init__(self, followed: Followed, given: Mapping[str, Any]) -> None:
+    Inside `generate` nobody changes what was given; outside of it a tensor may be used again for other numbers.
+    """
+
+    def __init__(self, followed: Followed, given: Mapping[str, Any], generating: bool) -> None:
         self.followed = followed
-        self._given = dict(given)
-        self._versions = {name: _version(value) for name, value in given.items()}
+        self._given = dict(given) if generating else {name: _copied(value) for name, value in given.items()}
 
     def repeated(self, ids: torch.Tensor | None, given: Mapping[str, Any]) -> bool:
         """Whether the arguments are those of this forward, pixels included, with one more token."""
@@ -108,9 +137,7 @@ class Whole:
         if ids is None or before is None or ids.shape != (before.shape[0], before.shape[1] + 1):
             return False
         return all(
-            self._versions.get(name) == _version(self._given.get(name))
-            and _continues(self._given.get(name), given.get(name), before.shape[1])
-            for name in {**self._given, **given}
+            _continues(self._given.get(name), given.get(name), before.shape[1]) for name in {**self._given, **given}
         )
 
 
@@ -120,7 +147,7 @@ _SETTINGS = (bool, int, float, str, type(None))
 
 def _only_cropped(left: caches.Mark, found: caches.Mark, length: int, held: int) -> bool:
     """Whether keys are those that a forward left behind, of which the first `held` may have been kept alone."""
-    if (left.address, left.version) != (found.address, found.version) or held > length:
+    if not left.same_place(found) or held > length:
         return False
     if held == length:
         return found.keys == left.keys
@@ -128,8 +155,12 @@ def _only_cropped(left: caches.Mark, found: caches.Mark, length: int, held: int)
     return found.keys == left.keys > length or (left.keys == length and found.keys in (held, length))
 
 
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {name: _copied(each) for name, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _continues(before: Any, after: Any, length: int) -> bool:

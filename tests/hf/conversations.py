@@ -48,6 +48,7 @@ def model_of(kind: str, implementation: str) -> Any:
                     parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
     model.set_attn_implementation(implementation)
     model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [IMAGE]
     return model
 
 

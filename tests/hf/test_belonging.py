@@ -11,6 +11,7 @@ import torch
 from carve_kernels import AttentionMaps, capture_attention
 from tests.hf.conversations import LAYERS, Prompt, model_of, new_cache, prompt_of
 from tests.hf.looks import family, generate, inputs_of
+from tests.hf.tiny import inputs_for, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -241,3 +242,133 @@ def test_the_last_chunk_of_a_prompt_is_one_token() -> None:
     with capture_attention(model, layers="all") as session:
         generate(model, inputs, steps=3, prefill_chunk_size=length - 1)
     same(session.maps, whole)
+
+
+def test_ids_whose_tensor_is_used_again() -> None:
+    model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
+    ids = prompt.ids.clone()
+    with capture_attention(model, layers="all") as session, torch.no_grad():
+        given = {"input_ids": ids, "pixel_values": prompt.pixels.flatten(0, 1)}
+        cache = model(**given).past_key_values
+        ids.copy_(ids.roll(2, 1))
+        model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+    assert session.maps.tokens.tolist() == prompt.columns.tolist()
+
+
+@pytest.mark.parametrize("kind", ["data", "numpy", "list"])
+def test_pixels_that_change_uncounted_are_other_pixels(kind: str) -> None:
+    model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
+    longer = torch.cat([prompt.ids, torch.tensor([[7]])], 1)
+    pixels = torch.from_numpy(prompt.pixels.flatten(0, 1).numpy().copy())
+    with capture_attention(model, layers="all") as session, torch.no_grad():
+        model(input_ids=prompt.ids, pixel_values=pixels, use_cache=False)
+        if kind == "data":
+            pixels.data.mul_(-1)
+        elif kind == "numpy":
+            pixels.numpy()[:] *= -1
+        model(input_ids=longer, pixel_values=pixels, use_cache=False)
+    assert session.maps.steps == ((0, 1) if kind == "list" else (0,))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_keys_that_a_hook_writes_to_behind_their_attention(cache: str, mode: Any) -> None:
+    """Each layer is captured from the keys that it attended to, or refused."""
+    model, prompt = model_of("llama", "sdpa"), prompt_of(4, 1, 2, 3, [0], "left")
+    expected = alone(model, prompt, [])
+    held = new_cache(cache, model)
+    attention = model.model.language_model.layers[1].self_attn
+
+    def write(*_: Any) -> None:
+        held.layers[1].keys.mul_(1.5)
+
+    hook = attention.register_forward_hook(write)
+    try:
+        with mode(), capture_attention(model, layers=[1, 2]) as session:
+            given = {"input_ids": prompt.ids, "pixel_values": prompt.pixels.flatten(0, 1), "past_key_values": held}
+            try:
+                model(**given)
+                found = session.maps.values
+            except ValueError as error:
+                assert str(error).startswith("cache: ")
+                return
+        assert torch.allclose(found[:, 0], expected.values[:, 1], rtol=1e-4, atol=1e-7)
+    finally:
+        hook.remove()
+
+
+def test_a_static_cache_that_is_filled_anew_where_nothing_counts() -> None:
+    model = model_of("llama", "sdpa")
+    first, second = (prompt_of(seed, 1, 2, 3, [0], "left") for seed in (1, 2))
+    cache = new_cache("static", model)
+    with torch.inference_mode(), capture_attention(model, layers="all"):
+        read(model, first, cache)
+        cache.reset()
+        embeds = model.get_input_embeddings()(second.ids)
+        model.model.language_model(inputs_embeds=embeds, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"^cache: "):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+class Closed:
+    """A cache of somebody's own, whose keys nobody can see from outside."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "layers":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def test_a_cache_whose_keys_cannot_be_seen() -> None:
+    model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
+    cache = Closed(new_cache("dynamic", model))
+    with capture_attention(model, layers="all") as session:
+        read(model, prompt, cache)
+        assert session.maps.steps == (0,)
+        with pytest.raises(ValueError, match=r"^cache: "):
+            step(model, cache)
+
+
+@pytest.mark.parametrize("where", ["model", "config"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_beams", 2), ("guidance_scale", 1.5), ("prompt_lookup_num_tokens", 2), ("num_return_sequences", 2)],
+)
+def test_settings_of_the_models_own_config_hold_beside_another(name: str, value: Any, where: str) -> None:
+    from transformers import GenerationConfig
+
+    model, prompt = copy.deepcopy(model_of("llama", "sdpa")), prompt_of(9, 1, 2, 3, [0], "left")
+    given = GenerationConfig(max_new_tokens=3)
+    setattr(model.generation_config if where == "model" else given, name, value)
+    with capture_attention(model, layers="all"), pytest.raises(ValueError, match=f"^{name}: "):
+        model.generate(
+            input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1), generation_config=given, do_sample=False
+        )
+
+
+def test_the_models_own_end_token_holds_beside_a_given_config() -> None:
+    from transformers import GenerationConfig
+
+    model, prompt = copy.deepcopy(model_of("llama", "sdpa")), prompt_of(9, 2, 2, 3, [0, 0], "left")
+    given = {"input_ids": prompt.ids, "pixel_values": prompt.pixels.flatten(0, 1), "do_sample": False}
+    answers = model.generate(**given, max_new_tokens=4)[:, prompt.ids.shape[1] :]
+    model.generation_config.eos_token_id = int(answers[0, 0])
+    with capture_attention(model, layers="all") as session:
+        model.generate(**given, generation_config=GenerationConfig(max_new_tokens=4))
+    assert session.maps.last_step(0) == 0
+
+
+def test_positions_of_another_prompt() -> None:
+    """Qwen-VL notes where a prompt's positions end: a step of an earlier one would go on from another's."""
+    model, processor = family("qwen2_5_vl")
+    wide, small = (inputs_for(processor, [picture(*size)], ["what digit is red"]) for size in ((224, 56), (84, 84)))
+    with torch.no_grad(), capture_attention(model, layers=[1]) as session:
+        first = model(**wide, use_cache=True).past_key_values
+        model(**small, use_cache=True)
+        with pytest.raises(ValueError, match=r"^position_ids: "):
+            step(model, first)
+        model(**wide, use_cache=True)
+        assert session.maps.steps == (0,)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from carve_kernels import capture_attention
+from carve_kernels.hf.attention import visible
 from carve_kernels.hf.backbone import attention_modules
 from tests.hf.conversations import Prompt, additive, model_of, prompt_of
 from tests.hf.looks import family, inputs_of
@@ -170,3 +171,66 @@ def test_packed_rows_that_come_as_a_mask_are_kept_apart() -> None:
         model(**alone)
     assert not session.maps.values[..., :half].any()
     assert torch.allclose(session.maps.values[..., half:], single.maps.values, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_no_padding_by_a_prepared_mask() -> None:
+    """The last row of a window, or of a mask of the user's own, does not see all of the prompt."""
+    for kind, mask in (("mistral", None), ("llama", "own")):
+        model, long = model_of(kind, "sdpa"), prompt_of(1, 1, 8, 9, [0], "left")
+        length = long.ids.shape[1]
+        given: dict[str, Any] = {"input_ids": long.ids, "pixel_values": long.pixels.flatten(0, 1)}
+        if mask is not None:
+            given["attention_mask"] = causal(length)
+            given["attention_mask"][..., -1, 5:7] = False
+        for rows in ([5, 14], length - 2):
+            with capture_attention(model, layers="all", rows=rows) as session, torch.no_grad():
+                if mask is None:
+                    model.generate(**given, cache_implementation="static", max_new_tokens=1, do_sample=False)
+                else:
+                    model(**given)
+            found = session.maps.values[:, :, 0]
+            with torch.no_grad():
+                eager = {**given, "attention_mask": additive(given["attention_mask"])} if mask else given
+                told = model_of(kind, "eager")(**eager, output_attentions=True).attentions
+            columns = rows if isinstance(rows, list) else list(range(length - rows, length))
+            for layer, attention in enumerate(told):
+                expected = attention[0][:, columns][..., long.columns[0]].mean(0)
+                assert torch.allclose(found[0, layer], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_mask_of_one_row_serves_all(prompt: Prompt) -> None:
+    model, length = model_of("llama", "sdpa"), prompt.ids.shape[1]
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    mask[..., 4] = False
+    with capture_attention(model, layers="all") as session:
+        forward(model, prompt, mask)
+    with torch.no_grad():
+        output = model_of("llama", "eager")(
+            input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1), attention_mask=additive(mask),
+            output_attentions=True,
+        )  # fmt: skip
+    for layer, attention in enumerate(output.attentions):
+        expected = attention[0, :, -1, prompt.columns[0]].mean(0)
+        assert torch.allclose(session.maps.values[0, layer, 0, 0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_block_mask_hides_by_its_blocks() -> None:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, keys = torch.tensor([[0, 200, 255]]), 256
+    # The second block of rows sees the second block of keys alone.
+    mask = BlockMask.from_kv_blocks(
+        torch.tensor([[[1, 1]]], dtype=torch.int32),
+        torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32),
+        mask_mod=lambda batch, head, row, key: row >= key,
+    )
+    seen = visible("flex_attention", mask, rows, 256, keys, causal=True, window=None).mask
+    assert seen is not None
+    assert [line.nonzero()[:, 0].tolist() for line in seen[0, 0]] == [[0], [*range(128, 201)], [*range(128, 256)]]
+
+
+def test_a_window_without_a_mask_under_a_name_that_masks_nothing() -> None:
+    rows = torch.tensor([[9]])
+    with pytest.raises(ValueError, match=r"^attention_mask: "):
+        visible("mine", None, rows, 10, 10, causal=True, window=4)
+    assert visible("flash_attention_2", None, rows, 10, 10, causal=True, window=4).window == 4
