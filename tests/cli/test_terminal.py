@@ -192,6 +192,46 @@ def test_an_option_is_named_as_it_was_typed(run: Invoke, option: str, value: Any
     assert "https:/a" not in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_an_implementation_that_is_not_installed_is_named_as_it_was_typed(
+    run: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise ImportError("FlashAttention2 is not installed")
+
+    monkeypatch.setattr("carve_kernels.hf.names.set_implementation", refuse)
+    done = run("--attn", "flash_attention_2")
+    assert done.exit_code == 1 and done.stderr.startswith("error: --attn: FlashAttention2 is not installed"), (
+        done.output
+    )
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "batch", "profile"])
+@pytest.mark.parametrize("size", [(200, 110), (20_000, 20_000)])
+def test_advice_is_given_in_options(
+    carve: Invoke, checkpoint: Path, tmp_path: Path, command: str, size: tuple[int, int]
+) -> None:
+    Image.new("1", size).save(tmp_path / "large.png")
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"image": "large.png", "question": QUESTION}))
+    given = ("-i", tmp_path / "large.png", "-q", QUESTION) if command == "run" else ("-i", tmp_path / "lines.jsonl")
+    limit = ("--max-image-pixels", 100) if size[0] < 1000 else ()
+    done = carve(command, "-m", checkpoint, *given, "-o", tmp_path / "out", *limit, *QUICK[:2])
+    assert done.exit_code in (1, 2) and "raise --max-image-pixels" in done.stderr, done.output
+    assert "max_image_pixels" not in done.stderr
+    if command == "batch":
+        assert "max_image_pixels" not in (tmp_path / "out/results.jsonl").read_text()
+
+
+def test_pickles_are_allowed_by_an_option(run: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "pickled" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
+    done = run("-m", tmp_path / "pickled")
+    assert done.exit_code == 2 and "pass --allow-pickle if" in done.stderr and "allow_pickle" not in done.stderr
+
+
 def test_a_url_among_the_questions_is_named_with_its_line(ask: Ask) -> None:
     done = ask([*LINES, {"image": "https://a.b/c.png", "question": QUESTION}])
     assert done.exit_code == 2 and "line 4: image: " in done.stderr and "https://a.b/c.png is a URL" in done.stderr
