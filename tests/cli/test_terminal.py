@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 from carve_kernels.cli import app, output
 from carve_kernels.cli.notes import percent
+from carve_kernels.cli.report import _settings
 from carve_kernels.cli.tables import show
 from carve_kernels.hf.engine import CarveEngine
+from carve_kernels.presets import Preset
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
 
 
@@ -159,6 +162,14 @@ def test_shares_are_never_rounded_to_nothing_or_all() -> None:
     assert [percent(share) for share in (0.0, 0.001, 0.4, 0.999, 1.0)] == ["0%", "less than 1%", "40%", "99%", "100%"]
 
 
+@pytest.mark.parametrize(
+    ("keep", "told"), [(0.2, "20%"), (0.29, "29%"), (0.999, "99.9%"), (0.001, "0.1%"), (1.0, "100%")]
+)
+def test_what_to_keep_is_told_as_it_was_set(keep: float, told: str) -> None:
+    result: Any = SimpleNamespace(preset=Preset(keep=keep), task=SimpleNamespace(layers=(1, 2)))
+    assert f"top {told} of the pixels" in _settings(result)
+
+
 @pytest.mark.parametrize("key", ["keeep", "Layers", "general_promt"])
 def test_an_unknown_key_is_named_with_the_one_that_was_meant(run: Invoke, tmp_path: Path, key: str) -> None:
     (tmp_path / "mine.json").write_text(json.dumps({key: 1}))
@@ -207,19 +218,20 @@ def test_an_implementation_that_is_not_installed_is_named_as_it_was_typed(
 
 
 @pytest.mark.parametrize("command", ["run", "batch", "profile"])
-@pytest.mark.parametrize("size", [(200, 110), (20_000, 20_000)])
+@pytest.mark.parametrize("whose", ["ours", "Pillow's"])
 def test_advice_is_given_in_options(
-    carve: Invoke, checkpoint: Path, tmp_path: Path, command: str, size: tuple[int, int]
+    carve: Invoke, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, whose: str
 ) -> None:
-    Image.new("1", size).save(tmp_path / "large.png")
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"image": "large.png", "question": QUESTION}))
-    given = ("-i", tmp_path / "large.png", "-q", QUESTION) if command == "run" else ("-i", tmp_path / "lines.jsonl")
-    limit = ("--max-image-pixels", 100) if size[0] < 1000 else ()
-    done = carve(command, "-m", checkpoint, *given, "-o", tmp_path / "out", *limit, *QUICK[:2])
+    if whose == "Pillow's":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    limit = ("--max-image-pixels", 100) if whose == "ours" else ()
+    (folder / "lines.jsonl").write_text(json.dumps(LINES[0]))
+    given = ("-i", folder / "1.png", "-q", QUESTION) if command == "run" else ("-i", folder / "lines.jsonl")
+    done = carve(command, "-m", checkpoint, *given, "-o", folder / "out", *limit, *QUICK[:2])
     assert done.exit_code in (1, 2) and "raise --max-image-pixels" in done.stderr, done.output
     assert "max_image_pixels" not in done.stderr
     if command == "batch":
-        assert "max_image_pixels" not in (tmp_path / "out/results.jsonl").read_text()
+        assert "max_image_pixels" not in (folder / "out/results.jsonl").read_text()
 
 
 def test_pickles_are_allowed_by_an_option(run: Invoke, checkpoint: Path, tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_a_damaged_file_is_passed_over_and_written_anew(
 
 
 @pytest.mark.parametrize(
-    "theirs", [b"", b"something else altogether", save({"values": torch.ones(2)}), "folder", "link"]
+    "theirs",
+    [b"", b"something else altogether", save({"values": torch.ones(2)}), "folder", "link"],
+    ids=["empty", "text", "safetensors", "folder", "link"],
 )
 def test_a_file_of_somebody_else_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: bytes | str) -> None:
     folder = tmp_path / "maps"
