@@ -109,7 +109,8 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
         if type(value) is type(option) and value == option:
             return value
     options = ", ".join(repr(option) for option in allowed)
-    raise ValueError(f"{name}: expected one of {options}, got {describe(value)}")
+    expected = f"one of {options}" if len(allowed) > 1 else options
+    raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def text(name: str, value: Any) -> str:

@@ -32,8 +32,8 @@ def refuse_foreign(name: str, path: Path, is_ours: Callable[[Path], bool]) -> No
     # What a link leads to would stay, but the link would go.
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_ours(path)):
         raise ValueError(
-            f"{name}: {path} is there and was not written by carve_kernels, so it is not replaced; choose another "
-            f"{name}, or move it away"
+            f"{name}: {path} is there and was not written by this version of carve_kernels, or was changed since, so "
+            f"it is not replaced; choose another {name}, or move it away"
         )
 
 

@@ -16,7 +16,7 @@ from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
 from carve_kernels.cli.doctor import doctor
-from carve_kernels.cli.output import INTERRUPTED, TYPED, clock, exit_code, fail, note, printable
+from carve_kernels.cli.output import INTERRUPTED, TYPED, advised, clock, exit_code, fail, note, printable
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
 
@@ -83,12 +83,21 @@ class _Command(typer.core.TyperCommand):
             return super().invoke(ctx)
         except Exception as error:
             message = str(error)
-            found = _ARGUMENT.match(message)
-            option = found and self._typed(ctx, found["name"])
-            if found and option:
-                value = f" {found['value']}" if found["value"] else ""
-                error.args = (f"{option}{value}: {message[found.end() :]}",)
+            told = advised(self._named(ctx, message))
+            if told != message:
+                error.args = (told,)
+                if isinstance(error, ImportError):
+                    # It prints this, and not its arguments.
+                    error.msg = told
             raise
+
+    def _named(self, ctx: Any, message: str) -> str:
+        found = _ARGUMENT.match(message)
+        option = found and self._typed(ctx, found["name"])
+        if not found or not option:
+            return message
+        value = f" {found['value']}" if found["value"] else ""
+        return f"{option}{value}: {message[found.end() :]}"
 
     def _typed(self, ctx: Any, name: str) -> str | None:
         """The option of an argument, None if it was not typed: what was not stands elsewhere, as in a carve.json."""

@@ -190,14 +190,19 @@ def check_fit(fit: str | None) -> None:
     from carve_kernels import checks
     from carve_kernels.hf.letterbox import FITS
 
-    checks.choice("fit", fit, FITS)
+    if fit is not None:
+        # Without the option there is none, and nobody types that.
+        checks.choice("fit", fit, [known for known in FITS if known is not None])
 
 
 def outside(share: float) -> str | None:
     """What to say of a share of an image that the model was not shown, None where it is next to nothing."""
+    from carve_kernels.cli.notes import percent
+
     if share <= 0.005:
         return None
-    return f"{100 * share:.0f} % of the image was outside the model's view (centre crop); --fit pad shows it whole"
+    told = percent(share).replace("%", " %")
+    return f"{told} of the image was outside the model's view (centre crop); --fit pad shows it whole"
 
 
 def check_machine(dtype: str, backend: str) -> str:

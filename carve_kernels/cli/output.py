@@ -32,6 +32,12 @@ from carve_kernels.files import refuse_foreign, sync
 
 # What users type, by what it is called where it is checked.
 TYPED = {"text": "question", "images": "image"}
+# What users type, by what a message advises whoever calls from Python.
+_ADVICE = {
+    "raise max_image_pixels": "raise --max-image-pixels",
+    "pass allow_pickle=True": "pass --allow-pickle",
+    "use attn_implementation='sdpa'": "use --attn sdpa",
+}
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -100,9 +106,16 @@ def one_line(message: object) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
+def advised(message: str) -> str:
+    """A message that advises options where it did arguments."""
+    for argument, option in _ADVICE.items():
+        message = message.replace(argument, option)
+    return message
+
+
 def as_typed(error: Exception) -> str:
     """An error about a line of questions in one line; it begins with the key that stands in the file."""
-    message = one_line(error)
+    message = advised(one_line(error))
     name, colon, rest = message.partition(":")
     return f"{TYPED[name]}:{rest}" if colon and name in TYPED else message
 

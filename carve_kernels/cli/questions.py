@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +103,7 @@ def _asked(text: str, number: int, folder: Path) -> Asked:
     asked = Asked(
         id=checks.text("id", str(given)),
         line=number,
-        picture=folder / checks.path("image", _text("image", known.get("image"))),
+        picture=folder / _path("image", known.get("image")),
         text=_text("question", known.get("question")),
         prompt=_text("prompt", known["prompt"]) if "prompt" in known else None,
         truth=_text("answer", known["answer"]) if "answer" in known else None,
@@ -110,6 +112,19 @@ def _asked(text: str, number: int, folder: Path) -> Asked:
     if len(_text("id", asked.id)) > _LONGEST or len(asked.name) > _LONGEST:
         raise ValueError(f"id: expected at most {_LONGEST} characters in a file name, got {checks.describe(asked.id)}")
     return asked
+
+
+def _path(name: str, value: Any) -> Path:
+    """A path whose letters this system can look up."""
+    path = checks.path(name, _text(name, value))
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected a path in {sys.getfilesystemencoding()}, as this system's locale has it, got "
+            f"{checks.describe(value)}; set a UTF-8 locale, or PYTHONUTF8=1"
+        ) from error
+    return path
 
 
 def _text(name: str, value: Any) -> str:

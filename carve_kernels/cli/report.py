@@ -273,7 +273,8 @@ def _share(result: CarveResult) -> float:
 
 def _settings(result: CarveResult) -> str:
     preset = result.preset
-    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; top {preset.keep:.0%} of the pixels"
+    kept = f"top {100 * preset.keep:g}% of the pixels"
+    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; {kept}"
 
 
 def _looking(rows: str | int | tuple[Any, ...]) -> str:

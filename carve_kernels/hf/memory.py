@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from carve_kernels import checks
-from carve_kernels.files import write_whole
+from carve_kernels.files import refuse_foreign, write_whole
 from carve_kernels.hf.identity import key_of
 from carve_kernels.maps import AttentionMaps, decode, encode, is_saved
 
@@ -53,9 +53,10 @@ class Memory:
     not kept. Maps are copied on the way in and on the way out, so that nobody can change what is kept. A prefix cache
     is lent: `prefix` takes it out, for one user at a time, and `keep_prefix` puts it back.
 
-    Files are written whole or not at all, so that several processes may share a folder. A file that is damaged or
-    holds something else is passed over with a line in the log and written anew; a folder that cannot be written to
-    costs a line in the log and nothing else. Safe with threads.
+    Files are written whole or not at all, so that several processes may share a folder. A damaged file is passed over
+    with a line in the log and written anew. A file that does not begin as one of ours is somebody else's: it stays, and
+    a line in the log says so. A folder that cannot be written to costs a line in the log and nothing else. Safe with
+    threads.
 
     Raises TypeError or ValueError for bounds that are no whole numbers from 0 on and for a folder that is no path or
     an empty one, OSError if the folder cannot be made.
@@ -192,6 +193,7 @@ class _Folder:
 
     def __init__(self, path: Path, bound: int) -> None:
         self._path, self._bound = path, bound
+        self._told: set[Path] = set()
 
     def read(self, name: str) -> tuple[AttentionMaps, bytes] | None:
         path = self._file(name)
@@ -214,9 +216,16 @@ class _Folder:
     def write(self, name: str, data: bytes) -> None:
         if len(data) > self._bound:
             return
+        path = self._file(name)
         try:
-            write_whole(self._file(name), data)
+            refuse_foreign("memory", path, is_saved)
+            write_whole(path, data)
             self._shrink()
+        except ValueError as error:
+            # Another process may have taken a file of ours away meanwhile.
+            if os.path.lexists(path) and path not in self._told:
+                self._told.add(path)
+                _LOG.warning("%s", error)
         except OSError as error:
             _LOG.warning("memory: cannot keep maps in %s (%s)", self._path, error)
 

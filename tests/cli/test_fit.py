@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
+from carve_kernels.cli.options import outside
 from tests.cli.conftest import LINES, QUESTION, Ask, Invoke, records, table, written
 
 WARNING = "40 % of the image was outside the model's view (centre crop); --fit pad shows it whole"
+
+
+def test_a_share_is_never_told_as_all_or_nothing() -> None:
+    told = [outside(share) for share in (0.0, 0.005, 0.0051, 0.4, 0.9985, 0.99999, 1.0)]
+    assert told[:2] == [None, None] and told[3] == WARNING
+    assert [text and text.split(" %")[0] for text in told[2:]] == ["1", "40", "99", "99", "100"]
 
 
 def numbers(values: Any) -> Any:
@@ -79,5 +86,5 @@ def test_another_fit_is_refused_at_once(carve: Invoke, picture_file: Path, tmp_p
         command, "-m", tmp_path / "none", "-i", picture_file, "-o", tmp_path / "out", *more, "--fit", "crop"
     )
     assert outcome.exit_code == 2
-    assert "fit: expected one of None, 'pad', got" in " ".join(outcome.stderr.split())
+    assert "--fit: expected 'pad', got" in " ".join(outcome.stderr.split())
     assert not (tmp_path / "out").exists()

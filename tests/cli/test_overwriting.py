@@ -109,6 +109,19 @@ def test_tables_of_somebody_else_are_not_replaced(ask: Ask, folder: Path, name: 
     assert content(folder / "out") == {name: json.dumps(LINES[0]).encode()}
 
 
+@early
+def test_results_of_another_version_are_not_called_foreign(run: Invoke, ask: Ask, folder: Path) -> None:
+    # As 0.2.0 wrote them: without a format.
+    (folder / "out/results/1").mkdir(parents=True)
+    old = json.dumps({"question": QUESTION, "versions": {"carve_kernels": "0.2.0"}, "presets": {}})
+    for place, command in (("out/results/1", lambda: ask(LINES[:1])), ("out", run)):
+        (folder / place / "result.json").write_text(old)
+        done = command()
+        assert done.exit_code == 2 and done.stderr.startswith("error: --output: "), done.output
+        assert "by this version of carve_kernels, or was changed since" in done.stderr
+        assert (folder / place / "result.json").read_text() == old
+
+
 def test_batch_takes_away_nobody_elses_hidden_files(ask: Ask, folder: Path) -> None:
     kept = [".batch-settings/mine", ".carve-notes/mine", ".results.jsonl.swp", ".summary.json.bak"]
     for name in kept:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,21 @@ def test_bad_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
         read(written(tmp_path, GOOD, line, GOOD))
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems name files in UTF-8 whatever the locale")
+def test_a_path_that_the_locale_cannot_spell_is_named_with_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD, {**GOOD, "id": "\u732b", "image": "\u732b/x.png"})
+    program = (
+        "import sys; from pathlib import Path; from carve_kernels.cli.questions import read; read(Path(sys.argv[1]))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], env={**os.environ, **ascii_only}, capture_output=True, text=True
+    )
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("ValueError: input: ") and ": line 2: image: expected a path in ascii" in error, error
+    assert len(read(path)) == 2
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 from carve_kernels.cli import app, output
 from carve_kernels.cli.notes import percent
+from carve_kernels.cli.report import _settings
 from carve_kernels.cli.tables import show
 from carve_kernels.hf.engine import CarveEngine
+from carve_kernels.presets import Preset
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
 
 
@@ -159,6 +162,14 @@ def test_shares_are_never_rounded_to_nothing_or_all() -> None:
     assert [percent(share) for share in (0.0, 0.001, 0.4, 0.999, 1.0)] == ["0%", "less than 1%", "40%", "99%", "100%"]
 
 
+@pytest.mark.parametrize(
+    ("keep", "told"), [(0.2, "20%"), (0.29, "29%"), (0.999, "99.9%"), (0.001, "0.1%"), (1.0, "100%")]
+)
+def test_what_to_keep_is_told_as_it_was_set(keep: float, told: str) -> None:
+    result: Any = SimpleNamespace(preset=Preset(keep=keep), task=SimpleNamespace(layers=(1, 2)))
+    assert f"top {told} of the pixels" in _settings(result)
+
+
 @pytest.mark.parametrize("key", ["keeep", "Layers", "general_promt"])
 def test_an_unknown_key_is_named_with_the_one_that_was_meant(run: Invoke, tmp_path: Path, key: str) -> None:
     (tmp_path / "mine.json").write_text(json.dumps({key: 1}))
@@ -190,6 +201,47 @@ def test_an_option_is_named_as_it_was_typed(run: Invoke, option: str, value: Any
     done = run(option, value)
     assert done.exit_code in (1, 2) and done.stderr.startswith(f"error: {option}"), done.output
     assert "https:/a" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_implementation_that_is_not_installed_is_named_as_it_was_typed(
+    run: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise ImportError("FlashAttention2 is not installed")
+
+    monkeypatch.setattr("carve_kernels.hf.names.set_implementation", refuse)
+    done = run("--attn", "flash_attention_2")
+    assert done.exit_code == 1 and done.stderr.startswith("error: --attn: FlashAttention2 is not installed"), (
+        done.output
+    )
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "batch", "profile"])
+@pytest.mark.parametrize("whose", ["ours", "Pillow's"])
+def test_advice_is_given_in_options(
+    carve: Invoke, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, whose: str
+) -> None:
+    if whose == "Pillow's":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    limit = ("--max-image-pixels", 100) if whose == "ours" else ()
+    (folder / "lines.jsonl").write_text(json.dumps(LINES[0]))
+    given = ("-i", folder / "1.png", "-q", QUESTION) if command == "run" else ("-i", folder / "lines.jsonl")
+    done = carve(command, "-m", checkpoint, *given, "-o", folder / "out", *limit, *QUICK[:2])
+    assert done.exit_code in (1, 2) and "raise --max-image-pixels" in done.stderr, done.output
+    assert "max_image_pixels" not in done.stderr
+    if command == "batch":
+        assert "max_image_pixels" not in (folder / "out/results.jsonl").read_text()
+
+
+def test_pickles_are_allowed_by_an_option(run: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "pickled" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
+    done = run("-m", tmp_path / "pickled")
+    assert done.exit_code == 2 and "pass --allow-pickle if" in done.stderr and "allow_pickle" not in done.stderr
 
 
 def test_a_url_among_the_questions_is_named_with_its_line(ask: Ask) -> None:

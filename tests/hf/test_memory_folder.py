@@ -44,12 +44,10 @@ def without_dimensions(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda data: b"",
-        lambda data: data[: len(data) // 2],
+        lambda data: data[: int.from_bytes(data[:8], "little") + 8],
         lambda data: data[:-1],
         lambda data: flip(data, len(data) - 20),
         lambda data: data.replace(b'\\"steps\\": [0, 1, 2]', b'\\"steps\\": [0, 1, 3]'),
-        lambda data: b"something else altogether",
         without_dimensions,
     ],
 )
@@ -68,6 +66,35 @@ def test_a_damaged_file_is_passed_over_and_written_anew(
     assert str(file) in caplog.text
     memory.keep_maps(KEY, maps())
     assert file.stat().st_size == len(whole) and same(Memory(tmp_path).maps(KEY), maps())
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [b"", b"something else altogether", save({"values": torch.ones(2)}), "folder", "link"],
+    ids=["empty", "text", "safetensors", "folder", "link"],
+)
+def test_a_file_of_somebody_else_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: bytes | str) -> None:
+    folder = tmp_path / "maps"
+    Memory(folder).keep_maps(KEY, maps())
+    (file,) = folder.iterdir()
+    if isinstance(theirs, bytes):
+        file.write_bytes(theirs)
+    elif theirs == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.unlink()
+        (tmp_path / "elsewhere").write_bytes(b"theirs")
+        file.symlink_to(tmp_path / "elsewhere")
+    memory = Memory(folder)
+    for _ in range(3):
+        memory.keep_maps(KEY, maps())
+    assert [record.message.startswith(f"memory: {file} is there") for record in caplog.records] == [True]
+    assert same(memory.maps(KEY), maps()) and Memory(folder).maps(KEY) is None
+    if isinstance(theirs, bytes):
+        assert file.read_bytes() == theirs
+    assert file.is_dir() == (theirs == "folder") and file.is_symlink() == (theirs == "link")
+    assert list(folder.iterdir()) == [file]
 
 
 def test_a_renamed_file_is_foreign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
