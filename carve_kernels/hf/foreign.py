@@ -179,7 +179,8 @@ def _called(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             if callable(called):
                 yield name, called
             elif isinstance(called, Mapping):
-                entries = ((key, entry) for key, entry in called.items() if names.is_builtin(str(key)))
+                # A session in another thread may put an entry there meanwhile, or take one away.
+                entries = ((key, called.get(key)) for key in called if names.is_builtin(str(key)))
                 yield from ((f"{name}[{key!r}]", entry) for key, entry in entries if callable(entry))
 
 
@@ -235,7 +236,7 @@ def _is_moved_by_accelerate(module: nn.Module) -> bool:
     hooks = _hooks_of_accelerate(module)
     return (
         isinstance(forward, functools.partial)
-        and forward.func.__module__ == _ACCELERATE
+        and _path(forward.func) == _ACCELERATE
         and bool(hooks)
         and all(type(hook).__module__ == _ACCELERATE for hook in hooks)
         and getattr(before, "__func__", None) is type(module).forward
