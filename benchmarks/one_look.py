@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -240,16 +241,19 @@ def _counted(model: Any) -> Iterator[list[int]]:
 
 @contextmanager
 def _watched(module: Any, before: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Call `before(args, kwargs)` at each forward of a module, by way of its class: hooks keep prompts apart."""
+    """Call `before(args, kwargs)` at each forward of a module, by way of its class.
+
+    Hooks and code of another package keep prompts apart, so it says that it is written beside that forward.
+    """
     kind, forward = type(module), type(module).forward
 
-    @wraps(forward)
     def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is module:
             before(args, kwargs)
         return forward(self, *args, **kwargs)
 
-    kind.forward = watching
+    inside = {"__name__": forward.__module__}
+    kind.forward = wraps(forward)(FunctionType(watching.__code__, inside, closure=watching.__closure__))
     try:
         yield
     finally:

@@ -6,13 +6,18 @@ Each name of accelerate, bitsandbytes and torchao, and what is private in torch 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_hooks
 from torch.nn.utils.parametrize import ParametrizationList
+
+from carve_kernels.hf import names
 
 # They read or compute weights, or note outputs that somebody asked for.
 _HARMLESS = ("carve_kernels.", "transformers.utils.output_capturing", "transformers.modeling_utils", "torch.nn.utils.")
@@ -21,6 +26,12 @@ _ACCELERATE = "accelerate.hooks"
 _TOKEN_BY_TOKEN = ("torch", "transformers", "peft")
 _QUANTIZED = ("torch.ao.", "transformers.integrations.")
 _QUANTIZERS = ("auto_round", "bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "optimum", "torchao")
+# Of these a function or an object beside the modules is known, and Python's own.
+_KNOWN = {"carve_kernels", "accelerate", "kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS, *sys.stdlib_module_names}
+# By these torch gets from a call of a module to its forward.
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+# What transformers' modules call by name, they call by a name of one of these files.
+_FILES = ("transformers.models.", "transformers.activations", "transformers.modeling_layers")
 # Of bitsandbytes: the layers that turn weights back into numbers of their own, and then multiply as usual.
 _WEIGHT_ONLY_LAYERS = ("Linear4bit", "LinearFP4", "LinearNF4")
 # Of bitsandbytes and torchao, and what each says of the tensors that it is multiplied with: None leaves them alone.
@@ -45,17 +56,19 @@ def code_on(model: nn.Module) -> str | None:
         for hook in hooks.values():
             if not _is_harmless(hook):
                 return f"a {kind} on all modules, {_named(hook)}, runs in it"
+    on_classes: dict[type[nn.Module], str | None] = {}
     for name, module in _modules(model):
-        for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
-            for hook in hooks.values():
-                if not _is_harmless(hook):
-                    return f"{name} has a {kind}, {_named(hook)}"
-        if "forward" in module.__dict__ and not _is_moved_by_accelerate(module):
-            return f"{name} has a forward put in place of its own, {_named(module.__dict__['forward'])}"
-        packages = _packages_of_forward(type(module))
-        if not packages <= {*_TOKEN_BY_TOKEN, *_QUANTIZERS}:
-            return f"{name} runs a forward of {' and '.join(sorted(packages))}, {type(module).__name__}"
-    return None
+        if type(module) not in on_classes:
+            on_classes[type(module)] = _in_place_of_methods(type(module))
+        found = _on_module(module) or on_classes[type(module)]
+        if found is not None:
+            return f"{name} {found}"
+    return _in_place_of_functions({each for kind in on_classes for each in kind.__mro__})
+
+
+def strangers(code: Any) -> set[str]:
+    """The packages of a callable that are none of those that are known to leave tokens apart."""
+    return {_path(part).split(".")[0] for part in _parts(code)} - _KNOWN
 
 
 def mixer(model: nn.Module, decoder: nn.Module) -> str | None:
@@ -108,13 +121,108 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield (f"its module {name!r}" if name else "the model itself"), module
 
 
+def _on_module(module: nn.Module) -> str | None:
+    for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
+        for hook in hooks.values():
+            if not _is_harmless(hook):
+                return f"has a {kind}, {_named(hook)}"
+    if "forward" in module.__dict__ and not _is_moved_by_accelerate(module):
+        return f"has a forward put in place of its own, {_named(module.__dict__['forward'])}"
+    for key, value in module.__dict__.items():
+        if callable(value) and strangers(value):
+            return f"holds code of {_listed(strangers(value))}, {key!r}"
+    return None
+
+
+def _in_place_of_methods(kind: type[nn.Module]) -> str | None:
+    """The first way from a call to a forward's result that another package put on a class."""
+    for method in _CALLS:
+        packages = strangers(inspect.getattr_static(kind, method))
+        if packages:
+            return f"runs a {method} of {_listed(packages)}, {kind.__name__}"
+    owner = _forward_owner(kind)
+    packages = {path.split(".")[0] for path in (owner.__module__, *map(_path, _parts(owner.__dict__["forward"])))}
+    known = packages <= {"carve_kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS}
+    return None if known else f"runs a forward of {_listed(packages)}, {kind.__name__}"
+
+
+def _in_place_of_functions(kinds: set[type]) -> str | None:
+    """The first method of these classes of transformers that another package put there, or function that they call."""
+    todo = [(f"torch.nn.functional.{name}", code) for name, code in vars(nn.functional).items() if callable(code)]
+    for kind in kinds:
+        if kind.__module__.startswith(_FILES):
+            members = ((name, member) for name, member in vars(kind).items() if name != "__init__")
+            todo += [(f"{kind.__name__}.{name}", each) for name, each in members if hasattr(each, "__get__")]
+    seen: set[int] = set()
+    while todo:
+        where, code = todo.pop()
+        for part in _parts(code):
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            path = _path(part)
+            if path.split(".")[0] not in _KNOWN:
+                return f"{where} is one of {path}"
+            if isinstance(part, types.FunctionType) and path.startswith(_FILES):
+                todo += [(f"{path}.{name}", called) for name, called in _called(part)]
+    return None
+
+
+def _called(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function may call by names of its file, and of transformers' own attention functions by their names."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        for name in code.co_names:
+            called = function.__globals__.get(name)
+            if callable(called):
+                yield name, called
+            elif isinstance(called, Mapping):
+                # A session in another thread may put an entry there meanwhile, or take one away.
+                entries = ((key, called.get(key)) for key in called if names.is_builtin(str(key)))
+                yield from ((f"{name}[{key!r}]", entry) for key, entry in entries if callable(entry))
+
+
+def _parts(code: Any) -> Iterator[Any]:
+    """What a callable runs, as far as it says: what it binds, itself, and what it wraps."""
+    if isinstance(code, (functools.partial, functools.partialmethod)):
+        for each in (code.func, *code.args, *code.keywords.values()):
+            if callable(each):
+                yield from _parts(each)
+    elif isinstance(code, (types.MethodType, staticmethod, classmethod)):
+        yield from _parts(code.__func__)
+    elif isinstance(code, functools.cached_property):
+        yield from _parts(code.func)
+    elif isinstance(code, property):
+        yield from _parts(code.fget)
+    else:
+        yield code
+        inner = getattr(code, "__dict__", {}).get("__wrapped__")
+        if inner is not None:
+            yield from _parts(inner)
+
+
+def _path(part: Any) -> str:
+    """Where a part was written; its own `__module__` may be that of what it wraps."""
+    if isinstance(part, types.FunctionType):
+        return str(part.__globals__.get("__name__", part.__module__))
+    if isinstance(part, types.BuiltinFunctionType):
+        return part.__module__ or _path(part.__self__)
+    return str((part if isinstance(part, type) else type(part)).__module__)
+
+
+def _listed(packages: set[str]) -> str:
+    return " and ".join(sorted(packages))
+
+
 def _is_harmless(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(_HARMLESS)
+    return all(_path(part).startswith(_HARMLESS) for part in _parts(hook))
 
 
 def _named(code: Any) -> str:
-    inner = code.func if isinstance(code, functools.partial) else code
-    return f"{getattr(inner, '__module__', '?')}.{getattr(inner, '__qualname__', type(inner).__name__)}"
+    part = next(_parts(code))
+    return f"{_path(part)}.{getattr(part, '__qualname__', type(part).__name__)}"
 
 
 def _hooks_of_accelerate(module: nn.Module) -> tuple[Any, ...]:
@@ -128,7 +236,7 @@ def _is_moved_by_accelerate(module: nn.Module) -> bool:
     hooks = _hooks_of_accelerate(module)
     return (
         isinstance(forward, functools.partial)
-        and forward.func.__module__ == _ACCELERATE
+        and _path(forward.func) == _ACCELERATE
         and bool(hooks)
         and all(type(hook).__module__ == _ACCELERATE for hook in hooks)
         and getattr(before, "__func__", None) is type(module).forward
@@ -137,13 +245,6 @@ def _is_moved_by_accelerate(module: nn.Module) -> bool:
 
 def _forward_owner(kind: type[nn.Module]) -> type:
     return next(each for each in kind.__mro__ if "forward" in each.__dict__)
-
-
-def _packages_of_forward(kind: type[nn.Module]) -> set[str]:
-    """The packages of the class that has the forward, and of the function itself, which may have been put there."""
-    owner = _forward_owner(kind)
-    function = owner.__dict__["forward"]
-    return {str(path).split(".")[0] for path in (owner.__module__, getattr(function, "__module__", owner.__module__))}
 
 
 def _is_weight_only(tensor: torch.Tensor) -> bool:

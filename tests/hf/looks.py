@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,16 +138,23 @@ def state(model: Any) -> Any:
     )
 
 
+def as_written_in(path: str, function: Any) -> Any:
+    """A function that is taken for one of another module, which it says that it is a part of."""
+    code, inside = function.__code__, {**function.__globals__, "__name__": path}
+    written = types.FunctionType(code, inside, function.__name__, function.__defaults__, function.__closure__)
+    written.__kwdefaults__ = function.__kwdefaults__
+    return written
+
+
 @contextmanager
 def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None]:
     """Call `before(args, kwargs)` and `after(args, kwargs)` at each forward of a module, by way of its class.
 
-    A hook would be seen: an engine looks one by one at a model that has hooks.
+    A hook would be seen, or a function of this file: an engine looks one by one at a model that has them.
     """
     kind = type(module)
     forward, own = kind.forward, "forward" in kind.__dict__
 
-    @functools.wraps(forward)
     def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not module:
             return forward(self, *args, **kwargs)
@@ -157,7 +165,7 @@ def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None
             after(args, kwargs)
         return output
 
-    kind.forward = watching
+    kind.forward = functools.wraps(forward)(as_written_in(kind.__module__, watching))
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tests.hf.looks import as_written_in
+
 
 class AlignDevicesHook:
     """Holds the weights of a module, and brings them for the length of its forward."""
@@ -35,7 +37,8 @@ def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         module._hf_hook.park(module)
 
 
-AlignDevicesHook.__module__ = new_forward.__module__ = "accelerate.hooks"
+AlignDevicesHook.__module__ = "accelerate.hooks"
+new_forward = as_written_in("accelerate.hooks", new_forward)
 
 
 def park(model: nn.Module, which: Callable[[str], bool] = lambda name: True, device: Any = "cpu") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pkgutil
 import types
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from carve_kernels.hf.identity import fingerprint
 from carve_kernels.hf.row_maps import RowReader
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.hf.tensors import Unidentified
-from tests.hf.looks import family, watched
+from tests.hf.looks import as_written_in, family, watched
 from tests.hf.tiny import inputs_for, picture, prompts_for, tiny_llava
 
 QUESTION, OTHER = "what digit is red", "where is the square"
@@ -56,9 +57,8 @@ def as_of(package: str, base: type, name: str, **members: Any) -> Any:
 
 def turned_into(package: str, name: str, **members: Any) -> Callable[[Any], None]:
     def turn(model: Any) -> None:
-        kind = as_of(package, nn.Linear, name, forward=lambda self, x: nn.Linear.forward(self, x), **members)
-        kind.forward.__module__ = package
-        part(model).__class__ = kind
+        forward = as_written_in(package, lambda self, x: nn.Linear.forward(self, x))
+        part(model).__class__ = as_of(package, nn.Linear, name, forward=forward, **members)
 
     return turn
 
@@ -161,6 +161,111 @@ def test_code_of_somebody_elses_is_a_reason(code: str) -> None:
     assert f"module {UP!r}" in (engine.apart or "") and engine.apart == obstacle(model)
     with pytest.raises(Unidentified, match="up_proj"):
         fingerprint(model, processor)
+
+
+LLAMA = "transformers.models.llama.modeling_llama"
+
+
+def around(function: Any) -> Any:
+    """As decorators do, that leave a function the name and the module of what it is around."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def noted(function: Any) -> Any:
+    """A decorator of transformers around a function."""
+    return functools.wraps(function)(as_written_in("transformers.utils.generic", around(function)))
+
+
+def put(place: str, name: str, made: Callable[[Any], Any] = around) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    """Put a function in place of one that Python, transformers or torch has."""
+
+    def change(_: Any, patch: pytest.MonkeyPatch) -> None:
+        target: Any = pkgutil.resolve_name(place)
+        patch.setattr(target, name, made(getattr(target, name)), raising=False)
+
+    return change
+
+
+class Bound:
+    """A descriptor of somebody's own."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __get__(self, instance: Any, _: Any) -> Any:
+        return functools.partial(self.function, instance)
+
+
+def activation(made: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    def change(model: Any, _: pytest.MonkeyPatch) -> None:
+        mlp = part(model, UP.rpartition(".")[0])
+        del mlp.act_fn
+        mlp.act_fn = made
+
+    return change
+
+
+def entry(model: Any, patch: pytest.MonkeyPatch) -> None:
+    registry = pkgutil.resolve_name(f"{LLAMA}:ALL_ATTENTION_FUNCTIONS")
+    patch.setitem(registry._local_mapping, "sdpa", around(registry["sdpa"]))
+
+
+# What is put, and what a message has of it.
+PUT: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
+    "forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward")),
+    "forward within another": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", lambda f: noted(around(f)))),
+    "forward that is bound": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", Bound)),
+    "call of a class": ("mlp' runs a __call__", put(f"{LLAMA}:LlamaMLP", "__call__")),
+    "call of all": ("runs a __call__", put("torch.nn:Module", "__call__")),
+    "what a call calls": ("runs a _call_impl", put("torch.nn:Module", "_call_impl")),
+    "method": ("LlavaModel.get_placeholder_mask", put(
+        "transformers.models.llava.modeling_llava:LlavaModel", "get_placeholder_mask")),
+    "function": ("modeling_llama.apply_rotary_pos_emb", put(LLAMA, "apply_rotary_pos_emb")),
+    "function of a function": ("modeling_llama.rotate_half", put(LLAMA, "rotate_half")),
+    "function from elsewhere": ("modeling_llama.create_causal_mask", put(LLAMA, "create_causal_mask")),
+    "attention function": ("'sdpa'", entry),
+    "function of torch": ("functional.scaled_dot_product_attention", put(
+        "torch.nn.functional", "scaled_dot_product_attention", lambda f: lambda *a, **k: f(*a, **k))),
+    "lambda": ("mlp' holds code", activation(lambda x: nn.functional.silu(x))),
+    "partial": ("mlp' holds code", activation(functools.partial(torch.add, torch.zeros(1), out=nothing))),
+    "object": ("mlp' holds code", activation(type("Activation", (), {"__call__": steer})())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PUT)
+def test_what_is_put_in_place_of_known_code_is_a_reason(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_llava()
+    reason, change = PUT[what]
+    assert obstacle(model) is None
+    change(model, monkeypatch)
+    assert reason in (obstacle(model) or "")
+    with pytest.raises(Unidentified):
+        fingerprint(model, processor)
+
+
+KEPT: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
+    "decorator of transformers": put(f"{LLAMA}:LlamaMLP", "forward", noted),
+    "function of torch": activation(torch.tanh),
+    "function of torch in Python": activation(nn.functional.silu),
+    "partial": activation(functools.partial(nn.functional.gelu, approximate="tanh")),
+    "method of its own": lambda model, _: setattr(part(model), "mine", part(model).extra_repr),
+    "function that it does not call": put(LLAMA, "LlamaForCausalLM"),
+    "attention function of another name": lambda _, patch: patch.setitem(
+        pkgutil.resolve_name(f"{LLAMA}:ALL_ATTENTION_FUNCTIONS")._local_mapping, "mine", nothing
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_known_code_in_place_of_other_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llava()[0]
+    KEPT[what](model, monkeypatch)
+    assert obstacle(model) is None
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
@@ -295,14 +400,13 @@ def test_layers_that_make_a_mask_of_their_own_are_looked_at_alone(caplog: pytest
 
     forward = kind.forward
 
-    @functools.wraps(forward)
     def masked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is attention and kwargs["attention_mask"] is not None:
             length = kwargs["hidden_states"].shape[1]
             kwargs["attention_mask"] = torch.zeros(1, 1, length, length)
         return forward(self, *args, **kwargs)
 
-    kind.forward = masked
+    kind.forward = functools.wraps(forward)(as_written_in(kind.__module__, masked))
     try:
         with caplog.at_level("INFO", logger="carve_kernels"):
             CarveEngine(model, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)

@@ -209,6 +209,7 @@ FAULTS = [
     ("vision_feature_select_strategy", {"vision_feature_select_strategy": None}),
     ("vision_feature_select_strategy", {"vision_feature_select_strategy": "full"}),
     ("num_additional_image_tokens", {"num_additional_image_tokens": 0}),
+    ("num_additional_image_tokens", {"num_additional_image_tokens": None}),
     ("patch_size", {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0}),
     ("its image token", {"image_token_id": 5}),
 ]

@@ -51,10 +51,16 @@ def _check(config: Any, processor: Any) -> None:
     found = getattr(processor, "patch_size", patch)
     agree("patch_size", tuple(found) if isinstance(found, list) else found, patch)
     before, strategy = _CLASS_TOKENS.get(config.vision_config.model_type), config.vision_feature_select_strategy
-    if before is None or _added(processor) == before - (strategy == "default"):
+    count = getattr(processor, "num_additional_image_tokens", 0)
+    if isinstance(count, int) and (before is None or _added(processor) == before - (strategy == "default")):
         return
     agree("vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", strategy), strategy)
-    agree("num_additional_image_tokens", getattr(processor, "num_additional_image_tokens", 0), before)
+    if before is None:
+        raise ValueError(
+            f"processor: num_additional_image_tokens is {count!r}, expected how many tokens the vision tower of this "
+            "model puts before its patches"
+        )
+    agree("num_additional_image_tokens", count, before)
 
 
 def _canvas(config: Any, processor: Any, size: Size) -> Canvas:
