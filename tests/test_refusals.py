@@ -20,7 +20,7 @@ ELSEWHERE = {"loading.py", "checkpoint.py", "memory.py", "batch.py", "engine.py"
 SPELLED = {
     "hf/decoding.py": set(decoding._REFUSED),
     "hf/attention.py": {"position_ids", *names._SEGMENTS},
-    "hf/planning.py": set(names._DECISIONS),
+    "hf/planning.py": set(names._BESIDE),
 }
 _LEADING = re.compile(r"([a-z_]+)(\[[^\]]*\])?: ")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError")

@@ -29,8 +29,8 @@ def cache_of(given: Mapping[str, Any]) -> Any:
             raise names.changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
     elif not hasattr(known, _LENGTH):
         raise ValueError(
-            f"model: expected a cache of transformers, got a {type(known).__name__} (a paged one, of continuous "
-            "batching?), which cannot be captured; use generate, or a DynamicCache"
+            f"model: its cache is a {type(known).__name__} (none of transformers', or in pages for continuous batching), "
+            "which cannot be captured; use generate, or a DynamicCache"
         )
     return known
 
@@ -72,14 +72,15 @@ class Reach(NamedTuple):
 class Mark(NamedTuple):
     """What tells the keys of a layer from others: where they lie, how often they were written to, how many they are.
 
-    `kept` keeps the address from being given to others; `apart` tells keys that a quantised layer holds elsewhere.
+    `apart` is the same of keys that a quantised layer holds in another form, and of an order of rows that is to come;
+    `kept` keeps the addresses from being given to others.
     """
 
     address: tuple[int, int]
     version: int | None
     keys: int
-    apart: tuple[int, ...]
-    kept: Any
+    apart: tuple[tuple[int, int], ...]
+    kept: tuple[Any, ...]
 
     def same_place(self, other: Mark) -> bool:
         """Whether both are of the same keys, of which nothing was written in between, as far as a counter tells."""
@@ -112,17 +113,36 @@ def _reach(layer: Any) -> Reach:
 
 
 def mark(cache: Any, module: Any) -> Mark | None:
-    """What tells the keys of a layer of a cache from others; None where there are none. Known in: as `reach`."""
-    keys = getattr(_layer(cache, module), "keys", None)
+    """What tells the keys of a layer of a cache from others; None where there are none. Known in: as `reach`.
+
+    Quantised layers: `_quantized_keys` and `_pending_beam_idx` in 5.24.
+    """
+    layer = _layer(cache, module)
+    packed = getattr(layer, "_quantized_keys", None)
+    apart = [
+        *(packed if isinstance(packed, (tuple, list)) else (packed,)),
+        getattr(layer, "_pending_beam_idx", None),
+    ]
+    elsewhere = [_address(each) for each in apart if isinstance(each, torch.Tensor)]
+    keys = getattr(layer, "keys", None)
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
-        return None
-    version, apart = None if keys.is_inference() else keys._version, _apart(_layer(cache, module))
+        if not elsewhere:
+            return None
+        return Mark((0, 0), None, 0, tuple(each for each, _ in elsewhere), tuple(each for _, each in elsewhere))
+    address, kept = _address(keys)
+    version = None if keys.is_inference() else keys._version
+    rest = tuple(each for each, _ in elsewhere)
+    return Mark(address, version, keys.shape[2], rest, (kept, *(each for _, each in elsewhere)))
+
+
+def _address(tensor: torch.Tensor) -> tuple[tuple[int, int], Any]:
+    """Where a tensor lies, and what keeps others from lying there: a reference that does not keep the numbers."""
     try:
-        kept = StorageWeakRef(keys.untyped_storage())
-        return Mark((kept.cdata, int(keys.storage_offset())), version, keys.shape[2], apart, kept)
+        kept = StorageWeakRef(tensor.untyped_storage())
+        return (kept.cdata, int(tensor.storage_offset())), kept
     except (RuntimeError, NotImplementedError):
         # Tensors without a storage of their own, as those that are spread over devices.
-        return Mark((id(keys), 0), version, keys.shape[2], apart, keys)
+        return (id(tensor), 0), tensor
 
 
 def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
@@ -141,17 +161,6 @@ def has_layers(cache: Any) -> bool:
 def reaches_in(cache: Any) -> tuple[Reach, ...]:
     """What the layers of a cache hand over, for a module that uses those of another one. Known in: as `reach`."""
     return tuple({_reach(layer) for layer in getattr(cache, "layers", None) or ()})
-
-
-def _apart(layer: Any) -> tuple[int, ...]:
-    """Keys that a quantised layer holds in another form, and an order of rows that is still to come."""
-    packed = getattr(layer, "_quantized_keys", None)
-    first = (
-        next((each for each in packed if isinstance(each, torch.Tensor)), packed)
-        if isinstance(packed, tuple)
-        else packed
-    )
-    return tuple(id(each) for each in (first, getattr(layer, "_pending_beam_idx", None)) if each is not None)
 
 
 def _layer(cache: Any, module: Any) -> Any:

@@ -372,3 +372,20 @@ def test_positions_of_another_prompt() -> None:
             step(model, first)
         model(**wide, use_cache=True)
         assert session.maps.steps == (0,)
+
+
+def test_rows_of_a_quantised_cache_change_places() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, prompt = model_of("llama", "sdpa"), prompt_of(5, 2, 2, 3, [0, 1], "left")
+    try:
+        cache = transformers.QuantizedCache(backend="fp8", config=model.config.get_text_config())
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this transformers has no such cache: {error}")
+    with capture_attention(model, layers="all") as session, torch.no_grad():
+        read(model, prompt, cache, attention_mask=prompt.attended.long())
+        token = torch.tensor([[7], [8]])
+        model(input_ids=token, past_key_values=cache)
+        assert session.maps.steps == (0, 1)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(ValueError, match=r"^cache: "):
+            model(input_ids=token, past_key_values=cache)

@@ -81,7 +81,14 @@ SPELLINGS = [
     "hf_device_map",
 ]
 # The checks of `contract` build models, so they write configurations and inputs.
-MAKES_MODELS = {"image_token_id", "video_token_id", "mm_token_type_ids", "rope_parameters", "num_key_value_heads"}
+MAKES_MODELS = {
+    "max_cache_len",
+    "image_token_id",
+    "video_token_id",
+    "mm_token_type_ids",
+    "rope_parameters",
+    "num_key_value_heads",
+}
 
 
 def code_of(path: Path) -> str:
