@@ -122,9 +122,8 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[st
     closes = [first for first, _ in _places(text, turns.close, begin, tokenizer)]
     for found, wanted in ((ends, turns.call + turns.answer), (closes, turns.close)):
         if found:
-            # A user may write as the template does, but no special tokens.
-            stop = found[0 if _marked(wanted, marks) else -1]
-            _refuse_two(text[begin:stop], turns.again, tokenizer)
+            stop = found[0] if _marked(wanted, marks) else _last_before_mark(text, begin, found, marks)
+            _refuse_two(text[begin:stop], turns, tokenizer)
             return begin, stop
     calling = (turns.call + turns.answer).strip()
     return None if turns.close.strip() or (calling and not calls) else (begin, len(text))
@@ -134,22 +133,29 @@ def _begin(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str])
     """Where the user's last text begins."""
     nexts = _places(text, turns.turn, start, tokenizer)
     if turns.answer.strip() and not _marked(turns.turn, marks):
-        # A user's next text stands behind an answer.
-        calls = _calls(text, start, turns, tokenizer)
-        answered = min((stop for _, stop in calls), default=len(text))
-        nexts = [span for span in nexts if span[0] >= answered]
+        # A user's next text stands behind an answer, and may hold what looks like the beginning of another one.
+        last = max(nexts, default=(0, 0))[0]
+        answered = max((stop for _, stop in _calls(text, start, turns, tokenizer) if stop <= last), default=len(text))
+        nexts = [span for span in nexts if span[0] >= answered][:1]
     if _marked(turns.again, marks):
         nexts += _places(text, turns.again, start, tokenizer)
     return _visible(text, max(nexts)[1]) if nexts else _behind(text, start, turns.lead, tokenizer)
 
 
-def _refuse_two(asked: str, again: str, tokenizer: Any) -> None:
+def _last_before_mark(text: str, begin: int, found: list[int], marks: set[str]) -> int:
+    """The last place that a text of a user may reach: it may hold what the template writes, but no special tokens."""
+    limit = min((place for mark in marks if (place := text.find(mark, begin)) >= 0), default=len(text))
+    return [place for place in found if place <= limit or place == found[0]][-1]
+
+
+def _refuse_two(asked: str, turns: Turns, tokenizer: Any) -> None:
     """Refuse a text of the user's that may be two, where the template marks them by what a user may write."""
-    if _places(asked, again, 0, tokenizer):
-        raise ValueError(
-            f"rows: expected one text of the user behind the image, got {asked!r}, where {again!r} may begin another "
-            "one; use rows=('text', TEXT)"
-        )
+    for wanted in (turns.again, turns.turn):
+        if _places(asked, wanted, 0, tokenizer):
+            raise ValueError(
+                f"rows: expected one text of the user behind the image, got {asked!r}, where {wanted!r} may begin "
+                "another one; use rows=('text', TEXT)"
+            )
 
 
 def _marked(wanted: str, marks: set[str]) -> bool:
