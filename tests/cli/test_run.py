@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import carve_kernels
+from carve_kernels.cli import report
 from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
 from carve_kernels.cli.report import FILES
 from tests.cli.conftest import QUESTION, Invoke, content
@@ -169,8 +170,9 @@ def test_rows_of_a_text(run: Invoke, tmp_path: Path, checkpoint: Path, picture_f
         *carve_kernels.load(checkpoint),
         preset=carve_kernels.Preset(layers=(1, 2), rows=("text", "digit is red"), max_new_tokens=2),
     )
-    expected = engine(picture_file, QUESTION).saliency.numpy()
-    assert numpy.array_equal(numpy.load(tmp_path / "out/saliency.npy"), expected)
+    expected = engine(picture_file, QUESTION)
+    assert numpy.array_equal(numpy.load(tmp_path / "out/saliency.npy"), expected.saliency.numpy())
+    assert "; text 'digit is red'; " in report._settings(expected)
 
 
 def test_help_and_version_are_quick() -> None:

@@ -181,12 +181,12 @@ def test_a_prompt_by_the_template_of_the_tokenizer_beside_another(of_processor: 
 
 @pytest.mark.parametrize("names", [("vision",), ("default", "vision"), ("plain", "vision")])
 def test_templates_by_name(names: tuple[str, ...]) -> None:
-    processor = processor_of_kind("llama", "llava")
-    text = rendered(processor, user(ASKED))
-    processor.chat_template = dict.fromkeys(names, TEMPLATES["qwen"]) | {"vision": TEMPLATES["llava"]}
+    text = rendered(processor_of_kind("llama", "llava"), user(ASKED))
+    processor = _Holder(copy.copy(tokenizer_of_kind("llama")))
+    processor.tokenizer.chat_template = dict.fromkeys(names, TEMPLATES["qwen"]) | {"vision": TEMPLATES["llava"]}
     is_question(processor, text, ASKED)
     if len(names) == 1:
-        is_question(processor, build_prompt(processor, ASKED), ASKED)
+        assert build_prompt(processor, ASKED) == text
 
 
 class _Holder:
@@ -196,6 +196,7 @@ class _Holder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.apply_chat_template = tokenizer.apply_chat_template
 
 
 def test_a_template_may_trim_and_lower_the_text_but_not_drop_it() -> None:
