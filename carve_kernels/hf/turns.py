@@ -106,11 +106,12 @@ def _last_text(text: str, start: int, turns: list[Turns], tokenizer: Any, marks:
                     f"rows: expected the chat template's {(each.call or each.close)!r} behind the question, the prompt "
                     f"has only {part!r}; make it by apply_chat_template, or use rows=('text', TEXT)"
                 )
+        _refuse_two(text[start:], each, tokenizer)
     return start, len(text)
 
 
 def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str]) -> tuple[int, int] | None:
-    """The same, None where the prompt was not made by this template."""
+    """The characters of the user's last text, None where the prompt was not made by this template."""
     calls = _calls(text, start, turns, tokenizer)
     if len({first for first, _ in calls}) > 1 and not turns.turn.strip():
         raise ValueError(
@@ -126,7 +127,10 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[st
             _refuse_two(text[begin:stop], turns, tokenizer)
             return begin, stop
     calling = (turns.call + turns.answer).strip()
-    return None if turns.close.strip() or (calling and not calls) else (begin, len(text))
+    if turns.close.strip() or (calling and not calls):
+        return None
+    _refuse_two(text[begin:], turns, tokenizer)
+    return begin, len(text)
 
 
 def _begin(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str]) -> int:

@@ -134,8 +134,9 @@ def test_where_special_tokens_mark_turns_every_chat_is_told(kind: str) -> None:
 @pytest.mark.parametrize("template", ["llava", "inst", "glued"])
 def test_two_texts_that_a_user_may_have_written_as_one_are_refused(kind: str, template: str) -> None:
     processor = processor_of_kind(kind, template)
-    with pytest.raises(ValueError, match=r"^rows:"):
-        question(processor, rendered(processor, user("what digit is red"), user(ASKED, images=0)))
+    for call in (True, False):
+        with pytest.raises(ValueError, match=r"^rows:"):
+            question(processor, rendered(processor, user("what digit is red"), user(ASKED, images=0), call=call))
     told = (user("hello"), assistant("seven"), user("what digit is red", images=0), user(ASKED, images=0))
     with pytest.raises(ValueError, match=r"^rows:"):
         question(processor, rendered(processor, *told))
