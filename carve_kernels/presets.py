@@ -193,7 +193,7 @@ def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _check_rows(rows: Any) -> None:
-    if isinstance(rows, tuple) and rows[:1] == ("word",):
+    if isinstance(rows, tuple) and rows[:1] in (("word",), ("text",)):
         checks.text("rows[1]", rows[1] if len(rows) == 2 else None)
     elif isinstance(rows, tuple):
         _integers("rows", rows)

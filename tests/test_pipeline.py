@@ -214,7 +214,8 @@ def test_presets_travel_as_json() -> None:
         assert Preset.of(json.loads(json.dumps(preset.to_dict()))) == preset
     assert Preset.release(keep=0.3).to_dict() == {"preset": "release", "keep": 0.3}
     assert Preset.of("release") == Preset.release() and Preset.of(mine) is mine
-    assert Preset.of({"rows": ["word", "red"]}).rows == ("word", "red")
+    for kind in ("word", "text"):
+        assert Preset.of({"rows": [kind, "the red"]}).rows == (kind, "the red")
     with pytest.raises(ValueError, match=r"^preset: .*'lambda' \(did you mean 'lam'\?\); .* preset, name, layers"):
         Preset.of({"lambda": 1})
     with pytest.raises(ValueError, match="preset: expected one of 'paper', 'release'"):
@@ -234,6 +235,8 @@ def test_presets_travel_as_json() -> None:
         ({"rows": "first"}, ValueError, "rows: expected one of"),
         ({"rows": ("word", "")}, ValueError, "rows.1."),
         ({"rows": ("word",)}, TypeError, "rows.1."),
+        ({"rows": ("text", " ")}, ValueError, "rows.1."),
+        ({"rows": ("text", "red", "cat")}, TypeError, "rows.1."),
         ({"rows": ("words", "red")}, TypeError, "rows.0."),
         ({"steps": "last"}, ValueError, "steps"),
         ({"step_weights": (1.0,)}, ValueError, "step_weights: expected None with t_end"),

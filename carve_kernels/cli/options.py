@@ -44,7 +44,9 @@ LayersOption = Annotated[
 RowsOption = Annotated[
     str | None,
     option(
-        "Tokens that look: last, 4 (the last four), question, word:red, or -3 (the third last).", "--rows", "Method"
+        "Tokens that look: last, 4 (the last four), question, word:red, text:the red cat, or -3 (the third last).",
+        "--rows",
+        "Method",
     ),
 ]
 StepsOption = Annotated[str | None, option("Steps of the answer: t_start, t_end or t_full.", "--steps", "Method")]
@@ -133,16 +135,16 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
 
 
 def parse_rows(text: str) -> str | int | tuple[Any, ...]:
-    """ "last", "question", "4" for the last four, "word:red", or positions "-3,-2", "-3"."""
-    kind, colon, word = text.partition(":")
-    if colon and kind == "word":
-        return ("word", word)
+    """ "last", "question", "4" for the last four, "word:red", "text:the red cat", or positions "-3,-2"."""
+    kind, colon, said = text.partition(":")
+    if colon and kind in ("word", "text"):
+        return (kind, said)
     if text in ("last", "question"):
         return text
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"rows: expected last, 4, question or word:red, got {text!r}") from None
+        raise ValueError(f"rows: expected last, 4, question, word:red or text:TEXT, got {text!r}") from None
     return numbers if len(numbers) > 1 or numbers[0] < 0 else numbers[0]
 
 

@@ -40,7 +40,7 @@ def profile(
     rows: Annotated[
         list[str] | None,
         options.option(
-            "Candidates, again and again: last, question, 4 (the last four), word:red, -3 (the third last). "
+            "Candidates, again and again: last, question, 4 (the last four), word:red, text:TEXT, -3 (the third last). "
             "Default: last, question, and each of the last words.",
             "--rows",
             "Method",

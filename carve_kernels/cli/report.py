@@ -282,7 +282,7 @@ def _looking(rows: str | int | tuple[Any, ...]) -> str:
     if isinstance(rows, int):
         return f"last {number_of(rows, 'token')}"
     if isinstance(rows, tuple):
-        return f"word {rows[1]!r}" if rows[0] == "word" else f"tokens {', '.join(map(str, rows))}"
+        return f"{rows[0]} {rows[1]!r}" if isinstance(rows[0], str) else f"tokens {', '.join(map(str, rows))}"
     return {"last": "last token", "question": "tokens of the question"}[rows]
 
 

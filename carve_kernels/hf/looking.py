@@ -20,7 +20,7 @@ from carve_kernels.hf.memory import Memory
 from carve_kernels.hf.pictures import Shown
 from carve_kernels.hf.requests import Final, Prompt, Request
 from carve_kernels.hf.row import Unshareable
-from carve_kernels.hf.rows import RowsSpec
+from carve_kernels.hf.rows import RowsSpec, general_rows
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.hf.tensors import Unidentified
 from carve_kernels.maps import AttentionMaps
@@ -250,9 +250,7 @@ class Looker:
 
     @property
     def general_rows(self) -> RowsSpec:
-        """The word of a question need not stand in the general instruction: its tokens together take its place."""
-        rows = self._preset.rows
-        return "question" if isinstance(rows, tuple) and rows[0] == "word" else rows
+        return general_rows(self._preset.rows)
 
     def _digest(self, request: Request) -> str:
         if not self._compare:

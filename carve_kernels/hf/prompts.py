@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL.Image import Transpose
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
+from carve_kernels.hf.turns import templates_of
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -160,17 +160,13 @@ def _template_of(processor: Any) -> str | None:
 
     Raises ValueError if there are several and none is the default.
     """
-    for owner in (processor, getattr(processor, "tokenizer", None)):
-        found = getattr(owner, "chat_template", None)
-        if isinstance(found, Mapping) and found:
-            if "default" not in found and len(found) > 1:
-                raise ValueError(
-                    f"processor: expected a chat template named default, got {', '.join(map(repr, found))}; set "
-                    "processor.chat_template to one of them"
-                )
-            found = found.get("default") or next(iter(found.values()))
-        if found:
-            return str(found)
+    for _, named in templates_of(processor):
+        if "default" not in named and len(named) > 1:
+            raise ValueError(
+                f"processor: expected a chat template named default, got {', '.join(map(repr, named))}; set "
+                "processor.chat_template to one of them"
+            )
+        return next(iter(named.values()))
     return None
 
 

@@ -21,7 +21,7 @@ from carve_kernels.hf.prefix import Prefix
 from carve_kernels.hf.prompts import build_prompt, prepare
 from carve_kernels.hf.requests import Prompt, located
 from carve_kernels.hf.row import Unshareable
-from carve_kernels.hf.rows import RowsSpec, check_rows, resolve_rows, tokenizer_of
+from carve_kernels.hf.rows import RowsSpec, check_rows, general_rows, resolve_rows, tokenizer_of
 from carve_kernels.hf.sharing import obstacle
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
@@ -148,7 +148,7 @@ class RowReader:
         attended, after = torch.ones_like(ids, dtype=torch.bool), int(tokens.max())
         found: dict[RowsSpec, torch.Tensor] = {}
         for rows in self.rows:
-            meant = "question" if general and isinstance(rows, tuple) and rows[0] == "word" else rows
+            meant = general_rows(rows) if general else rows
             try:
                 group = resolve_rows(meant, ids, attended, tokens, self._processor).columns[0]
                 if int(group.min()) <= after:

@@ -9,8 +9,8 @@ import numpy
 import torch
 
 from carve_kernels import checks
-from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, spellings
-from carve_kernels.hf.turns import last_call, last_question, template_of, turns_of
+from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, special_tokens, spellings
+from carve_kernels.hf.turns import last_call, last_question, templates_of, turns_of
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
 
@@ -90,6 +90,11 @@ def resolve_rows(
     return Rows(index, weight, False)
 
 
+def general_rows(rows: RowsSpec) -> RowsSpec:
+    """What a question says need not stand in the general instruction: the instruction's tokens take its place."""
+    return "question" if isinstance(rows, tuple) and rows[0] in ("word", "text") else rows
+
+
 def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
@@ -113,9 +118,9 @@ class _Finder:
     def __init__(self, rows: Any, processor: Any) -> None:
         self._kind: str = rows if isinstance(rows, str) else rows[0]
         self._wanted: str = "" if isinstance(rows, str) else rows[1]
-        self._tokenizer = None if processor is None else tokenizer_of(processor)
+        self._tokenizer: Any = None if processor is None else tokenizer_of(processor)
         self._turns = [] if processor is None else turns_of(processor)
-        if self._kind == "question" and not self._turns and template_of(processor) is not None:
+        if self._kind == "question" and not self._turns and templates_of(processor):
             raise ValueError(
                 "processor: expected a chat template that shows a user's text as it is, this one refuses or rewrites "
                 "it; use rows=('text', TEXT)"
@@ -141,9 +146,10 @@ class _Finder:
     def _question(self, spelled: Spelled, ids: list[int], behind: int) -> list[int]:
         start, stop = last_question(spelled.text, spelled.begin(behind), self._turns, self._tokenizer)
         asked = spelled.text[start:stop]
-        special = _special(self._tokenizer)
+        special = special_tokens(self._tokenizer)
         places = spelled.tokens(start, start + len(asked.rstrip())) if asked.strip() else []
-        return [place for place in places if ids[place] not in special]
+        tokens = self._tokenizer.convert_ids_to_tokens([ids[place] for place in places])
+        return [place for place, token in zip(places, tokens, strict=True) if token not in special]
 
     def _span(self, spelled: Spelled) -> list[int]:
         """The tokens of the last place behind the first image, in a call for an answer only if there is no other."""
@@ -165,9 +171,3 @@ class _Finder:
         raise ValueError(
             f"rows: expected a {self._kind} of the prompt, got {self._wanted!r}; the prompt reads {shown!r}"
         )
-
-
-def _special(tokenizer: Any) -> set[int]:
-    """The tokens that are no text of a user, those that stand for what the tokenizer does not know among them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {id for id, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", None) or ())

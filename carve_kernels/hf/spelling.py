@@ -56,14 +56,28 @@ class Spelled:
         return bisect_left(self._characters, self._tokens[token])
 
 
-def spellings(tokenizer: Any, text: str) -> Iterator[str]:
-    """A text as it is and, where the tokenizer writes it in another way (lower-cased, without accents), as it does."""
+def spellings(tokenizer: Any, text: str, unknown: bool = False) -> Iterator[str]:
+    """A text as it is and, where the tokenizer writes it in another way (lower-cased, without accents), as it does.
+
+    With `unknown` also where it does not know a part of the text, and writes its mark for it.
+    """
     yield text
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if getattr(tokenizer, "unk_token_id", None) not in ids:
+    lost = getattr(tokenizer, "unk_token_id", None)
+    known = [id for id in ids if id != lost]
+    # Marks alone may stand for any text.
+    if len(known) == len(ids) or (unknown and _decoded(tokenizer, known).strip()):
         written = _decoded(tokenizer, ids).strip()
         if written and written != text:
             yield written
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The tokens that are no text of a user, the mark of what the tokenizer does not know among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {token.content for token in added if token.special} | set(
+        getattr(tokenizer, "all_special_tokens", None) or ()
+    )
 
 
 def unknown_of(tokenizer: Any) -> str | None:

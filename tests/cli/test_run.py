@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import carve_kernels
+from carve_kernels.cli import report
 from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
 from carve_kernels.cli.report import FILES
 from tests.cli.conftest import QUESTION, Invoke, content
@@ -151,15 +152,27 @@ def test_parsing() -> None:
     assert parse_layers("-1") == (-1,)
     assert parse_layers("-4--2, 0") == (-4, -3, -2, 0)
     assert parse_layers("paper") == "paper"
-    assert [parse_rows(text) for text in ("last", "4", "question", "word:red", "3,5")] == [
+    assert [parse_rows(text) for text in ("last", "4", "question", "word:red", "text:a: red, cat", "3,5")] == [
         "last",
         4,
         "question",
         ("word", "red"),
+        ("text", "a: red, cat"),
         (3, 5),
     ]
     assert parse_lam("mean") == "mean"
     assert parse_lam("1e-8") == 1e-8
+
+
+def test_rows_of_a_text(run: Invoke, tmp_path: Path, checkpoint: Path, picture_file: Path) -> None:
+    assert run("--rows", "text:digit is red").exit_code == 0
+    engine = carve_kernels.CarveEngine(
+        *carve_kernels.load(checkpoint),
+        preset=carve_kernels.Preset(layers=(1, 2), rows=("text", "digit is red"), max_new_tokens=2),
+    )
+    expected = engine(picture_file, QUESTION)
+    assert numpy.array_equal(numpy.load(tmp_path / "out/saliency.npy"), expected.saliency.numpy())
+    assert "; text 'digit is red'; " in report._settings(expected)
 
 
 def test_help_and_version_are_quick() -> None:

@@ -72,16 +72,18 @@ def _llama() -> Tokenizer:
     return tokenizer
 
 
-def _unigram(scheme: str) -> Tokenizer:
-    """As T5's and Gemma's: pieces behind a mark for the space, bytes for what is unknown, NFKC."""
+def _unigram(scheme: str, fallback: bool = True) -> Tokenizer:
+    """As T5's and Gemma's: pieces behind a mark for the space, bytes or a mark for what is unknown, NFKC."""
     trainer = trainers.UnigramTrainer(
         vocab_size=200, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False
     )
     pre = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer = _trained(models.Unigram(), trainer, normalizers.NFKC(), pre, None)
     pieces = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    pieces += [(piece, -20.0) for piece in _bytes_of(0)]
-    tokenizer.model = models.Unigram(pieces, unk_id=[piece for piece, _ in pieces].index("<unk>"), byte_fallback=True)
+    pieces += [(piece, -20.0) for piece in _bytes_of(0) if fallback]
+    tokenizer.model = models.Unigram(
+        pieces, unk_id=[piece for piece, _ in pieces].index("<unk>"), byte_fallback=fallback
+    )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
     return tokenizer
 
@@ -104,6 +106,8 @@ KINDS = {
     "always": functools.partial(_unigram, "always"),
     "word-piece": _word_piece,
 }
+# It knows no line break, so that it writes a mark for a part of most templates.
+NO_BREAKS = "no-breaks"
 
 
 @functools.cache
@@ -111,7 +115,7 @@ def tokenizer_of_kind(kind: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=KINDS[kind](),
+        tokenizer_object=_unigram("first", fallback=False) if kind == NO_BREAKS else KINDS[kind](),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",

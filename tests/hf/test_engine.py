@@ -97,7 +97,7 @@ def test_the_first_step_alone_costs_one_step_of_the_general_instruction() -> Non
     assert torch.equal(result.saliency, expected.saliency)
 
 
-@pytest.mark.parametrize("rows", ["question", ("word", "red"), 3])
+@pytest.mark.parametrize("rows", ["question", ("word", "red"), ("text", "digit is red"), 3])
 def test_other_rows(rows: Any) -> None:
     model, processor = family("llava")
     result = CarveEngine(model, processor, preset=Preset.paper(rows=rows, max_new_tokens=4))(PHOTO, QUESTION)

@@ -105,7 +105,7 @@ def reader_of(name: str, rows: Any, steps: list[str], preset: Preset = SHORT) ->
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using: Any) -> None:
     model, processor = family(name)
-    rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red")]
+    rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red"), ("text", "red")]
     texts = ["what digit is red", "the red square at the left", "is red a digit"]
     reader = reader_of(name, rows, ["t_start", "t_end"])
     before = state(model)
@@ -120,7 +120,7 @@ def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using:
     for text, found in ((SHORT.general_prompt, general), *zip(texts, seen, strict=True)):
         inputs = prepare(processor, [PICTURES[0]], build_prompt(processor, text), None, SHORT.max_pixels)
         for row in rows:
-            asked = "question" if found is general and row == ("word", "red") else row
+            asked = "question" if found is general and row in (("word", "red"), ("text", "red")) else row
             session = capture_attention(model, layers="all", rows=asked, processor=processor, max_steps=3)
             with session, torch.no_grad():
                 model.generate(**inputs, do_sample=False, max_new_tokens=3)
@@ -235,7 +235,8 @@ def test_a_pick_that_is_a_guess_says_so() -> None:
         ({"probes": [Probe("missing.png", "hello")]}, ValueError, "missing.png is missing"),
         ({"rows": []}, ValueError, "rows: expected 'last' beside steps"),
         ({"rows": ["first"]}, ValueError, "rows: expected one of 'last', 'question'"),
-        ({"rows": [("text", "red")]}, TypeError, r"rows\[0\]: expected an integer"),
+        ({"rows": [("words", "red")]}, TypeError, r"rows\[0\]: expected an integer"),
+        ({"rows": [("text", " ")]}, ValueError, r"rows\[1\]"),
         ({"rows": ["question"], "steps": ["t_end"]}, ValueError, "rows: expected 'last' beside steps"),
         ({"steps": ["t_middle"]}, ValueError, r"steps\[0\]: expected one of"),
         ({"steps": "t_start"}, TypeError, "steps: expected a list"),

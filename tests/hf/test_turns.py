@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from carve_kernels.hf.prompts import build_prompt
 from carve_kernels.hf.rows import resolve_rows
 from tests.hf.kinds import (
     IMAGE,
     KINDS,
+    NO_BREAKS,
     TEMPLATES,
     Prompted,
     assistant,
@@ -107,6 +110,86 @@ def test_templates_of_texts_and_templates_that_end_in_nothing(kind: str) -> None
         tokenizer.chat_template = None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_special_tokens_mark_turns_every_chat_is_told(kind: str) -> None:
+    processor = processor_of_kind(kind, "qwen")
+    again = (user(ASKED), assistant("It is the cat"))
+    is_question(processor, rendered(processor, *again), ASKED)
+    is_question(processor, rendered(processor, *again, assistant("red")), ASKED)
+    is_question(processor, rendered(processor, *again, call=False), ASKED)
+    twice = (user("what digit is red"), user(ASKED, images=0))
+    is_question(processor, rendered(processor, *twice), ASKED)
+    is_question(processor, rendered(processor, *twice, call=False), ASKED)
+    is_question(processor, rendered(processor, *twice, assistant("It is the cat")), ASKED)
+    # Other special tokens may be a user's.
+    prompted, columns = question(processor, rendered(processor, user("is it <s> or red")))
+    start = prompted.text.rindex("is it <s>")
+    assert [prompted.columns(start, start + 1)[0], prompted.columns(start + 15, start + 16)[0]] == [
+        columns[0],
+        columns[-1],
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["llava", "inst", "glued"])
+def test_two_texts_that_a_user_may_have_written_as_one_are_refused(kind: str, template: str) -> None:
+    processor = processor_of_kind(kind, template)
+    for call in (True, False):
+        with pytest.raises(ValueError, match=r"^rows:"):
+            question(processor, rendered(processor, user("what digit is red"), user(ASKED, images=0), call=call))
+    told = (user("hello"), assistant("seven"), user("what digit is red", images=0), user(ASKED, images=0))
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor, rendered(processor, *told))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "word-piece"])
+def test_a_text_ends_before_a_special_token_behind_an_answer(kind: str) -> None:
+    processor = processor_of_kind(kind, VICUNA)
+    said = [{"role": "user", "content": f"{IMAGE}\n{ASKED}"}, {"role": "assistant", "content": "It is the cat"}]
+    is_question(processor, rendered(processor, *said), ASKED)
+    # By hand, so that nothing of a template's but the special token can be seen.
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor, f"{IMAGE} {ASKED}</s> and now {ASKED}")
+
+
+@pytest.mark.parametrize("template", ["qwen", "llava"])
+def test_a_template_with_characters_that_the_tokenizer_does_not_know(template: str) -> None:
+    processor = processor_of_kind(NO_BREAKS, template)
+    assert processor.tokenizer.unk_token_id in processor.tokenizer("\n")["input_ids"]
+    told = (user("what digit is red"), assistant("seven"), user(ASKED, images=0))
+    for chat in ((user(ASKED),), told):
+        is_question(processor, rendered(processor, *chat), ASKED)
+        is_question(processor, rendered(processor, *chat, assistant("the cat is red"), call=False), ASKED)
+
+
+def test_a_template_whose_own_text_is_all_unknown_is_refused() -> None:
+    processor = processor_of_kind(NO_BREAKS, TEMPLATES["glued"].replace("ASSISTANT:", "\u0416\u0416"))
+    with pytest.raises(ValueError, match=r"^rows:"):
+        question(processor, rendered(processor, user(f"{ASKED} \u0416 {ASKED}")))
+
+
+@pytest.mark.parametrize("of_tokenizer", ["llava", "qwen", "inst"])
+@pytest.mark.parametrize("of_processor", ["llava", "qwen", "inst"])
+def test_a_prompt_by_the_template_of_the_tokenizer_beside_another(of_processor: str, of_tokenizer: str) -> None:
+    tokenizer = copy.copy(tokenizer_of_kind("llama"))
+    tokenizer.chat_template = TEMPLATES[of_tokenizer]
+    processor = processor_of_kind("llama", of_processor)
+    processor.tokenizer = tokenizer
+    text = tokenizer.apply_chat_template([user(ASKED)], add_generation_prompt=True, tokenize=False)
+    is_question(processor, text, ASKED)
+    is_question(processor, rendered(processor, user(ASKED)), ASKED)
+
+
+@pytest.mark.parametrize("names", [("vision",), ("default", "vision"), ("plain", "vision")])
+def test_templates_by_name(names: tuple[str, ...]) -> None:
+    text = rendered(processor_of_kind("llama", "llava"), user(ASKED))
+    processor = _Holder(copy.copy(tokenizer_of_kind("llama")))
+    processor.tokenizer.chat_template = dict.fromkeys(names, TEMPLATES["qwen"]) | {"vision": TEMPLATES["llava"]}
+    is_question(processor, text, ASKED)
+    if len(names) == 1:
+        assert build_prompt(processor, ASKED) == text
+
+
 class _Holder:
     """A processor without a template of its own."""
 
@@ -114,6 +197,7 @@ class _Holder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.apply_chat_template = tokenizer.apply_chat_template
 
 
 def test_a_template_may_trim_and_lower_the_text_but_not_drop_it() -> None:
