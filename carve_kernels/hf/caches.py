@@ -29,8 +29,8 @@ def cache_of(given: Mapping[str, Any]) -> Any:
             raise names.changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
     elif not hasattr(known, _LENGTH):
         raise ValueError(
-            f"model: its cache is a {type(known).__name__} (none of transformers', or in pages for continuous batching); "
-            "use generate, or a DynamicCache"
+            f"model: its cache is a {type(known).__name__} (not one of transformers, or in pages as for continuous "
+            "batching); use generate, or a DynamicCache"
         )
     return known
 
