@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from carve_kernels.pipeline import Preset, carve
     from carve_kernels.types import View, VisualLayout
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # A submodule of the package itself must not share a name with a key: once loaded, it would take the name's place.
 _SOURCES = {

@@ -149,25 +149,27 @@ def visible(
     return Visible()
 
 
-def check_call(implementation: str, given: Mapping[str, Any], length: int) -> None:
+def check_call(model: Any, given: Mapping[str, Any], length: int) -> None:
     """What a forward is refused for before it runs: masks that steer, or that are added as numbers, and packed rows."""
-    masks = given.get("attention_mask")
-    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+    masks, positions = given.get("attention_mask"), given.get("position_ids")
+    segments = names.segments_in(given)
+    prepared = list(masks.values()) if isinstance(masks, dict) else [masks]
+    if length == 1 and all(mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2) for mask in prepared):
+        return
+    implementation = names.implementation_of(model) or ""
+    for mask in prepared:
         check_mask(implementation, mask)
         if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
             continue
         if mask.shape[2] not in (1, length):
             raise ValueError(f"attention_mask: expected one of {length} rows, got {checks.describe(mask)}")
-        if not mask.is_floating_point():
-            continue
         # To read a mask of a step would wait for its device each time; the record asks once, at the end.
-        if (length > 1 or mask.device.type == "cpu") and bool(_steered(mask)):
+        if mask.is_floating_point() and (length > 1 or mask.device.type == "cpu") and bool(_steered(mask)):
             raise steering()
-    positions = given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.ndim == 2 and not isinstance(masks, dict):
         attends = masks is not None and not bool(masks.all())
         refuse_packed(implementation, masks if attends else None, None, positions, length)
-    refuse_packed(implementation, None, names.segments_in(given), None, length)
+    refuse_packed(implementation, None, segments, None, length)
 
 
 def check_mask(implementation: str, attention_mask: Any, keys: int = 0) -> None:

@@ -125,7 +125,7 @@ class Planner:
         length = source.shape[1]
         cache = caches.cache_of(given)
         told = {name: value for name, value in given.items() if value is not cache}
-        check_call(names.implementation_of(self._model) or "", told, length)
+        check_call(self._model, told, length)
         repeats = self._whole is not None and self._whole.repeated(ids, told)
         behind = self.decoding is not None and self._begun is self.decoding
         if behind and cache is None and (ids is not None or length == 1) and not repeats:
@@ -269,7 +269,7 @@ class Planner:
         """The ids of the whole prompt on the CPU, by what went through the cache or what generate was given."""
         told = None if self.decoding is None or self.decoding.ids is None else self.decoding.ids[:, :total].cpu()
         if past and followed.length == 0:
-            followed.ids = None if told is None or told.shape[1] < total else [told[:, :past]]
+            followed.ids.append(None if told is None or told.shape[1] < total else told[:, :past])
         known = followed.known(ids, total)
         if known is not None and told is not None and told.shape == known.shape and not torch.equal(known, told):
             if self.decoding is not None and self.decoding.beside is not None:

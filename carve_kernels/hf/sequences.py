@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import caches
-from carve_kernels.hf.record import Record
+from carve_kernels.hf.record import STEPS, Record
 
 
 class Followed:
@@ -18,8 +18,7 @@ class Followed:
 
     def __init__(self) -> None:
         self.record: Record | None = None
-        # The ids in the pieces that came, on their device, None where some are not known.
-        self.ids: list[torch.Tensor] | None = []
+        self.ids = _Ids()
         # How many tokens went through it, and where the first step begins.
         self.length = 0
         self.prompt = 0
@@ -32,10 +31,10 @@ class Followed:
 
     def known(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """All ids on the CPU, those of a forward behind them, where there are `length` of them."""
-        pieces = None if ids is None or self.ids is None else [*self.ids, ids]
-        if pieces is None or any(piece.shape[0] != pieces[0].shape[0] for piece in pieces):
+        before = self.ids.all()
+        if ids is None or before is None or before.shape[0] not in (0, ids.shape[0]):
             return None
-        whole = torch.cat([piece.detach().cpu() for piece in pieces], 1)
+        whole = torch.cat([before.cpu().view(ids.shape[0], -1), ids.detach().cpu()], 1)
         return whole if whole.shape[1] == length else None
 
     def note(
@@ -43,8 +42,7 @@ class Followed:
     ) -> None:
         """After a forward of so many ids: how it left the cache, and what the model noted of positions."""
         self._positions = positions
-        # A caller may use the tensor again for other ids.
-        self.ids = None if ids is None or self.ids is None else [*self.ids, ids.detach().clone()]
+        self.ids.append(ids)
         self.length = length
         self._marks = [caches.mark(cache, module) for module in modules]
         uncounted = any(left is not None and left.version is None for left in self._marks)
@@ -62,7 +60,10 @@ class Followed:
                 "interrupted; run the prompt anew"
             )
         for layer, module, left in zip(layers, modules, self._marks, strict=True):
-            found = caches.mark(cache, module)
+            found = caches.mark(cache, module, left)
+            # Nothing was done to it; where no counter tells, `was_written` does.
+            if found is left and left is not None and held == self.length:
+                continue
             # A layer that uses the keys of another one has none.
             if found is None and left is None and held == self.length and caches.has_layers(cache):
                 continue
@@ -91,13 +92,37 @@ class Followed:
 
     def _cut(self, length: int) -> None:
         self.length = length
-        if self.ids is None:
+        self.ids.cut(length)
+
+
+class _Ids:
+    """Ids [B, S] in a buffer with room behind them: a caller may use a tensor again, and a step allocates nothing."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, 0, dtype=torch.int64)
+        # How many columns of it are written; None where some that went by are not known.
+        self._count: int | None = 0
+
+    def all(self) -> torch.Tensor | None:
+        return None if self._count is None else self._buffer[:, : self._count]
+
+    def append(self, ids: torch.Tensor | None) -> None:
+        if ids is None or self._count is None or (self._count and ids.shape[0] != self._buffer.shape[0]):
+            self._count = None
             return
-        kept, left = [], length
-        for piece in self.ids:
-            kept.append(piece[:, :left])
-            left -= kept[-1].shape[1]
-        self.ids = kept if left == 0 else None
+        count, end = self._count, self._count + ids.shape[1]
+        if end > self._buffer.shape[1]:
+            longer = ids.new_empty(ids.shape[0], max(2 * count, end + STEPS))
+            if count:
+                longer[:, :count] = self._buffer[:, :count]
+            self._buffer = longer
+        self._buffer[:, count:end].copy_(ids.detach())
+        self._count = end
+
+    def cut(self, length: int) -> None:
+        """Keep the first so many."""
+        if self._count is not None:
+            self._count = length if length <= self._count else None
 
 
 class Caches:

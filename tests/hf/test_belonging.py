@@ -79,6 +79,8 @@ def test_a_cropped_cache_goes_back(cache: str) -> None:
         held = read(model, prompt, new_cache(cache, model))
         for token in (7, 8, 9):
             step(model, held, token)
+        if not hasattr(held.layers[0], "crop"):
+            pytest.skip("static caches of this transformers cannot be cropped")
         held.crop(-2)
         step(model, held, 10)
         same(session.maps, alone(model, prompt, [7, 10]))
