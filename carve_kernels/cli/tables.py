@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -18,7 +17,7 @@ _WIDE = 200
 def screen() -> Console:
     """The terminal; a file or a pipe has no width of its own, and rich's default of 80 would break every cell."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+    return console if console.is_terminal else Console(width=max(_WIDE, console.width))
 
 
 def table(title: Cell, columns: Sequence[str], lines: Iterable[Sequence[Cell]]) -> Table:

@@ -81,6 +81,8 @@ def test_the_table_of_profile_can_be_read(
     carve: Invoke, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "dumb")
     (folder / "questions.jsonl").write_text(json.dumps({**LINES[0], "box": [1, 2, 90, 80]}))
     words = ("--rows", "last", "--steps", "t_start", *QUICK[:2], "-o", folder / "carve.json")
     done = carve("profile", "-m", checkpoint, "-i", folder / "questions.jsonl", *words)
