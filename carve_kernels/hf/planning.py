@@ -61,6 +61,8 @@ class Planner:
         # The last forward that read a whole prompt, and the prompt and cache of the one under way.
         self._whole: Whole | None = None
         self._under_way = _UnderWay(Followed(), None, None, 0)
+        # Whether hooks may write to keys and masks where no counter tells.
+        self._careful = False
         # The generate whose first forward has been planned.
         self._begun: Decoding | None = None
         self._inside: list[object] = []
@@ -86,9 +88,9 @@ class Planner:
             self.record = before
             raise
         if record is not None:
-            record.together = (
-                self._on_layer is None and caches.keeps_cache(self._model, given) and not self._may_write()
-            )
+            if record.step == 0:
+                self._careful = self._may_write()
+            record.together = self._on_layer is None and caches.keeps_cache(self._model, given) and not self._careful
         self.record = record
         self._begun = self.decoding
         self._inside, self.running = [source], True
@@ -124,16 +126,16 @@ class Planner:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
         cache = caches.cache_of(given)
+        followed = None if cache is None else self._caches.get(cache)
+        if followed is not None:
+            # A step that is refused takes nothing from what was there.
+            self.record = before
         told = {name: value for name, value in given.items() if value is not cache}
         check_call(self._model, told, length)
         repeats = self._whole is not None and self._whole.repeated(ids, told)
         behind = self.decoding is not None and self._begun is self.decoding
         if behind and cache is None and (ids is not None or length == 1) and not repeats:
             raise self._foreign(f"{length} token(s) come without a known cache")
-        followed = None if cache is None else self._caches.get(cache)
-        if followed is not None:
-            # A step that is refused takes nothing from what was there.
-            self.record = before
         if behind and cache is not None and followed is None:
             raise self._foreign(f"{length} token(s) come with another cache")
         past = self._past(cache, followed, length)

@@ -234,3 +234,17 @@ def test_a_window_without_a_mask_under_a_name_that_masks_nothing() -> None:
     with pytest.raises(ValueError, match=r"^attention_mask: "):
         visible("mine", None, rows, 10, 10, causal=True, window=4)
     assert visible("flash_attention_2", None, rows, 10, 10, causal=True, window=4).window == 4
+
+
+def test_a_step_that_is_refused_leaves_the_maps_before_it(prompt: Prompt) -> None:
+    model, length = model_of("llama", "sdpa"), prompt.ids.shape[1]
+    with capture_attention(model, layers="all") as session, torch.no_grad():
+        cache = model(input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1)).past_key_values
+        before = session.maps.values
+        mask = torch.zeros(1, 1, 1, length + 1)
+        mask[..., 3] = 2.0
+        with pytest.raises(ValueError, match=r"^attention_mask: "):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache, attention_mask=mask)
+        assert torch.equal(session.maps.values, before)
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert session.maps.steps == (0, 1)
