@@ -43,7 +43,7 @@ prove:
 # What of them fits into a quarter of an hour behind `make test`.
 prove-ci: $(VENV)/.tests
 	$(MAKE) -j 2 native-ci
-	$(MAKE) slow
+	$(MAKE) pytest SELECT="-m slow -k 'not in_long'"
 
 # C++ and emulated CUDA under sanitizers; `native` is what `make test` has of them.
 native native-ci native-all sanitize races emulate emulate-all:
