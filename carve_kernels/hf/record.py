@@ -157,19 +157,12 @@ class Record:
         if self.later is not None:
             self.later.mass[self.step :] = _UNSEEN
 
-    def record(
-        self,
-        index: int,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: Any,
-        options: dict[str, Any],
-    ) -> None:
+    def record(self, index: int, *call: Any) -> None:
+        """Take a layer's attention as it was called; what is refused in it leaves no maps."""
         if not self.active:
             return
         try:
-            self._record(index, module, query, key, attention_mask, options)
+            self._record(index, *call)
         except ValueError as error:
             self.refused = error
             raise
