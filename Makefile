@@ -54,12 +54,12 @@ slow:
 
 # Faults that are planted in the kernels: each has to be caught.
 mutate: $(VENV)/.tests
-	$(VENV)/bin/python -m tests.cuda.mutate --all
-	$(VENV)/bin/python -m tests.triton.mutants
+	$(VENV)/bin/python -m tests.emulator.mutate --all
+	$(VENV)/bin/python -m tests.backends.triton.mutants
 
 # Triton's kernels, compiled for every target and interpreted, with each Triton that is supported.
 compile: $(VENV)/.tests
-	$(VENV)/bin/python -m tests.triton.versions $(VENV)/triton
+	$(VENV)/bin/python -m tests.backends.triton.versions $(VENV)/triton
 
 # A batch that is killed again and again, and thousands of pictures, whose memory is printed on the way.
 soak: $(VENV)/.tests

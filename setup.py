@@ -274,7 +274,7 @@ class BuildOperators(build_ext):
             if self.required:
                 ext.optional = False
                 raise PlatformError(f"CARVE_KERNELS_BUILD=required: {said}")
-            slower = runpy.run_path("carve_kernels/extension.py")["SLOWER"]
+            slower = runpy.run_path("carve_kernels/backends/native/extension.py")["SLOWER"]
             again = "pip install -e ." if self.editable_mode else "pip install ."
             warnings.warn(f"{said}\nOn a CPU: {slower}. Once that is mended, build them: {again}", stacklevel=1)
 

@@ -25,7 +25,7 @@ from benchmarks import roofline as rooflines
 from benchmarks.answers import WrongAnswer
 from benchmarks.models import Shape
 from carve_kernels.models import small
-from carve_kernels.roofline import GPUS
+from carve_kernels.selfcheck.roofline import GPUS
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 

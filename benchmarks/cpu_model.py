@@ -18,7 +18,7 @@ from benchmarks.lines import Goal, Line, line
 from benchmarks.models import VISUAL_SHARE, Shape, prompt, random_model
 from benchmarks.timing import Run, Spread, as_it_comes, paired, ratio, warm
 from carve_kernels import capture, capture_attention, contrast
-from carve_kernels.hf.record import Record
+from carve_kernels.hf.session.recording import Record
 
 PLAIN, SESSION = "plain", "session"
 CAPTURES, PREFILL, SDPA = "captures", "prefill", "sdpa prefill"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks.models import MERGE, PATCH, Shape, noise, processor, random_model
 from carve_kernels import CarveEngine, Preset, carve
-from carve_kernels.hf.backbone import decoder_layers
-from carve_kernels.hf.prompts import build_prompt, prepare
+from carve_kernels.hf.inputs import build_prompt, prepare
+from carve_kernels.hf.model import decoder_layers
 from carve_kernels.types import CarveResult
 
 FIRST, QUESTION = "what digit is blue", "what digit is red"

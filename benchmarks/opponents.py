@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_capture
 from benchmarks.cases import DTYPES, GEOMETRIES, VISUAL_SHARE, Case, Problem
-from carve_kernels.work import Work
+from carve_kernels.selfcheck.work import Work
 
 _ATEN = torch.ops.aten
 # Allocations, and the shape of what is dense already.

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from benchmarks import opponents
 from benchmarks.cases import GEOMETRIES, VISUAL_SHARE, Case
-from carve_kernels.roofline import GPUS, UNITS, Gpu, Unit, predict, work_of
-from carve_kernels.work import Work
+from carve_kernels.selfcheck.roofline import GPUS, UNITS, Gpu, Unit, predict, work_of
+from carve_kernels.selfcheck.work import Work
 
 LAYERS = 6
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carve_kernels.backends import explain
     from carve_kernels.checks import BackendUnavailable
-    from carve_kernels.hf.engine import CarveEngine
+    from carve_kernels.hf.engine.engine import CarveEngine
     from carve_kernels.hf.layouts import layout_of
     from carve_kernels.hf.loading import load
-    from carve_kernels.hf.session import capture_attention
+    from carve_kernels.hf.session.session import capture_attention
     from carve_kernels.maps import AttentionMaps
     from carve_kernels.ops.capture import capture, capture_layers
     from carve_kernels.ops.contrast import contrast

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from carve_kernels import checks, extras
-from carve_kernels.files import refuse_foreign, write_whole
+from carve_kernels.atomic_write import refuse_foreign, write_whole
 from carve_kernels.types import View, VisualLayout
 
 _FORMAT = "carve_kernels.AttentionMaps/1"
@@ -110,7 +110,7 @@ class AttentionMaps:
         grid = last[:, rows].mean((0, 1))
         factor = max(1, 448 // max(grid.shape))
         # Pictures need Pillow, which maps do not.
-        from carve_kernels.picture import saliency_image
+        from carve_kernels.visualize import saliency_image
 
         image = saliency_image(grid)
         buffer = BytesIO()

@@ -63,7 +63,7 @@ def _faithful_interpreter() -> Iterator[None]:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from tests.triton import interpreter
+    from tests.backends.triton import interpreter
 
     with interpreter.faithful():
         yield

@@ -20,7 +20,7 @@ from benchmarks import (
     timing,
 )
 from carve_kernels.types import Capture
-from tests.bench import run
+from tests.support.bench import run
 
 
 def untimed(*_args: object, **_options: object) -> None:

@@ -24,8 +24,8 @@ from benchmarks import (
 )
 from benchmarks.__main__ import app
 from benchmarks.models import Shape
-from tests.bench import run
-from tests.hf import tiny
+from tests.support import tiny_models
+from tests.support.bench import run
 
 
 def report_of(path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_session_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.
 def test_engine_reports_every_way_against_its_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # test_session_reports starts processes; these would take as long again.
     monkeypatch.setattr(one_look_memory, "in_fresh_process", lambda _, task: one_look_memory.measured(task)._asdict())
-    checkpoint = tiny.save(*tiny.tiny_llava(), tmp_path / "checkpoint")
+    checkpoint = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "checkpoint")
     files = tmp_path / "engine.json", tmp_path / "engine.md"
     words = ("--model", str(checkpoint), "--output", str(files[0]), "--markdown", str(files[1]))
     result = run("engine", *words)

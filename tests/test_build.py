@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels import extension
+from carve_kernels.backends.native import extension
 from tests import constrain
 
 ROOT = Path(__file__).resolve().parents[1]

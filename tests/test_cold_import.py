@@ -32,8 +32,8 @@ torch.ops.load_library = refuse
 # As after an install that found no compiler.
 NO_LIBRARY = """
 from pathlib import Path
-import carve_kernels.extension
-carve_kernels.extension.LIBRARY = Path("_C.abi3.so")
+import carve_kernels.backends.native.extension
+carve_kernels.backends.native.extension.LIBRARY = Path("_C.abi3.so")
 """
 
 

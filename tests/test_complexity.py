@@ -6,7 +6,7 @@ import numpy
 from PIL import Image
 
 from carve_kernels.complexity import complexity
-from tests.hf.tiny import picture
+from tests.support.tiny_models import picture
 
 
 def test_complexity_knows_busy_from_plain_and_grey_from_coloured() -> None:

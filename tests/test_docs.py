@@ -46,7 +46,7 @@ def test_code_blocks_run(page: str, code: str, tmp_path: Path, monkeypatch: pyte
         return
     # What is seen first has a process of its own, as readers have; importing torch again takes seconds.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = f"import tests.hf.tiny\n{code}"
+    program = f"import tests.support.tiny_models\n{code}"
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

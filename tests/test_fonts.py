@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, features
 
 from carve_kernels import fonts
-from carve_kernels.picture import Tile, panel
+from carve_kernels.visualize import Tile, panel
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ elif words[:2] == ["-m", "pytest"]:
     Path(report).write_text(f"<testsuites><testsuite>{{case}}{{inside}}</testcase></testsuite></testsuites>")
     print("1 failed, 2 passed in 1.00s" if "failure" in inside else "2 passed, 1 skipped in 1.00s")
     sys.exit(1 if "failure" in inside else 0)
-elif words == ["-m", "tests.triton.offline"]:
+elif words == ["-m", "tests.backends.triton.offline"]:
     print("36 kernels with triton 3.6.0, %d at fault" % (fault == "spills"))
     sys.exit(fault == "spills")
 """
@@ -228,7 +228,7 @@ def test_the_newest_is_tried_in_a_folder_made_anew(
     assert not (tmp_path / "newest" / "old").exists()
     (install, _), (_, asked), (zoo, _), (tests, path) = calls
     assert install[3] == "install" and {"transformers", "tokenizers", "huggingface-hub"} <= set(install)
-    assert zoo[-1] == "tests/hf/test_zoo.py" and tests[-3:] == ["-n", "2", "tests/hf"]
+    assert zoo[-1] == "tests/hf/layouts/test_zoo.py" and tests[-3:] == ["-n", "2", "tests/hf"]
     assert path == asked == str(tmp_path / "newest")
     said = capsys.readouterr().out
     assert said.startswith("transformers 5.25.0\n") and f"{told}; transformers 5.25.0 is newer than TESTED" in said

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.memory import allocations, peak_of_tensors
 from carve_kernels import capture_attention
-from tests.hf import tiny
+from tests.support import tiny_models
 
 # Scores, their exponentials, and the picked probabilities of one layer at a time.
 ARRAYS = 4
@@ -21,7 +21,7 @@ CONSTANT = 2**19
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny.tiny_llama()
+    return tiny_models.tiny_llama()
 
 
 def forward(model: Any, length: int, rows: int | None, **options: Any) -> Callable[[], None]:
@@ -48,7 +48,7 @@ def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: in
 
 
 def test_the_ruler_sees_what_eager_keeps() -> None:
-    model, length = tiny.tiny_llama(), 1024
+    model, length = tiny_models.tiny_llama(), 1024
     plain = peak_of_tensors(forward(model, length, None))
     model.set_attn_implementation("eager")
     eager = peak_of_tensors(forward(model, length, None, output_attentions=True))

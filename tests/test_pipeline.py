@@ -14,8 +14,8 @@ from scipy import ndimage
 from carve_kernels import BackendUnavailable, Preset, carve
 from carve_kernels.pipeline import pair
 from carve_kernels.presets import layers_of
-from tests.ops.planted import maps
-from tests.tolerances import relative
+from tests.support.planted_maps import maps
+from tests.support.tolerances import relative
 
 
 def photograph(width: int, height: int) -> Image.Image:

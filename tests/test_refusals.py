@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from carve_kernels.hf import decoding, names
+from carve_kernels.hf import names
+from carve_kernels.hf.session import generate_guard
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "carve_kernels"
@@ -18,9 +19,9 @@ PACKAGE = ROOT / "carve_kernels"
 ELSEWHERE = {"loading.py", "checkpoint.py", "memory.py", "batch.py", "engine.py", "contract.py", "looking.py"}
 # Names that a message begins with by a variable.
 SPELLED = {
-    "hf/decoding.py": set(decoding._REFUSED),
-    "hf/attention.py": {"position_ids", *names._SEGMENTS},
-    "hf/planning.py": set(names._BESIDE),
+    "hf/session/generate_guard.py": set(generate_guard._REFUSED),
+    "hf/attention_patch.py": {"position_ids", *names._SEGMENTS},
+    "hf/session/forward_tracker.py": set(names._BESIDE),
 }
 _LEADING = re.compile(r"([a-z_]+)(\[[^\]]*\])?: ")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError")
@@ -83,9 +84,9 @@ TOLD = {
 }
 # What any function refuses: an argument of another kind, or none of a list.
 PLAIN = {
-    Refusal("on_layer", "TypeError", "hf/session.py"),
-    Refusal("probes", "TypeError", "hf/profile.py"),
-    Refusal("probes", "ValueError", "hf/profile.py"),
+    Refusal("on_layer", "TypeError", "hf/session/session.py"),
+    Refusal("probes", "TypeError", "hf/profile/profile.py"),
+    Refusal("probes", "ValueError", "hf/profile/profile.py"),
 }
 ROWS = list(written())
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from carve_kernels import __version__, extension
+from carve_kernels import __version__
+from carve_kernels.backends.native import extension
 from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo

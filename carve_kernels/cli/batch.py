@@ -78,7 +78,7 @@ def batch(
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.checkpoint import SMALL
-    from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
+    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
@@ -107,7 +107,7 @@ def batch(
         checks.integer("tokens", tokens, low=1)
 
     def load() -> Any:
-        from carve_kernels.hf.engine import CarveEngine
+        from carve_kernels.hf.engine.engine import CarveEngine
 
         loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
@@ -123,7 +123,7 @@ def batch(
 def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
     """All that answers depend on but the questions and the images."""
     from carve_kernels.hf.checkpoint import find
-    from carve_kernels.hf.identity import fingerprint_of_directory
+    from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
 
     folder = find(model).folder
     known = fingerprint_of_directory(folder) if folder.is_dir() else None
@@ -178,7 +178,7 @@ class _Run:
 
     def _marks(self, asked: Asked, digest: str | None) -> _Marks:
         """What tells an answer to this question under these settings from any other, by the keys of its record."""
-        from carve_kernels.hf.identity import key_of
+        from carve_kernels.hf.engine.fingerprint import key_of
 
         asking = key_of(format=2, question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
         return {"fingerprint": asking, "picture_digest": digest}

@@ -120,9 +120,9 @@ def _machine() -> Iterator[Line]:
         return
     import torch
 
-    from carve_kernels import extension
     from carve_kernels.backends import cpu
     from carve_kernels.backends.cuda import driver
+    from carve_kernels.backends.native import extension
 
     missing = cpu.unavailable()
     yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
@@ -194,7 +194,7 @@ def _embedded() -> tuple[Any, Any, Any]:
 
 
 def _session() -> tuple[str, str | None]:
-    from carve_kernels.hf.session import capture_attention
+    from carve_kernels.hf.session.session import capture_attention
 
     model, processor, scene = _embedded()
     inputs = processor(images=scene.image, text=f"{processor.image_token} {scene.question}", return_tensors="pt")
@@ -206,7 +206,7 @@ def _session() -> tuple[str, str | None]:
 
 
 def _engine() -> tuple[str, str | None]:
-    from carve_kernels.hf.engine import CarveEngine
+    from carve_kernels.hf.engine.engine import CarveEngine
 
     model, processor, scene = _embedded()
     result = CarveEngine(model, processor, memory=False)(scene.image, scene.question)

@@ -11,8 +11,8 @@ from carve_kernels.cli.notes import notes_of
 from carve_kernels.cli.output import Announce, clock, results, stages
 from carve_kernels.cli.report import FILES, Look, Question, is_ours, summarise, write
 from carve_kernels.hf import names
-from carve_kernels.hf.backbone import input_device
-from carve_kernels.hf.engine import CarveEngine
+from carve_kernels.hf.engine.engine import CarveEngine
+from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
 
 _TEXTS = {

@@ -190,7 +190,7 @@ def device_of(name: str) -> Any:
 def check_fit(fit: str | None) -> None:
     """Raises ValueError for a way to fit images that there is not, before any model is loaded."""
     from carve_kernels import checks
-    from carve_kernels.hf.letterbox import FITS
+    from carve_kernels.hf.layouts.letterbox import FITS
 
     if fit is not None:
         # Without the option there is none, and nobody types that.

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from carve_kernels.files import refuse_foreign, sync
+from carve_kernels.atomic_write import refuse_foreign, sync
 
 # What users type, by what it is called where it is checked.
 TYPED = {"text": "question", "images": "image"}

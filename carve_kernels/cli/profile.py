@@ -11,8 +11,8 @@ from carve_kernels.cli.output import as_typed, number_of, results, stages, versi
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
-    from carve_kernels.hf.evidence import Cell
-    from carve_kernels.hf.profile import Probe, Profile
+    from carve_kernels.hf.profile.profile import Probe, Profile
+    from carve_kernels.hf.profile.scores import Cell
 
 _SHOWN = 8
 _COLUMNS = ("layer", "rows", "steps", "score", "departure", "entropy", "between", "within")
@@ -69,7 +69,8 @@ def profile(
     from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.questions import read, refuse
     from carve_kernels.hf import profile as profiling
-    from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS
+    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+    from carve_kernels.presets import STEPS
 
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
@@ -95,7 +96,7 @@ def profile(
                 probes,
                 preset=base,
                 rows=candidates,
-                steps=steps or profiling.STEPS,
+                steps=steps or STEPS,
                 backend=backend,
                 max_image_pixels=limit,
                 fit=fit,
@@ -113,7 +114,7 @@ def profile(
 def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[Probe]:
     """The questions with their wordings and boxes; ValueError names the bad lines by their numbers."""
     from carve_kernels.cli.questions import refuse
-    from carve_kernels.hf.prompts import open_image
+    from carve_kernels.hf.inputs import open_image
 
     probes: list[Probe] = []
     faults: list[str] = []
@@ -131,7 +132,7 @@ def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[P
 
 
 def _probe(line: Asked) -> Probe:
-    from carve_kernels.hf.profile import Probe
+    from carve_kernels.hf.profile.profile import Probe
 
     extra: dict[str, Any] = {key: value for key, value in line.extra.items() if value is not None}
     if line.prompt is not None:

@@ -20,8 +20,8 @@ from carve_kernels.cli.ours import is_json, png_info, png_texts
 from carve_kernels.cli.output import clock, note, number_of, one_line, versions
 from carve_kernels.cli.tables import screen, table
 from carve_kernels.maps import AttentionMaps, is_saved
-from carve_kernels.picture import Scale, Tile, kept, overlay, panel, saliency_image
 from carve_kernels.types import CarveResult
+from carve_kernels.visualize import Scale, Tile, kept, overlay, panel, saliency_image
 
 RECORD = "result.json"
 # In the order in which they appear: where the record is, everything is.

@@ -38,7 +38,7 @@ def run(
     from carve_kernels.cli.looking import look
     from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.report import FILES, Question
-    from carve_kernels.hf.prompts import MAX_IMAGE_PIXELS, open_image
+    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, open_image
 
     checks.text("question", question)
     dtype = options.check_machine(dtype, backend)

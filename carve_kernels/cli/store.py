@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from carve_kernels.atomic_write import write_whole
 from carve_kernels.cli.ours import is_json, refuse_inputs
 from carve_kernels.cli.output import TEMPORARY, refuse_taken, results
 from carve_kernels.cli.report import FILES, RECORD, is_ours, write_record
-from carve_kernels.files import write_whole
 
 TABLE = "results.jsonl"
 SUMMARY = "summary.json"

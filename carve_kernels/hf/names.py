@@ -82,7 +82,7 @@ def changed(what: str) -> UpstreamChanged:
 
 def contract() -> dict[str, str | None]:
     """Try on tiny models what is relied on: each check by name, and why it failed, or None. See contract.py."""
-    from carve_kernels.hf import contract as checks
+    from carve_kernels.hf.session import contract as checks
 
     return checks.results()
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from carve_kernels import checks, schemas  # noqa: F401  (the schemas must stand before the implementations)
+from carve_kernels import checks
 from carve_kernels.backends import resolve
+from carve_kernels.backends.native import schemas  # noqa: F401  (the schemas must stand before the implementations)
 from carve_kernels.ops.capture_checks import check_arguments, check_out, check_outputs_device, check_values
 from carve_kernels.types import Capture
 

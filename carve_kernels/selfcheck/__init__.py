@@ -13,9 +13,9 @@ import torch
 
 from carve_kernels.backends import PREFERRED, STAGES, why_not
 from carve_kernels.checks import BackendUnavailable
-from carve_kernels.roofline import UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.selfcheck.judging import Verdict
 from carve_kernels.selfcheck.moving import moved, same_bits, tensors
+from carve_kernels.selfcheck.roofline import UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.selfcheck.timing import Clock
 from carve_kernels.selfcheck.trials import Trial, trials
 from carve_kernels.types import float64_device

@@ -1,4 +1,4 @@
-// What the extension was built with; the schema is in carve_kernels/schemas.py.
+// What the extension was built with; the schema is in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// The contrast operator, registered through torch's stable ABI; its schema is in carve_kernels/schemas.py.
+// The contrast operator, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
 
 #include <limits>
 #include <vector>

@@ -1,4 +1,4 @@
-// The regions operator, registered through torch's stable ABI; its schema is in carve_kernels/schemas.py.
+// The regions operator, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 

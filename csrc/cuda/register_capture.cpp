@@ -1,4 +1,4 @@
-// Capture on a device, registered through torch's stable ABI; the schema is in carve_kernels/schemas.py.
+// Capture on a device, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// The regions on a device, registered through torch's stable ABI; the schema is in carve_kernels/schemas.py.
+// The regions on a device, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
 
 #include <algorithm>
 #include <cstdint>

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from carve_kernels.cli import app
-from tests.hf import tiny
+from tests.support import tiny_models
 
 QUESTION = "what digit is red"
 QUICK = ("--max-new-tokens", 2, "--layers", "1-2")
@@ -28,13 +28,13 @@ LINES = [
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(*tiny.tiny_llava(), tmp_path_factory.mktemp("llava"))
+    return tiny_models.save(*tiny_models.tiny_llava(), tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="session")
 def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "wide.png"
-    tiny.picture(160, 96).save(path)
+    tiny_models.picture(160, 96).save(path)
     return path
 
 
@@ -54,7 +54,7 @@ def run(carve: Invoke, checkpoint: Path, picture_file: Path, tmp_path: Path) -> 
 def folder(tmp_path: Path) -> Path:
     """Two pictures, 1.png and 2.png."""
     for seed, size in ((1, (160, 96)), (2, (96, 120))):
-        tiny.picture(*size, seed).save(tmp_path / f"{seed}.png")
+        tiny_models.picture(*size, seed).save(tmp_path / f"{seed}.png")
     return tmp_path
 
 

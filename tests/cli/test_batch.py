@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from carve_kernels.cli.report import FILES
-from carve_kernels.hf.memory import Memory
+from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.models.scenes import draw_scene
 from tests.cli.conftest import LINES, Ask, Invoke, content, records, table, written
-from tests.hf import tiny
+from tests.support import tiny_models
 
 NAMES = ["1", "second", "a%2Fb"]
 
@@ -59,7 +59,7 @@ def test_what_is_done_is_not_done_again(ask: Ask, folder: Path, monkeypatch: pyt
 
 
 def change_picture(folder: Path) -> None:
-    tiny.picture(96, 120, 5).save(folder / "2.png")
+    tiny_models.picture(96, 120, 5).save(folder / "2.png")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_changed_is_done_again_and_nothing_else(
 
 
 def test_another_checkpoint_answers_again(ask: Ask, folder: Path) -> None:
-    other = tiny.save(*tiny.tiny_llava(seed=3), folder / "model")
+    other = tiny_models.save(*tiny_models.tiny_llava(seed=3), folder / "model")
     assert ask(LINES[:2]).exit_code == 0
     before = written(folder)
     assert ask(LINES[:2], "-m", other).exit_code == 0
@@ -143,8 +143,8 @@ def test_bad_pictures_are_records_and_are_tried_again(ask: Ask, folder: Path) ->
     assert "answer" not in table(folder)[1]
 
     before = written(folder)
-    tiny.picture(60, 60, 4).save(folder / "missing.png")
-    tiny.picture(60, 60, 4).save(folder / "broken.png")
+    tiny_models.picture(60, 60, 4).save(folder / "missing.png")
+    tiny_models.picture(60, 60, 4).save(folder / "broken.png")
     done = ask(lines[:4])
     assert done.exit_code == 0, done.output
     after = written(folder)
@@ -191,7 +191,7 @@ def test_an_image_file_is_never_in_memory_whole_to_be_told_apart(tmp_path: Path)
 def test_too_little_memory_for_one_picture_is_its_error(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from carve_kernels.hf import requests
+    from carve_kernels.hf.engine import requests
 
     opened = requests.open_image
 

@@ -14,7 +14,7 @@ import pytest
 
 from carve_kernels.cli.report import FILES
 from tests.cli.conftest import LINES, Ask, content, records, table, written
-from tests.hf import tiny
+from tests.support import tiny_models
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half_written(
 ) -> None:
     import carve_kernels.cli.report
     import carve_kernels.cli.store
-    import carve_kernels.hf.engine
+    import carve_kernels.hf.engine.engine
 
     owner: Any = carve_kernels
     *way, name = place.split(".")
@@ -116,7 +116,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_disk_that_fills_up(ask: Ask, folder: Path) -> None:
     """The second answer, of a larger picture, cannot be written."""
-    tiny.picture(400, 300, 2).save(folder / "2.png")
+    tiny_models.picture(400, 300, 2).save(folder / "2.png")
     with files_of_at_most(400_000):
         done = ask(LINES, "--pictures", "--tokens", 1)
     assert done.exit_code == 1, done.output

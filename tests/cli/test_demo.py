@@ -14,12 +14,12 @@ from carve_kernels import AttentionMaps, models
 from carve_kernels.cli.report import FILES
 from carve_kernels.models.scenes import draw_scene
 from tests.cli.conftest import Invoke, content
-from tests.hf import tiny
+from tests.support import tiny_models
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tiny.save(*tiny.tiny_llava(), tmp_path / "model")
+    folder = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "model")
     profile = {"rows": "question", "layers": [0], "steps": "t_start", "max_new_tokens": 2, "general_prompt": "describe"}
     (folder / "carve.json").write_text(json.dumps(profile))
     monkeypatch.setattr(models, "small", lambda: folder)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from carve_kernels import extension, extras
+from carve_kernels import extras
+from carve_kernels.backends.native import extension
 from tests.cli.conftest import Invoke
 
 
@@ -64,8 +65,8 @@ def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: py
     def broken(*args: Any, **settings: Any) -> None:
         raise RuntimeError("no maps today")
 
-    monkeypatch.setattr("carve_kernels.hf.session.capture_attention", broken)
-    monkeypatch.setattr("carve_kernels.hf.engine.CarveEngine.__call__", broken)
+    monkeypatch.setattr("carve_kernels.hf.session.session.capture_attention", broken)
+    monkeypatch.setattr("carve_kernels.hf.engine.engine.CarveEngine.__call__", broken)
     done = carve("doctor")
     assert done.exit_code == 1
     assert re.search(r"session .* no .* no maps today", done.stdout)
@@ -150,8 +151,8 @@ def test_a_library_that_was_not_built() -> None:
     done = doctor_with(
         """
         from pathlib import Path
-        import carve_kernels.extension
-        carve_kernels.extension.LIBRARY = Path("_C.abi3.so")
+        import carve_kernels.backends.native.extension
+        carve_kernels.backends.native.extension.LIBRARY = Path("_C.abi3.so")
         """
     )
     assert re.search(r"extension .* no .* reference backend only: .* times slower; .*pip install -e ", done.stdout)

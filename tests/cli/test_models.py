@@ -11,7 +11,7 @@ import pytest
 from carve_kernels.models import small
 from carve_kernels.models.scenes import draw_scene
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, content, written
-from tests.hf.hub import put
+from tests.support.hub import put
 
 REPO = "Org/Tiny"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from carve_kernels import AttentionMaps, selfcheck
 from carve_kernels.cli.report import FILES
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, content
-from tests.hf import tiny
+from tests.support import tiny_models
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_what_a_command_wrote_itself_it_replaces(run: Invoke, ask: Ask, folder: 
 @early
 @pytest.mark.parametrize("given", ["questions.jsonl", "a.png", "preset.json", "mine.json", "linked.json"])
 def test_profile_replaces_no_other_file(carve: Invoke, checkpoint: Path, tmp_path: Path, given: str) -> None:
-    tiny.picture(96, 96).save(tmp_path / "a.png")
+    tiny_models.picture(96, 96).save(tmp_path / "a.png")
     (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "a.png", "question": QUESTION}))
     for name in ("preset.json", "mine.json"):
         (tmp_path / name).write_text('{"keep": 0.3}')
@@ -165,7 +165,7 @@ def test_profile_replaces_no_other_file(carve: Invoke, checkpoint: Path, tmp_pat
 
 
 def test_profile_replaces_what_it_wrote_unless_it_was_changed(carve: Invoke, checkpoint: Path, tmp_path: Path) -> None:
-    tiny.picture(96, 96).save(tmp_path / "a.png")
+    tiny_models.picture(96, 96).save(tmp_path / "a.png")
     (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "a.png", "question": QUESTION}))
     path = tmp_path / "carve.json"
     quick = ("--rows", "last", "--steps", "t_start", *QUICK[:2])

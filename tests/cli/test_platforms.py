@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from carve_kernels import files
-from carve_kernels.hf.memory import Memory
+from carve_kernels import atomic_write
+from carve_kernels.hf.engine.cache import Memory
 from tests.cli.conftest import LINES, Ask, Invoke, content, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def test_run_profile_and_memory(run: Invoke, carve: Invoke, checkpoint: Path, fo
     words = ("--rows", "last", "--steps", "t_start", "--max-new-tokens", 1, "-o", folder / "carve.json")
     done = carve("profile", "-m", checkpoint, "-i", folder / "questions.jsonl", *words)
     assert done.exit_code == 0 and json.loads((folder / "carve.json").read_text())["layers"], done.output
-    files.write_whole(folder / "whole", b"data")
+    atomic_write.write_whole(folder / "whole", b"data")
     assert (folder / "whole").read_bytes() == b"data"
     Memory(folder / "maps")
 

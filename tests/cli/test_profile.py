@@ -13,7 +13,7 @@ import pytest
 from carve_kernels import Preset
 from carve_kernels.cli.questions import read
 from tests.cli.conftest import QUESTION, Invoke, content
-from tests.hf import tiny
+from tests.support import tiny_models
 
 LINES = [
     {"image": "a.png", "question": QUESTION, "box": [70, 30, 110, 70]},
@@ -25,7 +25,7 @@ LINES = [
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     for number, name in enumerate("ab"):
-        tiny.picture(160, 96, number).save(tmp_path / f"{name}.png")
+        tiny_models.picture(160, 96, number).save(tmp_path / f"{name}.png")
     return written(tmp_path, LINES)
 
 
@@ -64,7 +64,7 @@ def test_run_reads_what_was_written(profile: Invoke, run: Invoke, checkpoint: Pa
     expected = Preset.from_dict(json.loads(path.read_text())).to_dict()
     assert expected.get("rows") in ("question", (-2,)) and expected["steps"] == "t_start"
     assert run("--preset", path, "--layers", expected["layers"][0], "-o", tmp_path / "by-file").exit_code == 0
-    folder = tiny.save(*tiny.tiny_llava(), tmp_path / "model")
+    folder = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "model")
     path.rename(folder / "carve.json")
     assert run("-m", folder, "--layers", expected["layers"][0], "-o", tmp_path / "by-folder").exit_code == 0
     for name, preset in (("by-file", "carve"), ("by-folder", "profile")):
@@ -183,7 +183,7 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 def test_lines_that_only_the_processor_refuses_are_named_before_the_model_runs(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
 ) -> None:
-    monkeypatch.setattr("carve_kernels.hf.row_maps.RowReader.looks", lambda *args: pytest.fail("looked"))
+    monkeypatch.setattr("carve_kernels.hf.profile.candidate_maps.RowReader.looks", lambda *args: pytest.fail("looked"))
     done = profile("-i", written(tmp_path, [*LINES, line]))
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from carve_kernels.cli import report
 from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
 from carve_kernels.cli.report import FILES
 from tests.cli.conftest import QUESTION, Invoke, content
-from tests.hf import tiny
+from tests.support import tiny_models
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_a_preset_file_opens_every_parameter(run: Invoke, tmp_path: Path) -> Non
 
 
 def test_the_profile_of_the_checkpoint_is_the_default(run: Invoke, tmp_path: Path) -> None:
-    folder = tiny.save(*tiny.tiny_llava(), tmp_path / "model")
+    folder = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "model")
     (folder / "carve.json").write_text(json.dumps({"rows": "question", "lam": 0.5}))
     assert run("-m", folder).exit_code == 0
     assert result_of(tmp_path / "out")["presets"]["profile"]["preset"]["rows"] == "question"
@@ -114,8 +114,8 @@ def test_rows(run: Invoke, tmp_path: Path, words: str, rows: Any) -> None:
 
 
 def test_dtype_and_attention(run: Invoke, tmp_path: Path) -> None:
-    model, processor = tiny.tiny_llava()
-    folder = tiny.save(model.to(torch.float16), processor, tmp_path / "half")
+    model, processor = tiny_models.tiny_llava()
+    folder = tiny_models.save(model.to(torch.float16), processor, tmp_path / "half")
     assert run("-m", folder, "--attn", "eager", "--device", "cpu").exit_code == 0
     facts = result_of(tmp_path / "out")["model"]
     assert (facts["dtype"], facts["attention"], facts["device"]) == ("float32", "eager", "cpu")
@@ -124,7 +124,7 @@ def test_dtype_and_attention(run: Invoke, tmp_path: Path) -> None:
 
 
 def test_qwen_on_a_flat_image_keeps_the_whole(run: Invoke, tmp_path: Path) -> None:
-    folder = tiny.save(*tiny.tiny_qwen2_5_vl(), tmp_path / "qwen")
+    folder = tiny_models.save(*tiny_models.tiny_qwen2_5_vl(), tmp_path / "qwen")
     Image.new("RGB", (1, 1), "white").save(tmp_path / "one.png")
     done = run("-m", folder)
     assert done.exit_code == 0, done.output

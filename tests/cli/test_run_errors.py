@@ -163,7 +163,7 @@ def test_an_unexpected_error_is_not_hidden(run: Invoke, monkeypatch: pytest.Monk
     def fault(*args: Any, **settings: Any) -> None:
         raise KeyError("a fault of ours")
 
-    monkeypatch.setattr("carve_kernels.hf.engine.CarveEngine.__call__", fault)
+    monkeypatch.setattr("carve_kernels.hf.engine.engine.CarveEngine.__call__", fault)
     assert isinstance(run().exception, KeyError)
 
 

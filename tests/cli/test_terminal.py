@@ -22,7 +22,7 @@ from carve_kernels.cli import app, output
 from carve_kernels.cli.notes import percent
 from carve_kernels.cli.report import _settings
 from carve_kernels.cli.tables import show
-from carve_kernels.hf.engine import CarveEngine
+from carve_kernels.hf.engine.engine import CarveEngine
 from carve_kernels.presets import Preset
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
 

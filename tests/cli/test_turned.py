@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from tests.cli.conftest import QUESTION, Ask, Invoke, records
-from tests.hf.looks import tagged_photo
+from tests.support.families import tagged_photo
 
 
 def test_what_run_has_written_is_seen_as_the_photo_was(run: Invoke, tmp_path: Path) -> None:

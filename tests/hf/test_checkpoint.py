@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from carve_kernels import CarveEngine, load
 from carve_kernels.hf.checkpoint import find
-from carve_kernels.hf.identity import fingerprint_of_directory
+from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
 from carve_kernels.hf.loading import profile_of
 from carve_kernels.models import small
-from tests.hf import tiny
-from tests.hf.hub import put
+from tests.support import tiny_models
+from tests.support.hub import put
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "Org/Tiny"
@@ -30,7 +30,7 @@ REPO = "Org/Tiny"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.save(*tiny.tiny_llava(), tmp_path_factory.mktemp("llava"))
+    folder = tiny_models.save(*tiny_models.tiny_llava(), tmp_path_factory.mktemp("llava"))
     (folder / "carve.json").write_text('{"layers": [1]}')
     return folder
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from carve_kernels import CarveEngine, Preset, capture_attention
-from carve_kernels.hf.identity import fingerprint
-from carve_kernels.hf.row_maps import RowReader
-from carve_kernels.hf.sharing import obstacle
+from carve_kernels.hf.decoding.support import obstacle
+from carve_kernels.hf.engine.fingerprint import fingerprint
+from carve_kernels.hf.profile.candidate_maps import RowReader
 from carve_kernels.hf.tensors import Unidentified
-from tests.hf.looks import as_written_in, family, watched
-from tests.hf.tiny import inputs_for, picture, prompts_for, tiny_llava
+from tests.support.families import as_written_in, family, watched
+from tests.support.tiny_models import inputs_for, picture, prompts_for, tiny_llava
 
 QUESTION, OTHER = "what digit is red", "where is the square"
 PHOTO = picture(240, 160, 1)

@@ -15,15 +15,15 @@ import torch
 
 from carve_kernels import AttentionMaps, CarveEngine, load
 from carve_kernels.hf import loading, processors
+from carve_kernels.hf.engine.cache import memory_of
+from carve_kernels.hf.inputs import open_image
 from carve_kernels.hf.loading import profile_of
-from carve_kernels.hf.memory import memory_of
-from carve_kernels.hf.prompts import open_image
-from tests.hf import tiny
+from tests.support import tiny_models
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(*tiny.tiny_llava(), tmp_path_factory.mktemp("llava"))
+    return tiny_models.save(*tiny_models.tiny_llava(), tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", refuse)
 
 
-@pytest.mark.parametrize("family", [tiny.tiny_llava, tiny.tiny_qwen2_vl, tiny.tiny_qwen2_5_vl])
+@pytest.mark.parametrize("family", [tiny_models.tiny_llava, tiny_models.tiny_qwen2_vl, tiny_models.tiny_qwen2_5_vl])
 def test_loaded_model_answers_as_the_saved_one(
     family: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = family()
-    tiny.save(model, processor, tmp_path)
+    tiny_models.save(model, processor, tmp_path)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was touched")
@@ -56,7 +56,7 @@ def test_loaded_model_answers_as_the_saved_one(
     assert not loaded.training
     assert loaded.dtype == torch.float32
     assert type(its_processor) is type(processor)
-    inputs = tiny.inputs_for(processor, [tiny.picture(90, 60)], ["what digit is red"])
+    inputs = tiny_models.inputs_for(processor, [tiny_models.picture(90, 60)], ["what digit is red"])
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
@@ -94,7 +94,7 @@ def test_a_tilde_is_the_users_folder(checkpoint: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(checkpoint, target_is_directory=True)
     model, processor = load("~/model")
-    tiny.picture(60, 40).save(tmp_path / "a.png")
+    tiny_models.picture(60, 40).save(tmp_path / "a.png")
     (tmp_path / "mine.json").write_text('{"keep": 0.25, "layers": [1], "max_new_tokens": 1}')
     engine = CarveEngine(model, processor, profile="~/mine.json", memory="~/maps")
     result = engine(Path("~/a.png"), "what digit is red")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, capture_attention
-from tests.hf import tiny
-from tests.mps import mps
+from tests.support import tiny_models
+from tests.support.mps import mps
 
-FAMILIES = [tiny.tiny_llava, tiny.tiny_qwen2_5_vl]
+FAMILIES = [tiny_models.tiny_llava, tiny_models.tiny_qwen2_5_vl]
 TEXTS = ["what digit is red", "where is it"]
 
 
@@ -35,7 +35,7 @@ def moved(model: Any, device: torch.device) -> Any:
 
 
 def generate(model: Any, processor: Any, **options: Any) -> tuple[list[list[int]], Any]:
-    inputs = tiny.inputs_for(processor, [tiny.picture(90, 60), tiny.picture(60, 90, 2)], TEXTS)
+    inputs = tiny_models.inputs_for(processor, [tiny_models.picture(90, 60), tiny_models.picture(60, 90, 2)], TEXTS)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     with capture_attention(model, layers=[1, 2], processor=processor) as session:
         answers = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
@@ -60,7 +60,7 @@ def test_a_session_captures_what_it_does_on_a_cpu(device: torch.device, family: 
 def test_an_engine_answers_as_on_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
     model, processor = family()
     preset = {"layers": [1, 2], "max_new_tokens": 3}
-    image = tiny.picture(90, 60)
+    image = tiny_models.picture(90, 60)
     expected = [CarveEngine(model, processor, preset=preset)(image, text) for text in TEXTS]
     engine = CarveEngine(moved(model, device), processor, preset=preset)
     for text, right in zip(TEXTS, expected, strict=True):

@@ -14,8 +14,8 @@ import torch
 from carve_kernels import CarveEngine, capture_attention
 from carve_kernels.checks import UpstreamChanged
 from carve_kernels.hf import caches, names
-from tests.hf.looks import family, inputs_of, state
-from tests.hf.tiny import picture
+from tests.support.families import family, inputs_of, state
+from tests.support.tiny_models import picture
 
 FILES = ("names.py", "caches.py", "processor_names.py", "foreign.py")
 PACKAGE = Path(inspect.getfile(names)).parents[1]
@@ -105,7 +105,7 @@ def test_a_name_of_transformers_stands_in_the_files_of_names(spelling: str) -> N
         for path in sorted(PACKAGE.rglob("*.py"))
         if spelling in code_of(path) and path.name not in FILES
     ]
-    expected = ["hf/contract.py"] if spelling in MAKES_MODELS else []
+    expected = ["hf/session/contract.py"] if spelling in MAKES_MODELS else []
     assert found == expected
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset, capture_attention
-from carve_kernels.hf.backbone import decoder_layers, devices_of, input_device
-from carve_kernels.hf.identity import fingerprint
-from carve_kernels.hf.sharing import obstacle
+from carve_kernels.hf.decoding.support import obstacle
+from carve_kernels.hf.engine.fingerprint import fingerprint
+from carve_kernels.hf.model import decoder_layers, devices_of, input_device
 from carve_kernels.hf.tensors import Unidentified
-from tests.hf.looks import family, generate
-from tests.hf.parked import park
-from tests.hf.tiny import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
+from tests.support.families import family, generate
+from tests.support.offloading import park
+from tests.support.tiny_models import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
 
 QUESTION = "what digit is red"
 PHOTO = picture(240, 160, 1)

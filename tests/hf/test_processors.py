@@ -19,7 +19,7 @@ from carve_kernels import load
 from carve_kernels.extras import needed_by
 from carve_kernels.hf.processor_names import video_parts
 from carve_kernels.hf.processors import processor_of, without_videos
-from tests.hf import tiny
+from tests.support import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (90, 60)
@@ -27,13 +27,13 @@ SIZE = (90, 60)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(*tiny.tiny_qwen2_5_vl(), tmp_path_factory.mktemp("qwen"))
+    return tiny_models.save(*tiny_models.tiny_qwen2_5_vl(), tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as those on the hub were written: settings of pictures in a file of their own, pixels by number."""
-    folder = tiny.save(*tiny.tiny_qwen2_5_vl(), tmp_path_factory.mktemp("older"))
+    folder = tiny_models.save(*tiny_models.tiny_qwen2_5_vl(), tmp_path_factory.mktemp("older"))
     settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     size = settings.pop("size")
     settings |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -61,9 +61,9 @@ def test_an_engine_without_torchvision(checkpoint: Path, older: Path, tmp_path: 
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     pictures = Qwen2VLImageProcessorPil.from_pretrained(str(checkpoint))
-    expected = pictures(images=[tiny.picture(*SIZE)], return_tensors="pt")
+    expected = pictures(images=[tiny_models.picture(*SIZE)], return_tensors="pt")
     save_file(dict(expected), tmp_path / "expected.safetensors")
-    tiny.picture(*SIZE).save(tmp_path / "picture.png")
+    tiny_models.picture(*SIZE).save(tmp_path / "picture.png")
     program = """
         import sys
 
@@ -108,7 +108,7 @@ def test_what_is_read_from_a_checkpoint(layout: str, request: pytest.FixtureRequ
     folder = request.getfixturevalue(layout)
     _, processor = load(folder)
     assert isinstance(processor, transformers.Qwen2_5_VLProcessor) and not hasattr(processor, "video_processor")
-    assert processor.chat_template == tiny.QWEN_TEMPLATE
+    assert processor.chat_template == tiny_models.QWEN_TEMPLATE
     assert dict(processor.image_processor.size) == {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
     processor.save_pretrained(tmp_path)
     assert type(processor_of(tmp_path, "qwen2_5_vl")).__name__ == "Qwen2_5_VLProcessor"
@@ -154,7 +154,7 @@ def test_a_torchvision_that_does_not_fit_is_named() -> None:
 def test_any_class_does_without(name: str, settings: dict[str, Any]) -> None:
     complete = getattr(transformers, name)
     (part,) = video_parts(complete)
-    _, whole = tiny.tiny_qwen2_vl()
+    _, whole = tiny_models.tiny_qwen2_vl()
     alone = without_videos(complete)
     assert set(alone.get_attributes()) == set(complete.get_attributes()) - {part}
     parts = [getattr(whole, each) for each in alone.get_attributes()]

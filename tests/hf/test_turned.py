@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from carve_kernels import CarveEngine, Preset
-from tests.hf.looks import family, tagged_photo
+from tests.support.families import family, tagged_photo
 
 QUESTION = "what digit is red"
 QUICK = Preset.paper(layers=(1, 2), max_new_tokens=1)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from carve_kernels.hf.prompts import build_prompt
-from carve_kernels.hf.rows import resolve_rows
-from tests.hf.kinds import (
+from carve_kernels.hf.inputs import build_prompt
+from carve_kernels.hf.query_rows import resolve_rows
+from tests.support.generation_kinds import (
     IMAGE,
     KINDS,
     NO_BREAKS,

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-import tests.hf.tiny  # noqa: F401
+import tests.support.tiny_models  # noqa: F401
 from carve_kernels import AttentionMaps
 from carve_kernels.cli import app
 from carve_kernels.models import small
 from tests.long.scenes import write_questions
 
 PROGRAM = """
-import tests.hf.tiny, torch
+import tests.support.tiny_models, torch
 torch.set_num_threads(1)
 from carve_kernels.cli import app
 app()

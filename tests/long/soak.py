@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import tests.hf.tiny  # noqa: F401
+import tests.support.tiny_models  # noqa: F401
 from carve_kernels import CarveEngine, load
 from carve_kernels.models import small
 from carve_kernels.models.scenes import draw_scene

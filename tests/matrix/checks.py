@@ -10,9 +10,9 @@ from pathlib import Path
 from tests.matrix.environment import Environment
 
 TESTS = {
-    "sessions": ["tests/hf/test_session*.py", "tests/hf/test_engine*.py"],
-    "zoo": ["tests/hf/test_zoo.py"],
-    "interpreted": ["tests/triton"],
+    "sessions": ["tests/hf/session/test_session*.py", "tests/hf/engine/test_engine*.py"],
+    "zoo": ["tests/hf/layouts/test_zoo.py"],
+    "interpreted": ["tests/backends/triton"],
 }
 _COMPILED = re.compile(r"^(\d+) kernels with triton \S+, (\d+) at fault$", re.MULTILINE)
 
@@ -58,7 +58,7 @@ def try_all(environment: Environment, outcome: Outcome) -> None:
         if status != 0 or not counts.passed:
             outcome.faults.append(f"{name}: {_last(said)}")
         print(f"  {name}: {outcome.cells[name]}", flush=True)
-    status, said = environment.run([str(environment.python), "-m", "tests.triton.offline"])
+    status, said = environment.run([str(environment.python), "-m", "tests.backends.triton.offline"])
     found = _COMPILED.search(said)
     kernels, faulty = found.groups() if found else ("0", "0")
     outcome.cells["compiled"] = f"{kernels} kernels, {faulty} at fault"

@@ -47,7 +47,7 @@ def main() -> int:
     print(f"transformers {version}", flush=True)
     tests = [sys.executable, "-m", "pytest", "-q", *sys.argv[2:]]
     # All of the zoo, of which the tests run a few, and then the tests.
-    runs = [[*tests, "-m", "not gpu", "tests/hf/test_zoo.py"], [*tests, "tests/hf"]]
+    runs = [[*tests, "-m", "not gpu", "tests/hf/layouts/test_zoo.py"], [*tests, "tests/hf"]]
     passed = all([subprocess.run(command, cwd=ROOT, env=environment).returncode == 0 for command in runs])
     print(verdict(version, oldest, newest, passed))
     return 0 if passed else 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from carve_kernels.selfcheck.moving import moved
-from tests.cuda import emulator
+from tests.emulator import emulator
 
 _PUBLIC = ("capture", "capture_layers", "contrast", "regions")
 

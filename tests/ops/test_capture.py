@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carve_kernels import BackendUnavailable, capture
-from carve_kernels.backends.cuda.work import MOST_ROWS
+from carve_kernels.backends.cuda.plan import MOST_ROWS
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
-from tests.ops.attention import Case, exact, planted, poisoned, textbook
-from tests.ops.capture_rooms import ROOMS, entered
-from tests.tolerances import correlation, roundings
+from tests.support.attention import Case, exact, planted, poisoned, textbook
+from tests.support.capture_backends import ROOMS, entered
+from tests.support.tolerances import correlation, roundings
 
 CASES = {
     "plain": Case(),

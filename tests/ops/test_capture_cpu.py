@@ -16,8 +16,8 @@ from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cpu import capture as room
 from carve_kernels.types import Capture
-from tests.ops.attention import Case, planted, poisoned
-from tests.ops.planted import serving
+from tests.support.attention import Case, planted, poisoned
+from tests.support.planted_maps import serving
 
 
 @pytest.fixture(autouse=True)

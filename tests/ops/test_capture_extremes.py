@@ -11,8 +11,8 @@ import torch
 from carve_kernels import capture
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.selfcheck.planted import Case, exact, planted
-from tests.ops.capture_rooms import ROOMS, entered
-from tests.tolerances import relative, roundings
+from tests.support.capture_backends import ROOMS, entered
+from tests.support.tolerances import relative, roundings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Heights of the logits, and what they are computed from.

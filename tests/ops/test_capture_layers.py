@@ -10,9 +10,9 @@ import torch
 from carve_kernels import capture, capture_layers
 from carve_kernels.backends import cpu
 from carve_kernels.types import Capture
-from tests.ops.attention import Case, planted
-from tests.ops.capture_rooms import ROOMS, entered
-from tests.test_schemas import capture_cpu, operator
+from tests.backends.test_schemas import capture_cpu, operator
+from tests.support.attention import Case, planted
+from tests.support.capture_backends import ROOMS, entered
 
 CASE = Case(sink=True, softcap=4.0, view="positions", window=31, rows=2)
 

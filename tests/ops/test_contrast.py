@@ -13,8 +13,8 @@ from PIL import Image
 
 from carve_kernels import BackendUnavailable, contrast
 from carve_kernels.backends.reference import contrast as reference
-from tests.ops.planted import maps, on_gpu, rooms, serving
-from tests.tolerances import correlation, relative, roundings
+from tests.support.planted_maps import maps, on_gpu, rooms, serving
+from tests.support.tolerances import correlation, relative, roundings
 
 CASES = [
     ((7, 5), (61, 83), 3, 2),

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import BackendUnavailable, capture, capture_layers, contrast, extension, regions
+from carve_kernels import BackendUnavailable, capture, capture_layers, contrast, regions
 from carve_kernels.backends import STAGES, cpu
+from carve_kernels.backends.native import extension
 from carve_kernels.types import Capture
-from tests.cuda import emulator
-from tests.ops.attention import Case, planted
-from tests.ops.planted import maps, rooms
+from tests.emulator import emulator
+from tests.support.attention import Case, planted
+from tests.support.planted_maps import maps, rooms
 
 META = torch.device("meta")
 

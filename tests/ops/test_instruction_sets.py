@@ -15,7 +15,7 @@ PROGRAM = """
 import hashlib
 import torch
 from carve_kernels import contrast, regions
-from tests.ops.planted import maps
+from tests.support.planted_maps import maps
 
 bits = hashlib.sha256()
 torch.manual_seed(0)

@@ -12,8 +12,8 @@ import carve_kernels
 from carve_kernels import selfcheck
 from carve_kernels.backends import ROOMS
 from carve_kernels.selfcheck.trials import trials
-from tests.hf.tiny import picture
-from tests.mps import NO_FLOAT64, mps
+from tests.support.mps import NO_FLOAT64, mps
+from tests.support.tiny_models import picture
 
 WAYS: dict[str, dict[str, Any]] = {
     "all": {},

@@ -12,9 +12,9 @@ import torch
 
 from carve_kernels import capture, capture_layers, contrast, regions
 from carve_kernels.types import Capture
-from tests.ops.attention import Case, planted, poisoned
 from tests.ops.conftest import running_on
-from tests.ops.planted import maps
+from tests.support.attention import Case, planted, poisoned
+from tests.support.planted_maps import maps
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
 from carve_kernels.types import Regions
-from tests.ops.planted import maps, on_gpu, rooms, serving
+from tests.support.planted_maps import maps, on_gpu, rooms, serving
 
 
 @pytest.fixture(params=[*rooms("regions"), *on_gpu("regions")])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from carve_kernels import extension
+from carve_kernels.backends.native import extension
 
 # The sets of instructions that the kernels are compiled for, in the order of carve::Isa.
 ISAS = ("plain", "avx2", "avx512", "amx")

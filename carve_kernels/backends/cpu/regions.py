@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from carve_kernels import region_buffers
+from carve_kernels.backends.native import region_buffers
 from carve_kernels.types import Regions
 
 

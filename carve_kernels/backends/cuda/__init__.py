@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from carve_kernels import extension
+from carve_kernels.backends.native import extension
 
 _NVCC = "with nvcc on the path, or in CUDACXX or CUDA_HOME"
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from carve_kernels.backends.cuda import foreign
+from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
 from carve_kernels.backends.cuda.stream import stream_of
-from carve_kernels.backends.cuda.work import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
 from carve_kernels.types import Capture
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

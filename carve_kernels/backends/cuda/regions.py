@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from carve_kernels import region_buffers
 from carve_kernels.backends.cuda import foreign
+from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.cuda.stream import stream_of
-from carve_kernels.backends.cuda.work import MOST_BLOCKS
+from carve_kernels.backends.native import region_buffers
 from carve_kernels.types import Regions
 
 # Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each region that there may be, 4 for each pixel.

@@ -13,9 +13,9 @@ from torch import nn
 from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
-from carve_kernels.hf.backbone import check_decoder, unwrap
 from carve_kernels.hf.layouts import centre_crop, merged_grid
 from carve_kernels.hf.layouts.placing import Canvas, Kind, Placing
+from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 

@@ -1,0 +1,142 @@
+"""What the CUDA kernels move and compute, from their own loop bounds; the tests hold it against counted loads."""
+
+from __future__ import annotations
+
+from carve_kernels.backends.cuda.plan import FLOAT, LAYERS_AT_ONCE, MOST_BLOCKS, STAT, split_keys, splits
+from carve_kernels.backends.native.region_buffers import most_regions
+from carve_kernels.selfcheck.work import Work
+
+# As in csrc/cuda/capture.h and capture_tile.h.
+_THREADS = 256
+_TILE = 32
+_AT_ONCE = 4
+_KEYS_OF_A_LANE = 4
+
+# As in csrc/cuda/regions.h and regions_rank.cu.
+_STEPS = 8
+_DIGIT_BITS = 11
+_TILE_REGIONS = 1 << 10
+_MERGED_RUNS = 128
+
+_TOKEN = 4
+_STEP = 8
+
+
+def capture_work(
+    *,
+    layers: int,
+    batch: int,
+    query_heads: int,
+    key_heads: int,
+    rows: int,
+    keys: int,
+    size: int,
+    tokens: int,
+    element_bytes: int,
+    lse: bool = False,
+) -> Work:
+    """What `capture` of up to 8 rows moves where every row sees all keys, the tokens are int32 and the step is given.
+
+    The first launch reads each key once, and the second each visual token's key again::
+
+        layers * batch * key_heads * (keys + tokens) * size * element_bytes
+
+    The rest of `read_bytes` is queries and statistics, which every block reads again. They are small, so mostly the
+    second-level cache serves them, but they are loads all the same, and `roofline` takes them for memory's: of 28 heads
+    in groups of 7 at D = 128, 4096 keys of bf16 and 3276 tokens they are 0.4 of the bytes above for one row and 3.7 of
+    them for eight; of 32 heads without groups at 8192 keys 0.1 and 0.9.
+
+    ===============  =====  =============================================
+    name             dtype  meaning
+    ===============  =====  =============================================
+    layers           int    layers of one call
+    batch            int    B
+    query_heads      int    A
+    key_heads        int    KV
+    rows             int    R, up to 8
+    keys             int    S
+    size             int    D
+    tokens           int    N
+    element_bytes    int    bytes of an element of query and key, 2 or 4
+    lse              bool   the log-sum-exp is given: one launch, not two
+    ===============  =====  =============================================
+    """
+    queries = query_heads // key_heads * rows
+    slots = _slots(size, element_bytes)
+    vector = size * element_bytes
+    counted = not lse and keys > 0 and tokens > 0
+    read = written = pairs = 0
+    for start in range(0, keys if counted else 0, split_keys(keys)):
+        held = min(split_keys(keys), keys - start)
+        passes = -(-held // slots)
+        staged = passes if queries > _TILE else 1
+        read += key_heads * (held * vector + staged * queries * vector + (passes - 1) * queries * STAT)
+        written += key_heads * passes * queries * STAT
+        pairs += key_heads * held * _padded(queries, _TILE)
+    written += 4 if counted else 0
+
+    heads_at_once = min(8, 1 << (key_heads.bit_length() - 1))
+    blocks = max(1, -(-tokens // (slots // heads_at_once)))
+    of_query = FLOAT if lse else STAT * splits(keys)
+    read += blocks * (query_heads * rows * (vector + of_query) + _THREADS // 32 * _STEP)
+    read += tokens * (_TOKEN + key_heads * vector) + rows * tokens * (2 * FLOAT + _TOKEN)
+    written += rows * (tokens + 2) * FLOAT
+    pairs += key_heads * tokens * _padded(queries, _TILE // heads_at_once)
+    launches = -(-layers // LAYERS_AT_ONCE) * (2 if counted else 1)
+    lines = layers * batch
+    return Work(lines * read, lines * written, lines * pairs * size * 2, launches)
+
+
+def _slots(size: int, element_bytes: int) -> int:
+    """Keys that a block holds at a time: each on 8, 16 or 32 lanes, as many as it has vectors of 16 bytes."""
+    vectors = -(-size * element_bytes // 16)
+    lanes = next((lanes for lanes in (8, 16) if vectors <= lanes), 32)
+    return _THREADS // lanes * _KEYS_OF_A_LANE
+
+
+def _padded(queries: int, tile: int) -> int:
+    """Queries that are multiplied: each tile's up to a multiple of four."""
+    return sum(-(-min(tile, queries - start) // _AT_ONCE) * _AT_ONCE for start in range(0, queries, tile))
+
+
+def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:
+    """What `regions` moves for a saliency of few regions of long runs, as a smooth one has.
+
+    Equals, beside the counts of the selection, which every block reads, and other lesser things::
+
+        read_bytes = height * width * ((passes + 1 + keep) * element_bytes + (4 + 5 * keep) * 4)
+
+    ============  =====  =========================================================
+    name          dtype  meaning
+    ============  =====  =========================================================
+    height        int    H
+    width         int    W
+    element_bytes int    4 or 8 bytes of a pixel of the saliency
+    keep          float  share of the pixels above the threshold
+    connectivity  int    4 or 8
+    ============  =====  =========================================================
+    """
+    pixels = height * width
+    passes = -(-8 * element_bytes // _DIGIT_BITS)
+    histogram = 4 << _DIGIT_BITS
+    blocks = max(1, min(-(-pixels // (_THREADS * _STEPS)), MOST_BLOCKS))
+    # The selection reads the saliency once a pass, the labels once, the sums those above the threshold.
+    read = (passes + 1 + keep) * pixels * element_bytes
+    # Joining reads a label, and above the threshold those on the left, above and beside that one; numbers and sums read
+    # it once; the mask follows it to the run's first pixel and to the region.
+    read += ((1 + 3 * keep) + 1 + 1 + (1 + 2 * keep)) * pixels * 4
+    # Each block looks for the digits itself: from the second pass on, and for the threshold with the range.
+    read += blocks * (passes * (histogram + _THREADS * 12) + _THREADS * 32)
+    # The sums are of shares of the peak, which each thread has from the range.
+    read += blocks * _THREADS * 16
+    # The sort and its merges, launched for as many regions as there can be, ask each thread how many there are.
+    most = most_regions(height, width, connectivity)
+    merges, run = 0, _TILE_REGIONS
+    while run < most:
+        merges, run = merges + 1, run * _MERGED_RUNS
+    read += min(-(-most // _TILE_REGIONS), MOST_BLOCKS) * _TILE_REGIONS // 2 * 4
+    read += merges * min(-(-most // _THREADS), MOST_BLOCKS) * _THREADS * 4
+    # Joining, numbering and the mask ask each warp whether there are regions.
+    read += 3 * pixels // 32 * 4
+    written = passes * histogram + 4 * pixels + pixels
+    return Work(round(read), round(written), 0, 1 + passes + 4 + 1 + merges + 2)

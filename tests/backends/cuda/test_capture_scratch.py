@@ -1,0 +1,115 @@
+"""What the CUDA room of capture allocates and converts before its launches: scratch, kept for whom, and sinks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from carve_kernels import capture
+from carve_kernels.backends.cuda import capture as room
+from carve_kernels.backends.cuda.plan import scratch_bytes
+from carve_kernels.types import Capture
+from tests.backends.cuda.test_capture_kernels import LONG, captured, layered, same
+from tests.emulator import emulator
+from tests.support.attention import Case, planted, poisoned
+
+
+@pytest.fixture(autouse=True)
+def _served() -> Iterator[None]:
+    with emulator.serving("capture"):
+        yield
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_the_scratch_is_as_large_as_is_said_and_nothing_of_it_is_kept(each: bool) -> None:
+    case = LONG.but(keys=700)
+    (query, key, tokens), options = planted(case)
+    heads = "each" if each else "mean"
+    needed = scratch_bytes(layers=1, batch=2, query_heads=6, rows=3, keys=700, tokens=83, lse=False, each=each)
+    out = poisoned(case, heads)
+    results = []
+    for filling in (0, 255, 93):
+        memory = torch.full((needed + 64,), 7, dtype=torch.uint8)
+        memory[:needed] = filling
+        torch.ops.carve_kernels.capture_cuda(
+            [query], [key], tokens, None, options["positions"], [], None, options["scale"], 0.0, 0, each, None, 0, 0,
+            memory[:needed], *out,
+        )  # fmt: skip
+        assert bool((memory[needed:] == 7).all())
+        results.append(Capture(*(part.clone() for part in out)))
+    assert same(results[0], results[1]) and same(results[0], results[2])
+    with pytest.raises(RuntimeError, match=f"scratch: expected at least {needed} bytes, got {needed - 1}"):
+        torch.ops.carve_kernels.capture_cuda(
+            [query], [key], tokens, None, options["positions"], [], None, options["scale"], 0.0, 0, each, None, 0, 0,
+            memory[: needed - 1], *out,
+        )  # fmt: skip
+
+
+def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
+    room._SCRATCH.kept.clear()
+    with torch.inference_mode():
+        inside = captured(Case())
+    assert same(captured(Case()), inside)
+    held = [memory.data_ptr() for memory in room._SCRATCH.kept.values()]
+    captured(Case())
+    assert [memory.data_ptr() for memory in room._SCRATCH.kept.values()] == held and len(held) == 1
+    captured(LONG.but(view="all", batch=1))
+    assert [memory.data_ptr() for memory in room._SCRATCH.kept.values()] != held
+
+
+def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is replayed beside other calls, so it may not hand over in the memory that those share."""
+    made = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or torch.zeros(size))
+    device = torch.device("cuda", 0)
+    for capturing, sizes in ((True, [100, 100]), (False, [128])):
+        room._SCRATCH.kept.clear()
+        made.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        first, second = room._SCRATCH.take(device, 7, 100), room._SCRATCH.take(device, 7, 100)
+        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH.kept) != capturing
+    assert room._SCRATCH.take(device, 8, 100) is not first
+    room._SCRATCH.kept.clear()
+
+
+def test_threads_and_streams_do_not_share_scratch() -> None:
+    device = torch.device("cpu")
+    found = [room._SCRATCH.take(device, stream, 100) for stream in (0, 7, 0)]
+    worker = threading.Thread(target=lambda: found.append(room._SCRATCH.take(device, 0, 100)))
+    worker.start()
+    worker.join()
+    assert found[2] is found[0] and len({memory.data_ptr() for memory in found}) == 3
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the operators that run, but for the capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, []), (torch.bfloat16, ["stack", "_to_copy", "unbind"])])
+def test_sinks_are_made_float32_in_two_launches_for_all_layers(dtype: torch.dtype, wanted: list[str]) -> None:
+    problems, out = layered(Case(view="all", batch=1), 5)
+    sinks = [torch.randn(6).to(dtype) for _ in problems]
+    step = torch.tensor(0)
+    with Conversions() as conversions:
+        room.forward_layers(
+            [query for query, _, _ in problems], [key for _, key, _ in problems], problems[0][2], sink=sinks,
+            step=step, first=0, out=out, scale=0.1, mask=None, positions=None, softcap=None, window=None,
+        )  # fmt: skip
+    before = conversions.ran[: conversions.ran.index("capture_cuda")]
+    assert [name for name in before if name not in ("detach", "empty")] == wanted
+    for place, ((query, key, _), sink) in enumerate(zip(problems, sinks, strict=True)):
+        alone = capture(query, key, problems[0][2], scale=0.1, sink=sink, backend="cuda")
+        assert same(Capture(*(part[0, place] for part in out)), alone)

@@ -1,0 +1,212 @@
+"""The kernels of the regions, run on a CPU: against the reference, in many orders, between guards, and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from carve_kernels.backends.cuda import regions as device
+from carve_kernels.backends.native import region_buffers
+from carve_kernels.backends.reference import regions as reference
+from carve_kernels.selfcheck.cuda_work import regions_work
+from carve_kernels.types import Regions
+from tests.emulator import emulator
+from tests.ops.test_regions import PICTURES, assert_same
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator of CUDA needs a C++ compiler")
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 20), st.integers(1, 80)),
+    st.sampled_from([(1, 1), (1, 255), (1, 257), (256, 1), (2049, 1), (3, 700), (61, 83)]),
+)
+
+
+def spiral(side: int) -> torch.Tensor:
+    """One arm a pixel wide, from the corner to the middle: the longest way to a root."""
+    found = torch.zeros(side, side)
+    y, x, turn = 0, 0, ((0, 1), (1, 0), (0, -1), (-1, 0))
+    for leg, length in enumerate([side - 1, side - 1] + [n for n in range(side - 1, 1, -2) for _ in range(2)]):
+        down, right = turn[leg % 4]
+        for _ in range(length):
+            found[y, x] = 1
+            y, x = y + down, x + right
+    return found
+
+
+def comb(rows: int, columns: int) -> torch.Tensor:
+    """Teeth that meet in the last row alone, so that every region is joined late."""
+    found = torch.zeros(rows, columns)
+    found[:, ::2] = 1
+    found[-1] = 1
+    return found
+
+
+def checkerboard(rows: int, columns: int) -> torch.Tensor:
+    """As many regions as there can be, of scores that often tie."""
+    found = torch.zeros(rows, columns)
+    found.view(-1)[:: 2 if columns % 2 else 1] = 1
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return ((y + x) % 2 == 0) * (1 + torch.randint(0, 5, (rows, columns)) / 4)
+
+
+HARD = {
+    "spiral": spiral(64),
+    "comb": comb(40, 81),
+    "comb upside down": comb(40, 81).flip(0),
+    "comb on its side": comb(40, 81).T.contiguous(),
+    "checkerboard": checkerboard(61, 67),
+    "rows": torch.arange(48.0).remainder(2)[:, None].repeat(1, 90),
+    "one bright pixel": torch.zeros(50, 60).index_put((torch.tensor(30), torch.tensor(59)), torch.tensor(1.0)),
+}
+
+
+def share_above(values: torch.Tensor) -> float:
+    """A share at which the threshold is the least positive value."""
+    return float((values > 0).double().mean()) if bool((values == 0).any()) else 1.0
+
+
+@settings(max_examples=40)
+@given(
+    shape=SHAPES,
+    picture=st.sampled_from(sorted(PICTURES)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
+    limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
+    connectivity=st.sampled_from([4, 8]),
+    score=st.sampled_from(["sum", "mean", "max"]),
+    order=st.sampled_from(emulator.ORDERS),
+    resident=st.integers(1, 6),
+    seed=st.integers(1, 999),
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_any_order_of_threads_finds_what_the_reference_finds(
+    shape: tuple[int, int],
+    picture: str,
+    dtype: torch.dtype,
+    limit: Any,
+    order: str,
+    resident: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    values = PICTURES[picture](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
+    with emulator.running("regions", order, resident=resident, seed=seed):
+        found = device.forward(values, **options, **limit)
+    assert_same(found, reference.forward(values, **options, **limit))
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize("picture", HARD)
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_hard_pictures(picture: str, connectivity: int, order: str) -> None:
+    values = HARD[picture]
+    options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
+    wanted = reference.forward(values, **options)
+    assert wanted.reason is None and not bool(wanted.mask.all())
+    for seed in (1, 2):
+        with emulator.running("regions", order, resident=1 if order == "forward" else 4 * seed, seed=seed):
+            assert_same(device.forward(values, **options), wanted)
+
+
+@pytest.mark.parametrize("score", ["sum", "mean", "max"])
+@pytest.mark.parametrize(("shape", "seeds"), [((41, 53), range(6)), ((1, 4100), range(3)), ((4100, 1), range(3))])
+def test_a_few_blocks_do_the_work_of_many(
+    shape: tuple[int, int], seeds: range, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randn(shape).round(decimals=1)
+    options: dict[str, Any] = {"keep": 0.4, "floor": 3, "score": score, "connectivity": 8}
+    wanted = reference.forward(values, **options)
+    for seed in seeds:
+        monkeypatch.setattr(device, "MOST_BLOCKS", 1 + seed)
+        with emulator.running("regions", "shuffled", resident=8, seed=1 + seed):
+            assert_same(device.forward(values, **options), wanted)
+
+
+def test_more_regions_than_one_merge_takes() -> None:
+    values = checkerboard(512, 516)
+    options: dict[str, Any] = {"keep": share_above(values), "floor": 3}
+    found = device.forward(values, **options)
+    assert_same(found, reference.forward(values, **options))
+    assert len(found.boxes) == int(512 * 516 / 2 * options["keep"]) and 512 * 516 / 2 > 128 * 1024
+
+
+def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: torch.Tensor, **changes: Any) -> None:
+    arguments = {"keep": 0.3, "top": 0, "floor": 3, "connectivity": 4, "score": 0, "blocks": 64, "stream": 0, **changes}
+    torch.ops.carve_kernels.regions_cuda(values, *arguments.values(), scratch, *buffers)
+
+
+def test_nothing_beside_the_buffers_is_written() -> None:
+    emulator.library("regions")
+    values = torch.randn(37, 41)
+    plain = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
+    stores, parts = [], []
+    for part in (values, scratch, *plain):
+        store = torch.full((part.numel() * part.element_size() + 512,), 0xA5, dtype=torch.uint8)
+        stores.append(store)
+        parts.append(store[256:-256].view(part.dtype).view(part.shape))
+    parts[0].copy_(values)
+    buffers = region_buffers.RegionBuffers(*parts[2:])
+    call(parts[0], buffers, parts[1])
+    assert_same(region_buffers.read(buffers), reference.forward(values, keep=0.3, floor=3))
+    for store in stores:
+        assert bool((store[:256] == 0xA5).all()) and bool((store[-256:] == 0xA5).all())
+    assert torch.equal(parts[0], values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0.0}, "keep: expected a share"),
+        ({"top": 1}, "top, floor: expected one of them"),
+        ({"connectivity": 6}, "connectivity: expected 4 or 8"),
+        ({"score": 3}, "score: expected a number"),
+        ({"blocks": 0}, "most_blocks: expected 1 to"),
+        ({"keep": 1.0}, "boxes: expected room for 10 regions"),
+    ],
+)
+def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
+    emulator.library("regions")
+    values = torch.rand(4, 5)
+    buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
+        call(values, buffers, torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8), **changes)
+
+
+def test_the_operator_refuses_little_scratch() -> None:
+    emulator.library("regions")
+    values = torch.rand(4, 5)
+    buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    scratch = torch.empty(device.scratch_bytes(4, 5, 4) + 16, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="scratch: expected at least"):
+        call(values, buffers, scratch[: device.scratch_bytes(4, 5, 4) - 1])
+    with pytest.raises(RuntimeError, match="scratch: expected 16-byte alignment"):
+        call(values, buffers, scratch[4:])
+
+
+@pytest.mark.parametrize("fail", [1, 3, 6, 12])
+def test_a_failed_launch_is_an_error_with_its_name(fail: int) -> None:
+    with emulator.running("regions", fail=fail), pytest.raises(RuntimeError, match=r"\w+: planted failure"):
+        device.forward(torch.rand(40, 60), keep=0.2, top=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "top"), [((61, 83), 2), ((150, 203), 1), ((1, 900), 2)])
+def test_work_is_what_the_kernels_move(shape: tuple[int, int], top: int, dtype: torch.dtype) -> None:
+    # A smooth saliency: few regions, of long runs.
+    y, x = torch.meshgrid(torch.linspace(-2, 2, shape[0]), torch.linspace(-2, 2, shape[1]), indexing="ij")
+    values = torch.exp(-(y**2) - x**2).to(dtype)
+    emulator.library("regions")
+    emulator.counters("regions")
+    found: Regions = device.forward(values, keep=0.3, top=top)
+    moved = emulator.counters("regions")
+    predicted = regions_work(height=shape[0], width=shape[1], element_bytes=values.element_size(), keep=0.3)
+    assert found.reason is None
+    assert moved.launches == predicted.launches
+    assert predicted.operations == 0
+    assert moved.read_bytes == pytest.approx(predicted.read_bytes, rel=0.05)
+    assert moved.written_bytes == pytest.approx(predicted.written_bytes, rel=0.05)

@@ -1,0 +1,293 @@
+"""Every operator under `carve_kernels::`: its schema, its fake and its implementation agree, eager and compiled."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
+from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.regions import scratch_bytes
+from tests.emulator import emulator
+
+
+def contrast_cpu() -> tuple[Any, ...]:
+    shapes = [3, 5, 11, 7, 2, 2, 1, 3]
+    return (
+        torch.rand(2, 3, 19),
+        torch.rand(2, 1, 19),
+        torch.rand(2, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+        shapes,
+        0.1,
+        False,
+        3,
+        torch.full((11 * 7 + 3,), float("nan")),
+    )
+
+
+def regions_cpu() -> tuple[Any, ...]:
+    saliency = torch.zeros(5, 9)
+    saliency[1, 1:4] = 1.0
+    saliency[3, 6] = 2.0
+    return (
+        saliency,
+        4 / 45,
+        2,
+        0,
+        4,
+        1,
+        torch.zeros(5, 9, dtype=torch.bool),
+        torch.full((2, 4), -1),
+        torch.zeros(2, dtype=torch.float64),
+        torch.full((6,), -1),
+    )
+
+
+def regions_cuda() -> tuple[Any, ...]:
+    *inputs, mask, boxes, scores, outcome = regions_cpu()
+    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
+    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
+
+
+def capture_layers() -> tuple[Any, ...]:
+    layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
+    return (
+        [torch.randn(batch, 4, rows, 32) for _ in range(layers)],
+        [torch.randn(batch, 2, keys, 32) for _ in range(layers)],
+        torch.arange(tokens, dtype=torch.int32).expand(batch, -1).contiguous(),
+        torch.rand(batch, 1, rows, keys) < 0.7,
+        None,
+        [torch.randn(4) for _ in range(layers)],
+        0.2,
+        0.0,
+        0,
+        torch.tensor(1),
+        0,
+        "auto",
+        torch.zeros(3, layers, batch, rows, tokens),
+        torch.zeros(3, layers, batch, rows),
+        torch.zeros(3, layers, batch, rows),
+    )
+
+
+def capture_cpu() -> tuple[Any, ...]:
+    query, key, tokens, mask, positions, sink, *rest = capture_layers()
+    scale, softcap, window, step, first, _, *out = rest
+    return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
+
+
+def capture_cuda() -> tuple[Any, ...]:
+    *arguments, maps, mass, entropy = capture_cpu()
+    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
+
+
+def cuda_build() -> tuple[Any, ...]:
+    return (torch.full((16,), -1),)
+
+
+def cuda_versions() -> tuple[Any, ...]:
+    return (torch.full((2,), -1),)
+
+
+def isa_cpu() -> tuple[Any, ...]:
+    return -2, torch.full((2,), -1)
+
+
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "carve_kernels::capture_cpu": capture_cpu,
+    "carve_kernels::capture_cuda": capture_cuda,
+    "carve_kernels::capture_layers": capture_layers,
+    "carve_kernels::contrast_cpu": contrast_cpu,
+    "carve_kernels::cuda_build": cuda_build,
+    "carve_kernels::cuda_versions": cuda_versions,
+    "carve_kernels::isa_cpu": isa_cpu,
+    "carve_kernels::regions_cpu": regions_cpu,
+    "carve_kernels::regions_cuda": regions_cuda,
+}
+
+
+def registered() -> list[str]:
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("carve_kernels::"))
+
+
+def operator(name: str) -> Any:
+    if name.endswith(("_cpu", "_build", "_versions")) and (reason := cpu.unavailable()):
+        pytest.skip(reason)
+    if name.endswith("_cuda"):
+        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
+    return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+
+
+def emulated(stage: str) -> None:
+    if emulator.compiler() is None:
+        pytest.skip("the emulator of CUDA needs a C++ compiler")
+    emulator.library(stage)
+
+
+def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The arguments that the schema says are written."""
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    return [value for value, is_written in zip(arguments, written, strict=True) if is_written]
+
+
+def test_every_operator_has_a_sample() -> None:
+    assert registered() == sorted(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operator_writes_its_outputs_and_returns_nothing(name: str) -> None:
+    op, arguments = operator(name), SAMPLES[name]()
+    before = [out.clone() for out in outputs(op, arguments)]
+    assert op(*arguments) is None
+    assert outputs(op, arguments)
+    for old, new in zip(before, outputs(op, arguments), strict=True):
+        assert not torch.equal(old, new)
+        assert new.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(operator(name), SAMPLES[name]())
+
+
+# aot_eager is inductor without its C++, which takes seconds to compile: one operator has both unasked.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "aot_eager") for name in SAMPLES]
+    + [pytest.param(name, "inductor", marks=pytest.mark.slow if place else ()) for place, name in enumerate(SAMPLES)],
+)
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    op, arguments = operator(name), SAMPLES[name]()
+    eager = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments)
+    op(*eager)
+
+    def step(arguments: tuple[Any, ...], written: list[torch.Tensor]) -> list[torch.Tensor]:
+        op(*arguments)
+        return [out * 2 for out in written]
+
+    written = outputs(op, arguments)
+    doubled = torch.compile(step, fullgraph=True, backend=backend)(arguments, written)
+    for out, twice, wanted in zip(written, doubled, outputs(op, eager), strict=True):
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(twice, wanted * 2, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith("_cpu")])
+def test_compiled_operator_keeps_no_memory(name: str) -> None:
+    op, arguments = operator(name), SAMPLES[name]()
+
+    def resident_after(calls: int) -> int:
+        for _ in range(calls):
+            op(*arguments)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    start = resident_after(5_000)
+    assert resident_after(20_000) - start < 20_000 * 8
+
+
+def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::contrast_cpu")
+    good = contrast_cpu()
+    wrong: list[tuple[int, Any, str]] = [
+        (0, good[0].double(), "dtype"),
+        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "contiguous"),
+        (0, torch.rand(3, 19), "dimensions"),
+        (0, torch.rand(3, 3, 19), "layers"),
+        (1, torch.rand(2, 2, 19), "steps"),
+        (1, torch.rand(2, 1, 18), "tokens"),
+        (2, torch.rand(3, dtype=torch.float64), "layer_weights"),
+        (3, torch.rand(2, dtype=torch.float64), "step_weights"),
+        (4, [3, 5, 11], "four numbers"),
+        (4, [3, 5, 11, 7], "no view"),
+        (4, [2**62, 2**62, 11, 7, 2, 2, 1, 3], "fit"),
+        (4, [3, 5, -11, -7, 2, 2, 1, 3], "fit"),
+        (7, 4, "normalize"),
+        (8, torch.empty(79), "pixels"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
+
+
+def test_capture_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::capture_cpu")
+    good = capture_cpu()
+    query, key, tokens, mask = good[:4]
+    wrong: list[tuple[dict[int, Any], str]] = [
+        ({0: []}, "one entry a layer"),
+        ({0: query[:1]}, "one entry a layer"),
+        ({5: good[5][:1]}, "one entry a layer"),
+        ({0: [part.double() for part in query]}, "query: expected float32"),
+        ({0: [query[0], query[1][:, :2]]}, "same shapes"),
+        ({1: [key[0], key[1][:, :, 1:]]}, "same shapes"),
+        ({1: [part.half() for part in key]}, "key: expected the dtype"),
+        ({1: [part[..., ::2] for part in key], 0: [part[..., ::2] for part in query]}, "side by side"),
+        ({1: [part.expand(-1, 2, -1, -1)[:, :1].repeat(1, 3, 1, 1) for part in key]}, "heads that divide"),
+        ({2: tokens.float()}, "tokens: expected int32"),
+        ({2: tokens[:1]}, "tokens: expected shape"),
+        ({3: mask.float()}, "mask: expected bool"),
+        ({3: mask[..., 1:]}, "mask: expected the batch"),
+        ({4: torch.zeros(2, 2, dtype=torch.int64)}, "positions: expected shape"),
+        ({5: [part[1:] for part in good[5]]}, "sink: expected"),
+        ({6: torch.zeros(2, 4, 2)}, "lse: expected"),
+        ({9: 3}, "window: expected positions"),
+        ({11: None}, "one entry a layer"),
+        ({11: torch.tensor(3)}, "step: expected a step below 3"),
+        ({11: torch.tensor(-1)}, "step: expected a step of at least 0"),
+        ({11: torch.tensor(1.0)}, "step: expected one int64"),
+        ({12: 1}, "expected first"),
+        ({12: -1}, "expected first"),
+        ({13: good[13][..., 1:]}, "maps: unexpected shape"),
+        ({13: good[13].double()}, "maps: expected float32"),
+        ({14: good[14][0]}, "mass: unexpected number of dimensions"),
+        ({15: good[15][:, :1]}, "entropy: expected first"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*(changes.get(index, value) for index, value in enumerate(good)))
+
+
+def test_isa_cpu_refuses_what_there_is_not() -> None:
+    op = operator("carve_kernels::isa_cpu")
+    with pytest.raises(RuntimeError, match="expected a number up to 3"):
+        op(4, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="expected two int64"):
+        op(-2, torch.zeros(2))
+
+
+def test_regions_cpu_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::regions_cpu")
+    good = regions_cpu()
+    wrong: list[tuple[int, Any, str]] = [
+        (0, torch.zeros(5, 9, dtype=torch.float16), "dtype"),
+        (0, torch.zeros(9, 5).T, "contiguous"),
+        (0, torch.zeros(45), "dimensions"),
+        (1, 0.0, "keep"),
+        (1, float("nan"), "keep"),
+        (2, 0, "top, floor"),
+        (3, 1, "top, floor"),
+        (2, -2, "top, floor"),
+        (4, 6, "connectivity"),
+        (5, 3, "score"),
+        (6, torch.zeros(9, 5, dtype=torch.bool), "shape"),
+        (6, torch.zeros(5, 9), "dtype"),
+        (7, torch.zeros(2, 3, dtype=torch.int64), "four numbers"),
+        (7, torch.zeros(1, 4, dtype=torch.int64), "as many"),
+        (8, torch.zeros(2), "dtype"),
+        (9, torch.zeros(5, dtype=torch.int64), "6 numbers"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
+    little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
+    with pytest.raises(RuntimeError, match="room for 2 regions"):
+        op(*little)

@@ -1,0 +1,161 @@
+"""Kernels with one fault each: every fault must be caught by the proofs, or the proofs are worth nothing.
+
+python -m tests.backends.triton.mutants    all of them
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.backends.triton import offline
+from tests.backends.triton.limits import faults
+
+ROOT = Path(__file__).resolve().parents[3]
+ROOM = "carve_kernels/backends/triton"
+
+
+class Mutant(NamedTuple):
+    """A change of one line of a kernel, and the words of the proof that must find it."""
+
+    name: str
+    file: str
+    line: str
+    instead: str
+    proof: Callable[[Path], str]
+    words: str
+
+
+def compiled(target: str, case: str) -> Callable[[Path], str]:
+    """The faults of a case that is compiled from a folder."""
+
+    def prove(folder: Path) -> str:
+        rows = offline.compile_apart(folder, (target, case))
+        return "\n".join(fault for row in rows for fault in faults(row))
+
+    return prove
+
+
+def interpreted(module: str, choice: str) -> Callable[[Path], str]:
+    """The output of tests that fail in the interpreter, run from a folder."""
+
+    def prove(folder: Path) -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", module, "-k", choice]
+        result = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=600)
+        # 1 is a failed test; everything else is a fault of the test run itself.
+        return result.stdout if result.returncode == 1 else ""
+
+    return prove
+
+
+CAPTURE = compiled("90", "bfloat16 head size 128 rows 1")
+CONTRAST = compiled("90", "lam mean normalize none views 1")
+CONTRAST_ROOM = "tests/backends/triton/test_contrast_room.py"
+CAPTURE_BODY = "tests/ops/test_capture.py"
+
+MUTANTS = [
+    Mutant(
+        "a relaxed ticket of capture", "capture_parts.py", 'sem="acq_rel"', 'sem="relaxed"', CAPTURE, "not written yet"
+    ),
+    Mutant(
+        "pixels beyond the edge",
+        "contrast_kernels.py",
+        "mask=(own_y < height)[:, None] & (own_x < width)[None, :])",
+        "mask=(own_y < height)[:, None] & (own_x <= width)[None, :])",
+        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "a hint that is dropped",
+        "capture_parts.py",
+        "return tl.multiple_of(stride, UNIT) // UNIT * UNIT",
+        "return stride",
+        CAPTURE,
+        "128 bits",
+    ),
+    Mutant(
+        "a relaxed ticket of contrast",
+        "contrast_kernels.py",
+        'sem="acq_rel"',
+        'sem="relaxed"',
+        CONTRAST,
+        "not written yet",
+    ),
+    Mutant(
+        "the first program instead of the last",
+        "contrast_kernels.py",
+        "if ticket == chunks - 1:",
+        "if ticket == 0:",
+        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "tokens beyond the map",
+        "contrast_kernels.py",
+        "mask=other < tokens, other=0.0)",
+        "mask=other < tokens + 1, other=0.0)",
+        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "the triangle off by half a pixel",
+        "contrast_kernels.py",
+        "tl.abs((2 * token + 1) * pixels - (2 * pixel + 1) * tokens)",
+        "tl.abs((2 * token + 1) * pixels - 2 * pixel * tokens)",
+        interpreted(CONTRAST_ROOM, "antialias"),
+        "1 failed",
+    ),
+    Mutant(
+        "offsets of 32 bits",
+        "contrast_kernels.py",
+        "stride_task_l: tl.int64",
+        "stride_task_l: tl.int32",
+        interpreted(CONTRAST_ROOM, "beyond_two_thousand_million"),
+        "overflow",
+    ),
+    Mutant(
+        "a mask that hides nothing",
+        "capture_parts.py",
+        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
+        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
+        interpreted(CAPTURE_BODY, "triton and reference"),
+        "1 failed",
+    ),
+]
+# One for each kind of proof.
+SHORT = MUTANTS[:2]
+
+
+def is_caught(mutant: Mutant) -> bool:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("carve_kernels", "tests"):
+            unneeded = shutil.ignore_patterns("__pycache__", "models", "small")
+            shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = folder / ROOM / mutant.file
+        source = path.read_text()
+        if source.count(mutant.line) != 1:
+            raise ValueError(f"{mutant.name}: {mutant.file} has the line {source.count(mutant.line)} times")
+        path.write_text(source.replace(mutant.line, mutant.instead))
+        return mutant.words in mutant.proof(folder)
+
+
+def main() -> int:
+    escaped = 0
+    for mutant in MUTANTS:
+        caught = is_caught(mutant)
+        print(f"{mutant.name}: {'caught' if caught else 'NOT CAUGHT'}", flush=True)
+        escaped += not caught
+    print(f"{len(MUTANTS)} mutants, {escaped} not caught")
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

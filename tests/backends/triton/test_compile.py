@@ -1,0 +1,172 @@
+"""Every kernel, compiled for GPUs that are not there: memory, loads, matrix instructions, fences and registers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from tests.backends.triton import limits, offline, versions
+from tests.backends.triton.limits import Row
+
+ROOT = Path(__file__).resolve().parents[3]
+KERNELS = {
+    "capture": ("capture_statistics_kernel", "capture_map_kernel"),
+    "contrast": ("contrast_grid_kernel", "contrast_pixels_kernel"),
+}
+
+
+# One case of each kind of product and of kernel, each on another target; `python -m tests.backends.triton.offline` compiles all.
+SHORT = (
+    ("80", "bfloat16 head size 128 rows 1"),
+    ("90", "bfloat16 head size 128 rows 64"),
+    ("100", "bfloat16 head size 64 rows 64"),
+    ("120", "float32 head size 128 rows 1"),
+    ("120", "lam mean normalize none views 1"),
+)
+
+
+def kernels_of(case: str) -> tuple[str, str]:
+    """The kernels of a case in the order of their launches."""
+    return KERNELS["contrast" if case.startswith("lam") else "capture"]
+
+
+def test_a_case_of_each_kind_keeps_to_the_limits_of_its_target_and_to_the_table() -> None:
+    rows = offline.compile_apart(ROOT, *SHORT)
+    assert [(row.target, row.case, row.kernel) for row in rows] == [
+        (target, case, kernel) for target, case in SHORT for kernel in kernels_of(case)
+    ]
+    assert [(row.name, fault) for row in rows for fault in limits.verdict(row, triton.__version__)] == []
+    if not limits.is_counted(triton.__version__):
+        warnings.warn(f"triton {triton.__version__} is not in the table of registers: {limits.REWRITE}", stacklevel=1)
+
+
+def test_the_table_has_every_case_with_every_triton_and_target() -> None:
+    assert set(limits.versions()) >= {"3.6.0", "3.8.0", "3.9.0"}
+    names = {f"{kernel} {case.name}" for case in offline.cases() for kernel in kernels_of(case.name)}
+    assert set(limits.table()) == names
+    for by_version in limits.table().values():
+        assert list(by_version) == limits.versions()
+        assert all(len(counts) == len(limits.TARGETS) for counts in by_version.values())
+
+
+def sound(**changes: object) -> Row:
+    """A row that keeps to every limit, but for the changes."""
+    opcodes = {"LDGSTS.E.BYPASS.128": 8, "HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}
+    row = Row("capture_map_kernel", "bfloat16 head size 128 rows 1", "90", 64, 0, 40960, opcodes)
+    return row._replace(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (sound(stack_bytes=8), "8 bytes of stack"),
+        (sound(opcodes=sound().opcodes | {"STL.64": 2}), "2 instructions that spill"),
+        (sound(shared_bytes=240000), "240000 bytes of shared memory"),
+        (sound(target="120", shared_bytes=110000), "101376 are there"),
+        (sound(opcodes=sound().opcodes | {"LDGSTS.E.64": 1}), "fewer than 128 bits"),
+        (sound(opcodes={"HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}), "no LDGSTS of 128 bits"),
+        (sound(case="bfloat16 head size 128 rows 64"), "no HGMMA"),
+        (sound(case="float16 head size 128 rows 8"), "no HGMMA"),
+        (sound(case="bfloat16 head size 128 rows 64", target="100"), "UTC"),
+        (sound(case="float32 head size 128 rows 1"), "no FFMA"),
+        (sound(opcodes=sound().opcodes | {"MEMBAR.ALL.GPU": 0}), "have not written yet"),
+        (sound(opcodes=sound().opcodes | {"CCTL.IVALL": 0}), "have not written yet"),
+        (sound(opcodes=sound().opcodes | {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}), "floating-point atomics"),
+        (sound(target="gfx942", opcodes={"buffer_wbl2": 1, "buffer_inv": 1}), "no v_mfma"),
+    ],
+)
+def test_a_planted_fault_is_named(row: Row, fault: str) -> None:
+    assert not limits.faults(sound())
+    assert len(found := limits.faults(row)) == 1
+    assert fault in found[0]
+
+
+def test_a_change_of_registers_is_named() -> None:
+    counted = limits.table()["capture_map_kernel bfloat16 head size 128 rows 1"]
+    for version, counts in counted.items():
+        row = sound(registers=counts[limits.TARGETS.index("90")])
+        assert limits.verdict(row, version) == limits.verdict(row, f"{version}+git01234567") == []
+        (change,) = limits.verdict(row._replace(registers=row.registers - 1), version)
+        assert change.startswith(f"{row.registers - 1} registers, {row.registers} in registers.json")
+        assert limits.REWRITE in change
+    # What stands in no row of the table has limits alone.
+    assert limits.verdict(sound(case="bfloat16 head size 96 rows 1", registers=1), "3.9.0") == []
+    assert limits.verdict(sound(target="86", registers=1), "3.9.0") == []
+
+
+def test_a_triton_that_is_not_in_the_table_keeps_to_memory_and_to_a_bound() -> None:
+    row = sound(kernel="capture_statistics_kernel", case="bfloat16 head size 64 rows 1", opcodes={"NEW.HMMA": 1})
+    counted = limits.table()[f"{row.kernel} {row.case}"].values()
+    most = max(counts[limits.TARGETS.index("90")] for counts in counted)
+    bound = int(limits.ALLOWANCE * most)
+    assert not limits.is_counted("3.99.0") and limits.is_counted("3.9.0+cu130")
+    assert limits.verdict(row._replace(registers=bound), "3.99.0") == []
+    (fault,) = limits.verdict(row._replace(registers=bound + 1), "3.99.0")
+    assert fault == f"{bound + 1} registers, at most {most} in registers.json; to accept it: {limits.REWRITE}"
+    (fault,) = limits.verdict(row._replace(registers=bound, stack_bytes=8), "3.99.0")
+    assert "8 bytes of stack" in fault
+
+
+def test_registers_are_written_next_to_those_of_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "registers.json"
+    monkeypatch.setattr(offline, "REGISTERS", path)
+    monkeypatch.setattr(offline.triton, "__version__", "3.99.0+git")
+    rows = [
+        Row(kernel, case.name, target, 40 + place, 0, 0, {})
+        for place, target in enumerate(limits.TARGETS)
+        for case in offline.cases()
+        for kernel in kernels_of(case.name)
+    ]
+    offline.write(rows)
+    written = json.loads(path.read_text())
+    assert written == {name: {**by_version, "3.99.0": [40, 41, 42, 43]} for name, by_version in limits.table().items()}
+    assert all(list(by_version) == [*limits.versions(), "3.99.0"] for by_version in written.values())
+
+
+def test_the_docs_have_the_table() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    for name, by_version in limits.table().items():
+        cells = (", ".join(map(str, counts)) for counts in by_version.values())
+        assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("broken", [None, "3.8.0"])
+def test_every_version_is_installed_compiled_and_interpreted(
+    broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(command: list[str], env: dict[str, str] | None = None, **_options: Any) -> Any:
+        if env is None:
+            ran.append((command[-2:], "installed"))
+            return SimpleNamespace(returncode=0)
+        folder = Path(env["PYTHONPATH"])
+        ran.append((command[2], "--all" in command, folder.name, "TRITON_INTERPRET" in env))
+        return SimpleNamespace(returncode=int(folder.name == broken and command[2] == "pytest"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["versions", str(tmp_path)])
+    assert versions.main() == (broken is not None)
+    assert ran == [
+        step
+        for version in limits.versions()
+        for step in (
+            ([str(tmp_path / version), f"triton=={version}"], "installed"),
+            ("tests.backends.triton.offline", version in ("3.6.0", "3.9.0"), version, False),
+            ("pytest", False, version, True),
+        )
+    ]
+    said = capsys.readouterr().out
+    assert f"{len(limits.versions())} versions of Triton, {int(broken is not None)} proofs failed" in said
+    assert ("triton 3.8.0: -m pytest" in said) == (broken is not None)

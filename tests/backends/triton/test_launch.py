@@ -1,0 +1,160 @@
+"""The direct launch: hints that are never false, arguments as Triton's own launcher passes them, scratch by stream."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from carve_kernels.backends.triton import capture_kernels, contrast_kernels, workspace
+from carve_kernels.backends.triton.launch import VECTOR_BYTES, Kernel, alignment, strides_of
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
+KERNELS = [
+    value for module in (capture_kernels, contrast_kernels) for value in vars(module).values() if type(value) is Kernel
+]
+
+
+@given(
+    addresses=st.lists(st.integers(0, 2**48).map(lambda half: 2 * half), min_size=1, max_size=12),
+    strides=st.lists(st.integers(0, 2**40), max_size=12),
+    element_size=st.sampled_from([2, 4]),
+)
+def test_no_hint_is_false_and_none_is_missing(addresses: list[int], strides: list[int], element_size: int) -> None:
+    found = alignment(addresses, strides, element_size)
+    everything = [*addresses, *(stride * element_size for stride in strides)]
+    assert found in (1, 2, 4, 8, 16) and all(value % found == 0 for value in everything)
+    assert found == VECTOR_BYTES or any(value % (2 * found) for value in everything)
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_aligned_tensors_have_the_hint_and_one_odd_stride_takes_it(element_size: int) -> None:
+    unit = 16 // element_size
+    assert alignment([256, 4096], [0, 128, 3 * unit], element_size) == 16
+    assert alignment([256, 4096 + element_size], [128], element_size) == element_size
+    assert alignment([256, 4096], [128, 3 * unit + 1], element_size) == element_size
+    assert alignment([256, 4096 + 8], [128], element_size) == 8
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 32), (1, 3, 1, 32), (2, 1, 5, 1)])
+def test_dimensions_of_one_element_do_not_spoil_the_hint(shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(7 * 7 * 7 * 64).as_strided(shape, (3, 5, 7, 11))
+    for size, stride, ours in zip(shape, tensor.stride(), strides_of(tensor), strict=True):
+        assert ours == (stride if size > 1 else 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.jit.fn.__name__)
+def test_parameters_are_pointers_then_typed_numbers_then_constants(kernel: Kernel) -> None:
+    kinds = []
+    for name, parameter in inspect.signature(kernel.jit.fn).parameters.items():
+        if "constexpr" in str(parameter.annotation):
+            kinds.append("constant")
+            assert name.isupper()
+        elif name.endswith(("_ptr", "_ptrs")):
+            kinds.append("pointer")
+            assert parameter.annotation is inspect.Parameter.empty
+        else:
+            kinds.append("number")
+            place = kinds.count("number") - 1
+            assert (parameter.annotation is inspect.Parameter.empty) == (place in kernel._tuples)
+    assert kinds == sorted(kinds, key=["pointer", "number", "constant"].index)
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Triton 3.8 builds a syntax tree in a way that Python 3.13 warns of.
+    warnings = ["-W", "error", "-W", "ignore:AnnAssign.__init__ missing:DeprecationWarning"]
+    result = subprocess.run(
+        [sys.executable, *warnings, "-m", "tests.backends.triton.direct"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(json.loads(result.stdout))
+
+
+def test_the_second_call_passes_what_tritons_launcher_passed(calls: dict[str, Any]) -> None:
+    first, again = calls["first"], calls["again"]
+    assert first["compiled"] == 2 and first["tensors"]
+    assert again["compiled"] == 0 and not again["tensors"]
+    assert again["launches"] == first["launches"]
+    names = [name for name, _, _ in again["launches"]]
+    assert names == ["capture_statistics_kernel", "capture_map_kernel"]
+
+
+def test_numbers_compile_nothing_and_types_do(calls: dict[str, Any]) -> None:
+    assert {name: call["compiled"] for name, call in calls.items()} == {
+        "first": 2,
+        "again": 0,
+        "other numbers": 0,
+        "other keys": 0,
+        "a shifted key": 2,
+        "a mask": 2,
+        "long tokens": 1,
+        "a known lse": 1,
+        "a known lse again": 0,
+    }
+    assert calls["other numbers"]["launches"] != calls["first"]["launches"]
+    assert [name for name, _, _ in calls["a known lse again"]["launches"]] == ["capture_map_kernel"]
+
+
+def test_a_shifted_key_loses_the_hint(calls: dict[str, Any]) -> None:
+    def constants(call: str) -> list[Any]:
+        return list(calls[call]["launches"][0][2][-5:])
+
+    assert constants("first") == [16, 8, True, False, False]
+    assert constants("a shifted key") == [2, 1, True, False, False]
+
+
+def test_scratch_is_kept_and_grows() -> None:
+    kept = workspace.Workspace()
+    floats, tickets = kept.take(CPU, 100, 3)
+    assert floats.dtype == torch.float32 and len(floats) >= 100
+    assert tickets.dtype == torch.int32 and len(tickets) >= 3 and not tickets.any()
+    assert all(mine is theirs for mine, theirs in zip(kept.take(CPU, 7, 1), (floats, tickets), strict=True))
+    grown, more = kept.take(CPU, 101, 2)
+    assert len(grown) >= 200 and len(more) >= 3 and grown is not floats
+
+
+def test_threads_and_streams_do_not_share_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = workspace.Workspace()
+    found = [kept.take(CPU, 10, 1)[0]]
+    worker = threading.Thread(target=lambda: found.append(kept.take(CPU, 10, 1)[0]))
+    worker.start()
+    worker.join()
+    monkeypatch.setattr(workspace, "_stream", lambda device: 7)
+    found.append(kept.take(CPU, 10, 1)[0])
+    assert len({one.data_ptr() for one in found}) == 3
+
+
+def test_a_graph_that_is_captured_gets_scratch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = workspace._allocate
+    monkeypatch.setattr(workspace, "_allocate", lambda device, *sizes: shipped(CPU, *sizes))
+    monkeypatch.setattr(workspace, "_stream", lambda device: 0)
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    gpu = torch.device("cuda:0")
+    kept = workspace.Workspace()
+    eager = kept.take(gpu, 10, 1)[0]
+    capturing[0] = True
+    captured = [kept.take(gpu, 10, 1)[0] for _ in range(2)]
+    capturing[0] = False
+    assert kept.take(gpu, 10, 1)[0] is eager
+    assert len({one.data_ptr() for one in (eager, *captured)}) == 3

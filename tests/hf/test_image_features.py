@@ -1,0 +1,82 @@
+"""Pictures go through the processor once, and what comes of it is what the processor itself would have made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import CarveEngine, Preset
+from carve_kernels.hf.image_features import Pictures
+from carve_kernels.hf.inputs import build_prompt, prepare
+from tests.support.families import FAMILIES, family
+from tests.support.tiny_models import picture
+
+PHOTO, OTHER = picture(240, 160, 1), picture(100, 180, 2)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, processor: Any) -> list[int]:
+    """The numbers of pictures in each call of an image processor."""
+    calls: list[int] = []
+    kind = type(processor.image_processor)
+    call = kind.__call__
+
+    def counting(self: Any, images: Any, *args: Any, **settings: Any) -> Any:
+        calls.append(len(images) if isinstance(images, list) else 1)
+        return call(self, images, *args, **settings)
+
+    monkeypatch.setattr(kind, "__call__", counting)
+    return calls
+
+
+@pytest.mark.parametrize("max_pixels", [None, 112 * 112])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inputs_are_the_processors_own(name: str, max_pixels: int | None) -> None:
+    processor = family(name)[1]
+    pictures = Pictures(processor, torch.device("cpu"), max_pixels)
+    before = dict(processor.__dict__)
+    for images, text in (([PHOTO], "what"), ([PHOTO, OTHER], "which"), ([OTHER], "who"), ([PHOTO, PHOTO], "same")):
+        prompt = build_prompt(processor, text, len(images))
+        expected = prepare(processor, images, prompt, None, max_pixels)
+        text_inputs, shown = pictures.inputs(images, prompt)
+        found = {**text_inputs, **shown.entries}
+        assert set(found) == set(expected) and not any(key.startswith("pixel") for key in text_inputs)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        alone = prepare(processor, images[-1:], build_prompt(processor, text), None, max_pixels)
+        last = pictures.alone(images[-1])
+        assert last is not None and all(torch.equal(value, alone[key]) for key, value in last.entries.items())
+    assert processor.__dict__ == before
+
+
+def test_a_processor_that_lays_pictures_otherwise_is_asked_for_all_of_them() -> None:
+    processor = family("llava")[1]
+    pictures = Pictures(processor, torch.device("cpu"), None)
+    once = pictures._once
+    plain = once._processor
+
+    class Sized:
+        """Says the size of each picture as well, as LLaVA-NeXT's does."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plain, name)
+
+        def __call__(self, images: Any, **settings: Any) -> Any:
+            features = plain(images, **settings)
+            features["image_sizes"] = torch.tensor([[image.height, image.width] for image in images])
+            return features
+
+    once._processor = Sized()
+    _, shown = pictures.inputs([PHOTO, OTHER], build_prompt(processor, "which", 2))
+    assert shown.entries["image_sizes"].tolist() == [[160, 240], [180, 100]]
+    assert pictures.alone(OTHER) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_a_question_prepares_each_picture_once(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = family(name)
+    settings = Preset.of({"preset": preset, "layers": [1], "max_new_tokens": 2})
+    calls = counted(monkeypatch, processor)
+    result = CarveEngine(model, processor, preset=settings)(PHOTO, "what digit is red")
+    assert result.reason is None and calls == [1, 1]

@@ -1,0 +1,146 @@
+"""`carve-kernels check` on a GPU that is not there: what is checked, timed, predicted and told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from carve_kernels import backends, selfcheck
+from carve_kernels.backends import SUPPORT
+from carve_kernels.selfcheck import timing
+from carve_kernels.selfcheck.work import Work
+
+CUDA = torch.device("cuda")
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Graph:
+    """Stands for a CUDA graph, which replays what ran while it was captured."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of this machine's memory: rooms of the reference's own modules, and just enough of torch.cuda."""
+
+    @contextlib.contextmanager
+    def capturing(_graph: Graph) -> Iterator[None]:
+        yield
+
+    memory = {"memory_clock_rate": 2_619_000, "memory_bus_width": 5120, "L2_cache_size": 2**14}
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, **memory)
+    ones, move = torch.ones, selfcheck.moved
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **more: ones(*size, **more))
+    monkeypatch.setattr(selfcheck, "moved", lambda value, _device: move(value, "cpu"))
+    for name, stub in {
+        "device": lambda _device: contextlib.nullcontext(),
+        "get_device_properties": lambda _device: properties,
+        "synchronize": lambda _device=None: None,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capturing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    package = SimpleNamespace(devices=lambda: (), unavailable=lambda: None)
+    honest_package, honest_module = backends._package, backends._module
+    monkeypatch.setattr(backends, "_package", lambda room: package if room == "cuda" else honest_package(room))
+    monkeypatch.setattr(
+        backends, "_module", lambda stage, room: honest_module(stage, "reference" if room == "cuda" else room)
+    )
+    for stage in SUPPORT:
+        monkeypatch.setitem(SUPPORT[stage], "cuda", None)
+        monkeypatch.setitem(SUPPORT[stage], "triton", "a stand-in is enough")
+    monkeypatch.setattr(selfcheck, "work_of", lambda *_args, **_sizes: Work(10**6, 0, 10**3, 2))
+    monkeypatch.setitem(selfcheck.UNITS, ("contrast", "cuda"), "vector")
+    monkeypatch.setitem(selfcheck.UNITS, ("contrast", "reference"), "vector")
+    monkeypatch.setitem(selfcheck.UNITS, ("capture", "reference"), "matrix")
+    monkeypatch.setitem(selfcheck.UNITS, ("regions", "reference"), "vector")
+    yield
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_is_checked_timed_and_predicted() -> None:
+    Graph.replays = 0
+    said: list[str] = []
+    found = selfcheck.examine(CUDA, quick=True, announce=said.append)
+    assert len(said) == selfcheck.count(quick=True) and said[0].startswith("capture: one row")
+    assert {cell["room"]: cell["shut"] for cell in found["rooms"]} == {
+        "cuda": None, "triton": "a stand-in is enough", "reference": None,
+    }  # fmt: skip
+    assert all(entry["right"] is True for entry in found["checks"])
+    assert {entry["room"] for entry in found["checks"]} == {"cuda", "reference"}
+    assert found["gpu"]["bandwidth"] == pytest.approx(3.35e12, rel=1e-3)
+    timed = [entry for entry in found["timings"] if entry["room"] == "cuda"]
+    assert [entry["stage"] for entry in timed] == ["capture", "capture", "contrast", "regions"]
+    for entry in timed:
+        # Two launches out of a graph are 3 us, and a megabyte takes a third of one.
+        assert entry["predicted"]["device"]["bound"] == "launch"
+        assert entry["predicted"]["device"]["seconds"] == 3e-6 and entry["predicted"]["host"]["seconds"] == 8e-6
+        assert (entry["graph"] is None) == (entry["stage"] == "regions") == (entry["why_no_graph"] is not None)
+        assert 0 < entry["seconds"]["p10"] <= entry["seconds"]["median"] <= entry["seconds"]["p90"]
+    assert Graph.replays > 0
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_call_that_no_graph_can_capture_is_still_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def refusing(_graph: Graph) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(torch.cuda, "graph", refusing)
+    found = timing.Clock(CUDA, rounds=3, flush=2**10).time(lambda: None)
+    assert found.graph is None and found.why_no_graph == "operation not permitted when stream is capturing"
+    assert found.seconds.rounds == found.host.rounds == 3
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_room_that_fails_or_wavers_or_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = backends._module
+    calls = 0
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if options["heads"] == "each":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        found = honest("capture", "reference").forward(*arguments, **options)
+        return found._replace(mass=found.mass.mul_(1 + 1e-6 * (calls % 2))) if arguments[0].shape[2] == 1 else found
+
+    room = SimpleNamespace(
+        forward=forward, supports=lambda *_args, lse=None, **_options: (lse is not None and "no lse") or None
+    )
+    monkeypatch.setattr(
+        backends,
+        "_module",
+        lambda stage, room_: room if (stage, room_) == ("capture", "cuda") else honest(stage, room_),
+    )
+    checks = selfcheck.examine(CUDA, quick=True, announce=lambda _text: None)["checks"]
+    problems = {entry["case"]: entry for entry in checks if entry["room"] == "cuda" and entry["problem"] is not None}
+    assert problems["each head"]["right"] is False and "illegal memory access" in problems["each head"]["problem"]
+    assert problems["one row, float32"]["problem"] == "two calls gave different bits"
+    assert problems["known lse"]["right"] is None and "no lse" in problems["known lse"]["problem"]
+    assert all(entry["right"] for entry in checks if entry["room"] == "reference" or entry["stage"] != "capture")

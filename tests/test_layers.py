@@ -1,0 +1,163 @@
+"""The floors of the house: imports go down only, rooms never sideways, heavy packages only where they belong."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "carve_kernels"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+FLOORS = {
+    0: (
+        "types",
+        "checks",
+        "devices",
+        "atomic_write",
+        "deprecation",
+        "extras",
+    ),
+    1: ("backends",),
+    2: ("ops", "visualize", "fonts"),
+    3: ("pipeline", "presets", "maps", "complexity", "selfcheck"),
+    4: ("hf", "models"),
+    5: ("cli", "__main__"),
+}
+TOP = 6  # carve_kernels itself, which only the command line may import from
+
+# Where a package may be imported at run time: floors by number, parts of the house by name.
+HOMES: dict[str, tuple[int | str, ...]] = {
+    "transformers": (4, 5),
+    "triton": ("backends.triton",),
+    "PIL": ("visualize", "fonts", "ops.zoom", 3, 4, 5),
+    "matplotlib": (5,),
+    "rich": (5,),
+    "typer": (5,),
+}
+EXTENSION = "carve_kernels._C"
+EXTENSION_HOMES = ("backends.native.extension",)
+
+
+def floor_of(module: str) -> int:
+    if module == "carve_kernels":
+        return TOP
+    part = module.split(".")[1]
+    floors = [floor for floor, parts in FLOORS.items() if part in parts]
+    assert floors, f"{module} stands on no floor: give carve_kernels/{part} one in FLOORS"
+    return floors[0]
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module; "" for the corridor `backends` itself, None outside of it."""
+    parts = module.split(".")
+    if parts[1:2] != ["backends"]:
+        return None
+    return parts[2] if len(parts) > 2 and parts[2] != "native" else ""
+
+
+def is_within(module: str, homes: tuple[int | str, ...]) -> bool:
+    inner = module.removeprefix("carve_kernels.")
+    return any(
+        floor_of(module) == home if isinstance(home, int) else inner == home or inner.startswith(f"{home}.")
+        for home in homes
+    )
+
+
+def imports(module: str, tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Each imported module, and whether for type checkers alone; the names of a package count as its modules."""
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    package = module if MODULES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [base])])
+            inner = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else base for name in inner]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
+            argument = node.args[0]
+            names = [argument.value] if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else []
+        for name in names:
+            yield name, id(node) in typing_only
+
+
+def faults(module: str, source: str) -> list[str]:
+    """Every import of a module that the house forbids."""
+    tree = ast.parse(source)
+    found = []
+    for name, typing_only in imports(module, tree):
+        root = name.split(".")[0]
+        if root in HOMES and not typing_only and not is_within(module, HOMES[root]):
+            found.append(f"{module} imports {name}, which belongs to {HOMES[root]}")
+        if root != "carve_kernels" or module == "carve_kernels" or name == EXTENSION:
+            continue
+        if name == "carve_kernels":
+            if floor_of(module) != 5:
+                found.append(f"{module} imports the public names, which stand above it")
+        elif floor_of(name) > floor_of(module):
+            found.append(f"{module} (floor {floor_of(module)}) imports {name} (floor {floor_of(name)}): up")
+        elif room_of(module) and room_of(name) is not None and room_of(name) != room_of(module):
+            found.append(f"{module} imports {name}: sideways")
+    named = any(name == EXTENSION for name, _ in imports(module, tree))
+    loads = named or "load_library" in source or "_C.abi3" in source
+    if loads and not is_within(module, EXTENSION_HOMES):
+        found.append(f"{module} loads the compiled extension, which belongs to {EXTENSION_HOMES}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str) -> None:
+    assert faults(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("carve_kernels.types", "from carve_kernels.backends import resolve"),
+        ("carve_kernels.ops.contrast", "def f():\n    from carve_kernels.hf import engine"),
+        ("carve_kernels.pipeline", "from carve_kernels import hf"),
+        ("carve_kernels.pipeline", "from carve_kernels import carve"),
+        ("carve_kernels.ops.capture", "from ..hf.session import capture_attention"),
+        ("carve_kernels.backends.cpu.contrast", "from carve_kernels.backends.reference import contrast"),
+        ("carve_kernels.backends.cpu.contrast", "from ..reference import contrast"),
+        ("carve_kernels.backends.cpu.contrast", "from carve_kernels.backends import resolve"),
+        ("carve_kernels.backends.reference.contrast", "import importlib\nimportlib.import_module('carve_kernels._C')"),
+        ("carve_kernels.ops.capture", "import torch\ntorch.ops.load_library('x')"),
+        ("carve_kernels.ops.capture", "import triton.language as tl"),
+        ("carve_kernels.pipeline", "def f():\n    import transformers"),
+        ("carve_kernels.types", "from PIL import Image"),
+        ("carve_kernels.hf.engine.engine", "from rich.progress import Progress"),
+        ("carve_kernels.hf.engine.engine", "import matplotlib.pyplot as plt"),
+    ],
+)
+def test_a_planted_import_is_caught(module: str, source: str) -> None:
+    assert len(faults(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("carve_kernels.types", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL.Image import Image"),
+        ("carve_kernels.hf.engine.engine", "from carve_kernels.pipeline import carve\nimport transformers"),
+        ("carve_kernels.backends.cpu.contrast", "from carve_kernels.backends.cpu import unavailable\nimport torch"),
+        ("carve_kernels.cli.demo", "import rich\nfrom carve_kernels import __version__\nfrom PIL import Image"),
+    ],
+)
+def test_an_honest_import_passes(module: str, source: str) -> None:
+    assert faults(module, source) == []
