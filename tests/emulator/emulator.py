@@ -51,7 +51,7 @@ def compiler() -> str | None:
 def build(stage: str, root: Path = ROOT) -> Path:
     """The library of a stage's kernels, registered for tensors on a CPU; built anew where a source has changed."""
     headers = Path(torch.__file__).parent / "include"
-    include = [f"-I{root / 'tests/backends/cuda/emulated'}", f"-I{root / 'csrc'}", f"-I{headers}"]
+    include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}", f"-I{headers}"]
     options = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DCARVE_CUDA_KEY=CPU", *include]
     digest = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
     for path in sorted([*(root / "csrc").glob("**/*"), *(root / "tests/backends/cuda").glob("**/*.h")]):

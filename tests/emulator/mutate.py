@@ -55,7 +55,7 @@ def plant(fault: Fault, root: Path) -> None:
 
 
 def copy_sources(root: Path) -> None:
-    for folder in ("csrc", "tests/backends/cuda", "tests/native"):
+    for folder in ("csrc", "tests/emulator", "tests/native"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
 
 
@@ -79,7 +79,7 @@ def compile_one(path: Path, root: Path, options: list[str]) -> Path:
     if not target.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{root / 'tests/backends/cuda/emulated'}", f"-I{root / 'csrc'}"]
+        include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}"]
         command = [compiler() or "g++", *options, *include, "-x", "c++", "-c", str(path), "-o", str(fresh)]
         subprocess.run(command, check=True)
         os.replace(fresh, target)

@@ -14,7 +14,7 @@ import torch
 from carve_kernels import BackendUnavailable, backends, capture
 from carve_kernels.backends import cuda
 from carve_kernels.backends.native import extension
-from tests.emulator import resources
+from tests.backends.cuda import resources
 
 ROOT = Path(__file__).resolve().parents[3]
 # 2 blocks of 256 threads on a multiprocessor of 65536 registers, or as many blocks of fewer.
@@ -53,7 +53,7 @@ def test_registers_are_those_of_the_table(inside: set[str], parts: dict[str, Any
     if "release 13.0" not in release:
         pytest.skip("the table is nvcc 13.0's")
     table = [line for line in resources.TABLE.read_text().splitlines()[1:] if line.split()[0] in inside]
-    # After a change to a kernel: python -m tests.emulator.resources
+    # After a change to a kernel: python -m tests.backends.cuda.resources
     assert resources.lines(resources.read())[1:] == table
 
 
