@@ -130,7 +130,7 @@ def processor(texts: list[str]) -> Any:
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    class Pictures(Qwen2_5_VLProcessor):
+    class ImageInputs(Qwen2_5_VLProcessor):
         """Without the part for videos, which wants torchvision."""
 
         @classmethod
@@ -148,7 +148,7 @@ def processor(texts: list[str]) -> Any:
     )
     # Pictures of benchmarks have the number of pixels that they are asked for.
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": (MERGE * PATCH) ** 2, "longest_edge": 2**31})
-    return Pictures(pictures, tokenizer, None, chat_template=_TEMPLATE)
+    return ImageInputs(pictures, tokenizer, None, chat_template=_TEMPLATE)
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:

@@ -17,7 +17,7 @@ from benchmarks.models import MERGE, PATCH, Shape, noise, processor, random_mode
 from carve_kernels import CarveEngine, Preset, carve
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
-from carve_kernels.types import CarveResult
+from carve_kernels.hf.engine.result import CarveResult
 
 FIRST, QUESTION = "what digit is blue", "what digit is red"
 

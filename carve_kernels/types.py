@@ -1,4 +1,4 @@
-"""The values that travel between the floors: layouts, captures, maps, regions, results.
+"""The values that travel between the floors: layouts, captures, maps, regions.
 
 Letters, one meaning each: B batch, A query heads, KV key heads, R captured rows, S keys, D head size, L layers,
 T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a box is (x0, y0, x1, y1) in pixels.
@@ -7,16 +7,11 @@ T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -129,68 +124,3 @@ class Regions:
     scores: torch.Tensor
     box: tuple[int, int, int, int]
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class CarveResult:
-    """What the engine found out about one image and one question.
-
-    `entropy` holds H / ln N of the task map for each captured layer; `seconds` the time of each stage; `reason` says
-    why the whole image was kept, or is None. `answer` is empty where no plain answer was wanted. `complexity` is
-    measured when it is first read: that takes as long as a tenth of an answer, and few ask for it. `unseen` is the
-    share of the image's area that the model was not shown, as where its processor crops.
-    """
-
-    question: str
-    prompt: str
-    answer: str
-    refined_answer: str
-    image: Image
-    refined: Image
-    task: Any
-    general: Any
-    saliency: torch.Tensor
-    regions: Regions
-    entropy: dict[int, float]
-    seconds: dict[str, float]
-    preset: Any
-    measure: Callable[[Image], dict[str, float]] = field(repr=False)
-    reason: str | None = None
-    answer_ids: tuple[int, ...] = field(default=(), repr=False)
-    refined_ids: tuple[int, ...] = field(default=(), repr=False)
-    unseen: float = 0.0
-
-    @cached_property
-    def complexity(self) -> dict[str, float]:
-        """How much there is in the image: "edges" and "colours", each from 0 to 1."""
-        return self.measure(self.image)
-
-    @property
-    def error(self) -> None:
-        """No error: what stands here in a batch where a picture or a question could not be used is a CarveFailure."""
-        return None
-
-    @property
-    def mask(self) -> torch.Tensor:
-        return self.regions.mask
-
-    @property
-    def boxes(self) -> torch.Tensor:
-        return self.regions.boxes
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        return self.regions.box
-
-
-@dataclass(frozen=True)
-class CarveFailure:
-    """What a batch has in place of a CarveResult for a picture or a question that could not be used.
-
-    `image` is the path or the picture as it was given; `error` is what asking it alone would have raised.
-    """
-
-    question: str
-    image: Any
-    error: Exception
-    prompt: str | None = None

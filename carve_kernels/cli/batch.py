@@ -18,8 +18,8 @@ from carve_kernels.cli.output import INTERRUPTED, as_typed, clock, counted, fail
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import Asked
     from carve_kernels.cli.store import Store
+    from carve_kernels.hf.engine.result import CarveFailure, CarveResult
     from carve_kernels.presets import Preset
-    from carve_kernels.types import CarveFailure, CarveResult
 
 _SHOWN = 5
 _BLOCK = 2**20
@@ -201,7 +201,7 @@ class _Run:
         from carve_kernels.cli.looking import facts_of
         from carve_kernels.cli.notes import notes_of
         from carve_kernels.cli.report import FILES, RECORD, Look, Question, record, write, write_record
-        from carve_kernels.types import CarveFailure
+        from carve_kernels.hf.engine.result import CarveFailure
 
         facts: dict[str, Any] = {
             "id": asked.id,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.models import small
-from carve_kernels.types import CarveResult
 
 
 def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:

@@ -153,7 +153,7 @@ def _summarise(found: Profile, output: Path) -> None:
     shown = list(found.cells[:_SHOWN])
     if best is not None and best not in shown:
         shown.append(best)
-    title = f"{number_of(found.questions, 'question')} about {number_of(found.pictures, 'picture')}"
+    title = f"{number_of(found.questions, 'question')} about {number_of(found.images, 'image')}"
     columns = ["", *_COLUMNS, *(_BY_BOXES if best is not None else ())]
     lines = []
     for cell in shown:

@@ -19,8 +19,8 @@ from carve_kernels.cli.notes import percent
 from carve_kernels.cli.ours import is_json, png_info, png_texts
 from carve_kernels.cli.output import clock, note, number_of, one_line, versions
 from carve_kernels.cli.tables import screen, table
+from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.maps import AttentionMaps, is_saved
-from carve_kernels.types import CarveResult
 from carve_kernels.visualize import Scale, Tile, kept, overlay, panel, saliency_image
 
 RECORD = "result.json"
@@ -147,7 +147,7 @@ def is_right(answer: str, truth: str | None) -> bool | None:
 
 
 def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
-    regions, layout = result.regions, result.task.layout
+    regions, layout = result.regions, result.layout
     return {
         "answer": result.answer,
         "right": is_right(result.answer, truth),
@@ -190,7 +190,7 @@ def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
 
 
 def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
-    preset, layout, truth = result.preset, result.task.layout, seen.asked.truth
+    preset, layout, truth = result.preset, result.layout, seen.asked.truth
     task, general = (_grid(maps, preset.steps) for maps in (result.task, result.general))
     share = "of the attention per token"
     grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""

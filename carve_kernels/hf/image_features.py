@@ -1,9 +1,9 @@
-"""Pictures on their way into the model: each goes through the processor once and through the vision tower once."""
+"""Image inputs: each image goes through the processor once and through the vision tower once."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,85 +11,109 @@ from PIL import Image
 
 from carve_kernels.hf import names
 from carve_kernels.hf.inputs import prepare
-from carve_kernels.hf.layouts.letterbox import Letterbox
 
-# What the entries are called that only the vision tower reads.
+# The prefix of the entries that only the vision tower reads.
 _PIXELS = "pixel"
-# What the image processors return that treat each picture by itself and lay the results one behind the other.
-_ONE_BY_ONE = ({"pixel_values"}, {"pixel_values", "image_grid_thw"})
+# What image processors return that treat each image separately and concatenate the results.
+_SEPARATE = ({"pixel_values"}, {"pixel_values", "image_grid_thw"})
+
+PrepareImage = Callable[[Image.Image], Image.Image]
 
 
-class Shown:
-    """What a processor made of a picture (or of several), and, once a prompt needed it, what the vision tower did."""
+class ImageFeatures:
+    """What a processor returned for one or several images, and the vision tower's results once a prompt needed them."""
 
-    def __init__(self, entries: Mapping[str, Any]) -> None:
-        self.entries = entries
-        self._taken: dict[str, Any] | None = None
+    def __init__(self, process: Callable[[], Mapping[str, Any]]) -> None:
+        self._process = process
+        self._entries: Mapping[str, Any] | None = process()
+        self._results: dict[str, Any] | None = None
 
-    def taken(self, model: Any) -> dict[str, Any]:
-        """What the model's forward takes for it; the vision tower has run."""
-        if self._taken is None:
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """The processor's entries for the images; computed again after `free`."""
+        return self._process() if self._entries is None else self._entries
+
+    def for_model(self, model: Any) -> dict[str, Any]:
+        """The arguments of the model's forward; the vision tower has run if the model takes its results."""
+        if self._results is None:
             results = names.tower_results(model, self.entries)
             if results is None:
                 return dict(self.entries)
-            self._taken = results
-        return self._taken
+            self._results = results
+        return self._results
 
-    def forget(self) -> None:
-        """Let go of what the processor made, where the vision tower's work is at hand."""
-        if self._taken is not None:
-            self.entries = {}
+    def free(self) -> None:
+        """Drop the processor's entries if the vision tower's results are there."""
+        if self._results is not None:
+            self._entries = None
 
 
-class Pictures:
-    """Model inputs of prompts that show the same pictures, from a processor that is not changed."""
+class ImageInputs:
+    """Model inputs of prompts about the same images, by a processor that is not changed.
+
+    `prepare_image` is applied to each image before the processor, once.
+    """
 
     def __init__(
-        self, processor: Any, device: torch.device, max_pixels: int | None, letterbox: Letterbox | None = None
+        self,
+        processor: Any,
+        device: torch.device,
+        max_pixels: int | None,
+        prepare_image: PrepareImage | None = None,
     ) -> None:
-        self._once = _Once(processor.image_processor)
+        self._image_processor = _CachingImageProcessor(processor.image_processor)
         self._processor = copy.copy(processor)
-        self._processor.image_processor = self._once
+        self._processor.image_processor = self._image_processor
         self._device, self._max_pixels = device, max_pixels
-        self._letterbox = letterbox
-        self._canvases: list[tuple[Image.Image, Image.Image]] = []
+        self._prepare_image = prepare_image
+        self._prepared: list[tuple[Image.Image, Image.Image]] = []
 
-    def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], Shown]:
-        """What the processor made of a prompt but its pixels (grids place tokens, too), and all of its pictures."""
-        laid = [self._laid(image) for image in images]
-        inputs = prepare(self._processor, laid, prompt, self._device, self._max_pixels)
-        placed = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
-        return placed, Shown({name: value for name, value in inputs.items() if not names.is_text(name)})
+    def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], ImageFeatures]:
+        """The processor's entries for a prompt without pixels (grids stay: positions need them), and its images."""
+        inputs = self._process(images, prompt)
+        without_pixels = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
+        first: list[Any] = [inputs]
 
-    def alone(self, image: Image.Image) -> Shown | None:
-        """One of the pictures; None where the processor made something of all of them together."""
-        entries = self._once.of(self._laid(image))
+        def process() -> dict[str, Any]:
+            entries = first.pop() if first else self._process(images, prompt)
+            return {name: value for name, value in entries.items() if not names.is_text(name)}
+
+        return without_pixels, ImageFeatures(process)
+
+    def single(self, image: Image.Image) -> ImageFeatures | None:
+        """One of the images; None if the processor computes something from all of them together."""
+        entries = self._image_processor.entries_of(self._prepare(image))
         if entries is None:
             return None
-        return Shown({name: value.to(self._device) for name, value in entries.items()})
+        on_device = {name: value.to(self._device) for name, value in entries.items()}
+        return ImageFeatures(lambda: on_device)
 
-    def forget(self) -> None:
-        """Let go of what the processor made of the pictures."""
-        self._once.kept.clear()
-        self._canvases.clear()
+    def clear(self) -> None:
+        """Drop what the processor returned for the images."""
+        self._image_processor.cached.clear()
+        self._prepared.clear()
 
-    def _laid(self, image: Image.Image) -> Image.Image:
-        """The picture on its canvas, the same object each time, as what the processor made of it is known by it."""
-        if self._letterbox is None:
+    def _process(self, images: list[Image.Image], prompt: str) -> Any:
+        prepared = [self._prepare(image) for image in images]
+        return prepare(self._processor, prepared, prompt, self._device, self._max_pixels)
+
+    def _prepare(self, image: Image.Image) -> Image.Image:
+        """The prepared image, the same object each time: the cache of the image processor goes by identity."""
+        if self._prepare_image is None:
             return image
-        for original, laid in self._canvases:
+        for original, prepared in self._prepared:
             if original is image:
-                return laid
-        self._canvases.append((image, self._letterbox.laid(image)))
-        return self._canvases[-1][1]
+                return prepared
+        self._prepared.append((image, self._prepare_image(image)))
+        return self._prepared[-1][1]
 
 
-class _Once:
-    """An image processor that is asked once for each picture."""
+class _CachingImageProcessor:
+    """An image processor that is called once for each image."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self.kept: list[tuple[Image.Image, dict[str, Any], Any]] = []
+        self.cached: list[tuple[Image.Image, dict[str, Any], Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
@@ -98,34 +122,34 @@ class _Once:
         flat = images if isinstance(images, list) else [images]
         if args or not all(isinstance(image, Image.Image) for image in flat):
             return self._processor(images, *args, **settings)
-        single = [self._single(image, settings) for image in flat]
+        single = [self._process(image, settings) for image in flat]
         if len(single) == 1:
             return type(single[0])(dict(single[0]))
-        joined = _joined(single)
-        return self._processor(images, **settings) if joined is None else type(single[0])(joined)
+        concatenated = _concatenate(single)
+        return self._processor(images, **settings) if concatenated is None else type(single[0])(concatenated)
 
-    def of(self, image: Image.Image) -> dict[str, Any] | None:
-        """What came of one picture, if pictures are treated one by one."""
-        found = [features for kept, _, features in self.kept if kept is image]
-        return dict(found[-1]) if found and _joined(found[-1:]) is not None else None
+    def entries_of(self, image: Image.Image) -> dict[str, Any] | None:
+        """The entries of one image, if images are processed separately."""
+        entries = [entries for cached, _, entries in self.cached if cached is image]
+        return dict(entries[-1]) if entries and _concatenate(entries[-1:]) is not None else None
 
-    def _single(self, image: Image.Image, settings: dict[str, Any]) -> Any:
-        for kept, under, features in self.kept:
-            if kept is image and under == settings:
-                return features
-        features = self._processor([image], **settings)
-        self.kept.append((image, settings, features))
-        return features
+    def _process(self, image: Image.Image, settings: dict[str, Any]) -> Any:
+        for cached, cached_settings, entries in self.cached:
+            if cached is image and cached_settings == settings:
+                return entries
+        entries = self._processor([image], **settings)
+        self.cached.append((image, settings, entries))
+        return entries
 
 
-def _joined(features: list[Any]) -> dict[str, Any] | None:
-    """Several pictures one behind the other, as their processor would lay them; None where it does otherwise."""
-    first = dict(features[0])
-    if set(first) not in _ONE_BY_ONE or not all(isinstance(value, torch.Tensor) for value in first.values()):
+def _concatenate(entries: list[Any]) -> dict[str, Any] | None:
+    """Several images one after the other, as their processor would return them; None if it does otherwise."""
+    first = dict(entries[0])
+    if set(first) not in _SEPARATE or not all(isinstance(value, torch.Tensor) for value in first.values()):
         return None
     crops = first["pixel_values"].shape[:1] == (1,) and first["pixel_values"].ndim == 4
     if "image_grid_thw" not in first and not (
-        crops and all(each["pixel_values"].shape == first["pixel_values"].shape for each in features)
+        crops and all(each["pixel_values"].shape == first["pixel_values"].shape for each in entries)
     ):
         return None
-    return {name: torch.cat([each[name] for each in features]) for name in first}
+    return {name: torch.cat([each[name] for each in entries]) for name in first}

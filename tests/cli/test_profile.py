@@ -139,7 +139,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert content(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", ["hf.row_maps.RowReader.looks", "hf.profile.json.dumps", "cli.output.os.replace"])
+@pytest.mark.parametrize(
+    "place", ["hf.row_maps.CandidateReader.read", "hf.profile.json.dumps", "cli.output.os.replace"]
+)
 def test_an_interruption_leaves_what_was_there(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -183,7 +185,9 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 def test_lines_that_only_the_processor_refuses_are_named_before_the_model_runs(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
 ) -> None:
-    monkeypatch.setattr("carve_kernels.hf.profile.candidate_maps.RowReader.looks", lambda *args: pytest.fail("looked"))
+    monkeypatch.setattr(
+        "carve_kernels.hf.profile.candidate_maps.CandidateReader.read", lambda *args: pytest.fail("looked")
+    )
     done = profile("-i", written(tmp_path, [*LINES, line]))
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
     assert not (tmp_path / "out").exists()

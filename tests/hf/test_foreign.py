@@ -17,10 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from carve_kernels import CarveEngine, Preset, capture_attention
-from carve_kernels.hf.decoding.support import obstacle
-from carve_kernels.hf.engine.fingerprint import fingerprint
-from carve_kernels.hf.profile.candidate_maps import RowReader
-from carve_kernels.hf.tensors import Unidentified
+from carve_kernels.hf.decoding import sequential_reason
+from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
+from carve_kernels.hf.profile.candidate_maps import CandidateReader
 from tests.support.families import as_written_in, family, watched
 from tests.support.tiny_models import inputs_for, picture, prompts_for, tiny_llava
 
@@ -158,7 +157,7 @@ def test_code_of_somebody_elses_is_a_reason(code: str) -> None:
     engine = CarveEngine(model, processor, preset=PRESET)
     fingerprint(model, processor)
     CODE[code](model)
-    assert f"module {UP!r}" in (engine.apart or "") and engine.apart == obstacle(model)
+    assert f"module {UP!r}" in (engine.sequential_reason or "") and engine.sequential_reason == sequential_reason(model)
     with pytest.raises(Unidentified, match="up_proj"):
         fingerprint(model, processor)
 
@@ -241,9 +240,9 @@ PUT: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
 def test_what_is_put_in_place_of_known_code_is_a_reason(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_llava()
     reason, change = PUT[what]
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
     change(model, monkeypatch)
-    assert reason in (obstacle(model) or "")
+    assert reason in (sequential_reason(model) or "")
     with pytest.raises(Unidentified):
         fingerprint(model, processor)
 
@@ -265,18 +264,18 @@ KEPT: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
 def test_known_code_in_place_of_other_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()[0]
     KEPT[what](model, monkeypatch)
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_hooks_are_found_wherever_they_are(where: str) -> None:
     model = family("llava")[0]
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
     handle = part(model, ELSEWHERE[where]).register_forward_pre_hook(nothing)
-    reason = obstacle(model)
+    reason = sequential_reason(model)
     handle.remove()
     assert repr(ELSEWHERE[where]) in (reason or "") and "test_foreign.nothing" in (reason or "")
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
 
 
 @pytest.mark.parametrize(
@@ -288,18 +287,18 @@ def test_hooks_on_all_modules_are_found(register: Any) -> None:
     model = family("llava")[0]
     handle = register(nothing)
     try:
-        assert "test_foreign.nothing" in (obstacle(model) or "")
+        assert "test_foreign.nothing" in (sequential_reason(model) or "")
     finally:
         handle.remove()
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
 
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_quantised_activations_are_a_reason(method: str) -> None:
     model = tiny_llava()[0]
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
     QUANTISED[method](model)
-    assert "by those beside it" in (obstacle(model) or "")
+    assert "by those beside it" in (sequential_reason(model) or "")
 
 
 @pytest.mark.parametrize("what", HARMLESS)
@@ -307,7 +306,7 @@ def test_what_does_nothing_to_a_token_is_none(what: str) -> None:
     model = tiny_llava()[0]
     HARMLESS[what](model)
     model.eval()
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
 
 
 MIXING: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -333,16 +332,16 @@ def test_what_mixes_tokens_is_a_reason(what: str) -> None:
     reason, change = MIXING[what]
     model = tiny_llava()[0]
     change(model)
-    assert reason in (obstacle(model) or "")
+    assert reason in (sequential_reason(model) or "")
 
 
 def test_a_wrapper_may_have_the_adapter() -> None:
     model = nn.DataParallel(wrapper := Wrapped(tiny_llava()[0]))
     wrapper._modules["module"] = wrapper._modules.pop("inner")
     wrapper.peft_config = {"a": SimpleNamespace(peft_type=named("LORA"))}
-    assert obstacle(model) is None
+    assert sequential_reason(model) is None
     wrapper.peft_config = {"a": SimpleNamespace(peft_type=named("PREFIX_TUNING"), is_prompt_learning=True)}
-    assert "tokens of its own" in (obstacle(model) or "")
+    assert "tokens of its own" in (sequential_reason(model) or "")
 
 
 def truth(model: Any, processor: Any, question: str) -> tuple[list[int], torch.Tensor]:
@@ -382,10 +381,10 @@ def test_hooks_that_come_and_go_are_asked_for_at_each_answer() -> None:
 
 def test_a_reader_of_rows_asks_at_each_picture() -> None:
     model, processor = tiny_llava()
-    reader = RowReader(model, processor, PRESET, ["last"], ["t_start"], "auto")
+    reader = CandidateReader(model, processor, PRESET, ["last"], ["t_start"], "auto")
     with ExitStack() as stack:
         stack.callback(part(model, "model.language_model.layers.0").register_forward_hook(steer).remove)
-        general, task = reader.looks(PHOTO, OTHER, [QUESTION])
+        general, task = reader.read(PHOTO, OTHER, [QUESTION])
         for found, question in ((general, OTHER), (task, QUESTION)):
             maps = truth(model, processor, question)[1][0, :, 0, 0]
             off = found.maps["last"][[1, 2], 0] - maps
@@ -420,6 +419,6 @@ def test_watching_a_module_by_its_class_leaves_no_trace() -> None:
     kind, seen = type(part(model)), []
     forward = kind.forward
     with watched(part(model), before=lambda *_: seen.append(1), after=lambda *_: seen.append(2)), torch.no_grad():
-        assert obstacle(model) is None
+        assert sequential_reason(model) is None
         model(**inputs_of_model(model))
     assert seen == [1, 2] and kind.forward is forward and "forward" in kind.__dict__

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.image_features import Pictures
+from carve_kernels.hf.image_features import ImageInputs
 from carve_kernels.hf.inputs import build_prompt, prepare
 from tests.support.families import FAMILIES, family
 from tests.support.tiny_models import picture
@@ -34,7 +34,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, processor: Any) -> list[int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_are_the_processors_own(name: str, max_pixels: int | None) -> None:
     processor = family(name)[1]
-    pictures = Pictures(processor, torch.device("cpu"), max_pixels)
+    pictures = ImageInputs(processor, torch.device("cpu"), max_pixels)
     before = dict(processor.__dict__)
     for images, text in (([PHOTO], "what"), ([PHOTO, OTHER], "which"), ([OTHER], "who"), ([PHOTO, PHOTO], "same")):
         prompt = build_prompt(processor, text, len(images))
@@ -51,7 +51,7 @@ def test_inputs_are_the_processors_own(name: str, max_pixels: int | None) -> Non
 
 def test_a_processor_that_lays_pictures_otherwise_is_asked_for_all_of_them() -> None:
     processor = family("llava")[1]
-    pictures = Pictures(processor, torch.device("cpu"), None)
+    pictures = ImageInputs(processor, torch.device("cpu"), None)
     once = pictures._once
     plain = once._processor
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset, capture_attention
-from carve_kernels.hf.decoding.support import obstacle
-from carve_kernels.hf.engine.fingerprint import fingerprint
+from carve_kernels.hf.decoding import sequential_reason
+from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
 from carve_kernels.hf.model import decoder_layers, devices_of, input_device
-from carve_kernels.hf.tensors import Unidentified
 from tests.support.families import family, generate
 from tests.support.offloading import park
 from tests.support.tiny_models import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
@@ -40,7 +39,7 @@ def test_an_engine_and_a_session_work(which: str, caplog: pytest.LogCaptureFixtu
     truth = expected.task.values[0, :, 0]
     assert float((session.maps.values[0, :, 0] - truth).abs().max()) <= 1e-5 * float(truth.max())
     engine = CarveEngine(model, processor, preset=PRESET)
-    assert engine.apart is None and input_device(model) == torch.device("cpu")
+    assert engine.sequential_reason is None and input_device(model) == torch.device("cpu")
     with caplog.at_level(logging.INFO, logger="carve_kernels"):
         results = [engine(PHOTO, QUESTION) for _ in range(2)]
     assert all(result.answer_ids == expected.answer_ids for result in results)
@@ -68,7 +67,7 @@ def test_layers_on_several_devices() -> None:
     park(model.model.language_model.layers[2:], device="cuda:1")
     places = [devices_of(layer) for layer in decoder_layers(model)]
     assert [len(place) for place in places] == [1] * 4 and places[0] == places[1] != places[2] == places[3]
-    assert "not on one device" in (obstacle(model) or "")
+    assert "not on one device" in (sequential_reason(model) or "")
     with pytest.raises(ValueError, match=r"^layers: "):
         capture_attention(model, layers=[1, 2])
     # A device without a number is the current one.
@@ -85,7 +84,7 @@ def test_a_chain_of_hooks_is_asked() -> None:
             chain = type("SequentialHook", (), {"__module__": "accelerate.hooks"})()
             chain.hooks = (type("ModelHook", (), {"__module__": "accelerate.hooks"})(), hook)
             module.__dict__["_hf_hook"] = chain
-    assert input_device(model) == torch.device("cpu") and obstacle(model) is None
+    assert input_device(model) == torch.device("cpu") and sequential_reason(model) is None
 
 
 def test_a_hook_that_somebody_wrote_is_none_of_accelerates() -> None:
@@ -93,7 +92,7 @@ def test_a_hook_that_somebody_wrote_is_none_of_accelerates() -> None:
     park(model)
     layer = model.model.language_model.layers[1]
     layer.mlp.up_proj._hf_hook.__class__ = type("Steers", (type(layer.mlp.up_proj._hf_hook),), {})
-    assert "layers.1.mlp.up_proj" in (obstacle(model) or "")
+    assert "layers.1.mlp.up_proj" in (sequential_reason(model) or "")
 
 
 def test_weights_that_are_nowhere() -> None:
@@ -114,4 +113,4 @@ def test_a_forward_around_accelerates_is_seen(outside: bool) -> None:
     if outside:
         moved = layer.forward
         layer.forward = lambda *args: moved(*args)
-    assert "layers.1.mlp.up_proj" in (obstacle(model) or "")
+    assert "layers.1.mlp.up_proj" in (sequential_reason(model) or "")

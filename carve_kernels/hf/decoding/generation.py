@@ -1,4 +1,4 @@
-"""What `generate` would decide with: its settings, its processors of logits, its criteria of stopping, positions."""
+"""How `generate` would choose the next token: its config, logits processors, stopping criteria and positions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from carve_kernels.hf import names
 from carve_kernels.hf.model import unwrap
 from carve_kernels.hf.query_rows import tokenizer_of
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-ROADS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-"""Settings of `generate` that lead to the same greedy words."""
+_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAME_OUTPUT_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+"""Options of `generate` that change speed, not greedy output; ignored."""
 
-# To other words, which no one prompt's attention leads to.
-_OTHER_WORDS = ("guidance_scale", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+# Options that change the output; refused.
+_UNSUPPORTED_OPTIONS = ("guidance_scale", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
 
 
-class Decision(NamedTuple):
-    """How the words behind one prompt are chosen: `positions` int64 [C, 1, S] of the prompt, and what `generate` made.
+class Generation(NamedTuple):
+    """What `generate` prepared for one prompt: `positions` int64 [C, 1, S], logits processors, stopping criteria.
 
-    `processors(ids, scores)` changes scores [1, V]; `criteria(ids, None)` says whether ids [1, S] are complete.
+    `processors(ids, scores)` returns scores [1, V]; `criteria(ids, None)` says whether ids [1, S] are complete.
     """
 
     positions: torch.Tensor
@@ -35,17 +35,17 @@ class Decision(NamedTuple):
     def next(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The ids [1, S + 1] with the next token, from logits [V], and whether it is the last one."""
         scores = self.processors(ids, logits[None].to(dtype=torch.float32, copy=True))
-        longer = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
-        return longer, bool(self.criteria(longer, None).all())
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+        return ids, bool(self.criteria(ids, None).all())
 
 
-def greedy(model: Any, max_new_tokens: int) -> Any:
-    """The model's generation config, without sampling and of so many new tokens.
+def greedy_config(model: Any, max_new_tokens: int) -> Any:
+    """The generation config of a model, without sampling and with so many new tokens.
 
-    Raises ValueError if it asks for words that are not greedy ones in another way: guidance, contrast, constraints.
+    Raises ValueError for options under which the output is not greedy: guidance, contrastive search, constraints.
     """
     config = copy.deepcopy(unwrap(model).generation_config)
-    for name in _OTHER_WORDS:
+    for name in _UNSUPPORTED_OPTIONS:
         value = getattr(config, name, None)
         neutral = value == 1 if name == "guidance_scale" else not value
         if value is not None and not neutral:
@@ -54,21 +54,21 @@ def greedy(model: Any, max_new_tokens: int) -> Any:
                 "are those of the prompt that leads to them"
             )
     config.update(do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens, max_length=None)
-    config.update(**dict.fromkeys((*_SAMPLING, *ROADS)))
+    config.update(**dict.fromkeys((*_SAMPLING_OPTIONS, *SAME_OUTPUT_OPTIONS)))
     return config
 
 
-def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Decision:
-    """Ask `generate` what it would do with one prompt, given without its pixels; no forward runs."""
-    config = greedy(model, max_new_tokens)
-    # A cache is the one thing that it prepares and nobody here needs.
+def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Generation:
+    """Let `generate` prepare one prompt, given without its pixels; no forward runs."""
+    config = greedy_config(model, max_new_tokens)
+    # The cache that it would prepare is not used.
     config.update(cache_implementation=None, return_dict_in_generate=False)
     criteria = StoppingCriteriaList()
     if config.stop_strings:
-        # It hands no tokenizer on to whoever decodes in its place, so the criterion is made here.
+        # generate does not pass its tokenizer on to a custom decoding function, so the criterion is built here.
         criteria.append(StopStringCriteria(tokenizer_of(processor), config.stop_strings))
         config.update(stop_strings=None)
-    # What a given config leaves out, `generate` takes from the model's own: ask a twin, which shares all but that.
+    # generate fills what a given config leaves out from the model's own, so a shallow copy of the model is used.
     twin = copy.copy(model)
     twin.generation_config = config
     prepared = names.prepared_by_generate(twin, inputs, criteria)
@@ -77,19 +77,12 @@ def decide(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
         positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
     if positions.ndim == 2:
         positions = positions[None]
-    return Decision(positions, prepared.processors, prepared.criteria)
-
-
-def stop_texts(config: Any, processor: Any) -> dict[str, Any]:
-    """What `generate` wants beside a config that ends answers at certain texts."""
-    if not config.stop_strings or processor is None:
-        return {}
-    return {"tokenizer": tokenizer_of(processor)}
+    return Generation(positions, prepared.processors, prepared.criteria)
 
 
 @contextmanager
-def positions_kept(model: Any) -> Iterator[None]:
-    """Puts back what some models (Qwen's) note of the last prompt's positions: a caller may be decoding on it."""
+def preserved_positions(model: Any) -> Iterator[None]:
+    """Restores the positions that some models (Qwen-VL) note of their last prompt: a caller may be decoding on it."""
     notes = names.position_notes(model)
     try:
         yield

@@ -1,22 +1,22 @@
-"""What the model has read of a prompt, kept for every prompt that begins alike: ids, keys and values."""
+"""The KV cache of a prompt prefix, shared by all prompts that begin with it."""
 
 from __future__ import annotations
 
 import torch
 
 
-class Prefix:
-    """The first tokens of some prompts, and their keys and values in each layer, with room for more behind them.
+class PrefixCache:
+    """The first tokens of some prompts with their keys and values in each layer, and spare columns after them.
 
-    What stands behind the prefix belongs to whoever runs over it at the time: it is overwritten by the next one, so
-    nothing is copied to begin again, and one at a time may use a prefix. `depth` is how many layers have read it.
+    The columns after the prefix belong to the current user of the cache: the next one overwrites them, so nothing is
+    copied to start again, and a cache has one user at a time. `depth` counts the layers that have read the prefix.
 
-    ==========  =======  =====================  ============================================
-    name        dtype    shape                  meaning
-    ==========  =======  =====================  ============================================
-    ids         int64    [P]                    the tokens, on the CPU
-    keys        model's  [1, KV, room, D]       of one layer; values likewise with their size
-    ==========  =======  =====================  ============================================
+    ==========  =======  =======================  ============================================
+    name        dtype    shape                    meaning
+    ==========  =======  =======================  ============================================
+    ids         int64    [P]                      the tokens, on the CPU
+    keys        model's  [1, KV, capacity, D]     of one layer; values likewise with their size
+    ==========  =======  =======================  ============================================
     """
 
     def __init__(self, ids: torch.Tensor) -> None:
@@ -29,46 +29,49 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its keys and values, the room behind them included."""
-        return sum(part.untyped_storage().nbytes() for layer in self._layers.values() for part in layer)
+        """The bytes of its keys and values, the spare columns included."""
+        return sum(tensor.untyped_storage().nbytes() for layer in self._layers.values() for tensor in layer)
 
-    def cut(self, length: int) -> None:
-        """Forget all but the first `length` tokens; their room stays."""
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; their columns become spare."""
         self.ids = self.ids[:length]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def trim(self) -> None:
-        """Give back the room behind it, where that is more than a quarter of it."""
+        """Free the spare columns if they are more than a quarter of the prefix."""
         length = len(self)
-        for layer, held in self._layers.items():
-            if held[0].shape[2] > length + length // 4:
-                keys, values = (_grown(part, part, length, length) for part in held)
+        for layer, cached in self._layers.items():
+            if cached[0].shape[2] > length + length // 4:
+                keys, values = (_resize(tensor, tensor, length, length) for tensor in cached)
                 self._layers[layer] = keys, values
 
-    def hold(
-        self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor, room: int
+    def write(
+        self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [1, KV, n, D] at column `start`; all of them up to there, as views."""
+        """Write keys and values [1, KV, n, D] at column `start`; views of all columns up to their end."""
         end = start + key.shape[2]
-        held = self._layers.get(layer)
-        if held is None or held[0].shape[2] < end:
-            held = self._layers[layer] = (
-                _grown(held and held[0], key, start, max(end, room)),
-                _grown(held and held[1], value, start, max(end, room)),
+        cached = self._layers.get(layer)
+        if cached is None or cached[0].shape[2] < end:
+            columns = max(end, capacity)
+            cached = self._layers[layer] = (
+                _resize(cached and cached[0], key, start, columns),
+                _resize(cached and cached[1], value, start, columns),
             )
-        for part, new in zip(held, (key, value), strict=True):
-            part[:, :, start:end] = new
-        return held[0][:, :, :end], held[1][:, :, :end]
+        for tensor, new in zip(cached, (key, value), strict=True):
+            tensor[:, :, start:end] = new
+        return cached[0][:, :, :end], cached[1][:, :, :end]
 
 
-def common(first: torch.Tensor, second: torch.Tensor) -> int:
+def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
     """How many tokens two prompts share at their beginning."""
     length = min(len(first), len(second))
-    differ = (first[:length] != second[:length]).nonzero()
-    return int(differ[0, 0]) if len(differ) else length
+    different = (first[:length] != second[:length]).nonzero()
+    return int(different[0, 0]) if len(different) else length
 
 
-def _grown(before: torch.Tensor | None, like: torch.Tensor, kept: int, room: int) -> torch.Tensor:
-    after = like.new_empty(*like.shape[:2], room, like.shape[3])
-    if before is not None:
-        after[:, :, :kept] = before[:, :, :kept]
-    return after
+def _resize(cached: torch.Tensor | None, like: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+    resized = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+    if cached is not None:
+        resized[:, :, :length] = cached[:, :, :length]
+    return resized

@@ -1,4 +1,4 @@
-"""Looks one after the other, each by a `generate` of its own: the road that is open to every model."""
+"""Sequential fallback: one `generate` per prompt."""
 
 from __future__ import annotations
 
@@ -8,49 +8,47 @@ from typing import Any
 import torch
 
 from carve_kernels.hf import names
-from carve_kernels.hf.decoding.generation import ROADS, greedy, positions_kept, stop_texts
-from carve_kernels.hf.decoding.tree_decoder import Outcome
+from carve_kernels.hf.decoding.generation import SAME_OUTPUT_OPTIONS, greedy_config, preserved_positions
+from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.model import unwrap
-from carve_kernels.hf.query_rows import RowsSpec
-from carve_kernels.hf.session.session import capture_attention
-from carve_kernels.types import VisualLayout
+from carve_kernels.hf.query_rows import tokenizer_of
+from carve_kernels.hf.session import capture_attention
 
 
-def look(
-    model: Any,
-    processor: Any,
-    inputs: Mapping[str, Any],
-    words: int,
-    *,
-    layers: tuple[int, ...],
-    rows: RowsSpec,
-    layout: VisualLayout,
-    backend: str,
-) -> Outcome:
-    """One generation with its maps."""
+def decode_prompt(
+    model: Any, processor: Any, group: PromptGroup, branch: Branch, layers: tuple[int, ...], backend: str
+) -> Decoded:
+    """One `generate`, in a session if rows are captured."""
+    inputs = {**branch.inputs, **(branch.images or group.images).entries}
+    length, steps = branch.inputs["input_ids"].shape[1], max(1, branch.max_new_tokens)
+    if branch.rows is None:
+        ids = greedy_generate(model, inputs, steps, processor)
+        return Decoded(tuple(ids.tolist()), None, length + len(ids) - 1)
     with capture_attention(
-        model, layers=layers, rows=rows, tokens=layout, processor=processor, max_steps=words, backend=backend
+        model,
+        layers=layers,
+        rows=branch.rows,
+        tokens=group.layout,
+        processor=processor,
+        max_steps=steps,
+        backend=backend,
     ) as session:
-        outcome = answer(model, processor, inputs, words)
-        return Outcome(outcome.ids, session.maps, outcome.tokens)
+        ids = greedy_generate(model, inputs, steps, processor)
+        return Decoded(tuple(ids.tolist()), session.maps, length + len(ids) - 1)
 
 
-def answer(model: Any, processor: Any, inputs: Mapping[str, Any], words: int) -> Outcome:
-    """One generation."""
-    ids = generated(model, inputs, words, processor)
-    return Outcome(tuple(ids.tolist()), None, inputs["input_ids"].shape[1] + len(ids) - 1)
-
-
-def generated(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, processor: Any = None) -> torch.Tensor:
-    """The new tokens of a greedy `generate` under the model's own generation config, int64 [T]; leaves no trace."""
-    config = greedy(model, max_new_tokens)
-    # Adapters generate by themselves, DataParallel does not.
+def greedy_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, processor: Any = None) -> torch.Tensor:
+    """The new tokens of a greedy `generate` under the model's own config, int64 [T]; leaves no trace."""
+    config = greedy_config(model, max_new_tokens)
+    # Adapters have a `generate`, DataParallel does not.
     while not hasattr(model, "generate"):
         model = names.wrapped(model)
     inner = unwrap(model)
-    # What a given config leaves out, `generate` takes from the model's own, unless it is told by name.
-    told = {name: None for name in ROADS if getattr(inner.generation_config, name, None) is not None}
-    with torch.no_grad(), positions_kept(inner):
-        output = model.generate(**inputs, generation_config=config, **told, **stop_texts(config, processor))
-    new: torch.Tensor = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
-    return new
+    # generate fills what a given config leaves out from the model's own, unless it is passed by name.
+    options = {name: None for name in SAME_OUTPUT_OPTIONS if getattr(inner.generation_config, name, None) is not None}
+    if config.stop_strings and processor is not None:
+        options["tokenizer"] = tokenizer_of(processor)
+    with torch.no_grad(), preserved_positions(inner):
+        output = model.generate(**inputs, generation_config=config, **options)
+    new_ids: torch.Tensor = getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :]
+    return new_ids

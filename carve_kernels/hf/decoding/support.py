@@ -1,4 +1,4 @@
-"""Whether prompts can be looked at together on a model, and if not, why."""
+"""Whether tree decoding is possible on a model, and if not, why."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from carve_kernels.hf.model import (
 )
 from carve_kernels.hf.session.generate_guard import GUARD
 
-# Rotations of these kinds depend on the length of the whole row.
-_LENGTH = {"dynamic", "longrope"}
+# Rotary embeddings of these kinds depend on the length of the whole forward.
+_LENGTH_DEPENDENT = {"dynamic", "longrope"}
 _EXACT_CACHES = (None, "dynamic", "static")
 
 
-def obstacle(model: Any) -> str | None:
-    """Why the prompts of this model must be looked at one by one, or None.
+def sequential_reason(model: Any) -> str | None:
+    """Why the prompts of this model must be decoded one by one, or None.
 
-    The row of many prompts has an attention of its own (row.py), which is causal softmax attention, with sliding
-    windows or without. It holds all keys in buffers of its own, so the kind of cache does not matter as long as that
-    keeps keys as they are. All else must treat each token by itself, since the last row of many prompts is no more the
-    prompt's last than the largest activation is its own.
+    Tree attention (tree_attention.py) replaces the attention of the model, so this has to be causal softmax attention,
+    with sliding windows or without. It writes all keys to buffers, so the kind of cache does not matter as long as the
+    cache stores keys unchanged. Everything else must treat each token by itself: the last token of a packed forward is
+    not the last token of each prompt, nor is its largest activation the largest of each prompt.
     """
     inner: Any = unwrap(model)
     modules = attention_modules(model)
@@ -40,19 +40,19 @@ def obstacle(model: Any) -> str | None:
     if unknown:
         return f"its attention implementation {unknown[0]!r} is not one of transformers'"
     config: Any = text_backbone(model).config
-    changing = sorted(names.rotations(config) & _LENGTH)
+    changing = sorted(names.rotations(config) & _LENGTH_DEPENDENT)
     if changing:
         return f"its rotation is {changing[0]!r}, which depends on the length of the prompt"
     if not all(names.is_causal(module) for module in modules.values()):
-        return "its layers see what comes later"
-    return names.tree_obstacle(inner, config) or _decodes_otherwise(model, inner)
+        return "its attention is not causal"
+    return names.tree_obstacle(inner, config) or _decoding_reason(model, inner)
 
 
-def _decodes_otherwise(model: Any, inner: Any) -> str | None:
+def _decoding_reason(model: Any, inner: Any) -> str | None:
     if GUARD in inner.__dict__:
         return "a session of capture_attention is open on it"
     if names.has_own_generate(inner):
-        return "it has a generate of its own"
+        return "it has its own generate"
     if inner.training:
         return "it is in training mode"
     if any(names.compiled_in_place(module) is not None for module in inner.modules()):

@@ -1,94 +1,111 @@
-"""The columns of a prefix and of the branches behind it: which of them a token sees, and where it stands itself."""
+"""The columns of a prefix and of its branches: which of them a token sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from carve_kernels.hf.decoding.prefix_cache import Prefix
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache
 from carve_kernels.types import Capture
 
 _PREFIX = -1
 
 
-class Tree:
-    """A prefix with branches: every column of the keys is the prefix's or one branch's, in the order they came.
+class TokenTree:
+    """A prefix with branches: each key column belongs to the prefix or to one branch, in the order of their forwards.
 
-    `own` names the branch of each column (-1 is the prefix), `place` where the column stands in that branch's prompt;
-    both int64 [S] on the CPU. `room` is how many columns there will be at most.
+    `branch_ids` has the branch of each column (-1 is the prefix), `positions` the index of the column in the prompt of
+    that branch; both int64 [S] on the CPU. `capacity` is the largest number of columns.
     """
 
-    def __init__(self, prefix: Prefix, room: int) -> None:
-        self.prefix, self.room = prefix, room
-        self.own = torch.full((len(prefix),), _PREFIX)
-        self.place = torch.arange(len(prefix))
+    def __init__(self, prefix: PrefixCache, capacity: int) -> None:
+        self.prefix, self.capacity = prefix, capacity
+        self.branch_ids = torch.full((len(prefix),), _PREFIX)
+        self.positions = torch.arange(len(prefix))
 
     def __len__(self) -> int:
-        return len(self.own)
+        return len(self.branch_ids)
 
-    def grow(self, branch: int, count: int) -> None:
+    def append(self, branch: int, count: int) -> None:
         """Add columns of a branch."""
-        here = len(self.prefix) + int((self.own == branch).sum())
-        self.own = torch.cat([self.own, torch.full((count,), branch)])
-        self.place = torch.cat([self.place, torch.arange(here, here + count)])
+        start = len(self.prefix) + int((self.branch_ids == branch).sum())
+        self.branch_ids = torch.cat([self.branch_ids, torch.full((count,), branch)])
+        self.positions = torch.cat([self.positions, torch.arange(start, start + count)])
 
-    def shrink(self, length: int) -> None:
-        """Forget the columns from `length` on: what not every layer has written, nobody may read."""
-        self.own, self.place = self.own[:length], self.place[:length]
+    def truncate(self, length: int) -> None:
+        """Drop the columns from `length` on: columns that some layers have not written must not be read."""
+        self.branch_ids, self.positions = self.branch_ids[:length], self.positions[:length]
 
-    def sees(self, first: int, window: int | None) -> torch.Tensor | None:
-        """What the columns from `first` on see, bool [Q, S]: the prefix and their own branch, up to themselves.
+    def visible(self, first: int, window: int | None) -> torch.Tensor | None:
+        """What the columns from `first` on see, bool [Q, S]: the prefix and their branch, up to themselves.
 
-        None where that is everything.
+        None if they see everything.
         """
-        own, place = self.own[first:, None], self.place[first:, None]
-        seen = ((self.own == _PREFIX) | (self.own == own)) & (self.place <= place)
+        branch, position = self.branch_ids[first:, None], self.positions[first:, None]
+        visible = ((self.branch_ids == _PREFIX) | (self.branch_ids == branch)) & (self.positions <= position)
         if window is not None:
-            seen &= self.place > place - window
-        return None if bool(seen.all()) else seen
+            visible &= self.positions > position - window
+        return None if bool(visible.all()) else visible
 
 
 @dataclass
-class Part:
-    """The tokens of one forward that belong to one tree: `start` to `stop` in the row, behind `past` columns.
+class Segment:
+    """The tokens of one packed forward that belong to one tree.
 
-    The first `fresh` of them are the prefix itself. `rows` are the captured ones, counted from `start` and none of the
-    prefix, `tokens` the columns int32 [1, N] whose probabilities are kept, `taken` what was captured, maps [L, R, N].
+    ========  ======  ========  ==================================================================================
+    name      dtype   shape     meaning
+    ========  ======  ========  ==================================================================================
+    start     int               the first token in the forward; `stop` is one past the last
+    past      int               columns of the tree before this forward
+    fresh     int               how many tokens, the first ones, are the prefix itself
+    rows      int64   [R]       captured rows, counted from `start`, none of them in the prefix
+    tokens    int32   [1, N]    columns of the visual tokens
+    captured          [L, R, N] the result
+    ========  ======  ========  ==================================================================================
     """
 
-    tree: Tree
+    tree: TokenTree
     start: int
     stop: int
     past: int
     fresh: int
     rows: torch.Tensor
     tokens: torch.Tensor
-    taken: Capture | None = None
-    _kept: dict[Any, Any] = field(default_factory=dict)
+    captured: Capture | None = None
+    # What all layers of the forward share.
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What all layers of the forward share, made for the first of them."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def visible(self, first: int, window: int | None) -> torch.Tensor | None:
+        """What the tokens from the first-th on see, bool [Q, S] on the CPU; None if they see everything."""
+        key = ("visible", first, window)
+        if key not in self._cache:
+            self._cache[key] = self.tree.visible(self.past + first, window)
+        visible: torch.Tensor | None = self._cache[key]
+        return visible
 
-    def sees(self, first: int, window: int | None) -> torch.Tensor | None:
-        """What the tokens from the first-th on see, bool [Q, S] on the CPU; None where it is everything."""
-        seen: torch.Tensor | None = self.kept(
-            ("sees", first, window), lambda: self.tree.sees(self.past + first, window)
-        )
-        return seen
+    def additive_mask(
+        self, first: int, window: int | None, like: torch.Tensor, hidden: float, repeats: int = 1
+    ) -> torch.Tensor | None:
+        """`visible` as a mask that is added, [1, 1, repeats * Q, S] in the dtype of `like`."""
+        key = ("additive", first, window, hidden, repeats)
+        if key not in self._cache:
+            visible = self.visible(first, window)
+            if visible is not None:
+                mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, hidden)
+                visible = mask.repeat(repeats, 1)[None, None].to(like.device)
+            self._cache[key] = visible
+        mask_or_none: torch.Tensor | None = self._cache[key]
+        return mask_or_none
 
-    def continues(self, first: int, window: int | None) -> bool:
-        """Whether the tokens from the first-th on come behind others and each sees all up to itself."""
-
-        def staircase() -> bool:
-            seen = self.sees(first, window)
-            before = self.past + first
-            return seen is not None and before > 0 and torch.equal(seen, torch.ones_like(seen).tril(before))
-
-        found: bool = self.kept(("continues", first, window), staircase)
-        return found
+    def is_causal_continuation(self, first: int, window: int | None) -> bool:
+        """Whether the tokens from the first-th on have columns before them and each sees all columns up to itself."""
+        key = ("causal continuation", first, window)
+        if key not in self._cache:
+            visible, before = self.visible(first, window), self.past + first
+            self._cache[key] = (
+                visible is not None and before > 0 and torch.equal(visible, torch.ones_like(visible).tril(before))
+            )
+        is_causal: bool = self._cache[key]
+        return is_causal

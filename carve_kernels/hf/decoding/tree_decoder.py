@@ -1,270 +1,207 @@
-"""Many prompts looked at together: each picture is read once, and all answers grow by one token in one forward.
+"""Tree decoding: prompts that share an image prefix decode greedily in one batch; the prefix is prefilled once.
 
-The prompts of one picture are branches of a tree: they share a prefix up to (at least) the last picture, and everything
-behind it is each one's own. A forward is one row that holds the next tokens of all branches of all pictures (row.py),
-so the model's weights are read once for all of them; a branch that has ended is in no row any more.
+The prompts of a group are branches of a tree: they share a prefix up to (at least) the last token of the image. One
+packed forward (tree_attention.py) takes the next tokens of all branches of all groups, so the weights are read once for
+all of them. A branch that has ended is in no further forward.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from carve_kernels.hf.decoding.generation import Decision, decide, positions_kept
-from carve_kernels.hf.decoding.prefix_cache import Prefix, common
-from carve_kernels.hf.decoding.token_tree import Part, Tree
-from carve_kernels.hf.decoding.tree_attention import Row, Unshareable
+from carve_kernels.hf.decoding.generation import Generation, prepare_generation
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache, common_length
+from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
+from carve_kernels.hf.decoding.token_tree import Segment, TokenTree
+from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
 from carve_kernels.hf.decoding.tree_capture import maps_of
-from carve_kernels.hf.image_features import Shown
-from carve_kernels.hf.model import unwrap
-from carve_kernels.hf.query_rows import Rows, RowsSpec, resolve_rows
-from carve_kernels.maps import AttentionMaps
-from carve_kernels.types import Capture, VisualLayout
+from carve_kernels.hf.query_rows import Rows, resolve_rows
+from carve_kernels.types import Capture
 
-_NONE = torch.empty(0, dtype=torch.int64)
-_OPENING = threading.Lock()
-_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-
-
-@contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Other threads that want this model to themselves wait until the block is left."""
-    with _OPENING:
-        lock = _LOCKS.setdefault(unwrap(model), threading.RLock())
-    with lock:
-        yield
-
-
-@contextmanager
-def at_work(model: Any) -> Iterator[None]:
-    """Forwards of `Joint` run in here: alone, without gradients, and what is noted of positions is put back.
-
-    Not in inference mode either: keys are kept for calls that may be out of it, and written to then.
-    """
-    with alone(model), torch.inference_mode(False), torch.no_grad(), positions_kept(unwrap(model)):
-        yield
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
-class Branch:
-    """One prompt: what the processor made of it, which rows are captured, how many words are wanted.
-
-    Without words the forward ends behind the last captured layer. `pictures` is what the model takes for the image
-    tokens behind the prefix, if there are any.
-    """
-
-    inputs: Mapping[str, Any]
-    words: int
-    rows: RowsSpec | None = None
-    pictures: Shown | None = None
-
-
-@dataclass
-class Look:
-    """The prompts that begin with one picture: the first `start` columns are the same in all of them.
-
-    `pictures` is what the model takes for the image tokens there. `prefix` may hold what was read of them before;
-    afterwards it holds what has been read. `whole` has the prefix read by all layers, whether words are wanted or not.
-    """
-
-    branches: Sequence[Branch]
-    start: int
-    pictures: Shown
-    layout: VisualLayout | None = None
-    prefix: Prefix | None = None
-    whole: bool = False
-
-
-@dataclass
-class Outcome:
-    """The new tokens of a branch, its maps, and how many tokens were forwarded for it alone."""
-
-    ids: tuple[int, ...]
-    maps: AttentionMaps | None
-    tokens: int
-
-
-@dataclass
-class _Growing:
-    """A branch on its way."""
+class _BranchState:
+    """A branch while it is decoded."""
 
     branch: Branch
-    decision: Decision
+    generation: Generation
     ids: torch.Tensor
     rows: Rows | None
-    number: int
+    branch_id: int
     position: torch.Tensor
     captures: list[Capture] = field(default_factory=list)
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.prompt = self.ids.shape[1]
-        self.done = self.branch.words == 0
+        self.prompt_length = self.ids.shape[1]
+        self.done = self.branch.max_new_tokens == 0
 
-    def captured(self, start: int) -> torch.Tensor:
+    def captured_rows(self, start: int) -> torch.Tensor:
         """The columns of its prompt that the next forward captures, counted from column `start`."""
         if self.rows is None:
-            return _NONE
+            return _NO_ROWS
         if not self.captures:
             return self.rows.columns[0] - start
         return torch.zeros(int(self.rows.last), dtype=torch.int64)
 
 
-class _Picture:
-    """One look on its way: its tree, and its branches."""
+class _GroupState:
+    """A group while it is decoded: its tree and its branches."""
 
-    def __init__(self, look: Look, growing: list[_Growing], length: int) -> None:
-        self.look, self.growing = look, growing
-        self.unread = look.prefix is None
-        if look.prefix is not None:
-            look.prefix.cut(length)
+    def __init__(self, group: PromptGroup, branches: list[_BranchState], length: int) -> None:
+        self.group, self.branches = group, branches
+        self.needs_prefill = group.prefix is None
+        if group.prefix is not None:
+            group.prefix.truncate(length)
         else:
-            look.prefix = Prefix(growing[0].ids[0, :length].cpu())
-        suffixes = sum(each.prompt - length + max(0, each.branch.words - 1) for each in growing)
-        self.tree = Tree(look.prefix, length + suffixes)
-        self.tokens = _NONE[None].int() if look.layout is None else look.layout.tokens()
+            group.prefix = PrefixCache(branches[0].ids[0, :length].cpu())
+        suffixes = sum(state.prompt_length - length + max(0, state.branch.max_new_tokens - 1) for state in branches)
+        self.tree = TokenTree(group.prefix, length + suffixes)
+        self.tokens = _NO_ROWS[None].int() if group.layout is None else group.layout.tokens()
 
-    def part(self, start: int, batch: list[tuple[_Growing, int]], fresh: int = 0) -> Part:
-        """The next tokens of some branches, (branch, how many), behind `fresh` tokens of the prefix."""
+    def segment(self, start: int, batch: list[tuple[_BranchState, int]], fresh: int = 0) -> Segment:
+        """The next tokens of some branches, (branch, count), after `fresh` tokens of the prefix."""
         past = 0 if fresh else len(self.tree)
         end, rows = start + fresh, []
-        for each, count in batch:
-            rows.append(each.captured(each.ids.shape[1] - count) + end - start)
-            self.tree.grow(each.number, count)
-            each.tokens += count
+        for state, count in batch:
+            rows.append(state.captured_rows(state.ids.shape[1] - count) + end - start)
+            self.tree.append(state.branch_id, count)
+            state.tokens += count
             end += count
-        return Part(self.tree, start, end, past, fresh, torch.cat([_NONE, *rows]), self.tokens)
+        return Segment(self.tree, start, end, past, fresh, torch.cat([_NO_ROWS, *rows]), self.tokens)
 
 
-class Joint:
-    """Looks through one model; `layers` are captured by the room `backend`."""
+class TreeDecoder:
+    """Tree decoding on one model; `layers` are captured by the backend `backend`."""
 
     def __init__(self, model: Any, processor: Any, layers: tuple[int, ...], backend: str) -> None:
         self._model, self._processor, self._layers = model, processor, tuple(sorted(layers))
-        self._row = Row(model, self._layers, backend)
+        self._attention = TreeAttention(model, self._layers, backend)
 
-    def run(self, looks: Sequence[Look]) -> list[list[Outcome]]:
-        """The outcome of each branch of each look. Raises Unshareable where a prompt or the model forbids it."""
-        pictures = [self._picture(look) for look in looks]
-        with self._row.installed():
-            for picture in pictures:
-                self._read(picture)
-            while any(not each.done for picture in pictures for each in picture.growing):
-                self._step(pictures)
-        return [[self._outcome(picture, each) for each in picture.growing] for picture in pictures]
+    def decode(self, groups: Sequence[PromptGroup]) -> list[Decoded]:
+        """Decode each branch of each group. Raises TreeUnsupported if a prompt or the model rules it out."""
+        states = [self._start(group) for group in groups]
+        with self._attention.installed():
+            for state in states:
+                self._prefill(state)
+            while any(not branch.done for state in states for branch in state.branches):
+                self._step(states)
+        return [self._finish(state, branch) for state in states for branch in state.branches]
 
-    def _picture(self, look: Look) -> _Picture:
-        growing, bounds = [], []
-        for number, branch in enumerate(look.branches):
+    def _start(self, group: PromptGroup) -> _GroupState:
+        branches, bounds = [], []
+        for branch_id, branch in enumerate(group.branches):
             ids = branch.inputs["input_ids"]
-            decision = decide(self._model, self._processor, branch.inputs, max(1, branch.words))
+            generation = prepare_generation(self._model, self._processor, branch.inputs, max(1, branch.max_new_tokens))
             rows = None
-            if branch.rows is not None and look.layout is not None:
+            if branch.rows is not None and group.layout is not None:
                 attended = torch.ones(ids.shape, dtype=torch.bool)
-                rows = resolve_rows(branch.rows, ids.cpu(), attended, look.layout.tokens(), self._processor)
+                rows = resolve_rows(branch.rows, ids.cpu(), attended, group.layout.tokens(), self._processor)
                 bounds.append(int(rows.columns.min()))
-            growing.append(_Growing(branch, decision, ids, rows, number, decision.positions[..., -1:]))
-        first = growing[0].ids[0].cpu()
-        others = [each.ids[0].cpu() for each in growing]
-        length = min(*(common(first, other) for other in others), *(len(other) - 1 for other in others), *bounds)
-        if length < look.start:
-            raise Unshareable("a prompt has nothing behind its picture, or rows that are captured before the end of it")
-        if look.prefix is not None:
-            kept = min(length, common(look.prefix.ids, first))
-            if kept >= look.start and look.prefix.depth >= self._needed(look):
-                length = kept
+            branches.append(_BranchState(branch, generation, ids, rows, branch_id, generation.positions[..., -1:]))
+        prompts = [state.ids[0].cpu() for state in branches]
+        length = min(*(common_length(prompts[0], ids) for ids in prompts), *(len(ids) - 1 for ids in prompts), *bounds)
+        if length < group.start:
+            raise TreeUnsupported("no text follows the image tokens, or rows are captured before their end")
+        if group.prefix is not None:
+            cached = min(length, common_length(group.prefix.ids, prompts[0]))
+            if cached >= group.start and group.prefix.depth >= self._depth(group):
+                length = cached
             else:
-                look.prefix = None
-        return _Picture(look, growing, length)
+                group.prefix = None
+        return _GroupState(group, branches, length)
 
-    def _needed(self, look: Look) -> int:
+    def _depth(self, group: PromptGroup) -> int:
         """How many layers must read the prefix."""
-        if look.whole or any(branch.words for branch in look.branches):
-            return self._row.depth
+        if group.all_layers or any(branch.max_new_tokens for branch in group.branches):
+            return self._attention.depth
         return self._layers[-1] + 1
 
-    def _read(self, picture: _Picture) -> None:
-        """The prefix, where it has not been read, and the rest of each prompt."""
-        look = picture.look
-        silent = [each for each in picture.growing if not each.branch.words]
-        pictured = [each for each in picture.growing if each.branch.words and each.branch.pictures]
-        others = [each for each in picture.growing if each.branch.words and not each.branch.pictures]
-        if others or (picture.unread and (look.whole or pictured)):
-            self._prefill(picture, others)
-        for each in pictured:
-            self._prefill(picture, [each])
-        if silent:
-            self._prefill(picture, silent, self._layers[-1] + 1)
+    def _prefill(self, state: _GroupState) -> None:
+        """The prefix, unless it is cached, and the rest of each prompt."""
+        captured_only = [branch for branch in state.branches if branch.done]
+        with_images = [branch for branch in state.branches if not branch.done and branch.branch.later_images]
+        text_only = [branch for branch in state.branches if not branch.done and not branch.branch.later_images]
+        if text_only or (state.needs_prefill and (state.group.all_layers or with_images)):
+            self._prefill_batch(state, text_only)
+        for branch in with_images:
+            self._prefill_batch(state, [branch])
+        if captured_only:
+            self._prefill_batch(state, captured_only, self._layers[-1] + 1)
 
-    def _prefill(self, picture: _Picture, batch: list[_Growing], depth: int | None = None) -> None:
-        length = len(picture.tree.prefix)
-        first = picture.growing[0]
-        ids, positions, shown = [], [], None
-        fresh = length if picture.unread else 0
+    def _prefill_batch(self, state: _GroupState, batch: list[_BranchState], depth: int | None = None) -> None:
+        length = len(state.tree.prefix)
+        first, fresh = state.branches[0], length if state.needs_prefill else 0
+        ids, positions, images = [], [], None
         if fresh:
             ids.append(first.ids[:, :length])
-            positions.append(first.decision.positions[..., :length])
-            shown = picture.look.pictures
-        for each in batch:
-            ids.append(each.ids[:, length:])
-            positions.append(each.decision.positions[..., length:])
-            shown = each.branch.pictures or shown
-        part = picture.part(0, [(each, each.prompt - length) for each in batch], fresh)
-        ends = [fresh - 1 + sum(each.prompt - length for each in batch[: index + 1]) for index in range(len(batch))]
-        given = {} if shown is None else shown.taken(self._model)
-        logits = self._row.forward(
-            torch.cat(ids, 1), torch.cat(positions, -1), [part], logits=ends, depth=depth, pictures=given
+            positions.append(first.generation.positions[..., :length])
+            images = state.group.images
+        for branch in batch:
+            ids.append(branch.ids[:, length:])
+            positions.append(branch.generation.positions[..., length:])
+            images = branch.branch.later_images or images
+        segment = state.segment(0, [(branch, branch.prompt_length - length) for branch in batch], fresh)
+        counts = torch.tensor([branch.prompt_length - length for branch in batch], dtype=torch.int64)
+        logits = self._attention.forward(
+            torch.cat(ids, 1),
+            torch.cat(positions, -1),
+            [segment],
+            logits=(fresh - 1 + counts.cumsum(0)).tolist(),
+            depth=depth,
+            features={} if images is None else images.for_model(self._model),
         )
-        picture.unread = False
-        self._keep([part], [batch])
+        state.needs_prefill = False
+        self._collect([segment], [batch])
         if depth is None:
             self._choose(batch, logits)
         else:
-            picture.tree.shrink(part.past + fresh)
+            state.tree.truncate(segment.past + fresh)
 
-    def _step(self, pictures: list[_Picture]) -> None:
+    def _step(self, states: list[_GroupState]) -> None:
         """One new token for every branch that is not done."""
-        parts, batches, start = [], [], 0
-        for picture in pictures:
-            batch = [each for each in picture.growing if not each.done]
+        segments, batches, start = [], [], 0
+        for state in states:
+            batch = [branch for branch in state.branches if not branch.done]
             if batch:
-                parts.append(picture.part(start, [(each, 1) for each in batch]))
+                segments.append(state.segment(start, [(branch, 1) for branch in batch]))
                 batches.append(batch)
-                start = parts[-1].stop
-        running = [each for batch in batches for each in batch]
-        ids = torch.cat([each.ids[:, -1:] for each in running], 1)
-        positions = torch.cat([each.position for each in running], -1)
-        logits = self._row.forward(ids, positions, parts, logits=list(range(start)))
-        self._keep(parts, batches)
+                start = segments[-1].stop
+        running = [branch for batch in batches for branch in batch]
+        ids = torch.cat([branch.ids[:, -1:] for branch in running], 1)
+        positions = torch.cat([branch.position for branch in running], -1)
+        logits = self._attention.forward(ids, positions, segments, logits=list(range(start)))
+        self._collect(segments, batches)
         self._choose(running, logits)
 
-    def _keep(self, parts: list[Part], batches: list[list[_Growing]]) -> None:
-        """Hand each branch its rows of what a forward has captured."""
-        for part, batch in zip(parts, batches, strict=True):
-            if part.taken is None:
+    @staticmethod
+    def _collect(segments: list[Segment], batches: list[list[_BranchState]]) -> None:
+        """Give each branch its rows of what a forward has captured."""
+        for segment, batch in zip(segments, batches, strict=True):
+            if segment.captured is None:
                 continue
             start = 0
-            for each in batch:
-                stop = start + len(each.captured(0))
+            for branch in batch:
+                stop = start + len(branch.captured_rows(0))
                 if stop > start:
-                    each.captures.append(Capture(*(values[:, start:stop] for values in part.taken)))
+                    branch.captures.append(Capture(*(values[:, start:stop] for values in segment.captured)))
                 start = stop
 
-    def _choose(self, batch: list[_Growing], logits: torch.Tensor) -> None:
-        for each, scores in zip(batch, logits, strict=True):
-            each.ids, each.done = each.decision.next(each.ids, scores)
-            each.position = each.position + 1
+    @staticmethod
+    def _choose(batch: list[_BranchState], logits: torch.Tensor) -> None:
+        for branch, scores in zip(batch, logits, strict=True):
+            branch.ids, branch.done = branch.generation.next(branch.ids, scores)
+            branch.position = branch.position + 1
 
-    def _outcome(self, picture: _Picture, each: _Growing) -> Outcome:
-        maps = None
-        layout = picture.look.layout
-        if each.rows is not None and layout is not None:
-            tokens = picture.tokens.to(each.captures[0].maps.device)
-            maps = maps_of(each.captures, each.rows, tokens, self._layers, self._row.dtype, layout)
-        return Outcome(tuple(each.ids[0, each.prompt :].tolist()), maps, each.tokens)
+    def _finish(self, state: _GroupState, branch: _BranchState) -> Decoded:
+        maps, layout = None, state.group.layout
+        if branch.rows is not None and layout is not None:
+            tokens = state.tokens.to(branch.captures[0].maps.device)
+            maps = maps_of(branch.captures, branch.rows, tokens, self._layers, self._attention.dtype, layout)
+        return Decoded(tuple(branch.ids[0, branch.prompt_length :].tolist()), maps, branch.tokens)

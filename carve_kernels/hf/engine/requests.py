@@ -1,4 +1,4 @@
-"""What is asked: a picture and a question as the model takes them, and the last question about what was kept."""
+"""Requests: an image and a question as the model takes them, and the prompt of the second pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.image_features import Pictures, Shown
+from carve_kernels.hf.image_features import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt, open_image
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
@@ -20,46 +20,40 @@ from carve_kernels.types import VisualLayout
 
 
 class Prompt(NamedTuple):
-    """A prompt of one picture as the model takes it; `head` is how many columns the picture and what is before need."""
+    """A prompt about one image as the model takes it; `prefix_length` counts its tokens up to the last of the image."""
 
     text: str
     inputs: dict[str, Any]
     layout: VisualLayout
-    head: int
+    prefix_length: int
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """The head's tokens."""
-        return tuple(self.inputs["input_ids"][0, : self.head].tolist())
+    def prefix_ids(self) -> tuple[int, ...]:
+        return tuple(self.inputs["input_ids"][0, : self.prefix_length].tolist())
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One picture and one question, opened, checked and through the processor; `tokens` is what a cache must hold."""
+    """One image and one question, opened, checked and processed; `tokens` is what a KV cache must hold for it."""
 
     image: Image.Image
     question: str
     task: Prompt
     general: Prompt
-    shown: Shown
-    pictures: Pictures
+    features: ImageFeatures
+    image_inputs: ImageInputs
     tokens: int
 
-    @property
-    def entries(self) -> Mapping[str, Any]:
-        """What the processor made of the picture, made anew where an earlier answer has let go of it."""
-        return self.shown.entries or self.pictures.inputs([self.image], self.task.text)[1].entries
 
+class SecondPrompt(NamedTuple):
+    """The prompt of the second pass: all of its images, and the last one alone if it can be separated.
 
-class Final(NamedTuple):
-    """A last question: its prompt, all of its pictures, and the last one alone where they can be told apart.
-
-    `refined` is that picture, None where it is the original.
+    `refined` is the last image, None where that is the original.
     """
 
     inputs: dict[str, Any]
-    shown: Shown
-    last: Shown | None
+    features: ImageFeatures
+    later_images: ImageFeatures | None
     refined: Image.Image | None
 
 
@@ -73,7 +67,7 @@ def make_request(
     max_image_pixels: int,
     fit: str | None = None,
 ) -> Request:
-    """Check a picture and a question, open them and run the processor; the model does not run."""
+    """Check an image and a question, open the image and run the processor; the model does not run."""
     checks.text("question", question)
     if prompt is not None:
         checks.text("prompt", prompt)
@@ -86,35 +80,41 @@ def make_request(
     check_processor(model, processor)
     original = open_image(image, max_image_pixels)
     letterbox = Letterbox.of(fit, model, processor, max_image_pixels)
-    pictures = Pictures(processor, input_device(model), preset.max_pixels, letterbox)
-    asked = build_prompt(processor, question + preset.suffix) if prompt is None else prompt
-    inputs, shown = pictures.inputs([original], asked)
-    task = located(model, processor, original, asked, inputs, shown.entries, letterbox)
-    instruction = build_prompt(processor, preset.general_prompt + preset.suffix)
-    inputs, same = pictures.inputs([original], instruction)
-    general = located(model, processor, original, instruction, inputs, same.entries, letterbox)
+    image_inputs = ImageInputs(
+        processor, input_device(model), preset.max_pixels, None if letterbox is None else letterbox.laid
+    )
+
+    def locate(text: str) -> tuple[Prompt, ImageFeatures]:
+        inputs, features = image_inputs.inputs([original], text)
+        return locate_prompt(model, processor, original, text, inputs, features.entries, letterbox), features
+
+    task, features = locate(build_prompt(processor, question + preset.suffix) if prompt is None else prompt)
+    general, _ = locate(build_prompt(processor, preset.general_prompt + preset.suffix))
     if preset.images == "refined":
-        pictures.forget()
+        image_inputs.clear()
     tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
-    return Request(original, question, task, general, shown, pictures, tokens)
+    return Request(original, question, task, general, features, image_inputs, tokens)
 
 
-def make_final(processor: Any, preset: Preset, request: Request, refined: Image.Image, same: bool) -> Final:
-    """The last question about a refined image, which may be the `same` as the original.
+def make_second_prompt(
+    processor: Any, preset: Preset, request: Request, refined: Image.Image, is_original: bool
+) -> SecondPrompt:
+    """The second prompt of a request about a refined image.
 
     Raises ValueError if the processor refuses the refined image.
     """
-    pictures = request.pictures
+    image_inputs = request.image_inputs
     if preset.images == "refined":
-        inputs, shown = pictures.inputs([refined], request.task.text)
-        return Final(inputs, shown, None, refined)
+        return SecondPrompt(*image_inputs.inputs([refined], request.task.text), None, refined)
     text = build_prompt(processor, request.question + preset.suffix, 2)
-    inputs, shown = pictures.inputs([request.image, refined], text)
-    last = pictures.alone(refined)
-    return Final(inputs, shown, request.shown if last is not None and same else last, None if same else refined)
+    inputs, features = image_inputs.inputs([request.image, refined], text)
+    later = image_inputs.single(refined)
+    if later is not None and is_original:
+        later = request.features
+    return SecondPrompt(inputs, features, later, None if is_original else refined)
 
 
-def located(
+def locate_prompt(
     model: Any,
     processor: Any,
     image: Image.Image,
@@ -123,7 +123,7 @@ def located(
     entries: Mapping[str, Any],
     letterbox: Letterbox | None = None,
 ) -> Prompt:
-    """What `Pictures.inputs` made of a prompt, with the places of its visual tokens."""
-    whole = {**inputs, **entries}
-    layout = letterbox.layout(whole, image) if letterbox else layout_of(model, processor, whole, [image])
+    """A prompt with the positions of its visual tokens, from what `ImageInputs.inputs` returned."""
+    all_inputs = {**inputs, **entries}
+    layout = letterbox.layout(all_inputs, image) if letterbox else layout_of(model, processor, all_inputs, [image])
     return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)

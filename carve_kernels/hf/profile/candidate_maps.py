@@ -1,8 +1,7 @@
-"""One look at one picture gives the maps of every layer and of every choice of rows."""
+"""The maps of every layer and of every candidate choice of rows, from one prefill of an image."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,17 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from carve_kernels.hf.decoding import sequential
-from carve_kernels.hf.decoding.prefix_cache import Prefix
-from carve_kernels.hf.decoding.support import obstacle
-from carve_kernels.hf.decoding.tree_attention import Unshareable
-from carve_kernels.hf.decoding.tree_decoder import Branch, Joint, Look, at_work
-from carve_kernels.hf.engine.passes import needed
-from carve_kernels.hf.engine.requests import Prompt, located
-from carve_kernels.hf.image_features import Pictures, Shown
+from carve_kernels.hf.decoding import Branch, Decoder, PrefixCache, PromptGroup
+from carve_kernels.hf.engine.requests import Prompt, locate_prompt
+from carve_kernels.hf.image_features import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, input_device, unwrap
+from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, input_device
 from carve_kernels.hf.profile.scores import Choice
 from carve_kernels.hf.query_rows import RowsSpec, check_rows, general_rows, resolve_rows, tokenizer_of
 from carve_kernels.hf.session import contract
@@ -28,32 +22,31 @@ from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
 from carve_kernels.types import View
 
-_LOG = logging.getLogger("carve_kernels")
-# Prompts of one picture in one row: beyond, the row's keys cost more than the forwards that they save.
-TOGETHER = 16
-# So many last words of the user's text are candidates one by one: what is asked for stands near the end.
-LAST_WORDS = 4
+# Prompts of one image in one batch: with more, their keys cost more than the forwards that they save.
+MAX_BATCH = 16
+# So many last tokens of the user's text are candidates one by one: the object of a question stands near its end.
+LAST_TOKENS = 4
 
 
-class Seen(NamedTuple):
-    """Maps [L, T, N] by rows, NaN where a layer has none, and the views that the tokens lie in."""
+class CandidateMaps(NamedTuple):
+    """Maps [L, T, N] by rows, NaN where a layer has none, and the views of the tokens."""
 
     maps: dict[RowsSpec, torch.Tensor]
     views: tuple[View, ...]
 
 
-class _Asked(NamedTuple):
-    """A prompt; the columns of each candidate's rows, the first of all, and how many last rows hold them."""
+class _Request(NamedTuple):
+    """A prompt; the columns of each candidate's rows, the first of them, and how many last rows contain them all."""
 
     prompt: Prompt
-    shown: Shown
+    features: ImageFeatures
     columns: dict[RowsSpec, torch.Tensor]
     first: int
     rows: int
 
 
-class RowReader:
-    """Looks at a picture for several texts, with all layers and all candidate rows captured in the same forwards."""
+class CandidateReader:
+    """Captures all layers and all candidate rows for several texts about an image in the same forwards."""
 
     def __init__(
         self,
@@ -70,122 +63,101 @@ class RowReader:
         check_steady(model)
         self._letterbox = letterbox
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
-        # Candidates of ours that a prompt does not have are left out; those of a caller are an error.
-        self._given = rows is not None
-        # What a preset cannot say cannot be picked.
+        # Default candidates that a prompt does not have are left out; those of a caller are an error.
+        self._rows_are_given = rows is not None
         candidates = [
-            check_rows(row, tokenizer_of(processor)) for row in (self._candidates() if rows is None else rows)
+            check_rows(row, tokenizer_of(processor)) for row in (self._default_rows() if rows is None else rows)
         ]
+        # As a preset has them, since the choice becomes one.
         self.rows: list[RowsSpec] = [replace(preset, rows=row).rows for row in candidates]  # type: ignore[arg-type]
         self.layers = tuple(sorted(attention_modules(model)))
         self.choices = [Choice(row, step) for row in self.rows for step in steps if step == "t_start" or row == "last"]
         if not self.choices:
             raise ValueError(f"rows: expected 'last' beside steps {list(steps)}, got {self.rows}")
-        # Without words no head of the model runs; all layers are captured and none is saved.
-        self._words = preset.max_new_tokens if set(steps) != {"t_start"} else 0
-        self._joint: Joint | None = None
+        # Without new tokens the head of the model does not run; all layers are captured, so none is saved.
+        self._new_tokens = preset.max_new_tokens if set(steps) != {"t_start"} else 0
 
-    def looks(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[Seen]:
-        """The maps of the general instruction, and then of each text; in the former the whole stands for a word."""
-        pictures = Pictures(self._processor, input_device(self._model), self._preset.max_pixels, self._letterbox)
-        prefixes: dict[Any, Prefix | None] = {}
-        # Asked for each picture: hooks come and go.
-        reason = obstacle(self._model)
-        self._joint = None if reason else Joint(unwrap(self._model), self._processor, self.layers, self._backend)
-        if reason:
-            _LOG.info("prompts are looked at one by one, since %s", reason)
-        for start in range(0, 1 + len(texts), TOGETHER):
-            asked = []
-            for place, text in list(enumerate([general, *texts]))[start : start + TOGETHER]:
-                said = build_prompt(self._processor, text + self._preset.suffix)
-                inputs, shown = pictures.inputs([image], said)
-                prompt = located(self._model, self._processor, image, said, inputs, shown.entries, self._letterbox)
-                columns = self._columns(inputs["input_ids"].cpu(), prompt.layout.tokens(), general=place == 0)
+    def read(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[CandidateMaps]:
+        """The maps of the general instruction, where the whole instruction replaces a word, then those of each text."""
+        image_inputs = ImageInputs(
+            self._processor,
+            input_device(self._model),
+            self._preset.max_pixels,
+            None if self._letterbox is None else self._letterbox.laid,
+        )
+        prefixes: dict[tuple[int, ...], PrefixCache | None] = {}
+        # Created for each image: hooks come and go.
+        decoder = Decoder(self._model, self._processor, self.layers, self._backend)
+        for start in range(0, 1 + len(texts), MAX_BATCH):
+            requests = []
+            for index, text in list(enumerate([general, *texts]))[start : start + MAX_BATCH]:
+                prompt_text = build_prompt(self._processor, text + self._preset.suffix)
+                inputs, features = image_inputs.inputs([image], prompt_text)
+                prompt = locate_prompt(
+                    self._model, self._processor, image, prompt_text, inputs, features.entries, self._letterbox
+                )
+                columns = self._columns(inputs["input_ids"].cpu(), prompt.layout.tokens(), general=index == 0)
                 first = min(int(group.min()) for group in columns.values())
-                asked.append(_Asked(prompt, shown, columns, first, inputs["input_ids"].shape[1] - first))
-            for each, outcome in zip(asked, self._outcomes(asked, prefixes), strict=True):
-                yield _seen(each, outcome)
+                requests.append(_Request(prompt, features, columns, first, inputs["input_ids"].shape[1] - first))
+            yield from self._decode(decoder, requests, prefixes)
 
-    def _outcomes(self, asked: list[_Asked], prefixes: dict[Any, Prefix | None]) -> list[AttentionMaps]:
-        """The maps of several prompts of one picture; `prefixes` has what was read of it, by its tokens."""
-        if self._joint is not None:
-            try:
-                return self._together(self._joint, asked, prefixes)
-            except Unshareable as reason:
-                self._joint = None
-                _LOG.info("prompts are looked at one by one, since %s", reason)
-        return [
-            needed(
-                sequential.look(
-                    self._model,
-                    self._processor,
-                    {**each.prompt.inputs, **each.shown.entries},
-                    max(1, self._words),
-                    layers=self.layers,
-                    rows=each.rows,
-                    layout=each.prompt.layout,
-                    backend=self._backend,
-                ).maps
-            )
-            for each in asked
-        ]
-
-    def _together(self, joint: Joint, asked: list[_Asked], prefixes: dict[Any, Prefix | None]) -> list[AttentionMaps]:
-        looks: dict[Any, Look] = {}
-        places = []
-        for each in asked:
-            ids = each.prompt.ids
-            fresh = Look([], each.prompt.head, each.shown, each.prompt.layout, prefixes.get(ids))
-            look = looks.setdefault(ids, fresh)
-            look.branches = [*look.branches, Branch(each.prompt.inputs, self._words, each.rows)]
-            places.append((ids, len(look.branches) - 1))
-        with at_work(self._model):
-            outcomes = dict(zip(looks, joint.run(list(looks.values())), strict=True))
-        prefixes.update({ids: look.prefix for ids, look in looks.items()})
-        return [needed(outcomes[ids][place].maps) for ids, place in places]
+    def _decode(
+        self, decoder: Decoder, requests: list[_Request], prefixes: dict[tuple[int, ...], PrefixCache | None]
+    ) -> list[CandidateMaps]:
+        """The maps of several prompts about one image; `prefixes` has its prefix caches by their tokens."""
+        groups: dict[tuple[int, ...], PromptGroup] = {}
+        branches = []
+        for request in requests:
+            prompt, ids = request.prompt, request.prompt.prefix_ids
+            if ids not in groups:
+                groups[ids] = PromptGroup(request.features, prompt.prefix_length, prompt.layout, prefixes.get(ids))
+            branches.append(groups[ids].add(Branch(prompt.inputs, self._new_tokens, request.rows)))
+        decoder.decode(list(groups.values()))
+        prefixes.update({ids: group.prefix for ids, group in groups.items()})
+        return [_select(request, branch.maps) for request, branch in zip(requests, branches, strict=True)]
 
     def _columns(self, ids: torch.Tensor, tokens: torch.Tensor, general: bool) -> dict[RowsSpec, torch.Tensor]:
-        """The columns of each candidate's rows; only rows behind the picture see it."""
-        attended, after = torch.ones_like(ids, dtype=torch.bool), int(tokens.max())
-        found: dict[RowsSpec, torch.Tensor] = {}
+        """The columns of each candidate's rows; only rows after the image see it."""
+        attended, last_visual = torch.ones_like(ids, dtype=torch.bool), int(tokens.max())
+        columns: dict[RowsSpec, torch.Tensor] = {}
         for rows in self.rows:
-            meant = general_rows(rows) if general else rows
             try:
-                group = resolve_rows(meant, ids, attended, tokens, self._processor).columns[0]
-                if int(group.min()) <= after:
-                    raise ValueError(
-                        f"rows: expected rows behind the picture, got {rows!r} in a prompt of {ids.numel()}"
-                    )
+                group = resolve_rows(
+                    general_rows(rows) if general else rows, ids, attended, tokens, self._processor
+                ).columns[0]
+                if int(group.min()) <= last_visual:
+                    raise ValueError(f"rows: expected rows after the image, got {rows!r} in a prompt of {ids.numel()}")
             except ValueError:
-                if self._given:
+                if self._rows_are_given:
                     raise
                 continue
-            found[rows] = group
-        if not found:
-            raise ValueError(f"rows: expected rows behind the picture, the prompt has none of {self.rows}")
-        return found
+            columns[rows] = group
+        if not columns:
+            raise ValueError(f"rows: expected rows after the image, the prompt has none of {self.rows}")
+        return columns
 
-    def _candidates(self) -> list[RowsSpec]:
-        """The last words of a text are counted from the end of a prompt; left out where the text's end is not found."""
+    def _default_rows(self) -> list[RowsSpec]:
+        """The last tokens of a text, counted from the end of a prompt, are left out if its end is not found."""
         image, text, suffix = Image.new("RGB", (64, 64)), self._preset.general_prompt, self._preset.suffix
-        said = build_prompt(self._processor, text + suffix)
-        inputs = prepare(self._processor, [image], said)
-        tokens = located(self._model, self._processor, image, said, inputs, {}).layout.tokens()
+        prompt = build_prompt(self._processor, text + suffix)
+        inputs = prepare(self._processor, [image], prompt)
+        tokens = locate_prompt(self._model, self._processor, image, prompt, inputs, {}).layout.tokens()
         ids = inputs["input_ids"]
         rows: RowsSpec = ("text", text) if suffix.strip() else "question"
         try:
-            found = resolve_rows(rows, ids, torch.ones_like(ids) > 0, tokens, self._processor)
+            columns = resolve_rows(rows, ids, torch.ones_like(ids) > 0, tokens, self._processor).columns
         except ValueError:
             return ["last", "question"]
-        last = int(found.columns.max()) - ids.shape[1]
-        return ["last", "question", *((place,) for place in range(last, last - LAST_WORDS, -1) if place < -1)]
+        last = int(columns.max()) - ids.shape[1]
+        return ["last", "question", *((row,) for row in range(last, last - LAST_TOKENS, -1) if row < -1)]
 
 
-def _seen(asked: _Asked, maps: AttentionMaps) -> Seen:
+def _select(request: _Request, maps: AttentionMaps) -> CandidateMaps:
+    """The maps of each candidate among the captured last rows."""
     values = maps.values[0].masked_fill(~maps.valid[0, ..., None], torch.nan).cpu()
     end = maps.last_step(0) + 1
-    found = {
-        rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - asked.first].mean(2)
-        for rows, group in asked.columns.items()
+    by_rows = {
+        rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - request.first].mean(2)
+        for rows, group in request.columns.items()
     }
-    return Seen(found, asked.prompt.layout.views[0])
+    return CandidateMaps(by_rows, request.prompt.layout.views[0])

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from carve_kernels import CarveEngine, Preset, capture_attention
-from carve_kernels.hf.decoding.support import obstacle
+from carve_kernels.hf.decoding import sequential_reason
 from tests.support.families import FAMILIES, family, generate, keeps_features, own_generate, state, watched
 from tests.support.tiny_models import inputs_for, picture, tiny_llava
 
@@ -73,16 +73,18 @@ REASONS: list[tuple[str, Callable[[Any], None]]] = [
 @pytest.mark.parametrize(("reason", "change"), REASONS, ids=[reason for reason, _ in REASONS])
 def test_a_reason_is_given(reason: str, change: Callable[[Any], None]) -> None:
     model, processor = tiny_llava()
-    assert obstacle(model) is None and CarveEngine(model, processor, preset=PRESETS[0]).apart is None
+    assert (
+        sequential_reason(model) is None and CarveEngine(model, processor, preset=PRESETS[0]).sequential_reason is None
+    )
     change(model)
-    assert reason in (obstacle(model) or "")
+    assert reason in (sequential_reason(model) or "")
 
 
 def test_an_open_session_is_a_reason() -> None:
     model, _ = family("llava")
     with capture_attention(model, layers=[1]):
-        assert "session" in (obstacle(model) or "")
-    assert obstacle(model) is None
+        assert "session" in (sequential_reason(model) or "")
+    assert sequential_reason(model) is None
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=["t_end", "t_start", "release"])

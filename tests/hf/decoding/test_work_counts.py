@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.decoding.prefix_cache import Prefix, common
+from carve_kernels.hf.decoding.prefix_cache import common_length
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
 from tests.support.families import FAMILIES, family, keeps_features, watched
@@ -100,7 +100,7 @@ def test_each_picture_and_each_token_once(name: str, attention: str) -> None:
         result = CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, QUESTION)
     task, general = ids_of(name, [PHOTO], QUESTION, preset), ids_of(name, [PHOTO], preset.general_prompt, preset)
     last = ids_of(name, [result.refined], QUESTION, preset)
-    shared = common(task, general)
+    shared = common_length(task, general)
     assert result.reason is None and shared > int((task == model.config.image_token_id).nonzero()[-1])
     assert work.tower == 2
     first = shared + (len(task) - shared) + (len(general) - shared) + 2 * (WORDS - 1)
@@ -120,10 +120,10 @@ def test_a_last_question_that_shows_the_original_again_reads_the_refined_image_a
     task = ids_of(name, [PHOTO], asked, preset)
     general = ids_of(name, [PHOTO], preset.general_prompt + preset.suffix, preset)
     last = ids_of(name, [PHOTO, result.refined], asked, preset)
-    first = common(task, general)
+    first = common_length(task, general)
     assert result.reason is None and work.tower == 2
     once = first + (len(task) - first) + (len(general) - first) + 2 * (WORDS - 1)
-    again = min(first, common(task, last))
+    again = min(first, common_length(task, last))
     assert work.tokens == [once + len(last) - again + WORDS - 1] * 4
 
 
@@ -143,7 +143,7 @@ def test_the_first_step_alone_needs_no_layer_behind_the_last_that_is_read(name: 
     model, processor = endless(name)
     preset = Preset.paper(layers=(0, 1), steps="t_start", max_new_tokens=WORDS)
     task, general = ids_of(name, [PHOTO], QUESTION, preset), ids_of(name, [PHOTO], preset.general_prompt, preset)
-    shared = common(task, general)
+    shared = common_length(task, general)
 
     with counted(model) as work:
         result = CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, QUESTION)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.engine.batching import MOST, stream
+from carve_kernels.hf.engine.batching import MAX_BATCH, stream
 from tests.support.counting import QUESTIONS, Counting
 from tests.support.families import family
 from tests.support.tiny_models import picture
@@ -61,7 +61,7 @@ def test_a_full_group_is_answered_before_the_next_question_is_drawn() -> None:
             drawn.append(number)
             yield str(number)
 
-    for tokens, group in ((10, 1), (30, 3), (1000, MOST)):
+    for tokens, group in ((10, 1), (30, 3), (1000, MAX_BATCH)):
         drawn.clear()
         outcomes = stream(Counting(), "p", questions(), tokens=tokens)
         next(outcomes)

@@ -18,8 +18,8 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.checks import BackendUnavailable
 from carve_kernels.hf.engine import batching
-from carve_kernels.hf.engine.batching import MOST, free_bytes, stream
-from carve_kernels.types import CarveFailure, CarveResult
+from carve_kernels.hf.engine.batching import MAX_BATCH, free_bytes, stream
+from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from tests.support.counting import QUESTIONS, Counting
 from tests.support.families import family, state, watched
 from tests.support.tiny_models import picture
@@ -89,7 +89,7 @@ def test_what_does_not_fit_together_is_an_error_before_any_work() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "groups"),
-    [(1, [1] * 10), (19, [1] * 10), (20, [2] * 5), (35, [3, 3, 3, 1]), (10_000, [MOST, 10 - MOST])],
+    [(1, [1] * 10), (19, [1] * 10), (20, [2] * 5), (35, [3, 3, 3, 1]), (10_000, [MAX_BATCH, 10 - MAX_BATCH])],
 )
 def test_groups_hold_what_fits(limit: int, groups: list[int]) -> None:
     engine = Counting(tokens=10)

@@ -11,7 +11,7 @@ import torch
 
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.engine.cache import Memory
-from carve_kernels.types import CarveResult
+from carve_kernels.hf.engine.result import CarveResult
 from tests.support.families import family, watched
 from tests.support.tiny_models import picture, tiny_llava
 

@@ -9,7 +9,7 @@ import pytest
 
 from carve_kernels import CarveEngine, Preset, capture_attention, load
 from carve_kernels.hf.decoding import prefix_cache
-from carve_kernels.hf.decoding.sequential import generated
+from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.models import small
 from carve_kernels.models.scenes import draw_scene
@@ -38,15 +38,15 @@ def check(model: Any, processor: Any, preset: Preset, result: Any) -> None:
     asked = result.question + preset.suffix
     inputs = prepare(processor, [result.image], build_prompt(processor, asked), None, preset.max_pixels)
     words = preset.max_new_tokens
-    assert list(result.answer_ids) == generated(model, inputs, words, processor).tolist()
+    assert list(result.answer_ids) == greedy_generate(model, inputs, words, processor).tolist()
     shown = [result.refined] if preset.images == "refined" else [result.image, result.refined]
     last = prepare(processor, shown, build_prompt(processor, asked, len(shown)), None, preset.max_pixels)
-    assert list(result.refined_ids) == generated(model, last, words, processor).tolist()
+    assert list(result.refined_ids) == greedy_generate(model, last, words, processor).tolist()
     general = build_prompt(processor, preset.general_prompt + preset.suffix)
     for maps, prompt in ((result.task, build_prompt(processor, asked)), (result.general, general)):
         inputs = prepare(processor, [result.image], prompt, None, preset.max_pixels)
         with capture_attention(model, layers=result.task.layers, rows=preset.rows, processor=processor) as session:
-            generated(model, inputs, words, processor)
+            greedy_generate(model, inputs, words, processor)
         expected = session.maps.values[:, :, : len(maps.steps)]
         assert maps.values.shape == expected.shape
         assert float((maps.values - expected).abs().max()) <= 1e-5 * float(expected.max())
@@ -62,7 +62,7 @@ def test_tiny_models_under_a_repetition_penalty(name: str, implementation: str) 
     for preset in [*presets, Preset.release(layers=(1, 2), max_new_tokens=6)]:
         # A second question finds the picture in memory.
         engine = CarveEngine(model, processor, preset=preset)
-        assert engine.apart is None
+        assert engine.sequential_reason is None
         for question in QUESTIONS:
             check(model, processor, preset, engine(PHOTO, question))
 

@@ -50,7 +50,7 @@ def test_other_roads_to_the_greedy_words(name: str, setting: str) -> None:
     model, processor = FAMILIES[name]()
     setattr(model.generation_config, setting, 3)
     engine = CarveEngine(model, processor, preset=SHORT)
-    assert engine.apart is None and list(engine(PHOTO, QUESTION).answer_ids) == expected
+    assert engine.sequential_reason is None and list(engine(PHOTO, QUESTION).answer_ids) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_other_roads_to_the_greedy_words_one_by_one(setting: str) -> None:
     setattr(model.generation_config, setting, 3)
     own_generate(model)
     engine = CarveEngine(model, processor, preset=SHORT)
-    assert engine.apart is not None and list(engine(PHOTO, QUESTION).answer_ids) == expected
+    assert engine.sequential_reason is not None and list(engine(PHOTO, QUESTION).answer_ids) == expected
     assert getattr(model.generation_config, setting) == 3
 
 
@@ -81,7 +81,7 @@ def test_a_wrapper_that_does_not_generate() -> None:
     expected = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
     own_generate(model)
     engine = CarveEngine(torch.nn.DataParallel(model), processor, preset=SHORT)
-    assert engine.apart == "it has a generate of its own"
+    assert engine.sequential_reason == "it has a generate of its own"
     assert engine(PHOTO, QUESTION).refined_ids == expected.refined_ids
 
 

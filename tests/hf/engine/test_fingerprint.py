@@ -16,8 +16,15 @@ from PIL import Image
 
 from carve_kernels import CarveEngine, Preset, load
 from carve_kernels.hf.engine import fingerprint as module
-from carve_kernels.hf.engine.fingerprint import SAMPLES, digest, fingerprint, fingerprint_of_directory, key_of
-from carve_kernels.hf.tensors import Unidentified, plain
+from carve_kernels.hf.engine.fingerprint import (
+    SAMPLES,
+    Unidentified,
+    dense_tensors,
+    digest,
+    fingerprint,
+    fingerprint_of_directory,
+    key_of,
+)
 from carve_kernels.models import small
 from tests.support.tiny_models import picture, save, tiny_llava, tiny_qwen2_5_vl
 
@@ -357,7 +364,7 @@ def test_values_of_any_kind_are_read(kind: str) -> None:
     other[2, 1] += 1
 
     def found(tensor: torch.Tensor) -> str:
-        return module._read(dict(plain("weight", KINDS[kind](tensor))))
+        return module._read(dict(dense_tensors("weight", KINDS[kind](tensor))))
 
     assert found(values) == found(values.clone()) != found(other)
 
@@ -366,7 +373,7 @@ def test_what_is_said_beside_the_numbers_counts() -> None:
     values = torch.zeros(3, 4)
 
     def found(value: Any) -> str:
-        return module._read(dict(plain("weight", value)))
+        return module._read(dict(dense_tensors("weight", value)))
 
     facts = [[values, 3], [values, 4], [values, "3"], [values], {"3": values}, values, values.to_sparse()]
     assert len({found(value) for value in [per_tensor(values), per_channel(values), *facts]}) == len(facts) + 2
@@ -400,7 +407,7 @@ def nameless(values: torch.Tensor) -> Any:
 )
 def test_what_cannot_be_read_is_no_identity(value: Callable[[torch.Tensor], Any]) -> None:
     with pytest.raises(Unidentified, match=r"weight\[1\]"):
-        list(plain("weight", [3, value(torch.zeros(3))]))
+        list(dense_tensors("weight", [3, value(torch.zeros(3))]))
 
 
 def test_a_module_that_holds_no_weights_counts(directory: Path) -> None:

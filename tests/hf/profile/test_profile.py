@@ -15,7 +15,7 @@ from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.loading import load
 from carve_kernels.hf.model import decoder_layers
 from carve_kernels.hf.profile import candidate_maps
-from carve_kernels.hf.profile.candidate_maps import RowReader
+from carve_kernels.hf.profile.candidate_maps import CandidateReader
 from carve_kernels.hf.profile.profile import BadProbes, Probe, Profile, profile
 from carve_kernels.models import small
 from carve_kernels.models.scenes import LEVELS, draw_scene
@@ -97,8 +97,8 @@ def test_boxes_choose_nothing(name: str) -> None:
     assert all(cell.pointing is not None and 0 <= cell.mass <= 1 for cell in seen.cells)
 
 
-def reader_of(name: str, rows: Any, steps: list[str], preset: Preset = SHORT) -> RowReader:
-    return RowReader(*family(name), preset, rows, steps, "auto")
+def reader_of(name: str, rows: Any, steps: list[str], preset: Preset = SHORT) -> CandidateReader:
+    return CandidateReader(*family(name), preset, rows, steps, "auto")
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -114,7 +114,7 @@ def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using:
         patch.setattr(candidate_maps, "TOGETHER", 3)
         if not shared:
             patch.setattr(candidate_maps, "obstacle", lambda _: "nobody wants it")
-        general, *seen = reader.looks(PICTURES[0], SHORT.general_prompt, texts)
+        general, *seen = reader.read(PICTURES[0], SHORT.general_prompt, texts)
     assert state(model) == before and (reader._joint is not None) == shared
     assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
     for text, found in ((SHORT.general_prompt, general), *zip(texts, seen, strict=True)):
@@ -148,7 +148,7 @@ def test_candidates_are_counted_in_a_prompt(kind: str) -> None:
     processor.tokenizer = tokenizer_of_kind(kind)
     for suffix in ("", " in one word"):
         preset = Preset.paper(general_prompt="what color is the cat", suffix=suffix, max_new_tokens=2)
-        reader = RowReader(model, processor, preset, None, ["t_start"], "auto")
+        reader = CandidateReader(model, processor, preset, None, ["t_start"], "auto")
         prompted = Prompted(processor.tokenizer, build_prompt(processor, preset.general_prompt + suffix))
         end = prompted.text.index("cat") + len("cat")
         last = prompted.columns(end - 1, end)[-1] - prompted.ids.shape[1]

@@ -1,0 +1,87 @@
+"""What is decoded: prompts in groups that share an image prefix, and what comes out of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache
+from carve_kernels.hf.image_features import ImageFeatures
+from carve_kernels.hf.query_rows import RowsSpec
+from carve_kernels.maps import AttentionMaps
+from carve_kernels.types import VisualLayout
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The new tokens of a prompt, its maps if rows were captured, and how many tokens were forwarded for it alone."""
+
+    ids: tuple[int, ...]
+    maps: AttentionMaps | None
+    tokens: int
+
+
+@dataclass(eq=False)
+class Branch:
+    """One prompt of a group.
+
+    ==============  ==================================================================================================
+    inputs          what the processor returned, without the pixels
+    max_new_tokens  0 ends the forward after the last captured layer
+    rows            the captured rows, or None
+    images          the features of all of its images where they are not the group's
+    later_images    the features of the images after the group's prefix, if there are any
+    decoded         set by `decode`
+    ==============  ==================================================================================================
+    """
+
+    inputs: Mapping[str, Any]
+    max_new_tokens: int
+    rows: RowsSpec | None = None
+    images: ImageFeatures | None = None
+    later_images: ImageFeatures | None = None
+    decoded: Decoded | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The new tokens. Raises RuntimeError before the prompt was decoded."""
+        return self._decoded().ids
+
+    @property
+    def maps(self) -> AttentionMaps:
+        """The captured maps. Raises RuntimeError before the prompt was decoded, and if no rows were captured."""
+        maps = self._decoded().maps
+        if maps is None:
+            raise RuntimeError("maps: expected a prompt with captured rows, got rows=None")
+        return maps
+
+    def _decoded(self) -> Decoded:
+        if self.decoded is None:
+            raise RuntimeError("decoded: expected a prompt that was decoded; call decode first")
+        return self.decoded
+
+
+@dataclass(eq=False)
+class PromptGroup:
+    """Prompts whose first `start` tokens, up to the last token of their shared image, are the same.
+
+    ==========  ======================================================================================================
+    images      the features of the shared images
+    start       how many tokens are shared at least
+    layout      where the visual tokens are; needed where rows are captured
+    prefix      the KV cache of the prefix: an earlier one, or None; after decoding the one that was used
+    all_layers  whether the prefix is read by all layers even if no new token is wanted
+    ==========  ======================================================================================================
+    """
+
+    images: ImageFeatures
+    start: int
+    layout: VisualLayout | None = None
+    prefix: PrefixCache | None = None
+    all_layers: bool = False
+    branches: list[Branch] = field(default_factory=list)
+
+    def add(self, branch: Branch) -> Branch:
+        self.branches.append(branch)
+        return branch

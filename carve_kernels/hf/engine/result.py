@@ -1,0 +1,96 @@
+"""What the engine returns: the result for one image and one question, or in a batch its failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from carve_kernels.complexity import complexity
+from carve_kernels.maps import AttentionMaps
+from carve_kernels.presets import Preset
+from carve_kernels.types import Regions, VisualLayout
+
+
+@dataclass(frozen=True)
+class CarveResult:
+    """The result of CARVE for one image and one question.
+
+    ==============  ==================================================================================================
+    question        as it was passed; `prompt` is the whole text that the model read
+    answer          the plain answer, empty without `plain`; `answer_ids` its tokens
+    refined_answer  the answer on the refined image; `refined_ids` its tokens
+    image           the upright original; `refined` is the refined image
+    task, general   the captured maps of the question and of the general instruction
+    saliency        fp32 [H, W], their contrast in pixels of the image
+    regions         the selected regions; `mask`, `boxes` and `box` are theirs
+    entropy         H / ln N of the task map for each captured layer
+    seconds         the time of each stage: first pass, contrast, regions, zoom, second pass; of a batch, its share
+    preset          the preset that was used
+    reason          why the whole image was kept, or None
+    unseen          share of the image's area that the model was not shown, as under a centre crop
+    complexity      measured when it is first read, which takes about a tenth of an answer
+    ==============  ==================================================================================================
+    """
+
+    question: str
+    prompt: str
+    answer: str
+    refined_answer: str
+    image: Image
+    refined: Image
+    task: AttentionMaps
+    general: AttentionMaps
+    saliency: torch.Tensor
+    regions: Regions
+    entropy: dict[int, float]
+    seconds: dict[str, float]
+    preset: Preset
+    reason: str | None = None
+    answer_ids: tuple[int, ...] = field(default=(), repr=False)
+    refined_ids: tuple[int, ...] = field(default=(), repr=False)
+    unseen: float = 0.0
+
+    @cached_property
+    def complexity(self) -> dict[str, float]:
+        """Edge density and colour entropy of the image: "edges" and "colours", each from 0 to 1."""
+        return complexity(self.image)
+
+    @property
+    def error(self) -> None:
+        """None: a CarveFailure in a batch has an error here."""
+        return None
+
+    @property
+    def layout(self) -> VisualLayout:
+        """Where the visual tokens of the original image are in the first prompt."""
+        assert self.task.layout is not None
+        return self.task.layout
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return self.regions.mask
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        return self.regions.boxes
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.regions.box
+
+
+@dataclass(frozen=True)
+class CarveFailure:
+    """What a batch yields instead of a CarveResult for an image or a question that could not be used.
+
+    `image` is the path or the image as it was passed; `error` is what the same request alone would have raised.
+    """
+
+    question: str
+    image: Any
+    error: Exception
+    prompt: str | None = None
