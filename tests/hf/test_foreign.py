@@ -316,7 +316,7 @@ MIXING: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "training": ("in training mode", lambda model: part(model).train()),
     "compiled": ("compiled in place", lambda model: part(model).compile(backend="eager")),
     "own steps": (
-        "a generate of its own",
+        "its own generate",
         lambda model: setattr(model, "prepare_inputs_for_generation", model.prepare_inputs_for_generation),
     ),
     "x-lora": ("XLORA", lambda model: setattr(model, "peft_config", {"a": SimpleNamespace(peft_type=named("XLORA"))})),
@@ -411,7 +411,7 @@ def test_layers_that_make_a_mask_of_their_own_are_looked_at_alone(caplog: pytest
             CarveEngine(model, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
     finally:
         kind.forward = forward
-    assert "a mask of their own" in caplog.text
+    assert "build an attention mask themselves" in caplog.text
 
 
 def test_watching_a_module_by_its_class_leaves_no_trace() -> None:

@@ -1,4 +1,4 @@
-"""Pictures go through the processor once, and what comes of it is what the processor itself would have made."""
+"""Images go through the processor once, and the inputs equal those of the processor itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHOTO, OTHER = picture(240, 160, 1), picture(100, 180, 2)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, processor: Any) -> list[int]:
-    """The numbers of pictures in each call of an image processor."""
+    """The number of images in each call of an image processor."""
     calls: list[int] = []
     kind = type(processor.image_processor)
     call = kind.__call__
@@ -34,47 +34,47 @@ def counted(monkeypatch: pytest.MonkeyPatch, processor: Any) -> list[int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_are_the_processors_own(name: str, max_pixels: int | None) -> None:
     processor = family(name)[1]
-    pictures = ImageInputs(processor, torch.device("cpu"), max_pixels)
+    image_inputs = ImageInputs(processor, torch.device("cpu"), max_pixels)
     before = dict(processor.__dict__)
     for images, text in (([PHOTO], "what"), ([PHOTO, OTHER], "which"), ([OTHER], "who"), ([PHOTO, PHOTO], "same")):
         prompt = build_prompt(processor, text, len(images))
         expected = prepare(processor, images, prompt, None, max_pixels)
-        text_inputs, shown = pictures.inputs(images, prompt)
-        found = {**text_inputs, **shown.entries}
+        text_inputs, features = image_inputs.inputs(images, prompt)
+        found = {**text_inputs, **features.entries}
         assert set(found) == set(expected) and not any(key.startswith("pixel") for key in text_inputs)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
-        alone = prepare(processor, images[-1:], build_prompt(processor, text), None, max_pixels)
-        last = pictures.alone(images[-1])
-        assert last is not None and all(torch.equal(value, alone[key]) for key, value in last.entries.items())
+        expected = prepare(processor, images[-1:], build_prompt(processor, text), None, max_pixels)
+        last = image_inputs.single(images[-1])
+        assert last is not None and all(torch.equal(value, expected[key]) for key, value in last.entries.items())
     assert processor.__dict__ == before
 
 
-def test_a_processor_that_lays_pictures_otherwise_is_asked_for_all_of_them() -> None:
+def test_a_processor_with_other_entries_gets_all_images_at_once() -> None:
     processor = family("llava")[1]
-    pictures = ImageInputs(processor, torch.device("cpu"), None)
-    once = pictures._once
-    plain = once._processor
+    image_inputs = ImageInputs(processor, torch.device("cpu"), None)
+    caching = image_inputs._image_processor
+    plain = caching._processor
 
     class Sized:
-        """Says the size of each picture as well, as LLaVA-NeXT's does."""
+        """Returns the size of each image as well, as LLaVA-NeXT's does."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(plain, name)
 
         def __call__(self, images: Any, **settings: Any) -> Any:
-            features = plain(images, **settings)
-            features["image_sizes"] = torch.tensor([[image.height, image.width] for image in images])
-            return features
+            entries = plain(images, **settings)
+            entries["image_sizes"] = torch.tensor([[image.height, image.width] for image in images])
+            return entries
 
-    once._processor = Sized()
-    _, shown = pictures.inputs([PHOTO, OTHER], build_prompt(processor, "which", 2))
-    assert shown.entries["image_sizes"].tolist() == [[160, 240], [180, 100]]
-    assert pictures.alone(OTHER) is None
+    caching._processor = Sized()
+    _, features = image_inputs.inputs([PHOTO, OTHER], build_prompt(processor, "which", 2))
+    assert features.entries["image_sizes"].tolist() == [[160, 240], [180, 100]]
+    assert image_inputs.single(OTHER) is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_a_question_prepares_each_picture_once(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_processes_each_image_once(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = family(name)
     settings = Preset.of({"preset": preset, "layers": [1], "max_new_tokens": 2})
     calls = counted(monkeypatch, processor)

@@ -45,14 +45,14 @@ def test_an_engine_and_a_session_work(which: str, caplog: pytest.LogCaptureFixtu
     assert all(result.answer_ids == expected.answer_ids for result in results)
     assert all(torch.equal(result.general.values, expected.general.values) for result in results)
     # What is parked cannot be told from what is parked elsewhere.
-    assert "nothing is remembered of this model, since" in caplog.text and sum(engine.memory.held()) == 0
+    assert "nothing is cached for this model, since" in caplog.text and sum(engine.memory.held()) == 0
 
 
 def test_two_models_that_differ_in_parked_weights_share_no_memory() -> None:
     (one, processor), (other, _) = tiny_qwen2_5_vl(), tiny_qwen2_5_vl(seed=1)
     for model in (one, other):
         park(model)
-        with pytest.raises(Unidentified, match="parked"):
+        with pytest.raises(Unidentified, match="offloaded"):
             fingerprint(model, processor)
     memory = CarveEngine(one, processor, preset=PRESET).memory
     CarveEngine(one, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)

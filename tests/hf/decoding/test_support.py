@@ -56,7 +56,7 @@ def configured(**settings: Any) -> Callable[[Any], None]:
 
 REASONS: list[tuple[str, Callable[[Any], None]]] = [
     ("SeesBothWays makes masks of its own", own_masks),
-    ("it has a generate of its own", own_generate),
+    ("it has its own generate", own_generate),
     ("'carve_test_attention' is not one of transformers'", own_attention),
     ("layers of type chunked_attention", chunked),
     ("see what comes later", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
@@ -148,7 +148,7 @@ def test_one_by_one_gives_the_same(name: str, preset: Preset, caplog: pytest.Log
     with caplog.at_level(logging.INFO, logger="carve_kernels"):
         alone = CarveEngine(model, processor, preset=preset, memory=False)(PHOTO, QUESTION)
     assert [record.message for record in caplog.records] == [
-        "prompts are looked at one by one, since it has a generate of its own"
+        "prompts are decoded one by one, since it has its own generate"
     ]
     assert together.answer_ids == alone.answer_ids and together.refined_ids == alone.refined_ids
     assert together.answer == alone.answer and together.box == alone.box
@@ -167,7 +167,7 @@ def test_a_prompt_that_cannot_be_shared_is_looked_at_alone(caplog: pytest.LogCap
     preset = Preset.paper(layers=(1,), rows=(30, 31), max_new_tokens=3)
     with caplog.at_level(logging.INFO, logger="carve_kernels"):
         result = CarveEngine(model, processor, preset=preset)(PHOTO, QUESTION)
-    assert "one by one, since a prompt has" in caplog.text and len(result.answer_ids) == 3
+    assert "one by one, since no text follows the image tokens" in caplog.text and len(result.answer_ids) == 3
 
 
 def test_the_question_before_the_picture_shares_the_tower_alone() -> None:

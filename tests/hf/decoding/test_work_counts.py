@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.decoding.prefix_cache import common_length
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache, common_length
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
 from tests.support.families import FAMILIES, family, keeps_features, watched
@@ -249,9 +249,9 @@ def test_the_same_question_twice_sees_each_picture_once(name: str) -> None:
 def test_what_nobody_asks_for_again_makes_room(memory: Any, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the refined image is seen, the keys of the original are there only if a memory keeps them."""
     model, processor = endless("llava")
-    prefixes: weakref.WeakSet[Prefix] = weakref.WeakSet()
-    made = Prefix.__init__
-    monkeypatch.setattr(Prefix, "__init__", lambda self, ids: prefixes.add(self) or made(self, ids))
+    prefixes: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+    init = PrefixCache.__init__
+    monkeypatch.setattr(PrefixCache, "__init__", lambda self, ids: prefixes.add(self) or init(self, ids))
     alive: list[int] = []
 
     def towers(*_: Any) -> None:

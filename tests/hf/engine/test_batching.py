@@ -171,7 +171,7 @@ def test_a_group_that_fails_is_asked_one_by_one(caplog: pytest.LogCaptureFixture
     assert engine.groups == [["a"], ["b", "c", "d"], ["b"], ["c"], ["d"]]
     assert [getattr(outcome, "error", None) is None for outcome in found] == [True, False, True, False, True]
     assert isinstance(found[3].error, torch.OutOfMemoryError) and found[3].error.__traceback__ is None
-    assert "3 questions together failed (CUDA out of memory)" in caplog.text
+    assert "3 questions failed in one batch (CUDA out of memory)" in caplog.text
     cpu = Counting({"c": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")})
     assert isinstance(list(stream(cpu, "p", ["b", "c"]))[1], CarveFailure)
 

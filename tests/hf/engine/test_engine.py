@@ -79,7 +79,7 @@ def test_a_question_is_answered_twice(name: str, preset: Preset) -> None:
         assert math.isclose(result.entropy[layer], float(value), rel_tol=1e-6) and 0 < result.entropy[layer] < 1
     assert result.complexity == complexity(PHOTO)
     assert (
-        set(result.seconds) == {"task", "general", "contrast", "regions", "zoom", "answer"}
+        set(result.seconds) == {"first pass", "contrast", "regions", "zoom", "second pass"}
         and min(result.seconds.values()) > 0
     )
     assert result.question == QUESTION and result.image.size == PHOTO.size and result.preset == preset
@@ -147,7 +147,7 @@ def test_progress_is_reported() -> None:
     CarveEngine(model, processor, preset=SHORT)(
         PHOTO, QUESTION, on_progress=lambda stage, done, total: calls.append((stage, done, total))
     )
-    assert calls == [("task", 0, 4), ("general", 1, 4), ("carve", 2, 4), ("answer", 3, 4), ("done", 4, 4)]
+    assert calls == [("first pass", 0, 3), ("carve", 1, 3), ("second pass", 2, 3), ("done", 3, 3)]
 
 
 def test_a_map_without_contrast_keeps_the_whole_image() -> None:

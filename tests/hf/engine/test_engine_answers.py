@@ -23,15 +23,15 @@ STEPS = ["t_end", "t_start", "t_full"]
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that nobody has written are NaN."""
-    grown = prefix_cache._grown
+    """Unwritten keys are NaN."""
+    resize = prefix_cache._resize
 
-    def poisoned(before: Any, like: Any, kept: int, room: int) -> Any:
-        after = grown(before, like, kept, room)
-        after[:, :, kept if before is not None else 0 :] = math.nan
-        return after
+    def poisoned(cached: Any, like: Any, length: int, capacity: int) -> Any:
+        resized = resize(cached, like, length, capacity)
+        resized[:, :, length if cached is not None else 0 :] = math.nan
+        return resized
 
-    monkeypatch.setattr(prefix_cache, "_grown", poisoned)
+    monkeypatch.setattr(prefix_cache, "_resize", poisoned)
 
 
 def check(model: Any, processor: Any, preset: Preset, result: Any) -> None:

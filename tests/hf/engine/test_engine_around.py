@@ -81,7 +81,7 @@ def test_a_wrapper_that_does_not_generate() -> None:
     expected = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
     own_generate(model)
     engine = CarveEngine(torch.nn.DataParallel(model), processor, preset=SHORT)
-    assert engine.sequential_reason == "it has a generate of its own"
+    assert engine.sequential_reason == "it has its own generate"
     assert engine(PHOTO, QUESTION).refined_ids == expected.refined_ids
 
 

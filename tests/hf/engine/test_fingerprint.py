@@ -51,7 +51,7 @@ def change_a_few_columns(model: Any, processor: Any) -> None:
 
 def change_one_element_that_is_not_sampled(model: Any, processor: Any) -> None:
     weight = model.model.language_model.layers[2].mlp.down_proj.weight
-    sampled = set(fingerprint._places(weight.numel()).tolist())
+    sampled = set(module._sample_indices(weight.numel()).tolist())
     weight.view(-1)[next(place for place in range(weight.numel()) if place not in sampled)] += 1
 
 
@@ -224,13 +224,13 @@ def test_a_file_that_is_no_safetensors_has_an_identity(tmp_path: Path, damaged: 
 def test_tensors_of_any_shape_have_a_small_checksum(shape: tuple[int, ...]) -> None:
     strided = torch.randn(*shape, dtype=torch.complex64).real
     assert module._read({"a": strided}) == module._read({"a": strided.contiguous()})
-    assert fingerprint._checksum(strided.reshape(-1).contiguous()).numel() == 1
+    assert module._checksum(strided.reshape(-1).contiguous()).numel() == 1
 
 
 def test_blocks_that_change_places_change_the_checksum() -> None:
     flat = torch.randn(64 * 64)
     swapped = flat.view(32, 128)[[1, 0, *range(2, 32)]].reshape(-1)
-    assert int(fingerprint._checksum(flat)) != int(fingerprint._checksum(swapped))
+    assert int(module._checksum(flat)) != int(module._checksum(swapped))
 
 
 def test_what_a_model_makes_for_its_state_is_part_of_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,4 +427,4 @@ def test_a_model_without_an_identity_is_not_remembered(directory: Path, caplog: 
     engine = CarveEngine(model, processor, preset=Preset.paper(layers=(1,), max_new_tokens=2))
     with caplog.at_level("INFO", logger="carve_kernels"):
         engine(picture(80, 60), "hello")
-    assert "nothing is remembered" in caplog.text and "up_proj" in caplog.text and sum(engine.memory.held()) == 0
+    assert "nothing is cached" in caplog.text and "up_proj" in caplog.text and sum(engine.memory.held()) == 0

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset, capture_attention
+from carve_kernels.hf import decoding
+from carve_kernels.hf.decoding import Decoder
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.loading import load
 from carve_kernels.hf.model import decoder_layers
@@ -58,7 +60,7 @@ def reached(found: Profile, layer: int, steps: str, rows: Any, name: str) -> flo
 @pytest.mark.parametrize("name", ["pointing", "contrast_pointing", "mass"])
 def test_the_pick_points_nearly_as_well_as_the_best_cell(trained: Profile, name: str) -> None:
     pick = trained.pick
-    assert trained.boxes == trained.questions == 16 and trained.pictures == 8
+    assert trained.boxes == trained.questions == 16 and trained.images == 8
     assert reached(trained, pick.layer, pick.steps, pick.rows, name) >= 0.9
     assert pick.pointing >= 0.9 and trained.doubt is None
     # Choosing decides: the worst cells do not point at all.
@@ -103,19 +105,21 @@ def reader_of(name: str, rows: Any, steps: list[str], preset: Preset = SHORT) ->
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_one_look_gives_the_maps_of_every_choice(name: str, shared: bool, using: Any) -> None:
+def test_one_prefill_gives_the_maps_of_every_choice(name: str, shared: bool, using: Any) -> None:
     model, processor = family(name)
     rows = ["last", "question", (-2,), 3, (-3, -2), ("word", "red"), ("text", "red")]
     texts = ["what digit is red", "the red square at the left", "is red a digit"]
     reader = reader_of(name, rows, ["t_start", "t_end"])
     before = state(model)
-    # Three in a row, so that the last one continues what the first ones have read of the picture.
+    decoders: list[Decoder] = []
+    # Three in a batch, so that the last one continues the prefix cache of the first ones.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidate_maps, "TOGETHER", 3)
+        patch.setattr(candidate_maps, "MAX_BATCH", 3)
+        patch.setattr(candidate_maps, "Decoder", lambda *args: decoders.append(Decoder(*args)) or decoders[-1])
         if not shared:
-            patch.setattr(candidate_maps, "obstacle", lambda _: "nobody wants it")
+            patch.setattr(decoding, "sequential_reason", lambda _: "the test says so")
         general, *seen = reader.read(PICTURES[0], SHORT.general_prompt, texts)
-    assert state(model) == before and (reader._joint is not None) == shared
+    assert state(model) == before and [decoder.sequential_reason is None for decoder in decoders] == [shared]
     assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
     for text, found in ((SHORT.general_prompt, general), *zip(texts, seen, strict=True)):
         inputs = prepare(processor, [PICTURES[0]], build_prompt(processor, text), None, SHORT.max_pixels)
@@ -161,12 +165,12 @@ def test_rows_that_a_prompt_lacks_are_left_out_or_refused() -> None:
     found = profile(model, processor, ASKED[:1], preset=short, steps=["t_start"])
     candidates = reader_of("llava", None, ["t_start"], short).rows
     assert {cell.rows for cell in found.cells} < set(candidates)
-    with pytest.raises(ValueError, match=r"rows: expected rows behind the picture, got \(-30,\)"):
+    with pytest.raises(ValueError, match=r"rows: expected rows after the image, got \(-30,\)"):
         profile(model, processor, ASKED[:1], preset=short, rows=["last", (-30,)])
 
 
 @pytest.mark.parametrize(("steps", "forwards"), [(["t_start"], 1), (["t_start", "t_end"], 3)])
-def test_a_picture_is_read_once_for_all_that_is_asked(steps: list[str], forwards: int) -> None:
+def test_an_image_is_read_once_for_all_prompts(steps: list[str], forwards: int) -> None:
     model, processor = family("llava")
     towers: list[Any] = []
     layers: list[int] = []
