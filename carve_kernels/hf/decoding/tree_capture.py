@@ -6,92 +6,71 @@ from typing import Any
 
 import torch
 
-import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
 from carve_kernels.hf.decoding.token_tree import Part
-from carve_kernels.hf.names import attention_options
+from carve_kernels.hf.layer_batch import LayerBatch, assemble, new_buffers
+from carve_kernels.hf.names import AttentionOptions, attention_options
 from carve_kernels.hf.query_rows import Rows
-from carve_kernels.hf.session.recording import averaged
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
 
 
 class Taking:
-    """The captured rows of a forward: layers wait for each other, and one call captures all that are alike."""
+    """Captures the rows of each segment of a packed forward; layers that are alike are captured with one call."""
 
     def __init__(self, parts: list[Part], layers: tuple[int, ...], backend: str) -> None:
         self._parts, self._layers, self._backend = parts, layers, backend
         self._rows = [part.rows + part.start for part in parts]
-        self._waiting: list[tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]] = []
-        self._like: tuple[float, float, int | None] | None = None
-        self._first = 0
+        self._buffers: list[Capture] = []
+        self._batches: list[LayerBatch] = []
 
     def take(
         self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], window: int | None, options: dict[str, Any]
     ) -> None:
-        """A captured layer: query [1, A, n, D] of the whole row, and the keys of each part, [1, KV, S, D]."""
-        index = self._layers.index(layer)
-        told = attention_options(query, options)
-        like = (told.scale, told.softcap, window)
-        if self._like != like:
+        """Capture a layer: query [1, A, n, D] of the packed row, and the keys of each segment, [1, KV, S, D]."""
+        index, given = self._layers.index(layer), attention_options(query, options)
+        alike = (given.scale, given.softcap, window)
+        if not self._batches or not self._batches[0].accepts(index, alike):
             self._flush()
-            self._like, self._first = like, index
-            self._waiting = [([], [], []) for _ in self._parts]
-        for number, (own, (queries, held, sinks)) in enumerate(zip(keys, self._waiting, strict=True)):
-            queries.append(query[:, :, self._rows[number].to(query.device)])
-            held.append(own)
-            if told.sink is not None:
-                sinks.append(told.sink)
+            self._batches = [self._batch(part, index, alike, given, query.device) for part in self._parts]
+        for batch, rows, key in zip(self._batches, self._rows, keys, strict=True):
+            batch.add(query[:, :, rows.to(query.device)], key, given.sink)
         if index == len(self._layers) - 1:
             self._flush()
 
+    def _batch(
+        self, part: Part, index: int, alike: tuple[Any, ...], given: AttentionOptions, device: torch.device
+    ) -> LayerBatch:
+        seen = part.sees(part.fresh, alike[2])
+        mask = None if seen is None else seen[part.rows - part.fresh][None, None].to(device)
+        return LayerBatch(index, alike, part.tokens.to(device), mask, None, given.scale, given.softcap, None)
+
     def _flush(self) -> None:
-        if self._like is None:
+        if not self._batches:
             return
-        scale, softcap, window = self._like
-        for part, (queries, keys, sinks) in zip(self._parts, self._waiting, strict=True):
-            device = queries[0].device
-            tokens = part.tokens.to(device)
-            seen = part.sees(part.fresh, window)
-            mask = None if seen is None else seen[part.rows - part.fresh][None, None].to(device)
-            if part.taken is None:
-                part.taken = _room(len(self._layers), len(part.rows), tokens.shape[1], device)
-            torch.ops.carve_kernels.capture_layers(
-                queries, keys, tokens, mask, None, sinks, scale, softcap, 0,
-                torch.zeros((), dtype=torch.int64, device=device), self._first, self._backend,
-                *(each[None, :, None] for each in part.taken),
-            )  # fmt: skip
-        self._like, self._waiting = None, []
+        device = self._batches[0].tokens.device
+        if not self._buffers:
+            for part in self._parts:
+                buffers = new_buffers((1, len(self._layers), 1, len(part.rows)), part.tokens.shape[1], device)
+                self._buffers.append(buffers)
+                part.taken = Capture(*(each[0, :, 0] for each in buffers))
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        for batch, buffers in zip(self._batches, self._buffers, strict=True):
+            batch.capture(buffers, step, self._backend)
+        self._batches = []
 
 
 def maps_of(
     steps: list[Capture], rows: Rows, tokens: torch.Tensor, layers: tuple[int, ...], dtype: str, layout: VisualLayout
 ) -> AttentionMaps:
-    """The maps of one prompt from the captures of its forwards: maps [L, R, N], one row each behind the first."""
-    used = tokens >= 0
-    first = Capture(*(part[:, None] for part in steps[0]))
-    if rows.weight is not None:
-        first = averaged(first, rows.weight.to(used.device), used)
-    shape = (1, len(layers), len(steps), first.mass.shape[2])
-    parts = Capture(
-        torch.zeros(*shape, tokens.shape[1], dtype=torch.float32, device=used.device),
-        torch.zeros(shape, dtype=torch.float32, device=used.device),
-        torch.zeros(shape, dtype=torch.float32, device=used.device),
-    )
-    for target, part in zip(parts, first, strict=True):
-        target[0, :, 0] = part[:, 0]
-    for step, later in enumerate(steps[1:], start=1):
-        for target, part in zip(parts, later, strict=True):
-            target[0, :, step, -1] = part[:, 0]
-    valid = torch.zeros(shape, dtype=torch.bool, device=used.device)
-    valid[:, :, 0], valid[:, :, 1:, -1] = True, True
-    # All tokens out of a row's window give exactly 0: the map is missing, it is not black.
-    valid &= (parts.mass != 0) | ~used.any()
-    return AttentionMaps(*parts, valid, layers, tuple(range(len(steps))), tokens, dtype, layout)
-
-
-def _room(layers: int, rows: int, tokens: int, device: torch.device) -> Capture:
-    return Capture(
-        torch.empty(layers, rows, tokens, dtype=torch.float32, device=device),
-        torch.empty(layers, rows, dtype=torch.float32, device=device),
-        torch.empty(layers, rows, dtype=torch.float32, device=device),
+    """The maps of one prompt from the captures of its forwards: maps [L, R, N], one row each after the first."""
+    later = Capture(*(torch.stack(parts) for parts in zip(*steps[1:], strict=True))) if len(steps) > 1 else None
+    return assemble(
+        Capture(*(part[:, None] for part in steps[0])),
+        later,
+        torch.ones(1, len(steps), dtype=torch.bool, device=tokens.device),
+        rows.weight,
+        layers=layers,
+        tokens=tokens,
+        dtype=dtype,
+        layout=layout,
     )
