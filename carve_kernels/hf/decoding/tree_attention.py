@@ -19,9 +19,10 @@ from torch import nn
 
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import INSTEAD, PATCHES
-from carve_kernels.hf.decoding.token_tree import Segment
-from carve_kernels.hf.decoding.tree_capture import TreeCapture
+from carve_kernels.hf.decoding.prefix_cache import Segment
+from carve_kernels.hf.layer_batch import LayerBatch, new_buffers
 from carve_kernels.hf.model import attention_modules, text_backbone
+from carve_kernels.types import Capture
 
 # From this many query tokens on, sdpa on a CPU is faster over whole heads than with a group of heads folded into rows.
 _FOLDED = 64
@@ -106,9 +107,13 @@ class TreeAttention:
                 **(features or {}),
             )
         except _LastLayerReached:
-            return torch.empty(0, device=ids.device)
+            output = None
         finally:
-            self._segments, self._capture = [], None
+            capture, self._segments, self._capture = self._capture, [], None
+        if capture is not None:
+            capture.run()
+        if output is None:
+            return torch.empty(0, device=ids.device)
         if self._calls != len(self._modules):
             raise TreeUnsupported(f"{len(self._modules) - self._calls} of its layers do not call the usual attention")
         return output.logits[0] if options else output.logits[0, keep]
@@ -154,6 +159,50 @@ class TreeAttention:
         tree, columns = segment.tree, slice(segment.start, segment.stop)
         tree.prefix.depth = max(tree.prefix.depth, layer + 1)
         return tree.prefix.write(layer, segment.past, key[:, :, columns], value[:, :, columns], tree.capacity)
+
+
+class TreeCapture:
+    """The captured rows of a packed forward: layers that are alike are captured with one call for each segment."""
+
+    def __init__(self, segments: list[Segment], layers: tuple[int, ...], backend: str) -> None:
+        self._segments, self._layers, self._backend = segments, layers, backend
+        self._rows = [segment.rows + segment.start for segment in segments]
+        self._batches: list[list[LayerBatch]] = []
+
+    def add(
+        self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], window: int | None, options: dict[str, Any]
+    ) -> None:
+        """A captured layer: query [1, A, n, D] of the packed forward, and the keys of each segment, [1, KV, S, D]."""
+        index, attention = self._layers.index(layer), names.attention_options(query, options)
+        alike = (attention.scale, attention.softcap, window)
+        if not self._batches or not self._batches[-1][0].accepts(index, alike):
+            self._batches.append(
+                [self._batch(segment, index, alike, attention, query.device) for segment in self._segments]
+            )
+        for batch, rows, key in zip(self._batches[-1], self._rows, keys, strict=True):
+            batch.add(query[:, :, rows.to(query.device)], key, attention.sink)
+
+    @staticmethod
+    def _batch(
+        segment: Segment,
+        index: int,
+        alike: tuple[float, float, int | None],
+        attention: names.AttentionOptions,
+        device: torch.device,
+    ) -> LayerBatch:
+        visible = segment.visible(segment.fresh, alike[2])
+        mask = None if visible is None else visible[segment.rows - segment.fresh][None, None].to(device)
+        return LayerBatch(index, alike, segment.tokens.to(device), mask, None, attention.scale, attention.softcap, None)
+
+    def run(self) -> None:
+        """Capture all layers, after the forward; each segment gets its own as `captured`."""
+        device = self._batches[0][0].tokens.device
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        for number, segment in enumerate(self._segments):
+            buffers = new_buffers((1, len(self._layers), 1, len(segment.rows)), segment.tokens.shape[1], device)
+            for batches in self._batches:
+                batches[number].capture(buffers, step, self._backend)
+            segment.captured = Capture(*(buffer[0, :, 0] for buffer in buffers))
 
 
 def _eager(

@@ -7,18 +7,17 @@ all of them. A branch that has ended is in no further forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from carve_kernels.hf.decoding.generation import Generation, prepare_generation
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache, common_length
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree, common_length
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
-from carve_kernels.hf.decoding.token_tree import Segment, TokenTree
 from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
-from carve_kernels.hf.decoding.tree_capture import maps_of
+from carve_kernels.hf.layer_batch import assemble
 from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.types import Capture
 
@@ -89,7 +88,8 @@ class TreeDecoder:
         states = [self._start(group) for group in groups]
         with self._attention.installed():
             for state in states:
-                self._prefill(state)
+                for batch, depth in self._prefill_batches(state):
+                    self._prefill(state, batch, depth)
             while any(not branch.done for state in states for branch in state.branches):
                 self._step(states)
         return [self._finish(state, branch) for state in states for branch in state.branches]
@@ -123,19 +123,19 @@ class TreeDecoder:
             return self._attention.depth
         return self._layers[-1] + 1
 
-    def _prefill(self, state: _GroupState) -> None:
-        """The prefix, unless it is cached, and the rest of each prompt."""
+    def _prefill_batches(self, state: _GroupState) -> Iterator[tuple[list[_BranchState], int | None]]:
+        """The forwards that read the prefix, unless it is cached, and the rest of each prompt: branches and depth."""
         captured_only = [branch for branch in state.branches if branch.done]
         with_images = [branch for branch in state.branches if not branch.done and branch.branch.later_images]
         text_only = [branch for branch in state.branches if not branch.done and not branch.branch.later_images]
         if text_only or (state.needs_prefill and (state.group.all_layers or with_images)):
-            self._prefill_batch(state, text_only)
+            yield text_only, None
         for branch in with_images:
-            self._prefill_batch(state, [branch])
+            yield [branch], None
         if captured_only:
-            self._prefill_batch(state, captured_only, self._layers[-1] + 1)
+            yield captured_only, self._layers[-1] + 1
 
-    def _prefill_batch(self, state: _GroupState, batch: list[_BranchState], depth: int | None = None) -> None:
+    def _prefill(self, state: _GroupState, batch: list[_BranchState], depth: int | None) -> None:
         length = len(state.tree.prefix)
         first, fresh = state.branches[0], length if state.needs_prefill else 0
         ids, positions, images = [], [], None
@@ -200,8 +200,19 @@ class TreeDecoder:
             branch.position = branch.position + 1
 
     def _finish(self, state: _GroupState, branch: _BranchState) -> Decoded:
-        maps, layout = None, state.group.layout
-        if branch.rows is not None and layout is not None:
-            tokens = state.tokens.to(branch.captures[0].maps.device)
-            maps = maps_of(branch.captures, branch.rows, tokens, self._layers, self._attention.dtype, layout)
-        return Decoded(tuple(branch.ids[0, branch.prompt_length :].tolist()), maps, branch.tokens)
+        ids, layout = tuple(branch.ids[0, branch.prompt_length :].tolist()), state.group.layout
+        if branch.rows is None or layout is None:
+            return Decoded(ids, None, branch.tokens)
+        first, *later = branch.captures
+        device = first.maps.device
+        maps = assemble(
+            Capture(*(buffer[:, None] for buffer in first)),
+            Capture(*map(torch.stack, zip(*later, strict=True))) if later else None,
+            torch.ones(1, len(branch.captures), dtype=torch.bool, device=device),
+            branch.rows.weight,
+            layers=self._layers,
+            tokens=state.tokens.to(device),
+            dtype=self._attention.dtype,
+            layout=layout,
+        )
+        return Decoded(ids, maps, branch.tokens)

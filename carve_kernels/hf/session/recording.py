@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
-from carve_kernels.backends.reference.capture import entropy
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import check_mask, refuse_packed, steering, visible
 from carve_kernels.hf.caches import Reach
+from carve_kernels.hf.layer_batch import UNCAPTURED, LayerBatch, assemble, new_buffers, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
@@ -22,8 +20,6 @@ from carve_kernels.types import Capture, VisualLayout
 _LOG = logging.getLogger("carve_kernels")
 
 OnLayer = Callable[[int, int, Capture], None]
-# What a buffer of masses holds until something is captured; a mass is never negative.
-_UNSEEN = -1.0
 _EVICTED = (
     "keys were evicted, or others stand beside them, so it is not known which columns they are; run the prompt anew"
 )
@@ -34,32 +30,6 @@ _DOUBTS: dict[str, Callable[[], ValueError]] = {
 }
 # Decode steps that buffers are made for at first; they double when an answer is longer.
 STEPS = 64
-
-
-# Scale, softcap, keys, window and rows of a layer's attention.
-_Like = tuple[float, float, int, int | None, int]
-
-
-@dataclass
-class _Batch:
-    """Layers of one forward that wait to be captured together, since they share all but query, key and sink."""
-
-    first: int
-    like: _Like
-    given: Any
-    version: int | None
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    positions: torch.Tensor | None
-    window: int | None
-    query: list[torch.Tensor] = field(default_factory=list)
-    key: list[torch.Tensor] = field(default_factory=list)
-    written: list[int | None] = field(default_factory=list)
-    sink: list[torch.Tensor] = field(default_factory=list)
-
-    def takes(self, index: int, like: _Like, given: Any) -> bool:
-        same = self.given is given and self.version == _version(given)
-        return same and self.like == like and index == self.first + len(self.query)
 
 
 class Record:
@@ -92,7 +62,7 @@ class Record:
         self.reaches, self.shared = reaches, shared
         self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
-        self.buffers = _buffers(1, len(layers), batch, captured, tokens.shape[1], device)
+        self.buffers = new_buffers((1, len(layers), batch, captured), tokens.shape[1], device)
         self.later: Capture | None = None
         self.target = self.buffers
         self.active = True
@@ -114,7 +84,7 @@ class Record:
         self.on_layer, self.backend = on_layer, backend
         # Whether layers wait for each other: a cache holds their keys anyway; without one they would be held for this.
         self.together = True
-        self.pending: _Batch | None = None
+        self.pending: LayerBatch | None = None
 
     def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
         """Prepare for a decode step: `seen` tokens stand in the cache then, row `column` of the query is captured."""
@@ -140,7 +110,7 @@ class Record:
 
     def _make_room(self, room: int, steps: int) -> None:
         batch, device = self.tokens.shape[0], self.tokens.device
-        later = _buffers(steps, len(self.layers), batch, 1, self.tokens.shape[1], device)
+        later = new_buffers((steps, len(self.layers), batch, 1), self.tokens.shape[1], device)
         # No token has this number, so a step whose ids nobody knows ends nothing.
         fed = torch.full((steps, batch), -1, dtype=torch.int64, device=device)
         if self.later is None:
@@ -155,7 +125,7 @@ class Record:
         """Forget the steps behind the first `seen` tokens, before one of them is taken anew."""
         self.step = seen - self.prompt
         if self.later is not None:
-            self.later.mass[self.step :] = _UNSEEN
+            self.later.mass[self.step :] = UNCAPTURED
 
     def record(self, index: int, *call: Any) -> None:
         """Take a layer's attention as it was called; what is refused in it leaves no maps."""
@@ -180,20 +150,16 @@ class Record:
         query, key = query.detach(), key.detach()
         self._check(index, query, key, told)
         _, heads, length, size = query.shape
-        like = (told.scale, told.softcap, key.shape[2], told.window, length)
+        alike = (told.scale, told.softcap, key.shape[2], told.window, length, version_of(attention_mask))
         picked = self.rows if length == self.reads else self.rows - (self.reads - length)
         pending = self.pending
-        if pending is None or not pending.takes(index, like, attention_mask):
+        if pending is None or not pending.accepts(index, alike, attention_mask):
             self._flush()
-            pending = self._batch(index, module, like, attention_mask, picked, length, told)
+            pending = self._batch(index, module, alike, attention_mask, picked, told)
             self.pending = pending
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, picked[:, None, :, None].expand(-1, heads, -1, size))
-        pending.query.append(query)
-        pending.key.append(key)
-        pending.written.append(_version(key))
-        if told.sink is not None:
-            pending.sink.append(told.sink)
+        pending.add(query, key, told.sink)
         self.dtype = str(query.dtype).removeprefix("torch.")
         if index == len(self.layers) - 1 or not self.together:
             self._flush()
@@ -232,13 +198,12 @@ class Record:
         self,
         index: int,
         module: nn.Module,
-        like: _Like,
+        alike: tuple[Any, ...],
         attention_mask: Any,
         picked: torch.Tensor,
-        length: int,
         told: names.AttentionOptions,
-    ) -> _Batch:
-        keys, window = like[2:4]
+    ) -> LayerBatch:
+        keys, window, length = alike[2:5]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, attention_mask, keys)
         refuse_packed(implementation, attention_mask, told.segments, told.positions, length)
@@ -256,15 +221,16 @@ class Record:
                 self.doubts["attention_mask"].logical_or_(seen.steered)
             elif bool(seen.steered):
                 raise steering()
-        return _Batch(
+        return LayerBatch(
             index,
-            like,
-            attention_mask,
-            _version(attention_mask),
+            alike,
             self._columns(keys),
             seen.mask,
             seen.positions,
+            told.scale,
+            told.softcap,
             seen.window,
+            attention_mask,
         )
 
     def _columns(self, keys: int) -> torch.Tensor:
@@ -279,16 +245,12 @@ class Record:
         self.pending = None
         if pending is None:
             return
-        if [_version(key) for key in pending.key] != pending.written:
+        if pending.keys_changed():
             raise ValueError(
                 f"cache: keys of layer {self.layers[pending.first]} or behind it were written to after their attention "
                 "and before their capture; use on_layer, which captures each layer at once"
             )
-        scale, softcap = pending.like[:2]
-        torch.ops.carve_kernels.capture_layers(
-            pending.query, pending.key, pending.tokens, pending.mask, pending.positions, pending.sink, scale, softcap,
-            pending.window or 0, self.slot, pending.first, self.backend, *self.target,
-        )  # fmt: skip
+        pending.capture(self.target, self.slot, self.backend)
 
     def result(self) -> AttentionMaps:
         """What has been captured so far, as tensors of its own; raises ValueError where something was refused."""
@@ -298,40 +260,17 @@ class Record:
             if bool(doubt):
                 raise _DOUBTS[name]()
         steps = min(self.step + 1, self.max_steps) if self.last else 1
-        first = Capture(*(part[0] for part in self.buffers))
-        used = self.tokens >= 0
-        alive = self._alive(steps)
-        if self.weight is not None:
-            first = averaged(first, self.weight.to(used.device), used)
-        _, batch, rows = first.mass.shape
-        shape = (batch, len(self.layers), steps, rows)
-        values = torch.zeros(*shape, self.tokens.shape[1], device=used.device)
-        mass, spread = torch.zeros(shape, device=used.device), torch.zeros(shape, device=used.device)
-        values[:, :, 0], mass[:, :, 0], spread[:, :, 0] = (part.transpose(0, 1) for part in first)
-        valid = torch.zeros(shape, dtype=torch.bool, device=used.device)
-        valid[:, :, 0] = True
-        if steps > 1 and self.later is not None:
-            later = Capture(*(part[: steps - 1, :, :, 0] for part in self.later))
-            for target, part in zip((values, mass, spread), later, strict=True):
-                target[:, :, 1:, -1] = part.movedim((0, 1, 2), (2, 1, 0))
-            valid[:, :, 1:, -1] = True
-        unseen = ((mass == _UNSEEN) & valid).any(-1).any(0)
-        # A step that was interrupted is not there yet.
-        finished = steps - int(steps > 1 and bool(unseen[:, -1].any()))
-        if bool(unseen[:, :finished].any()):
-            missing = [layer for layer, gone in zip(self.layers, unseen[:, :finished].any(-1), strict=True) if gone]
-            raise RuntimeError(
-                f"layers: nothing was captured in layers {missing}; their attention was not called in the captured "
-                "forward (was the implementation switched inside the session?)"
-            )
-        # All tokens out of a row's window give exactly 0: the map is missing, it is not black. So is that of no tokens.
-        valid &= alive[:, None, :, None] & (mass != 0)
-        values[~valid], mass[~valid], spread[~valid] = 0.0, 0.0, 0.0
-        kept = int(alive[:, :finished].any(0).nonzero()[-1]) + 1
-        return AttentionMaps(
-            values[:, :, :kept], mass[:, :, :kept], spread[:, :, :kept], valid[:, :, :kept],
-            self.layers, tuple(range(kept)), self.tokens.clone(), self.dtype, self.layout,
-        )  # fmt: skip
+        later = self.later if steps > 1 else None
+        return assemble(
+            Capture(*(part[0] for part in self.buffers)),
+            None if later is None else Capture(*(part[: steps - 1, :, :, 0] for part in later)),
+            self._alive(steps),
+            self.weight,
+            layers=self.layers,
+            tokens=self.tokens,
+            dtype=self.dtype,
+            layout=self.layout,
+        )
 
     def _alive(self, steps: int) -> torch.Tensor:
         """Which rows of the batch still run at each step, bool [B, T]: the end token is never a query."""
@@ -343,27 +282,3 @@ class Record:
         for step, ids in enumerate(self.fed[: min(steps - 1, self.step)], start=1):
             alive[:, step] = alive[:, step - 1] & ~torch.isin(ids, ends)
         return alive
-
-
-def _version(value: Any) -> int | None:
-    """How often a tensor was written to; None where nobody counts, as for a mask that is none."""
-    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
-        return None
-    return value._version
-
-
-def _buffers(steps: int, layers: int, batch: int, rows: int, tokens: int, device: torch.device) -> Capture:
-    shape = (steps, layers, batch, rows)
-    return Capture(
-        torch.zeros(*shape, tokens, device=device),
-        torch.full(shape, _UNSEEN, device=device),
-        torch.zeros(shape, device=device),
-    )
-
-
-def averaged(first: Capture, weight: torch.Tensor, used: torch.Tensor) -> Capture:
-    """The mean over groups of rows: maps [L, B, Q, N] with weight [B, R, Q]; an unseen row keeps its mark."""
-    maps = weight @ first.maps
-    mass = torch.where((first.mass == _UNSEEN).any(-1, keepdim=True), _UNSEEN, maps.sum(-1))
-    spread = torch.stack([entropy(layer, used) for layer in maps])
-    return Capture(maps, mass, spread)

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache, common_length
-from carve_kernels.hf.decoding.token_tree import TokenTree
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache, TokenTree, common_length
 
 
 def tokens(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carve_kernels.hf.decoding import tree_attention
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache
-from carve_kernels.hf.decoding.token_tree import Segment, TokenTree
+from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
