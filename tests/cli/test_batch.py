@@ -191,7 +191,7 @@ def test_an_image_file_is_never_in_memory_whole_to_be_told_apart(tmp_path: Path)
 def test_too_little_memory_for_one_picture_is_its_error(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from carve_kernels.hf.engine import requests
+    from carve_kernels.hf.engine import passes as requests
 
     opened = requests.open_image
 

@@ -3,9 +3,9 @@
     decoder = Decoder(model, processor, layers, backend)
     decoder.decode(groups)  # -> list[Decoded]
 
-prompt_groups.py has what is decoded and what comes out; support.py says when tree decoding is possible; tree_decoder.py
-does it with tree_attention.py, token_tree.py, tree_capture.py and prefix_cache.py; sequential.py is the fallback;
-generation.py has the rules of `generate` by which both choose tokens. Answers and maps are the same either way.
+`sequential_reason` decides between the two. prompt_groups.py has the input and the output; tree_decoder.py does
+tree decoding with tree_attention.py and prefix_cache.py; sequential.py is the fallback; generation.py has the rules of
+`generate` by which both choose tokens. Answers and maps are the same either way.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from carve_kernels.hf import foreign, names
 from carve_kernels.hf.decoding.generation import preserved_positions
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.sequential import decode_prompt
-from carve_kernels.hf.decoding.support import sequential_reason
 from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
-from carve_kernels.hf.model import unwrap
+from carve_kernels.hf.model import (
+    attention_modules,
+    decoder_layers,
+    devices_of,
+    text_backbone,
+    unwrap,
+    wrappers,
+)
+from carve_kernels.hf.session.generate_guard import GUARD
 
 __all__ = [
     "Branch",
@@ -41,6 +49,9 @@ __all__ = [
 _LOG = logging.getLogger("carve_kernels")
 _LOCK = threading.Lock()
 _MODEL_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+# Rotary embeddings of these kinds depend on the length of the whole forward.
+_LENGTH_DEPENDENT = {"dynamic", "longrope"}
+_EXACT_CACHES = (None, "dynamic", "static")
 
 
 class Decoder:
@@ -51,7 +62,7 @@ class Decoder:
         self._set_reason(sequential_reason(model))
 
     def decode(self, groups: Sequence[PromptGroup]) -> list[Decoded]:
-        """The greedy answers and the maps of all prompts, in order; each branch gets its own as `decoded`."""
+        """The greedy answers and the maps of all prompts, in order; each branch gets its `ids` and `maps`."""
         if self.sequential_reason is None:
             # Not in inference mode: cached keys are written to by later calls, which may be outside of it.
             with (
@@ -83,6 +94,55 @@ class Decoder:
             _LOG.info("prompts are decoded one by one, since %s", reason)
 
 
+def sequential_reason(model: Any) -> str | None:
+    """Why the prompts of this model must be decoded one by one, or None.
+
+    Tree attention (tree_attention.py) replaces the attention of the model, so this has to be causal softmax attention,
+    with sliding windows or without. It writes all keys to buffers, so the kind of cache does not matter as long as the
+    cache stores keys unchanged. Everything else must treat each token by itself: the last token of a packed forward is
+    not the last token of each prompt, nor is its largest activation the largest of each prompt.
+    """
+    inner: Any = unwrap(model)
+    modules = attention_modules(model)
+    if len(modules) < len(decoder_layers(model)):
+        return f"{len(decoder_layers(model)) - len(modules)} of its layers have no softmax attention"
+    try:
+        places = {names.attention_entry(module, layer)[1] for layer, module in modules.items()}
+    except ValueError as error:
+        return str(error)
+    unknown = [name for name in places if not names.is_builtin(name)]
+    if unknown:
+        return f"its attention implementation {unknown[0]!r} is not one of transformers'"
+    config: Any = text_backbone(model).config
+    changing = sorted(names.rotations(config) & _LENGTH_DEPENDENT)
+    if changing:
+        return f"its rotation is {changing[0]!r}, which depends on the length of the prompt"
+    if not all(names.is_causal(module) for module in modules.values()):
+        return "its attention is not causal"
+    return names.tree_obstacle(inner, config) or _decoding_reason(model, inner)
+
+
+def _decoding_reason(model: Any, inner: Any) -> str | None:
+    if GUARD in inner.__dict__:
+        return "a session of capture_attention is open on it"
+    if names.has_own_generate(inner):
+        return "it has its own generate"
+    if inner.training:
+        return "it is in training mode"
+    if any(names.compiled_in_place(module) is not None for module in inner.modules()):
+        return "it was compiled in place"
+    for module in (*wrappers(model), inner):
+        adapter = names.adapter_obstacle(module)
+        if adapter is not None:
+            return adapter
+    places = [devices_of(layer) for layer in decoder_layers(model)]
+    if any(len(place) != 1 or place != places[0] for place in places):
+        return "its layers are not on one device"
+    if inner.generation_config.cache_implementation not in _EXACT_CACHES:
+        return f"its cache is {inner.generation_config.cache_implementation!r}"
+    return foreign.code_on(inner) or foreign.mixer(inner, text_backbone(model))
+
+
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
     """Other threads that decode on this model wait until the block is left."""
@@ -95,5 +155,7 @@ def exclusive(model: Any) -> Iterator[None]:
 def _assign(groups: Sequence[PromptGroup], decoded: list[Decoded]) -> list[Decoded]:
     branches = [branch for group in groups for branch in group.branches]
     for branch, result in zip(branches, decoded, strict=True):
-        branch.decoded = result
+        branch.ids = result.ids
+        if result.maps is not None:
+            branch.maps = result.maps
     return decoded

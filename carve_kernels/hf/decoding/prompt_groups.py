@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
-from carve_kernels.hf.image_features import ImageFeatures
+from carve_kernels.hf.inputs import ImageFeatures
 from carve_kernels.hf.query_rows import RowsSpec
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import VisualLayout
@@ -32,7 +32,8 @@ class Branch:
     rows            the captured rows, or None
     images          the features of all of its images where they are not the group's
     later_images    the features of the images after the group's prefix, if there are any
-    decoded         set by `decode`
+    ids             the new tokens, set by `decode`
+    maps            the captured maps, set by `decode` if there are rows
     ==============  ==================================================================================================
     """
 
@@ -41,25 +42,8 @@ class Branch:
     rows: RowsSpec | None = None
     images: ImageFeatures | None = None
     later_images: ImageFeatures | None = None
-    decoded: Decoded | None = None
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The new tokens. Raises RuntimeError before the prompt was decoded."""
-        return self._decoded().ids
-
-    @property
-    def maps(self) -> AttentionMaps:
-        """The captured maps. Raises RuntimeError before the prompt was decoded, and if no rows were captured."""
-        maps = self._decoded().maps
-        if maps is None:
-            raise RuntimeError("maps: expected a prompt with captured rows, got rows=None")
-        return maps
-
-    def _decoded(self) -> Decoded:
-        if self.decoded is None:
-            raise RuntimeError("decoded: expected a prompt that was decoded; call decode first")
-        return self.decoded
+    ids: tuple[int, ...] = field(init=False)
+    maps: AttentionMaps = field(init=False)
 
 
 @dataclass(eq=False)
@@ -81,7 +65,3 @@ class PromptGroup:
     prefix: PrefixCache | None = None
     all_layers: bool = False
     branches: list[Branch] = field(default_factory=list)
-
-    def add(self, branch: Branch) -> Branch:
-        self.branches.append(branch)
-        return branch

@@ -145,10 +145,9 @@ class TreeAttention:
             raise _LastLayerReached
         eager = names.implementation_of(module) == "eager"
         attend = partial(_eager, attention, module) if eager else _sdpa
-        outputs = [
-            attend(segment, query[:, :, segment.start : segment.stop], *cache, window, options)
-            for segment, cache in zip(self._segments, cached, strict=True)
-        ]
+        outputs = []
+        for segment, cache in zip(self._segments, cached, strict=True):
+            outputs.append(attend(segment, query[:, :, segment.start : segment.stop], *cache, window, options))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
@@ -15,8 +15,9 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.checks import BackendUnavailable, UpstreamChanged
-from carve_kernels.hf.engine.requests import Request
+from carve_kernels.hf.engine.passes import Request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
+from carve_kernels.hf.inputs import is_many
 from carve_kernels.hf.model import input_device
 
 Result = CarveResult | CarveFailure
@@ -135,19 +136,12 @@ def _token_limit(engine: Engine, tokens: int | None) -> int:
 
 def _is_many(name: str, value: Any) -> bool:
     """Whether an argument has one value for each question, or one for all of them."""
-    if holds_many(value):
+    if is_many(value):
         return True
     if isinstance(value, (str, os.PathLike, Image.Image)) or (value is None and name == "prompts"):
         return False
     one = "a path or a PIL image" if name == "images" else "a text"
     raise TypeError(f"{name}: expected {one}, a list or an iterator of them, got {checks.describe(value)}")
-
-
-def holds_many(value: Any) -> bool:
-    """Whether this is a list or an ordered iterable of values; arrays and open files are not."""
-    single = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping, Set)
-    is_single = isinstance(value, single) or hasattr(value, "shape") or hasattr(value, "read")
-    return isinstance(value, Iterable) and not is_single
 
 
 def _total(many: dict[str, Any]) -> int | None:

@@ -15,10 +15,9 @@ from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
 from carve_kernels.hf.engine import batching
 from carve_kernels.hf.engine.cache import Memory, memory_of
-from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
-from carve_kernels.hf.engine.requests import Request, make_request
+from carve_kernels.hf.engine.passes import Job, Request, Setup, first_pass, make_request, second_pass
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
-from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, is_many
 from carve_kernels.hf.layouts.letterbox import FITS
 from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, text_backbone, unwrap
@@ -127,7 +126,7 @@ class CarveEngine:
     def __call__(
         self, image: Any, question: Any, prompt: Any = None, on_progress: Callable[..., None] | None = None
     ) -> CarveResult | list[CarveResult | CarveFailure]:
-        if batching.holds_many(image) or batching.holds_many(question):
+        if is_many(image) or is_many(question):
             return batching.answer_all(self, image, question, prompt, on_progress)
         report = on_progress or (lambda stage, done, total: None)
         request = self.request(image, question, prompt)

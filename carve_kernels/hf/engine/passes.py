@@ -1,28 +1,71 @@
-"""CARVE's two passes: original images, then refined ones."""
+"""CARVE's two passes: original images, then refined ones; a `Job` is one request from its prompts to its result."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
+from carve_kernels import checks
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup
 from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.hf.engine.fingerprint import Unidentified, digest, fingerprint, same_pixels
-from carve_kernels.hf.engine.requests import Prompt, Request, SecondPrompt, make_second_prompt
 from carve_kernels.hf.engine.result import CarveResult
-from carve_kernels.hf.image_features import ImageFeatures
+from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, open_image
+from carve_kernels.hf.layouts import check_processor, layout_of
+from carve_kernels.hf.layouts.letterbox import Letterbox
 from carve_kernels.hf.model import image_token_positions, input_device, unwrap
 from carve_kernels.hf.query_rows import RowsSpec, general_rows
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import CarveOutcome, carve_views
 from carve_kernels.presets import Preset
+from carve_kernels.types import VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
+
+
+class Prompt(NamedTuple):
+    """A prompt about one image as the model takes it; `prefix_length` counts its tokens up to the last of the image."""
+
+    text: str
+    inputs: dict[str, Any]
+    layout: VisualLayout
+    prefix_length: int
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        return tuple(self.inputs["input_ids"][0, : self.prefix_length].tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One image and one question, opened, checked and processed; `tokens` is what a KV cache must hold for it."""
+
+    image: Image.Image
+    question: str
+    task: Prompt
+    general: Prompt
+    features: ImageFeatures
+    image_inputs: ImageInputs
+    tokens: int
+
+
+class SecondPrompt(NamedTuple):
+    """The prompt of the second pass: all of its images, and the last one alone if it can be separated.
+
+    `refined` is the last image, None where that is the original.
+    """
+
+    inputs: dict[str, Any]
+    features: ImageFeatures
+    later_images: ImageFeatures | None
+    refined: Image.Image | None
 
 
 class Setup:
@@ -183,12 +226,15 @@ def first_pass(setup: Setup, jobs: Sequence[Job]) -> None:
         if setup.memory is not None or len(jobs) > 1:
             job.image_key = digest(job.request.image)
         shared = features.setdefault(job.image_key, job.request.features)
+        job.task = Branch(job.request.task.inputs, setup.task_new_tokens, setup.preset.rows)
         job.group = _group(setup, groups, job, job.request.task, shared)
-        job.task = job.group.add(Branch(job.request.task.inputs, setup.task_new_tokens, setup.preset.rows))
+        job.group.branches.append(job.task)
         if job.image_key not in general:
-            general[job.image_key] = setup.cached_general(job) or _group(
-                setup, groups, job, job.request.general, shared
-            ).add(Branch(job.request.general.inputs, setup.general_new_tokens, setup.general_rows))
+            general[job.image_key] = setup.cached_general(job) or Branch(
+                job.request.general.inputs, setup.general_new_tokens, setup.general_rows
+            )
+            if isinstance(branch := general[job.image_key], Branch):
+                _group(setup, groups, job, job.request.general, shared).branches.append(branch)
     setup.decoder.decode(list(groups.values()))
     seconds = (time.perf_counter() - start) / len(jobs)
     for job in jobs:
@@ -225,11 +271,84 @@ def second_pass(setup: Setup, jobs: Sequence[Job]) -> None:
                 # Two questions may select the same part of an image.
                 prefix_ids = tuple(second.inputs["input_ids"][0, : group.start].tolist())
                 key = job.image_key, digest(second.refined), prefix_ids
-        branches[job] = groups.setdefault(key, group).add(branch)
+        groups.setdefault(key, group).branches.append(branch)
+        branches[job] = branch
     setup.decoder.decode(list(groups.values()))
     for job, branch in branches.items():
         job.refined_ids = branch.ids
         job.seconds["second pass"] = (time.perf_counter() - start) / len(jobs)
+
+
+def make_request(
+    model: Any,
+    processor: Any,
+    preset: Preset,
+    image: str | os.PathLike[str] | Image.Image,
+    question: str,
+    prompt: str | None,
+    max_image_pixels: int,
+    fit: str | None = None,
+) -> Request:
+    """Check an image and a question, open the image and run the processor; the model does not run."""
+    checks.text("question", question)
+    if prompt is not None:
+        checks.text("prompt", prompt)
+        if preset.images != "refined":
+            raise ValueError(
+                "prompt: expected None where the last question shows two images "
+                f"(images={preset.images!r}), since one prompt cannot hold one image and then two; "
+                f"got {checks.describe(prompt)}"
+            )
+    check_processor(model, processor)
+    original = open_image(image, max_image_pixels)
+    letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
+    image_inputs = ImageInputs(
+        processor, input_device(model), preset.max_pixels, None if letterbox is None else letterbox.laid
+    )
+
+    def locate(text: str) -> tuple[Prompt, ImageFeatures]:
+        inputs, features = image_inputs.inputs([original], text)
+        return locate_prompt(model, processor, original, text, inputs, features.entries, letterbox), features
+
+    task, features = locate(build_prompt(processor, question + preset.suffix) if prompt is None else prompt)
+    general, _ = locate(build_prompt(processor, preset.general_prompt + preset.suffix))
+    if preset.images == "refined":
+        image_inputs.clear()
+    tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
+    return Request(original, question, task, general, features, image_inputs, tokens)
+
+
+def make_second_prompt(
+    processor: Any, preset: Preset, request: Request, refined: Image.Image, is_original: bool
+) -> SecondPrompt:
+    """The second prompt of a request about a refined image.
+
+    Raises ValueError if the processor refuses the refined image.
+    """
+    image_inputs = request.image_inputs
+    if preset.images == "refined":
+        return SecondPrompt(*image_inputs.inputs([refined], request.task.text), None, refined)
+    text = build_prompt(processor, request.question + preset.suffix, 2)
+    inputs, features = image_inputs.inputs([request.image, refined], text)
+    later = image_inputs.single(refined)
+    if later is not None and is_original:
+        later = request.features
+    return SecondPrompt(inputs, features, later, None if is_original else refined)
+
+
+def locate_prompt(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    text: str,
+    inputs: dict[str, Any],
+    entries: Mapping[str, Any],
+    letterbox: Letterbox | None = None,
+) -> Prompt:
+    """A prompt with the positions of its visual tokens, from what `ImageInputs.inputs` returned."""
+    all_inputs = {**inputs, **entries}
+    layout = letterbox.layout(all_inputs, image) if letterbox else layout_of(model, processor, all_inputs, [image])
+    return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)
 
 
 def _group(

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf.decoding import Branch, Decoder, PrefixCache, PromptGroup
-from carve_kernels.hf.engine.requests import Prompt, locate_prompt
-from carve_kernels.hf.image_features import ImageFeatures, ImageInputs
-from carve_kernels.hf.inputs import build_prompt, prepare
+from carve_kernels.hf.engine.passes import Prompt, locate_prompt
+from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, prepare
 from carve_kernels.hf.layouts.letterbox import Letterbox
 from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, input_device
 from carve_kernels.hf.profile.scores import Choice
@@ -111,7 +110,8 @@ class CandidateReader:
             prompt, ids = request.prompt, request.prompt.prefix_ids
             if ids not in groups:
                 groups[ids] = PromptGroup(request.features, prompt.prefix_length, prompt.layout, prefixes.get(ids))
-            branches.append(groups[ids].add(Branch(prompt.inputs, self._new_tokens, request.rows)))
+            branches.append(Branch(prompt.inputs, self._new_tokens, request.rows))
+            groups[ids].branches.append(branches[-1])
         decoder.decode(list(groups.values()))
         prefixes.update({ids: group.prefix for ids, group in groups.items()})
         return [_select(request, branch.maps) for request, branch in zip(requests, branches, strict=True)]

@@ -17,8 +17,7 @@ from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
-from carve_kernels.hf.image_features import ImageInputs
-from carve_kernels.hf.inputs import build_prompt, prepare
+from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
 from carve_kernels.hf.query_rows import RowsSpec
 from tests.support.families import FAMILIES, family, state
 from tests.support.tiny_models import picture, tiny_llava, tiny_qwen2_5_vl
@@ -42,7 +41,7 @@ def group_of(model: Any, processor: Any, image: Any, branches: Sequence[tuple[st
         inputs, features = image_inputs.inputs([image], build_prompt(processor, text))
         layout = layout_of(model, processor, {**inputs, **features.entries}, [image])
         group = group or PromptGroup(features, int(layout.tokens().max()) + 1, layout)
-        group.add(Branch(inputs, count, rows))
+        group.branches.append(Branch(inputs, count, rows))
     assert group is not None
     return group
 
@@ -249,7 +248,7 @@ def test_unsupported_prompts_have_a_reason() -> None:
     layout = layout_of(model, processor, {**inputs, **features.entries}, [PHOTO])
     with pytest.raises(TreeUnsupported, match="no text follows the image tokens"):
         group = PromptGroup(features, int(layout.tokens().max()) + 1, layout)
-        group.add(Branch(inputs, 2, "last"))
+        group.branches.append(Branch(inputs, 2, "last"))
         decode(model, processor, group)
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.image_features import ImageInputs
-from carve_kernels.hf.inputs import build_prompt, prepare
+from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
 from tests.support.families import FAMILIES, family
 from tests.support.tiny_models import picture
 
