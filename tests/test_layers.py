@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, rooms never sideways, heavy packages only where they belong."""
+"""The layers of the package: imports go down only, backends never sideways, heavy packages only where they belong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-FLOORS = {
+LAYERS = {
     0: (
         "types",
         "checks",
@@ -31,7 +31,7 @@ FLOORS = {
 }
 TOP = 6  # carve_kernels itself, which only the command line may import from
 
-# Where a package may be imported at run time: floors by number, parts of the house by name.
+# Where a package may be imported at run time: layers by number, modules by name.
 HOMES: dict[str, tuple[int | str, ...]] = {
     "transformers": (4, 5),
     "triton": ("backends.triton",),
@@ -40,31 +40,33 @@ HOMES: dict[str, tuple[int | str, ...]] = {
     "rich": (5,),
     "typer": (5,),
 }
+# What the backends of the compiled extension share.
+SHARED = "native"
 EXTENSION = "carve_kernels._C"
 EXTENSION_HOMES = ("backends.native.extension",)
 
 
-def floor_of(module: str) -> int:
+def layer_of(module: str) -> int:
     if module == "carve_kernels":
         return TOP
     part = module.split(".")[1]
-    floors = [floor for floor, parts in FLOORS.items() if part in parts]
-    assert floors, f"{module} stands on no floor: give carve_kernels/{part} one in FLOORS"
-    return floors[0]
+    layers = [floor for floor, parts in LAYERS.items() if part in parts]
+    assert layers, f"{module} has no layer: give carve_kernels/{part} one in LAYERS"
+    return layers[0]
 
 
-def room_of(module: str) -> str | None:
-    """The room of a module; "" for the corridor `backends` itself, None outside of it."""
+def backend_of(module: str) -> str | None:
+    """The backend of a module; "" for `backends` itself, None outside of it."""
     parts = module.split(".")
     if parts[1:2] != ["backends"]:
         return None
-    return parts[2] if len(parts) > 2 and parts[2] != "native" else ""
+    return parts[2] if len(parts) > 2 else ""
 
 
 def is_within(module: str, homes: tuple[int | str, ...]) -> bool:
     inner = module.removeprefix("carve_kernels.")
     return any(
-        floor_of(module) == home if isinstance(home, int) else inner == home or inner.startswith(f"{home}.")
+        layer_of(module) == home if isinstance(home, int) else inner == home or inner.startswith(f"{home}.")
         for home in homes
     )
 
@@ -98,7 +100,7 @@ def imports(module: str, tree: ast.Module) -> Iterator[tuple[str, bool]]:
 
 
 def faults(module: str, source: str) -> list[str]:
-    """Every import of a module that the house forbids."""
+    """Every import of a module that the layers forbid."""
     tree = ast.parse(source)
     found = []
     for name, typing_only in imports(module, tree):
@@ -108,11 +110,11 @@ def faults(module: str, source: str) -> list[str]:
         if root != "carve_kernels" or module == "carve_kernels" or name == EXTENSION:
             continue
         if name == "carve_kernels":
-            if floor_of(module) != 5:
-                found.append(f"{module} imports the public names, which stand above it")
-        elif floor_of(name) > floor_of(module):
-            found.append(f"{module} (floor {floor_of(module)}) imports {name} (floor {floor_of(name)}): up")
-        elif room_of(module) and room_of(name) is not None and room_of(name) != room_of(module):
+            if layer_of(module) != 5:
+                found.append(f"{module} imports the public names, which are above it")
+        elif layer_of(name) > layer_of(module):
+            found.append(f"{module} (layer {layer_of(module)}) imports {name} (layer {layer_of(name)}): up")
+        elif backend_of(module) and backend_of(name) not in (None, SHARED, backend_of(module)):
             found.append(f"{module} imports {name}: sideways")
     named = any(name == EXTENSION for name, _ in imports(module, tree))
     loads = named or "load_library" in source or "_C.abi3" in source
@@ -159,5 +161,43 @@ def test_a_planted_import_is_caught(module: str, source: str) -> None:
         ("carve_kernels.cli.demo", "import rich\nfrom carve_kernels import __version__\nfrom PIL import Image"),
     ],
 )
-def test_an_honest_import_passes(module: str, source: str) -> None:
+def test_an_allowed_import_passes(module: str, source: str) -> None:
     assert faults(module, source) == []
+
+
+# The parts of hf/, lowest first: model access (the files of hf/ itself), then its folders. engine serves profile.
+HF_PARTS = ("", "layouts", "session", "decoding", "engine", "profile")
+
+
+def part_of(module: str) -> str | None:
+    """The part of hf/ that a module belongs to, None outside of hf/."""
+    words = module.split(".")
+    if words[1:2] != ["hf"]:
+        return None
+    return words[2] if len(words) > 2 and words[2] in HF_PARTS else ""
+
+
+def hf_imports() -> Iterator[tuple[str, str]]:
+    """Each import of one part of hf/ by a module of another part."""
+    for module, path in MODULES.items():
+        part = part_of(module)
+        if part is None or module == "carve_kernels.hf":
+            continue
+        for name in {name for name, _ in imports(module, ast.parse(path.read_text()))}:
+            if part_of(name) not in (None, part):
+                yield module, name
+
+
+def test_the_parts_of_hf_import_downwards_only() -> None:
+    upward = [
+        f"{module} imports {name}"
+        for module, name in hf_imports()
+        if HF_PARTS.index(part_of(name) or "") > HF_PARTS.index(part_of(module) or "")
+    ]
+    assert upward == []
+
+
+def test_the_parts_of_hf_have_few_imports_of_each_other() -> None:
+    """Counted once for each part and each module that it imports from another one; any part may use model access."""
+    edges = {(part_of(module), name) for module, name in hf_imports() if part_of(name)}
+    assert 0 < len(edges) <= 30, sorted(edges)

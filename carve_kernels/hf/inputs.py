@@ -1,4 +1,4 @@
-"""From a picture and a text to model inputs: opening images, building prompts, one row of inputs."""
+"""From images and texts to model inputs: images are opened, prompts built, and each image is processed once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from carve_kernels.ops.zoom import orientation, to_rgb
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
 
-# Where Pillow looks for an orientation, in the order in which it does.
-_NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-# What makes a picture of an orientation upright.
-_TURNS = {
+# Where Pillow looks for an orientation, in its order.
+_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# The transposition that makes an image of each EXIF orientation upright.
+_TRANSPOSITIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -35,8 +35,8 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-# What Qwen's templates write around an image.
-_AROUND = ("<|vision_start|>", "<|vision_end|>")
+# The tokens around an image in Qwen's templates.
+_IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
 # The prefix of the entries that only the vision tower reads.
 _PIXELS = "pixel"
@@ -54,12 +54,12 @@ def is_many(value: Any) -> bool:
 
 
 def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Open an image as an upright RGB picture: EXIF-transposed, transparency over white, 16 bits scaled to 8.
+    """Open an image as upright RGB: EXIF-transposed, transparency over white, 16 bits scaled to 8.
 
-    The picture has none of the file's EXIF and XMP notes, so nobody turns it again.
+    The result has none of the file's EXIF and XMP entries, so it is not rotated twice.
 
-    Raises ValueError if the file is missing, is no image or is cut off, if its pixels are floating-point, or if it has
-    more than `max_image_pixels`; TypeError for anything that is neither a path nor a PIL image.
+    Raises ValueError if the file is missing, is not an image or is truncated, if its pixels are floating-point, or if
+    it has more than `max_image_pixels`; TypeError for anything but a path or a PIL image.
     """
     limit = integer("max_image_pixels", max_image_pixels, low=1)
     if isinstance(image, Image.Image):
@@ -74,7 +74,7 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
     path = check_path("image", image)
     # Path.is_file raises for a name that is too long.
     if not os.path.isfile(path):
-        raise ValueError(f"image: {path} is {'no file' if os.path.exists(path) else 'missing'}")
+        raise ValueError(f"image: {path} is {'not a file' if os.path.exists(path) else 'missing'}")
     try:
         with _opened(path, limit) as opened:
             return _upright_rgb(opened, limit)
@@ -83,24 +83,23 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
     except MemoryError:
         raise
     except Exception as error:
-        # A damaged file ends Pillow's decoders in errors of many kinds.
+        # Pillow's decoders raise errors of many kinds for a damaged file.
         raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
 
 
 def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     """The prompt for `n_images` images and a text, by the chat template of the processor, or else of its tokenizer.
 
-    A template for texts, which takes no list of parts, gets the images' tokens before the text, as where there is no
-    template at all.
+    A text-only template, which takes no list of parts, gets the image tokens before the text, as without a template.
 
-    Raises ValueError if the text is empty or holds the image token, if the template drops images or the text, or if
+    Raises ValueError if the text is empty or contains the image token, if the template drops images or the text, or if
     there are several templates and none is the default.
     """
     check_text("text", text)
     count = integer("n_images", n_images, low=0)
     token = processor.image_token
     if token in text:
-        raise ValueError(f"text: holds the image token {token!r}, which stands for an image; take it out")
+        raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
     flat = _image_in_text(processor) * count + text
     template = _template_of(processor)
     if template is None:
@@ -116,7 +115,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
                 tokenize=False,
             )
         except Exception as error:
-            # A template for texts cannot add a list to a text, or finds a method of texts missing.
+            # A text-only template fails on a list: it concatenates it to a text, or calls a method of texts.
             faults.append(f"fails ({error})")
             continue
         fault = _fault(prompt, token, count, text)
@@ -133,10 +132,10 @@ def prepare(
     device: str | torch.device | None = None,
     max_pixels: int | None = None,
 ) -> Any:
-    """Model inputs of one row from its images and its prompt, as `build_prompt` makes it.
+    """Model inputs of one prompt, as `build_prompt` returns it, and its images.
 
-    `max_pixels` bounds the resized image where the processor keeps the image's own shape (Qwen2-VL and kin), and never
-    raises the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
+    `max_pixels` bounds the resized image if the processor keeps the aspect ratio (Qwen2-VL and kin), and never raises
+    the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
@@ -152,7 +151,7 @@ def prepare(
         settings["images_kwargs"] = bounds
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
-        # The template has put it there; the tokenizer would put another one before it.
+        # The template has added it; the tokenizer would add another one.
         settings["add_special_tokens"] = False
     try:
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
@@ -298,16 +297,16 @@ def _concatenate(entries: list[Any]) -> dict[str, Any] | None:
 
 
 def _image_in_text(processor: Any) -> str:
-    """What stands for an image in a text: its token between the marks that the tokenizer knows, or on a line."""
+    """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
     tokenizer = processor.tokenizer
-    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _AROUND]
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _IMAGE_MARKS]
     if None in marks or tokenizer.unk_token_id in marks:
         return f"{processor.image_token}\n"
-    return str(processor.image_token).join(_AROUND)
+    return str(processor.image_token).join(_IMAGE_MARKS)
 
 
 def _template_of(processor: Any) -> str | None:
-    """The chat template of a processor, or else of its tokenizer; of several by name the default one.
+    """The chat template of a processor, or else of its tokenizer; of several named ones the default.
 
     Raises ValueError if there are several and none is the default.
     """
@@ -323,35 +322,38 @@ def _template_of(processor: Any) -> str | None:
 
 def _fault(prompt: str, token: str, count: int, text: str) -> str | None:
     """What is wrong with a prompt that a chat template made, or None."""
-    # A template for texts may write a list of parts as Python or JSON does.
+    # A text-only template may print a list of parts as Python or JSON.
     if any(prompt.count(key) > text.count(key) for key in ("'type'", '"type"')):
-        return "writes parts of a message as they are"
+        return "prints the parts of a message"
     if prompt.count(token) != count:
         return f"put {prompt.count(token)} image(s) in the prompt, expected {count}"
-    return None if text.strip() in prompt else "leaves the text out"
+    return None if text.strip() in prompt else "drops the text"
 
 
 def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
-    """The sizes for a call of an image processor that bounds the pixels of an image, None for another one."""
+    """The size arguments for an image processor that bounds the pixels of an image, None for another one."""
     size = dict(getattr(settings, "size", None) or {})
     if set(size) != {"shortest_edge", "longest_edge"}:
         return None
-    # Each edge is a number of pixels here. Attributes of these names go before the size, in every call.
-    given = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
-    least, most = given["min_pixels"] or size["shortest_edge"], given["max_pixels"] or size["longest_edge"]
-    longest = min(most or max_pixels, max_pixels)
-    shortest = min(least or longest, longest)
-    found: dict[str, Any] = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
+    # Each edge is a number of pixels here. Attributes of these names override the size, in every call.
+    attributes = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
+    lowest, highest = (
+        attributes["min_pixels"] or size["shortest_edge"],
+        attributes["max_pixels"] or size["longest_edge"],
+    )
+    longest = min(highest or max_pixels, max_pixels)
+    shortest = min(lowest or longest, longest)
+    bounds: dict[str, Any] = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
     for name, value in (("min_pixels", shortest), ("max_pixels", longest)):
-        if given[name] is not None:
-            found[name] = value
-    return found
+        if attributes[name] is not None:
+            bounds[name] = value
+    return bounds
 
 
 def _opened(path: Path, limit: int) -> Image.Image:
     if limit <= MAX_IMAGE_PIXELS:
         return Image.open(path)
-    # Pillow keeps its limit in a global: lift it for the length of one header only.
+    # Pillow's limit is a global: lift it while one header is read.
     with _PILLOW_LIMIT:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -369,13 +371,13 @@ def _upright_rgb(image: Image.Image, limit: int) -> Image.Image:
             f"{width} x {height} = {width * height} pixels, at most {limit} are opened; raise max_image_pixels, or "
             "shrink it first"
         )
-    picture = to_rgb("image", _upright(image))
-    for note in _NOTES:
-        picture.info.pop(note, None)
-    return picture
+    upright = to_rgb("image", _upright(image))
+    for key in _ORIENTATION_KEYS:
+        upright.info.pop(key, None)
+    return upright
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy as of ImageOps.exif_transpose, which also writes the picture's notes anew and fails at damaged ones."""
-    turn = _TURNS.get(orientation(image))
-    return image.copy() if turn is None else image.transpose(turn)
+    """A copy as by ImageOps.exif_transpose, which also rewrites the EXIF entries and fails on damaged ones."""
+    transposition = _TRANSPOSITIONS.get(orientation(image))
+    return image.copy() if transposition is None else image.transpose(transposition)

@@ -40,7 +40,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert np.asarray(opened).min() >= 254
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composed_over_white(tmp_path: Path) -> None:
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     half.putpixel((1, 0), (0, 0, 0, 0))
     half.save(tmp_path / "alpha.png")
@@ -324,7 +324,7 @@ def test_the_smaller_of_two_bounds_holds(make: Any, style: str) -> None:
     # A bound of ours changes nothing where the processor's own is smaller, and takes its place where it is larger.
     assert pixels(28 * 28, small, large) == pixels(28 * 28, small, 2 * large) == unbounded
     assert pixels(28 * 28, large, small) == unbounded < pixels(28 * 28, large, None)
-    # An upper bound goes before a lower one, whoever they are of.
+    # An upper bound takes precedence over a lower one.
     assert pixels(large, 2 * large, small) <= small and pixels(large, small, 2 * large) <= small
 
 

@@ -24,7 +24,7 @@ class Counting:
         if question == "bad":
             raise ValueError("image: bad")
         if question == "broken":
-            raise BackendUnavailable("no room")
+            raise BackendUnavailable("no backend")
         return SimpleNamespace(image=image, question=question, prompt=prompt, tokens=self._tokens)
 
     def answer(self, requests: list[Any]) -> list[Any]:

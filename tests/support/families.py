@@ -77,7 +77,7 @@ def own_generate(model: Any) -> None:
 
 
 def in_eager(name: str) -> Any:
-    """A model with the same weights that attends by eager; made anew, since a copy may run parts of its original."""
+    """A model with the same weights that attends by eager; built again, since a copy may run parts of its original."""
     model, _ = FAMILIES[name]()
     model.set_attn_implementation({"text_config": "eager"})
     return model
@@ -150,7 +150,7 @@ def as_written_in(path: str, function: Any) -> Any:
 def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None]:
     """Call `before(args, kwargs)` and `after(args, kwargs)` at each forward of a module, by way of its class.
 
-    A hook would be seen, or a function of this file: an engine looks one by one at a model that has them.
+    A hook would be seen, or a function of this file: an engine entries one by one at a model that has them.
     """
     kind = type(module)
     forward, own = kind.forward, "forward" in kind.__dict__
@@ -176,5 +176,5 @@ def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None
 
 
 def keeps_features(model: Any) -> bool:
-    """Whether this transformers takes what a vision tower gave before, so that a picture shown twice is seen once."""
+    """Whether this transformers takes what a vision tower gave before, so that a picture images twice is seen once."""
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""What is worth keeping between two questions: general maps, here and in a folder, and prefix caches of pictures."""
+"""The cache between questions: general maps, in memory and in a folder, and the prefix caches of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from carve_kernels import checks
+from carve_kernels import checks, deprecation
 from carve_kernels.atomic_write import refuse_foreign, write_whole
 from carve_kernels.hf.engine.fingerprint import key_of
 from carve_kernels.maps import AttentionMaps, decode, encode, is_saved
@@ -23,12 +23,12 @@ MEBIBYTE = 2**20
 _LOG = logging.getLogger("carve_kernels")
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{32}")
-# A temporary file this old belongs to a process that was killed.
+# A temporary file this old belongs to a killed process.
 _ABANDONED = 3600.0
 
 
 class Held(NamedTuple):
-    """How much a memory holds in this process: general maps and prefix caches, counts and bytes."""
+    """How much is cached in this process: general maps and prefix caches, counts and bytes."""
 
     maps: int
     maps_bytes: int
@@ -37,64 +37,64 @@ class Held(NamedTuple):
 
 
 class Memory:
-    """Keeps general maps and prefix caches, so that a second question on a picture pays only for itself.
+    """Caches general maps and prefix caches, so that a second question about an image costs only its own tokens.
 
     ============  ==========================================================================================
     argument      meaning
     ============  ==========================================================================================
-    folder        where general maps are kept as well, for other processes and other days; None keeps none
-    maps_bytes    the most bytes of general maps in memory
-    prefix_bytes  the most bytes of prefix caches, on whichever device they are
-    pictures      the most prefix caches
-    folder_bytes  the most bytes of the folder's files
+    folder        where general maps are stored as well, for later processes; None stores none
+    maps_bytes    the largest size of general maps in memory
+    prefix_bytes  the largest size of prefix caches, on any device
+    images        the largest number of prefix caches
+    folder_bytes  the largest size of the folder's files
     ============  ==========================================================================================
 
-    A bound of 0 turns that part off. Whatever was used longest ago goes first; what is larger than its whole bound is
-    not kept. Maps are copied on the way in and on the way out, so that nobody can change what is kept. A prefix cache
-    is lent: `prefix` takes it out, for one user at a time, and `keep_prefix` puts it back.
+    A bound of 0 turns that part off. The least recently used entry is evicted first; an entry that is larger than its
+    bound is not cached. Maps are copied in and out, so cached ones cannot change. A prefix cache has one user at a
+    time: `prefix` takes it out, and `keep_prefix` puts it back.
 
-    Files are written whole or not at all, so that several processes may share a folder. A damaged file is passed over
-    with a line in the log and written anew. A file that does not begin as one of ours is somebody else's: it stays, and
-    a line in the log says so. A folder that cannot be written to costs a line in the log and nothing else. Safe with
-    threads.
+    Files are written atomically, so several processes may share a folder. A damaged file is skipped with a log line and
+    written again. A file that is not one of ours is left alone, with a log line. A folder that cannot be written to
+    costs a log line and nothing else. Thread-safe.
 
-    Raises TypeError or ValueError for bounds that are no whole numbers from 0 on and for a folder that is no path or
-    an empty one, OSError if the folder cannot be made.
+    Raises TypeError or ValueError for bounds that are not integers from 0 on and for a folder that is not a path or is
+    empty, OSError if the folder cannot be created.
     """
 
+    @deprecation.renamed(pictures="images")
     def __init__(
         self,
         folder: str | os.PathLike[str] | None = None,
         *,
         maps_bytes: int = 256 * MEBIBYTE,
         prefix_bytes: int = 512 * MEBIBYTE,
-        pictures: int = 8,
+        images: int = 8,
         folder_bytes: int = 4096 * MEBIBYTE,
     ) -> None:
         self._lock = threading.Lock()
-        self._maps = _Shelf(checks.integer("maps_bytes", maps_bytes, low=0))
-        self._prefixes = _Shelf(
-            checks.integer("prefix_bytes", prefix_bytes, low=0), checks.integer("pictures", pictures, low=0)
+        self._maps = _LruCache(checks.integer("maps_bytes", maps_bytes, low=0))
+        self._prefixes = _LruCache(
+            checks.integer("prefix_bytes", prefix_bytes, low=0), checks.integer("images", images, low=0)
         )
         checks.integer("folder_bytes", folder_bytes, low=0)
-        self._folder = None if folder is None else _Folder(_made("folder", folder), folder_bytes)
+        self._folder = None if folder is None else _Folder(_create_folder("folder", folder), folder_bytes)
 
     def maps(self, key: Hashable) -> AttentionMaps | None:
-        """A copy, on the CPU, of the maps that were kept under this key, or None."""
+        """A copy, on the CPU, of the maps that are cached under this key, or None."""
         name = key_of(key=key)
         with self._lock:
             data = self._maps.get(name)
         if data is not None:
             return decode(data, name)[0]
-        found = None if self._folder is None else self._folder.read(name)
-        if found is None:
+        stored = None if self._folder is None else self._folder.read(name)
+        if stored is None:
             return None
-        maps, data = found
+        maps, data = stored
         self._put(name, data)
         return maps
 
     def keep_maps(self, key: Hashable, maps: AttentionMaps) -> None:
-        """Keep a copy of these maps under a key that JSON can hold."""
+        """Cache a copy of these maps under a key that JSON can hold."""
         name = key_of(key=key)
         data = encode(maps, key=name)
         self._put(name, data)
@@ -102,34 +102,34 @@ class Memory:
             self._folder.write(name, data)
 
     def prefix(self, key: Hashable) -> Any | None:
-        """Take out the prefix cache that was kept under this key, or None."""
+        """Take out the prefix cache under this key, or None."""
         with self._lock:
             return self._prefixes.take(key)
 
     def keep_prefix(self, key: Hashable, prefix: Any, nbytes: int) -> None:
-        """Keep a prefix cache of so many bytes; whoever calls does not use it any more."""
+        """Cache a prefix cache of so many bytes; the caller does not use it any more."""
         with self._lock:
             self._prefixes.put(key, prefix, nbytes)
 
     def held(self) -> Held:
-        """How much is held in this process."""
+        """How much is cached in this process."""
         with self._lock:
             return Held(len(self._maps), self._maps.nbytes, len(self._prefixes), self._prefixes.nbytes)
 
     def clear(self) -> None:
-        """Let go of everything that is held in this process; the folder stays."""
+        """Drop everything that is cached in this process; the folder stays."""
         with self._lock:
             self._maps.clear()
             self._prefixes.clear()
 
     def _put(self, name: str, data: bytes) -> None:
-        # As the bytes of a file: nobody can change them, and they take what they count.
+        # As the bytes of a file: immutable, and of known size.
         with self._lock:
             self._maps.put(name, data, len(data))
 
 
 def memory_of(memory: Memory | str | os.PathLike[str] | bool | None) -> Memory | None:
-    """The memory that an argument means: None a bounded one, False none, a path one with that folder, or itself."""
+    """The memory for an argument: a bounded one for None, none for False, one with a folder for a path, or itself."""
     if memory is None:
         return Memory()
     if memory is False:
@@ -137,12 +137,12 @@ def memory_of(memory: Memory | str | os.PathLike[str] | bool | None) -> Memory |
     if isinstance(memory, Memory):
         return memory
     if isinstance(memory, (str, os.PathLike)):
-        return Memory(_made("memory", memory))
+        return Memory(_create_folder("memory", memory))
     raise TypeError(f"memory: expected None, False, a folder or a Memory, got {checks.describe(memory)}")
 
 
-def _made(name: str, folder: Any) -> Path:
-    """Check the path of a folder, and make the folder where there is none."""
+def _create_folder(name: str, folder: Any) -> Path:
+    """Check the path of a folder, and create the folder if there is none."""
     path = checks.path(name, folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -151,8 +151,8 @@ def _made(name: str, folder: Any) -> Path:
     return path
 
 
-class _Shelf:
-    """Entries in the order of their last use, bounded in bytes and in number."""
+class _LruCache:
+    """A least-recently-used cache, bounded in bytes and in number."""
 
     def __init__(self, bound: int, count: int | None = None) -> None:
         self.nbytes = 0
@@ -189,27 +189,27 @@ class _Shelf:
 
 
 class _Folder:
-    """General maps as files, bounded in bytes; the one used longest ago goes first."""
+    """General maps as files, bounded in bytes; the least recently used one is removed first."""
 
     def __init__(self, path: Path, bound: int) -> None:
         self._path, self._bound = path, bound
-        self._told: set[Path] = set()
+        self._warned: set[Path] = set()
 
     def read(self, name: str) -> tuple[AttentionMaps, bytes] | None:
         path = self._file(name)
         try:
             data = path.read_bytes()
             maps, facts = decode(data, os.fspath(path))
-            # Whoever renames a file must not give one picture the maps of another.
+            # A renamed file must not give one image the maps of another.
             if facts.get("key") != name:
                 raise ValueError(f"path: {os.fspath(path)!r} holds other maps than its name says")
-            # In a folder that may only be read, nobody keeps an order.
+            # A read-only folder has no order of use.
             with suppress(OSError):
                 os.utime(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            _LOG.warning("memory: passing over %s (%s)", path, error)
+            _LOG.warning("memory: skipping %s (%s)", path, error)
             return None
         return maps, data
 
@@ -222,30 +222,30 @@ class _Folder:
             write_whole(path, data)
             self._shrink()
         except ValueError as error:
-            # Another process may have taken a file of ours away meanwhile.
-            if os.path.lexists(path) and path not in self._told:
-                self._told.add(path)
+            # Another process may have removed a file of ours meanwhile.
+            if os.path.lexists(path) and path not in self._warned:
+                self._warned.add(path)
                 _LOG.warning("%s", error)
         except OSError as error:
-            _LOG.warning("memory: cannot keep maps in %s (%s)", self._path, error)
+            _LOG.warning("memory: cannot store maps in %s (%s)", self._path, error)
 
     def _file(self, name: str) -> Path:
         return self._path / f"{name}.safetensors"
 
     def _shrink(self) -> None:
-        """Take away the oldest files until the rest fits; another process may take them away at the same time."""
+        """Remove the oldest files until the rest fits; another process may do the same."""
         files = sorted(self._entries())
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
             if total <= self._bound:
                 return
-            # Whoever keeps a file of theirs here, under a name as ours are, keeps it.
+            # A user's file under a name like ours stays.
             if is_saved(path):
                 path.unlink(missing_ok=True)
             total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
-        """Time of last use, size and path of each file of ours; what a killed process left half written goes."""
+        """Time of last use, size and path of each file of ours; half-written files of killed processes are removed."""
         now = time.time()
         for entry in os.scandir(self._path):
             with suppress(FileNotFoundError):

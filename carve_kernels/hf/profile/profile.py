@@ -56,7 +56,7 @@ class Probe:
         object.__setattr__(self, "paraphrases", paraphrases)
         object.__setattr__(self, "boxes", tuple(_box(f"boxes[{index}]", box) for index, box in enumerate(boxes)))
 
-    def wordings(self) -> tuple[str, ...]:
+    def all_paraphrases(self) -> tuple[str, ...]:
         return self.paraphrases or tuple(template.format(self.question) for template in PARAPHRASES)
 
 
@@ -172,14 +172,16 @@ def profile(
     for done, group in enumerate(by_image):
         report("image", done, len(by_image))
         image = open_image(group[0].image, limit)
-        texts = [probe.question for probe in group] + [text for probe in group for text in probe.wordings()]
+        paraphrases = [text for probe in group for text in probe.all_paraphrases()]
+        texts = [*(probe.question for probe in group), *paraphrases]
         maps = reader.read(image, base.general_prompt, texts)
         general = next(maps)
         tasks = [_ChoiceMaps(next(maps), general, reader.choices, base, boxed=bool(probe.boxes)) for probe in group]
         for task, probe in zip(tasks, group, strict=True):
             others = [other.task for other, its in zip(tasks, group, strict=True) if its.question != probe.question]
             paraphrased = [
-                _ChoiceMaps(next(maps), general, reader.choices, base, boxed=False).task for _ in probe.wordings()
+                _ChoiceMaps(next(maps), general, reader.choices, base, boxed=False).task
+                for _ in probe.all_paraphrases()
             ]
             inside = tokens_of(probe.boxes, general.views)
             # A box that the processor has cropped away cannot be pointed at.
@@ -279,7 +281,9 @@ def _check(
     prepared: set[Hashable] = set()
     for index, probe in enumerate(probes):
         try:
-            prompts = [build_prompt(processor, text + preset.suffix) for text in (probe.question, *probe.wordings())]
+            prompts = [
+                build_prompt(processor, text + preset.suffix) for text in (probe.question, *probe.all_paraphrases())
+            ]
             if _image_key(probe) not in prepared:
                 image = open_image(probe.image, max_image_pixels)
                 image = image if letterbox is None else letterbox.laid(image)

@@ -1,4 +1,4 @@
-"""How good a layer and a choice of rows are, told from their maps alone; boxes are reported and never asked."""
+"""How good a layer and a choice of rows are, by their maps only; boxes are reported and never used."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from carve_kernels.types import Box, View
 
 SCORE = "(1 - exp(-departure)) * (1 - entropy) * (between - within)"
 
-# A general map that gives a token nothing at all would make the divergence infinite.
+# A general map with a zero would make the divergence infinite.
 _FLOOR = 1e-6
-# A token is one of a box if it lies in it for a quarter, or holds a quarter of it.
+# A token belongs to a box if a quarter of it lies in the box, or a quarter of the box in it.
 _SHARE = 0.25
 _MEASURES = ("departure", "entropy", "between", "within")
 _REPORTS = ("pointing", "contrast_pointing", "mass")
 
 
 class Choice(NamedTuple):
-    """Which tokens look, and at which steps of the answer: two fields of a Preset."""
+    """Which rows are captured, and at which steps of the answer: two fields of a Preset."""
 
     rows: RowsSpec
     steps: str
@@ -36,18 +36,18 @@ class Cell:
     =================  ==============================================================================================
     departure          KL(task || general) of the maps as distributions over the visual tokens, in nats
     entropy            H / ln N of the task map: 1 is flat, 0 is one token
-    between            how far apart the maps of different questions on one picture are (Jensen-Shannon over ln 2, 0
-                       to 1); of a picture with one question, how far its map is from the general one
+    between            the distance between the maps of different questions about one image (Jensen-Shannon over ln 2,
+                       0 to 1); for an image with one question, the distance of its map to the general one
     within             the same distance between a question and its paraphrases
     score              (1 - exp(-departure)) * (1 - entropy) * (between - within)
-    pointing           share of the boxes in which the task map has its peak; None without boxes
-    contrast_pointing  the same of the contrast as the preset makes it
-    mass               share of the task map that lies in the box
+    pointing           share of the boxes that contain the peak of the task map; None without boxes
+    contrast_pointing  the same for the contrast of the preset
+    mass               share of the task map inside the box
     =================  ==============================================================================================
 
-    The score is a product, since a map must do all three: leave the general map (1 - exp(-KL) bounds the squared total
-    variation), settle on a place, and change with what is asked and not with how it is worded. A map that is always the
-    same has between = 0; one that wanders by itself has within = between.
+    The score is a product, since a map must do all three: differ from the general map (1 - exp(-KL) bounds the squared
+    total variation), concentrate, and change with the question but not with its wording. A constant map has
+    between = 0; a noisy one has within = between.
     """
 
     layer: int
@@ -63,7 +63,7 @@ class Cell:
     mass: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, numbers rounded, without what is unknown."""
+        """For JSON: rounded numbers, without unknown ones."""
         rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
         return {name: value for name, value in rounded.items() if value is not None}
 
@@ -84,20 +84,20 @@ class Tally:
         others: Sequence[torch.Tensor],
         paraphrases: Sequence[torch.Tensor],
     ) -> None:
-        """One question: its map, the general map, those of other questions on the picture, its paraphrases: [L, N]."""
+        """One question: its map, the general map, those of other questions and of its paraphrases, each [L, N]."""
         between = [distance(task, other) for other in others or [general]]
         within = [distance(task, paraphrase) for paraphrase in paraphrases]
         found = [divergence(task, general), spread(task), torch.stack(between).mean(0), torch.stack(within).mean(0)]
         self._measures.setdefault(choice, []).append(torch.stack(found, -1))
 
     def report(self, choice: Choice, task: torch.Tensor, contrast: torch.Tensor, inside: torch.Tensor) -> None:
-        """Where the map and the contrast [L, N] stand to the tokens of a box, bool [N]."""
+        """How the map and the contrast [L, N] point at the tokens of a box, bool [N]."""
         mass = (task * inside).sum(-1) / task.sum(-1)
         found = [inside[task.argmax(-1)], inside[contrast.argmax(-1)], mass]
         self._reports.setdefault(choice, []).append(torch.stack([part.double() for part in found], -1))
 
     def cells(self, questions: int) -> list[Cell]:
-        """Every layer under every choice that had a map for all the questions, best first."""
+        """Every layer under every choice with a map for all questions, best first."""
         found = []
         for choice, measures in self._measures.items():
             if len(measures) < questions:
@@ -106,7 +106,7 @@ class Tally:
             reports = self._reports.get(choice)
             shares = torch.stack(reports).mean(0).tolist() if reports else [[]] * len(means)
             for layer, row, share in zip(self.layers, means, shares, strict=True):
-                # NaN marks a map that was missing, as behind a sliding window.
+                # NaN marks a missing map, as outside of a sliding window.
                 if all(map(math.isfinite, row)):
                     named = dict(zip(_MEASURES, row, strict=True)) | dict(zip(_REPORTS, share, strict=False))
                     found.append(Cell(layer, choice.rows, choice.steps, score_of(*row), **named))
@@ -119,7 +119,7 @@ def score_of(departure: float, entropy: float, between: float, within: float) ->
 
 
 def divergence(task: torch.Tensor, general: torch.Tensor) -> torch.Tensor:
-    """KL(task || general) in nats of maps [..., N], each taken as a distribution over the tokens."""
+    """KL(task || general) in nats of maps [..., N] as distributions over the tokens."""
     one, other = _distribution(task), _distribution(general)
     other = (1 - _FLOOR) * other + _FLOOR / other.shape[-1]
     return (torch.special.xlogy(one, one) - torch.special.xlogy(one, other)).sum(-1)
@@ -139,7 +139,7 @@ def spread(maps: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_of(boxes: Sequence[Box], views: Sequence[View]) -> torch.Tensor:
-    """Which tokens of the views, side by side, are of one of the boxes: bool [N], none without boxes."""
+    """Which tokens of the concatenated views belong to one of the boxes: bool [N]."""
     found = []
     for view in views:
         rows, columns = view.grid
@@ -155,7 +155,7 @@ def tokens_of(boxes: Sequence[Box], views: Sequence[View]) -> torch.Tensor:
 
 
 def _overlap(start: float, end: float, parts: int, low: float, high: float) -> torch.Tensor:
-    """How much of low..high lies in each of the equal parts of start..end."""
+    """The overlap of low..high with each of the equal parts of start..end."""
     edges = torch.linspace(start, end, parts + 1, dtype=torch.float64)
     return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0)
 

@@ -28,7 +28,7 @@ def test_keys_are_written_behind_the_prefix_and_over_what_was_there() -> None:
     assert again[0, 1, :, 0].tolist() == [0, 1, 2, 3, 4, 50, 51] and values[0, 0, :, 2].tolist()[-2:] == [-50, -51]
 
 
-def test_room_grows_where_it_must() -> None:
+def test_capacity_grows_if_needed() -> None:
     prefix = PrefixCache(torch.arange(3))
     prefix.write(0, 0, *tokens(0, 3), capacity=3)
     before = prefix.nbytes
@@ -45,7 +45,7 @@ def test_a_cut_prefix_keeps_its_first_tokens() -> None:
     assert prefix.ids.tolist() == [4, 5] and keys[0, 0, :, 0].tolist() == [0, 1, 9]
 
 
-def test_a_prefix_that_is_put_away_gives_back_its_room() -> None:
+def test_trim_frees_spare_columns() -> None:
     prefix = PrefixCache(torch.arange(4))
     prefix.write(0, 0, *tokens(0, 4), capacity=9)
     before, _ = prefix.write(0, 4, *tokens(4, 2), capacity=9)
@@ -53,7 +53,7 @@ def test_a_prefix_that_is_put_away_gives_back_its_room() -> None:
     assert prefix.nbytes == 2 * 4 * (4 + 3) * 4
     keys, values = prefix.write(0, 4, *tokens(7, 1), capacity=6)
     assert keys[0, 1, :, 0].tolist() == [0, 1, 2, 3, 7] and values[0, 0, :, 0].tolist() == [0, -1, -2, -3, -7]
-    # A little room is not worth a copy.
+    # A few spare columns are not worth a copy.
     small = PrefixCache(torch.arange(8))
     kept, _ = small.write(0, 0, *tokens(0, 8), capacity=10)
     small.trim()
@@ -76,17 +76,17 @@ def test_what_two_prompts_share(first: list[int], second: list[int]) -> None:
 
 @given(
     length=st.integers(1, 6),
-    grown=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=8),
+    branches=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=8),
     window=st.none() | st.integers(1, 8),
     data=st.data(),
 )
 def test_a_token_sees_its_own_prompt_and_nothing_else(
-    length: int, grown: list[tuple[int, int]], window: int | None, data: st.DataObject
+    length: int, branches: list[tuple[int, int]], window: int | None, data: st.DataObject
 ) -> None:
     tree = TokenTree(PrefixCache(torch.zeros(length, dtype=torch.int64)), 99)
     # Each column as (branch or None, place in the branch's prompt).
     columns: list[tuple[int | None, int]] = [(None, place) for place in range(length)]
-    for branch, count in grown:
+    for branch, count in branches:
         here = length + sum(owner == branch for owner, _ in columns)
         columns += [(branch, here + step) for step in range(count)]
         tree.append(branch, count)

@@ -59,7 +59,7 @@ REASONS: list[tuple[str, Callable[[Any], None]]] = [
     ("it has its own generate", own_generate),
     ("'carve_test_attention' is not one of transformers'", own_attention),
     ("layers of type chunked_attention", chunked),
-    ("see what comes later", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
+    ("not causal", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
     ("use the keys of others", lambda model: setattr(model.config.text_config, "num_kv_shared_layers", 2)),
     ("its rotation is 'dynamic'", lambda model: rotated(model, rope_type="dynamic")),
     ("its rotation is 'longrope'", lambda model: rotated(model, full_attention={"rope_type": "longrope"})),
@@ -162,7 +162,7 @@ def test_one_by_one_gives_the_same(name: str, preset: Preset, caplog: pytest.Log
     assert state(model)[2:] == before[2:]
 
 
-def test_a_prompt_that_cannot_be_shared_is_looked_at_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_without_tree_decoding_is_decoded_sequentially(caplog: pytest.LogCaptureFixture) -> None:
     model, processor = family("llava")
     preset = Preset.paper(layers=(1,), rows=(30, 31), max_new_tokens=3)
     with caplog.at_level(logging.INFO, logger="carve_kernels"):

@@ -70,16 +70,16 @@ def test_other_trees(segment: Segment, window: int | None, values: int) -> None:
 
 @given(
     length=st.integers(0, 5),
-    grown=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 3)), min_size=1, max_size=5),
+    branches=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 3)), min_size=1, max_size=5),
     window=st.none() | st.integers(1, 9),
     data=st.data(),
 )
 def test_a_continuation_sees_all_up_to_itself(
-    length: int, grown: list[tuple[int, int]], window: int | None, data: st.DataObject
+    length: int, branches: list[tuple[int, int]], window: int | None, data: st.DataObject
 ) -> None:
-    columns = length + sum(count for _, count in grown)
+    columns = length + sum(count for _, count in branches)
     past = data.draw(st.integers(0, columns - 1))
-    segment = segment_of(length, *grown, past=past)
+    segment = segment_of(length, *branches, past=past)
     first = data.draw(st.integers(0, segment.stop - 1))
     seen = segment.tree.visible(past + first, window)
     rows = [[column <= past + first + number for column in range(columns)] for number in range(segment.stop - first)]

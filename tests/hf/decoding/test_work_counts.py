@@ -246,7 +246,7 @@ def test_the_same_question_twice_sees_each_picture_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(("memory", "held"), [(False, 1), (None, 2)])
-def test_what_nobody_asks_for_again_makes_room(memory: Any, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_without_further_use_is_freed(memory: Any, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the refined image is seen, the keys of the original are there only if a memory keeps them."""
     model, processor = endless("llava")
     prefixes: weakref.WeakSet[PrefixCache] = weakref.WeakSet()

@@ -36,7 +36,7 @@ class Crowded(Counting):
 
     def request(self, image: Any, question: str, prompt: str | None) -> Any:
         if len(self._alive) >= self._prepared:
-            raise MemoryError("no room for the picture")
+            raise MemoryError("no memory for the image")
         made = _Prepared(**vars(super().request(image, question, prompt)))
         self._alive.add(made)
         return made
@@ -48,7 +48,7 @@ class Crowded(Counting):
 
 
 @pytest.mark.parametrize(("prepared", "together"), [(3, 9), (9, 1), (3, 1), (1, 1)])
-def test_what_has_room_alone_is_answered(prepared: int, together: int) -> None:
+def test_a_request_that_fits_alone_is_answered(prepared: int, together: int) -> None:
     found = list(stream(Crowded(prepared, together), "p", list("abcdefghij"), tokens=1000))
     assert found == [("p", letter, None) for letter in "abcdefghij"]
 
@@ -84,7 +84,7 @@ def test_what_was_drawn_is_answered_before_an_iterators_error() -> None:
 
 
 class Endless(torch.utils.data.IterableDataset[Any]):
-    """A data set of two pictures whose length nobody asks for."""
+    """A data set of two images with an unused length."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter([picture(90, 140, 2), picture(120, 80, 1)])
@@ -93,13 +93,13 @@ class Endless(torch.utils.data.IterableDataset[Any]):
 def test_the_engine_takes_whatever_can_be_iterated() -> None:
     model, processor = family("llava")
     engine = CarveEngine(model, processor, preset=SHORT)
-    shown = {"one": picture(120, 80, 1), "two": picture(90, 140, 2)}
-    expected = [result.answer_ids for result in engine(list(shown.values()), QUESTIONS[0])]
-    for images in (shown.values(), iter(shown.values()), (image for image in shown.values())):
+    by_name = {"one": picture(120, 80, 1), "two": picture(90, 140, 2)}
+    expected = [result.answer_ids for result in engine(list(by_name.values()), QUESTIONS[0])]
+    for images in (by_name.values(), iter(by_name.values()), (image for image in by_name.values())):
         assert [result.answer_ids for result in engine(images, QUESTIONS[0])] == expected
-    assert [result.answer_ids for result in engine(shown["one"], (text for text in QUESTIONS[:1]))] == expected[:1]
+    assert [result.answer_ids for result in engine(by_name["one"], (text for text in QUESTIONS[:1]))] == expected[:1]
     loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
     assert engine(loader, iter(QUESTIONS[:1] * 2))[1].answer_ids == expected[0]
-    for images in ({"one.png"}, shown, io.BytesIO(b"1\n2"), numpy.zeros((3, 4, 4)), torch.zeros(3, 4, 4)):
+    for images in ({"one.png"}, by_name, io.BytesIO(b"1\n2"), numpy.zeros((3, 4, 4)), torch.zeros(3, 4, 4)):
         with pytest.raises(TypeError, match="image"):
             engine(images, QUESTIONS[0])

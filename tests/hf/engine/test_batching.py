@@ -42,14 +42,14 @@ def same(one: Any, other: CarveResult) -> bool:
 def test_a_batch_answers_what_single_questions_answer(name: str, preset: Preset) -> None:
     model, processor = family(name)
     before = state(model)
-    shown = [picture(120, 80, 1), picture(120, 80, 1), picture(90, 140, 2), picture(100, 100, 3)]
+    images = [picture(120, 80, 1), picture(120, 80, 1), picture(90, 140, 2), picture(100, 100, 3)]
     engine = CarveEngine(model, processor, preset=preset, memory=False)
-    expected = [engine(image, question) for image, question in zip(shown, QUESTIONS, strict=True)]
-    found = engine(shown, QUESTIONS)
+    expected = [engine(image, question) for image, question in zip(images, QUESTIONS, strict=True)]
+    found = engine(images, QUESTIONS)
     assert [same(one, other) for one, other in zip(found, expected, strict=True)] == [True] * 4
     remembering = CarveEngine(model, processor, preset=preset)
     for tokens in (None, 1):
-        again = list(remembering.stream(shown, QUESTIONS, tokens=tokens))
+        again = list(remembering.stream(images, QUESTIONS, tokens=tokens))
         assert all(same(one, other) for one, other in zip(again, expected, strict=True))
     assert state(model) == before
 
@@ -145,14 +145,14 @@ def test_bad_pictures_and_questions_are_outcomes_and_the_others_go_on(tmp_path: 
         (good, None, TypeError, "question: expected a string"),
         (good, "red", None, ""),
     ]
-    told: list[tuple[Any, int, int | None]] = []
+    reported: list[tuple[Any, int, int | None]] = []
     found = engine(
         [case[0] for case in cases],
         [case[1] for case in cases],
-        on_progress=lambda outcome, done, total: told.append((outcome, done, total)),
+        on_progress=lambda outcome, done, total: reported.append((outcome, done, total)),
     )
-    assert [outcome for outcome, _, _ in told] == found
-    assert [(done, total) for _, done, total in told] == [(number, 9) for number in range(1, 10)]
+    assert [outcome for outcome, _, _ in reported] == found
+    assert [(done, total) for _, done, total in reported] == [(number, 9) for number in range(1, 10)]
     for outcome, (image, question, kind, message) in zip(found, cases, strict=True):
         assert outcome.question == question
         if kind is None:
@@ -177,13 +177,13 @@ def test_a_group_that_fails_is_asked_one_by_one(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("a fault of ours"), IndexError("out of range")])
-def test_a_fault_of_ours_is_told_with_its_place(fault: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_is_logged_with_its_traceback(fault: Exception, caplog: pytest.LogCaptureFixture) -> None:
     found = list(stream(Counting({"b": fault}), "p", ["a", "b", "c"]))
     assert [isinstance(outcome, CarveFailure) for outcome in found] == [False, True, False]
     assert found[1].error is fault and "in answer" in caplog.text and "Traceback" in caplog.text
 
 
-@pytest.mark.parametrize("fault", [BackendUnavailable("no room"), torch.AcceleratorError("device-side assert")])
+@pytest.mark.parametrize("fault", [BackendUnavailable("no backend"), torch.AcceleratorError("device-side assert")])
 @pytest.mark.parametrize("tokens", [10, 100])
 def test_what_is_no_matter_of_one_question_ends_the_batch(fault: Exception, tokens: int) -> None:
     outcomes = stream(Counting({"b": fault}), "p", ["a", "bad", "b", "c"], tokens=tokens)
@@ -196,7 +196,7 @@ def test_what_waits_is_answered_before_a_batch_ends() -> None:
     engine = Counting()
     outcomes = stream(engine, "p", ["a", "bad", "b", "c", "broken", "d"], tokens=100)
     assert [next(outcomes) for _ in range(4)][2:] == [("p", "b", None), ("p", "c", None)]
-    with pytest.raises(BackendUnavailable, match="no room"):
+    with pytest.raises(BackendUnavailable, match="no backend"):
         next(outcomes)
     assert engine.groups == [["a"], ["b", "c"]]
 
@@ -232,11 +232,11 @@ def test_ctrl_c_leaves_the_model_as_it_was() -> None:
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    shown = [picture(120, 80, seed) for seed in range(3)]
+    images = [picture(120, 80, seed) for seed in range(3)]
     layer = model.model.language_model.layers[1]
     with pytest.raises(KeyboardInterrupt), watched(layer, before=interrupt):
-        engine(shown, QUESTIONS[0])
+        engine(images, QUESTIONS[0])
     assert state(model) == before
     alone = CarveEngine(model, processor, preset=SHORT, memory=False)
-    found = engine(shown, QUESTIONS[0])
-    assert all(same(one, alone(image, QUESTIONS[0])) for one, image in zip(found, shown, strict=True))
+    found = engine(images, QUESTIONS[0])
+    assert all(same(one, alone(image, QUESTIONS[0])) for one, image in zip(found, images, strict=True))

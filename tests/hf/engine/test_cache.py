@@ -29,7 +29,7 @@ def size_of(found: AttentionMaps) -> int:
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_nobody_changes_what_is_kept(tmp_path: Path, folder: bool) -> None:
+def test_cached_maps_cannot_change(tmp_path: Path, folder: bool) -> None:
     memory = Memory(tmp_path if folder else None, maps_bytes=0 if folder else 2**20)
     given = maps()
     assert memory.maps(KEY) is None

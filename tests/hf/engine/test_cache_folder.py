@@ -51,7 +51,7 @@ def without_dimensions(data: bytes) -> bytes:
         without_dimensions,
     ],
 )
-def test_a_damaged_file_is_passed_over_and_written_anew(
+def test_a_damaged_file_is_skipped_and_written_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
 ) -> None:
     Memory(tmp_path).keep_maps(KEY, maps())
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_passed_over_and_written_anew(
     [b"", b"something else altogether", save({"values": torch.ones(2)}), "folder", "link"],
     ids=["empty", "text", "safetensors", "folder", "link"],
 )
-def test_a_file_of_somebody_else_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: bytes | str) -> None:
+def test_a_users_file_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, theirs: bytes | str) -> None:
     folder = tmp_path / "maps"
     Memory(folder).keep_maps(KEY, maps())
     (file,) = folder.iterdir()
@@ -137,16 +137,16 @@ def test_the_folder_is_bounded_and_the_lately_used_stays(tmp_path: Path) -> None
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3.5 * size
 
 
-def test_a_full_folder_loses_no_file_of_somebody_else(tmp_path: Path) -> None:
+def test_a_full_folder_keeps_a_users_file(tmp_path: Path) -> None:
     Memory(tmp_path).keep_maps("one", maps())
     size = next(tmp_path.iterdir()).stat().st_size
     theirs = tmp_path / f"{'f' * 64}.safetensors"
-    theirs.write_bytes(b"somebody's own")
+    theirs.write_bytes(b"a user's file")
     os.utime(theirs, (1, 1))
     memory = Memory(tmp_path, maps_bytes=0, folder_bytes=size + 20)
     for key in ("two", "three"):
         memory.keep_maps(key, maps())
-    assert theirs.read_bytes() == b"somebody's own" and len(list(tmp_path.iterdir())) == 2
+    assert theirs.read_bytes() == b"a user's file" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_a_killed_process_left_goes_and_other_files_stay(tmp_path: Path) -> None:

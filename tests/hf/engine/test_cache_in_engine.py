@@ -88,7 +88,7 @@ def train(model: Any) -> None:
         lambda model: model.set_attn_implementation({"text_config": "eager"}) or ({}, PHOTO),
     ],
 )
-def test_what_would_be_another_map_is_computed_anew(change: Callable[[Any], tuple[dict[str, Any], Any]]) -> None:
+def test_another_map_is_computed_again(change: Callable[[Any], tuple[dict[str, Any], Any]]) -> None:
     model, processor = tiny_llava()
     memory = Counting()
     CarveEngine(model, processor, preset=SHORT, memory=memory)(PHOTO, QUESTION)

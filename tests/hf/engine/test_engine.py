@@ -54,8 +54,8 @@ def test_a_question_is_answered_twice(name: str, preset: Preset) -> None:
     result = CarveEngine(model, processor, preset=preset)(PHOTO, QUESTION)
     assert state(model) == before
     assert list(result.answer_ids) == answer
-    shown = [result.refined] if preset.images == "refined" else [PHOTO, result.refined]
-    assert list(result.refined_ids) == greedy(name, shown, asked, preset)
+    images = [result.refined] if preset.images == "refined" else [PHOTO, result.refined]
+    assert list(result.refined_ids) == greedy(name, images, asked, preset)
 
     layers = preset.layers_of(4)
     for maps, text in ((result.task, asked), (result.general, preset.general_prompt + preset.suffix)):

@@ -39,8 +39,8 @@ def check(model: Any, processor: Any, preset: Preset, result: Any) -> None:
     inputs = prepare(processor, [result.image], build_prompt(processor, asked), None, preset.max_pixels)
     words = preset.max_new_tokens
     assert list(result.answer_ids) == greedy_generate(model, inputs, words, processor).tolist()
-    shown = [result.refined] if preset.images == "refined" else [result.image, result.refined]
-    last = prepare(processor, shown, build_prompt(processor, asked, len(shown)), None, preset.max_pixels)
+    images = [result.refined] if preset.images == "refined" else [result.image, result.refined]
+    last = prepare(processor, images, build_prompt(processor, asked, len(images)), None, preset.max_pixels)
     assert list(result.refined_ids) == greedy_generate(model, last, words, processor).tolist()
     general = build_prompt(processor, preset.general_prompt + preset.suffix)
     for maps, prompt in ((result.task, build_prompt(processor, asked)), (result.general, general)):

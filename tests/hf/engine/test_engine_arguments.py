@@ -53,7 +53,7 @@ def test_layers_that_the_model_lacks() -> None:
 
 
 @pytest.mark.parametrize("backend", ["nope", "CPU", "", None, 3])
-def test_a_room_that_nobody_has_built(backend: Any) -> None:
+def test_an_unavailable_backend(backend: Any) -> None:
     with pytest.raises(ValueError, match="backend: expected one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got"):
         CarveEngine(*family("llava"), preset=SHORT, backend=backend)
 
@@ -142,7 +142,7 @@ def test_a_model_that_drops_numbers_at_random_is_refused() -> None:
     engine = CarveEngine(model, processor, preset=SHORT)
     expected = engine(PHOTO, QUESTION)
     attention, tower = model.model.language_model.layers[1].self_attn, model.model.vision_tower
-    # Without a share that is dropped, training mode is no matter.
+    # Without dropout, training mode changes nothing.
     model.train()
     assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids
     attention.attention_dropout = 0.2

@@ -45,7 +45,7 @@ def test_the_default_dtype_of_torch_is_no_matter(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_other_roads_to_the_greedy_words(name: str, setting: str) -> None:
+def test_options_with_the_same_output(name: str, setting: str) -> None:
     expected = greedy(name, [PHOTO], QUESTION, SHORT)
     model, processor = FAMILIES[name]()
     setattr(model.generation_config, setting, 3)
@@ -66,7 +66,7 @@ def test_words_that_are_not_greedy_are_refused(setting: str, value: Any) -> None
 
 
 @pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size"])
-def test_other_roads_to_the_greedy_words_one_by_one(setting: str) -> None:
+def test_options_with_the_same_output_sequentially(setting: str) -> None:
     expected = greedy("llava", [PHOTO], QUESTION, SHORT)
     model, processor = FAMILIES["llava"]()
     setattr(model.generation_config, setting, 3)
@@ -87,12 +87,12 @@ def test_a_wrapper_that_does_not_generate() -> None:
 
 def test_threads_wait_for_each_other() -> None:
     model, processor = family("qwen2_5_vl")
-    shown = [picture(200, 120 + 28 * seed, seed) for seed in range(3)]
+    images = [picture(200, 120 + 28 * seed, seed) for seed in range(3)]
     engine = CarveEngine(model, processor, preset=SHORT)
-    expected = [engine(image, QUESTION) for image in shown]
+    expected = [engine(image, QUESTION) for image in images]
     model.model.rope_deltas = torch.tensor([[-77]])
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda image: CarveEngine(model, processor, preset=SHORT)(image, QUESTION), shown * 2))
+        found = list(pool.map(lambda image: CarveEngine(model, processor, preset=SHORT)(image, QUESTION), images * 2))
     for result, alone in zip(found, expected * 2, strict=True):
         assert result.answer_ids == alone.answer_ids and result.refined_ids == alone.refined_ids
     assert model.model.rope_deltas.tolist() == [[-77]]

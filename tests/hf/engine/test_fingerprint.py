@@ -194,7 +194,7 @@ def test_one_element_of_a_tensor_of_any_kind(dtype: torch.dtype, shape: tuple[in
     assert module._read({"weight": tensor}) == before
 
 
-def test_every_tensor_of_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
+def test_every_tensor_of_a_checkpoint_is_read(tmp_path: Path) -> None:
     shutil.copytree(small(), tmp_path / "copy")
     path = tmp_path / "copy/model.safetensors"
     whole = path.read_bytes()
@@ -254,8 +254,8 @@ def test_what_a_model_makes_for_its_state_is_part_of_it(directory: Path, monkeyp
     assert fingerprint(model, processor) != first
 
 
-def test_parked_weights_are_no_identity(directory: Path) -> None:
-    """Two models whose parked weights differ would be one."""
+def test_offloaded_weights_have_no_fingerprint(directory: Path) -> None:
+    """Two models with different offloaded weights would have one fingerprint."""
     model, processor = load(directory)
     weight = model.model.language_model.layers[1].mlp.up_proj
     weight.weight = torch.nn.Parameter(weight.weight.to("meta"))

@@ -1,4 +1,4 @@
-"""A profile: what it looks at, what it picks on a trained model without a box, and who accepts what it writes."""
+"""A profile: what it entries at, what it picks on a trained model without a box, and who accepts what it writes."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_pick_that_is_a_guess_says_so() -> None:
     guess = profile(model, processor, same, preset=SHORT, steps=["t_start"])
     assert guess.pick.score == pytest.approx(0, abs=1e-6)
     assert (guess.doubt is not None) == (guess.pick.score <= 0)
-    # Twice the same question says nothing new, and is no other question.
+    # The same question again adds nothing, and does not count as another question.
     once, twice = (profile(model, processor, [ASKED[0]] * count, preset=SHORT) for count in (1, 2))
     assert (once.pick.layer, once.pick.rows, once.pick.steps) == (twice.pick.layer, twice.pick.rows, twice.pick.steps)
     assert once.pick.score == pytest.approx(twice.pick.score, rel=1e-4) and once.doubt is None

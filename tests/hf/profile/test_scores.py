@@ -59,16 +59,16 @@ def test_the_ends_of_the_measures() -> None:
     assert float(spread(left)) == 0
     assert float(spread(torch.full((1, TOKENS), 0.1))) == pytest.approx(1)
     assert float(spread(torch.ones(1, 1))) == 0
-    # A general map that is exactly 0 where the question looks is far away, and not infinitely far.
+    # A general map that is exactly 0 where the question entries is far away, and not infinitely far.
     assert 10 < float(divergence(left, right)) < 40
     assert float(divergence(left, left)) == pytest.approx(0, abs=1e-5)
 
 
-def tallied(looks: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]) -> Cell:
+def tallied(entries: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]) -> Cell:
     tally = Tally([7])
-    for task, general, others, paraphrases in looks:
+    for task, general, others, paraphrases in entries:
         tally.add(LAST, task, general, others, paraphrases)
-    (cell,) = tally.cells(len(looks))
+    (cell,) = tally.cells(len(entries))
     return cell
 
 
