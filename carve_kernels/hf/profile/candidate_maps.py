@@ -13,10 +13,9 @@ from carve_kernels.hf.decoding import Branch, Decoder, PrefixCache, PromptGroup
 from carve_kernels.hf.engine.passes import Prompt, locate_prompt
 from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, prepare
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, input_device
+from carve_kernels.hf.model import attention_modules, input_device
 from carve_kernels.hf.profile.scores import Choice
 from carve_kernels.hf.query_rows import RowsSpec, check_rows, general_rows, resolve_rows, tokenizer_of
-from carve_kernels.hf.session import contract
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
 from carve_kernels.types import View
@@ -57,9 +56,6 @@ class CandidateReader:
         backend: str,
         letterbox: Letterbox | None = None,
     ) -> None:
-        contract.ensure()
-        check_decoder(model)
-        check_steady(model)
         self._letterbox = letterbox
         self._model, self._processor, self._preset, self._backend = model, processor, preset, backend
         # Default candidates that a prompt does not have are left out; those of a caller are an error.

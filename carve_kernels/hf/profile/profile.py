@@ -19,10 +19,11 @@ from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, build_prompt, open_image, 
 from carve_kernels.hf.layouts import check_processor
 from carve_kernels.hf.layouts.letterbox import Letterbox
 from carve_kernels.hf.loading import preset_of
-from carve_kernels.hf.model import unwrap
+from carve_kernels.hf.model import check_decoder, check_steady, unwrap
 from carve_kernels.hf.profile.candidate_maps import CandidateMaps, CandidateReader
 from carve_kernels.hf.profile.scores import SCORE, Cell, Choice, Tally, tokens_of
 from carve_kernels.hf.query_rows import RowsSpec
+from carve_kernels.hf.session import contract
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.pipeline import pair
 from carve_kernels.presets import STEPS, Preset
@@ -158,6 +159,9 @@ def profile(
     that a prompt does not have, or if no choice has maps for all questions.
     Source: ours; the entropy profile is that of CARVE, arXiv 2509.06461.
     """
+    contract.ensure()
+    check_decoder(model)
+    check_steady(model)
     base = preset_of(unwrap(model), preset, None)
     check_processor(model, processor)
     steps = [checks.choice(f"steps[{index}]", step, STEPS) for index, step in enumerate(_list("steps", steps))]
