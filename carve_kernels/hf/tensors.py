@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from carve_kernels.hf import foreign
+from carve_kernels.hf.model import is_spread
 
 _FACTS = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
 _SCALES = {
@@ -54,7 +54,7 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _of_tensor(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     if value.device.type == "meta":
         raise Unidentified(f"{name} is parked elsewhere")
-    if foreign.is_spread(value):
+    if is_spread(value):
         raise Unidentified(f"parts of {name} are in other processes")
     if hasattr(value, "__tensor_flatten__"):
         inner, told = value.__tensor_flatten__()

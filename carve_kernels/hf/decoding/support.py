@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from carve_kernels.hf import foreign, names
+from carve_kernels.hf import names
 from carve_kernels.hf.model import (
     attention_modules,
+    code_on,
     decoder_layers,
     devices_of,
+    mixer,
     text_backbone,
     unwrap,
     wrappers,
@@ -66,4 +68,4 @@ def _decodes_otherwise(model: Any, inner: Any) -> str | None:
         return "its layers are not on one device"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
-    return foreign.code_on(inner) or foreign.mixer(inner, text_backbone(model))
+    return code_on(inner) or mixer(inner, text_backbone(model))

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from PIL import Image
 
-from carve_kernels.hf import foreign, names
-from carve_kernels.hf.model import input_device, unwrap
+from carve_kernels.hf import names
+from carve_kernels.hf.model import code_on, input_device, unwrap
 from carve_kernels.hf.tensors import Unidentified, plain
 
 SAMPLES = 4096
@@ -71,7 +71,7 @@ def fingerprint(model: Any, processor: Any) -> str:
     elsewhere, in other processes, or of a kind that gives no numbers.
     """
     model = unwrap(model)
-    code = foreign.code_on(model)
+    code = code_on(model)
     if code is not None:
         raise Unidentified(code)
     device = input_device(model).type
