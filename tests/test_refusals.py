@@ -20,7 +20,7 @@ ELSEWHERE = {"loading.py", "checkpoint.py", "memory.py", "batch.py", "engine.py"
 # Names that a message begins with by a variable.
 SPELLED = {
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
-    "hf/attention_patch.py": {"position_ids", *names._SEGMENTS},
+    "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
     "hf/session/forward_tracker.py": set(names._BESIDE),
 }
 _LEADING = re.compile(r"([a-z_]+)(\[[^\]]*\])?: ")

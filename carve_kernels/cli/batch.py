@@ -77,8 +77,8 @@ def batch(
     from carve_kernels import checks
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
-    from carve_kernels.hf.checkpoint import SMALL
     from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+    from carve_kernels.hf.loading import SMALL
 
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
@@ -122,8 +122,8 @@ def batch(
 
 def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
     """All that answers depend on but the questions and the images."""
-    from carve_kernels.hf.checkpoint import find
     from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
+    from carve_kernels.hf.loading import find
 
     folder = find(model).folder
     known = fingerprint_of_directory(folder) if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""Every name of transformers' caches: where a forward's arguments hold one, and what it says of itself."""
+"""Names of transformers' KV caches: where the arguments of a forward hold one, and what is read from it."""
 
 from __future__ import annotations
 
@@ -11,95 +11,96 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from carve_kernels.hf import names
 
-# In the order in which they are asked for: the newer name first.
+# Newer name first.
 _CACHES = ("cache", "past_key_values")
-_LENGTH = "get_seq_length"  # what every cache has but a paged one
+# Every cache has it, except a paged one.
+_LENGTH = "get_seq_length"
 _SAMPLES = 16
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward, or None.
 
-    Known in: `past_key_values` to 5.23, and as an older name to 5.39; `cache` since 5.24. Raises UpstreamChanged for a
-    cache under any other name, ValueError for a paged one.
+    Known in: `past_key_values` to 5.23, deprecated to 5.39; `cache` since 5.24. Raises UpstreamChanged for a cache
+    under any other name, ValueError for a paged one.
     """
     known = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     if known is None:
         other = next((name for name, value in given.items() if name not in _CACHES and hasattr(value, _LENGTH)), None)
         if other is not None:
-            raise names.changed(f"it hands the cache to a forward as {other!r}, known is {cache_names()}")
+            raise names.changed(f"it passes the cache to a forward as {other!r}, expected {cache_names()}")
     elif not hasattr(known, _LENGTH):
         raise ValueError(
-            f"model: its cache is a {type(known).__name__} (not one of transformers, or in pages as for continuous "
+            f"model: its cache is a {type(known).__name__} (not one of transformers, or paged, as for continuous "
             "batching); use generate, or a DynamicCache"
         )
     return known
 
 
 def cache_names() -> str:
-    """The names of the cache among a forward's arguments, for a message."""
+    """The argument names of a cache, for a message."""
     return " or ".join(map(repr, _CACHES))
 
 
 def cached_tokens(cache: Any) -> int | torch.Tensor:
-    """How many tokens a cache holds; a tensor where it counts on its device. Known in: 5.12 to 5.24."""
-    held: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
-    return held
+    """The number of tokens in a cache; a tensor if it counts on its device. Known in: 5.12 to 5.24."""
+    count: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
+    return count
 
 
 def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
     """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
-    wanted = given.get("use_cache")
-    return bool(wanted if wanted is not None else getattr(model.config.get_text_config(), "use_cache", False))
+    use = given.get("use_cache")
+    return bool(use if use is not None else getattr(model.config.get_text_config(), "use_cache", False))
 
 
 class Reach(NamedTuple):
-    """How many keys a layer of a cache hands to the attention.
+    """How many keys a cache layer passes to the attention.
 
-    `window` - 1 old ones at most and all the new ones (None: all old ones), or always `capacity`, the unwritten last
-    (None: no such buffer).
+    All new keys and at most `window` - 1 old ones (None: all old ones), or always `capacity` keys, the unwritten ones
+    last (None: no fixed buffer).
     """
 
     window: int | None
     capacity: int | None
 
-    def hands_over(self, keys: int, seen: int, length: int) -> bool:
-        """Whether a layer with so many keys has the last of the `seen` ones, of which `length` are new."""
-        if keys == self.capacity and keys >= seen:
+    def allows(self, keys: int, total: int, length: int) -> bool:
+        """Whether an attention with so many keys got the last ones of `total` tokens, of which `length` are new."""
+        if keys == self.capacity and keys >= total:
             return True
-        return keys == (seen if self.window is None else min(seen, self.window - 1 + length))
+        return keys == (total if self.window is None else min(total, self.window - 1 + length))
 
 
-class Mark(NamedTuple):
-    """What tells the keys of a layer from others: where they lie, how often they were written to, how many they are.
+class KeyState(NamedTuple):
+    """The state of a layer's keys: their address, the version counter of their tensor, and their number.
 
-    `apart` is the same of keys that a quantised layer holds in another form, and of an order of rows that is to come;
-    `kept` keeps the addresses from being given to others, and `tensor` gives the keys while they are there.
+    `packed` are the addresses of quantised keys and of a pending reordering; `references` keep the addresses from
+    being reused, and `tensor` returns the keys while they exist.
     """
 
     address: tuple[int, int]
     version: int | None
     keys: int
-    apart: tuple[tuple[int, int], ...]
-    kept: tuple[Any, ...]
+    packed: tuple[tuple[int, int], ...]
+    references: tuple[Any, ...]
     tensor: Callable[[], Any]
 
-    def same_place(self, other: Mark) -> bool:
-        """Whether both are of the same keys, of which nothing was written in between, as far as a counter tells."""
-        return (self.address, self.version, self.apart) == (other.address, other.version, other.apart)
+    def same_storage(self, other: KeyState) -> bool:
+        """Whether both are of the same tensor, not written to in between as far as its version counter tells."""
+        return (self.address, self.version, self.packed) == (other.address, other.version, other.packed)
 
 
 def cache_in(output: Any) -> Any:
-    """The cache in what a forward returned, or None. Known in: as `cache_of`."""
+    """The cache in the output of a forward, or None. Known in: as `cache_of`."""
     if isinstance(output, Mapping):
-        parts = [output.get(name) for name in _CACHES]
+        values = [output.get(name) for name in _CACHES]
     else:
-        parts = list(output) if isinstance(output, (tuple, list)) else []
-    return next((part for part in parts if hasattr(part, _LENGTH)), None)
+        values = list(output) if isinstance(output, (tuple, list)) else []
+    return next((value for value in values if hasattr(value, _LENGTH)), None)
 
 
 def reach(cache: Any, module: Any) -> Reach | None:
-    """What the layer of a cache that an attention module writes to hands over; None where there is none for it.
+    """The reach of the cache layer that an attention module writes to; None if the cache has no such layer.
 
     Known in: `layers`, `is_sliding`, `sliding_window` and `max_cache_len` 5.12 to 5.24.
     """
@@ -114,27 +115,22 @@ def _reach(layer: Any) -> Reach:
     return Reach(capacity if capacity is not None else getattr(layer, "sliding_window", None), capacity)
 
 
-def mark(cache: Any, module: Any, before: Mark | None = None) -> Mark | None:
-    """What tells the keys of a layer of a cache from others; None where there are none. Known in: as `reach`.
+def key_state(cache: Any, module: Any, before: KeyState | None = None) -> KeyState | None:
+    """The state of a layer's keys, None if it has none; `before` itself if nothing has changed.
 
-    `before` is given back where nothing has changed. Quantised layers: `_quantized_keys` and `_pending_beam_idx` in
-    5.24.
+    Known in: as `reach`; `_quantized_keys` and `_pending_beam_idx` of quantised layers in 5.24.
     """
     layer = _layer(cache, module)
     keys, packed = getattr(layer, "keys", None), getattr(layer, "_quantized_keys", None)
     if before is not None and packed is None and before.tensor() is keys and before.version == _version(keys):
         return before
-    apart = [*(packed if isinstance(packed, (tuple, list)) else (packed,)), getattr(layer, "_pending_beam_idx", None)]
-    elsewhere = [_address(each) for each in apart if isinstance(each, torch.Tensor)]
-    rest, kept = tuple(each for each, _ in elsewhere), tuple(each for _, each in elsewhere)
+    others = [*(packed if isinstance(packed, (tuple, list)) else (packed,)), getattr(layer, "_pending_beam_idx", None)]
+    located = [_address(each) for each in others if isinstance(each, torch.Tensor)]
+    addresses, references = tuple(each for each, _ in located), tuple(each for _, each in located)
     if isinstance(keys, torch.Tensor) and keys.ndim == 4:
-        address, own = _address(keys)
-        return Mark(address, _version(keys), keys.shape[2], rest, (own, *kept), weakref.ref(keys))
-    return Mark((0, 0), None, 0, rest, kept, _nothing) if elsewhere else None
-
-
-def _nothing() -> None:
-    """Stands for a reference to a tensor that there is not."""
+        address, reference = _address(keys)
+        return KeyState(address, _version(keys), keys.shape[2], addresses, (reference, *references), weakref.ref(keys))
+    return KeyState((0, 0), None, 0, addresses, references, lambda: None) if located else None
 
 
 def _version(tensor: Any) -> int | None:
@@ -142,17 +138,17 @@ def _version(tensor: Any) -> int | None:
 
 
 def _address(tensor: torch.Tensor) -> tuple[tuple[int, int], Any]:
-    """Where a tensor lies, and what keeps others from lying there: a reference that does not keep the numbers."""
+    """The address of a tensor, and a weak reference that keeps the address from being reused."""
     try:
-        kept = StorageWeakRef(tensor.untyped_storage())
-        return (kept.cdata, int(tensor.storage_offset())), kept
+        reference = StorageWeakRef(tensor.untyped_storage())
+        return (reference.cdata, int(tensor.storage_offset())), reference
     except (RuntimeError, NotImplementedError):
-        # Tensors without a storage of their own, as those that are spread over devices.
+        # Tensors without a storage, such as sharded ones.
         return (id(tensor), 0), tensor
 
 
 def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
-    """A few numbers of a layer's first `length` keys, which tell them from others where no counter does."""
+    """A few elements of a layer's first `length` keys, to detect writes where there is no version counter."""
     keys = getattr(_layer(cache, module), "keys", None)
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or not keys.shape[2]:
         return None
@@ -160,12 +156,12 @@ def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
 
 
 def has_layers(cache: Any) -> bool:
-    """Whether the keys of a cache can be found. Known in: as `reach`."""
+    """Whether a cache has layers whose keys can be read. Known in: as `reach`."""
     return getattr(cache, "layers", None) is not None
 
 
 def reaches_in(cache: Any) -> tuple[Reach, ...]:
-    """What the layers of a cache hand over, for a module that uses those of another one. Known in: as `reach`."""
+    """The reaches of all layers of a cache, for a module that reuses another layer's keys. Known in: as `reach`."""
     return tuple({_reach(layer) for layer in getattr(cache, "layers", None) or ()})
 
 

@@ -1,4 +1,7 @@
-"""Loading a checkpoint: from this machine only, safetensors only unless the user insists."""
+"""Loading a checkpoint: where it is on this machine, whether it is complete, its model and processor, its preset.
+
+Nothing is downloaded, and weights are safetensors unless the caller allows pickles.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,25 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from carve_kernels import checks
 from carve_kernels.deprecation import renamed
 from carve_kernels.devices import usable
-from carve_kernels.hf import checkpoint
-from carve_kernels.hf.checkpoint import Checkpoint
-from carve_kernels.hf.layouts import FAMILIES, supported
+from carve_kernels.hf import names
 from carve_kernels.hf.processors import processor_of
+from carve_kernels.models import small
 from carve_kernels.presets import Preset
+
+SMALL = "small"
+"""The name of the embedded model."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +41,15 @@ DTYPES: dict[str, str | torch.dtype] = {
     **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
     **dict.fromkeys(("float64", "double"), torch.float64),
 }
-"""What a dtype may be called."""
+"""The names of a dtype."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint's folder, and what to do if a file in it is missing or broken."""
+
+    folder: Path
+    fix_missing: str
+    fix_broken: str
 
 
 @renamed(directory="model")
@@ -44,48 +60,47 @@ def load(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load model and processor of a supported family, in eval mode.
+    """Load the model, in eval mode, and the processor of a supported family.
 
-    `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name, which is looked for in
-    the local hub cache. A directory goes before an id of its name; one that is called small is "./small", or a Path.
-    The model's `name_or_path` is the folder in which it was found, whole. `dtype` is "auto" (the checkpoint's own), a
-    dtype of torch with a point that floats, or its name, short ones such as "bf16" too; `device` None leaves the model
-    where it is loaded.
+    `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name in the local hub cache. A
+    directory takes precedence over an id of the same name; a directory called small is "./small", or a Path. The
+    model's `name_or_path` becomes the absolute folder. `dtype` is "auto" (the checkpoint's), a floating-point dtype of
+    torch, or its name, including short ones such as "bf16"; `device` None leaves the model where it is loaded.
 
-    Nothing is downloaded and no code of the checkpoint is run; `allow_pickle=True` admits pickle weights, which can run
-    code of whoever wrote them. Without torchvision, a processor that needs it for videos alone is loaded for images.
+    Nothing is downloaded and no code of the checkpoint is run; `allow_pickle=True` allows pickle weights, which can run
+    code of their author. Without torchvision, a processor that needs it only for videos is loaded for images.
 
-    Raises ValueError, before any weight is read, if the checkpoint or a file in it is missing or broken (of an id with
-    the command that fetches it), if the family is not supported, if the weights are pickles, for another dtype, or for
-    a device that cannot be used here; ImportError if the processor needs a library that is missing.
+    Raises ValueError, before any weight is read, if the checkpoint or one of its files is missing or broken (for an id
+    with the command that downloads it), if the family is not supported, if the weights are pickles, for an unknown
+    dtype, or for a device that is unavailable; ImportError if the processor needs a missing library.
     """
-    wanted = dtype_of("dtype", dtype)
-    place = None if device is None else usable("device", device)
-    found = checkpoint.find(model)
-    folder = found.folder
-    family = _family(found)
-    _check_weights(found, allow_pickle)
+    torch_dtype = dtype_of("dtype", dtype)
+    target = None if device is None else usable("device", device)
+    checkpoint = find(model)
+    folder = checkpoint.folder
+    family = _family(checkpoint)
+    _check_weights(checkpoint, allow_pickle)
     _profile_in(folder)
-    processor = _processor(found, family)
+    processor = _processor(checkpoint, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder.absolute()),
-        dtype=wanted,
+        dtype=torch_dtype,
         local_files_only=True,
         use_safetensors=not _has_only_pickles(folder),
         output_loading_info=True,
     )
     network, report = loaded
-    # transformers fills what is missing with random numbers and only logs it.
+    # transformers initialises missing tensors with random numbers and only logs it.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"model: the weights in {folder} lack {len(missing)} tensor(s), the first is {missing[0]!r}")
-    if place is not None:
-        network.to(place)
+    if target is not None:
+        network.to(target)
     return network.eval(), processor
 
 
 def dtype_of(name: str, dtype: Any) -> str | torch.dtype:
-    """The dtype of torch that a name means, or "auto"; ValueError for one that no model is loaded in."""
+    """The dtype of torch of a name, or "auto". Raises ValueError for any other dtype."""
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
@@ -94,25 +109,25 @@ def dtype_of(name: str, dtype: Any) -> str | torch.dtype:
 
 
 def preset_in(name: str, path: str | os.PathLike[str]) -> Preset:
-    """The preset in a JSON file such as carve.json; an error begins with `name` and the file."""
-    found = checks.path(name, path)
-    if not found.is_file():
-        raise ValueError(f"{name}: expected the path of a carve.json, got {found}, which is no file")
-    return _named(f"{name}: {found}", _json_object(name, found))
+    """The preset in a JSON file such as carve.json; errors begin with `name` and the file."""
+    file = checks.path(name, path)
+    if not file.is_file():
+        raise ValueError(f"{name}: expected the path of a carve.json, got {file}, which is not a file")
+    return _preset(f"{name}: {file}", _json_object(name, file))
 
 
 def preset_beside(model: str | Path) -> Preset | None:
-    """The preset in the `carve.json` of a checkpoint, which is named as for `load`, or None if it has none."""
-    return _preset_in_folder(checkpoint.find(model).folder)
+    """The preset in the `carve.json` of a checkpoint, named as for `load`, or None if it has none."""
+    return _preset_in_folder(find(model).folder)
 
 
 def _preset_in_folder(folder: Path) -> Preset | None:
     values = _profile_in(folder)
-    return None if values is None else _named(f"model: {folder / _PROFILE}", values)
+    return None if values is None else _preset(f"model: {folder / _PROFILE}", values)
 
 
-def _named(name: str, values: Any) -> Preset:
-    """A preset from a dict; an error says whose key it was."""
+def _preset(name: str, values: Any) -> Preset:
+    """A preset from a dict; errors begin with `name`."""
     try:
         return Preset.from_dict(values)
     except (TypeError, ValueError) as error:
@@ -120,11 +135,11 @@ def _named(name: str, values: Any) -> Preset:
 
 
 def profile_of(model: str | Path) -> dict[str, Any] | None:
-    """The `carve.json` of a checkpoint, which is named as for `load`, or None if it has none.
+    """The `carve.json` of a checkpoint, named as for `load`, or None if it has none.
 
-    Raises ValueError if there is no such checkpoint, or if the file holds no JSON object.
+    Raises ValueError if there is no such checkpoint, or if the file is not a JSON object.
     """
-    return _profile_in(checkpoint.find(model).folder)
+    return _profile_in(find(model).folder)
 
 
 def _profile_in(folder: Path) -> dict[str, Any] | None:
@@ -132,27 +147,30 @@ def _profile_in(folder: Path) -> dict[str, Any] | None:
     return _json_object("model", path) if path.is_file() else None
 
 
-def _family(found: Checkpoint) -> str:
-    folder, mend = found.folder, found.mend
+def _family(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.folder
     if not folder.is_dir():
         raise ValueError(f"model: expected a checkpoint directory, {folder} is a file")
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"model: {folder} has no config.json, so it is no whole checkpoint of transformers; {mend}")
+        raise ValueError(
+            f"model: {folder} has no config.json, so it is not a complete checkpoint; {checkpoint.fix_missing}"
+        )
     family = _json_object("model", config).get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model: expected a model_type of {supported()}, {config} says {family!r}")
+    if family not in names.FAMILIES:
+        raise ValueError(f"model: expected a model_type of {names.supported()}, {config} says {family!r}")
     return str(family)
 
 
-def _check_weights(found: Checkpoint, allow_pickle: bool) -> None:
-    folder, mend = found.folder, found.mend
+def _check_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
+    """from_pretrained names neither the broken file nor a missing shard's index."""
+    folder, fix = checkpoint.folder, checkpoint.fix_missing
     if _has_only_pickles(folder):
         if allow_pickle:
             return
         raise ValueError(
-            f"model: {folder} holds its weights as pickles ({_PICKLES}), which can run code when loaded; convert "
-            "them to safetensors, or pass allow_pickle=True if you trust whoever wrote them"
+            f"model: {folder} has its weights as pickles ({_PICKLES}), which can run code when loaded; convert "
+            "them to safetensors, or pass allow_pickle=True if you trust their author"
         )
     index = folder / _INDEX
     if (folder / _SINGLE).is_file():
@@ -160,18 +178,17 @@ def _check_weights(found: Checkpoint, allow_pickle: bool) -> None:
     elif index.is_file():
         shards = sorted(set(_json_object("model", index).get("weight_map", {}).values()))
     else:
-        raise ValueError(f"model: {folder} has no weights, neither {_SINGLE} nor {_INDEX}; {mend}")
+        raise ValueError(f"model: {folder} has no weights, neither {_SINGLE} nor {_INDEX}; {fix}")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        told = ", ".join(missing) or "none at all"
-        raise ValueError(f"model: {index} names weights that are not there: {told}; {mend}")
+        raise ValueError(f"model: {index} lists weights that are missing: {', '.join(missing) or 'no file'}; {fix}")
     for name in shards:
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"model: {folder / name} is no whole safetensors file ({error}); {found.mend_broken}"
+                f"model: {folder / name} is not a complete safetensors file ({error}); {checkpoint.fix_broken}"
             ) from error
 
 
@@ -179,20 +196,23 @@ def _has_only_pickles(folder: Path) -> bool:
     return any(folder.glob(_PICKLES)) and not any((folder / name).is_file() for name in (_SINGLE, _INDEX))
 
 
-def _processor(found: Checkpoint, family: str) -> Any:
-    folder, mend = found.folder, found.mend
+def _processor(checkpoint: Checkpoint, family: str) -> Any:
+    folder = checkpoint.folder
     try:
         processor = processor_of(folder, family)
     except ImportError as error:
         raise ImportError(
-            f"the processor of {folder} needs a library that is missing or does not fit; most often: "
+            f"the processor of {folder} needs a library that is missing or incompatible; most often: "
             f"pip install torchvision ({error})"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {found.mend_broken}") from error
+        raise ValueError(
+            f"model: the processor in {folder} cannot be loaded ({error}); {checkpoint.fix_broken}"
+        ) from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
-            f"model: {folder} has no processor for images (processor_config.json, preprocessor_config.json); {mend}"
+            f"model: {folder} has no image processor (processor_config.json, preprocessor_config.json); "
+            f"{checkpoint.fix_missing}"
         )
     return processor
 
@@ -212,9 +232,9 @@ def preset_of(
     preset: str | Preset | Mapping[str, Any] | None,
     profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None,
 ) -> Preset:
-    """The preset that a caller names, or else the profile's, by default the one in the model's directory, or "paper".
+    """The given preset, else the profile's (by default the carve.json of the model's directory), else "paper".
 
-    Raises TypeError or ValueError for a preset or a profile that cannot be used.
+    Raises TypeError or ValueError for an invalid preset or profile.
     """
     if preset is not None:
         return Preset.of(preset)
@@ -223,9 +243,60 @@ def preset_of(
             raise TypeError("profile: expected a dict, the path of a carve.json, None or False, got True")
         return Preset.paper()
     if isinstance(profile, Mapping):
-        return _named("profile", profile)
+        return _preset("profile", profile)
     if profile is not None:
         return preset_in("profile", profile)
-    # Whoever loaded the model may have named it by its id.
-    folder = checkpoint.locate(model.name_or_path) if model.name_or_path else None
+    # The model may have been loaded by its id.
+    folder = locate(model.name_or_path) if model.name_or_path else None
     return (folder and _preset_in_folder(folder)) or Preset.paper()
+
+
+def find(model: str | os.PathLike[str]) -> Checkpoint:
+    """Find a checkpoint by its directory, as "small" (the embedded model), or by an id such as Org/Name.
+
+    A directory takes precedence over an id of the same name. "small" is always the embedded model; a directory of that
+    name is "./small" or a Path. Nothing is downloaded.
+
+    Raises TypeError or ValueError if there is none on this machine, for an id with the command that downloads it.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
+    checks.path("model", model)
+    name = os.fspath(model)
+    if model == SMALL:
+        return Checkpoint(small(), *["install carve_kernels again"] * 2)
+    download = f"download it with: hf download {name}"
+    folder = locate(model)
+    if folder is not None:
+        if os.path.exists(os.path.expanduser(name)):
+            return Checkpoint(folder, "copy all of its files", "copy it again")
+        # Without force, existing files are kept.
+        return Checkpoint(folder, download, f"{download} --force-download")
+    if isinstance(model, str) and _is_id(name):
+        raise ValueError(
+            f"model: {name!r} is not a directory, and the local hub cache has no main revision of a model with this "
+            f"id; nothing is downloaded here: {download}"
+        )
+    raise ValueError(f"model: expected a checkpoint directory, {name} is missing")
+
+
+def locate(name: str | os.PathLike[str]) -> Path | None:
+    """The path itself if it exists, else the folder of this id in the local hub cache, or None."""
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        return path
+    if not isinstance(name, str) or not _is_id(name):
+        return None
+    try:
+        # No file is required: the loader needs only some of a repository's files.
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _is_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -1,12 +1,51 @@
-"""Finding one's way in a model: through wrappers, to its text decoder, to the attention of each layer, to devices."""
+"""What a model is made of, on which devices it runs, and which code of other packages runs in its forward.
+
+The names of accelerate, bitsandbytes and torchao, and torch's private names of hooks, are spelled here.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_hooks
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
-from carve_kernels.hf import foreign, names
+from carve_kernels.hf import names
+
+# Hooks of these only read or compute weights, or record outputs.
+_HARMLESS = ("carve_kernels.", "transformers.utils.output_capturing", "transformers.modeling_utils", "torch.nn.utils.")
+_ACCELERATE = "accelerate.hooks"
+# Modules of these process each token by itself, except those of _QUANTIZED.
+_TOKEN_BY_TOKEN = ("torch", "transformers", "peft")
+_QUANTIZED = ("torch.ao.", "transformers.integrations.")
+_QUANTIZERS = ("auto_round", "bitsandbytes", "compressed_tensors", "gptqmodel", "hqq", "optimum", "torchao")
+# Packages, Python's own included, whose functions and objects are known not to mix tokens.
+_KNOWN = {"carve_kernels", "accelerate", "kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS, *sys.stdlib_module_names}
+# The methods through which torch calls a module's forward.
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+# The files in which transformers' modules look up the functions that they call.
+_FILES = ("transformers.models.", "transformers.activations", "transformers.modeling_layers")
+# Layers of bitsandbytes that dequantise their weights and then multiply as usual.
+_WEIGHT_ONLY_LAYERS = ("Linear4bit", "LinearFP4", "LinearNF4")
+# Weights of bitsandbytes and torchao, with the attribute that says how activations are quantised (None: never).
+_WEIGHT_ONLY_TENSORS = {
+    "Params4bit": None,
+    "Int4PlainInt32Tensor": None,
+    "Int4TilePackedTo4dTensor": None,
+    "Int8Tensor": "act_quant_kwargs",
+    "Float8Tensor": "act_quant_kwargs",
+    "IntxUnpackedToInt8Tensor": "activation_quantization",
+}
+_PLAIN = (torch.Tensor, nn.Parameter)
+_MIXERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -15,7 +54,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises TypeError if there is none.
     """
     inner: nn.Module | None = model
-    # A transformers model has children of the wrappers' names as well, so the search ends at the first one.
+    # A transformers model has children with the wrappers' names too, so stop at the first model.
     while not isinstance(inner, PreTrainedModel):
         inner = names.wrapped(inner) if isinstance(inner, nn.Module) else None
         if inner is None:
@@ -33,7 +72,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def text_backbone(model: nn.Module) -> PreTrainedModel:
-    """The text decoder: the module whose `layers` read the tokens.
+    """The text decoder: the module whose `layers` process the tokens.
 
     Raises TypeError if the model has none.
     """
@@ -56,67 +95,67 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of each text layer that has softmax attention, by the layer's number."""
     backbone = text_backbone(model)
     types = names.types_of_layers(getattr(backbone, "config", None))
-    found = {}
+    modules = {}
     for number, layer in enumerate(decoder_layers(model)):
         if types is not None and names.is_recurrent(types[number]):
             continue
         attention = names.attention_in(layer)
         if attention is not None:
-            found[number] = attention
-    return found
+            modules[number] = attention
+    return modules
 
 
 def check_decoder(model: nn.Module) -> None:
-    """Raises TypeError for a model whose answers do not come by self-attention over the columns of its prompt."""
+    """Raises TypeError unless the model generates by self-attention over the columns of its prompt."""
     inner = unwrap(model)
     kind = type(inner).__name__
     if names.has_encoder(inner):
         raise TypeError(
-            f"model: expected a decoder alone, got {kind}, an encoder and a decoder, whose decoder does not attend to "
-            "the prompt by self-attention"
+            f"model: expected a decoder-only model, got {kind}, an encoder-decoder model, whose decoder does not "
+            "attend to the prompt by self-attention"
         )
     crossing = names.cross_attention_in(text_backbone(model))
     if crossing is not None:
         raise TypeError(
-            f"model: expected a decoder that reads image tokens by self-attention, got {kind}, whose {crossing} looks "
-            "at the image by cross-attention, of which no maps are made; use a model whose prompt holds image tokens"
+            f"model: expected a decoder with self-attention over image tokens, got {kind}, whose {crossing} uses "
+            "cross-attention to the image, which cannot be captured; use a model with image tokens in the prompt"
         )
     if any(names.has_virtual_tokens(each) for each in (*wrappers(model), inner)):
         raise TypeError(
-            "model: expected a model whose prompt begins where its input_ids do, got one with an adapter that puts "
-            "tokens of its own before them (prompt learning); give the model without it, or a LoRA"
+            "model: expected a model whose prompt is its input_ids, got one with an adapter that prepends virtual "
+            "tokens (prompt learning); pass the model without it, or use LoRA"
         )
 
 
 def check_steady(model: nn.Module) -> None:
-    """Raises ValueError for a model that drops numbers at random: nothing of it would come a second time."""
+    """Raises ValueError for a model with active dropout, whose results are not reproducible."""
     for name, module in unwrap(model).named_modules():
         if module.training and names.dropout_of(module):
             raise ValueError(
-                f"model: expected a model that computes the same each time, got one in training mode, whose {name} "
-                f"drops {names.dropout_of(module):.0%}; call model.eval()"
+                f"model: expected a deterministic model, got one in training mode with dropout of "
+                f"{names.dropout_of(module):.0%} in {name}; call model.eval()"
             )
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:
-    """Where the parts of a module run: where accelerate brings them, else where their weights are.
+    """The devices on which a module runs: where accelerate moves its weights, else where they are.
 
-    Weights that are parked say nothing; a module of such ones alone runs where it is called.
+    Offloaded weights without a hook are skipped.
     """
     devices: set[torch.device] = set()
     for each in module.modules():
-        told = foreign.execution_device(each)
-        if told is not None and any(True for _ in each.parameters(recurse=False)):
-            devices.add(told)
-        elif told is None:
+        device = execution_device(each)
+        if device is not None and any(True for _ in each.parameters(recurse=False)):
+            devices.add(device)
+        elif device is None:
             devices |= {weight.device for weight in each.parameters(recurse=False) if weight.device.type != "meta"}
     return devices
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: where its embedding runs.
+    """The device of a model's inputs: where its embedding runs.
 
-    Raises ValueError if the model's weights are nowhere.
+    Raises ValueError if none of the model's weights is on a device.
     """
     inner = unwrap(model)
     for module in (inner.get_input_embeddings(), inner):
@@ -124,13 +163,13 @@ def input_device(model: nn.Module) -> torch.device:
         if devices:
             return min(devices, key=str)
     raise ValueError(
-        f"model: expected weights on a device, got {type(inner).__name__} on the meta device, and no hook of "
-        "accelerate that brings them; load its weights"
+        f"model: expected weights on a device, got {type(inner).__name__} on the meta device without a hook of "
+        "accelerate that loads them; load its weights"
     )
 
 
 def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Where the image and video tokens of each row stand, by the ids in the model's config.
+    """The positions of the image and video tokens in each row, by the ids in the model's config.
 
     =========  =====  ======  =============================================
     name       dtype  shape   meaning
@@ -144,6 +183,219 @@ def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[tor
     config = unwrap(model).config
     ids = names.visual_ids(config)
     if not ids:
-        raise ValueError(f"model: the config of model_type {config.model_type!r} names no image token; give the tokens")
+        raise ValueError(f"model: the config of model_type {config.model_type!r} names no image token; pass tokens=")
     marks = torch.tensor(ids, device=input_ids.device)
     return [row.nonzero().flatten().to(torch.int32) for row in torch.isin(input_ids, marks)]
+
+
+def code_on(model: nn.Module) -> str | None:
+    """The first code of an unknown package that runs in a model's forward, for a message, or None."""
+    for kind, hooks in (
+        ("forward hook", torch_hooks._global_forward_hooks),
+        ("forward pre-hook", torch_hooks._global_forward_pre_hooks),
+    ):
+        for hook in hooks.values():
+            if not _is_harmless(hook):
+                return f"a {kind} on all modules, {_named(hook)}, runs in it"
+    by_class: dict[type[nn.Module], str | None] = {}
+    for name, module in _modules(model):
+        if type(module) not in by_class:
+            by_class[type(module)] = _replaced_methods(type(module))
+        reason = _on_module(module) or by_class[type(module)]
+        if reason is not None:
+            return f"{name} {reason}"
+    return _replaced_functions({each for kind in by_class for each in kind.__mro__})
+
+
+def strangers(code: Any) -> set[str]:
+    """The packages of a callable that are not known to process tokens separately."""
+    return {_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN
+
+
+def mixer(model: nn.Module, decoder: nn.Module) -> str | None:
+    """The first module outside of attention that may mix tokens, for a message, or None."""
+    decoding = {id(module) for module in decoder.modules()}
+    training = None
+    for name, module in _modules(model):
+        kind, path = type(module), _forward_owner(type(module)).__module__
+        if isinstance(module, _MIXERS) and id(module) in decoding:
+            return f"{name} in its text decoder, {kind.__name__}, mixes tokens"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            return f"{name} normalises over the whole batch"
+        known = kind.__name__ in _WEIGHT_ONLY_LAYERS and path.startswith("bitsandbytes.")
+        if not known and (path.startswith(_QUANTIZED) or path.split(".")[0] not in _TOKEN_BY_TOKEN):
+            return f"{name}, {kind.__name__} of {path}, may scale a token by other tokens"
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and not _is_weight_only(tensor):
+                return f"the weights of {name}, {type(tensor).__name__}, may scale a token by other tokens"
+        training = training or (name if module.training else None)
+    return None if training is None else f"{training} is in training mode"
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device on which accelerate runs a module whose weights it offloads, or None."""
+    for hook in _hooks_of_accelerate(module):
+        name = getattr(hook, "execution_device", None)
+        device = None if name is None else torch.device(name)
+        if device is not None and device.type != "meta":
+            return device if device.index is not None or device.type == "cpu" else torch.device(device.type, _current())
+    return None
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is sharded over processes, by torch, FSDP or DeepSpeed."""
+    return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "ds_id")
+
+
+def _current() -> int:
+    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that process tokens, with a name for a message; parametrizations only compute weights."""
+    inside = {
+        id(inner) for each in model.modules() if isinstance(each, ParametrizationList) for inner in each.modules()
+    }
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            yield (f"its module {name!r}" if name else "the model itself"), module
+
+
+def _on_module(module: nn.Module) -> str | None:
+    for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
+        for hook in hooks.values():
+            if not _is_harmless(hook):
+                return f"has a {kind}, {_named(hook)}"
+    if "forward" in module.__dict__ and not _is_moved_by_accelerate(module):
+        return f"has a replaced forward, {_named(module.__dict__['forward'])}"
+    for key, value in module.__dict__.items():
+        if callable(value) and strangers(value):
+            return f"holds code of {_listed(strangers(value))}, {key!r}"
+    return None
+
+
+def _replaced_methods(kind: type[nn.Module]) -> str | None:
+    """The first method between a call and the forward of a class that an unknown package replaced."""
+    for method in _CALLS:
+        packages = strangers(inspect.getattr_static(kind, method))
+        if packages:
+            return f"runs a {method} of {_listed(packages)}, {kind.__name__}"
+    owner = _forward_owner(kind)
+    packages = {
+        path.split(".")[0] for path in (owner.__module__, *map(_path, _callables_in(owner.__dict__["forward"])))
+    }
+    known = packages <= {"carve_kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS}
+    return None if known else f"runs a forward of {_listed(packages)}, {kind.__name__}"
+
+
+def _replaced_functions(kinds: set[type]) -> str | None:
+    """The first method of transformers' classes, or function that they call, that an unknown package replaced."""
+    todo = [(f"torch.nn.functional.{name}", code) for name, code in vars(nn.functional).items() if callable(code)]
+    for kind in kinds:
+        if kind.__module__.startswith(_FILES):
+            members = ((name, member) for name, member in vars(kind).items() if name != "__init__")
+            todo += [(f"{kind.__name__}.{name}", each) for name, each in members if hasattr(each, "__get__")]
+    visited: set[int] = set()
+    while todo:
+        where, code = todo.pop()
+        for each in _callables_in(code):
+            if id(each) in visited:
+                continue
+            visited.add(id(each))
+            path = _path(each)
+            if path.split(".")[0] not in _KNOWN:
+                return f"{where} was replaced by code of {path}"
+            if isinstance(each, types.FunctionType) and path.startswith(_FILES):
+                todo += [(f"{path}.{name}", called) for name, called in _called(each)]
+    return None
+
+
+def _called(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The functions that a function may call by a global name, transformers' attention functions included."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        for name in code.co_names:
+            called = function.__globals__.get(name)
+            if callable(called):
+                yield name, called
+            elif isinstance(called, Mapping):
+                # A session in another thread may add or remove entries meanwhile.
+                entries = ((key, called.get(key)) for key in called if names.is_builtin(str(key)))
+                yield from ((f"{name}[{key!r}]", entry) for key, entry in entries if callable(entry))
+
+
+def _callables_in(code: Any) -> Iterator[Any]:
+    """The callables inside a callable: bound functions, itself, and what it wraps."""
+    if isinstance(code, (functools.partial, functools.partialmethod)):
+        for each in (code.func, *code.args, *code.keywords.values()):
+            if callable(each):
+                yield from _callables_in(each)
+    elif isinstance(code, (types.MethodType, staticmethod, classmethod)):
+        yield from _callables_in(code.__func__)
+    elif isinstance(code, functools.cached_property):
+        yield from _callables_in(code.func)
+    elif isinstance(code, property):
+        yield from _callables_in(code.fget)
+    else:
+        yield code
+        inner = getattr(code, "__dict__", {}).get("__wrapped__")
+        if inner is not None:
+            yield from _callables_in(inner)
+
+
+def _path(code: Any) -> str:
+    """The module in which a callable was defined; its `__module__` may be that of the function it wraps."""
+    if isinstance(code, types.FunctionType):
+        return str(code.__globals__.get("__name__", code.__module__))
+    if isinstance(code, types.BuiltinFunctionType):
+        return code.__module__ or _path(code.__self__)
+    return str((code if isinstance(code, type) else type(code)).__module__)
+
+
+def _listed(packages: set[str]) -> str:
+    return " and ".join(sorted(packages))
+
+
+def _is_harmless(hook: Any) -> bool:
+    return all(_path(each).startswith(_HARMLESS) for each in _callables_in(hook))
+
+
+def _named(code: Any) -> str:
+    each = next(_callables_in(code))
+    return f"{_path(each)}.{getattr(each, '__qualname__', type(each).__name__)}"
+
+
+def _hooks_of_accelerate(module: nn.Module) -> tuple[Any, ...]:
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _is_moved_by_accelerate(module: nn.Module) -> bool:
+    """Whether a module's forward was replaced by accelerate, only to move weights and inputs."""
+    forward, before = module.__dict__["forward"], module.__dict__.get("_old_forward")
+    hooks = _hooks_of_accelerate(module)
+    return (
+        isinstance(forward, functools.partial)
+        and _path(forward.func) == _ACCELERATE
+        and bool(hooks)
+        and all(type(hook).__module__ == _ACCELERATE for hook in hooks)
+        and getattr(before, "__func__", None) is type(module).forward
+    )
+
+
+def _forward_owner(kind: type[nn.Module]) -> type:
+    return next(each for each in kind.__mro__ if "forward" in each.__dict__)
+
+
+def _is_weight_only(tensor: torch.Tensor) -> bool:
+    """Whether a product with a weight treats each row separately: plain, or quantised in a known weight-only way."""
+    kind = type(tensor)
+    if kind in _PLAIN:
+        return not tensor.is_quantized
+    if kind.__name__ not in _WEIGHT_ONLY_TENSORS or not kind.__module__.startswith(("bitsandbytes.", "torchao.")):
+        return False
+    attribute = _WEIGHT_ONLY_TENSORS[kind.__name__]
+    # A missing attribute is not the same as None.
+    return attribute is None or getattr(tensor, attribute, attribute) is None

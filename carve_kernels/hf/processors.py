@@ -1,4 +1,7 @@
-"""A checkpoint's processor, without its part for videos where only that part cannot be had."""
+"""The processor of a checkpoint, loaded without its video part if only that part is unavailable.
+
+transformers' names of processors that are private or conventions are spelled here.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +12,91 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
-from carve_kernels.hf import processor_names
+from carve_kernels.hf import names
 
 _LOG = logging.getLogger("carve_kernels")
-# In the order in which AutoProcessor asks them for a class.
+# In the order in which AutoProcessor looks for the class.
 _FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "tokenizer"))
 
 
 def processor_of(folder: Path, family: str) -> Any:
     """The processor in a checkpoint's folder.
 
-    Raises ImportError if it needs a library that is missing for more than videos.
+    Raises ImportError if it needs a missing library for more than videos.
     """
     try:
         return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
         complete = getattr(transformers, _class_name(folder, family))
-        if not processor_names.video_parts(complete):
+        if not video_parts(complete):
             raise
         processor = without_videos(complete).from_pretrained(str(folder), local_files_only=True)
-        _LOG.info("the processor of %s serves images alone, its part for videos needs more: %s", folder, error)
+        _LOG.info("the processor of %s takes images only, its video part needs more: %s", folder, error)
         return processor
 
 
-def without_videos(complete: Any) -> Any:
-    """The same class of processors without its part for videos, which refuses a video by name."""
+def processor_class(family: str) -> str:
+    """The name of a model type's processor class. Known in: 5.12 to 5.24."""
+    try:
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    class WithoutVideos(complete, processor_names.ImagesAlone):
+        name: str = PROCESSOR_MAPPING_NAMES[family]
+    except (ImportError, KeyError) as error:
+        raise names.changed(f"it has no processor class for {family} ({error})") from error
+    return name
+
+
+def video_parts(processor_class: Any) -> list[str]:
+    """The arguments of a processor class that are its video parts. Known in: 5.12 to 5.24."""
+    try:
+        return [name for name in processor_class.get_attributes() if "video" in name]
+    except AttributeError as error:
+        raise names.changed(f"its processors do not list their parts ({error})") from error
+
+
+def without_videos(complete: Any) -> Any:
+    """A processor class without its video part, which refuses videos by name."""
+
+    class WithoutVideos(complete, _ImagesOnly):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
             if given.get("videos") is not None:
                 raise ValueError(
-                    "videos: expected none, since this processor was loaded without its part for videos, which needs "
+                    "videos: expected None, since this processor was loaded without its video part, which needs "
                     "torchvision; pip install torchvision, and load it again"
                 )
             return super().__call__(*args, **kwargs)
 
-    # What is saved names the class.
+    # Saved files contain the name of the class.
     WithoutVideos.__name__, WithoutVideos.__qualname__ = complete.__name__, complete.__qualname__
     return WithoutVideos
+
+
+class _ImagesOnly(ProcessorMixin):
+    """Sits between a processor class and its base and hides the video part. Known in: 5.12 to 5.24."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if "video" not in name]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The class itself takes its parts by position.
+        parts = dict(zip(cls.get_attributes(), args, strict=True))
+        every = [parts.get(name) for name in super().get_attributes()]
+        return super().from_args_and_dict(every, processor_dict, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(super().get_attributes(), args, strict=False)), **kwargs}
+        super().__init__(**{name: value for name, value in given.items() if "video" not in name})
 
 
 def _class_name(folder: Path, family: str) -> str:
     for file in _FILES:
         path = folder / file
-        named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
-        if named is not None:
-            return str(named)
-    return processor_names.processor_class(family)
+        name = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
+        if name is not None:
+            return str(name)
+    return processor_class(family)

@@ -1,4 +1,4 @@
-"""Which rows of a prompt are captured: the last, the last k, positions, the question's tokens, a word."""
+"""The captured rows of a prompt: the last, the last k, given positions, those of the question, of a word or a text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy
 import torch
 
 from carve_kernels import checks
-from carve_kernels.hf.spelling import IMAGE, Spelled, find_last, special_tokens, spellings
-from carve_kernels.hf.turns import last_call, last_question, templates_of, turns_of
+from carve_kernels.hf.names import templates_of
+from carve_kernels.hf.spelling import IMAGE, PromptText, find_last, special_tokens, spellings
+from carve_kernels.hf.turns import last_call, last_question, turns_of
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
 
@@ -22,8 +23,8 @@ class Rows(NamedTuple):
     name     dtype    shape      meaning
     =======  =======  =========  ================================================================
     columns  int64    [B, Q]     columns of the captured rows
-    weight   float32  [B, R, Q]  mean over rows: maps[R] = weight @ maps[Q]; None where R = Q
-    last     bool                whether the last of them is the prompt's last row
+    weight   float32  [B, R, Q]  weights of a mean over rows: maps[R] = weight @ maps[Q]; None if R = Q
+    last     bool                whether the last one is the prompt's last row
     =======  =======  =========  ================================================================
     """
 
@@ -33,32 +34,32 @@ class Rows(NamedTuple):
 
 
 def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
-    """Check a rows argument before anything runs; a list of positions becomes a tuple."""
+    """Check a rows argument before the model runs; a list of positions becomes a tuple."""
     if isinstance(rows, (numpy.ndarray, numpy.generic, torch.Tensor)):
         rows = rows.tolist()
     if isinstance(rows, str):
         if rows == "question" and tokenizer is not None:
-            _reads(tokenizer, rows)
+            _check_tokenizer(tokenizer, rows)
         return checks.choice("rows", rows, ("last", "question"))
     if isinstance(rows, int):
         return checks.integer("rows", rows, low=1)
     if isinstance(rows, Sequence) and len(rows) == 2 and rows[0] in ("word", "text"):
         if tokenizer is None:
-            raise ValueError(f"processor: expected a processor beside rows={tuple(rows)!r}, got None")
-        _reads(tokenizer, rows)
+            raise ValueError(f"processor: expected a processor with rows={tuple(rows)!r}, got None")
+        _check_tokenizer(tokenizer, rows)
         return (str(rows[0]), checks.text("rows[1]", rows[1]))
     if isinstance(rows, Sequence) and len(rows):
-        return tuple(checks.integer(f"rows[{place}]", row) for place, row in enumerate(rows))
+        return tuple(checks.integer(f"rows[{index}]", row) for index, row in enumerate(rows))
     raise TypeError(
         "rows: expected 'last', 'question', a number of last rows, positions, ('word', WORD) or ('text', TEXT), got "
         + checks.describe(rows)
     )
 
 
-def _reads(tokenizer: Any, rows: RowsSpec) -> None:
+def _check_tokenizer(tokenizer: Any, rows: RowsSpec) -> None:
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(
-            f"processor: expected a processor with a tokenizer, or a tokenizer, beside rows={rows!r}, got "
+            f"processor: expected a processor with a tokenizer, or a tokenizer, with rows={rows!r}, got "
             + checks.describe(tokenizer)
         )
 
@@ -69,17 +70,17 @@ def resolve_rows(
     """Find the rows in a prompt: ids int64 [B, S], attended bool [B, S], visual tokens int32 [B, N], on the CPU."""
     if rows == "last" or isinstance(rows, int):
         count = 1 if rows == "last" else int(rows)
-        picked = []
+        selected = []
         for row, mask in enumerate(attended):
             columns = mask.nonzero()[:, 0]
             if len(columns) < count:
                 raise ValueError(f"rows: expected at most the {len(columns)} tokens of prompt {row}, got {count}")
-            picked.append(columns[-count:])
-        return Rows(torch.stack(picked), None, True)
+            selected.append(columns[-count:])
+        return Rows(torch.stack(selected), None, True)
     if not isinstance(rows, str) and isinstance(rows[0], int):
         return Rows(_positions(tuple(int(row) for row in rows), attended), None, False)
     if ids is None:
-        raise ValueError(f"input_ids: expected them beside rows={rows!r}, got none (a forward with inputs_embeds?)")
+        raise ValueError(f"input_ids: expected input_ids with rows={rows!r}, got none (a forward with inputs_embeds?)")
     find = _Finder(rows, processor)
     groups = [find(ids[row], attended[row].nonzero()[:, 0], tokens[row]) for row in range(len(ids))]
     width = max(len(group) for group in groups)
@@ -91,11 +92,12 @@ def resolve_rows(
 
 
 def general_rows(rows: RowsSpec) -> RowsSpec:
-    """What a question says need not stand in the general instruction: the instruction's tokens take its place."""
+    """The rows of the general instruction, which need not contain a question's word or text: its own question's."""
     return "question" if isinstance(rows, tuple) and rows[0] in ("word", "text") else rows
 
 
 def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
 
 
@@ -117,57 +119,56 @@ class _Finder:
 
     def __init__(self, rows: Any, processor: Any) -> None:
         self._kind: str = rows if isinstance(rows, str) else rows[0]
-        self._wanted: str = "" if isinstance(rows, str) else rows[1]
+        self._text: str = "" if isinstance(rows, str) else rows[1]
         self._tokenizer: Any = None if processor is None else tokenizer_of(processor)
         self._turns = [] if processor is None else turns_of(processor)
         if self._kind == "question" and not self._turns and templates_of(processor):
             raise ValueError(
-                "processor: expected a chat template that shows a user's text as it is, this one refuses or rewrites "
+                "processor: expected a chat template that keeps a user's text unchanged, this one refuses or rewrites "
                 "it; use rows=('text', TEXT)"
             )
 
     def __call__(self, ids: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The columns in a prompt: ids int64 [S], the columns that are attended to, visual tokens int32 [N]."""
-        behind = int((columns <= tokens.max()).sum()) if tokens.numel() else 0
+        """The columns in a prompt: ids int64 [S], the columns without padding, visual tokens int32 [N]."""
+        after_image = int((columns <= tokens.max()).sum()) if tokens.numel() else 0
         if self._tokenizer is None:
-            places = list(range(behind, len(columns)))
+            indices = list(range(after_image, len(columns)))
         else:
-            said = ids[columns]
-            visual = torch.isin(columns, tokens.to(columns.dtype)) | (said < 0)
-            spelled = Spelled(self._tokenizer, said.tolist(), visual.tolist())
-            places = self._question(spelled, said.tolist(), behind) if self._kind == "question" else self._span(spelled)
-        if not places:
+            prompt = ids[columns]
+            visual = torch.isin(columns, tokens.to(columns.dtype)) | (prompt < 0)
+            text = PromptText(self._tokenizer, prompt.tolist(), visual.tolist())
+            is_question = self._kind == "question"
+            indices = self._question(text, prompt.tolist(), after_image) if is_question else self._span(text)
+        if not indices:
             raise ValueError(
-                "rows: expected a question behind the image, found no token of one; put the image first, or use "
+                "rows: expected a question after the image, found no token of one; put the image first, or use "
                 "rows='last'"
             )
-        return columns[places]
+        return columns[indices]
 
-    def _question(self, spelled: Spelled, ids: list[int], behind: int) -> list[int]:
-        start, stop = last_question(spelled.text, spelled.begin(behind), self._turns, self._tokenizer)
-        asked = spelled.text[start:stop]
+    def _question(self, prompt: PromptText, ids: list[int], after_image: int) -> list[int]:
+        start, stop = last_question(prompt.text, prompt.begin(after_image), self._turns, self._tokenizer)
+        question = prompt.text[start:stop]
         special = special_tokens(self._tokenizer)
-        places = spelled.tokens(start, start + len(asked.rstrip())) if asked.strip() else []
-        tokens = self._tokenizer.convert_ids_to_tokens([ids[place] for place in places])
-        return [place for place, token in zip(places, tokens, strict=True) if token not in special]
+        indices = prompt.tokens(start, start + len(question.rstrip())) if question.strip() else []
+        tokens = self._tokenizer.convert_ids_to_tokens([ids[index] for index in indices])
+        return [index for index, token in zip(indices, tokens, strict=True) if token not in special]
 
-    def _span(self, spelled: Spelled) -> list[int]:
-        """The tokens of the last place behind the first image, in a call for an answer only if there is no other."""
-        text, first = spelled.text, spelled.first
+    def _span(self, prompt: PromptText) -> list[int]:
+        """The tokens of the last occurrence after the first image; in a generation prompt only if there is no other."""
+        text, first = prompt.text, prompt.first
         call = last_call(text, first, self._turns, self._tokenizer)
-        said = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
-        forms = [form for form in spellings(self._tokenizer, self._wanted) if IMAGE not in form]
-        for searched in dict.fromkeys((said, text)):
+        masked = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
+        forms = [form for form in spellings(self._tokenizer, self._text) if IMAGE not in form]
+        for searched in dict.fromkeys((masked, text)):
             for form in forms:
                 span = find_last(searched, form, self._kind == "word", first)
                 if span is not None:
-                    return spelled.tokens(*span)
+                    return prompt.tokens(*span)
         if any(find_last(text[:first], form, self._kind == "word") for form in forms):
             raise ValueError(
-                f"rows: expected a {self._kind} behind the image, got {self._wanted!r}, which stands before it and "
-                "cannot see it"
+                f"rows: expected a {self._kind} after the image, got {self._text!r}, which is before it and cannot "
+                "attend to it"
             )
         shown = text.replace(IMAGE, "")[-200:]
-        raise ValueError(
-            f"rows: expected a {self._kind} of the prompt, got {self._wanted!r}; the prompt reads {shown!r}"
-        )
+        raise ValueError(f"rows: expected a {self._kind} of the prompt, got {self._text!r}; the prompt reads {shown!r}")

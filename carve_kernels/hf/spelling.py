@@ -1,4 +1,4 @@
-"""A prompt's ids as text: which tokens hold a character, and where a text stands in it."""
+"""The text of a prompt's ids: which tokens a character belongs to, and where a text occurs."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 import numpy
 
 IMAGE = "\ufffc"
-"""What stands in the text for a visual token."""
+"""The character of a visual token in the text."""
 
-# Byte-level tokenizers write a byte as a character that can be seen: itself, or the next one from 256 on.
-_SEEN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _SEEN]
-_BYTES = {chr(byte): byte for byte in _SEEN} | {chr(256 + place): byte for place, byte in enumerate(_HIDDEN)}
+# Byte-level tokenizers write a byte as a printable character: itself, or the next one from 256 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + index): byte for index, byte in enumerate(_UNPRINTABLE)}
 _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 _JOINER = "\u200d"
 _SELECTORS = "\ufe0e\ufe0f"
-# How the names of characters begin whose scripts put no space between words; Korean puts none before particles.
+# First words of the Unicode names of scripts without spaces between words; Korean has none before particles.
 _SPACELESS = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "YI"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
 )
 
 
-class Spelled:
-    """The text of a row of ids; `visual` are the tokens that stand for pieces of images.
+class PromptText:
+    """The text of a row of ids, of which `visual` are visual tokens.
 
-    Raises ValueError if the tokenizer's own text of the ids is not that of its tokens one by one.
+    Raises ValueError if the tokenizer does not decode the ids to the text of its tokens one by one.
     """
 
     def __init__(self, tokenizer: Any, ids: Sequence[int], visual: Sequence[bool]) -> None:
-        said = [id for id, image in zip(ids, visual, strict=True) if not image]
-        pieces = iter(_pieces(tokenizer, said))
-        each = [IMAGE.encode() if image else next(pieces) for image in visual]
-        # A byte that belongs to no character is a character by itself.
-        self.text = b"".join(each).decode("utf-8", "surrogateescape")
-        self._tokens = [0, *accumulate(map(len, each))]
+        written = [id for id, image in zip(ids, visual, strict=True) if not image]
+        pieces = iter(_pieces(tokenizer, written))
+        tokens = [IMAGE.encode() if image else next(pieces) for image in visual]
+        # A byte that is not part of a character becomes a character itself.
+        self.text = b"".join(tokens).decode("utf-8", "surrogateescape")
+        self._tokens = [0, *accumulate(map(len, tokens))]
         self._characters = [0, *accumulate(_sizes(self.text))]
-        # Where the first image begins.
+        # The first character of the first image.
         self.first = self.begin(visual.index(True)) if any(visual) else 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
@@ -52,20 +52,20 @@ class Spelled:
         return [token for token in range(first, last) if self._tokens[token] < self._tokens[token + 1]]
 
     def begin(self, token: int) -> int:
-        """The first character that begins in a token or behind it."""
+        """The first character that begins in a token or after it."""
         return bisect_left(self._characters, self._tokens[token])
 
 
 def spellings(tokenizer: Any, text: str, unknown: bool = False) -> Iterator[str]:
-    """A text as it is and, where the tokenizer writes it in another way (lower-cased, without accents), as it does.
+    """A text itself and, if the tokenizer changes it (lower case, no accents), the changed text.
 
-    With `unknown` also where it does not know a part of the text, and writes its mark for it.
+    With `unknown`, also a changed text that contains unknown tokens.
     """
     yield text
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    lost = getattr(tokenizer, "unk_token_id", None)
-    known = [id for id in ids if id != lost]
-    # Marks alone may stand for any text.
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    known = [id for id in ids if id != unknown_id]
+    # Unknown tokens alone may be any text.
     if len(known) == len(ids) or (unknown and _decoded(tokenizer, known).strip()):
         written = _decoded(tokenizer, ids).strip()
         if written and written != text:
@@ -73,7 +73,7 @@ def spellings(tokenizer: Any, text: str, unknown: bool = False) -> Iterator[str]
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """The tokens that are no text of a user, the mark of what the tokenizer does not know among them."""
+    """The special tokens of a tokenizer, the unknown token included."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {token.content for token in added if token.special} | set(
         getattr(tokenizer, "all_special_tokens", None) or ()
@@ -81,43 +81,43 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def unknown_of(tokenizer: Any) -> str | None:
-    """What a tokenizer writes for characters that it does not know; None where that is the mark of something else."""
-    mark: str | None = getattr(tokenizer, "unk_token", None)
-    return None if mark in {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad")} else mark
+    """The unknown token of a tokenizer; None if it has another use as well."""
+    token: str | None = getattr(tokenizer, "unk_token", None)
+    return None if token in {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad")} else token
 
 
 def find_last(text: str, wanted: str, word: bool, start: int = 0) -> tuple[int, int] | None:
-    """The characters of the last place where `wanted` stands, as it is or else in another case; None where none is.
+    """The span of the last occurrence of `wanted`, in the same case if there is one; None if there is none.
 
-    White space is alike, and an accent may be a character of its own. A `word` has no letter or digit beside it, but in
-    scripts without spaces.
+    Any white space matches any other, and accents may be separate characters. A `word` has no letter or digit next to
+    it, except in scripts without spaces.
     """
     bare = wanted.strip().rstrip(_SELECTORS) or wanted.strip()
     forms = dict.fromkeys([bare, *(unicodedata.normalize(form, bare) for form in ("NFC", "NFD"))])
     pattern = "|".join(r"\s+".join(map(re.escape, form.split())) for form in forms)
     for flags in (0, re.IGNORECASE):
         expression = re.compile(f"(?=((?:{pattern})[{_SELECTORS}]?))", flags)
-        found = [match.span(1) for match in expression.finditer(text, start)]
-        for first, stop in reversed(found):
-            if not _one(text, first, word) and not _one(text, stop, word):
+        spans = [match.span(1) for match in expression.finditer(text, start)]
+        for first, stop in reversed(spans):
+            if not _is_inside(text, first, word) and not _is_inside(text, stop, word):
                 return first, stop
     return None
 
 
 def find_written(text: str, wanted: str, start: int = 0) -> list[tuple[int, int]]:
-    """The characters of each place where a template's `wanted` stands: tokenizers may move its white space."""
-    visible = "".join(wanted.split())
-    if not visible:
+    """The spans of all occurrences of a template's text, up to white space, which tokenizers may change."""
+    letters = "".join(wanted.split())
+    if not letters:
         return []
-    expression = re.compile(r"\s*".join(map(re.escape, visible)))
+    expression = re.compile(r"\s*".join(map(re.escape, letters)))
     return [match.span() for match in expression.finditer(text, start)]
 
 
-def _one(text: str, place: int, word: bool) -> bool:
-    """Whether the characters on both sides of a place are parts of one character, or of one word."""
-    if place in (0, len(text)):
+def _is_inside(text: str, index: int, word: bool) -> bool:
+    """Whether the characters before and after an index belong to one character, or to one word."""
+    if index in (0, len(text)):
         return False
-    left, right = text[place - 1], text[place]
+    left, right = text[index - 1], text[index]
     if _JOINER in (left, right) or _is_mark(right):
         return True
     return word and all(
@@ -127,23 +127,23 @@ def _one(text: str, place: int, word: bool) -> bool:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether a character is an accent, a vowel sign or a colour of skin: a part of the character before it."""
+    """Whether a character is an accent, a vowel sign or a skin tone, and so part of the character before it."""
     return unicodedata.category(character)[0] == "M" or "\U0001f3fb" <= character <= "\U0001f3ff"
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[bytes]:
-    """The bytes of each token, by the way of writing them whose text is the tokenizer's own."""
+    """The bytes of each token, by the first spelling of tokens that agrees with the tokenizer's decoding."""
     distinct = sorted(set(ids))
     tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(distinct)]
-    expected = _known(_decoded(tokenizer, ids))
-    for write in (_byte_level, _sentence_piece, _words(".,?!"), _words("")):
-        written = dict(zip(distinct, map(write, tokens), strict=True))
-        each = [written[id] for id in ids]
-        if _known(b"".join(each).decode("utf-8", "replace")) == expected:
-            return each
+    expected = _normalized(_decoded(tokenizer, ids))
+    for spell in (_byte_level, _sentence_piece, _words(".,?!"), _words("")):
+        spelled = dict(zip(distinct, map(spell, tokens), strict=True))
+        pieces = [spelled[id] for id in ids]
+        if _normalized(b"".join(pieces).decode("utf-8", "replace")) == expected:
+            return pieces
     raise ValueError(
-        f"processor: expected a tokenizer whose text is that of its tokens one by one, got {type(tokenizer).__name__}, "
-        "which writes the prompt in another way; give rows as positions"
+        f"processor: expected a tokenizer that decodes tokens one by one, got {type(tokenizer).__name__}, which does "
+        "not; give rows as positions"
     )
 
 
@@ -158,14 +158,14 @@ def _sentence_piece(token: str) -> bytes:
 
 
 def _words(close: str) -> Callable[[str], bytes]:
-    """Words with a space before each, but before continuations and the marks in `close`."""
+    """Words with a space before each, except before continuations and the marks in `close`."""
 
-    def write(token: str) -> bytes:
+    def spell(token: str) -> bytes:
         if token.startswith("##"):
             return token[2:].encode()
         return token.encode() if token[:1] and token[0] in close else f" {token}".encode()
 
-    return write
+    return spell
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -173,15 +173,15 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def _known(text: str) -> str:
-    """A text without what decoders differ in: marks of broken characters, and the space before the first word."""
+def _normalized(text: str) -> str:
+    """A text without what decoders differ in: replacement characters, and the space before the first word."""
     return text.replace("\ufffd", "").lstrip(" ")
 
 
 def _sizes(text: str) -> list[int]:
-    """The bytes of each character in UTF-8; a byte that belongs to none is a surrogate."""
+    """The UTF-8 size of each character; a surrogate is one stray byte."""
     codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
     sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-    found: list[int] = sizes.tolist()
-    return found
+    result: list[int] = sizes.tolist()
+    return result

@@ -30,8 +30,8 @@ from tests.support import tiny_models
         (LINES, ("--backend", "nope"), "backend: expected one of 'auto', 'reference'"),
         (LINES, ("--memory", ""), "memory: expected a string with at least one visible character"),
         (LINES, ("-i", "missing.jsonl"), "missing.jsonl cannot be read"),
-        (LINES, ("-m", "missing"), "--model: 'missing' is no directory"),
-        (LINES, ("-o", "out/deep", "-m", "missing"), "--model: 'missing' is no directory"),
+        (LINES, ("-m", "missing"), "--model: 'missing' is not a directory"),
+        (LINES, ("-o", "out/deep", "-m", "missing"), "--model: 'missing' is not a directory"),
         (LINES, ("--device", "nowhere"), "device: 'nowhere' cannot be used here"),
     ],
 )

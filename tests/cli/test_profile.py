@@ -114,7 +114,7 @@ def test_bad_lines_are_named_before_the_work(
     ("words", "code", "message"),
     [
         (["-i", "missing.jsonl"], 2, "missing.jsonl cannot be read"),
-        (["-m", "missing"], 2, "--model: 'missing' is no directory"),
+        (["-m", "missing"], 2, "--model: 'missing' is not a directory"),
         (["--rows", "first"], 2, "rows: expected last, 4, question"),
         (["--rows", "-90"], 2, "rows: expected "),
         (["--rows", "question", "--steps", "t_end"], 2, "rows: expected 'last' beside steps"),

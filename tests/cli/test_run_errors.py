@@ -24,7 +24,7 @@ from tests.cli.conftest import QUESTION, Invoke, content
         (["--max-image-pixels", "100"], 2, "160 x 96 = 15360 pixels"),
         (["--max-image-pixels", "0"], 2, "--max-image-pixels: "),
         (["-q", " "], 2, "question: "),
-        (["-m", "missing"], 2, "--model: 'missing' is no directory"),
+        (["-m", "missing"], 2, "--model: 'missing' is not a directory"),
         (["-m", "bare"], 2, "bare has no weights"),
         (["-m", "pickled"], 2, "as pickles"),
         (["-m", "pickled/config.json"], 2, "is a file"),

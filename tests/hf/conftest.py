@@ -1,4 +1,4 @@
-"""What the tests of sessions share as fixtures."""
+"""Fixtures of the tests of hf."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 @pytest.fixture
 def using() -> Any:
-    """Sets the text attention of a shared model, and puts sdpa back."""
-    used = []
+    """Set the text attention of a shared model; sdpa is restored."""
+    models = []
 
     def use(model: Any, implementation: str) -> None:
-        used.append(model)
+        models.append(model)
         model.set_attn_implementation({"text_config": implementation})
 
     yield use
-    for model in used:
+    for model in models:
         model.set_attn_implementation({"text_config": "sdpa"})

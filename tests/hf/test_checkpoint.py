@@ -1,4 +1,4 @@
-"""A checkpoint by its directory, as "small", or by an id of the local hub cache; and nothing is fetched."""
+"""Finding a checkpoint by its directory, as "small", or by its id in the local hub cache; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carve_kernels import CarveEngine, load
-from carve_kernels.hf.checkpoint import find
 from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
-from carve_kernels.hf.loading import profile_of
+from carve_kernels.hf.loading import find, profile_of
 from carve_kernels.models import small
 from tests.support import tiny_models
 from tests.support.hub import put
@@ -46,7 +45,7 @@ def snapshot(checkpoint: Path, cache: Path) -> Path:
     return put(checkpoint, cache, REPO)
 
 
-def test_an_id_is_used_where_it_lies(checkpoint: Path, snapshot: Path) -> None:
+def test_a_checkpoint_in_the_hub_cache(checkpoint: Path, snapshot: Path) -> None:
     model, processor = load(REPO)
     assert Path(model.name_or_path) == snapshot
     expected = load(checkpoint)[0].state_dict()
@@ -56,16 +55,16 @@ def test_an_id_is_used_where_it_lies(checkpoint: Path, snapshot: Path) -> None:
     assert fingerprint_of_directory(snapshot) == fingerprint_of_directory(checkpoint)
 
 
-def test_a_model_that_transformers_loaded_by_its_id_has_its_profile(snapshot: Path) -> None:
+def test_a_model_loaded_by_transformers_has_its_profile(snapshot: Path) -> None:
     model, processor = load(REPO)
     model.name_or_path = REPO
     assert CarveEngine(model, processor).preset.layers == (1,)
-    # Of such a model nothing else is known than its name, which may mean nothing here.
+    # Its name may not be in the local cache.
     model.name_or_path = "Org/Elsewhere"
     assert CarveEngine(model, processor).preset.layers == "paper"
 
 
-def test_a_directory_goes_before_an_id(
+def test_a_directory_takes_precedence_over_an_id(
     checkpoint: Path, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,7 +74,7 @@ def test_a_directory_goes_before_an_id(
     assert load(REPO)[0].name_or_path == str(tmp_path / REPO)
 
 
-def test_small_is_the_embedded_model_and_a_directory_of_that_name_is_a_path(
+def test_small_is_the_embedded_model_unless_given_as_a_path(
     checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -88,7 +87,7 @@ def test_small_is_the_embedded_model_and_a_directory_of_that_name_is_a_path(
     assert Path(model.name_or_path) == small() and profile_of("small") == profile_of(small())
     for written in ("./small", "small/", Path("small")):
         assert find(written).folder == Path("small")
-    # What a model is called is a path, wherever the process goes.
+    # name_or_path is absolute, so the process may change its directory.
     model, processor = load(Path("small"))
     assert model.name_or_path == str(tmp_path / "small")
     monkeypatch.chdir(tmp_path.parent)
@@ -96,13 +95,13 @@ def test_small_is_the_embedded_model_and_a_directory_of_that_name_is_a_path(
 
 
 @pytest.mark.parametrize("name", ["Org/Other", "gpt2", "Org/Tiny.v2"])
-def test_an_id_that_is_not_here_tells_the_command(snapshot: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^model: '{name}' is no directory, .* fetch it with: hf download {name}$"):
+def test_the_error_for_a_missing_id_has_the_command(snapshot: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model: '{name}' is not a directory, .* with: hf download {name}$"):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["Org/Tiny/", "a/b/c", "/nowhere", "../Tiny", "~/Tiny", "Org/..Tiny", "Org\\Tiny"])
-def test_what_cannot_be_an_id_is_a_path(snapshot: Path, name: str) -> None:
+def test_an_invalid_id_is_a_path(snapshot: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"^model: expected a checkpoint directory, .* is missing$"):
         load(name)
 
@@ -115,13 +114,13 @@ def test_a_path_is_never_an_id(snapshot: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "error"), [(None, TypeError), (3, TypeError), (b"Org/Tiny", TypeError), ("", ValueError)]
 )
-def test_no_name_at_all(name: Any, error: type[Exception]) -> None:
+def test_invalid_names(name: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"^model: expected a "):
         load(name)
 
 
-def test_the_cache_is_where_the_environment_says(checkpoint: Path, tmp_path: Path) -> None:
-    program = "from carve_kernels.hf.checkpoint import find; print(find('Org/Tiny').folder)"
+def test_the_environment_sets_the_cache(checkpoint: Path, tmp_path: Path) -> None:
+    program = "from carve_kernels.hf.loading import find; print(find('Org/Tiny').folder)"
     folder = put(checkpoint, tmp_path / "home/hub", REPO)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -143,7 +142,7 @@ def dangling(name: str) -> Callable[[Path], None]:
 
 
 def absent(*names: str) -> Callable[[Path], None]:
-    """What a stopped download leaves out."""
+    """Files that an interrupted download lacks."""
 
     def spoil(snapshot: Path) -> None:
         for name in names:
@@ -162,52 +161,52 @@ def one_of_two_shards(snapshot: Path) -> None:
     (snapshot / "model.safetensors").unlink()
     first = dict(list(weights.items())[:10])
     save_file(first, snapshot / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
-    places = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in weights}
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    shards = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in weights}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
-PARTS: dict[str, tuple[Callable[[Path], None], str]] = {
+INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing yet": (lambda snapshot: [file.unlink() for file in snapshot.iterdir()], r"has no config\.json"),
     "no weights": (absent("model.safetensors"), r"has no weights, neither model\.safetensors nor"),
     "a link to nothing": (dangling("model.safetensors"), r"has no weights, neither model\.safetensors nor"),
-    "a shard": (one_of_two_shards, r"weights that are not there: model-00002-of-00002\.safetensors"),
-    "half a file": (half_of_the_weights, r"model\.safetensors is no whole safetensors file"),
+    "a shard": (one_of_two_shards, r"weights that are missing: model-00002-of-00002\.safetensors"),
+    "half a file": (half_of_the_weights, r"model\.safetensors is not a complete safetensors file"),
     "no processor": (absent("processor_config.json"), "processor"),
     "no tokenizer": (absent("tokenizer.json", "tokenizer_config.json"), "processor in .* cannot be loaded"),
 }
 
 
-# What is there is not fetched again without force.
+# Existing files are downloaded again only by force.
 FORCED = {"half a file", "no processor", "no tokenizer"}
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_snapshot_that_came_in_part_says_what_is_missing(snapshot: Path, part: str) -> None:
-    spoil, message = PARTS[part]
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_an_incomplete_snapshot_names_the_missing_file(snapshot: Path, case: str) -> None:
+    spoil, message = INCOMPLETE[case]
     spoil(snapshot)
-    command = "hf download Org/Tiny" + (" --force-download" if part in FORCED else "")
-    with pytest.raises(ValueError, match=rf"(?s)^model: .*{message}.*; fetch it with: {command}$"):
+    command = "hf download Org/Tiny" + (" --force-download" if case in FORCED else "")
+    with pytest.raises(ValueError, match=rf"(?s)^model: .*{message}.*; download it with: {command}$"):
         load(REPO)
 
 
-def test_what_the_model_does_not_need_may_be_missing(checkpoint: Path, snapshot: Path) -> None:
-    known = fingerprint_of_directory(checkpoint)
+def test_unneeded_files_may_be_missing(checkpoint: Path, snapshot: Path) -> None:
+    expected = fingerprint_of_directory(checkpoint)
     for name in ("README.md", "pytorch_model.bin", "training.json"):
         (snapshot / name).symlink_to(Path("../../blobs", "0" * 64))
-    assert load(REPO)[0].name_or_path == str(snapshot) and fingerprint_of_directory(snapshot) == known
+    assert load(REPO)[0].name_or_path == str(snapshot) and fingerprint_of_directory(snapshot) == expected
 
 
-def test_the_network_is_never_asked(checkpoint: Path, tmp_path: Path) -> None:
-    """Not even without HF_HUB_OFFLINE, in a process that writes down whatever would leave it."""
+def test_the_network_is_never_used(checkpoint: Path, tmp_path: Path) -> None:
+    """Not even without HF_HUB_OFFLINE, in a process that records every connection."""
     put(checkpoint, tmp_path / "hub", REPO)
     absent("model.safetensors")(put(checkpoint, tmp_path / "hub", "Org/Part"))
     program = """
         import socket
 
-        asked = []
+        calls = []
 
-        def refuse(*words, **more):
-            asked.append(words)
+        def refuse(*args, **kwargs):
+            calls.append(args)
             raise OSError("no network")
 
         for name in ("getaddrinfo", "gethostbyname", "create_connection"):
@@ -226,7 +225,7 @@ def test_the_network_is_never_asked(checkpoint: Path, tmp_path: Path) -> None:
                 assert f"hf download {name}" in str(error), error
             else:
                 raise AssertionError(name)
-        assert not asked, asked
+        assert not calls, calls
         print(model.num_parameters())
     """
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
@@ -239,8 +238,8 @@ def test_the_network_is_never_asked(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_old_name_of_the_argument_still_works(checkpoint: Path) -> None:
-    with pytest.warns(DeprecationWarning, match=r"^directory: this argument is called model now$") as told:
+    with pytest.warns(DeprecationWarning, match=r"^directory: this argument is called model now$") as warnings:
         load(directory=checkpoint)  # type: ignore[call-arg]
-    assert told[0].filename == __file__
+    assert warnings[0].filename == __file__
     with pytest.raises(TypeError, match=r"^directory: expected model alone"):
         load(checkpoint, model=checkpoint, directory=checkpoint)  # type: ignore[call-arg,misc]

@@ -1,4 +1,4 @@
-"""Loading a checkpoint directory: what comes back, and an error before any work for what is missing or broken."""
+"""Loading a checkpoint directory, and errors for missing or broken files before weights are read."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", [tiny_models.tiny_llava, tiny_models.tiny_qwen2_vl, tiny_models.tiny_qwen2_5_vl])
-def test_loaded_model_answers_as_the_saved_one(
+def test_a_loaded_model_answers_like_the_saved_one(
     family: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = family()
     tiny_models.save(model, processor, tmp_path)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was touched")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -64,14 +64,14 @@ def test_loaded_model_answers_as_the_saved_one(
 def test_dtype_and_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[Any] = []
     to = torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: moved.append(place) or to(self, place))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or to(self, device))
     for name, dtype in (("bf16", torch.bfloat16), (torch.bfloat16, torch.bfloat16), ("torch.half", torch.float16)):
         assert load(checkpoint, dtype=name, device="cpu")[0].dtype == dtype
     assert moved == [torch.device("cpu")] * 3
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", torch.int8, torch.complex64, None, 16, "Float16", ""])
-def test_another_dtype_is_refused_with_those_that_there_are(checkpoint: Path, dtype: Any) -> None:
+def test_an_unknown_dtype_is_refused(checkpoint: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"^dtype: .*float32.*fp16"):
         load(checkpoint, dtype=dtype)
 
@@ -80,7 +80,7 @@ def test_another_dtype_is_refused_with_those_that_there_are(checkpoint: Path, dt
     ("device", "kind"),
     [*((name, ValueError) for name in ("cuda:99", "nowhere", "meta", "hpu", "vulkan", "", 99)), (True, TypeError)],
 )
-def test_a_device_that_is_not_here_is_refused_with_those_that_are(
+def test_an_unavailable_device_is_refused(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: Any, kind: type[Exception]
 ) -> None:
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
@@ -104,7 +104,7 @@ def test_a_tilde_is_the_users_folder(checkpoint: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("url", ["https://huggingface.co/Org/Name", "s3://bucket/x.png", "data:image/png;base64,AAAA"])
-def test_a_url_is_named_as_one(url: str) -> None:
+def test_a_url_is_refused(url: str) -> None:
     for name, call in (("model", load), ("image", open_image), ("memory", memory_of), ("path", AttentionMaps.load)):
         with pytest.raises(ValueError, match=rf"^{name}: .*{re.escape(url)} is a URL"):
             call(url)
@@ -133,7 +133,7 @@ def _family(name: str | None) -> Callable[[Path], None]:
     return spoil
 
 
-def _shorten(folder: Path) -> None:
+def _truncate(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
@@ -159,9 +159,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "other family": (_family("blip"), "llava, qwen2_5_vl, qwen2_vl, .* says 'blip'"),
     "no family": (_family(None), "says None"),
     "no weights": (_unlink("model.safetensors"), r"no weights, neither model\.safetensors nor"),
-    "half a file": (_shorten, r"model\.safetensors is no whole safetensors file"),
-    "a pointer": (_write("model.safetensors", "version https://git-lfs"), "is no whole safetensors file"),
-    "a missing shard": (_index, r"weights that are not there: two\.safetensors"),
+    "half a file": (_truncate, r"model\.safetensors is not a complete safetensors file"),
+    "a pointer": (_write("model.safetensors", "version https://git-lfs"), "is not a complete safetensors file"),
+    "a missing shard": (_index, r"weights that are missing: two\.safetensors"),
     "pickles": (_pickle, "pickles .* allow_pickle=True"),
     "no processor": (_unlink("processor_config.json"), "processor"),
     "no tokenizer": (_unlink("tokenizer.json", "tokenizer_config.json"), "processor in .* cannot be loaded"),
@@ -171,23 +171,23 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.usefixtures("no_weights_read")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named_before_any_weight_is_read(copy: Path, fault: str) -> None:
+def test_faults_are_reported_before_weights_are_read(copy: Path, fault: str) -> None:
     spoil, message = FAULTS[fault]
     spoil(copy)
     with pytest.raises(ValueError, match=message):
         load(copy)
 
 
-def test_a_file_is_no_directory(checkpoint: Path) -> None:
+def test_a_file_is_not_a_directory(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is a file"):
         load(checkpoint / "config.json")
 
 
-def test_pickles_load_for_who_insists(copy: Path) -> None:
+def test_pickles_load_if_allowed(copy: Path) -> None:
     expected = load(copy)[0].state_dict()
     _pickle(copy)
-    found = load(copy, allow_pickle=True)[0].state_dict()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    loaded = load(copy, allow_pickle=True)[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def test_weights_that_lack_a_tensor(copy: Path) -> None:
@@ -202,7 +202,7 @@ def test_weights_that_lack_a_tensor(copy: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_weights_read")
-def test_a_processor_that_wants_torchvision(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_that_needs_torchvision(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 

@@ -1,4 +1,4 @@
-"""Finding the model, its decoder and its attention, bare and under wrappers."""
+"""Finding the model, its decoder and its attention, with and without wrappers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrappers_are_looked_through(model: Any, wrapper: str) -> None:
+def test_wrappers_are_unwrapped(model: Any, wrapper: str) -> None:
     wrapped = WRAPPERS[wrapper](model)
     assert unwrap(wrapped) is model
     assert text_backbone(wrapped) is model.model.language_model
@@ -103,7 +103,7 @@ def test_layers_without_softmax_attention_are_absent() -> None:
     assert list(attention_modules(model)) == [1]
 
 
-def test_what_is_no_model() -> None:
+def test_other_modules_are_refused() -> None:
     for value in (nn.Linear(2, 2), SimpleNamespace(), None):
         with pytest.raises(TypeError, match="expected a transformers model or a wrapper"):
             unwrap(value)  # type: ignore[arg-type]

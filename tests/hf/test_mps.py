@@ -1,4 +1,4 @@
-"""Sessions and the engine with a model on Apple's MPS, by a device that passes for it."""
+"""Sessions and the engine on Apple's MPS, emulated by another device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TEXTS = ["what digit is red", "where is it"]
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    with mps() as found:
-        yield found
+    with mps() as device:
+        yield device
 
 
-def moved(model: Any, device: torch.device) -> Any:
-    """`model.to`, which does not take another class of tensors."""
+def move(model: Any, device: torch.device) -> Any:
+    """`model.to`, which does not support this class of tensors."""
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -43,17 +43,17 @@ def generate(model: Any, processor: Any, **options: Any) -> tuple[list[list[int]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_session_captures_what_it_does_on_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
-    """Of answers that end early too: transformers looks for the end a step late there, and runs one forward more."""
+def test_a_session_captures_the_maps_of_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
+    """Also of answers that end early: transformers detects the end a step late there, and runs one more forward."""
     model, processor = family()
     (first, second), _ = generate(model, processor)
     expected = [generate(model, processor, **options) for options in ({}, {"eos_token_id": [first[1], second[2]]})]
-    moved(model, device)
+    move(model, device)
     for (answers, maps), options in zip(expected, ({}, {"eos_token_id": [first[1], second[2]]}), strict=True):
-        found, there = generate(model, processor, **options)
-        assert found == answers and there.steps == maps.steps and there.values.device == device
-        assert torch.equal(there.valid.cpu(), maps.valid)
-        torch.testing.assert_close(there.values.cpu(), maps.values, rtol=1e-4, atol=1e-6 * float(maps.values.max()))
+        new_ids, on_mps = generate(model, processor, **options)
+        assert new_ids == answers and on_mps.steps == maps.steps and on_mps.values.device == device
+        assert torch.equal(on_mps.valid.cpu(), maps.valid)
+        torch.testing.assert_close(on_mps.values.cpu(), maps.values, rtol=1e-4, atol=1e-6 * float(maps.values.max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +62,8 @@ def test_an_engine_answers_as_on_a_cpu(device: torch.device, family: Callable[[]
     preset = {"layers": [1, 2], "max_new_tokens": 3}
     image = tiny_models.picture(90, 60)
     expected = [CarveEngine(model, processor, preset=preset)(image, text) for text in TEXTS]
-    engine = CarveEngine(moved(model, device), processor, preset=preset)
-    for text, right in zip(TEXTS, expected, strict=True):
-        found = engine(image, text)
-        assert (found.answer_ids, found.refined_ids, found.box) == (right.answer_ids, right.refined_ids, right.box)
+    engine = CarveEngine(move(model, device), processor, preset=preset)
+    for text, reference in zip(TEXTS, expected, strict=True):
+        result = engine(image, text)
+        for name in ("answer_ids", "refined_ids", "box"):
+            assert getattr(result, name) == getattr(reference, name)

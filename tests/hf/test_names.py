@@ -1,4 +1,4 @@
-"""Names of other libraries: each in one of three files; a cache under an unknown name is the fault of no prompt."""
+"""Names of other libraries: each in one of four files, and a cache under an unknown name is an UpstreamChanged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from carve_kernels.hf import caches, names
 from tests.support.families import family, inputs_of, state
 from tests.support.tiny_models import picture
 
-FILES = ("names.py", "caches.py", "processor_names.py", "foreign.py")
+FILES = ("names.py", "caches.py", "processors.py", "model.py")
 PACKAGE = Path(inspect.getfile(names)).parents[1]
 
-# What is a convention or private: none of these may be spelled anywhere else in the package.
+# Private names and conventions: none of these may be spelled anywhere else in the package.
 SPELLINGS = [
     "past_key_values",
     '.get("cache"',
@@ -80,8 +80,8 @@ SPELLINGS = [
     "DTensor",
     "hf_device_map",
 ]
-# The checks of `contract` build models, so they write configurations and inputs.
-MAKES_MODELS = {
+# The checks in contract.py build models, so they spell names of configs and inputs.
+BUILDS_MODELS = {
     "max_cache_len",
     "image_token_id",
     "video_token_id",
@@ -99,31 +99,27 @@ def code_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_name_of_transformers_stands_in_the_files_of_names(spelling: str) -> None:
+def test_names_of_transformers_are_spelled_in_the_files_for_names_only(spelling: str) -> None:
     found = [
         path.relative_to(PACKAGE).as_posix()
         for path in sorted(PACKAGE.rglob("*.py"))
         if spelling in code_of(path) and path.name not in FILES
     ]
-    expected = ["hf/session/contract.py"] if spelling in MAKES_MODELS else []
+    expected = ["hf/session/contract.py"] if spelling in BUILDS_MODELS else []
     assert found == expected
 
 
-def test_every_spelling_is_one_of_names() -> None:
-    """A name that nobody spells any more is no test."""
-    own = "".join(code_of(PACKAGE / "hf" / file) for file in FILES)
+def test_every_name_in_the_list_is_used() -> None:
+    spelled = "".join(code_of(PACKAGE / "hf" / file) for file in FILES)
     unspelled = {"_global_mapping", "hf_device_map"}
-    assert [spelling for spelling in SPELLINGS if spelling not in own and spelling not in unspelled] == []
+    assert [spelling for spelling in SPELLINGS if spelling not in spelled and spelling not in unspelled] == []
 
 
 class Cache:
-    """Holds so many tokens, as far as anybody can see."""
-
-    def __init__(self, held: int = 0) -> None:
-        self.held = held
+    """A cache, as far as its interface shows."""
 
     def get_seq_length(self) -> int:
-        return self.held
+        return 0
 
 
 def test_both_names_of_a_cache_are_read() -> None:
@@ -134,7 +130,7 @@ def test_both_names_of_a_cache_are_read() -> None:
     assert caches.cache_of({"input_ids": torch.ones(1, 2)}) is None
 
 
-def test_a_cache_under_another_name_is_the_versions_fault() -> None:
+def test_a_cache_under_an_unknown_name_blames_the_version() -> None:
     with pytest.raises(UpstreamChanged, match=rf"transformers {names.version()} .*5\.12 to 5\.24.*'kv_store'"):
         caches.cache_of({"kv_store": Cache()})
 
@@ -158,23 +154,23 @@ def test_tested_versions_include_both_ends(version: str, tested: bool, monkeypat
 
 
 def renamed(model: Any, monkeypatch: pytest.MonkeyPatch, *, opaque: bool = False) -> None:
-    """As the next release may: the cache goes from step to step, and to the forward, under a name nobody knows."""
+    """As a future release may: the cache is passed on, and to the forward, under an unknown name."""
     forward, prepare = model.forward, model.prepare_inputs_for_generation
-    used = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
     class Store:
-        """Nothing about it says that it is a cache."""
+        """Hides the cache."""
 
         def __init__(self, cache: Any) -> None:
-            self.held = cache
+            self.cache = cache
 
     @functools.wraps(forward)
     def wrapped(*args: Any, kv_store: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **{**kwargs, used: kv_store.held if isinstance(kv_store, Store) else kv_store})
+        return forward(*args, **{**kwargs, name: kv_store.cache if isinstance(kv_store, Store) else kv_store})
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         inputs = dict(prepare(*args, **kwargs))
-        cache = inputs.pop(used, None)
+        cache = inputs.pop(name, None)
         return {**inputs, "kv_store": Store(cache) if opaque else cache}
 
     monkeypatch.setattr(model, "forward", wrapped)
@@ -203,12 +199,12 @@ def test_a_renamed_cache_blames_the_version(opaque: bool, tokens: Any, monkeypat
 @pytest.mark.parametrize(
     ("chunk", "options"), [(5, {}), (5, {"tokens": [3, 4]}), (20, {"tokens": [1, 2], "rows": [1]})]
 )
-def test_chunks_behind_a_renamed_cache_blame_the_version(
+def test_chunks_after_a_renamed_cache_blame_the_version(
     chunk: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = family("qwen2_5_vl")[0]
     renamed(model, monkeypatch, opaque=True)
-    # Texts alone: this model reads no images in chunks in every version.
+    # Text only: not every version reads images in chunks with this model.
     ids = inputs_of("qwen2_5_vl", 1)["input_ids"] % 50 + 5
     session = capture_attention(model, layers=[1], **{"tokens": [3], **options})
     with pytest.raises(UpstreamChanged), session, torch.no_grad():
@@ -216,7 +212,7 @@ def test_chunks_behind_a_renamed_cache_blame_the_version(
 
 
 def test_a_generate_without_a_cache_is_followed() -> None:
-    """Each forward repeats the prompt with one more token: that is no changed version."""
+    """Each forward repeats the prompt with one more token, in every version."""
     model = family("qwen2_5_vl")[0]
     inputs = inputs_of("qwen2_5_vl", 1)
     with capture_attention(model, layers=[1]) as session, torch.no_grad():
@@ -224,7 +220,7 @@ def test_a_generate_without_a_cache_is_followed() -> None:
     assert session.maps.steps == (0, 1, 2)
 
 
-def test_a_step_by_hand_without_a_known_cache_names_the_known_ones() -> None:
+def test_a_manual_step_without_a_cache_names_the_known_arguments() -> None:
     model = family("qwen2_5_vl")[0]
     inputs = inputs_of("qwen2_5_vl", 1)
     with capture_attention(model, layers=[1]), torch.no_grad():
@@ -233,22 +229,22 @@ def test_a_step_by_hand_without_a_known_cache_names_the_known_ones() -> None:
             model(input_ids=inputs["input_ids"][:, -1:])
 
 
-def test_a_generate_without_decisions_blames_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generate_without_criteria_blames_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = family("qwen2_5_vl")
     kind = type(model)
     generate = kind.generate
 
     def without(self: Any, *args: Any, **kwargs: Any) -> Any:
-        take = kwargs.pop("custom_generate", None)
-        if take is None:
+        decode = kwargs.pop("custom_generate", None)
+        if decode is None:
             return generate(self, *args, **kwargs)
-        return take(self, kwargs["input_ids"])
+        return decode(self, kwargs["input_ids"])
 
     monkeypatch.setattr("transformers.GenerationMixin.generate", without)
     with pytest.raises(UpstreamChanged, match="no logits_processor and no stopping_criteria"):
         CarveEngine(model, processor, backend="reference")(picture(112, 84), "what digit is red")
 
 
-def test_an_own_registry_blames_the_version() -> None:
+def test_an_unknown_registry_blames_the_version() -> None:
     with pytest.raises(UpstreamChanged, match="registry of attention functions"):
         names.own_entry(object(), "sdpa")

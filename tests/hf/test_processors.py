@@ -1,4 +1,4 @@
-"""Processors where torchvision is missing: images give the same numbers, a video is refused by name."""
+"""Processors without torchvision: the same numbers for images, and an error that names videos."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from carve_kernels import load
 from carve_kernels.extras import needed_by
-from carve_kernels.hf.processor_names import video_parts
-from carve_kernels.hf.processors import processor_of, without_videos
+from carve_kernels.hf.processors import processor_of, video_parts, without_videos
 from tests.support import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as those on the hub were written: settings of pictures in a file of their own, pixels by number."""
+    """A checkpoint in the older format of the hub: image settings in a separate file, sizes as numbers of pixels."""
     folder = tiny_models.save(*tiny_models.tiny_qwen2_5_vl(), tmp_path_factory.mktemp("older"))
     settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     size = settings.pop("size")
@@ -48,7 +47,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a video needs is missing here; test_an_engine_without_torchvision has none of it."""
+    """Only the video part is missing here; test_an_engine_without_torchvision has no torchvision at all."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
@@ -57,13 +56,13 @@ def no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_without_torchvision(checkpoint: Path, older: Path, tmp_path: Path) -> None:
-    """In a process that finds none; the numbers are those of the image processor that needs none."""
+    """In a process without torchvision; the numbers are those of the image processor on Pillow."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(str(checkpoint))
-    expected = pictures(images=[tiny_models.picture(*SIZE)], return_tensors="pt")
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(checkpoint))
+    expected = image_processor(images=[tiny_models.picture(*SIZE)], return_tensors="pt")
     save_file(dict(expected), tmp_path / "expected.safetensors")
-    tiny_models.picture(*SIZE).save(tmp_path / "picture.png")
+    tiny_models.picture(*SIZE).save(tmp_path / "image.png")
     program = """
         import sys
 
@@ -75,19 +74,19 @@ def test_an_engine_without_torchvision(checkpoint: Path, older: Path, tmp_path: 
 
         from carve_kernels import CarveEngine, load
 
-        expected, picture = load_file("expected.safetensors"), Image.open("picture.png")
+        expected, image = load_file("expected.safetensors"), Image.open("image.png")
         for folder in sys.argv[1:]:
             model, processor = load(folder)
             assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
             engine = CarveEngine(model, processor, preset={"layers": [1, 2], "max_new_tokens": 2})
-            result = engine(picture, "what digit is red")
+            result = engine(image, "what digit is red")
             assert sorted(result.entropy) == [1, 2] and len(result.refined_ids) == 2
             prompt = processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hello"}]}],
                 add_generation_prompt=True,
             )
-            found = processor(images=[picture], text=[prompt], return_tensors="pt")
-            assert all(torch.equal(found[name], value) for name, value in expected.items())
+            inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+            assert all(torch.equal(inputs[name], value) for name, value in expected.items())
             print(result.answer_ids, result.refined_ids, result.entropy)
     """
     done = subprocess.run(
@@ -104,7 +103,7 @@ def test_an_engine_without_torchvision(checkpoint: Path, older: Path, tmp_path: 
 
 @pytest.mark.usefixtures("no_torchvision")
 @pytest.mark.parametrize("layout", ["checkpoint", "older"])
-def test_what_is_read_from_a_checkpoint(layout: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_processor_of_a_checkpoint(layout: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(layout)
     _, processor = load(folder)
     assert isinstance(processor, transformers.Qwen2_5_VLProcessor) and not hasattr(processor, "video_processor")
@@ -127,15 +126,15 @@ def test_a_video_is_refused_by_name(checkpoint: Path, by_name: bool) -> None:
     assert processor(text=["hello"], videos=None)["input_ids"]
 
 
-def test_with_torchvision_nothing_is_left_out(checkpoint: Path) -> None:
+def test_with_torchvision_the_processor_is_complete(checkpoint: Path) -> None:
     _, processor = load(checkpoint)
     assert type(processor) is transformers.Qwen2_5_VLProcessor and processor.video_processor is not None
 
 
-def test_a_torchvision_that_does_not_fit_is_named() -> None:
+def test_an_incompatible_torchvision_is_named() -> None:
     """As transformers reports it, at the first use of a name of this package that needs it."""
-    said = r"^load needs transformers, .* \(operator torchvision::nms .* pip uninstall torchvision$"
-    with pytest.raises(ImportError, match=said), needed_by("load"):
+    message = r"^load needs transformers, .* \(operator torchvision::nms .* pip uninstall torchvision$"
+    with pytest.raises(ImportError, match=message), needed_by("load"):
         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from RuntimeError(
             "operator torchvision::nms does not exist"
         )

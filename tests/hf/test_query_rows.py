@@ -1,4 +1,4 @@
-"""Which rows are captured: the last, the last k, positions, the question's tokens, a word, a text."""
+"""The captured rows: the last, the last k, positions, the question's tokens, a word, a text."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def captured(name: str, batch: int, rows: Any, **options: Any) -> Any:
     return session.maps
 
 
-def agree(maps: Any, attention: torch.Tensor, columns: list[torch.Tensor], picked: list[list[list[int]]]) -> None:
-    """`picked[b][r]` are the rows of the prompt whose mean is maps row r of prompt b."""
-    for b, groups in enumerate(picked):
-        for r, group in enumerate(groups):
+def agree(maps: Any, attention: torch.Tensor, columns: list[torch.Tensor], groups: list[list[list[int]]]) -> None:
+    """`groups[b][r]` are the rows of the prompt whose mean is row r of the maps of prompt b."""
+    for b, of_prompt in enumerate(groups):
+        for r, group in enumerate(of_prompt):
             expected = attention[b][:, group][..., columns[b]].mean(1)
             found = maps.values[b, :, 0, r, : len(columns[b])]
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
@@ -92,15 +92,15 @@ def test_positions(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_the_question_is_what_the_user_asked(name: str) -> None:
+def test_the_question_is_the_users_text(name: str) -> None:
     inputs, attention, columns = full(name, 3)
     maps = captured(name, 3, "question")
-    picked = []
+    groups = []
     for b, text in enumerate(TEXTS):
         pieces = words(name, inputs, b)
         group: list[int] = []
         last = int(columns[b].max())
-        # The tokens behind the image whose letters spell the question and no more.
+        # The tokens after the image whose letters are exactly the question.
         for start in range(last + 1, len(pieces)):
             for stop in range(start + 1, len(pieces) + 1):
                 if "".join(pieces[start:stop]).strip() == text:
@@ -109,11 +109,11 @@ def test_the_question_is_what_the_user_asked(name: str) -> None:
             if group:
                 break
         assert group
-        picked.append([group])
+        groups.append([group])
     found = maps.values[:, :, 0, 0]
     for b in range(3):
-        # Where the template glues a newline or a space to the question, it may count as part of it.
-        wider = [picked[b][0], [picked[b][0][0] - 1, *picked[b][0]]]
+        # A newline or space that the template puts before the question may count as part of it.
+        wider = [groups[b][0], [groups[b][0][0] - 1, *groups[b][0]]]
         close = [
             torch.allclose(
                 found[b, :, : len(columns[b])], attention[b][:, group][..., columns[b]].mean(1), rtol=1e-4, atol=1e-7
@@ -158,14 +158,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("rows", "error", "message"), BAD)
-def test_bad_rows_are_refused_at_once(rows: Any, error: type[Exception], message: str) -> None:
+def test_invalid_rows_are_refused_at_once(rows: Any, error: type[Exception], message: str) -> None:
     model, processor = family("llava")
     with pytest.raises(error, match=message):
         capture_attention(model, layers=[0], rows=rows, processor=processor)
 
 
 def test_a_word_needs_a_processor() -> None:
-    with pytest.raises(ValueError, match="processor: expected a processor beside rows"):
+    with pytest.raises(ValueError, match="processor: expected a processor with rows"):
         capture_attention(family("llava")[0], layers=[0], rows=("word", "red"))
 
 
@@ -178,7 +178,7 @@ def test_a_word_needs_a_processor() -> None:
         (65, "rows: expected at most the"),
     ],
 )
-def test_rows_that_the_prompt_lacks_are_refused_before_the_model_runs(rows: Any, message: str) -> None:
+def test_rows_missing_in_the_prompt_are_refused_before_the_model_runs(rows: Any, message: str) -> None:
     model, processor = family("llava")
     ran: list[int] = []
     hook = model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(1))
@@ -197,9 +197,9 @@ def test_rows_that_the_prompt_lacks_are_refused_before_the_model_runs(rows: Any,
 def test_a_session_finds_the_question_and_its_words_in_any_tokens(kind: str) -> None:
     model, processor = tiny_llava()[0], processor_of_kind(kind, "llava")
     model.resize_token_embeddings(len(processor.tokenizer))
-    asked = "İ what color is the 猫 of the cat"
-    said = processor.apply_chat_template([user(asked)], add_generation_prompt=True, tokenize=False)
-    prompted = Prompted(processor.tokenizer, f"{said} The answer is", width=36)
+    text = "İ what color is the 猫 of the cat"
+    prompt = processor.apply_chat_template([user(text)], add_generation_prompt=True, tokenize=False)
+    prompted = Prompted(processor.tokenizer, f"{prompt} The answer is", width=36)
     inputs = {"input_ids": prompted.ids, "attention_mask": prompted.attended.long()}
     inputs["pixel_values"] = torch.rand(1, 3, 84, 84, generator=torch.Generator().manual_seed(0))
 
@@ -208,22 +208,22 @@ def test_a_session_finds_the_question_and_its_words_in_any_tokens(kind: str) -> 
             model(**inputs)
         return session.maps.values[0, :, 0]
 
-    start = prompted.text.index(asked)
+    start = prompted.text.index(text)
     for rows, shown in [
-        ("question", asked),
+        ("question", text),
         (("word", "cat"), "cat"),
         (("word", "猫"), "猫"),
         (("text", "猫 OF"), "猫 of"),
     ]:
-        place = start + asked.rindex(shown)
+        place = start + text.rindex(shown)
         columns = prompted.columns(place, place + len(shown))
-        # White space between the image and the question may be tokens of its own.
+        # White space between the image and the question may be separate tokens.
         wider = [[*range(columns[0] - more, columns[0]), *columns] for more in range(3 if rows == "question" else 1)]
         found = maps(rows)[:, 0]
         assert any(torch.allclose(found, maps(each).mean(1), rtol=1e-4, atol=1e-7) for each in wider), rows
 
 
-def test_an_image_behind_the_question_is_refused_before_the_model_runs() -> None:
+def test_an_image_after_the_question_is_refused_before_the_model_runs() -> None:
     model, processor = family("llava")
     content = [{"type": "text", "text": "what digit is red\n"}, {"type": "image"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -247,7 +247,7 @@ def test_rows_from_numpy_and_torch(rows: Any) -> None:
     assert torch.equal(found.values, expected.values)
 
 
-def test_what_has_no_tokenizer_cannot_find_a_question() -> None:
+def test_without_a_tokenizer_no_question_is_found() -> None:
     model, processor = family("llava")
     for rows in ("question", ("word", "red"), ("text", "red")):
         with pytest.raises(TypeError, match=r"^processor:"):

@@ -1,4 +1,4 @@
-"""Words and texts are found by the characters of a prompt, in whatever pieces a tokenizer has cut them."""
+"""Words and texts are found by the characters of a prompt, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carve_kernels.hf.query_rows import resolve_rows
-from carve_kernels.hf.spelling import Spelled, find_last
+from carve_kernels.hf.spelling import PromptText, find_last
 from tests.support.generation_kinds import IMAGE, KINDS, Prompted, processor_of_kind, tokenizer_of_kind, user
 
 SPELLING = [kind for kind in KINDS if kind != "word-piece"]
@@ -27,13 +27,13 @@ def found(processor: Any, rows: tuple[str, str], text: str, call: bool = True) -
 def are_those_of(prompted: Prompted, columns: list[int], start: int, shown: str, tokenizer: Any) -> None:
     expected = prompted.columns(start, start + len(shown))
     if columns != expected:
-        # Some tokenizers say of all bytes of unknown characters that they come from all of these.
+        # Some tokenizers give all bytes of unknown characters the offsets of all of these.
         assert set(columns) < set(expected)
         assert tokenizer.decode(prompted.ids[0, columns]).strip() == unicodedata.normalize("NFKC", shown)
 
 
 def is_at(kind: str, rows: tuple[str, str], text: str, shown: str, template: str = "llava") -> None:
-    """The columns are those of the last place where the user's text has `shown`."""
+    """The columns are those of the last occurrence of `shown` in the user's text."""
     processor = processor_of_kind(kind, template)
     prompted, columns = found(processor, rows, text)
     start = prompted.text.rindex(text) + text.rindex(shown)
@@ -42,7 +42,7 @@ def is_at(kind: str, rows: tuple[str, str], text: str, shown: str, template: str
 
 @pytest.mark.parametrize("kind", SPELLING)
 @pytest.mark.parametrize(
-    ("shown", "before", "behind"),
+    ("shown", "before", "after"),
     [
         ("猫", "一只", "在"),
         ("猫", "is ", " a cat"),
@@ -63,43 +63,43 @@ def is_at(kind: str, rows: tuple[str, str], text: str, shown: str, template: str
         ("e", "is ", " h\u00e9r\u00e9 but not e\u0301 th\u00e9r\u00e9"),
     ],
 )
-def test_a_word_is_found_whole(kind: str, shown: str, before: str, behind: str) -> None:
+def test_a_whole_word_is_found(kind: str, shown: str, before: str, after: str) -> None:
     processor = processor_of_kind(kind, "llava")
     for wanted in {shown, shown.rstrip("\ufe0f")}:
-        prompted, columns = found(processor, ("word", wanted), before + shown + behind)
-        start = prompted.text.rindex(before + shown + behind) + len(before)
+        prompted, columns = found(processor, ("word", wanted), before + shown + after)
+        start = prompted.text.rindex(before + shown + after) + len(before)
         are_those_of(prompted, columns, start, shown, processor.tokenizer)
 
 
 @pytest.mark.parametrize("kind", SPELLING)
-def test_case_and_the_form_of_accents_may_differ_and_shift_nothing(kind: str) -> None:
+def test_case_and_the_form_of_accents_may_differ(kind: str) -> None:
     is_at(kind, ("word", "red"), "İİİ ßß is red İ", "red")
     is_at(kind, ("word", "RED"), "İİİ ßß is red İ", "red")
-    # The same case goes before the last place.
+    # The same case takes precedence over a later occurrence.
     is_at(kind, ("word", "Red"), "is Red", "Red")
     prompted, columns = found(processor_of_kind(kind, "llava"), ("word", "Red"), "is Red or red")
     start = prompted.text.index("Red")
     assert columns == prompted.columns(start, start + 3)
-    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
-    for shown in (composed, apart):
-        for wanted in (composed, apart):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for shown in (composed, decomposed):
+        for wanted in (composed, decomposed):
             is_at(kind, ("word", wanted), f"un {shown} noir", shown)
             is_at(kind, ("text", wanted), f"un {shown}s noir", shown)
     is_at(kind, ("text", "the cat\tis"), "where the  cat \n is", "the  cat \n is")
 
 
 @pytest.mark.parametrize("kind", SPELLING)
-def test_all_bytes_of_a_character_belong_together(kind: str) -> None:
+def test_all_bytes_of_a_character_are_captured(kind: str) -> None:
     prompted, columns = found(processor_of_kind(kind, "llava"), ("text", "猫"), "一只猫在")
     assert len(columns) == 3
     assert processor_of_kind(kind, "llava").tokenizer.decode(prompted.ids[0, columns]).strip() == "猫"
 
 
-def test_a_tokenizer_that_lowers_and_bares_its_text() -> None:
+def test_a_tokenizer_that_changes_case_and_accents() -> None:
     is_at("word-piece", ("word", "Café"), "un CAFÉ cat", "CAFÉ")
     is_at("word-piece", ("text", "what's the Cat, cat"), "so what's the cat, cat.", "what's the cat, cat")
     is_at("word-piece", ("word", "cat."), "is it a cat.", "cat.")
-    # What it does not know is nothing that could be told from other such words.
+    # Unknown words cannot be distinguished from each other.
     with pytest.raises(ValueError, match=r"^rows:"):
         found(processor_of_kind("word-piece", "llava"), ("word", "bbb"), "is it bbb or qqq")
     # NFKC.
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_lowers_and_bares_its_text() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_word_of_the_user_goes_before_one_of_the_template(kind: str) -> None:
+def test_the_users_words_take_precedence_over_the_templates(kind: str) -> None:
     is_at(kind, ("word", "assistant"), "what is the assistant at", "assistant")
     is_at(kind, ("word", "assistant"), "what is the assistant at", "assistant", "qwen")
     is_at(kind, ("word", "ASSISTANT"), "what is the assistant at", "assistant")
@@ -118,12 +118,12 @@ def test_a_word_of_the_user_goes_before_one_of_the_template(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_that_are_not_there_or_see_no_image_are_refused(kind: str) -> None:
+def test_missing_words_and_words_before_the_image_are_refused(kind: str) -> None:
     processor = processor_of_kind(kind, "llava")
     for rows in [("word", "hat"), ("word", "dog"), ("text", "the dog"), ("word", "user"), ("word", "\ufe0f")]:
         with pytest.raises(ValueError, match=r"^rows:"):
             found(processor, rows, "what is it")
-    # An image is no letter, but it is between the letters on its sides.
+    # An image is not a letter, but it separates the letters before and after it.
     prompted = Prompted(processor.tokenizer, f"is {IMAGE} it{IMAGE} red")
     for rows in (("word", "is"), ("text", "it red"), ("text", "\ufffc")):
         with pytest.raises(ValueError, match=r"^rows:"):
@@ -132,31 +132,31 @@ def test_words_that_are_not_there_or_see_no_image_are_refused(kind: str) -> None
     assert columns.tolist() == prompted.columns(prompted.text.index("it"), prompted.text.index("it") + 2)
 
 
-def test_words_that_were_added_to_the_vocabulary() -> None:
+def test_words_added_to_the_vocabulary() -> None:
     tokenizer = tokenizer_of_kind("byte-level")
     ids = tokenizer("is <|im_end|> here")["input_ids"]
-    spelled = Spelled(tokenizer, ids, [False] * len(ids))
-    start, stop = find_last(spelled.text, "<|im_end|>", word=False) or (0, 0)
-    assert [ids[token] for token in spelled.tokens(start, stop)] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    prompt = PromptText(tokenizer, ids, [False] * len(ids))
+    start, stop = find_last(prompt.text, "<|im_end|>", word=False) or (0, 0)
+    assert [ids[token] for token in prompt.tokens(start, stop)] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_broken_character_is_a_character_by_itself() -> None:
+def test_an_incomplete_character_counts_as_one() -> None:
     for kind, byte in (("byte-level", "ç"), ("llama", "<0xE7>")):
         tokenizer = tokenizer_of_kind(kind)
         ids = [*tokenizer("a red")["input_ids"], tokenizer.convert_tokens_to_ids(byte), *tokenizer("cat")["input_ids"]]
-        spelled = Spelled(tokenizer, ids, [False] * len(ids))
-        start, stop = find_last(spelled.text, "cat", word=False) or (0, 0)
-        assert tokenizer.decode([ids[token] for token in spelled.tokens(start, stop)]).strip() == "cat"
+        prompt = PromptText(tokenizer, ids, [False] * len(ids))
+        start, stop = find_last(prompt.text, "cat", word=False) or (0, 0)
+        assert tokenizer.decode([ids[token] for token in prompt.tokens(start, stop)]).strip() == "cat"
 
 
-def test_a_tokenizer_that_writes_in_a_way_of_its_own_is_refused() -> None:
+def test_a_tokenizer_with_an_unknown_decoding_is_refused() -> None:
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["a"] * len(ids), decode=lambda ids, **_: "b")
     with pytest.raises(ValueError, match=r"^processor:"):
-        Spelled(tokenizer, [1, 2], [False, False])
+        PromptText(tokenizer, [1, 2], [False, False])
 
 
-def test_the_time_of_a_long_prompt_is_linear() -> None:
-    """Counted in decoded tokens: each is decoded once, whatever the length."""
+def test_a_long_prompt_takes_linear_time() -> None:
+    """Counted in decoded tokens: each is decoded once, at any length."""
     processor = processor_of_kind("byte-level", "llava")
     tokenizer, counted = processor.tokenizer, []
 
@@ -182,17 +182,17 @@ def test_the_time_of_a_long_prompt_is_linear() -> None:
     wanted=st.text(
         st.characters(exclude_categories=["Cs", "Cc", "Z", "M"], exclude_characters="\ufffc"), min_size=1, max_size=6
     ),
-    behind=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12),
+    after=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12),
     kind=st.sampled_from(SPELLING),
 )
-def test_a_named_text_is_found_and_nothing_beside_it(before: str, wanted: str, behind: str, kind: str) -> None:
+def test_exactly_the_named_text_is_found(before: str, wanted: str, after: str, kind: str) -> None:
     processor = processor_of_kind(kind, None)
     tokenizer = processor.tokenizer
-    prompted = Prompted(tokenizer, f"{IMAGE}{before} {wanted} {behind}")
+    prompted = Prompted(tokenizer, f"{IMAGE}{before} {wanted} {after}")
     try:
         rows = resolve_rows(("text", wanted), prompted.ids, prompted.attended, prompted.tokens, processor)
     except ValueError:
-        # A part of a character, as of a family of emoji, or an accent that stands by itself.
+        # A part of a character, as in emoji of a family, or a lone accent.
         written = unicodedata.normalize("NFKC", wanted)
         assert "\u200d" in wanted or unicodedata.category(wanted[-1])[0] in "MC" or written[0] == " "
         return
@@ -200,7 +200,7 @@ def test_a_named_text_is_found_and_nothing_beside_it(before: str, wanted: str, b
     assert columns == list(range(columns[0], columns[-1] + 1)) and not torch.isin(rows.columns, prompted.tokens).any()
     shown = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, columns])).casefold()
     assert unicodedata.normalize("NFKC", wanted).casefold() in shown
-    # Each token holds a part of it: without the first or the last it is not there.
-    for part in (columns[1:], columns[:-1]):
-        less = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, part])) if part else ""
+    # Without the first or the last token the text is incomplete.
+    for fewer in (columns[1:], columns[:-1]):
+        less = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, fewer])) if fewer else ""
         assert unicodedata.normalize("NFKC", wanted) not in less

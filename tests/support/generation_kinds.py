@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, trained on a few lines, and prompts of an image as a processor makes them."""
+"""Tokenizers of every kind, trained on a few lines, and prompts with an image as processors build them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TEMPLATES = {
     "llava": LLAVA_TEMPLATE,
     "qwen": QWEN_TEMPLATE.replace("<|image_pad|>", IMAGE),
     "inst": INST,
-    # Turns that stick to the texts, so that tokens may be part of both.
+    # Turns without a space around the texts, so that a token may be part of both.
     "glued": LLAVA_TEMPLATE.replace("<image>\n", IMAGE).replace(
         "{% endfor %} {% endfor %}", "{% endfor %}{% endfor %}"
     ),
 }
 
 
-def _trained(model: Any, trainer: Any, normalizer: Any, pre: Any, decoder: Any) -> Tokenizer:
+def _train(model: Any, trainer: Any, normalizer: Any, pre: Any, decoder: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre, decoder
     tokenizer.train_from_iterator(LINES, trainer)
@@ -50,7 +50,7 @@ def _byte_level() -> Tokenizer:
         show_progress=False,
     )
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return _trained(models.BPE(), trainer, None, pre, decoders.ByteLevel())
+    return _train(models.BPE(), trainer, None, pre, decoders.ByteLevel())
 
 
 def _bytes_of(vocabulary: int) -> dict[str, int]:
@@ -58,10 +58,10 @@ def _bytes_of(vocabulary: int) -> dict[str, int]:
 
 
 def _llama() -> Tokenizer:
-    """As Llama's: a space before the whole text, merges across words' ends, bytes for what is unknown."""
+    """As Llama's: a space before the text, merges across words, bytes for unknown characters."""
     normal = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer = _trained(models.BPE(), trainer, normal, None, None)
+    tokenizer = _train(models.BPE(), trainer, normal, None, None)
     state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in state["merges"]]
     vocabulary = {**state["vocab"], **_bytes_of(len(state["vocab"]))}
@@ -73,12 +73,12 @@ def _llama() -> Tokenizer:
 
 
 def _unigram(scheme: str, fallback: bool = True) -> Tokenizer:
-    """As T5's and Gemma's: pieces behind a mark for the space, bytes or a mark for what is unknown, NFKC."""
+    """As T5's and Gemma's: a mark for a space before a piece, bytes or a token for unknown characters, NFKC."""
     trainer = trainers.UnigramTrainer(
         vocab_size=200, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False
     )
     pre = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer = _trained(models.Unigram(), trainer, normalizers.NFKC(), pre, None)
+    tokenizer = _train(models.Unigram(), trainer, normalizers.NFKC(), pre, None)
     pieces = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["vocab"]]
     pieces += [(piece, -20.0) for piece in _bytes_of(0) if fallback]
     tokenizer.model = models.Unigram(
@@ -90,7 +90,7 @@ def _unigram(scheme: str, fallback: bool = True) -> Tokenizer:
 
 def _word_piece() -> Tokenizer:
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(SPECIAL), show_progress=False)
-    return _trained(
+    return _train(
         models.WordPiece(unk_token="<unk>"),
         trainer,
         normalizers.BertNormalizer(lowercase=True),
@@ -106,7 +106,7 @@ KINDS = {
     "always": functools.partial(_unigram, "always"),
     "word-piece": _word_piece,
 }
-# It knows no line break, so that it writes a mark for a part of most templates.
+# A kind without line breaks, so that most templates contain unknown tokens.
 NO_BREAKS = "no-breaks"
 
 
@@ -125,14 +125,14 @@ def tokenizer_of_kind(kind: str) -> Any:
 
 
 def processor_of_kind(kind: str, template: str | None) -> Any:
-    """What is asked of a processor beside its tokenizer: the chat template and the image token."""
+    """What is needed of a processor besides its tokenizer: the chat template and the image token."""
     tokenizer = tokenizer_of_kind(kind)
-    written = TEMPLATES.get(template or "", template)
+    chat_template = TEMPLATES.get(template or "", template)
     return SimpleNamespace(
         tokenizer=tokenizer,
-        chat_template=written,
+        chat_template=chat_template,
         image_token=IMAGE,
-        apply_chat_template=functools.partial(tokenizer.apply_chat_template, chat_template=written),
+        apply_chat_template=functools.partial(tokenizer.apply_chat_template, chat_template=chat_template),
     )
 
 
@@ -145,7 +145,7 @@ def assistant(text: str) -> dict[str, Any]:
 
 
 class Prompted:
-    """A prompt with each image as so many tokens: its ids, its visual columns, and the columns of its characters."""
+    """A prompt with `width` tokens per image: its ids, its visual columns, and the columns of its characters."""
 
     def __init__(self, tokenizer: Any, text: str, width: int = 4) -> None:
         self.text = text.replace(IMAGE, IMAGE * width)
@@ -156,5 +156,5 @@ class Prompted:
         self.attended = torch.ones_like(self.ids, dtype=torch.bool)
 
     def columns(self, start: int, stop: int) -> list[int]:
-        """The columns that hold one of the characters, by the tokenizer's own offsets."""
+        """The columns that contain one of the characters, by the tokenizer's offsets."""
         return [column for column, (first, end) in enumerate(self.offsets) if max(first, start) < min(end, stop)]

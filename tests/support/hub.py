@@ -1,4 +1,4 @@
-"""A local hub cache, filled as `hf download` fills it: blobs by their content, a snapshot of links to them, a ref."""
+"""A local hub cache as `hf download` fills it: blobs by content, a snapshot of links to them, a ref."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def put(checkpoint: Path, cache: Path, repo: str) -> Path:
-    """The snapshot that holds a checkpoint under an id."""
+    """Put a checkpoint into the cache under an id; its snapshot."""
     storage = cache / f"models--{repo.replace('/', '--')}"
     snapshot = storage / "snapshots" / COMMIT
     for folder in (storage / "blobs", storage / "refs", snapshot):

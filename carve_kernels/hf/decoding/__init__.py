@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from carve_kernels.hf import foreign, names
+from carve_kernels.hf import names
 from carve_kernels.hf.decoding.generation import preserved_positions
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
@@ -28,8 +28,10 @@ from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
 from carve_kernels.hf.model import (
     attention_modules,
+    code_on,
     decoder_layers,
     devices_of,
+    mixer,
     text_backbone,
     unwrap,
     wrappers,
@@ -140,7 +142,7 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
         return "its layers are not on one device"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
-    return foreign.code_on(inner) or foreign.mixer(inner, text_backbone(model))
+    return code_on(inner) or mixer(inner, text_backbone(model))
 
 
 @contextmanager

@@ -1,10 +1,15 @@
-"""Where the visual tokens of a batch are, and which part of which image each one shows."""
+"""Where the visual tokens of a batch are, and which part of which image each one covers.
+
+There is a module for each kind of layout, that is for each way in which processors lay out an image's tokens.
+`names.FAMILIES` lists the kind of each model type.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -14,105 +19,146 @@ from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.layouts import centre_crop, merged_grid
-from carve_kernels.hf.layouts.placing import Canvas, Kind, Placing
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
-FAMILIES: dict[str, Kind] = {
-    "llava": centre_crop.KIND,
-    "qwen2_vl": merged_grid.KIND,
-    "qwen2_5_vl": merged_grid.KIND,
-}
+
+class Kind(Protocol):
+    """What the module of a kind of layout provides.
+
+    `ENTRY` is the entry of the processor's output with one item per image. `settings` yields (name, found, expected)
+    for each setting of the processor that must agree with the model's config. `views` returns, for each image, how many
+    tokens it has in the prompt and its views, with tokens counted from the image's first. `canvas` returns the smallest
+    canvas of an image that the processor does not crop, as (size, top, left).
+    """
+
+    ENTRY: str
+
+    def settings(self, config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]: ...
+
+    def views(
+        self, config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]
+    ) -> list[tuple[int, tuple[View, ...]]]: ...
+
+    def canvas(self, config: Any, processor: Any, size: Size) -> tuple[Size, int, int]: ...
+
+
+class Canvas(NamedTuple):
+    """A canvas for an image: its (height, width), and the position of the image's top left corner."""
+
+    size: Size
+    top: int = 0
+    left: int = 0
+
+
+KINDS: dict[str, Kind] = {"centre_crop": centre_crop, "merged_grid": merged_grid}
 
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
-    """Find the visual tokens of a batch: positions, grids and boxes, from what the processor returned.
+    """Find the visual tokens of a batch, their grids and boxes, from the output of the processor.
 
     ======  ==========================================================================================
     name    meaning
     ======  ==========================================================================================
-    inputs  what the processor returned: input_ids int [B, S] and the entries of its images
+    inputs  output of the processor: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
             An image is the PIL image that the processor was given, or its (height, width)
     ======  ==========================================================================================
 
-    A box is in pixels of that picture, and reaches outside of it where the processor padded it.
+    Boxes are in pixels of these images, and reach outside of an image where the processor padded it.
 
-    Raises ValueError if the family is not supported, the processor's settings do not fit the model, no image is in the
-    prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
-    orientation: whether the processor turned it depends on how it was called.
+    Raises ValueError if the family is not supported, the processor's settings do not fit the model, there is no image
+    in the prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
+    orientation, since whether the processor applied it depends on how it was called.
     """
     check_decoder(model)
     config = unwrap(model).config
     kind = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("inputs: expected images, got a video, which has no layout yet")
-    marks = inputs["input_ids"] == names.image_id(config)
-    if not marks.any():
+    is_image = inputs["input_ids"] == names.image_id(config)
+    if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    sizes = _by_row(images, len(marks))
-    placings = iter(kind.place(config, processor, inputs, [size for row in sizes for size in row]))
+    sizes = _sizes_by_row(images, len(is_image))
+    flat = [size for row in sizes for size in row]
+    parts = iter(kind.views(config, processor, _entry(inputs, kind.ENTRY, len(flat)), flat))
     views = tuple(
-        _views(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(placings, len(sizes[number]))))
-        for number, row in enumerate(marks)
+        _place(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(parts, len(sizes[number]))))
+        for number, row in enumerate(is_image)
     )
     return VisualLayout(views, sizes)
 
 
 def check_processor(model: nn.Module, processor: Any) -> Kind:
-    """The kind of layout of a model, whose processor puts as many tokens into a prompt as the model makes.
+    """The kind of layout of a model; checks that the processor creates as many image tokens as the model.
 
     Raises ValueError for a family that is not supported, and for a setting of the processor that does not fit.
     """
     config = unwrap(model).config
-    kind = FAMILIES.get(config.model_type)
-    if kind is None:
-        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
-    found, expected = names.image_id(processor), names.image_id(config)
-    if found not in (None, expected):
+    if config.model_type not in names.FAMILIES:
+        raise ValueError(f"model: expected a model_type of {names.supported()}, got {config.model_type!r}")
+    kind = KINDS[names.FAMILIES[config.model_type]]
+    token, expected = names.image_id(processor), names.image_id(config)
+    if token not in (None, expected):
         raise ValueError(
-            f"processor: its image token has the id {found}, expected {expected} as in the model's config; "
-            "load the tokenizer that belongs to the model"
+            f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
+            "load the model's own tokenizer"
         )
-    kind.check(config, processor)
+    for name, setting, required in kind.settings(config, processor):
+        if setting != required:
+            raise ValueError(
+                f"processor: {name} is {setting!r}, expected {required!r} as in the model's config; "
+                f"set processor.{name} = {required!r}, or write it into the processor's file in the checkpoint"
+            )
     return kind
 
 
 def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
-    """The smallest canvas for an image of (height, width) that the processor shows whole.
+    """The smallest canvas for an image of (height, width) that the processor does not crop.
 
     Raises ValueError if there is none.
     """
-    return check_processor(model, processor).canvas(unwrap(model).config, processor, size)
+    return Canvas(*check_processor(model, processor).canvas(unwrap(model).config, processor, size))
 
 
-def supported() -> str:
-    """The supported families, for a message."""
-    return ", ".join(sorted(FAMILIES))
+def _entry(inputs: Any, name: str, images: int) -> torch.Tensor:
+    """An entry of the processor's output with one item per image."""
+    entry: torch.Tensor | None = inputs.get(name)
+    if entry is None:
+        raise ValueError(f"inputs: expected {name!r} from the processor, got {', '.join(sorted(inputs)) or 'nothing'}")
+    if len(entry) != images:
+        raise ValueError(
+            f"images: the inputs hold {len(entry)} image(s), got {images}; give every image of the prompts in order, "
+            "one list a row, and select views afterwards by `view.image`"
+        )
+    return entry
 
 
-def _views(row: int, positions: torch.Tensor, placings: list[Placing]) -> tuple[View, ...]:
-    lengths = [placing.length for placing in placings]
+def _place(row: int, positions: torch.Tensor, images: list[tuple[int, tuple[View, ...]]]) -> tuple[View, ...]:
+    """The views of a row's images, with tokens as positions in the sequence."""
+    lengths = [length for length, _ in images]
     if sum(lengths) != len(positions):
         runs = int((positions.diff() > 1).sum()) + 1 if len(positions) else 0
-        if runs != len(placings):
+        if runs != len(images):
             raise ValueError(
-                f"images: row {row} has {runs} image(s) in its prompt, got {len(placings)}; give the images of each "
-                "row as a list of its own, in the order of the prompt"
+                f"images: row {row} has {runs} image(s) in its prompt, got {len(images)}; give the images of each "
+                "row as its own list, in the order of the prompt"
             )
-        grids = " and ".join(f"{part.grid[0]} x {part.grid[1]}" for placing in placings for part in placing.parts)
+        grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for _, views in images for view in views)
         raise ValueError(
             f"inputs: row {row} has {len(positions)} image tokens, its grid of {grids} needs {sum(lengths)}; "
             "the prompt was probably truncated within the image"
         )
-    views = []
-    for image, (placing, own) in enumerate(zip(placings, positions.split(lengths), strict=True)):
-        views += [View(own[part.columns], part.grid, part.box, image, kind=part.kind) for part in placing.parts]
-    return tuple(views)
+    runs_of_images = positions.split(lengths)
+    return tuple(
+        replace(view, tokens=tokens[view.tokens], image=image)
+        for image, ((_, views), tokens) in enumerate(zip(images, runs_of_images, strict=True))
+        for view in views
+    )
 
 
-def _by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
+def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
     if _is_image(images):
         images = [images]
     if not isinstance(images, Sequence) or isinstance(images, str):

@@ -1,95 +1,94 @@
-"""One run of tokens an image, on the patches of the resized and centre-cropped picture (LLaVA-1.5 and kin)."""
+"""One run of tokens per image, on the patches of the resized and centre-cropped image (LLaVA-1.5)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from math import ceil, floor
 from typing import Any
 
 import torch
 
-from carve_kernels.hf.layouts.placing import Canvas, Kind, Part, Placing, agree, check_count, needed
-from carve_kernels.types import Box, Size
+from carve_kernels.types import Box, Size, View
 
-# How many tokens a vision tower puts before its patches.
+ENTRY = "pixel_values"
+
+# The number of class tokens that a vision tower puts before its patches.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
-def place(config: Any, processor: Any, inputs: Any, sizes: list[Size]) -> list[Placing]:
-    """Read the grid from `pixel_values` and the box from the settings of the image processor.
+def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The patch size, and the settings by which the processor counts the tokens that the vision tower returns.
 
-    A class token that the tower puts before the patches (vision_feature_select_strategy "full") is in no view.
-    """
-    pixels = needed(inputs, "pixel_values")
-    if pixels.ndim != 4:
-        raise ValueError(f"inputs: expected pixel_values of shape [images, 3, H, W], got {list(pixels.shape)}")
-    check_count(len(pixels), sizes)
-    patch = _patch(config)
-    shown = pixels.shape[-2], pixels.shape[-1]
-    grid = shown[0] // patch[0], shown[1] // patch[1]
-    lead = max(0, _added(processor))
-    count = grid[0] * grid[1]
-    columns = torch.arange(lead, lead + count)
-    settings = processor.image_processor
-    for size in sizes:
-        made = _cropped(settings, _resized(settings, _padded(settings, size)))
-        if made != shown:
-            raise ValueError(
-                f"inputs: pixel_values are {shown[0]} x {shown[1]}, but the settings of {type(settings).__name__} make "
-                f"{made[0]} x {made[1]} of an image of {size[0]} x {size[1]}; give the processor and the images "
-                "that made the inputs, with no setting changed in the call"
-            )
-    return [Placing(count + lead, (Part(columns, grid, _box(settings, size, patch)),)) for size in sizes]
-
-
-def _check(config: Any, processor: Any) -> None:
-    """The processor must put as many tokens into a prompt as the vision tower returns.
-
-    Files of older processors do not say how: transformers then counts with None, or a token too few.
+    Files of older processors lack them; transformers then counts with None, or one token too few.
     """
     patch = config.vision_config.patch_size
-    found = getattr(processor, "patch_size", patch)
-    agree("patch_size", tuple(found) if isinstance(found, list) else found, patch)
+    size = getattr(processor, "patch_size", patch)
+    yield "patch_size", tuple(size) if isinstance(size, list) else size, patch
     before, strategy = _CLASS_TOKENS.get(config.vision_config.model_type), config.vision_feature_select_strategy
     count = getattr(processor, "num_additional_image_tokens", 0)
-    if isinstance(count, int) and (before is None or _added(processor) == before - (strategy == "default")):
+    if isinstance(count, int) and (before is None or _extra_tokens(processor) == before - (strategy == "default")):
         return
-    agree("vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", strategy), strategy)
+    yield "vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", strategy), strategy
     if before is None:
         raise ValueError(
-            f"processor: num_additional_image_tokens is {count!r}, expected how many tokens the vision tower of this "
-            "model puts before its patches"
+            f"processor: num_additional_image_tokens is {count!r}, expected the number of tokens that the model's "
+            "vision tower puts before its patches"
         )
-    agree("num_additional_image_tokens", count, before)
+    yield "num_additional_image_tokens", count, before
 
 
-def _canvas(config: Any, processor: Any, size: Size) -> Canvas:
-    settings, patch = processor.image_processor, _patch(config)
-    left, top, right, bottom = _box(settings, size, patch)
+def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -> list[tuple[int, tuple[View, ...]]]:
+    """A view of each crop, with the grid from `pixel_values` and the box from the image processor's settings.
+
+    A class token before the patches (vision_feature_select_strategy "full") is in no view.
+    """
+    if entry.ndim != 4:
+        raise ValueError(f"inputs: expected pixel_values of shape [images, 3, H, W], got {list(entry.shape)}")
+    patch = _patch(config)
+    pixels = entry.shape[-2], entry.shape[-1]
+    grid = pixels[0] // patch[0], pixels[1] // patch[1]
+    lead = max(0, _extra_tokens(processor))
+    count = grid[0] * grid[1]
+    tokens = torch.arange(lead, lead + count)
+    image_processor = processor.image_processor
+    for size in sizes:
+        expected = _cropped(image_processor, _resized(image_processor, _padded(image_processor, size)))
+        if expected != pixels:
+            raise ValueError(
+                f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
+                f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
+                f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
+            )
+    return [(count + lead, (View(tokens, grid, _box(image_processor, size, patch)),)) for size in sizes]
+
+
+def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
+    """The image itself if it is not cropped, else the smallest canvas that has it within the crop."""
+    image_processor, patch = processor.image_processor, _patch(config)
+    left, top, right, bottom = _box(image_processor, size, patch)
     if left <= 0 and top <= 0 and right >= size[1] and bottom >= size[0]:
-        return Canvas(size)
-    if not getattr(settings, "do_resize", True):
+        return size, 0, 0
+    if not getattr(image_processor, "do_resize", True):
         raise ValueError(
-            f"fit: expected None, got 'pad': {type(settings).__name__} does not resize (do_resize), so it cuts "
+            f"fit: expected None, got 'pad': {type(image_processor).__name__} does not resize (do_resize), so it crops "
             f"{size[0]} x {size[1]} pixels on any canvas; shrink the image, or let it resize"
         )
-    resized = _resized(settings, (max(size), max(size)))
-    scale = max(Fraction(size[axis], _visible(settings, resized, patch, axis)) for axis in (0, 1))
+    resized = _resized(image_processor, (max(size), max(size)))
+    scale = max(Fraction(size[axis], _visible_length(image_processor, resized, patch, axis)) for axis in (0, 1))
     sides = [ceil(scale * side) for side in resized]
     while True:
         # Patches may begin within a pixel of the canvas.
-        left, top, right, bottom = _box(settings, (sides[0], sides[1]), patch)
+        left, top, right, bottom = _box(image_processor, (sides[0], sides[1]), patch)
         spans = ((top, bottom, sides[0]), (left, right, sides[1]))
-        places = [
+        offsets = [
             (ceil(max(0, first)), floor(min(end, side)) - length)
             for (first, end, side), length in zip(spans, size, strict=True)
         ]
-        if all(low <= high for low, high in places):
-            return Canvas((sides[0], sides[1]), *((low + high) // 2 for low, high in places))
+        if all(low <= high for low, high in offsets):
+            top_left = [(low + high) // 2 for low, high in offsets]
+            return (sides[0], sides[1]), top_left[0], top_left[1]
         sides = [side + 1 for side in sides]
-
-
-KIND = Kind(place, _check, _canvas)
 
 
 def _patch(config: Any) -> Size:
@@ -97,69 +96,69 @@ def _patch(config: Any) -> Size:
     return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
-def _added(processor: Any) -> int:
-    """How many tokens the processor puts into a prompt beside those of the patches; -1 where it leaves one out."""
+def _extra_tokens(processor: Any) -> int:
+    """The number of image tokens in a prompt besides those of the patches; -1 if one is left out."""
     dropped = getattr(processor, "vision_feature_select_strategy", None) == "default"
     return int(getattr(processor, "num_additional_image_tokens", 0)) - dropped
 
 
-def _visible(settings: Any, resized: Size, patch: Size, axis: int) -> int:
-    """How many pixels of a side of the resized picture lie under patches."""
-    cropped = _cropped(settings, resized)[axis]
-    start = _crop_start(settings, resized[axis] - cropped)
+def _visible_length(image_processor: Any, resized: Size, patch: Size, axis: int) -> int:
+    """The number of pixels of a side of the resized image that patches cover."""
+    cropped = _cropped(image_processor, resized)[axis]
+    start = _crop_start(image_processor, resized[axis] - cropped)
     return min(start + cropped // patch[axis] * patch[axis], resized[axis]) - max(0, start)
 
 
-def _box(settings: Any, size: Size, patch: Size) -> Box:
-    """The part of the original under the patches; it reaches outside of the original where that was padded."""
-    padded = _padded(settings, size)
-    resized = _resized(settings, padded)
-    cropped = _cropped(settings, resized)
+def _box(image_processor: Any, size: Size, patch: Size) -> Box:
+    """The part of the original that the patches cover; it reaches outside of a padded original."""
+    padded = _padded(image_processor, size)
+    resized = _resized(image_processor, padded)
+    cropped = _cropped(image_processor, resized)
     spans = []
     for axis in (0, 1):
-        start = _crop_start(settings, resized[axis] - cropped[axis])
+        start = _crop_start(image_processor, resized[axis] - cropped[axis])
         covered = cropped[axis] // patch[axis] * patch[axis]
         pad = (padded[axis] - size[axis]) // 2
-        first, end = (place * padded[axis] / resized[axis] - pad for place in (start, start + covered))
+        first, end = (edge * padded[axis] / resized[axis] - pad for edge in (start, start + covered))
         spans.append((first, end))
     (top, bottom), (left, right) = spans
     return left, top, right, bottom
 
 
-def _padded(settings: Any, size: Size) -> Size:
-    if not getattr(settings, "do_pad", False):
+def _padded(image_processor: Any, size: Size) -> Size:
+    if not getattr(image_processor, "do_pad", False):
         return size
-    if not hasattr(settings, "pad_to_square"):
-        raise ValueError(f"processor: the padding of {type(settings).__name__} is not known to this layout")
+    if not hasattr(image_processor, "pad_to_square"):
+        raise ValueError(f"processor: the padding of {type(image_processor).__name__} is not supported")
     return max(size), max(size)
 
 
-def _cropped(settings: Any, resized: Size) -> Size:
-    if not getattr(settings, "do_center_crop", False):
+def _cropped(image_processor: Any, resized: Size) -> Size:
+    if not getattr(image_processor, "do_center_crop", False):
         return resized
-    crop = dict(settings.crop_size)
+    crop = dict(image_processor.crop_size)
     return crop["height"], crop["width"]
 
 
-def _resized(settings: Any, size: Size) -> Size:
-    if not getattr(settings, "do_resize", True):
+def _resized(image_processor: Any, size: Size) -> Size:
+    if not getattr(image_processor, "do_resize", True):
         return size
-    wanted = dict(settings.size)
-    if set(wanted) == {"height", "width"}:
-        return wanted["height"], wanted["width"]
-    if set(wanted) == {"shortest_edge"}:
-        short = wanted["shortest_edge"]
-        # Cut off, not rounded: the long side as the image processors of transformers compute it.
+    target = dict(image_processor.size)
+    if set(target) == {"height", "width"}:
+        return target["height"], target["width"]
+    if set(target) == {"shortest_edge"}:
+        short = target["shortest_edge"]
+        # Truncated, not rounded: transformers' image processors compute the long side so.
         rows, columns = (int(short * side / min(size)) for side in size)
         return rows, columns
-    raise ValueError(f"processor: the size {wanted} of {type(settings).__name__} is not known to this layout")
+    raise ValueError(f"processor: the size {target} of {type(image_processor).__name__} is not supported")
 
 
-def _crop_start(settings: Any, excess: int) -> int:
-    """First kept pixel; negative where the crop is larger than the picture.
+def _crop_start(image_processor: Any, excess: int) -> int:
+    """The first pixel of the crop; negative if the crop is larger than the image.
 
-    The two families of image processors differ by a pixel where an odd number of pixels is added.
+    Image processors on torchvision and on Pillow differ by a pixel if an odd number of pixels is added.
     """
-    if getattr(settings, "backend", "pil") == "torchvision":
+    if getattr(image_processor, "backend", "pil") == "torchvision":
         return int(excess / 2)
     return excess // 2

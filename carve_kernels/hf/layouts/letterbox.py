@@ -1,4 +1,4 @@
-"""fit="pad": an image lies on a canvas that its processor shows whole, and boxes stay in pixels of the image."""
+"""fit="pad": images are padded to a canvas that the processor does not crop; boxes stay in pixels of the image."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from typing import Any
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.layouts import canvas_of, layout_of
-from carve_kernels.hf.layouts.placing import Canvas
+from carve_kernels.hf.layouts import Canvas, canvas_of, layout_of
 from carve_kernels.types import Box, VisualLayout
 
 FITS = (None, "pad")
 
 
 class Letterbox:
-    """Canvases for the images that a model and its processor are shown."""
+    """Pads images for a model and its processor."""
 
     def __init__(self, model: Any, processor: Any, max_image_pixels: int) -> None:
         self._model, self._processor, self._limit = model, processor, max_image_pixels
 
     def laid(self, image: Image.Image) -> Image.Image:
-        """The image in the middle of its canvas, on the processor's mean colour; itself where it is shown whole."""
+        """The image centred on its canvas of the processor's mean colour; the image itself if it is not cropped."""
         canvas = self._canvas(image)
         height, width = canvas.size
         if (width, height) == image.size:
             return image
-        laid = Image.new("RGB", (width, height), self._colour)
-        laid.paste(image, (canvas.left, canvas.top))
-        return laid
+        padded = Image.new("RGB", (width, height), self._colour)
+        padded.paste(image, (canvas.left, canvas.top))
+        return padded
 
     def layout(self, inputs: Any, image: Image.Image) -> VisualLayout:
-        """`layout_of` the inputs that show one image, in pixels of the image."""
+        """`layout_of` the inputs of one padded image, in pixels of the image itself."""
         canvas = self._canvas(image)
         layout = layout_of(self._model, self._processor, inputs, [canvas.size])
         views = tuple(replace(view, box=_shifted(view.box, canvas)) for view in layout.views[0])
@@ -40,14 +39,14 @@ class Letterbox:
 
     @classmethod
     def of(cls, fit: str | None, model: Any, processor: Any, max_image_pixels: int) -> Letterbox | None:
-        """What a way to fit images means: None for the processor's own."""
+        """The letterbox of a `fit` argument; None leaves images to the processor."""
         checks.choice("fit", fit, FITS)
         return None if fit is None else cls(model, processor, max_image_pixels)
 
     @property
     def _colour(self) -> tuple[int, ...]:
         mean = tuple(getattr(self._processor.image_processor, "image_mean", None) or ())
-        # Cut off, not rounded, as LLaVA's own padding does.
+        # Truncated, not rounded, as in LLaVA's own padding.
         return tuple(int(255 * channel) for channel in mean) if len(mean) == 3 else (0, 0, 0)
 
     def _canvas(self, image: Image.Image) -> Canvas:
@@ -55,13 +54,13 @@ class Letterbox:
         height, width = canvas.size
         if (width, height) != image.size and width * height > self._limit:
             raise ValueError(
-                f"fit: an image of {image.width} x {image.height} needs a canvas of {width} x {height} pixels, at most "
-                f"{self._limit} are used; shrink the image, or raise max_image_pixels"
+                f"fit: an image of {image.width} x {image.height} needs a canvas of {width} x {height} pixels, the "
+                f"limit is {self._limit}; shrink the image, or raise max_image_pixels"
             )
         return canvas
 
 
 def _shifted(box: Box, canvas: Canvas) -> Box:
-    """A box in pixels of the canvas, in pixels of the image on it."""
+    """A box on the canvas, in pixels of the image."""
     left, top, right, bottom = box
     return left - canvas.left, top - canvas.top, right - canvas.left, bottom - canvas.top

@@ -1,4 +1,4 @@
-"""Sessions: forwards and `generate` of a model that also give back the attention of chosen rows."""
+"""Sessions: forwards and `generate` of a model that also capture the attention of selected rows."""
 
 from carve_kernels.hf.session.session import CaptureSession, capture_attention
 

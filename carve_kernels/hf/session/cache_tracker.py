@@ -1,4 +1,4 @@
-"""Which prompt a cache belongs to: the ids that went through it, its record, and whether it is as it was left."""
+"""The prompt of each KV cache: its ids, its record, and whether the cache is as the last forward left it."""
 
 from __future__ import annotations
 
@@ -13,94 +13,91 @@ from carve_kernels.hf import caches
 from carve_kernels.hf.session.recording import STEPS, Record
 
 
-class Followed:
-    """One prompt and the tokens behind it, which one cache holds, or none where each forward reads all anew."""
+class TrackedPrompt:
+    """One prompt and its new tokens, in one cache, or in none if each forward reads all tokens again."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
-        self.ids = _Ids()
-        # How many tokens went through it, and where the first step begins.
+        self.ids = _IdBuffer()
+        # The number of tokens so far, and that of the prompt, where the first decode step begins.
         self.length = 0
         self.prompt = 0
-        self._marks: list[caches.Mark | None] | None = None
-        # Some of its keys, where no counter tells whether they were written to.
+        self._keys: list[caches.KeyState | None] | None = None
+        # Some elements of its keys, where no version counter tells whether they were written to.
         self._sample: torch.Tensor | None = None
-        self._noted = 0
-        # What modules had noted of its positions when its last forward ended.
+        self._sampled_length = 0
+        # The position offsets that modules stored in its last forward.
         self._positions: list[Any] = []
 
-    def known(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """All ids on the CPU, those of a forward behind them, where there are `length` of them."""
+    def all_ids(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """All ids, those of a new forward included, on the CPU; None unless there are `length` of them."""
         before = self.ids.all()
         if ids is None or before is None or before.shape[0] not in (0, ids.shape[0]):
             return None
-        whole = torch.cat([before.cpu().view(ids.shape[0], -1), ids.detach().cpu()], 1)
-        return whole if whole.shape[1] == length else None
+        complete = torch.cat([before.cpu().view(ids.shape[0], -1), ids.detach().cpu()], 1)
+        return complete if complete.shape[1] == length else None
 
-    def note(
+    def update(
         self, ids: torch.Tensor | None, length: int, cache: Any, modules: Sequence[nn.Module], positions: list[Any]
     ) -> None:
-        """After a forward of so many ids: how it left the cache, and what the model noted of positions."""
+        """After a forward: note its ids, the state of the cache, and the position offsets that the model stored."""
         self._positions = positions
         self.ids.append(ids)
         self.length = length
-        self._marks = [caches.mark(cache, module) for module in modules]
-        uncounted = any(left is not None and left.version is None for left in self._marks)
+        self._keys = [caches.key_state(cache, module) for module in modules]
+        uncounted = any(keys is not None and keys.version is None for keys in self._keys)
         self._sample = caches.sample(cache, modules[0], length) if uncounted else None
-        self._noted = length
+        self._sampled_length = length
 
-    def follow(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], held: int) -> None:
-        """Before a forward: go back to where the cache was cropped to, if it was.
+    def check_cache(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], count: int) -> None:
+        """Before a forward: follow the cache back if it was cropped to `count` tokens.
 
-        Raises ValueError for a cache that was changed in another way: what its columns are is not known then.
+        Raises ValueError for a cache that was changed in any other way, whose columns are unknown.
         """
-        if self._marks is None:
+        if self._keys is None:
             raise ValueError(
-                f"cache: expected one whose last forward came to its end, got one of {held} tokens that was "
-                "interrupted; run the prompt anew"
+                f"cache: expected a cache whose last forward finished, got one of {count} tokens that was interrupted; "
+                "run the prompt again"
             )
-        for layer, module, left in zip(layers, modules, self._marks, strict=True):
-            found = caches.mark(cache, module, left)
-            # Nothing was done to it; where no counter tells, `was_written` does.
-            if found is left and left is not None and held == self.length:
+        for layer, module, left in zip(layers, modules, self._keys, strict=True):
+            state = caches.key_state(cache, module, left)
+            # Unchanged; without a version counter `was_written` tells.
+            if state is left and left is not None and count == self.length:
                 continue
-            # A layer that uses the keys of another one has none.
-            if found is None and left is None and held == self.length and caches.has_layers(cache):
+            # A layer that reuses another layer's keys has no keys itself.
+            if state is None and left is None and count == self.length and caches.has_layers(cache):
                 continue
-            if found is None or left is None or not _only_cropped(left, found, self.length, held):
+            if state is None or left is None or not _only_cropped(left, state, self.length, count):
                 raise ValueError(
                     f"cache: expected it as the last forward left it, with {self.length} tokens, but layer {layer} has "
-                    f"{'none' if found is None else found.keys} of the keys and the cache says {held}: keys were "
-                    "evicted, replaced or reordered, so it is not known which columns they are; run the prompt anew"
+                    f"{'no' if state is None else state.keys} keys and the cache counts {count}: keys were evicted, "
+                    "replaced or reordered, so their columns are unknown; run the prompt again"
                 )
-        if held < self.length:
-            self._cut(held)
+        if count < self.length:
+            self.length = count
+            self.ids.cut(count)
 
     def has_positions(self, positions: list[Any]) -> bool:
-        """Whether what the model has noted of positions is still what it noted of this prompt."""
+        """Whether the position offsets in the model are still those of this prompt."""
         return all(
             now is then or (isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor) and torch.equal(now, then))
             for now, then in zip(positions, self._positions, strict=True)
         )
 
     def was_written(self, cache: Any, module: nn.Module) -> torch.Tensor | None:
-        """Whether keys are others than those noted, on their device; None where a counter has told it already."""
+        """Whether keys have changed, as a bool tensor on their device; None where version counters tell."""
         if self._sample is None:
             return None
-        found = caches.sample(cache, module, self._noted)
-        return None if found is None or found.shape != self._sample.shape else (found != self._sample).any()
-
-    def _cut(self, length: int) -> None:
-        self.length = length
-        self.ids.cut(length)
+        sample = caches.sample(cache, module, self._sampled_length)
+        return None if sample is None or sample.shape != self._sample.shape else (sample != self._sample).any()
 
 
-class _Ids:
-    """Ids [B, S] in a buffer with room behind them: a caller may use a tensor again, and a step allocates nothing."""
+class _IdBuffer:
+    """Ids [B, S] in a buffer that grows: callers may reuse their tensors, and a step allocates nothing."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, 0, dtype=torch.int64)
-        # How many columns of it are written; None where some that went by are not known.
+        # The number of columns written; None if some ids are unknown.
         self._count: int | None = 0
 
     def all(self) -> torch.Tensor | None:
@@ -120,76 +117,77 @@ class _Ids:
         self._count = end
 
     def cut(self, length: int) -> None:
-        """Keep the first so many."""
+        """Drop all but the first `length` columns."""
         if self._count is not None:
             self._count = length if length <= self._count else None
 
 
-class Caches:
-    """The prompt of each cache that is alive, told by the cache itself and not by what it holds."""
+class CacheTable:
+    """The prompt of each live cache, by the identity of the cache rather than its content."""
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[Any], Followed]] = {}
+        self._prompts: dict[int, tuple[weakref.ref[Any], TrackedPrompt]] = {}
 
-    def get(self, cache: Any) -> Followed | None:
-        """What went through this very cache in the session, or None."""
-        alive, followed = self._found.get(id(cache), (None, None))
-        return followed if alive is not None and alive() is cache else None
+    def get(self, cache: Any) -> TrackedPrompt | None:
+        """The prompt that this cache object holds, or None."""
+        reference, prompt = self._prompts.get(id(cache), (None, None))
+        return prompt if reference is not None and reference() is cache else None
 
-    def bind(self, cache: Any, followed: Followed) -> None:
-        """From here on this cache, and no other, holds the prompt."""
-        self._found = {
-            key: (alive, other)
-            for key, (alive, other) in self._found.items()
-            if alive() is not None and other is not followed
+    def bind(self, cache: Any, prompt: TrackedPrompt) -> None:
+        """From now on this cache, and no other, holds the prompt."""
+        self._prompts = {
+            number: (reference, other)
+            for number, (reference, other) in self._prompts.items()
+            if reference() is not None and other is not prompt
         }
-        self._found[id(cache)] = (weakref.ref(cache), followed)
+        self._prompts[id(cache)] = (weakref.ref(cache), prompt)
 
 
-class Whole:
-    """A forward that read a whole prompt, for telling whether a later one repeats it with one more token.
+class CompleteForward:
+    """The arguments of a forward over a complete prompt, to recognise one that repeats it with one more token.
 
-    Inside `generate` nobody changes what was given; outside of it a tensor may be used again for other numbers.
+    Inside `generate` arguments are not modified; outside of it they are copied, since a caller may reuse tensors.
     """
 
-    def __init__(self, followed: Followed, given: Mapping[str, Any], generating: bool) -> None:
-        self.followed = followed
-        self._given = dict(given) if generating else {name: _copied(value) for name, value in given.items()}
+    def __init__(self, prompt: TrackedPrompt, arguments: Mapping[str, Any], generating: bool) -> None:
+        self.prompt = prompt
+        self._arguments = dict(arguments) if generating else {name: _copy(value) for name, value in arguments.items()}
 
-    def repeated(self, ids: torch.Tensor | None, given: Mapping[str, Any]) -> bool:
+    def is_repeated(self, ids: torch.Tensor | None, arguments: Mapping[str, Any]) -> bool:
         """Whether the arguments are those of this forward, pixels included, with one more token."""
-        before = self._given.get("input_ids")
+        before = self._arguments.get("input_ids")
         if ids is None or before is None or ids.shape != (before.shape[0], before.shape[1] + 1):
             return False
         return all(
-            _continues(self._given.get(name), given.get(name), before.shape[1]) for name in {**self._given, **given}
+            _is_continuation(self._arguments.get(name), arguments.get(name), before.shape[1])
+            for name in {**self._arguments, **arguments}
         )
 
 
-# What says how a forward works and not what it reads.
+# Types of arguments that are settings rather than inputs.
 _SETTINGS = (bool, int, float, str, type(None))
 
 
-def _only_cropped(left: caches.Mark, found: caches.Mark, length: int, held: int) -> bool:
-    """Whether keys are those that a forward left behind, of which the first `held` may have been kept alone."""
-    if not left.same_place(found) or held > length:
+def _only_cropped(left: caches.KeyState, state: caches.KeyState, length: int, count: int) -> bool:
+    """Whether keys are those that a forward left, all of them or the first `count`."""
+    if not left.same_storage(state) or count > length:
         return False
-    if held == length:
-        return found.keys == left.keys
-    # A buffer stays as it is; keys that are all there are cut to the first ones.
-    return found.keys == left.keys > length or (left.keys == length and found.keys in (held, length))
+    if count == length:
+        return state.keys == left.keys
+    # A static buffer keeps its size; dynamic keys are cut to the first ones.
+    return state.keys == left.keys > length or (left.keys == length and state.keys in (count, length))
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: _copy(each) for name, each in value.items()}
+    return [_copy(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _continues(before: Any, after: Any, length: int) -> bool:
-    """Whether an argument is the same, or the same with one more column on its axes of `length`; settings are none."""
+def _is_continuation(before: Any, after: Any, length: int) -> bool:
+    """Whether an argument is unchanged, or has one more column on its axes of size `length`, or is a setting."""
     if before is after:
         return True
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
@@ -200,7 +198,7 @@ def _continues(before: Any, after: Any, length: int) -> bool:
             return False
         return bool(torch.equal(after[tuple(slice(0, old) for old, _ in sides)].detach(), before.detach()))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
-        return all(_continues(before.get(name), after.get(name), length) for name in {**before, **after})
+        return all(_is_continuation(before.get(name), after.get(name), length) for name in {**before, **after})
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
-        return len(before) == len(after) and all(map(_continues, before, after, [length] * len(before)))
+        return len(before) == len(after) and all(map(_is_continuation, before, after, [length] * len(before)))
     return isinstance(before, _SETTINGS) and isinstance(after, _SETTINGS)

@@ -1,7 +1,7 @@
-"""What is relied on in transformers, tried on two tiny models: about a dozen checks, in under two seconds.
+"""Checks of the parts of transformers that the package relies on, on two tiny models, in under two seconds.
 
-`doctor` runs them, and so does the first session or engine under a version that was not tested: a release that renames
-or reorders something is then an error that names the versions, not a wrong map.
+`doctor` runs them, and so does the first session or engine under an untested version: a release that renames or
+reorders something raises an error that names the versions, instead of a wrong map.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from carve_kernels.checks import UpstreamChanged
-from carve_kernels.hf import caches, names, processor_names
+from carve_kernels.hf import caches, names, processors
 from carve_kernels.hf.attention_patch import PATCHES, RECORDERS
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
@@ -37,54 +37,54 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-# A map in float32 is so far from eager's at most, in parts of its maximum.
-_CLOSE = 1e-4
-# From here on a forward takes results of a vision tower.
-_TAKES_RESULTS = Version("5.20")
+# The largest difference between a float32 map and eager's, relative to the maximum.
+_TOLERANCE = 1e-4
+# The first version whose forwards take image features.
+_TAKES_FEATURES = Version("5.20")
 _LOG = logging.getLogger("carve_kernels")
 _LOCK = threading.Lock()
-# The thread in which the checks run: their own sessions are not checked.
+# The thread that runs the checks, whose own sessions need no checks.
 _running_in: int | None = None
-_held = False
-_told = False
+_passed = False
+_logged = False
 
 
 def ensure() -> None:
-    """Run the checks if the installed transformers was not tested; once they hold, they are not run again.
+    """Run the checks, until they pass, if the installed transformers was not tested.
 
-    Raises UpstreamChanged, which names both versions, if one fails.
+    Raises UpstreamChanged, which names the versions, if a check fails.
     """
-    global _held, _told
-    if _held or names.is_tested() or _running_in == threading.get_ident():
+    global _passed, _logged
+    if _passed or names.is_tested() or _running_in == threading.get_ident():
         return
     broken = [f"{name} ({reason})" for name, reason in results().items() if reason is not None]
-    _held = not broken
-    if not _told:
-        _told = True
+    _passed = not broken
+    if not _logged:
+        _logged = True
         _LOG.warning(
             "transformers %s was not tested (%s to %s were): %s",
             *(names.version(), *names.TESTED),
-            f"{len(broken)} of {len(CHECKS)} checks fail" if broken else f"{len(CHECKS)} checks of it hold",
+            f"{len(broken)} of {len(CHECKS)} checks fail" if broken else f"all {len(CHECKS)} checks pass",
         )
     if broken:
         raise names.changed("; ".join(broken))
 
 
 def results() -> dict[str, str | None]:
-    """Each check by name, and why it failed, or None.
+    """The name of each check, and why it failed, or None.
 
-    They run in a thread of their own, where no mode of the caller's (autocast, inference, fake tensors, a default
-    device) is in force.
+    The checks run in a new thread, in which no mode of the caller (autocast, inference mode, fake tensors, a default
+    device) is active.
     """
-    found: dict[str, str | None] = {}
+    failures: dict[str, str | None] = {}
 
     def run() -> None:
         global _running_in
         _running_in = threading.get_ident()
         try:
-            with _undisturbed():
+            with _default_modes():
                 models = Models()
-                found.update({name: _failure(check, models) for name, check in CHECKS.items()})
+                failures.update({name: _failure(check, models) for name, check in CHECKS.items()})
         finally:
             _running_in = None
 
@@ -92,17 +92,17 @@ def results() -> dict[str, str | None]:
         thread = threading.Thread(target=run, name="carve_kernels contract")
         thread.start()
         thread.join()
-    return found
+    return failures
 
 
 class Models:
-    """A text model of two layers, and a Qwen2.5-VL of two layers with a prompt that shows one image."""
+    """A text model and a Qwen2.5-VL, of two layers each, and a prompt for each."""
 
     @cached_property
     def text(self) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        return _made(LlamaForCausalLM, LlamaConfig(**_TEXT))
+        return _build(LlamaForCausalLM, LlamaConfig(**_TEXT))
 
     @cached_property
     def vision(self) -> Any:
@@ -117,7 +117,7 @@ class Models:
             text_config={**_TEXT, "rope_parameters": rope}, vision_config=tower, image_token_id=_IMAGE,
             video_token_id=_VIDEO, vision_start_token_id=_START, vision_end_token_id=_END,
         )  # fmt: skip
-        return _made(Qwen2_5_VLForConditionalGeneration, config)
+        return _build(Qwen2_5_VLForConditionalGeneration, config)
 
     @cached_property
     def prompt(self) -> dict[str, torch.Tensor]:
@@ -144,11 +144,11 @@ class Models:
 
 
 def cache_on_the_second_step(models: Models) -> None:
-    """generate hands its cache to the second forward under a known name, and the cache counts the prompt."""
+    """generate passes its cache to the second forward under a known name, and the cache counts the prompt."""
     given: list[dict[str, Any]] = []
     signature = names.signature_of(models.text)
     hook = models.text.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(_noted(names.arguments(signature, args, kwargs))), with_kwargs=True
+        lambda module, args, kwargs: given.append(_counts(names.arguments(signature, args, kwargs))), with_kwargs=True
     )
     try:
         _generate(models.text, models.prompt)
@@ -156,41 +156,42 @@ def cache_on_the_second_step(models: Models) -> None:
         hook.remove()
     _expect("two forwards", len(given), 2)
     _expect("new tokens in the second forward", given[1]["new"], 1)
-    _expect("tokens in the cache of the second forward", given[1]["held"], _PROMPT)
+    _expect("tokens in the cache of the second forward", given[1]["cached"], _PROMPT)
     cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), _attention(models.text)[1]
-    whole = caches.mark(cache, attention)
-    _expect("keys of a layer in the cache", None if whole is None else whole.keys, _PROMPT)
+    keys = caches.key_state(cache, attention)
+    _expect("keys of a layer in the cache", None if keys is None else keys.keys, _PROMPT)
     cache.crop(-1)
-    cut = caches.mark(cache, attention)
-    _expect("keys of a cropped cache", None if cut is None else cut.keys, _PROMPT - 1)
-    _expect("keys of a cropped cache in their place", bool(whole and cut and cut.same_place(whole)), True)
+    cropped = caches.key_state(cache, attention)
+    _expect("keys of a cropped cache", None if cropped is None else cropped.keys, _PROMPT - 1)
+    same = keys is not None and cropped is not None and cropped.same_storage(keys)
+    _expect("the same storage of a cropped cache", same, True)
     _expect("keys of a static cache", caches.reach(_static(models.text), attention), caches.Reach(None, _PROMPT))
 
 
-def attention_is_looked_up(models: Models) -> None:
+def attention_lookup(models: Models) -> None:
     """The attention of a layer is called once in a forward, from the registry, with [B, heads, S, D]."""
     _expect("calls under sdpa", _calls(models.text, "sdpa", models.prompt), [_shapes(_PROMPT)] * _LAYERS)
 
 
-def eager_is_looked_up(models: Models) -> None:
+def eager_lookup(models: Models) -> None:
     """The same under eager, from the modeling file."""
     _expect("calls under eager", _calls(models.text, "eager", models.prompt), [_shapes(_PROMPT)] * _LAYERS)
 
 
 def scale_and_mask(models: Models) -> None:
-    """An attention function is told its scale, and padding as a bool mask [B, 1, S, S] under sdpa."""
+    """An attention function gets its scale, and under sdpa padding as a bool mask [B, 1, S, S]."""
     calls: list[tuple[names.AttentionOptions, Any]] = []
     padded = {**models.prompt, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
-    with _watched(models.text, "sdpa", lambda query, key, mask, told: calls.append((told, mask))):
+    with _watched(models.text, "sdpa", lambda query, key, mask, options: calls.append((options, mask))):
         models.text(**padded)
-    told, mask = calls[0]
-    _expect("scale", round(told.scale, 6), round(_HEAD_SIZE**-0.5, 6))
+    options, mask = calls[0]
+    _expect("scale", round(options.scale, 6), round(_HEAD_SIZE**-0.5, 6))
     _expect("mask", (mask.dtype, list(mask.shape)), (torch.bool, [1, 1, _PROMPT, _PROMPT]))
-    _expect("what the last row sees", mask[0, 0, -1].tolist(), [False, True, True, True, True])
+    _expect("keys visible to the last row", mask[0, 0, -1].tolist(), [False, True, True, True, True])
 
 
 def decoder_and_attention(models: Models) -> None:
-    """The text decoder is found, and one attention module in each of its layers."""
+    """The text decoder can be found, and an attention module in each of its layers."""
     from carve_kernels.hf.model import attention_modules
 
     for model in (models.text, models.vision):
@@ -198,52 +199,52 @@ def decoder_and_attention(models: Models) -> None:
 
 
 def image_token(models: Models) -> None:
-    """The configuration names the image and the video token."""
+    """The config names the image token and the video token."""
     _expect("image token", names.image_id(models.vision.config), _IMAGE)
     _expect("visual tokens", names.visual_ids(models.vision.config), [_IMAGE, _VIDEO])
 
 
 def processor_parts(models: Models) -> None:
-    """The class of a model's processor is named, and names its part for videos."""
+    """A model's processor class can be found, and names its video part."""
     import transformers
 
-    kind = getattr(transformers, processor_names.processor_class(models.vision.config.model_type))
-    _expect("parts for videos", processor_names.video_parts(kind), ["video_processor"])
+    kind = getattr(transformers, processors.processor_class(models.vision.config.model_type))
+    _expect("video parts", processors.video_parts(kind), ["video_processor"])
 
 
-def decision_hooks(models: Models) -> None:
-    """generate hands its logits processors, stopping criteria and positions to a decoding function of one's own."""
+def custom_decoding(models: Models) -> None:
+    """generate passes its logits processors, stopping criteria and positions to a custom decoding function."""
     from transformers import StoppingCriteriaList
 
     twin = copy.copy(models.vision)
-    placed = {name: value for name, value in models.question.items() if not name.startswith("pixel")}
-    prepared = names.prepared_by_generate(twin, {**placed, "max_new_tokens": 2}, StoppingCriteriaList())
-    ids = placed["input_ids"]
-    _expect("stops behind two tokens", bool(prepared.criteria(torch.cat([ids, ids[:, :2]], 1), None).all()), True)
-    _expect("scores that are processed", list(prepared.processors(ids, torch.zeros(1, _VOCABULARY)).shape), [1, 64])
+    text = _without_pixels(models.question)
+    prepared = names.prepared_by_generate(twin, {**text, "max_new_tokens": 2}, StoppingCriteriaList())
+    ids = text["input_ids"]
+    _expect("stops after two tokens", bool(prepared.criteria(torch.cat([ids, ids[:, :2]], 1), None).all()), True)
+    _expect("shape of processed scores", list(prepared.processors(ids, torch.zeros(1, _VOCABULARY)).shape), [1, 64])
     if prepared.positions is None:
-        raise ValueError("no position_ids came")
+        raise ValueError("got no position_ids")
     _expect("positions", prepared.positions.shape[-1], ids.shape[1])
 
 
-def position_notes(models: Models) -> None:
-    """A model that notes the positions of its last prompt does so where they are looked for."""
+def stored_positions(models: Models) -> None:
+    """A model that stores position offsets of its last prompt does so under a known name."""
     _generate(models.vision, models.question)
-    noted = [value for _, value in names.position_notes(models.vision) if value is not None]
-    _expect("modules with notes", len(noted), 1)
+    stored = [value for _, value in names.position_notes(models.vision) if value is not None]
+    _expect("modules with position offsets", len(stored), 1)
 
 
-def tower_results(models: Models) -> None:
-    """Logits are the same with results of the vision tower handed in, where the version takes them."""
-    results = names.tower_results(models.vision, {n: v for n, v in models.question.items() if not names.is_text(n)})
-    if results is None:
+def image_features(models: Models) -> None:
+    """Logits are the same if image features are passed instead of pixels, in versions that take them."""
+    entries = {name: value for name, value in models.question.items() if not names.is_text(name)}
+    features = names.tower_results(models.vision, entries)
+    if features is None:
         with suppress(InvalidVersion):
-            if Version(names.version()) < _TAKES_RESULTS:
+            if Version(names.version()) < _TAKES_FEATURES:
                 return
-        raise ValueError("its forward takes none")
-    text = {name: value for name, value in models.question.items() if not name.startswith("pixel")}
-    expected, found = models.vision(**models.question).logits, models.vision(**text, **results).logits
-    _close("logits", found, expected)
+        raise ValueError("its forward takes no image features")
+    text = _without_pixels(models.question)
+    _close("logits", models.vision(**text, **features).logits, models.vision(**models.question).logits)
 
 
 def map_of_a_forward(models: Models) -> None:
@@ -257,7 +258,7 @@ def map_of_a_forward(models: Models) -> None:
 
 
 def maps_of_generate(models: Models) -> None:
-    """A session follows generate: one step for the prompt and one for each new token that is fed."""
+    """A session follows generate: one step for the prompt, and one for each new token that is fed."""
     from carve_kernels.hf.session.session import capture_attention
 
     with capture_attention(models.vision, layers=[1], backend="reference") as session:
@@ -267,7 +268,7 @@ def maps_of_generate(models: Models) -> None:
 
 
 def compiled_calls(models: Models) -> None:
-    """A model's compiled calls, which skip its hooks, are where they are looked for."""
+    """A model's compiled calls, which skip its hooks, have known names."""
     _expect("a call compiled in place", names.compiled_in_place(models.text), None)
     calls = [name for name, _ in names.compiled_calls(models.text, lambda call: call)]
     _expect("compiled calls", len(calls), 1)
@@ -276,8 +277,9 @@ def compiled_calls(models: Models) -> None:
 CHECKS: dict[str, Callable[[Models], None]] = {
     check.__name__.replace("_", " "): check
     for check in (
-        cache_on_the_second_step, attention_is_looked_up, eager_is_looked_up, scale_and_mask, decoder_and_attention,
-        image_token, processor_parts, decision_hooks, position_notes, tower_results, map_of_a_forward, maps_of_generate,
+        cache_on_the_second_step, attention_lookup, eager_lookup, scale_and_mask, decoder_and_attention,
+        image_token, processor_parts, custom_decoding, stored_positions, image_features,
+        map_of_a_forward, maps_of_generate,
         compiled_calls,
     )
 }  # fmt: skip
@@ -288,15 +290,15 @@ def _failure(check: Callable[[Models], None], models: Models) -> str | None:
         check(models)
     except UpstreamChanged as error:
         return error.what
-    # Whatever goes wrong in there is what a check is for.
+    # A check may fail in any way.
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """float32 and no gradients; random numbers and the default dtype of the caller stay as they are."""
+def _default_modes() -> Iterator[None]:
+    """float32 and no gradients; the caller's random state and default dtype are restored."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.set_default_dtype(torch.float32)
@@ -306,7 +308,7 @@ def _undisturbed() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def _made(kind: Any, config: Any) -> Any:
+def _build(kind: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
@@ -320,8 +322,8 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 2) -> No
     model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-def _noted(given: dict[str, Any]) -> dict[str, int]:
-    return {"new": given["input_ids"].shape[1], "held": int(caches.cached_tokens(caches.cache_of(given)))}
+def _counts(given: dict[str, Any]) -> dict[str, int]:
+    return {"new": given["input_ids"].shape[1], "cached": int(caches.cached_tokens(caches.cache_of(given)))}
 
 
 def _static(model: Any) -> Any:
@@ -337,7 +339,7 @@ def _attention(model: Any) -> list[nn.Module]:
 
 
 class _Watcher:
-    """Told of each call of the attention of some modules, as a session's recorder is."""
+    """A recorder that passes on each attention call of its modules."""
 
     def __init__(self, watch: Callable[..., None]) -> None:
         self._watch = watch
@@ -382,12 +384,16 @@ def _eager_attentions(models: Models) -> list[torch.Tensor]:
     return [layer[0, :, -1].mean(0)[models.columns] for layer in attentions]
 
 
-def _expect(what: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise ValueError(f"{what}: expected {expected}, got {found}")
+def _without_pixels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if not name.startswith("pixel")}
 
 
-def _close(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    far = float((found - expected).abs().max() / expected.abs().max())
-    if not far <= _CLOSE:
-        raise ValueError(f"{what}: {far:.1e} of its maximum away, expected at most {_CLOSE:.0e}")
+def _expect(what: str, actual: Any, expected: Any) -> None:
+    if actual != expected:
+        raise ValueError(f"{what}: expected {expected}, got {actual}")
+
+
+def _close(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    if not error <= _TOLERANCE:
+        raise ValueError(f"{what}: differs by {error:.1e} of its maximum, expected at most {_TOLERANCE:.0e}")

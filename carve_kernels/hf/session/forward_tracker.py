@@ -13,28 +13,28 @@ from torch import nn
 
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
-from carve_kernels.hf.attention_patch import attended_columns, check_call
 from carve_kernels.hf.model import decoder_layers, image_token_positions
 from carve_kernels.hf.query_rows import RowsSpec, resolve_rows
-from carve_kernels.hf.session.cache_tracker import Caches, Followed, Whole
-from carve_kernels.hf.session.generate_guard import Decoding, end_tokens
+from carve_kernels.hf.session.attention_masks import attended_columns, check_call
+from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
+from carve_kernels.hf.session.generate_guard import Generation, end_tokens
 from carve_kernels.hf.session.recording import OnLayer, Record
 from carve_kernels.types import VisualLayout
 
 _LAST_COLUMN = 2**31 - 1
 
 
-class _UnderWay(NamedTuple):
-    """A forward's prompt, new ids, the cache that it was given, and how many tokens are seen when it ends."""
+class _Forward(NamedTuple):
+    """The current forward: its prompt, new ids and cache, and the number of tokens after it."""
 
-    followed: Followed
+    prompt: TrackedPrompt
     ids: torch.Tensor | None
     cache: Any
     total: int
 
 
-class Planner:
-    """Follows the forwards of one model: which prompt each belongs to, and so which record."""
+class ForwardTracker:
+    """Follows the forwards of one model: to which prompt, and so to which record, each belongs."""
 
     def __init__(
         self,
@@ -50,205 +50,206 @@ class Planner:
         backend: str,
     ) -> None:
         self.record: Record | None = None
-        self.decoding: Decoding | None = None
+        self.generation: Generation | None = None
         self._model, self._modules, self._layers, self._device, self._rows = model, modules, layers, device, rows
         self._processor = processor
         self._tokens, self._layout = check_tokens(tokens)
         self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
         self._signature = inspect.signature(model.forward)
-        self._caches = Caches()
-        self._noting = [module for module, _ in names.position_notes(model)]
-        # The last forward that read a whole prompt, and the prompt and cache of the one under way.
-        self._whole: Whole | None = None
-        self._under_way = _UnderWay(Followed(), None, None, 0)
-        # Whether hooks may write to keys and masks where no counter tells.
-        self._careful = False
-        # The generate whose first forward has been planned.
-        self._begun: Decoding | None = None
-        self._inside: list[object] = []
-        # Whether a forward that was planned is under way: a part of the model that is called alone is none.
+        self._prompts = CacheTable()
+        self._position_modules = [module for module, _ in names.position_notes(model)]
+        self._complete: CompleteForward | None = None
+        self._forward = _Forward(TrackedPrompt(), None, None, 0)
+        # Whether hooks may write to keys and masks that have no version counter.
+        self._unsafe = False
+        # The generate whose first forward has begun.
+        self._begun: Generation | None = None
+        self._sources: list[object] = []
+        # Whether the model's forward runs: a part of the model may be called alone, which is not recorded.
         self.running = False
         self._thread: threading.Thread | None = None
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward; a wrapper and the model inside it count as one. Raises before the model has run."""
-        if self._inside and self._thread is not threading.current_thread():
+        """Before a forward; a wrapper and the model inside it count once. Raises before the model has run."""
+        if self._sources and self._thread is not threading.current_thread():
             raise RuntimeError("model: two threads run it inside one session, give each its own model and session")
-        # A forward that Ctrl-C ended is never reported as ended: the same source begins again.
-        if self._inside and self._inside[0] is not source:
-            self._inside.append(source)
+        # A forward interrupted by Ctrl-C never ends: the same source begins again.
+        if self._sources and self._sources[0] is not source:
+            self._sources.append(source)
             return
-        self._inside, self.running = [], False
+        self._sources, self.running = [], False
         given = names.arguments(self._signature, args, kwargs)
         before, self.record = self.record, None
         try:
-            record = self._plan(given, before)
+            record = self._record_for(given, before)
         except RuntimeError:
-            # It is about who called, and not about a prompt.
+            # The call came from the wrong thread; the prompt is unaffected.
             self.record = before
             raise
         if record is not None:
             if record.step == 0:
-                self._careful = self._may_write()
-            record.together = self._on_layer is None and caches.keeps_cache(self._model, given) and not self._careful
+                self._unsafe = self._has_unsafe_hooks()
+            record.batching = self._on_layer is None and caches.keeps_cache(self._model, given) and not self._unsafe
         self.record = record
-        self._begun = self.decoding
-        self._inside, self.running = [source], True
+        self._begun = self.generation
+        self._sources, self.running = [source], True
 
     def end(self, output: Any) -> None:
         """After a forward; `output` is None if it failed."""
-        if self._inside:
-            self._inside.pop()
-        self.running = bool(self._inside)
-        followed, ids, cache, total = self._under_way
-        if output is None or followed.length == total:
+        if self._sources:
+            self._sources.pop()
+        self.running = bool(self._sources)
+        prompt, ids, cache, total = self._forward
+        if output is None or prompt.length == total:
             return
-        found = caches.cache_in(output)
-        cache = cache if found is None else found
+        returned = caches.cache_in(output)
+        cache = cache if returned is None else returned
         if cache is not None:
-            self._caches.bind(cache, followed)
-        followed.note(ids, total, cache, self._modules, names.noted_positions(self._noting))
+            self._prompts.bind(cache, prompt)
+        prompt.update(ids, total, cache, self._modules, names.noted_positions(self._position_modules))
 
-    def _may_write(self) -> bool:
-        """Whether a hook may write to what was given to an attention, and no counter tells."""
+    def _has_unsafe_hooks(self) -> bool:
+        """Whether a hook may write to the inputs of an attention without a version counter noticing."""
         if not torch.is_inference_mode_enabled():
             return False
         return any(
-            part._forward_hooks or part._forward_pre_hooks
+            module._forward_hooks or module._forward_pre_hooks
             for layer in decoder_layers(self._model)
-            for part in layer.modules()
+            for module in layer.modules()
         )
 
-    def _plan(self, given: dict[str, Any], before: Record | None) -> Record | None:
+    def _record_for(self, given: dict[str, Any], before: Record | None) -> Record | None:
+        """The record of a forward with these arguments; None for a chunk of a prompt before its first image."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds in the call of the model, got neither")
         length = source.shape[1]
         cache = caches.cache_of(given)
-        followed = None if cache is None else self._caches.get(cache)
-        if followed is not None:
-            # A step that is refused takes nothing from what was there.
+        prompt = None if cache is None else self._prompts.get(cache)
+        if prompt is not None:
+            # A refused step leaves the maps of the prompt intact.
             self.record = before
-        told = {name: value for name, value in given.items() if value is not cache}
-        check_call(self._model, told, length)
-        repeats = self._whole is not None and self._whole.repeated(ids, told)
-        behind = self.decoding is not None and self._begun is self.decoding
-        if behind and cache is None and (ids is not None or length == 1) and not repeats:
-            raise self._foreign(f"{length} token(s) come without a known cache")
-        if behind and cache is not None and followed is None:
-            raise self._foreign(f"{length} token(s) come with another cache")
-        past = self._past(cache, followed, length)
-        if followed is not None and past and (given.get("position_ids") is None or self.decoding is not None):
-            self._check_positions(followed)
-        if followed is not None and followed.record is not None and length == 1 and self._is_step(followed, past):
-            self._whole = None
-            return self._step(followed, followed.record, ids, cache, past + 1, 0)
-        whole = self._whole
-        if repeats and past == 0 and whole is not None and whole.followed.record is not None:
-            # A cache that holds the shorter prompt goes on by itself from there.
-            followed, repeated = Followed(), whole.followed.record
-            followed.record, followed.prompt, whole.followed.record = repeated, whole.followed.prompt, None
-            self._whole = Whole(followed, told, self.decoding is not None)
-            return self._step(followed, repeated, ids, cache, length, length - 1)
-        if followed is None or past == 0:
-            followed = Followed()
-        record = self._prefill(followed, ids, source, past, cache, given)
-        self._whole = Whole(followed, told, self.decoding is not None) if past == 0 else None
-        self._under_way = _UnderWay(followed, ids, cache, past + length)
-        return record
+        arguments = {name: value for name, value in given.items() if value is not cache}
+        check_call(self._model, arguments, length)
+        complete, generating = self._complete, self.generation is not None
+        repeated = complete is not None and complete.is_repeated(ids, arguments)
+        if generating and self._begun is self.generation:
+            if cache is None and (ids is not None or length == 1) and not repeated:
+                raise self._unexpected(f"{length} token(s) arrive without a known cache")
+            if cache is not None and prompt is None:
+                raise self._unexpected(f"{length} token(s) arrive with another cache")
+        past = self._past(cache, prompt, length)
+        if prompt is not None and past and (given.get("position_ids") is None or generating):
+            self._check_positions(prompt)
+        if prompt is not None and prompt.record is not None and length == 1 and self._is_step(prompt, past):
+            self._complete = None
+            return self._step(prompt, prompt.record, ids, cache, past + 1, 0)
+        if repeated and past == 0 and complete is not None and complete.prompt.record is not None:
+            # A cache that holds the shorter prompt may be continued separately.
+            prompt, record = TrackedPrompt(), complete.prompt.record
+            prompt.record, prompt.prompt, complete.prompt.record = record, complete.prompt.prompt, None
+            self._complete = CompleteForward(prompt, arguments, generating)
+            return self._step(prompt, record, ids, cache, length, length - 1)
+        if prompt is None or past == 0:
+            prompt = TrackedPrompt()
+        started = self._prefill(prompt, ids, source, past, cache, given)
+        self._complete = CompleteForward(prompt, arguments, generating) if past == 0 else None
+        self._forward = _Forward(prompt, ids, cache, past + length)
+        return started
 
     def _step(
-        self, followed: Followed, record: Record, ids: torch.Tensor | None, cache: Any, total: int, column: int
+        self, prompt: TrackedPrompt, record: Record, ids: torch.Tensor | None, cache: Any, total: int, row: int
     ) -> Record:
-        """A decode step after which so many tokens were seen; row `column` of the query is captured."""
-        self._own_thread()
+        """A decode step after which there are `total` tokens; `row` of its query is captured."""
+        self._check_thread()
         if total <= record.length:
             record.rewind(total - 1)
         if record.step == 0:
             record.reaches, record.shared = self._reaches(cache), caches.reaches_in(cache)
-        record.advance(ids, total, column)
-        self._under_way = _UnderWay(followed, ids, cache, total)
+        record.advance(ids, total, row)
+        self._forward = _Forward(prompt, ids, cache, total)
         return record
 
-    def _check_positions(self, followed: Followed) -> None:
-        """Whether a model that keeps notes of a prompt's positions, as Qwen-VL, has those of this one."""
-        if not followed.has_positions(names.noted_positions(self._noting)):
+    def _check_positions(self, prompt: TrackedPrompt) -> None:
+        """Check the position offsets that some models, such as Qwen-VL, store during a prefill."""
+        if not prompt.has_positions(names.noted_positions(self._position_modules)):
             raise ValueError(
-                "position_ids: expected those of this prompt, since the model has noted the positions of another one "
-                "since and would go on from there; give them in a forward, or run the prompt anew"
+                "position_ids: expected the positions of this prompt, but the model has stored those of another prompt "
+                "since and would continue from them; pass position_ids, or run the prompt again"
             )
 
-    def _foreign(self, what: str) -> Exception:
+    def _unexpected(self, reason: str) -> Exception:
         """The error for a forward inside generate that is not generate's own, or that hides its cache."""
-        if self.decoding is not None and self.decoding.beside is not None:
+        if self.generation is not None and self.generation.callback is not None:
             return ValueError(
-                f"{self.decoding.beside}: expected none that calls the model inside capture_attention, since "
-                f"a forward of its own is no step of the answer; behind the first forward of generate, {what}"
+                f"{self.generation.callback}: expected a function that does not call the model inside "
+                f"capture_attention, since its forwards are not decode steps; after the first forward of generate, "
+                f"{reason}"
             )
-        return names.changed(f"behind the first forward of generate, {what}")
+        return names.changed(f"after the first forward of generate, {reason}")
 
-    def _past(self, cache: Any, followed: Followed | None, length: int) -> int:
-        """How many tokens a cache holds; one that is known is checked, and followed to where it was cropped."""
-        held = caches.cached_tokens(cache)
-        if followed is None:
-            return int(held)
-        # To ask a cache that counts on its device would wait for the device at each step: the record is told later.
-        if length == 1 and isinstance(held, torch.Tensor) and held.device.type != "cpu":
-            past = followed.length
-            if followed.record is not None:
-                followed.record.doubts["cache"].logical_or_(held != past)
+    def _past(self, cache: Any, prompt: TrackedPrompt | None, length: int) -> int:
+        """The number of tokens in a cache; the cache of a known prompt is checked, and may have been cropped."""
+        count = caches.cached_tokens(cache)
+        if prompt is None:
+            return int(count)
+        # Reading a count on the device would synchronise at each step: the record defers the check.
+        if length == 1 and isinstance(count, torch.Tensor) and count.device.type != "cpu":
+            past = prompt.length
+            if prompt.record is not None:
+                prompt.record.deferred["cache"].logical_or_(count != past)
         else:
-            past = int(held)
+            past = int(count)
         if past > 0:
-            followed.follow(cache, self._modules, self._layers, past)
-            written = followed.was_written(cache, self._modules[0])
-            if written is not None and written.device.type != "cpu" and followed.record is not None:
-                followed.record.doubts["cache"].logical_or_(written)
+            prompt.check_cache(cache, self._modules, self._layers, past)
+            written = prompt.was_written(cache, self._modules[0])
+            if written is not None and written.device.type != "cpu" and prompt.record is not None:
+                prompt.record.deferred["cache"].logical_or_(written)
             elif written is not None and bool(written):
                 raise ValueError(
-                    "cache: expected it as the last forward left it, but other keys were written to it since; run the "
-                    "prompt anew"
+                    "cache: expected it as the last forward left it, but its keys have been written to since; run the "
+                    "prompt again"
                 )
         return past
 
-    def _is_step(self, followed: Followed, past: int) -> bool:
-        """Whether one token behind a cache is a decode step: the rest of a prompt may be one token as well."""
-        prompt = 0 if self.decoding is None else self.decoding.length or 0
-        return past >= max(prompt, followed.prompt)
+    def _is_step(self, prompt: TrackedPrompt, past: int) -> bool:
+        """Whether one token after a cache is a decode step: the last chunk of a prompt may be one token, too."""
+        length = 0 if self.generation is None else self.generation.length or 0
+        return past >= max(length, prompt.prompt)
 
     def _reaches(self, cache: Any) -> tuple[caches.Reach | None, ...]:
         return tuple(caches.reach(cache, module) for module in self._modules)
 
     def _prefill(
         self,
-        followed: Followed,
+        prompt: TrackedPrompt,
         ids: torch.Tensor | None,
         source: torch.Tensor,
         past: int,
         cache: Any,
         given: Mapping[str, Any],
     ) -> Record | None:
-        self._own_thread()
+        self._check_thread()
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
-        known = self._known(followed, ids, past, total)
+        all_ids = self._all_ids(prompt, ids, past, total)
         mask = given.get("attention_mask")
-        if self.decoding is not None and self.decoding.mask is not None and self.decoding.mask.shape[1] >= total:
-            mask = self.decoding.mask[:, :total]
+        if self.generation is not None and self.generation.mask is not None and self.generation.mask.shape[1] >= total:
+            mask = self.generation.mask[:, :total]
         attended = attended_columns(mask, batch, length, total)
-        tokens = self._visual_tokens(known, batch, total)
+        tokens = self._visual_tokens(all_ids, batch, total)
         if tokens is None:
-            followed.record, followed.prompt = None, total
+            prompt.record, prompt.prompt = None, total
             return None
-        rows = resolve_rows(self._rows, known, attended, tokens, self._processor)
+        rows = resolve_rows(self._rows, all_ids, attended, tokens, self._processor)
         if bool((rows.columns < past).any()):
             raise ValueError(
-                f"rows: expected rows of this forward, which starts at column {past} behind a cache, got "
+                f"rows: expected rows of this forward, which starts at column {past} after a cache, got "
                 f"column {int(rows.columns.min())}; use rows='last' for a chunked prefill"
             )
-        followed.record = Record(
+        prompt.record = Record(
             self._layers,
             rows,
             tokens,
@@ -258,55 +259,57 @@ class Planner:
             device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
-            kept=names.rows_kept(self._model, given),
+            rows_kept=names.rows_kept(self._model, given),
             max_steps=self._max_steps,
             eos=self._end_tokens(),
             on_layer=self._on_layer,
             backend=self._backend,
         )
-        followed.prompt = total
-        return followed.record
+        prompt.prompt = total
+        return prompt.record
 
-    def _known(self, followed: Followed, ids: torch.Tensor | None, past: int, total: int) -> torch.Tensor | None:
-        """The ids of the whole prompt on the CPU, by what went through the cache or what generate was given."""
-        told = None if self.decoding is None or self.decoding.ids is None else self.decoding.ids[:, :total].cpu()
-        if past and followed.length == 0:
-            followed.ids.append(None if told is None or told.shape[1] < total else told[:, :past])
-        known = followed.known(ids, total)
-        if known is not None and told is not None and told.shape == known.shape and not torch.equal(known, told):
-            if self.decoding is not None and self.decoding.beside is not None:
-                raise self._foreign("other tokens come than it was given")
-            raise ValueError(
-                "input_ids: expected the tokens that the cache was filled with, followed by new ones, but they differ "
-                f"from column {int((known != told).any(0).nonzero()[0])} on; run the prompt anew"
-            )
-        return known
+    def _all_ids(self, prompt: TrackedPrompt, ids: torch.Tensor | None, past: int, total: int) -> torch.Tensor | None:
+        """The ids of the whole prompt on the CPU, from what the cache has read or from generate's arguments."""
+        generation = self.generation
+        expected = None if generation is None or generation.ids is None else generation.ids[:, :total].cpu()
+        if past and prompt.length == 0:
+            prompt.ids.append(None if expected is None or expected.shape[1] < total else expected[:, :past])
+        all_ids = prompt.all_ids(ids, total)
+        if all_ids is None or expected is None or expected.shape != all_ids.shape or torch.equal(all_ids, expected):
+            return all_ids
+        if generation is not None and generation.callback is not None:
+            raise self._unexpected("the tokens are not those of its prompt")
+        raise ValueError(
+            "input_ids: expected the tokens in the cache, followed by new ones, but they differ from column "
+            f"{int((all_ids != expected).any(0).nonzero()[0])} on; run the prompt again"
+        )
 
     def _visual_tokens(self, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
         """The columns of the visual tokens, int32 [B, N]; None in a chunk of a prompt before its first image."""
+        chunked = self.generation is not None and self.generation.chunked
         if self._tokens is None:
             if ids is None:
                 raise ValueError(
-                    "tokens: expected the columns of the visual tokens, since the whole prompt did not go through "
-                    "this session as input_ids (a cache filled elsewhere, a copy of one, or inputs_embeds); got None"
+                    "tokens: expected the columns of the visual tokens, since this session has not seen the whole "
+                    "prompt as input_ids (a cache filled elsewhere, a copy of one, or inputs_embeds); got None"
                 )
-            found = image_token_positions(self._model, ids)
-            if not any(len(row) for row in found):
-                if self.decoding is not None and self.decoding.chunked:
+            positions = image_token_positions(self._model, ids)
+            if not any(len(row) for row in positions):
+                if chunked:
                     return None
                 if length == 1:
                     raise ValueError(
-                        "input_ids: expected a prompt with image tokens, or one token behind a cache "
+                        "input_ids: expected a prompt with image tokens, or one token after a cache "
                         f"({caches.cache_names()}), got one token without a cache"
                     )
                 raise ValueError("input_ids: expected image tokens in the prompt, got none; was the image left out?")
-            width = max(len(row) for row in found)
-            return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=-1) for row in found])
+            width = max(len(row) for row in positions)
+            return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=-1) for row in positions])
         tokens = self._tokens.expand(batch, -1) if self._tokens.shape[0] == 1 else self._tokens
         if tokens.shape[0] != batch:
             raise ValueError(f"tokens: expected 1 or {batch} rows as the batch, got {checks.describe(self._tokens)}")
         if tokens.numel() and int(tokens.max()) >= length:
-            if self.decoding is not None and self.decoding.chunked:
+            if chunked:
                 return None
             raise ValueError(
                 f"tokens: expected columns below the prompt's {length} tokens, got {int(tokens.max())}; was the prompt "
@@ -315,12 +318,12 @@ class Planner:
         return tokens
 
     def _end_tokens(self) -> tuple[int, ...]:
-        if self.decoding is not None:
-            return self.decoding.eos
+        if self.generation is not None:
+            return self.generation.eos
         return end_tokens(getattr(getattr(self._model, "generation_config", None), "eos_token_id", None))
 
-    def _own_thread(self) -> None:
-        """A session follows one thread; another may take over once that one has ended, as workers of a streamer do."""
+    def _check_thread(self) -> None:
+        """A session follows one thread; another may take over after that has ended, as streamers' workers do."""
         if self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
             raise RuntimeError(
                 f"model: {threading.current_thread().name} runs it inside a session that captures another thread, "
@@ -331,19 +334,19 @@ class Planner:
 def check_tokens(
     tokens: VisualLayout | torch.Tensor | Sequence[int] | None,
 ) -> tuple[torch.Tensor | None, VisualLayout | None]:
-    """The tokens argument as int32 [1 or B, N] and a layout; None finds them later."""
+    """The tokens argument as int32 [1 or B, N], and its layout; (None, None) if each prompt is searched for them."""
     if tokens is None:
         return None, None
     if isinstance(tokens, VisualLayout):
         columns = tokens.tokens()
         if not bool((columns >= 0).any()):
-            raise ValueError("tokens: expected a VisualLayout with tokens, got one without any")
+            raise ValueError("tokens: expected a VisualLayout with tokens, got one without tokens")
         return columns, tokens
     tokens = torch.as_tensor(tokens) if isinstance(tokens, numpy.ndarray) else tokens
     if not isinstance(tokens, torch.Tensor):
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TypeError(f"tokens: expected a VisualLayout, columns or None, got {checks.describe(tokens)}")
-        numbers = [checks.integer(f"tokens[{place}]", checks.plain(token)) for place, token in enumerate(tokens)]
+        numbers = [checks.integer(f"tokens[{index}]", checks.plain(token)) for index, token in enumerate(tokens)]
         if max((abs(number) for number in numbers), default=0) > _LAST_COLUMN:
             raise ValueError(f"tokens: expected columns of a prompt, got {checks.describe(numbers)}")
         tokens = torch.tensor(numbers)

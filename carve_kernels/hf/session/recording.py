@@ -1,4 +1,4 @@
-"""The record of one prefill and the steps behind it: buffers, tensors that the attention reads, bookkeeping by step."""
+"""The record of one prefill and its decode steps: buffers, the checks of each attention call, the maps."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import check_mask, refuse_packed, steering, visible
 from carve_kernels.hf.caches import Reach
 from carve_kernels.hf.layer_batch import UNCAPTURED, LayerBatch, assemble, new_buffers, version_of
 from carve_kernels.hf.query_rows import Rows
+from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
 OnLayer = Callable[[int, int, Capture], None]
-_EVICTED = (
-    "keys were evicted, or others stand beside them, so it is not known which columns they are; run the prompt anew"
-)
-# What is asked of a device at the end only, and the error for it.
-_DOUBTS: dict[str, Callable[[], ValueError]] = {
-    "cache": lambda: ValueError(f"cache: expected all keys that went through it in this session; {_EVICTED}"),
-    "attention_mask": steering,
+_EVICTED = "keys were evicted or added, so their columns are unknown; run the prompt again"
+# Conditions that are read from the device at the end only, and the error of each.
+_DEFERRED: dict[str, Callable[[], ValueError]] = {
+    "cache": lambda: ValueError(f"cache: expected all keys that were written to it in this session; {_EVICTED}"),
+    "attention_mask": bias_error,
 }
-# Decode steps that buffers are made for at first; they double when an answer is longer.
+# The number of decode steps of the first buffers; they double when a generation is longer.
 STEPS = 64
 
 
 class Record:
-    """Captures of one prefill and its decode steps. The attention of a module calls `record`; the session the rest."""
+    """Captures of one prefill and its decode steps; `record` is called for each attention of a captured layer."""
 
     def __init__(
         self,
@@ -47,7 +45,7 @@ class Record:
         device: torch.device,
         past: int,
         length: int,
-        kept: int | None,
+        rows_kept: int | None,
         max_steps: int,
         eos: tuple[int, ...],
         on_layer: OnLayer | None,
@@ -58,41 +56,41 @@ class Record:
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
         self.rows = (rows.columns - past).to(device)
-        # How many keys each layer is handed; one that uses another layer's keys is handed as many as some layer is.
+        # How many keys each layer gets; a layer that reuses another layer's keys gets as many as one of them.
         self.reaches, self.shared = reaches, shared
-        self.seen = torch.full((), past + length, dtype=torch.int64, device=device)
+        self.total = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
-        self.buffers = new_buffers((1, len(layers), batch, captured), tokens.shape[1], device)
+        self.first = new_buffers((1, len(layers), batch, captured), tokens.shape[1], device)
         self.later: Capture | None = None
-        self.target = self.buffers
+        self.target = self.first
         self.active = True
         self.step = 0
         self.max_steps = max_steps
         self.eos = eos
         self.length = self.prompt = past + length
-        # How many tokens the forward under way reads, and the layer that was met last in it.
-        self.reads, self.met = length, -1
-        # How many of them, the last ones, may be all that a layer reads, and the first row that is captured.
-        self.kept, self.lowest = kept, int(rows.columns.min()) - past
-        # Why its maps are no maps: what was found in a forward, and what a device knows and is asked for at the end.
-        self.refused: ValueError | None = None
-        self.doubts = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DOUBTS}
-        # The tokens fed at each decode step: a record allocates nothing after its first one.
+        # The number of tokens in the current forward, and the last captured layer that ran in it.
+        self.forward_length, self.last_layer = length, -1
+        # How many of them a layer may drop from the front, if no captured row is among those.
+        self.rows_kept, self.lowest_row = rows_kept, int(rows.columns.min()) - past
+        # Why there are no maps: an error of a forward, and conditions that stay on the device until the end.
+        self.error: ValueError | None = None
+        self.deferred = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DEFERRED}
+        # The token fed at each decode step. Nothing is allocated per step.
         self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
         self.columns = self.tokens.to(torch.int32)
         self.dtype = ""
         self.on_layer, self.backend = on_layer, backend
-        # Whether layers wait for each other: a cache holds their keys anyway; without one they would be held for this.
-        self.together = True
-        self.pending: LayerBatch | None = None
+        # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
+        self.batching = True
+        self.batch: LayerBatch | None = None
 
-    def advance(self, ids: torch.Tensor | None, seen: int, column: int) -> None:
-        """Prepare for a decode step: `seen` tokens stand in the cache then, row `column` of the query is captured."""
+    def advance(self, ids: torch.Tensor | None, total: int, row: int) -> None:
+        """Prepare for a decode step, after which there are `total` tokens; `row` of its query is captured."""
         self.step += 1
-        self.reads, self.met, self.lowest = column + 1, -1, column
-        self.length = seen
-        self.seen.fill_(seen)
-        self.pending = None
+        self.forward_length, self.last_layer, self.lowest_row = row + 1, -1, row
+        self.length = total
+        self.total.fill_(total)
+        self.batch = None
         if self.last and self.step == self.max_steps:
             _LOG.warning(
                 "max_steps: steps of this generation from %d on are not captured; raise max_steps for them", self.step
@@ -100,41 +98,41 @@ class Record:
         self.active = self.last and self.step < self.max_steps
         if not self.active:
             return
-        room = 0 if self.later is None else self.later.mass.shape[0]
-        if self.step > room:
-            self._make_room(room, min(self.max_steps - 1, max(STEPS, 2 * room)))
+        allocated = 0 if self.later is None else self.later.mass.shape[0]
+        if self.step > allocated:
+            self._grow(allocated, min(self.max_steps - 1, max(STEPS, 2 * allocated)))
         if ids is not None:
             self.fed[self.step - 1].copy_(ids[:, -1].detach())
         self.slot.fill_(self.step - 1)
-        self.rows.fill_(column)
+        self.rows.fill_(row)
 
-    def _make_room(self, room: int, steps: int) -> None:
+    def _grow(self, allocated: int, steps: int) -> None:
         batch, device = self.tokens.shape[0], self.tokens.device
         later = new_buffers((steps, len(self.layers), batch, 1), self.tokens.shape[1], device)
-        # No token has this number, so a step whose ids nobody knows ends nothing.
+        # -1 is not a token, so a step with unknown ids does not end a generation.
         fed = torch.full((steps, batch), -1, dtype=torch.int64, device=device)
         if self.later is None:
             self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         else:
-            for target, part in zip((*later, fed), (*self.later, self.fed), strict=True):
-                target[:room] = part
+            for target, values in zip((*later, fed), (*self.later, self.fed), strict=True):
+                target[:allocated] = values
         self.later = self.target = later
         self.fed = fed
 
-    def rewind(self, seen: int) -> None:
-        """Forget the steps behind the first `seen` tokens, before one of them is taken anew."""
-        self.step = seen - self.prompt
+    def rewind(self, total: int) -> None:
+        """Drop the steps after the first `total` tokens, before one of them is captured again."""
+        self.step = total - self.prompt
         if self.later is not None:
             self.later.mass[self.step :] = UNCAPTURED
 
     def record(self, index: int, *call: Any) -> None:
-        """Take a layer's attention as it was called; what is refused in it leaves no maps."""
+        """Capture a layer from the arguments of its attention; after an error there are no maps."""
         if not self.active:
             return
         try:
             self._record(index, *call)
         except ValueError as error:
-            self.refused = error
+            self.error = error
             raise
 
     def _record(
@@ -144,127 +142,127 @@ class Record:
         query: torch.Tensor,
         key: torch.Tensor,
         attention_mask: Any,
-        options: dict[str, Any],
+        keywords: dict[str, Any],
     ) -> None:
-        told = names.attention_options(query, options)
+        options = names.attention_options(query, keywords)
         query, key = query.detach(), key.detach()
-        self._check(index, query, key, told)
+        self._check(index, query, key, options)
         _, heads, length, size = query.shape
-        alike = (told.scale, told.softcap, key.shape[2], told.window, length, version_of(attention_mask))
-        picked = self.rows if length == self.reads else self.rows - (self.reads - length)
-        pending = self.pending
-        if pending is None or not pending.accepts(index, alike, attention_mask):
+        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(attention_mask))
+        rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
+        batch = self.batch
+        if batch is None or not batch.accepts(index, alike, attention_mask):
             self._flush()
-            pending = self._batch(index, module, alike, attention_mask, picked, told)
-            self.pending = pending
+            batch = self.batch = self._new_batch(index, module, alike, attention_mask, rows, options)
         if length > 1 or self.rows.shape[1] > 1:
-            query = query.gather(2, picked[:, None, :, None].expand(-1, heads, -1, size))
-        pending.add(query, key, told.sink)
+            query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
+        batch.add(query, key, options.sink)
         self.dtype = str(query.dtype).removeprefix("torch.")
-        if index == len(self.layers) - 1 or not self.together:
+        if index == len(self.layers) - 1 or not self.batching:
             self._flush()
         if self.on_layer is not None:
             slot = int(self.slot)
-            self.on_layer(self.layers[index], self.step, Capture(*(part[slot, index] for part in self.target)))
+            self.on_layer(self.layers[index], self.step, Capture(*(buffer[slot, index] for buffer in self.target)))
 
-    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, told: names.AttentionOptions) -> None:
-        """Whether this layer attends over the columns of the prompt as the model was given it."""
+    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, options: names.AttentionOptions) -> None:
+        """Check that a layer attends over the columns of the prompt as it was passed to the model."""
         layer, compiling = self.layers[index], torch.compiler.is_compiling()
-        if told.bias is not None:
+        if options.bias is not None:
             raise ValueError(f"layers: layer {layer} adds a position bias, which cannot be captured")
-        if told.paged is not None:
+        if options.paged is not None:
             raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
         batch, _, rows, _ = query.shape
-        whole = rows == self.reads or (rows == self.kept and self.lowest >= self.reads - rows >= 0)
-        if batch != self.tokens.shape[0] or not whole:
+        complete = rows == self.forward_length
+        if not complete and rows == self.rows_kept:
+            complete = self.lowest_row >= self.forward_length - rows >= 0
+        if batch != self.tokens.shape[0] or not complete:
             raise ValueError(
-                f"layers: layer {layer} has {batch} x {rows} rows, the model was given {self.tokens.shape[0]} x "
-                f"{self.reads} tokens: tokens were dropped or added inside the forward, so the columns of a map are "
-                "not known; capture layers before that, or open the session around the part behind it"
+                f"layers: layer {layer} has {batch} x {rows} rows, but the model was given {self.tokens.shape[0]} x "
+                f"{self.forward_length} tokens: tokens were dropped or added inside the forward, so the columns of a "
+                "map are unknown; capture earlier layers, or open the session on the model after that point"
             )
         if not compiling:
-            if index <= self.met:
-                raise ValueError(f"layers: layer {layer} runs again in one forward, and one map of it is kept")
-            self.met = index
+            if index <= self.last_layer:
+                raise ValueError(f"layers: layer {layer} runs twice in one forward, but only one map is recorded")
+            self.last_layer = index
         reach, keys = self.reaches[index], key.shape[2]
-        known = (reach,) if reach is not None else (Reach(told.window, None), *self.shared)
+        possible = (reach,) if reach is not None else (Reach(options.window, None), *self.shared)
         if not compiling:
-            if keys != self.length and not any(each.hands_over(keys, self.length, rows) for each in known):
-                raise ValueError(f"cache: layer {layer} has {keys} keys, {self.length} were seen; {_EVICTED}")
-        elif all(each.window is None and keys != each.capacity for each in known):
-            self.doubts["cache"].logical_or_(self.seen != keys)
+            if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
+                raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
+        elif all(each.window is None and keys != each.capacity for each in possible):
+            self.deferred["cache"].logical_or_(self.total != keys)
 
-    def _batch(
+    def _new_batch(
         self,
         index: int,
         module: nn.Module,
         alike: tuple[Any, ...],
         attention_mask: Any,
-        picked: torch.Tensor,
-        told: names.AttentionOptions,
+        rows: torch.Tensor,
+        options: names.AttentionOptions,
     ) -> LayerBatch:
         keys, window, length = alike[2:5]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, attention_mask, keys)
-        refuse_packed(implementation, attention_mask, told.segments, told.positions, length)
-        seen = visible(
+        refuse_packed(implementation, attention_mask, options.segments, options.positions, length)
+        visible = visibility(
             implementation,
             attention_mask,
-            picked,
+            rows,
             length,
             keys,
-            causal=names.is_causal(module) if told.causal is None else told.causal,
+            causal=names.is_causal(module) if options.causal is None else options.causal,
             window=window,
         )
-        if seen.steered is not None:
-            if torch.compiler.is_compiling() or seen.steered.device.type != "cpu":
-                self.doubts["attention_mask"].logical_or_(seen.steered)
-            elif bool(seen.steered):
-                raise steering()
+        if visible.biased is not None:
+            if torch.compiler.is_compiling() or visible.biased.device.type != "cpu":
+                self.deferred["attention_mask"].logical_or_(visible.biased)
+            elif bool(visible.biased):
+                raise bias_error()
         return LayerBatch(
             index,
             alike,
             self._columns(keys),
-            seen.mask,
-            seen.positions,
-            told.scale,
-            told.softcap,
-            seen.window,
+            visible.mask,
+            visible.positions,
+            options.scale,
+            options.softcap,
+            visible.window,
             attention_mask,
         )
 
     def _columns(self, keys: int) -> torch.Tensor:
-        """Where the tokens stand among these keys: a sliding cache hands over its last ones only, so they move left."""
-        # A compiled forward must not depend on how many keys have been seen, or it would compile anew at each step.
+        """The columns of the tokens among these keys: a sliding cache passes only the last keys, so they move left."""
+        # A compiled forward must not depend on the number of tokens so far, or each step would compile again.
         if not torch.compiler.is_compiling() and self.length <= keys:
             return self.columns
-        return (self.tokens - (self.seen - keys).clamp(min=0)).to(torch.int32)
+        return (self.tokens - (self.total - keys).clamp(min=0)).to(torch.int32)
 
     def _flush(self) -> None:
-        pending = self.pending
-        self.pending = None
-        if pending is None:
+        batch, self.batch = self.batch, None
+        if batch is None:
             return
-        if pending.keys_changed():
+        if batch.keys_changed():
             raise ValueError(
-                f"cache: keys of layer {self.layers[pending.first]} or behind it were written to after their attention "
-                "and before their capture; use on_layer, which captures each layer at once"
+                f"cache: keys of layer {self.layers[batch.first]} or a later one were written to between their "
+                "attention and their capture; use on_layer, which captures each layer immediately"
             )
-        pending.capture(self.target, self.slot, self.backend)
+        batch.capture(self.target, self.slot, self.backend)
 
     def result(self) -> AttentionMaps:
-        """What has been captured so far, as tensors of its own; raises ValueError where something was refused."""
-        if self.refused is not None:
-            raise self.refused
-        for name, doubt in self.doubts.items():
-            if bool(doubt):
-                raise _DOUBTS[name]()
+        """A copy of what has been captured so far; raises the ValueError of a forward that was refused."""
+        if self.error is not None:
+            raise self.error
+        for name, condition in self.deferred.items():
+            if bool(condition):
+                raise _DEFERRED[name]()
         steps = min(self.step + 1, self.max_steps) if self.last else 1
         later = self.later if steps > 1 else None
         return assemble(
-            Capture(*(part[0] for part in self.buffers)),
-            None if later is None else Capture(*(part[: steps - 1, :, :, 0] for part in later)),
-            self._alive(steps),
+            Capture(*(buffer[0] for buffer in self.first)),
+            None if later is None else Capture(*(buffer[: steps - 1, :, :, 0] for buffer in later)),
+            self._running(steps),
             self.weight,
             layers=self.layers,
             tokens=self.tokens,
@@ -272,13 +270,12 @@ class Record:
             layout=self.layout,
         )
 
-    def _alive(self, steps: int) -> torch.Tensor:
+    def _running(self, steps: int) -> torch.Tensor:
         """Which rows of the batch still run at each step, bool [B, T]: the end token is never a query."""
-        batch = self.tokens.shape[0]
-        alive = torch.ones(batch, steps, dtype=torch.bool, device=self.tokens.device)
+        running = torch.ones(self.tokens.shape[0], steps, dtype=torch.bool, device=self.tokens.device)
         if not self.eos:
-            return alive
+            return running
         ends = torch.tensor(self.eos, device=self.tokens.device)
         for step, ids in enumerate(self.fed[: min(steps - 1, self.step)], start=1):
-            alive[:, step] = alive[:, step - 1] & ~torch.isin(ids, ends)
-        return alive
+            running[:, step] = running[:, step - 1] & ~torch.isin(ids, ends)
+        return running

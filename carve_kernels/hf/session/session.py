@@ -1,4 +1,4 @@
-"""capture_attention: a context in which the forwards of a model also give back the attention of chosen rows."""
+"""capture_attention: a context in which the forwards of a model also capture the attention of selected rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from carve_kernels.hf.model import (
 )
 from carve_kernels.hf.query_rows import RowsSpec, check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
-from carve_kernels.hf.session.forward_tracker import Planner
+from carve_kernels.hf.session.forward_tracker import ForwardTracker
 from carve_kernels.hf.session.generate_guard import join, leave
 from carve_kernels.hf.session.recording import OnLayer
 from carve_kernels.maps import AttentionMaps
@@ -43,9 +43,9 @@ def capture_attention(
     on_layer: OnLayer | None = None,
     backend: str = "auto",
 ) -> CaptureSession:
-    """A session in which forwards and `generate` of a model also capture where chosen rows look.
+    """A session in which forwards and `generate` of a model also capture the attention of selected rows.
 
-    Equals, for one prompt, `output_attentions=True` under eager attention, at any attention implementation and without
+    Equals, for one prompt, `output_attentions=True` under eager attention, for any attention implementation and without
     the [S, S] matrices::
 
         with capture_attention(model, layers=[14]) as session:
@@ -58,22 +58,22 @@ def capture_attention(
     model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are looked through
     layers     numbers (negative ones count from the end), a range, one number, "paper" or "all"
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
-               "question": mean of the tokens between the image (or the user's last turn behind it) and the end of the
-               user's text; ("word", WORD): mean of the pieces of its last occurrence behind the image, the user's
-               before the template's; ("text", TEXT): likewise. Rows but the last exist at step 0 only
+               "question": mean over the user's last text after the image; ("word", WORD): mean over the tokens of its
+               last occurrence after the image, in the user's text if it is there, else in the template;
+               ("text", TEXT): the same for a text. Rows other than the last exist at step 0 only
     tokens     the visual tokens: None finds them in input_ids; a VisualLayout; columns [N] or [B, N], -1 is padding
-    processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to tell a question from the
-               chat template around it
-    max_steps  forward passes that are kept of one generation; later ones run uncaptured, which the log tells
+    processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to separate a question from the
+               chat template
+    max_steps  the number of forward passes captured of one generation; later ones are not, with a warning in the log
     on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
-    backend    the room that captures
+    backend    the backend of the capture
     =========  =========================================================================================================
 
-    `session.maps` is the AttentionMaps of the prompt that ran last and its steps; a new prefill starts anew, and a step
-    belongs to the cache that its prompt was read into. The vision tower is not touched, and on leaving, by an error or
-    Ctrl-C too, the model is as before. Raises TypeError or ValueError at once for arguments that do not fit, and for a
-    prompt, a mask, a cache or a way of decoding whose map cannot be known, before the model runs where that can be told
-    by then. docs/refusals.md has all of them, and what to do instead.
+    `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
+    step belongs to the prompt of its cache. The vision tower is not touched, and the model is restored on leaving, also
+    after an error or Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
+    a way of decoding whose map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
+    with alternatives.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     return CaptureSession(
@@ -89,7 +89,7 @@ def capture_attention(
 
 
 class CaptureSession:
-    """What `capture_attention` returns; see there."""
+    """The session that `capture_attention` returns."""
 
     def __init__(
         self,
@@ -117,15 +117,13 @@ class CaptureSession:
                     f"layers: layer {layer} has no softmax attention, expected layers among {sorted(modules)}"
                 )
         self._modules = [modules[layer] for layer in self.layers]
-        self._places = {
-            (id(place), name): (place, name)
-            for place, name in (
-                names.attention_entry(module, layer) for module, layer in zip(self._modules, self.layers, strict=True)
-            )
-        }
+        entries = [
+            names.attention_entry(module, layer) for module, layer in zip(self._modules, self.layers, strict=True)
+        ]
+        self._entries = {(id(registry), name): (registry, name) for registry, name in entries}.values()
         if on_layer is not None and not callable(on_layer):
             raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
-        self._planner = Planner(
+        self._tracker = ForwardTracker(
             self._model,
             self._modules,
             self.layers,
@@ -141,21 +139,23 @@ class CaptureSession:
 
     @property
     def maps(self) -> AttentionMaps:
-        """The maps of the prompt that ran last and the steps behind it, copied out of the buffers.
+        """The maps of the last prompt and its decode steps, copied out of the buffers.
 
-        Raises RuntimeError before the first forward, and ValueError where something in it was refused.
+        Raises RuntimeError before the first forward, and the ValueError of a forward that was refused.
         """
-        record = self._planner.record
+        record = self._tracker.record
         if record is None:
             raise RuntimeError(
-                "maps: expected a forward of the model inside the session, saw none; call the model (or its wrapper) "
-                "that was given to capture_attention"
+                "maps: expected a forward of the model inside the session, got none; call the model (or its wrapper) "
+                "that was passed to capture_attention"
             )
         return record.result()
 
     def __enter__(self) -> CaptureSession:
         if self._stack is not None:
-            raise RuntimeError("session: expected a new session, this one is open or was; call capture_attention again")
+            raise RuntimeError(
+                "session: expected a new session, this one was opened before; call capture_attention again"
+            )
         self._stack = ExitStack()
         try:
             self._install(self._stack)
@@ -170,57 +170,57 @@ class CaptureSession:
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         raise TypeError(
-            "model: neither it nor a part of it can be copied or pickled inside capture_attention; do that before it"
+            "model: it and its modules cannot be copied or pickled inside capture_attention; do that before it"
         )
 
     def record(self, index: int, *call: Any) -> None:
-        """Called by the attention of a captured layer."""
-        record = self._planner.record
-        if record is not None and self._planner.running:
+        """Called after the attention of a captured layer."""
+        record = self._tracker.record
+        if record is not None and self._tracker.running:
             record.record(index, *call)
 
     def _install(self, stack: ExitStack) -> None:
-        join(self._model, self._planner)
-        stack.callback(leave, self._model, self._planner)
+        join(self._model, self._tracker)
+        stack.callback(leave, self._model, self._tracker)
         for index, module in enumerate(self._modules):
-            _push(stack, module, (self, index))
-        for place, name in self._places.values():
-            PATCHES.enter(place, name)
-            stack.callback(PATCHES.leave, place, name)
+            _add_recorder(stack, module, (self, index))
+        for registry, name in self._entries:
+            PATCHES.enter(registry, name)
+            stack.callback(PATCHES.leave, registry, name)
         if names.has_own_generate(self._model):
-            stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._beside).remove)
+            stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
         for module in (*wrappers(self._outer), self._model):
             stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
 
-    # Under a compiler the hooks of the wrapper have run already; those inside would break the graph.
+    # Under torch.compile the wrapper's hooks have run already; the inner ones would break the graph.
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self._planner.begin(module, args, kwargs)
+            self._tracker.begin(module, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._planner.end(output)
+            self._tracker.end(output)
 
-    def _beside(self, *_call: Any) -> None:
-        """Before a forward of the text decoder: `generate` may run it past the model that the session follows."""
-        if self._planner.decoding is not None and not self._planner.running:
+    def _check_generate(self, *_call: Any) -> None:
+        """Before a forward of the text decoder: a custom `generate` may bypass the model that the session follows."""
+        if self._tracker.generation is not None and not self._tracker.running:
             kind = type(self._model).__name__
             raise ValueError(
-                f"model: expected a generate that runs {kind} itself, got one that runs the language model inside of "
-                "it; open the session on that one, with the columns of the image's tokens as tokens"
+                f"model: expected a generate that calls {kind} itself, got one that calls the language model inside "
+                "it; open the session on the language model, with the columns of the image tokens as tokens"
             )
 
 
 def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """The layers argument as ascending numbers: the order in which a forward meets them."""
-    return (
-        tuple(range(depth)) if isinstance(layers, str) and layers == "all" else tuple(sorted(layers_of(layers, depth)))
-    )
+    """The layers argument as ascending numbers, the order in which a forward runs them."""
+    if isinstance(layers, str) and layers == "all":
+        return tuple(range(depth))
+    return tuple(sorted(layers_of(layers, depth)))
 
 
 def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device | None:
-    """Where the captured layers run; None where nobody says so before they do."""
+    """The device of the captured layers; None if it is known only when they run."""
     devices = set().union(*(devices_of(module) for module in modules))
     if len(devices) > 1:
         raise ValueError(
@@ -230,15 +230,15 @@ def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device |
     return devices.pop() if devices else None
 
 
-def _push(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:
-    """Add a recorder to a module, and take it away again when the stack closes."""
+def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:
+    """Add a recorder to a module, and remove it when the stack closes."""
 
-    def pop() -> None:
-        left = tuple(other for other in getattr(module, RECORDERS, ()) if other is not entry)
-        if left:
-            setattr(module, RECORDERS, left)
+    def remove() -> None:
+        others = tuple(other for other in getattr(module, RECORDERS, ()) if other is not entry)
+        if others:
+            setattr(module, RECORDERS, others)
         elif hasattr(module, RECORDERS):
             delattr(module, RECORDERS)
 
-    stack.callback(pop)
+    stack.callback(remove)
     setattr(module, RECORDERS, (*getattr(module, RECORDERS, ()), entry))

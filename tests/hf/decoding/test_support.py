@@ -55,12 +55,12 @@ def configured(**settings: Any) -> Callable[[Any], None]:
 
 
 REASONS: list[tuple[str, Callable[[Any], None]]] = [
-    ("SeesBothWays makes masks of its own", own_masks),
+    ("SeesBothWays makes its own masks", own_masks),
     ("it has its own generate", own_generate),
     ("'carve_test_attention' is not one of transformers'", own_attention),
     ("layers of type chunked_attention", chunked),
-    ("not causal", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
-    ("use the keys of others", lambda model: setattr(model.config.text_config, "num_kv_shared_layers", 2)),
+    ("attention is not causal", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
+    ("reuse the keys of other layers", lambda model: setattr(model.config.text_config, "num_kv_shared_layers", 2)),
     ("its rotation is 'dynamic'", lambda model: rotated(model, rope_type="dynamic")),
     ("its rotation is 'longrope'", lambda model: rotated(model, full_attention={"rope_type": "longrope"})),
     ("its cache is 'quantized'", configured(cache_implementation="quantized")),

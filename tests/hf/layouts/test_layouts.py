@@ -274,7 +274,7 @@ def test_settings_that_did_not_make_the_inputs(llava: tuple[Any, Any]) -> None:
     inputs = tiny_models.inputs_for(processor, [PICTURES[0]], ["x"])
     unknown: dict[str, Any] = {
         r"84 x 84, but .* make 70 x 70": {"crop_size": {"height": 70, "width": 70}},
-        "the size .* is not known": {"size": {"max_height": 84, "max_width": 84}},
+        "the size .* is not supported": {"size": {"max_height": 84, "max_width": 84}},
         "the padding of": {"do_pad": True},
     }
     for message, settings in unknown.items():

@@ -143,7 +143,7 @@ def test_keys_evicted_inside_the_forward() -> None:
         read(model, prompt, cache)
         hook.remove()
         assert session.maps.steps == (0,)
-        with pytest.raises(ValueError, match=r"^cache: layer 1 has 9 keys, 10 were seen"):
+        with pytest.raises(ValueError, match=r"^cache: layer 1 has 9 keys, expected 10"):
             step(model, cache)
         with pytest.raises(ValueError, match=r"^cache: "):
             print(session.maps)

@@ -1,4 +1,4 @@
-"""The contract with transformers: it holds here, its checks can fail, and it is asked for where nobody has tested."""
+"""The checks of transformers: they pass here, each can fail, and they run under untested versions."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from carve_kernels.hf import caches, names
 from carve_kernels.hf.session import contract
 from tests.support.families import family, keeps_features
 
-TAKES_RESULTS = keeps_features(family("qwen2_5_vl")[0])
-# Nobody has tested these; one as old as this transformers need not take results of a vision tower.
-UNTESTED = "5.99.0" if TAKES_RESULTS else "5.11.0"
-needs_results = pytest.mark.skipif(not TAKES_RESULTS, reason="this transformers takes no results of a vision tower")
+TAKES_FEATURES = keeps_features(family("qwen2_5_vl")[0])
+# An untested version; an old one need not take image features.
+UNTESTED = "5.99.0" if TAKES_FEATURES else "5.11.0"
+needs_features = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no image features")
 
 
 @pytest.fixture(autouse=True)
-def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has asked yet."""
-    monkeypatch.setattr(contract, "_held", False)
-    monkeypatch.setattr(contract, "_told", False)
+def _not_run_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "_passed", False)
+    monkeypatch.setattr(contract, "_logged", False)
 
 
-def test_it_holds_here() -> None:
-    results = names.contract()
+def test_all_checks_pass() -> None:
+    results = contract.results()
     assert len(results) >= 12
     assert {name: why for name, why in results.items() if why is not None} == {}
 
 
-def test_it_leaves_no_trace() -> None:
+def test_the_checks_leave_no_trace() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         random = torch.random.get_rng_state()
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-            assert set(names.contract().values()) == {None}
+            assert set(contract.results().values()) == {None}
         assert torch.get_default_dtype() is torch.float64
         assert torch.equal(torch.random.get_rng_state(), random)
     finally:
@@ -53,13 +52,13 @@ def _no_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_keys(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(caches, "mark", lambda cache, module: None)
+    patch.setattr(caches, "key_state", lambda cache, module: None)
 
 
 def _other_crop(patch: pytest.MonkeyPatch) -> None:
-    real = caches.mark
+    real = caches.key_state
     count = itertools.count()
-    patch.setattr(caches, "mark", lambda cache, module: real(cache, module)._replace(version=next(count)))
+    patch.setattr(caches, "key_state", lambda cache, module: real(cache, module)._replace(version=next(count)))
 
 
 def _other_buffers(patch: pytest.MonkeyPatch) -> None:
@@ -68,7 +67,7 @@ def _other_buffers(patch: pytest.MonkeyPatch) -> None:
 
 def _other_scale(patch: pytest.MonkeyPatch) -> None:
     real = names.attention_options
-    patch.setattr(names, "attention_options", lambda query, told: real(query, told)._replace(scale=1.0))
+    patch.setattr(names, "attention_options", lambda query, options: real(query, options)._replace(scale=1.0))
 
 
 def _no_eager(patch: pytest.MonkeyPatch) -> None:
@@ -80,14 +79,14 @@ def _no_registry(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_image_token(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(names, "_IMAGE_IDS", ("picture_token_id",))
+    patch.setattr(names, "_IMAGE_IDS", ("img_token_id",))
 
 
-def _no_decisions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(names, "_DECISIONS", ("logits_changers", "stopping_criteria"))
+def _no_processors_of_logits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_DECODING", ("logits_changers", "stopping_criteria"))
 
 
-def _no_notes(patch: pytest.MonkeyPatch) -> None:
+def _no_stored_positions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "position_notes", lambda model: [])
 
 
@@ -95,7 +94,7 @@ def _other_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "attention_in", lambda layer: None)
 
 
-def _other_tower(patch: pytest.MonkeyPatch) -> None:
+def _other_features(patch: pytest.MonkeyPatch) -> None:
     real = names.tower_results
 
     def doubled(model: Any, entries: Any) -> Any:
@@ -104,7 +103,7 @@ def _other_tower(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "tower_results", doubled)
 
 
-def _no_tower(patch: pytest.MonkeyPatch) -> None:
+def _no_features(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "version", lambda: "5.25.0")
     patch.setattr(names, "_TOWER", "encoder_results")
 
@@ -123,38 +122,36 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "crop": (_other_crop, {"cache on the second step"}),
     "buffers": (_other_buffers, {"cache on the second step"}),
     "scale": (_other_scale, {"scale and mask", "map of a forward", "maps of generate"}),
-    "eager": (_no_eager, {"eager is looked up"}),
-    "registry": (_no_registry, {"attention is looked up", "map of a forward"}),
+    "eager": (_no_eager, {"eager lookup"}),
+    "registry": (_no_registry, {"attention lookup", "map of a forward"}),
     "image token": (_no_image_token, {"image token", "map of a forward"}),
-    "decisions": (_no_decisions, {"decision hooks"}),
-    "notes": (_no_notes, {"position notes"}),
+    "custom decoding": (_no_processors_of_logits, {"custom decoding"}),
+    "positions": (_no_stored_positions, {"stored positions"}),
     "attention": (_other_attention, {"decoder and attention", "map of a forward"}),
-    "tower": (_other_tower, {"tower results"}),
-    "no tower": (_no_tower, {"tower results"}),
+    "features": (_other_features, {"image features"}),
+    "no features": (_no_features, {"image features"}),
     "processor": (_no_processors, {"processor parts"}),
     "compiled": (_no_compiled_call, {"compiled calls"}),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_results) if name == "tower" else name for name in BREAKS]
+    "name", [pytest.param(name, marks=needs_features) if name == "features" else name for name in BREAKS]
 )
-def test_a_change_upstream_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_upstream_fails_a_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, expected = BREAKS[name]
     change(monkeypatch)
-    failed = {check for check, why in names.contract().items() if why is not None}
+    failed = {check for check, why in contract.results().items() if why is not None}
     assert expected <= failed
 
 
-def test_a_tested_version_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tested_version_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "version", lambda: "5.20.2")
     monkeypatch.setattr(contract, "results", lambda: pytest.fail("the checks ran"))
     capture_attention(family("llava")[0], layers=[0])
 
 
-def test_a_version_that_was_not_tested_is_tried_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_untested_version_is_checked_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(names, "version", lambda: UNTESTED)
     model, processor = family("llava")
     with caplog.at_level(logging.WARNING, "carve_kernels"):
@@ -162,23 +159,23 @@ def test_a_version_that_was_not_tested_is_tried_once(
         capture_attention(model, layers=[1])
         CarveEngine(model, processor)
     assert [record.getMessage() for record in caplog.records] == [
-        f"transformers {UNTESTED} was not tested (5.12 to 5.24 were): {len(contract.CHECKS)} checks of it hold"
+        f"transformers {UNTESTED} was not tested (5.12 to 5.24 were): all {len(contract.CHECKS)} checks pass"
     ]
 
 
-def test_a_broken_contract_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "version", lambda: UNTESTED)
     _no_cache(monkeypatch)
     model, processor = family("llava")
     for _ in range(2):
-        said = rf"transformers {UNTESTED} .*5\.12 to 5\.24.*cache on the second step"
-        with pytest.raises(UpstreamChanged, match=said):
+        message = rf"transformers {UNTESTED} .*5\.12 to 5\.24.*cache on the second step"
+        with pytest.raises(UpstreamChanged, match=message):
             capture_attention(model, layers=[0])
     with pytest.raises(UpstreamChanged, match="cache on the second step"):
         CarveEngine(model, processor)
 
 
-def test_what_failed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "version", lambda: UNTESTED)
     _no_cache(monkeypatch)
     with pytest.raises(UpstreamChanged) as caught:
@@ -186,7 +183,7 @@ def test_what_failed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value).count(UNTESTED) == 1
 
 
-def test_a_failure_that_has_passed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checks_run_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "version", lambda: UNTESTED)
     with monkeypatch.context() as patch, pytest.raises(UpstreamChanged):
         _no_cache(patch)
@@ -194,37 +191,37 @@ def test_a_failure_that_has_passed_is_forgotten(monkeypatch: pytest.MonkeyPatch)
     contract.ensure()
 
 
-def test_models_at_work_in_other_threads_are_no_fault() -> None:
-    """A server may be generating when the first session is opened."""
+def test_models_running_in_other_threads_do_not_matter() -> None:
+    """A server may be generating when the first session opens."""
     model = family("qwen2_5_vl")[0]
     ids = torch.arange(1, 8)[None]
     stop = threading.Event()
 
-    def work() -> None:
+    def generate() -> None:
         with torch.no_grad():
             while not stop.is_set():
                 model.model.language_model(input_ids=ids)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=generate)
     thread.start()
     try:
-        assert set(names.contract().values()) == {None}
+        assert set(contract.results().values()) == {None}
     finally:
         stop.set()
         thread.join()
 
 
-def test_an_attention_function_of_ones_own_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_attention_function_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
-    own = ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"]
-    assert set(names.contract().values()) == {None}
-    assert ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"] is own
+    entry = ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"]
+    assert set(contract.results().values()) == {None}
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"] is entry
 
 
-def test_open_sessions_and_fake_tensors_are_no_fault() -> None:
+def test_open_sessions_and_fake_tensors_do_not_matter() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with capture_attention(family("llava")[0], layers=[0]), FakeTensorMode():
-        assert set(names.contract().values()) == {None}
+        assert set(contract.results().values()) == {None}

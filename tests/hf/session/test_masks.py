@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from carve_kernels import capture_attention
-from carve_kernels.hf.attention_patch import visible
 from carve_kernels.hf.model import attention_modules
+from carve_kernels.hf.session.attention_masks import visibility
 from tests.support.conversations import Prompt, additive, model_of, prompt_of
 from tests.support.families import family, inputs_of
 from tests.support.tiny_models import tiny_llava
@@ -224,7 +224,7 @@ def test_a_block_mask_hides_by_its_blocks() -> None:
         torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32),
         mask_mod=lambda batch, head, row, key: row >= key,
     )
-    seen = visible("flex_attention", mask, rows, 256, keys, causal=True, window=None).mask
+    seen = visibility("flex_attention", mask, rows, 256, keys, causal=True, window=None).mask
     assert seen is not None
     assert [line.nonzero()[:, 0].tolist() for line in seen[0, 0]] == [[0], [*range(128, 201)], [*range(128, 256)]]
 
@@ -232,8 +232,8 @@ def test_a_block_mask_hides_by_its_blocks() -> None:
 def test_a_window_without_a_mask_under_a_name_that_masks_nothing() -> None:
     rows = torch.tensor([[9]])
     with pytest.raises(ValueError, match=r"^attention_mask: "):
-        visible("mine", None, rows, 10, 10, causal=True, window=4)
-    assert visible("flash_attention_2", None, rows, 10, 10, causal=True, window=4).window == 4
+        visibility("mine", None, rows, 10, 10, causal=True, window=4)
+    assert visibility("flash_attention_2", None, rows, 10, 10, causal=True, window=4).window == 4
 
 
 def test_a_step_that_is_refused_leaves_the_maps_before_it(prompt: Prompt) -> None:

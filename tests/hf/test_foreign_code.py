@@ -1,4 +1,4 @@
-"""What other code puts on a model: which of it keeps prompts apart, and which does nothing to a token."""
+"""Code of other packages in a model's forward: what rules out tree decoding, and what leaves tokens alone."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ UP = "model.language_model.layers.1.mlp.up_proj"
 
 
 def nothing(*_: Any) -> None:
-    """A hook that changes nothing; nobody can know."""
+    """A hook that changes nothing, which cannot be known."""
 
 
 def steer(_module: Any, _args: Any, output: Any) -> Any:
-    """As steering vectors do: the last row alone."""
+    """Steers the last row only."""
     states = output[0] if isinstance(output, tuple) else output
     states = states.clone()
     states[:, -1] += torch.linspace(-8, 8, states.shape[-1])
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
-def part(model: Any, name: str = UP) -> Any:
+def module(model: Any, name: str = UP) -> Any:
     return model.get_submodule(name)
 
 
-def replaced(model: Any, name: str, made: Callable[[Any], nn.Module]) -> None:
-    model.set_submodule(name, made(part(model, name)))
+def replace(model: Any, name: str, build: Callable[[Any], nn.Module]) -> None:
+    model.set_submodule(name, build(module(model, name)))
 
 
 def as_of(package: str, base: type, name: str, **members: Any) -> Any:
@@ -54,23 +54,23 @@ def as_of(package: str, base: type, name: str, **members: Any) -> Any:
     return type(name, (base,), {"__module__": package, **members})
 
 
-def turned_into(package: str, name: str, **members: Any) -> Callable[[Any], None]:
+def turn_into(package: str, name: str, **members: Any) -> Callable[[Any], None]:
     def turn(model: Any) -> None:
         forward = as_written_in(package, lambda self, x: nn.Linear.forward(self, x))
-        part(model).__class__ = as_of(package, nn.Linear, name, forward=forward, **members)
+        module(model).__class__ = as_of(package, nn.Linear, name, forward=forward, **members)
 
     return turn
 
 
-def holding(package: str, name: str, **says: Any) -> Callable[[Any], None]:
-    def hold(model: Any) -> None:
-        weight = part(model).weight.detach().as_subclass(as_of(package, torch.Tensor, name))
-        for key, value in says.items():
+def with_weight(package: str, name: str, **attributes: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        weight = module(model).weight.detach().as_subclass(as_of(package, torch.Tensor, name))
+        for key, value in attributes.items():
             setattr(weight, key, value)
-        part(model).weight = None
-        part(model).__dict__["weight"] = part(model)._parameters["weight"] = weight
+        module(model).weight = None
+        module(model).__dict__["weight"] = module(model)._parameters["weight"] = weight
 
-    return hold
+    return change
 
 
 def dynamic_int8(model: Any, only: type = nn.Linear) -> None:
@@ -81,10 +81,10 @@ def dynamic_int8(model: Any, only: type = nn.Linear) -> None:
 
 
 def class_wide(model: Any) -> None:
-    """As some packages put kernels of theirs into every layer."""
-    kind = as_of(type(part(model)).__module__, nn.Linear, "Patched")
+    """As packages that replace kernels in every layer do."""
+    kind = as_of(type(module(model)).__module__, nn.Linear, "Patched")
     kind.forward = lambda self, x: nn.functional.linear(x, self.weight)
-    part(model).__class__ = kind
+    module(model).__class__ = kind
 
 
 class Wrapped(nn.Module):
@@ -97,20 +97,20 @@ class Wrapped(nn.Module):
 
 
 CODE: dict[str, Callable[[Any], Any]] = {
-    "hook": lambda model: part(model).register_forward_hook(nothing),
-    "hook with kwargs": lambda model: part(model).register_forward_hook(nothing, with_kwargs=True, always_call=True),
-    "pre-hook": lambda model: part(model).register_forward_pre_hook(nothing),
-    "hook object": lambda model: part(model).register_forward_hook(functools.partial(nothing)),
-    "method": lambda model: part(model).__dict__.update(
-        forward=types.MethodType(lambda self, x: type(self).forward(self, x), part(model))
+    "hook": lambda model: module(model).register_forward_hook(nothing),
+    "hook with kwargs": lambda model: module(model).register_forward_hook(nothing, with_kwargs=True, always_call=True),
+    "pre-hook": lambda model: module(model).register_forward_pre_hook(nothing),
+    "hook object": lambda model: module(model).register_forward_hook(functools.partial(nothing)),
+    "method": lambda model: module(model).__dict__.update(
+        forward=types.MethodType(lambda self, x: type(self).forward(self, x), module(model))
     ),
     "function": lambda model: setattr(
-        part(model), "forward", functools.partial(type(part(model)).forward, part(model))
+        module(model), "forward", functools.partial(type(module(model)).forward, module(model))
     ),
-    "wrapper": lambda model: replaced(model, UP, Wrapped),
+    "wrapper": lambda model: replace(model, UP, Wrapped),
     "class": class_wide,
 }
-ELSEWHERE = {
+LOCATIONS = {
     "head": "lm_head",
     "decoder": "model.language_model",
     "layer": "model.language_model.layers.2",
@@ -121,29 +121,29 @@ ELSEWHERE = {
 }
 QUANTISED: dict[str, Callable[[Any], Any]] = {
     "torch dynamic int8": dynamic_int8,
-    "bitsandbytes int8": turned_into("bitsandbytes.nn.modules", "Linear8bitLt"),
-    "fbgemm": turned_into("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
-    "fp8": turned_into("transformers.integrations.finegrained_fp8", "FP8Linear"),
-    "quanto": turned_into("optimum.quanto.nn.qlinear", "QLinear"),
-    "torchao int8": holding("torchao.quantization", "Int8Tensor", act_quant_kwargs=object()),
-    "torchao float8": holding("torchao.quantization", "Float8Tensor", act_quant_kwargs=object()),
-    "torchao intx": holding("torchao.quantization", "IntxUnpackedToInt8Tensor", activation_quantization="int8"),
-    "torchao of another version": holding("torchao.quantization", "Int8Tensor"),
-    "torchao unknown": holding("torchao.quantization", "Int3Tensor"),
-    "a subclass of somebody's": holding("theirs", "Int8Tensor", act_quant_kwargs=None),
+    "bitsandbytes int8": turn_into("bitsandbytes.nn.modules", "Linear8bitLt"),
+    "fbgemm": turn_into("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
+    "fp8": turn_into("transformers.integrations.finegrained_fp8", "FP8Linear"),
+    "quanto": turn_into("optimum.quanto.nn.qlinear", "QLinear"),
+    "torchao int8": with_weight("torchao.quantization", "Int8Tensor", act_quant_kwargs=object()),
+    "torchao float8": with_weight("torchao.quantization", "Float8Tensor", act_quant_kwargs=object()),
+    "torchao intx": with_weight("torchao.quantization", "IntxUnpackedToInt8Tensor", activation_quantization="int8"),
+    "torchao of another version": with_weight("torchao.quantization", "Int8Tensor"),
+    "torchao unknown": with_weight("torchao.quantization", "Int3Tensor"),
+    "an unknown subclass": with_weight("theirs", "Int8Tensor", act_quant_kwargs=None),
 }
 HARMLESS: dict[str, Callable[[Any], Any]] = {
-    "notes of outputs": lambda model: model(
+    "recorded outputs": lambda model: model(
         **inputs_of_model(model), output_hidden_states=True, output_attentions=False
     ),
     "parametrization": lambda model: parametrize.register_parametrization(
-        part(model), "weight", Wrapped(nn.Identity())
+        module(model), "weight", Wrapped(nn.Identity())
     ),
-    "pruning": lambda model: prune.l1_unstructured(part(model), "weight", amount=0.1),
-    "weight norm": lambda model: nn.utils.parametrizations.weight_norm(part(model)),
-    "bitsandbytes four bits": turned_into("bitsandbytes.nn.modules", "Linear4bit"),
-    "torchao weights alone": holding("torchao.quantization", "Int8Tensor", act_quant_kwargs=None),
-    "torchao four bits": holding("torchao.quantization", "Int4TilePackedTo4dTensor"),
+    "pruning": lambda model: prune.l1_unstructured(module(model), "weight", amount=0.1),
+    "weight norm": lambda model: nn.utils.parametrizations.weight_norm(module(model)),
+    "bitsandbytes 4 bits": turn_into("bitsandbytes.nn.modules", "Linear4bit"),
+    "torchao weight-only": with_weight("torchao.quantization", "Int8Tensor", act_quant_kwargs=None),
+    "torchao 4 bits": with_weight("torchao.quantization", "Int4TilePackedTo4dTensor"),
 }
 
 
@@ -152,7 +152,7 @@ def inputs_of_model(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("code", CODE)
-def test_code_of_somebody_elses_is_a_reason(code: str) -> None:
+def test_foreign_code_rules_out_tree_decoding(code: str) -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESET)
     fingerprint(model, processor)
@@ -165,8 +165,8 @@ def test_code_of_somebody_elses_is_a_reason(code: str) -> None:
 LLAMA = "transformers.models.llama.modeling_llama"
 
 
-def around(function: Any) -> Any:
-    """As decorators do, that leave a function the name and the module of what it is around."""
+def wrap(function: Any) -> Any:
+    """A wrapper with the name and the module of the function inside."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -175,23 +175,23 @@ def around(function: Any) -> Any:
     return wrapper
 
 
-def noted(function: Any) -> Any:
+def wrap_in_transformers(function: Any) -> Any:
     """A decorator of transformers around a function."""
-    return functools.wraps(function)(as_written_in("transformers.utils.generic", around(function)))
+    return functools.wraps(function)(as_written_in("transformers.utils.generic", wrap(function)))
 
 
-def put(place: str, name: str, made: Callable[[Any], Any] = around) -> Callable[[Any, pytest.MonkeyPatch], None]:
-    """Put a function in place of one that Python, transformers or torch has."""
+def put(path: str, name: str, build: Callable[[Any], Any] = wrap) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    """Replace a function of Python, transformers or torch."""
 
     def change(_: Any, patch: pytest.MonkeyPatch) -> None:
-        target: Any = pkgutil.resolve_name(place)
-        patch.setattr(target, name, made(getattr(target, name)), raising=False)
+        target: Any = pkgutil.resolve_name(path)
+        patch.setattr(target, name, build(getattr(target, name)), raising=False)
 
     return change
 
 
 class Bound:
-    """A descriptor of somebody's own."""
+    """A foreign descriptor."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -200,33 +200,33 @@ class Bound:
         return functools.partial(self.function, instance)
 
 
-def activation(made: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
+def activation(function: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
     def change(model: Any, _: pytest.MonkeyPatch) -> None:
-        mlp = part(model, UP.rpartition(".")[0])
+        mlp = module(model, UP.rpartition(".")[0])
         del mlp.act_fn
-        mlp.act_fn = made
+        mlp.act_fn = function
 
     return change
 
 
 def entry(model: Any, patch: pytest.MonkeyPatch) -> None:
     registry = pkgutil.resolve_name(f"{LLAMA}:ALL_ATTENTION_FUNCTIONS")
-    patch.setitem(registry._local_mapping, "sdpa", around(registry["sdpa"]))
+    patch.setitem(registry._local_mapping, "sdpa", wrap(registry["sdpa"]))
 
 
-# What is put, and what a message has of it.
-PUT: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
+# A part of the message, and the change.
+REPLACED: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
     "forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward")),
-    "forward within another": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", lambda f: noted(around(f)))),
-    "forward that is bound": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", Bound)),
+    "inner forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", lambda f: wrap_in_transformers(wrap(f)))),
+    "descriptor": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", Bound)),
     "call of a class": ("mlp' runs a __call__", put(f"{LLAMA}:LlamaMLP", "__call__")),
-    "call of all": ("runs a __call__", put("torch.nn:Module", "__call__")),
-    "what a call calls": ("runs a _call_impl", put("torch.nn:Module", "_call_impl")),
+    "call of all modules": ("runs a __call__", put("torch.nn:Module", "__call__")),
+    "call implementation": ("runs a _call_impl", put("torch.nn:Module", "_call_impl")),
     "method": ("LlavaModel.get_placeholder_mask", put(
         "transformers.models.llava.modeling_llava:LlavaModel", "get_placeholder_mask")),
     "function": ("modeling_llama.apply_rotary_pos_emb", put(LLAMA, "apply_rotary_pos_emb")),
-    "function of a function": ("modeling_llama.rotate_half", put(LLAMA, "rotate_half")),
-    "function from elsewhere": ("modeling_llama.create_causal_mask", put(LLAMA, "create_causal_mask")),
+    "function called by a function": ("modeling_llama.rotate_half", put(LLAMA, "rotate_half")),
+    "imported function": ("modeling_llama.create_causal_mask", put(LLAMA, "create_causal_mask")),
     "attention function": ("'sdpa'", entry),
     "function of torch": ("functional.scaled_dot_product_attention", put(
         "torch.nn.functional", "scaled_dot_product_attention", lambda f: lambda *a, **k: f(*a, **k))),
@@ -236,10 +236,10 @@ PUT: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", PUT)
-def test_what_is_put_in_place_of_known_code_is_a_reason(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", REPLACED)
+def test_replaced_code_rules_out_tree_decoding(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_llava()
-    reason, change = PUT[what]
+    reason, change = REPLACED[what]
     assert sequential_reason(model) is None
     change(model, monkeypatch)
     assert reason in (sequential_reason(model) or "")
@@ -247,34 +247,34 @@ def test_what_is_put_in_place_of_known_code_is_a_reason(what: str, monkeypatch: 
         fingerprint(model, processor)
 
 
-KEPT: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
-    "decorator of transformers": put(f"{LLAMA}:LlamaMLP", "forward", noted),
+ALLOWED: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
+    "decorator of transformers": put(f"{LLAMA}:LlamaMLP", "forward", wrap_in_transformers),
     "function of torch": activation(torch.tanh),
     "function of torch in Python": activation(nn.functional.silu),
     "partial": activation(functools.partial(nn.functional.gelu, approximate="tanh")),
-    "method of its own": lambda model, _: setattr(part(model), "mine", part(model).extra_repr),
-    "function that it does not call": put(LLAMA, "LlamaForCausalLM"),
+    "its own method": lambda model, _: setattr(module(model), "mine", module(model).extra_repr),
+    "function that is not called": put(LLAMA, "LlamaForCausalLM"),
     "attention function of another name": lambda _, patch: patch.setitem(
         pkgutil.resolve_name(f"{LLAMA}:ALL_ATTENTION_FUNCTIONS")._local_mapping, "mine", nothing
     ),
 }
 
 
-@pytest.mark.parametrize("what", KEPT)
-def test_known_code_in_place_of_other_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ALLOWED)
+def test_known_code_allows_tree_decoding(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llava()[0]
-    KEPT[what](model, monkeypatch)
+    ALLOWED[what](model, monkeypatch)
     assert sequential_reason(model) is None
 
 
-@pytest.mark.parametrize("where", ELSEWHERE)
-def test_hooks_are_found_wherever_they_are(where: str) -> None:
+@pytest.mark.parametrize("where", LOCATIONS)
+def test_hooks_are_found_everywhere(where: str) -> None:
     model = family("llava")[0]
     assert sequential_reason(model) is None
-    handle = part(model, ELSEWHERE[where]).register_forward_pre_hook(nothing)
+    handle = module(model, LOCATIONS[where]).register_forward_pre_hook(nothing)
     reason = sequential_reason(model)
     handle.remove()
-    assert repr(ELSEWHERE[where]) in (reason or "") and "test_foreign.nothing" in (reason or "")
+    assert repr(LOCATIONS[where]) in (reason or "") and "test_foreign_code.nothing" in (reason or "")
     assert sequential_reason(model) is None
 
 
@@ -287,22 +287,22 @@ def test_hooks_on_all_modules_are_found(register: Any) -> None:
     model = family("llava")[0]
     handle = register(nothing)
     try:
-        assert "test_foreign.nothing" in (sequential_reason(model) or "")
+        assert "test_foreign_code.nothing" in (sequential_reason(model) or "")
     finally:
         handle.remove()
     assert sequential_reason(model) is None
 
 
 @pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_activations_are_a_reason(method: str) -> None:
+def test_quantised_activations_rule_out_tree_decoding(method: str) -> None:
     model = tiny_llava()[0]
     assert sequential_reason(model) is None
     QUANTISED[method](model)
-    assert "by those beside it" in (sequential_reason(model) or "")
+    assert "by other tokens" in (sequential_reason(model) or "")
 
 
 @pytest.mark.parametrize("what", HARMLESS)
-def test_what_does_nothing_to_a_token_is_none(what: str) -> None:
+def test_harmless_code_allows_tree_decoding(what: str) -> None:
     model = tiny_llava()[0]
     HARMLESS[what](model)
     model.eval()
@@ -310,12 +310,12 @@ def test_what_does_nothing_to_a_token_is_none(what: str) -> None:
 
 
 MIXING: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "convolution": ("mixes tokens", lambda model: replaced(model, UP, lambda _: nn.Conv1d(2, 2, 3).eval())),
-    "recurrence": ("mixes tokens", lambda model: replaced(model, UP, lambda _: nn.GRU(2, 2).eval())),
-    "batch": ("normalises", lambda model: replaced(model, UP, lambda _: nn.BatchNorm1d(2, track_running_stats=False))),
-    "training": ("in training mode", lambda model: part(model).train()),
-    "compiled": ("compiled in place", lambda model: part(model).compile(backend="eager")),
-    "own steps": (
+    "convolution": ("mixes tokens", lambda model: replace(model, UP, lambda _: nn.Conv1d(2, 2, 3).eval())),
+    "recurrence": ("mixes tokens", lambda model: replace(model, UP, lambda _: nn.GRU(2, 2).eval())),
+    "batch": ("normalises", lambda model: replace(model, UP, lambda _: nn.BatchNorm1d(2, track_running_stats=False))),
+    "training": ("in training mode", lambda model: module(model).train()),
+    "compiled": ("compiled in place", lambda model: module(model).compile(backend="eager")),
+    "overridden generate": (
         "its own generate",
         lambda model: setattr(model, "prepare_inputs_for_generation", model.prepare_inputs_for_generation),
     ),
@@ -328,24 +328,24 @@ def named(value: str) -> Any:
 
 
 @pytest.mark.parametrize("what", MIXING)
-def test_what_mixes_tokens_is_a_reason(what: str) -> None:
+def test_mixing_tokens_rules_out_tree_decoding(what: str) -> None:
     reason, change = MIXING[what]
     model = tiny_llava()[0]
     change(model)
     assert reason in (sequential_reason(model) or "")
 
 
-def test_a_wrapper_may_have_the_adapter() -> None:
+def test_an_adapter_on_a_wrapper() -> None:
     model = nn.DataParallel(wrapper := Wrapped(tiny_llava()[0]))
     wrapper._modules["module"] = wrapper._modules.pop("inner")
     wrapper.peft_config = {"a": SimpleNamespace(peft_type=named("LORA"))}
     assert sequential_reason(model) is None
     wrapper.peft_config = {"a": SimpleNamespace(peft_type=named("PREFIX_TUNING"), is_prompt_learning=True)}
-    assert "tokens of its own" in (sequential_reason(model) or "")
+    assert "virtual tokens" in (sequential_reason(model) or "")
 
 
-def truth(model: Any, processor: Any, question: str) -> tuple[list[int], torch.Tensor]:
-    """What the prompt alone gives, without an engine."""
+def expected_of(model: Any, processor: Any, question: str) -> tuple[list[int], torch.Tensor]:
+    """The answer and the maps of one prompt, without an engine."""
     inputs = inputs_for(processor, [PHOTO], [question])
     with capture_attention(model, layers=[1, 2]) as session, torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -353,48 +353,48 @@ def truth(model: Any, processor: Any, question: str) -> tuple[list[int], torch.T
 
 
 @pytest.mark.parametrize(
-    "change", [dynamic_int8, lambda model: part(model, ELSEWHERE["layer"]).register_forward_hook(steer)]
+    "change", [dynamic_int8, lambda model: module(model, LOCATIONS["layer"]).register_forward_hook(steer)]
 )
-def test_a_question_beside_others_has_its_own_answer_and_maps(change: Callable[[Any], Any]) -> None:
+def test_questions_in_a_batch_have_their_own_answers_and_maps(change: Callable[[Any], Any]) -> None:
     model, processor = tiny_llava()
     change(model)
     results = CarveEngine(model, processor, preset=PRESET)([PHOTO, PHOTO], [QUESTION, OTHER])
     for question, result in zip((QUESTION, OTHER), results, strict=True):
-        ids, maps = truth(model, processor, question)
+        ids, maps = expected_of(model, processor, question)
         assert prompts_for(processor, [question]) == [result.prompt] and list(result.answer_ids) == ids
         assert float((result.task.values - maps).abs().max()) <= 1e-5 * float(maps.max())
 
 
-def test_hooks_that_come_and_go_are_asked_for_at_each_answer() -> None:
+def test_hooks_are_looked_for_at_each_answer() -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESET)
     before = engine(PHOTO, QUESTION)
-    handle = part(model, "model.language_model.layers.0").register_forward_hook(steer)
+    handle = module(model, "model.language_model.layers.0").register_forward_hook(steer)
     steered = engine(PHOTO, QUESTION)
     expected = CarveEngine(model, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
     handle.remove()
-    # Nothing of what was seen without it is remembered, and nothing of what was seen with it.
+    # No map from before the hook is reused, and none from under it.
     assert torch.equal(steered.general.values, expected.general.values)
     assert not torch.equal(steered.general.values, before.general.values)
     assert torch.equal(engine(PHOTO, QUESTION).general.values, before.general.values)
 
 
-def test_a_reader_of_rows_asks_at_each_picture() -> None:
+def test_a_reader_of_rows_looks_for_hooks_at_each_image() -> None:
     model, processor = tiny_llava()
     reader = CandidateReader(model, processor, PRESET, ["last"], ["t_start"], "auto")
     with ExitStack() as stack:
-        stack.callback(part(model, "model.language_model.layers.0").register_forward_hook(steer).remove)
+        stack.callback(module(model, "model.language_model.layers.0").register_forward_hook(steer).remove)
         general, task = reader.read(PHOTO, OTHER, [QUESTION])
         for found, question in ((general, OTHER), (task, QUESTION)):
-            maps = truth(model, processor, question)[1][0, :, 0, 0]
+            maps = expected_of(model, processor, question)[1][0, :, 0, 0]
             off = found.maps["last"][[1, 2], 0] - maps
             assert float(off.abs().max()) <= 1e-5 * float(maps.max())
 
 
-def test_layers_that_make_a_mask_of_their_own_are_looked_at_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_make_their_own_mask_decode_sequentially(caplog: pytest.LogCaptureFixture) -> None:
     """As sparse attention does, or a bias by distance."""
     model, processor = tiny_llava()
-    attention = part(model, ELSEWHERE["attention"])
+    attention = module(model, LOCATIONS["attention"])
     kind = type(attention)
 
     forward = kind.forward
@@ -411,14 +411,14 @@ def test_layers_that_make_a_mask_of_their_own_are_looked_at_alone(caplog: pytest
             CarveEngine(model, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
     finally:
         kind.forward = forward
-    assert "build an attention mask themselves" in caplog.text
+    assert "a mask of their own" in caplog.text
 
 
 def test_watching_a_module_by_its_class_leaves_no_trace() -> None:
     model = family("llava")[0]
-    kind, seen = type(part(model)), []
+    kind, calls = type(module(model)), []
     forward = kind.forward
-    with watched(part(model), before=lambda *_: seen.append(1), after=lambda *_: seen.append(2)), torch.no_grad():
+    with watched(module(model), before=lambda *_: calls.append(1), after=lambda *_: calls.append(2)), torch.no_grad():
         assert sequential_reason(model) is None
         model(**inputs_of_model(model))
-    assert seen == [1, 2] and kind.forward is forward and "forward" in kind.__dict__
+    assert calls == [1, 2] and kind.forward is forward and "forward" in kind.__dict__

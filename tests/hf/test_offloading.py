@@ -1,4 +1,4 @@
-"""Models whose weights are parked: they run where accelerate brings them, and say nothing of it before."""
+"""Models with offloaded weights: they run where accelerate loads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from carve_kernels.hf.decoding import sequential_reason
 from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
 from carve_kernels.hf.model import decoder_layers, devices_of, input_device
 from tests.support.families import family, generate
-from tests.support.offloading import park
+from tests.support.offloading import offload
 from tests.support.tiny_models import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
 
 QUESTION = "what digit is red"
@@ -32,7 +32,7 @@ WHICH: dict[str, Callable[[str], bool]] = {
 def test_an_engine_and_a_session_work(which: str, caplog: pytest.LogCaptureFixture) -> None:
     expected = CarveEngine(*family("llava"), preset=PRESET)(PHOTO, QUESTION)
     model, processor = tiny_llava()
-    park(model, WHICH[which])
+    offload(model, WHICH[which])
     inputs = inputs_for(processor, [PHOTO], [QUESTION])
     with capture_attention(model, layers=[1, 2]) as session:
         generate(model, inputs, steps=3)
@@ -44,40 +44,40 @@ def test_an_engine_and_a_session_work(which: str, caplog: pytest.LogCaptureFixtu
         results = [engine(PHOTO, QUESTION) for _ in range(2)]
     assert all(result.answer_ids == expected.answer_ids for result in results)
     assert all(torch.equal(result.general.values, expected.general.values) for result in results)
-    # What is parked cannot be told from what is parked elsewhere.
+    # Offloaded weights cannot be compared with others.
     assert "nothing is cached for this model, since" in caplog.text and sum(engine.memory.held()) == 0
 
 
-def test_two_models_that_differ_in_parked_weights_share_no_memory() -> None:
+def test_models_that_differ_in_offloaded_weights_share_no_memory() -> None:
     (one, processor), (other, _) = tiny_qwen2_5_vl(), tiny_qwen2_5_vl(seed=1)
     for model in (one, other):
-        park(model)
-        with pytest.raises(Unidentified, match="offloaded"):
+        offload(model)
+        with pytest.raises(Unidentified, match="parked"):
             fingerprint(model, processor)
     memory = CarveEngine(one, processor, preset=PRESET).memory
     CarveEngine(one, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)
-    found = CarveEngine(other, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)
-    alone = CarveEngine(other, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
-    assert torch.equal(found.general.values, alone.general.values)
+    result = CarveEngine(other, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)
+    expected = CarveEngine(other, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
+    assert torch.equal(result.general.values, expected.general.values)
 
 
 def test_layers_on_several_devices() -> None:
     model = tiny_llava()[0]
-    park(model.model.language_model.layers[:2], device="cuda:0")
-    park(model.model.language_model.layers[2:], device="cuda:1")
-    places = [devices_of(layer) for layer in decoder_layers(model)]
-    assert [len(place) for place in places] == [1] * 4 and places[0] == places[1] != places[2] == places[3]
+    offload(model.model.language_model.layers[:2], device="cuda:0")
+    offload(model.model.language_model.layers[2:], device="cuda:1")
+    devices = [devices_of(layer) for layer in decoder_layers(model)]
+    assert [len(each) for each in devices] == [1] * 4 and devices[0] == devices[1] != devices[2] == devices[3]
     assert "not on one device" in (sequential_reason(model) or "")
     with pytest.raises(ValueError, match=r"^layers: "):
         capture_attention(model, layers=[1, 2])
     # A device without a number is the current one.
-    park(model.model.language_model.layers[:2], device="cuda")
+    offload(model.model.language_model.layers[:2], device="cuda")
     assert devices_of(decoder_layers(model)[0]) == {torch.device("cuda:0")}
 
 
-def test_a_chain_of_hooks_is_asked() -> None:
+def test_a_chain_of_hooks_is_read() -> None:
     model = tiny_llava()[0]
-    park(model)
+    offload(model)
     for module in model.modules():
         hook = module.__dict__.get("_hf_hook")
         if hook is not None:
@@ -87,15 +87,15 @@ def test_a_chain_of_hooks_is_asked() -> None:
     assert input_device(model) == torch.device("cpu") and sequential_reason(model) is None
 
 
-def test_a_hook_that_somebody_wrote_is_none_of_accelerates() -> None:
+def test_a_subclass_of_accelerates_hook_is_foreign_code() -> None:
     model = tiny_llava()[0]
-    park(model)
+    offload(model)
     layer = model.model.language_model.layers[1]
     layer.mlp.up_proj._hf_hook.__class__ = type("Steers", (type(layer.mlp.up_proj._hf_hook),), {})
     assert "layers.1.mlp.up_proj" in (sequential_reason(model) or "")
 
 
-def test_weights_that_are_nowhere() -> None:
+def test_weights_without_a_device() -> None:
     model, processor = tiny_llava()
     model.to("meta")
     with pytest.raises(ValueError, match=r"^model: "):
@@ -103,13 +103,13 @@ def test_weights_that_are_nowhere() -> None:
 
 
 @pytest.mark.parametrize("outside", [True, False])
-def test_a_forward_around_accelerates_is_seen(outside: bool) -> None:
+def test_a_forward_around_accelerates_is_foreign_code(outside: bool) -> None:
     model = tiny_llava()[0]
     layer: Any = model.model.language_model.layers[1].mlp.up_proj
     plain = layer.forward
     if not outside:
         layer.forward = lambda *args: plain(*args)
-    park(model)
+    offload(model)
     if outside:
         moved = layer.forward
         layer.forward = lambda *args: moved(*args)
