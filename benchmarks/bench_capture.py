@@ -17,7 +17,7 @@ from benchmarks.answers import check_maps, check_truth
 from benchmarks.cases import Case, Problem, problem, standard, truth
 from benchmarks.timing import Flush, Run, Spread, paired, ratio, warm
 from carve_kernels import BackendUnavailable, capture
-from carve_kernels.backends import ROOMS, resolve
+from carve_kernels.backends import BACKENDS, resolve
 
 AUTO, EAGER, REPEAT, FOLDED, READ = "capture", "(a) eager", "(b) repeat", "(c) folded", "(f) read"
 # The longest sequence whose [S, S] probabilities are computed.
@@ -55,7 +55,7 @@ def read(given: Problem) -> torch.Tensor:
 def opponents(given: Problem) -> dict[str, Run]:
     """Every way to the maps [1, R, N] that can serve here."""
     runs: dict[str, Run] = {AUTO: lambda: capture(given.query, given.key, given.tokens, **given.options).maps}
-    for room in ROOMS:
+    for room in BACKENDS:
         try:
             resolve("capture", room, given.query.device, given.query, given.key, given.tokens, **given.options)
         except BackendUnavailable:
@@ -152,7 +152,7 @@ _checked_once = lru_cache(maxsize=1)(checked)
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    names = (AUTO, *(f"{AUTO} {room}" for room in ROOMS), EAGER, REPEAT, FOLDED, READ)
+    names = (AUTO, *(f"{AUTO} {room}" for room in BACKENDS), EAGER, REPEAT, FOLDED, READ)
     pairs = list(product(standard(("qwen2.5-vl-7b",)), names))
     metafunc.parametrize(("case", "opponent"), pairs, ids=[f"{case} {name}" for case, name in pairs])
 

@@ -19,7 +19,7 @@ import torch
 from carve_kernels import checks
 
 STAGES = ("capture", "contrast", "regions")
-ROOMS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _TRITON = "Triton's, whose kernel has no launch cost to save here; use backend='auto' or backend='triton'"
 
@@ -46,7 +46,7 @@ BEST_FOR: dict[tuple[str, str], str] = {
     ("regions", "cuda"): "the labels stay on the device, only boxes and scores leave it",
 }
 
-_BACKENDS = ("auto", *ROOMS)
+_CHOICES = ("auto", *BACKENDS)
 
 _log = logging.getLogger("carve_kernels")
 _warned: set[str] = set()
@@ -59,9 +59,9 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
     once of a room that is missing or broken here, and passes over one that does not serve these arguments in silence.
     """
     # `choice` says what is wrong; asking it at every call would be a tenth of what a call costs.
-    if stage not in SUPPORT or type(backend) is not str or backend not in _BACKENDS:
+    if stage not in SUPPORT or type(backend) is not str or backend not in _CHOICES:
         checks.choice("stage", stage, STAGES)
-        checks.choice("backend", backend, _BACKENDS)
+        checks.choice("backend", backend, _CHOICES)
     rooms = (*PREFERRED.get(device.type, ()), "reference") if backend == "auto" else (backend,)
     reasons: list[str] = []
     for room in rooms:
@@ -80,7 +80,7 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
 
 def explain() -> str:
     """A table of every stage and room: whether it serves here, why not and how to mend it, and what `auto` takes."""
-    cells = [(stage, room, why_not(stage, room)) for stage in STAGES for room in ROOMS]
+    cells = [(stage, room, why_not(stage, room)) for stage in STAGES for room in BACKENDS]
     lines = [f"torch {torch.__version__}", f"{'stage':<10}{'room':<11}{'serves':<8}why not, and how to mend it"]
     lines += [f"{stage:<10}{room:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip() for stage, room, why in cells]
     shut = {(stage, room): why for stage, room, why in cells}

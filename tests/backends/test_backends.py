@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from carve_kernels import backends, checks
-from carve_kernels.backends import BEST_FOR, PREFERRED, ROOMS, STAGES, SUPPORT, cpu, explain, resolve
+from carve_kernels.backends import BACKENDS, BEST_FOR, PREFERRED, STAGES, SUPPORT, cpu, explain, resolve
 from carve_kernels.backends.native import extension
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -26,7 +26,7 @@ def needs_extension() -> None:
 
 def test_the_table_has_every_stage_and_room() -> None:
     assert tuple(SUPPORT) == STAGES
-    assert all(tuple(rooms) == ROOMS for rooms in SUPPORT.values())
+    assert all(tuple(rooms) == BACKENDS for rooms in SUPPORT.values())
     assert all(SUPPORT[stage]["reference"] is None for stage in STAGES)
 
 
@@ -37,7 +37,7 @@ def test_an_unknown_backend_names_the_known_ones(backend: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "room"), [(stage, room) for stage in STAGES for room in ROOMS if SUPPORT[stage][room] is not None]
+    ("stage", "room"), [(stage, room) for stage in STAGES for room in BACKENDS if SUPPORT[stage][room] is not None]
 )
 def test_a_missing_cell_never_falls_back(stage: str, room: str) -> None:
     with pytest.raises(checks.BackendUnavailable, match=re.escape(str(SUPPORT[stage][room]))):
@@ -81,7 +81,7 @@ def test_a_library_that_does_not_load_says_so(
 def test_explain_has_a_line_for_every_cell() -> None:
     table = explain()
     for stage in STAGES:
-        for room in ROOMS:
+        for room in BACKENDS:
             line = next(line for line in table.splitlines() if line.split()[:2] == [stage, room])
             assert ("no" in line.split()) == (len(line.split()) > 3), line
     picked = "reference" if cpu.unavailable() else "cpu"

@@ -15,7 +15,7 @@ from carve_kernels.backends.cuda.plan import MOST_ROWS
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture
 from tests.support.attention import Case, exact, planted, poisoned, textbook
-from tests.support.capture_backends import ROOMS, entered
+from tests.support.capture_backends import BACKENDS, entered
 from tests.support.tolerances import correlation, roundings
 
 CASES = {
@@ -50,7 +50,7 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
     return case, arguments, options
 
 
-@pytest.fixture(params=ROOMS)
+@pytest.fixture(params=BACKENDS)
 def room(request: pytest.FixtureRequest) -> Iterator[str]:
     with entered(request.param) as room:
         yield room
@@ -126,7 +126,7 @@ def test_every_head_size(room: str, size: int) -> None:
         seed=st.integers(0, 1000),
     )
 )
-@pytest.mark.parametrize("name", ROOMS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_any_shape_and_mask(name: str, case: Case) -> None:
     arguments, options = planted(case)
     with entered(name) as room:

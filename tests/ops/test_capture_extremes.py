@@ -11,7 +11,7 @@ import torch
 from carve_kernels import capture
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.selfcheck.planted import Case, exact, planted
-from tests.support.capture_backends import ROOMS, entered
+from tests.support.capture_backends import BACKENDS, entered
 from tests.support.tolerances import relative, roundings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +21,7 @@ HIGH = [(1e2, torch.float32), (1e3, torch.float32), *((1e4, dtype) for dtype in 
 FACTORS = {1e2: (10.0, 10.0), 1e3: (32.0, 32.0), 1e4: (128.0, 80.0)}
 
 
-@pytest.fixture(params=ROOMS)
+@pytest.fixture(params=BACKENDS)
 def room(request: pytest.FixtureRequest) -> Iterator[str]:
     with entered(request.param) as room:
         yield room

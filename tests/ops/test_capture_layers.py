@@ -12,12 +12,12 @@ from carve_kernels.backends import cpu
 from carve_kernels.types import Capture
 from tests.backends.test_schemas import capture_cpu, operator
 from tests.support.attention import Case, planted
-from tests.support.capture_backends import ROOMS, entered
+from tests.support.capture_backends import BACKENDS, entered
 
 CASE = Case(sink=True, softcap=4.0, view="positions", window=31, rows=2)
 
 
-@pytest.fixture(params=ROOMS)
+@pytest.fixture(params=BACKENDS)
 def room(request: pytest.FixtureRequest) -> Iterator[str]:
     with entered(request.param) as room:
         yield room

@@ -10,7 +10,7 @@ import torch
 
 import carve_kernels
 from carve_kernels import selfcheck
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.selfcheck.trials import trials
 from tests.support.mps import NO_FLOAT64, mps
 from tests.support.tiny_models import picture
@@ -98,7 +98,7 @@ def test_carve(device: torch.device, scale: float) -> None:
 
 
 def test_other_rooms_say_that_they_are_elsewhere(device: torch.device) -> None:
-    for room in ROOMS[1:]:
+    for room in BACKENDS[1:]:
         with pytest.raises(carve_kernels.BackendUnavailable, match=room):
             carve_kernels.regions(torch.rand(4, 4, device=device), keep=0.4, top=1, backend=room)
 

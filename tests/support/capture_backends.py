@@ -12,13 +12,13 @@ from tests.support.attention import Case, planted
 from tests.support.planted_maps import on_gpu, rooms, serving
 
 # The compiled room once for each set of instructions: "cpu avx2".
-ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
-ROOMS += on_gpu("capture")
+BACKENDS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
+BACKENDS += on_gpu("capture")
 
 
 @contextmanager
 def entered(name: str) -> Iterator[str]:
-    """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
+    """The room of a name in BACKENDS, with its instructions forced; a skipped test where it cannot serve."""
     room, *isa = [name] if name.endswith(" on gpu") else name.split()
     arguments, options = planted(Case())
     room = serving("capture", room, *arguments, **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from carve_kernels import BackendUnavailable
-from carve_kernels.backends import PREFERRED, ROOMS, SUPPORT, resolve
+from carve_kernels.backends import BACKENDS, PREFERRED, SUPPORT, resolve
 from carve_kernels.selfcheck.planted import maps as maps
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def rooms(stage: str) -> list[str]:
     """The rooms that claim a stage and serve tensors on a CPU: Triton's by its interpreter, CUDA's in an emulator."""
-    return [room for room in ROOMS if SUPPORT[stage][room] is None and _serves_the_cpu(room)]
+    return [room for room in BACKENDS if SUPPORT[stage][room] is None and _serves_the_cpu(room)]
 
 
 def _serves_the_cpu(room: str) -> bool:

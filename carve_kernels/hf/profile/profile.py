@@ -14,7 +14,7 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.atomic_write import refuse_foreign, write_whole
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.layouts import check_processor
 from carve_kernels.hf.layouts.letterbox import Letterbox
@@ -164,7 +164,7 @@ def profile(
     wanted = [checks.choice(f"steps[{place}]", step, STEPS) for place, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
     pictures = _pictures(probes)
-    checks.choice("backend", backend, ("auto", *ROOMS))
+    checks.choice("backend", backend, ("auto", *BACKENDS))
     letterbox = Letterbox.of(fit, model, processor, limit)
     _check(probes, processor, base, limit, letterbox)
     reader = RowReader(model, processor, base, rows, wanted, backend, letterbox)
