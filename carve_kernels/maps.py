@@ -1,4 +1,4 @@
-"""AttentionMaps: what a session has captured, kept, saved and shown."""
+"""AttentionMaps: the captured maps of a session, with their file format."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from carve_kernels.atomic_write import refuse_foreign, write_whole
 from carve_kernels.types import View, VisualLayout
 
 _FORMAT = "carve_kernels.AttentionMaps/1"
-# As safetensors has it.
+# The limit of safetensors.
 _LONGEST_HEADER = 100_000_000
 _TENSORS = ("values", "mass", "entropy", "valid", "tokens")
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
-    """Head-averaged attention of the captured rows to the visual tokens, step by step.
+    """Head-averaged attention of the captured rows to the visual tokens, at each step.
 
     =======  ==================  ===============  ================================================================
     name     dtype               shape            meaning
@@ -33,9 +33,9 @@ class AttentionMaps:
     values   float32             [B, L, T, R, N]  probabilities; zero where there is no token and where not valid
     mass     float32             [B, L, T, R]     sum of the values over the tokens
     entropy  float32             [B, L, T, R]     H / ln N of the values renormalised over the tokens, 0 to 1
-    valid    bool                [B, L, T, R]     False: no such map (row finished, rows of step 0 only, keys gone)
+    valid    bool                [B, L, T, R]     False: no map (row finished, a row of step 0 only, keys evicted)
     layers   int                 L                numbers of the captured layers
-    steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as row
+    steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as its row
     tokens   int32               [B, N]           columns of the visual tokens in the sequence, -1 is padding
     dtype    str                                  dtype that the model's attention ran in
     layout   VisualLayout, None                   grids and boxes of the tokens, where known
@@ -73,8 +73,8 @@ class AttentionMaps:
         steps = self.valid[b].any(-1).all(0).nonzero()
         if not len(steps):
             raise ValueError(
-                f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (do they "
-                "stand before the image, or beyond a sliding window?)"
+                f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (are they "
+                "before the image, or beyond a sliding window?)"
             )
         return int(steps[-1])
 
@@ -90,7 +90,7 @@ class AttentionMaps:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all, in place of maps that were saved there before.
 
-        Raises ValueError if any other file stands there.
+        Raises ValueError if the path is any other file.
         """
         target = checks.path("path", path)
         refuse_foreign("path", target, is_saved)
@@ -99,8 +99,8 @@ class AttentionMaps:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> AttentionMaps:
         """Read what `save` wrote."""
-        found = checks.path("path", path)
-        return decode(found.read_bytes(), os.fspath(found))[0]
+        source = checks.path("path", path)
+        return decode(source.read_bytes(), os.fspath(source))[0]
 
     def _repr_png_(self) -> bytes | None:
         if self.layout is None or not self.layout.views[0]:
@@ -109,7 +109,7 @@ class AttentionMaps:
         rows = self.valid[0, :, self.last_step(0)].all(0)
         grid = last[:, rows].mean((0, 1))
         factor = max(1, 448 // max(grid.shape))
-        # Pictures need Pillow, which maps do not.
+        # An image needs Pillow, which maps do not.
         from carve_kernels.visualize import saliency_image
 
         image = saliency_image(grid)
@@ -119,7 +119,7 @@ class AttentionMaps:
 
 
 def encode(maps: AttentionMaps, **facts: str) -> bytes:
-    """Maps as a safetensors file with a checksum, and with more facts in its metadata."""
+    """Maps as the bytes of a safetensors file with a checksum and more `facts` in its metadata."""
     with extras.needed_by("AttentionMaps.save"):
         from safetensors.torch import save
 
@@ -136,9 +136,9 @@ def encode(maps: AttentionMaps, **facts: str) -> bytes:
 
 
 def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
-    """The maps that `encode` made a file of, in memory of their own, and all of its metadata; `name` is for errors.
+    """The maps and all metadata of a file from `encode`, in new memory; `name` is for errors.
 
-    Raises ValueError if it is another file or a damaged one.
+    Raises ValueError for another file or a damaged one.
     """
     with extras.needed_by("AttentionMaps.load"):
         from safetensors import SafetensorError
@@ -154,7 +154,9 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
     if not isinstance(header, dict) or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
         raise ValueError(f"path: expected maps written by AttentionMaps.save, got {name!r}")
     if facts.get("checksum") != _checksum(text, tensors):
-        raise ValueError(f"path: {name!r} is damaged: its numbers do not have the checksum that was written with them")
+        raise ValueError(
+            f"path: {name!r} is damaged: the checksum of its numbers is not the one that was written with them"
+        )
     layout = None if header["layout"] is None else _layout_from_json(header["layout"], tensors["tokens"])
     maps = AttentionMaps(
         **tensors,
@@ -167,7 +169,7 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a file begins as one that `AttentionMaps.save` wrote; its numbers may be damaged."""
+    """Whether a file begins like one from `AttentionMaps.save`; its numbers may be damaged."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -178,11 +180,11 @@ def is_saved(path: Path) -> bool:
 
 
 def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256(header.encode())
+    digest = hashlib.sha256(header.encode())
     for name in _TENSORS:
-        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _counts(tokens: torch.Tensor) -> list[int]:

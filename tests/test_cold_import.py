@@ -59,7 +59,7 @@ def test_import_brings_in_no_optional_package() -> None:
     assert loaded.split() == ["carve_kernels"]
 
 
-def test_the_tensor_stages_run_on_the_reference_and_a_missing_room_says_why() -> None:
+def test_the_tensor_stages_run_on_the_reference_and_a_missing_backend_says_why() -> None:
     run(
         """
         import carve_kernels

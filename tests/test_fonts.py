@@ -116,7 +116,7 @@ def test_arabic_joins_and_runs_from_right_to_left(monkeypatch: pytest.MonkeyPatc
     if features.check("raqm"):
         word = "\u0642\u0637\u0629"
         assert fonts.legible(word) == word
-        # Joined, the letters take less room than alone.
+        # Joined, the letters take less backend than alone.
         assert fonts.length(word, 40) < sum(fonts.length(letter, 40) for letter in word)
     fonts._path_of.cache_clear()
     monkeypatch.setattr(fonts.features, "check", lambda name: False)

@@ -18,6 +18,7 @@ FLOORS = {
     0: (
         "types",
         "checks",
+        "numerics",
         "devices",
         "atomic_write",
         "deprecation",
@@ -56,9 +57,9 @@ def floor_of(module: str) -> int:
 def room_of(module: str) -> str | None:
     """The room of a module; "" for the corridor `backends` itself, None outside of it."""
     parts = module.split(".")
-    if parts[1:2] != ["backends"]:
+    if parts[1:2] != ["backends"] or parts[2:3] == ["native"]:
         return None
-    return parts[2] if len(parts) > 2 and parts[2] != "native" else ""
+    return parts[2] if len(parts) > 2 else ""
 
 
 def is_within(module: str, homes: tuple[int | str, ...]) -> bool:

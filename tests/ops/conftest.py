@@ -1,6 +1,6 @@
-"""The same test bodies for rooms that have no GPU here, and for a GPU.
+"""The same test bodies for backends that have no GPU here, and for a GPU.
 
-Where a test's room is "cuda", its kernels run on the CPU, in an emulator. Marked for a GPU, tensors are planted on the
+Where a test's backend is "cuda", its kernels run on the CPU, in an emulator. Marked for a GPU, tensors are planted on the
 CPU, moved for the call, and compared on the CPU.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.selfcheck.moving import moved
+from carve_kernels.selfcheck.moving import move
 from tests.emulator import emulator
 
 _PUBLIC = ("capture", "capture_layers", "contrast", "regions")
@@ -22,7 +22,7 @@ _PUBLIC = ("capture", "capture_layers", "contrast", "regions")
 @pytest.fixture(autouse=True)
 def _cuda_on_a_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-    if "cuda" not in (parameters.get("room"), parameters.get("name")):
+    if "cuda" not in (parameters.get("backend"), parameters.get("name")):
         yield
         return
     with emulator.serving(request.node.module.__name__.rpartition(".")[2].split("_")[1]):
@@ -44,13 +44,13 @@ def running_on(device: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(call)
     def run(*arguments: Any, **options: Any) -> Any:
-        there = moved(options, device)
+        there = move(options, device)
         if looks and there.get("check") is None:
             there["check"] = True
-        result = call(*moved(arguments, device), **there)
+        result = call(*move(arguments, device), **there)
         out = options.get("out")
         if out is None:
-            return moved(result, "cpu")
+            return move(result, "cpu")
         for target, part in zip(out, there["out"], strict=True):
             target.copy_(part)
         return None if result is None else out

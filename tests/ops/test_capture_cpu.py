@@ -1,4 +1,4 @@
-"""The compiled room of capture by itself: threads, instructions, what it refuses, what a call costs and keeps."""
+"""The compiled backend of capture by itself: threads, instructions, what it refuses, what a call costs and keeps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
-from carve_kernels.backends.cpu import capture as room
-from carve_kernels.types import Capture
+from carve_kernels.backends.cpu import capture as cpu_capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.support.attention import Case, planted, poisoned
 from tests.support.planted_maps import serving
 
@@ -23,7 +23,7 @@ from tests.support.planted_maps import serving
 @pytest.fixture(autouse=True)
 def _served() -> None:
     arguments, options = planted(Case())
-    serving("capture", "cpu", *arguments, **options)
+    serving("capture", "cpu", *arguments, CaptureOptions(**options))
 
 
 @pytest.fixture
@@ -115,12 +115,12 @@ def test_exponentials_are_right_to_the_last_units(isa: str) -> None:
     assert error[logits > -1].max() < 3
 
 
-def test_what_the_room_refuses_says_why() -> None:
+def test_what_the_backend_refuses_says_why() -> None:
     (query, key, tokens), options = planted(Case())
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
         ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
-        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "side by side"),
+        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "key has stride 77"),
         ((query.clone().requires_grad_(), key, tokens), "gradient"),
     ):
         with pytest.raises(BackendUnavailable, match=reason):
@@ -184,10 +184,8 @@ def test_a_decode_loop_allocates_nothing() -> None:
     step = torch.zeros((), dtype=torch.int64)
 
     def run() -> None:
-        room.forward_layers(
-            [query] * 2, [key] * 2, tokens, sink=[], step=step, first=0, out=out, scale=options["scale"], mask=None,
-            positions=None, softcap=None, window=None,
-        )  # fmt: skip
+        shared = CaptureOptions(**options)
+        cpu_capture.forward_layers([query] * 2, [key] * 2, tokens, shared, sink=[], step=step, first=0, out=out)
 
     run()
     with torch.profiler.profile(profile_memory=True) as profile:

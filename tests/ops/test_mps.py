@@ -97,10 +97,10 @@ def test_carve(device: torch.device, scale: float) -> None:
     assert torch.equal(found.regions.scores, expected.regions.scores)
 
 
-def test_other_rooms_say_that_they_are_elsewhere(device: torch.device) -> None:
-    for room in BACKENDS[1:]:
-        with pytest.raises(carve_kernels.BackendUnavailable, match=room):
-            carve_kernels.regions(torch.rand(4, 4, device=device), keep=0.4, top=1, backend=room)
+def test_other_backends_say_that_they_are_elsewhere(device: torch.device) -> None:
+    for backend in BACKENDS[1:]:
+        with pytest.raises(carve_kernels.BackendUnavailable, match=backend):
+            carve_kernels.regions(torch.rand(4, 4, device=device), keep=0.4, top=1, backend=backend)
 
 
 def test_check_leaves_out_what_needs_float64() -> None:

@@ -24,9 +24,9 @@ GPU = Gpu("one", bandwidth=1e12, matrix=1e14, vector=1e13)
 CASE = Case("smolvlm", 96, 3, "bf16")
 
 
-def counts_its_work(stage: str, room: str) -> bool:
+def counts_its_work(stage: str, backend: str) -> bool:
     try:
-        return hasattr(importlib.import_module(f"carve_kernels.backends.{room}.work"), f"{stage}_work")
+        return hasattr(importlib.import_module(f"carve_kernels.selfcheck.{backend}_work"), f"{stage}_work")
     except ModuleNotFoundError:
         return False
 
@@ -75,12 +75,14 @@ def test_an_unknown_gpu_has_no_bound_on_its_arithmetic_or_no_prediction() -> Non
     assert found == ("GPU of tomorrow", 1e12, float("inf"), float("inf"))
     assert predict(Work(10**9, 0, 10**18, 1), found).bound == "memory"
     # JSON has no infinity.
-    assert selfcheck.known(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
+    assert selfcheck.gpu_rates(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
 
 
-@pytest.mark.parametrize(("stage", "room"), [("capture", "reference"), ("capture", "nowhere"), ("regions", "triton")])
-def test_a_room_that_does_not_count_has_no_work(stage: str, room: str) -> None:
-    assert work_of(stage, room, height=3, width=4) is None
+@pytest.mark.parametrize(
+    ("stage", "backend"), [("capture", "reference"), ("capture", "nowhere"), ("regions", "triton")]
+)
+def test_a_backend_that_does_not_count_has_no_work(stage: str, backend: str) -> None:
+    assert work_of(stage, backend, height=3, width=4) is None
 
 
 def test_plain_torch_is_counted_operator_by_operator() -> None:
@@ -160,13 +162,13 @@ def test_the_decode_step_is_that_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("room", ["cuda", "triton"])
-def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(room: str, gpu: str) -> None:
-    if not counts_its_work("capture", room):
-        pytest.skip(f"{room} does not count its work")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(backend: str, gpu: str) -> None:
+    if not counts_its_work("capture", backend):
+        pytest.skip(f"{backend} does not count its work")
     case = Case(roofline.HEADLINE, roofline.HEADLINE_LENGTH, 1, "bf16")
     step = predict(roofline.decode_step(case.length), GPUS[gpu]).seconds
-    (way,) = (way for way in roofline.captures(case) if room in way.name)
+    (way,) = (way for way in roofline.captures(case) if backend in way.name)
     assert way.work.launches == 2
     launched, graph = (predict(way.work, GPUS[gpu], unit=way.unit, graphs=graphs) for graphs in (False, True))
     assert 1e-4 * step < graph.seconds <= launched.seconds < 1e-2 * step
@@ -174,12 +176,12 @@ def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(room: str, gpu: 
     assert graph.memory + graph.arithmetic + graph.launch < 1e-2 * step
 
 
-@pytest.mark.parametrize(("stage", "room"), UNITS)
-def test_every_kernel_that_counts_has_a_line(stage: str, room: str) -> None:
-    if not counts_its_work(stage, room):
-        pytest.skip(f"{room} does not count the work of {stage}")
+@pytest.mark.parametrize(("stage", "backend"), UNITS)
+def test_every_kernel_that_counts_has_a_line(stage: str, backend: str) -> None:
+    if not counts_its_work(stage, backend):
+        pytest.skip(f"{backend} does not count the work of {stage}")
     found = roofline.measure(["smolvlm"], [512], lambda _done: None)
-    lines = [entry for entry in found if entry["way"].startswith(f"{stage}, {room}")]
+    lines = [entry for entry in found if entry["way"].startswith(f"{stage}, {backend}")]
     assert lines
     for entry in lines:
         assert min(entry["work"].values()) >= 0 and entry["work"]["read_bytes"] and entry["work"]["launches"]
@@ -194,7 +196,7 @@ def test_the_command_writes_what_it_predicts(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.output
     report = json.loads(files[0].read_text())
     assert {entry["table"] for entry in report["results"]} == {"decode", "capture", "pixels"}
-    # Two rooms for few rows and one for many, and three opponents of each.
+    # Two backends for few rows and one for many, and three opponents of each.
     assert len([entry for entry in report["results"] if entry["table"] == "capture"]) == 2 + 2 + 1 + 3 * 3
     assert report["gpus"]["H100"]["bandwidth"] == 3.35e12
     page = files[1].read_text()
@@ -219,9 +221,9 @@ def predicted() -> str:
 
 def test_the_docs_show_what_the_kernels_count() -> None:
     """After a change on purpose: `python -m tests.selfcheck.test_roofline` writes the tables anew, and the prose wants a look."""
-    for stage, room in UNITS:
-        if not counts_its_work(stage, room):
-            pytest.skip(f"{room} does not count the work of {stage}")
+    for stage, backend in UNITS:
+        if not counts_its_work(stage, backend):
+            pytest.skip(f"{backend} does not count the work of {stage}")
     assert page()[1].rstrip() == predicted().rstrip()
 
 

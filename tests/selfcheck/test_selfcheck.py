@@ -14,7 +14,7 @@ from carve_kernels import backends, selfcheck
 from carve_kernels.backends import SUPPORT
 from carve_kernels.selfcheck import timing
 from carve_kernels.selfcheck.judging import captures, close, identical
-from carve_kernels.selfcheck.moving import moved, same_bits, tensors
+from carve_kernels.selfcheck.moving import move, same_bits, tensors
 from carve_kernels.selfcheck.trials import Trial, trials
 from carve_kernels.types import Capture, Regions
 
@@ -25,12 +25,12 @@ def test_a_moved_tensor_keeps_its_strides_and_what_lies_behind_it() -> None:
     cache = torch.full((2, 3, 9, 8), float("nan"))
     cache[:, :, :7, :6] = torch.randn(2, 3, 7, 6)
     key = cache[:, :, :7, :6].transpose(1, 2)
-    found = moved(key, "cpu")
+    found = move(key, "cpu")
     assert torch.equal(found, key) and found.data_ptr() != key.data_ptr()
     assert found.stride() == key.stride() and found.storage_offset() == key.storage_offset()
     assert same_bits(found.as_strided(cache.shape, cache.stride(), 0), cache)
-    assert moved(key.detach().requires_grad_(), "cpu").requires_grad
-    assert moved(torch.zeros(1).expand(4, 5), "cpu").stride() == (0, 0)
+    assert move(key.detach().requires_grad_(), "cpu").requires_grad
+    assert move(torch.zeros(1).expand(4, 5), "cpu").stride() == (0, 0)
 
 
 def test_structures_are_moved_whole() -> None:
@@ -40,7 +40,7 @@ def test_structures_are_moved_whole() -> None:
         "lists": [torch.ones(1), (2, "a")],
         "regions": regions,
     }
-    found = moved(given, "cpu")
+    found = move(given, "cpu")
     assert isinstance(found["out"], Capture) and found["lists"][1] == (2, "a") and found["regions"].box == regions.box
     assert same_bits([*given.values()], [*found.values()])
     assert len(list(tensors(list(found.values())))) == 3 + 1 + 3
@@ -57,7 +57,7 @@ def first(stage: str, part: str = "") -> Trial:
 
 
 def answer(trial: Trial) -> Any:
-    return moved(trial.call(*trial.arguments, **trial.options, backend="reference"), "cpu")
+    return move(trial.call(*trial.arguments, **trial.options, backend="reference"), "cpu")
 
 
 LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -127,7 +127,7 @@ def test_shapes_and_zeros_are_judged() -> None:
     padding = close("x", torch.tensor([1e-9, 1.0, 2.0]), truth, truth, 1e-6)
     assert padding.problem is not None and "1 elements beyond" in padding.problem
     assert "expected shape [3], got [2]" in str(close("x", truth[:2], truth, truth, 1e-6).problem)
-    # Half a rounding of the reference in bfloat16 is allowed to a room in bfloat16.
+    # Half a rounding of the reference in bfloat16 is allowed to a backend in bfloat16.
     own = truth.bfloat16() * 1.01
     assert close("x", truth * 1.005, own, truth, 1e-6).problem is None
     assert captures(*[Capture(truth[1:], truth[1:], truth[1:])] * 3, 1e-6).problem is None  # type: ignore[arg-type]
@@ -160,28 +160,28 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
 
 
 @contextlib.contextmanager
-def serving_a_cpu(room: str, stage: str) -> Iterator[None]:
-    """A GPU room whose kernels run on the CPU: Triton's in its interpreter, CUDA's in the emulator."""
-    if room == "cuda":
+def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
+    """A GPU backend whose kernels run on the CPU: Triton's in its interpreter, CUDA's in the emulator."""
+    if backend == "cuda":
         emulator = pytest.importorskip("tests.emulator.emulator")
         with emulator.serving(stage):
             yield
-    elif reason := backends.why_not(stage, room, CPU):
+    elif reason := backends.why_not(stage, backend, CPU):
         pytest.skip(reason)
     else:
         yield
 
 
 @pytest.mark.parametrize(
-    ("room", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
+    ("backend", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
 )
-def test_the_kernels_for_a_gpu_pass_the_small_cases(room: str, stage: str) -> None:
-    if SUPPORT[stage][room] is not None:
-        pytest.skip(SUPPORT[stage][room])
-    with serving_a_cpu(room, stage):
+def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) -> None:
+    if SUPPORT[stage][backend] is not None:
+        pytest.skip(SUPPORT[stage][backend])
+    with serving_a_cpu(backend, stage):
         small = [trial for build in trials(quick=True) if (trial := build()).stage == stage and trial.sizes is None]
-        found = [selfcheck._check(trial, room, CPU) for trial in small]
+        found = [selfcheck._check(trial, backend, CPU) for trial in small]
     assert [entry for entry in found if entry["right"] is False] == []
-    # The CUDA room leaves more than eight rows to Triton.
-    assert sum(entry["right"] is None for entry in found) == (2 if (room, stage) == ("cuda", "capture") else 0)
+    # The CUDA backend leaves more than eight rows to Triton.
+    assert sum(entry["right"] is None for entry in found) == (2 if (backend, stage) == ("cuda", "capture") else 0)
     assert len(found) > 5

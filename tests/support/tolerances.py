@@ -19,3 +19,12 @@ def correlation(found: torch.Tensor, truth: torch.Tensor) -> float:
 def roundings(count: int, dtype: torch.dtype = torch.float32) -> float:
     """What `count` roundings of a dtype may add up to, relative."""
     return count * torch.finfo(dtype).eps
+
+
+def close(found: torch.Tensor, own: torch.Tensor, truth: torch.Tensor, slack: float) -> None:
+    """Relative, element by element: no farther from the truth than the reference in this dtype, plus roundings."""
+    assert found.shape == truth.shape and bool(found.isfinite().all())
+    tiny = torch.finfo(torch.float32).tiny
+    normal = truth.abs() > tiny
+    allowed = ((own.double() - truth).abs() / truth.abs())[normal].amax() if bool(normal.any()) else 0.0
+    assert bool(((found.double() - truth).abs() <= (allowed + slack) * truth.abs() + tiny).all())

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
-from carve_kernels.backends.reference.capture import entropy
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import check_mask, refuse_packed, steering, visible
 from carve_kernels.hf.caches import Reach
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.maps import AttentionMaps
+from carve_kernels.numerics import entropy
 from carve_kernels.types import Capture, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")

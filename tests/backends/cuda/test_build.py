@@ -62,7 +62,7 @@ def asked() -> Iterator[pytest.MonkeyPatch]:
     """A room that has not been asked yet, and forgets what it is told here."""
     if reason := extension.unavailable():
         pytest.skip(reason)
-    caches = (cuda.unavailable, cuda.foreign, backends._shut)
+    caches = (cuda.unavailable, cuda.foreign, backends._why_missing)
     for cache in caches:
         cache.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

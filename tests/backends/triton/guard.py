@@ -52,7 +52,7 @@ def _poison(dtype: torch.dtype, written: bool) -> Any:
 
 
 def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
-    """Give guarded memory to `Tensor.new_empty` and to the scratch of the room's modules."""
+    """Give guarded memory to `Tensor.new_empty` and to the scratch of the backend's modules."""
     from carve_kernels.backends.triton import workspace
 
     shipped = torch.Tensor.new_empty

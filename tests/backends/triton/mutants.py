@@ -18,7 +18,7 @@ from tests.backends.triton import offline
 from tests.backends.triton.limits import faults
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOM = "carve_kernels/backends/triton"
+PACKAGE = "carve_kernels/backends/triton"
 
 
 class Mutant(NamedTuple):
@@ -56,7 +56,7 @@ def interpreted(module: str, choice: str) -> Callable[[Path], str]:
 
 CAPTURE = compiled("90", "bfloat16 head size 128 rows 1")
 CONTRAST = compiled("90", "lam mean normalize none views 1")
-CONTRAST_ROOM = "tests/backends/triton/test_contrast_room.py"
+CONTRAST_TESTS = "tests/backends/triton/test_contrast_backend.py"
 CAPTURE_BODY = "tests/ops/test_capture.py"
 
 MUTANTS = [
@@ -66,9 +66,9 @@ MUTANTS = [
     Mutant(
         "pixels beyond the edge",
         "contrast_kernels.py",
-        "mask=(own_y < height)[:, None] & (own_x < width)[None, :])",
-        "mask=(own_y < height)[:, None] & (own_x <= width)[None, :])",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        "mask=(pixel_y < height)[:, None] & (pixel_x < width)[None, :])",
+        "mask=(pixel_y < height)[:, None] & (pixel_x <= width)[None, :])",
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "if ticket == chunks - 1:",
         "if ticket == 0:",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -100,7 +100,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "mask=other < tokens, other=0.0)",
         "mask=other < tokens + 1, other=0.0)",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -108,7 +108,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "tl.abs((2 * token + 1) * pixels - (2 * pixel + 1) * tokens)",
         "tl.abs((2 * token + 1) * pixels - 2 * pixel * tokens)",
-        interpreted(CONTRAST_ROOM, "antialias"),
+        interpreted(CONTRAST_TESTS, "antialias"),
         "1 failed",
     ),
     Mutant(
@@ -116,14 +116,14 @@ MUTANTS = [
         "contrast_kernels.py",
         "stride_task_l: tl.int64",
         "stride_task_l: tl.int32",
-        interpreted(CONTRAST_ROOM, "beyond_two_thousand_million"),
+        interpreted(CONTRAST_TESTS, "beyond_two_thousand_million"),
         "overflow",
     ),
     Mutant(
         "a mask that hides nothing",
         "capture_parts.py",
-        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
-        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
         interpreted(CAPTURE_BODY, "triton and reference"),
         "1 failed",
     ),
@@ -139,7 +139,7 @@ def is_caught(mutant: Mutant) -> bool:
             unneeded = shutil.ignore_patterns("__pycache__", "models", "small")
             shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        path = folder / ROOM / mutant.file
+        path = folder / PACKAGE / mutant.file
         source = path.read_text()
         if source.count(mutant.line) != 1:
             raise ValueError(f"{mutant.name}: {mutant.file} has the line {source.count(mutant.line)} times")

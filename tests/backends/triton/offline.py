@@ -1,4 +1,4 @@
-"""Compile the room's kernels for GPUs that are not there, and say what came out of the compiler.
+"""Compile the backend's kernels for GPUs that are not there, and say what came out of the compiler.
 
     python -m tests.backends.triton.offline            the cases whose registers are counted, held against limits and table
     python -m tests.backends.triton.offline --all      every head size, option and target as well
@@ -6,7 +6,7 @@
     python -m tests.backends.triton.offline --json "90 bfloat16 head size 128 rows 1"    one target and case or several, as JSON
 
 Another Triton is put first on the path: PYTHONPATH=FOLDER, after `pip install --no-deps --target FOLDER triton==3.6.0`.
-Kernels are launched through the room's own `forward`, with a stub in the place of the driver, so that tiles, hints and
+Kernels are launched through the backend's own `forward`, with a stub in the place of the driver, so that tiles, hints and
 specialisation are those of a real call. Never under TRITON_INTERPRET: kernels would be interpreted.
 """
 
@@ -30,7 +30,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel
 
 from carve_kernels.backends.triton import capture, contrast
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
@@ -54,24 +54,23 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
         heads, key_heads, keys, tokens, layers = 28, 4, 4096, 1024, 6
         query = [torch.empty(1, rows, heads, size, dtype=dtype).transpose(1, 2) for _ in range(layers)]
         key = [torch.empty(1, key_heads, keys, size, dtype=dtype) for _ in range(layers)]
-        common: dict[str, Any] = {"scale": size**-0.5, "mask": None, "positions": None, "softcap": None, "window": None}
+        options = CaptureOptions(size**-0.5)
         if option == "mask":
-            common["mask"] = torch.empty(1, 1, rows, keys, dtype=torch.bool)
+            options = options._replace(mask=torch.empty(1, 1, rows, keys, dtype=torch.bool))
         if option == "window":
-            positions = torch.empty(1, rows, dtype=torch.int64)
-            common |= {"positions": positions, "softcap": 50.0, "window": 512}
+            options = options._replace(positions=torch.empty(1, rows, dtype=torch.int64), softcap=50.0, window=512)
         where = torch.empty(1, tokens, dtype=torch.int32)
         if option in ("lse", "each"):
-            lse = torch.empty(1, heads, rows) if option == "lse" else None
-            capture.forward(query[0], key[0], where, lse=lse, heads="each" if option == "each" else "mean", **common)
+            changes: Any = {"lse": torch.empty(1, heads, rows)} if option == "lse" else {"heads": "each"}
+            capture.forward(query[0], key[0], where, options._replace(**changes))
             return
         out = Capture(
             torch.empty(2, layers, 1, rows, tokens), torch.empty(2, layers, 1, rows), torch.empty(2, layers, 1, rows)
         )
         sink = [torch.empty(heads) for _ in range(layers)] if option == "sink" else []
         step = torch.zeros(1, dtype=torch.int64)
-        if not capture.forward_layers(query, key, where, sink=sink, step=step, first=0, out=out, **common):
-            raise RuntimeError("the room refused to take the layers together")
+        if not capture.forward_layers(query, key, where, options, sink=sink, step=step, first=0, out=out):
+            raise RuntimeError("the backend refused to take the layers together")
 
     name = f"{str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
     return Case(f"{name} {option}".strip(), launch)

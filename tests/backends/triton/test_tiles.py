@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 
 import triton
 
-from carve_kernels.backends import triton as room
+from carve_kernels.backends import triton as triton_backend
 from carve_kernels.backends.triton import device, tiles, tune
-from carve_kernels.backends.triton.tiles import Tile, Tiles
+from carve_kernels.backends.triton.tiles import TileConfig, Tiles
 from tests.backends.triton.limits import SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,7 +46,7 @@ def test_a_file_replaces_its_rows_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({KEY: ROW}))
     found = tiles.row_of("sm_90", 2, 16, 128, str(path))
-    assert found == Tiles(Tile(32, 4, 2), Tile(16, 8, 1)) != tiles.row_of("sm_90", 2, 16, 128)
+    assert found == Tiles(TileConfig(32, 4, 2), TileConfig(16, 8, 1)) != tiles.row_of("sm_90", 2, 16, 128)
     assert tiles.row_of("sm_90", 2, 16, 64, str(path)) == tiles.row_of("sm_90", 2, 16, 64)
 
 
@@ -109,17 +109,19 @@ def test_an_old_gpu_is_told_so(capability: tuple[int, int], served: bool, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    room.too_old.cache_clear()
+    triton_backend.too_old.cache_clear()
     try:
-        for reason in (room.too_old(0), room._no_gpu()):
-            assert reason is None if served else "compute capability 7.5, this room needs 8.0; use backend=" in reason
+        for reason in (triton_backend.too_old(0), triton_backend._no_gpu()):
+            assert (
+                reason is None if served else "compute capability 7.5, this backend needs 8.0; use backend=" in reason
+            )
     finally:
-        room.too_old.cache_clear()
+        triton_backend.too_old.cache_clear()
 
 
-def test_without_a_gpu_the_room_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_backend_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no GPU; install its driver" in room._no_gpu()
+    assert "sees no GPU; install its driver" in triton_backend._no_gpu()
 
 
 @pytest.mark.parametrize(
@@ -133,23 +135,23 @@ def test_without_a_gpu_the_room_is_shut(monkeypatch: pytest.MonkeyPatch) -> None
         ("3.9.0", False, None, "finds none; install gcc, or name a compiler in CC"),
     ],
 )
-def test_why_the_room_is_shut(
+def test_why_the_backend_is_shut(
     version: str, interpreted: bool, compiler: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-    monkeypatch.setattr(room, "_no_gpu", lambda: None)
-    found = room.unavailable.__wrapped__()
+    monkeypatch.setattr(triton_backend, "_no_gpu", lambda: None)
+    found = triton_backend.unavailable.__wrapped__()
     assert found is None if reason is None else reason in found
-    assert room.devices() == (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu"))
+    assert triton_backend.devices() == (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu"))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # A module that is None in sys.modules cannot be imported.
     monkeypatch.setitem(sys.modules, "triton", None)
-    found = room.unavailable.__wrapped__()
+    found = triton_backend.unavailable.__wrapped__()
     assert "the package triton is missing; pip install 'triton>=3.6'" in found
 
 
@@ -169,7 +171,7 @@ def test_the_tuner_takes_the_fastest_tiles_that_run() -> None:
 
     found = tune.best(KEY, start, call, measure)
     # Ties stay with the first that was tried.
-    assert found == Tiles(Tile(start.statistics.block // 2, 4, 2), Tile(32, 4, 2))
+    assert found == Tiles(TileConfig(start.statistics.block // 2, 4, 2), TileConfig(32, 4, 2))
     assert tried[0] == start and len(tried) > 30
     assert tiles.ENVIRONMENT not in tune.os.environ
 

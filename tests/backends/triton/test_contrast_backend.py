@@ -1,4 +1,4 @@
-"""Contrast in the Triton room: memory it may touch, order of its programs, launches, and what they move."""
+"""Contrast in the Triton backend: memory it may touch, order of its programs, launches, and what they move."""
 
 from __future__ import annotations
 
@@ -164,12 +164,12 @@ def test_weights_are_copied_to_the_device_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"task": torch.ones(1, 1, 6, dtype=torch.float64)}, "float64, this room serves torch.float32"),
+        ({"task": torch.ones(1, 1, 6, dtype=torch.float64)}, "float64, this backend serves torch.float32"),
         ({"general": torch.ones(1, 1, 6, requires_grad=True)}, "general requires a gradient"),
         ({"size": (2**27, 4)}, r"pass 2\^28 on an axis"),
     ],
 )
-def test_what_the_room_does_not_serve_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+def test_what_the_backend_does_not_serve_has_a_reason(changes: dict[str, Any], reason: str) -> None:
     arguments = {"task": torch.ones(1, 1, 6), "general": torch.ones(1, 1, 6), "grid": (2, 3), "size": (4, 4), **changes}
     if "task" in changes:
         arguments["general"] = arguments["general"].double()
