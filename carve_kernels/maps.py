@@ -132,7 +132,7 @@ def encode(maps: AttentionMaps, **facts: str) -> bytes:
     }
     tensors = {name: getattr(maps, name).detach().cpu().contiguous() for name in _TENSORS}
     text = json.dumps(header)
-    return save(tensors, metadata={**facts, "carve": text, "checksum": _checksum(text, tensors)})
+    return save(tensors, metadata={**facts, "carve": text, "checksum": _sha256(text, tensors)})
 
 
 def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
@@ -153,7 +153,7 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
     header = json.loads(text)
     if not isinstance(header, dict) or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
         raise ValueError(f"path: expected maps written by AttentionMaps.save, got {name!r}")
-    if facts.get("checksum") != _checksum(text, tensors):
+    if facts.get("checksum") != _sha256(text, tensors):
         raise ValueError(
             f"path: {name!r} is damaged: the checksum of its numbers is not the one that was written with them"
         )
@@ -179,7 +179,7 @@ def is_saved(path: Path) -> bool:
         return False
 
 
-def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _sha256(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name in _TENSORS:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())

@@ -95,7 +95,7 @@ def carve(
     task      float32 or float64  [L, T1, N]  attention on each token, by layer and step of the answer
     general   as task             [L, T2, N]  the same for the general instruction
     grid      int                 (GH, GW)    rows and columns of tokens; or a list of grids, N = all of them
-    preset    str, Preset, dict               "paper", "release", or your own
+    preset    str, Preset, dict               "paper", "release", or other values
     box       float               4           x0 y0 x1 y1 of the image that the grid covers, pixels (rounded);
                                               None = the whole image; a list for a list of grids
     (result)  CarveOutcome                    saliency, regions, refined image, reason
@@ -185,7 +185,7 @@ def _finish(
     """The regions of the covered part, in pixels of the whole image, and the refined image."""
     left, top, right, bottom = covered
     start = time.perf_counter()
-    found = regions(
+    selected = regions(
         saliency[top:bottom, left:right],
         keep=preset.keep,
         top=preset.top,
@@ -195,13 +195,13 @@ def _finish(
         backend=backend,
     )
     seconds["regions"] = time.perf_counter() - start
-    if found.reason is not None:
-        return _unchanged(image, saliency, found.reason, seconds)
+    if selected.reason is not None:
+        return _unchanged(image, saliency, selected.reason, seconds)
     mask = torch.zeros_like(saliency, dtype=torch.bool)
-    mask[top:bottom, left:right] = found.mask
+    mask[top:bottom, left:right] = selected.mask
     shift = (left, top, left, top)
-    box = tuple(edge + offset for edge, offset in zip(found.box, shift, strict=True))
-    shifted = Regions(mask, found.boxes + found.boxes.new_tensor(shift), found.scores, box)  # type: ignore[arg-type]
+    box = tuple(edge + offset for edge, offset in zip(selected.box, shift, strict=True))
+    shifted = Regions(mask, selected.boxes + selected.boxes.new_tensor(shift), selected.scores, box)  # type: ignore[arg-type]
     start = time.perf_counter()
     refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
     seconds["zoom"] = time.perf_counter() - start

@@ -144,13 +144,13 @@ def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     checks.integer("depth", depth, low=1)
     layers = checks.plain(layers)
     if layers == "release":
-        found = tuple(range(20, min(26, depth)))
-        if not found:
+        chosen = tuple(range(20, min(26, depth)))
+        if not chosen:
             raise ValueError(
                 f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
                 "preset paper scales them to any depth"
             )
-        return found
+        return chosen
     if layers == "paper":
         start = min(round(20 * depth / 28), depth - 1)
         return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
@@ -161,10 +161,10 @@ def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
         raise ValueError(
             f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {list(numbers)}"
         )
-    found = tuple(number % depth for number in numbers)
-    if len(set(found)) < len(found):
+    chosen = tuple(number % depth for number in numbers)
+    if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
-    return found
+    return chosen
 
 
 def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:

@@ -37,8 +37,8 @@ def regions(
     ============  ==================  ======  ===================================================================
     saliency      float32 or float64  [H, W]  from `contrast`, or any other
     keep          float                       share of the pixels above the threshold, in (0, 1]
-    top           int or None                 keep at most so many regions (the paper), or:
-    floor         int or None                 keep max(floor, int(count * keep)) regions (the release)
+    top           int or None                 select at most `top` regions (the paper), or:
+    floor         int or None                 select max(floor, int(count * keep)) (the release)
     connectivity  int                         4, or 8 to join over corners
     score         str                         "sum", "mean" or "max" of the saliency inside a region
     check         bool or None                check for NaN; None = on the CPU only

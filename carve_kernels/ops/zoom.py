@@ -51,7 +51,7 @@ def zoom(
     size      str or int           (h, w)  "longer": the longer side reaches the image's longer side (the paper);
                                            "cover": both sides reach the image's, each cut to int (the release);
                                            or exactly (h, w)
-    limit     float                        the result has at most so many times the image's pixels
+    limit     float                        the most pixels of the result, as a multiple of the image's
     (result)  PIL image, RGB
     ========  ===================  ======  ======================================================================
 

@@ -105,9 +105,9 @@ def _capture(name: str, case: Case, heads: Literal["mean", "each"] = "mean", lse
         options["lse"] = _log_sum_exp(arguments[0], arguments[1], options["scale"])
     exact_arguments, exact_options = exact(arguments, options)
     truth = capture(*exact_arguments, **exact_options, heads=heads, backend="reference")
-    own = capture(*arguments, **options, heads=heads, backend="reference")
+    reference = capture(*arguments, **options, heads=heads, backend="reference")
     options |= {"heads": heads, "out": poisoned(case, heads)}
-    judge = partial(captures, own=own, truth=truth, slack=_slack(case))
+    judge = partial(captures, reference=reference, truth=truth, slack=_slack(case))
     return Trial("capture", name, capture, arguments, options, judge)
 
 
@@ -122,12 +122,12 @@ def _layers(name: str, case: Case, layers: int, timed: bool = False) -> Trial:
         if case.rows > 1:
             options["positions"] = torch.arange(case.keys - case.rows, case.keys)[None]
     pairs = [(query, key.contiguous() if timed else key) for (query, key, _), _ in problems]
-    own_layers, true_layers = [], []
+    reference_layers, true_layers = [], []
     for query, key in pairs:
         exact_arguments, exact_options = exact((query, key, tokens), options)
-        own_layers.append(capture(query, key, tokens, **options, backend="reference"))
+        reference_layers.append(capture(query, key, tokens, **options, backend="reference"))
         true_layers.append(capture(*exact_arguments, **exact_options, backend="reference"))
-    own, truth = (Capture(*map(torch.stack, zip(*each, strict=True))) for each in (own_layers, true_layers))
+    reference, truth = (Capture(*map(torch.stack, zip(*each, strict=True))) for each in (reference_layers, true_layers))
     nan = float("nan")
     shape = (2, layers + 2, case.batch, case.rows)
     out = Capture(torch.full((*shape, case.tokens), nan), torch.full(shape, nan), torch.full(shape, nan))
@@ -140,7 +140,7 @@ def _layers(name: str, case: Case, layers: int, timed: bool = False) -> Trial:
         _into,
         ([query for query, _ in pairs], [key for _, key in pairs], tokens),
         {**options, "step": torch.tensor(1), "first": 1, "out": out},
-        partial(_slots, own=own, truth=truth, slack=_slack(case)),
+        partial(_slots, reference=reference, truth=truth, slack=_slack(case)),
         sizes if timed else None,
     )
 
@@ -150,11 +150,12 @@ def _into(*arguments: Any, out: Capture, **options: Any) -> Capture:
     return out
 
 
-def _slots(found: Capture, own: Capture, truth: Capture, slack: float) -> Verdict:
+def _slots(result: Capture, reference: Capture, truth: Capture, slack: float) -> Verdict:
     layers = len(truth.mass)
-    verdict = captures(Capture(*(buffer[1, 1 : 1 + layers] for buffer in found)), own, truth, slack)
+    verdict = captures(Capture(*(buffer[1, 1 : 1 + layers] for buffer in result)), reference, truth, slack)
     untouched = all(
-        bool(buffer[0].isnan().all() and buffer[1, 0].isnan().all() and buffer[1, -1].isnan().all()) for buffer in found
+        bool(buffer[0].isnan().all() and buffer[1, 0].isnan().all() and buffer[1, -1].isnan().all())
+        for buffer in result
     )
     return verdict if untouched else Verdict("out: a slot of another step or layer was written", float("inf"), 0.0)
 
@@ -187,20 +188,20 @@ def _contrast(
     task, general = maps((1, tokens) if several else grid, layers=layers, steps=steps)
     options: dict[str, Any] = {"lam": lam, "normalize": normalize}
     truth = contrast(task.double(), general.double(), grid, size, **options, backend="reference")
-    own = contrast(task, general, grid, size, **options, backend="reference")
+    reference = contrast(task, general, grid, size, **options, backend="reference")
     offset = 0.0
     if normalize == "minmax":
         # A subtraction makes the lowest value 0: errors are relative to what was subtracted.
         line = (1, tokens)
         fused = contrast(task.double(), general.double(), line, line, lam=lam, backend="reference")
         offset = float(fused.min() / (fused.max() - fused.min()))
-    judge = partial(_saliencies, own=own, truth=truth, offset=offset, slack=roundings(layers * steps + 8))
+    judge = partial(_saliencies, reference=reference, truth=truth, offset=offset, slack=roundings(layers * steps + 8))
     sizes = {"layers": layers, "steps": steps, "grid": grid, "size": size}
     return Trial("contrast", name, contrast, (task, general, grid, size), options, judge, sizes if timed else None)
 
 
-def _saliencies(found: Any, own: Any, truth: Any, offset: float, slack: float) -> Verdict:
-    views = zip(*(maps if isinstance(maps, list) else [maps] for maps in (found, own, truth)), strict=True)
+def _saliencies(result: Any, reference: Any, truth: Any, offset: float, slack: float) -> Verdict:
+    views = zip(*(maps if isinstance(maps, list) else [maps] for maps in (result, reference, truth)), strict=True)
     return worst(
         [
             close(f"saliency {index}", values + offset, mine + offset, right + offset, slack)
@@ -220,7 +221,7 @@ def _regions(quick: bool) -> list[Build]:
     for kind in kinds:
         for shape in shapes:
             for chosen in options:
-                listed = ", ".join(f"{key} {value}" for key, value in chosen.items())
+                listed = ", ".join(f"{option} {value}" for option, value in chosen.items())
                 name = f"{kind}, {shape[0]} x {shape[1]}, {listed}"
                 builds.append(partial(_saliency, name, shape, kind, **chosen))
     return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]

@@ -70,7 +70,7 @@ def test_auto_skips_a_backend_that_refuses_an_explicit_call(fault: str, caplog: 
     assert any("reference serves" in message for message in caplog.messages)
 
 
-def test_a_library_that_does_not_load_says_so(
+def test_a_library_that_does_not_load_has_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
 ) -> None:
     unavailable = extension.unavailable.__wrapped__

@@ -18,7 +18,7 @@ def registered() -> list[str]:
 
 
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The arguments that the schema says are written."""
+    """The arguments that the schema marks as written."""
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
     return [value for value, is_written in zip(arguments, written, strict=True) if is_written]
 
@@ -43,11 +43,11 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator(name), SAMPLES[name]())
 
 
-# aot_eager is inductor without its C++, which takes seconds to compile: one operator has both unasked.
+# aot_eager is inductor without its C++, which takes seconds to compile: by default one operator has both.
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "aot_eager") for name in SAMPLES]
-    + [pytest.param(name, "inductor", marks=pytest.mark.slow if place else ()) for place, name in enumerate(SAMPLES)],
+    + [pytest.param(name, "inductor", marks=pytest.mark.slow if index else ()) for index, name in enumerate(SAMPLES)],
 )
 def test_compiled_equals_eager(name: str, backend: str) -> None:
     torch._dynamo.reset()
@@ -68,7 +68,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith("_cpu")])
-def test_compiled_operator_keeps_no_memory(name: str) -> None:
+def test_compiled_operator_leaks_no_memory(name: str) -> None:
     op, arguments = operator(name), SAMPLES[name]()
 
     def resident_after(calls: int) -> int:
@@ -142,7 +142,7 @@ def test_capture_cpu_refuses_what_it_cannot_read() -> None:
             op(*(changes.get(index, value) for index, value in enumerate(good)))
 
 
-def test_isa_cpu_refuses_what_there_is_not() -> None:
+def test_isa_cpu_refuses_unknown_instructions() -> None:
     op = operator("carve_kernels::isa_cpu")
     with pytest.raises(RuntimeError, match="expected a number up to 3"):
         op(4, torch.zeros(2, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Capture where floats are short of digits: logits of thousands, and a token that holds all that a row sees."""
+"""Capture where floats lack digits: logits of thousands, and a token with all the mass of a row."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_a_sink_or_a_known_sum_loses_nothing_to_its_height(backend: str, known: 
 
 def check_exact(backend: str, height: float, dtype: torch.dtype, known: str = "") -> None:
     arguments, options = towering(height, dtype, known)
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, CaptureOptions(**wide_options, heads="each")).maps
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads="each")).maps
     found = capture(*arguments, **options, heads="each", backend=backend).maps
     there = truth > 1e-30
     # Powers of up to 12 in base 2 and some sums, each rounded once.
@@ -68,14 +68,14 @@ def check_exact(backend: str, height: float, dtype: torch.dtype, known: str = ""
 
 
 @pytest.mark.parametrize("height, dtype", HIGH)
-def test_high_logits_are_as_right_as_the_reference(backend: str, height: float, dtype: torch.dtype) -> None:
+def test_high_logits_are_as_accurate_as_the_reference(backend: str, height: float, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, keys=151, rows=2)
     arguments, options = planted(case)
     query, key, _ = (part.double() if part.is_floating_point() else part for part in arguments)
-    seen = options["mask"].expand(-1, case.query_heads, -1, -1)
-    options["scale"] = height / float((query @ key.repeat_interleave(3, 1).mT)[seen].abs().max())
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, CaptureOptions(**wide_options, heads="each")).maps
+    visible = options["mask"].expand(-1, case.query_heads, -1, -1)
+    options["scale"] = height / float((query @ key.repeat_interleave(3, 1).mT)[visible].abs().max())
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads="each")).maps
     own = reference.forward(*arguments, CaptureOptions(**options, heads="each")).maps
     found = capture(*arguments, **options, heads="each", backend=backend).maps
     there = truth > 1e-30
@@ -100,7 +100,7 @@ def alone(dtype: torch.dtype, tokens: int) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype, tokens", [(torch.float32, 2), *((dtype, 301) for dtype in DTYPES)])
-def test_a_token_that_holds_all_has_no_entropy(backend: str, dtype: torch.dtype, tokens: int) -> None:
+def test_a_token_with_all_the_mass_has_no_entropy(backend: str, dtype: torch.dtype, tokens: int) -> None:
     arguments, options = alone(dtype, tokens)
     found = capture(*arguments, **options, backend=backend)
     assert found.mass[0, 0] == pytest.approx(1, rel=1e-6) and 0 < found.mass[0, 1] < 0.9

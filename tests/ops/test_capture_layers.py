@@ -1,4 +1,4 @@
-"""Capture of several layers in one call: each is what it is alone, and what does not fit is named."""
+"""Capture of several layers in one call: the same as each layer alone, and errors name the argument."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_layers_are_captured_into_their_slots(backend: str) -> None:
         [layer[0] for layer in layers], [layer[1] for layer in layers], arguments[2],
         step=torch.tensor(2), first=1, out=out, sink=[sink] * 3, backend=backend, **options,
     )  # fmt: skip
-    for place, (query, key, columns) in enumerate(layers, start=1):
+    for layer_index, (query, key, columns) in enumerate(layers, start=1):
         alone = capture(query, key, columns, sink=sink, backend=backend, **options)
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[2, place], part)
+            assert torch.equal(buffer[2, layer_index], part)
     written = torch.zeros(4, 5, dtype=torch.bool)
     written[2, 1:4] = True
     assert torch.equal(~out.mass.isnan().flatten(2).any(-1), written)
@@ -58,11 +58,11 @@ def test_layers_of_several_dtypes_keep_their_own(backend: str, order: int) -> No
         [query for query, _ in layers], [key for _, key in layers], tokens, step=torch.tensor(0), out=out,
         sink=[sink] * len(layers), backend=backend, **options,
     )  # fmt: skip
-    for place, (query, key) in enumerate(layers):
+    for layer_index, (query, key) in enumerate(layers):
         alone = capture(query, key, tokens, sink=sink, backend=backend, **options)
         assert float(alone.mass.amin()) > 0
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[0, place], part)
+            assert torch.equal(buffer[0, layer_index], part)
 
 
 def test_the_operator_refuses_layers_of_several_dtypes() -> None:

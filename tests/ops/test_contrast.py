@@ -1,4 +1,4 @@
-"""Contrast: every backend against the reference in float64, its laws, and what it refuses."""
+"""Contrast: every backend against the reference in float64, its laws, and its errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("normalize", ["none", "sum", "max", "minmax"])
 @pytest.mark.parametrize("lam", ["mean", 1e-8, 0.0, 0.01])
 @pytest.mark.parametrize(("grid", "size", "layers", "steps"), CASES)
-def test_a_backend_is_as_right_as_the_reference(
+def test_a_backend_is_as_accurate_as_the_reference(
     backend: str, grid: Any, size: Any, layers: int, steps: int, lam: Any, normalize: str
 ) -> None:
     task, general = maps(grid, layers=layers, steps=steps)
@@ -46,7 +46,7 @@ def test_a_backend_is_as_right_as_the_reference(
     found = contrast(task, general, grid, size, backend=backend, **options)
     assert found.dtype == torch.float32 and found.shape == size
     if normalize == "minmax":
-        # The lowest value is 0 by a subtraction: errors are relative to what was subtracted.
+        # A subtraction makes the lowest value 0: errors are relative to what was subtracted.
         fused = reference.forward(task.double(), general.double(), grid, grid, lam=lam)
         if float(fused.max()) == float(fused.min()):
             assert not found.any()
@@ -89,7 +89,7 @@ def test_views_share_the_mean_and_the_normalisation(backend: str) -> None:
             assert relative(view, alone) < roundings(40)
 
 
-def test_nothing_over_nothing_is_nothing(backend: str) -> None:
+def test_zero_over_zero_is_zero(backend: str) -> None:
     task, general = maps((2, 3), layers=1, steps=1)
     task, general = task.clone(), general.clone()
     task[..., 0] = general[..., 0] = general[..., 1] = 0
@@ -103,12 +103,12 @@ def test_nothing_over_nothing_is_nothing(backend: str) -> None:
 def test_upsampling_is_pillows_bilinear_both_ways(backend: str, size: Any) -> None:
     task, _ = maps((12, 19), layers=1, steps=1)
     found = contrast(task, torch.ones(1, 1, 1).expand_as(task), (12, 19), size, lam=0.0, backend=backend)
-    picture = Image.fromarray(task.reshape(12, 19).numpy())
-    truth = numpy.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    image = Image.fromarray(task.reshape(12, 19).numpy())
+    truth = numpy.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     assert relative(found, torch.from_numpy(truth.copy())) < 5e-6
 
 
-def test_fusing_on_the_grid_equals_summing_pictures(backend: str) -> None:
+def test_fusing_on_the_grid_equals_summing_saliencies(backend: str) -> None:
     task, general = maps((7, 9), layers=3, steps=2)
     fused = contrast(task, general, (7, 9), (50, 33), lam=1e-8, backend=backend)
     summed = torch.zeros(50, 33, dtype=torch.float64)
@@ -157,7 +157,7 @@ def replaced(**changes: Any) -> dict[str, Any]:
     return {"task": task, "general": general, "grid": (4, 5), "size": (9, 8), **changes}
 
 
-def spoilt(value: float) -> torch.Tensor:
+def with_value(value: float) -> torch.Tensor:
     task = maps((4, 5), layers=3, steps=2)[0].clone()
     task[1, 1, 7] = value
     return task
@@ -188,9 +188,13 @@ def spoilt(value: float) -> torch.Tensor:
         ({"step_weights": [1.0, -2.0]}, ValueError, "step_weights.1."),
         ({"step_weights": 3.0}, TypeError, "step_weights: expected a sequence"),
         ({"normalize": "mean"}, ValueError, "normalize: expected one of"),
-        ({"task": spoilt(float("nan"))}, ValueError, "task: expected finite values of at least 0, got NaN"),
-        ({"task": spoilt(float("inf"))}, ValueError, "task: expected finite values"),
-        ({"general": spoilt(-1.0)}, ValueError, "general: expected finite values of at least 0, got values from -1"),
+        ({"task": with_value(float("nan"))}, ValueError, "task: expected finite values of at least 0, got NaN"),
+        ({"task": with_value(float("inf"))}, ValueError, "task: expected finite values"),
+        (
+            {"general": with_value(-1.0)},
+            ValueError,
+            "general: expected finite values of at least 0, got values from -1",
+        ),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
         ({"backend": "cuda"}, BackendUnavailable, "cuda"),
     ],
@@ -201,4 +205,4 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
 
 
 def test_value_checks_can_be_turned_off() -> None:
-    assert contrast(**replaced(task=spoilt(float("nan")), check=False)).isnan().any()
+    assert contrast(**replaced(task=with_value(float("nan")), check=False)).isnan().any()

@@ -1,4 +1,4 @@
-"""Under another default device of torch, tensors on a CPU are served as ever."""
+"""Another default device of torch does not change results on CPU tensors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_default_device_changes_no_result(stage: str, chosen: str) -> None:
     assert all(torch.equal(part, right) for part, right in zip(found, wanted, strict=True))
 
 
-def test_the_extension_says_what_it_is_under_any_default_device() -> None:
+def test_the_extension_works_under_any_default_device() -> None:
     if reason := extension.unavailable():
         pytest.skip(reason)
     wanted = extension.architectures(), cpu.isa()

@@ -1,4 +1,4 @@
-"""The roofline: predictions and their bounds, opponents counted against their own operators, a decode step's share."""
+"""The roofline: predictions and their bounds, opponents counted by their operators, the share of a decode step."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def device(name: str, capability: tuple[int, int], **more: int) -> Any:
     return SimpleNamespace(name=name, major=capability[0], minor=capability[1], **more)
 
 
-def test_a_gpu_is_known_by_its_family_and_its_own_memory() -> None:
+def test_a_gpu_is_known_by_its_family_and_its_memory() -> None:
     known = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0)))
     assert known == GPUS["H100"]._replace(name="NVIDIA H100 80GB HBM3")
     # 5120 bits at 2619 MHz, two transfers a clock, are the 3.35 TB/s of the data sheet.
-    own = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0), memory_clock_rate=2_619_000, memory_bus_width=5120))
-    assert own is not None and own.bandwidth == pytest.approx(3.35e12, rel=2e-3)
+    measured = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0), memory_clock_rate=2_619_000, memory_bus_width=5120))
+    assert measured is not None and measured.bandwidth == pytest.approx(3.35e12, rel=2e-3)
     relative = gpu_of(device("NVIDIA H200", (9, 0), memory_clock_rate=3_201_000, memory_bus_width=6144))
     assert relative is not None and relative.bandwidth > 4.8e12 and relative.matrix == GPUS["H100"].matrix
 
@@ -103,10 +103,10 @@ def test_plain_torch_is_counted_operator_by_operator() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_idiom_is_counted_without_memory_as_with_it(rows: int) -> None:
+def test_the_idiom_is_counted_the_same_with_and_without_memory(rows: int) -> None:
     case = CASE._replace(rows=rows)
     real = problem(case)
-    # The benchmark's keys are a slice of a longer cache, which changes no byte that is read.
+    # The benchmark's keys are a slice of a longer cache, which does not change the bytes read.
     assert opponents.idiom(case) == opponents.counted(lambda: bench_capture.repeat(real))
 
 
@@ -172,7 +172,7 @@ def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(backend: str, gp
     assert way.work.launches == 2
     launched, graph = (predict(way.work, GPUS[gpu], unit=way.unit, graphs=graphs) for graphs in (False, True))
     assert 1e-4 * step < graph.seconds <= launched.seconds < 1e-2 * step
-    # In a graph not even with nothing overlapping anything.
+    # In a graph, even without any overlap.
     assert graph.memory + graph.arithmetic + graph.launch < 1e-2 * step
 
 
@@ -207,7 +207,7 @@ def test_the_command_writes_what_it_predicts(tmp_path: Path, monkeypatch: pytest
 
 
 def page() -> tuple[str, str, str]:
-    """The docs before the tables, the tables, and the docs behind them."""
+    """The docs before the tables, the tables, and the docs after them."""
     text = PAGE.read_text(encoding="utf-8")
     start = text.index("### Predicted, not timed: ")
     end = text.find("\n## ", start)
@@ -220,7 +220,7 @@ def predicted() -> str:
 
 
 def test_the_docs_show_what_the_kernels_count() -> None:
-    """After a change on purpose: `python -m tests.selfcheck.test_roofline` writes the tables anew, and the prose wants a look."""
+    """After an intended change: `python -m tests.selfcheck.test_roofline` rewrites the tables; check the prose too."""
     for stage, backend in UNITS:
         if not counts_its_work(stage, backend):
             pytest.skip(f"{backend} does not count the work of {stage}")
@@ -228,5 +228,5 @@ def test_the_docs_show_what_the_kernels_count() -> None:
 
 
 if __name__ == "__main__":
-    before, _, behind = page()
-    PAGE.write_text(f"{before}{predicted().rstrip()}\n{behind}", encoding="utf-8")
+    before, _, after = page()
+    PAGE.write_text(f"{before}{predicted().rstrip()}\n{after}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `carve-kernels check` rests on: moved tensors, a criterion no lie passes, the clock, kernels on small cases."""
+"""The parts of `carve-kernels check`: moved tensors, tolerances that refuse wrong results, the clock, small trials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from carve_kernels.types import Capture, Regions
 CPU = torch.device("cpu")
 
 
-def test_a_moved_tensor_keeps_its_strides_and_what_lies_behind_it() -> None:
+def test_a_moved_tensor_keeps_its_strides_and_the_memory_after_it() -> None:
     cache = torch.full((2, 3, 9, 8), float("nan"))
     cache[:, :, :7, :6] = torch.randn(2, 3, 7, 6)
     key = cache[:, :, :7, :6].transpose(1, 2)
@@ -33,7 +33,7 @@ def test_a_moved_tensor_keeps_its_strides_and_what_lies_behind_it() -> None:
     assert move(torch.zeros(1).expand(4, 5), "cpu").stride() == (0, 0)
 
 
-def test_structures_are_moved_whole() -> None:
+def test_structures_are_moved_with_their_tensors() -> None:
     regions = Regions(torch.ones(2, 2, dtype=torch.bool), torch.zeros(1, 4), torch.ones(1), (0, 0, 2, 2))
     given = {
         "out": Capture(*(torch.randn(2) for _ in range(3))),
@@ -46,7 +46,7 @@ def test_structures_are_moved_whole() -> None:
     assert len(list(tensors(list(found.values())))) == 3 + 1 + 3
 
 
-def test_equal_bits_are_told_from_equal_values() -> None:
+def test_equal_bits_differ_from_equal_values() -> None:
     nan = torch.tensor([float("nan"), 0.0])
     assert same_bits(nan, nan.clone()) and not same_bits(nan, torch.tensor([float("nan"), -0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(2, 1)) and same_bits(torch.tensor(3), torch.tensor(3))
@@ -60,7 +60,7 @@ def answer(trial: Trial) -> Any:
     return move(trial.call(*trial.arguments, **trial.options, backend="reference"), "cpu")
 
 
-LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "zeros": torch.zeros_like,
     "nan": lambda maps: maps * float("nan"),
     "one element": lambda maps: maps.index_add(
@@ -72,21 +72,21 @@ LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_no_lie_passes_any_case(lie: str) -> None:
-    """The reference passes every quick case; the same answer with a fault passes none that it changes."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_passes_any_trial(fault: str) -> None:
+    """The reference passes every quick trial; its result with a fault passes none."""
     passed = 0
     for build in trials(quick=True):
         trial = build()
         if trial.stage == "regions":
             continue
-        honest = answer(trial)
-        assert trial.judge(honest).problem is None, trial.name
-        if isinstance(honest, Capture):
-            lied: Any = honest._replace(maps=LIES[lie](honest.maps))
+        right = answer(trial)
+        assert trial.judge(right).problem is None, trial.name
+        if isinstance(right, Capture):
+            faulty: Any = right._replace(maps=FAULTS[fault](right.maps))
         else:
-            lied = [LIES[lie](view) for view in honest] if isinstance(honest, list) else LIES[lie](honest)
-        verdict = trial.judge(lied)
+            faulty = [FAULTS[fault](view) for view in right] if isinstance(right, list) else FAULTS[fault](right)
+        verdict = trial.judge(faulty)
         assert verdict.problem is not None, trial.name
         passed += 1
     assert passed > 20
@@ -94,9 +94,9 @@ def test_no_lie_passes_any_case(lie: str) -> None:
 
 def test_mass_and_entropy_are_judged_too() -> None:
     trial = first("capture", "one row, float32")
-    honest = answer(trial)
+    right = answer(trial)
     for name in ("mass", "entropy"):
-        verdict = trial.judge(honest._replace(**{name: getattr(honest, name) * 1.001}))
+        verdict = trial.judge(right._replace(**{name: getattr(right, name) * 1.001}))
         assert verdict.problem is not None and verdict.problem.startswith(f"{name}: relative error 1.0e-03")
 
 
@@ -127,9 +127,9 @@ def test_shapes_and_zeros_are_judged() -> None:
     padding = close("x", torch.tensor([1e-9, 1.0, 2.0]), truth, truth, 1e-6)
     assert padding.problem is not None and "1 elements beyond" in padding.problem
     assert "expected shape [3], got [2]" in str(close("x", truth[:2], truth, truth, 1e-6).problem)
-    # Half a rounding of the reference in bfloat16 is allowed to a backend in bfloat16.
-    own = truth.bfloat16() * 1.01
-    assert close("x", truth * 1.005, own, truth, 1e-6).problem is None
+    # A backend in bfloat16 may have half the rounding of the reference in bfloat16.
+    reference = truth.bfloat16() * 1.01
+    assert close("x", truth * 1.005, reference, truth, 1e-6).problem is None
     assert captures(*[Capture(truth[1:], truth[1:], truth[1:])] * 3, 1e-6).problem is None  # type: ignore[arg-type]
 
 
@@ -148,7 +148,7 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
     calls = []
 
     def run() -> None:
-        # Three calls warm up; behind every other one the buffer was written.
+        # Three calls warm up; the buffer was written before every other one.
         calls.append(bool(clock._buffer.any()))
         clock._buffer.fill_(1)
         time.sleep(1e-3)
@@ -161,7 +161,7 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
 
 @contextlib.contextmanager
 def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
-    """A GPU backend whose kernels run on the CPU: Triton's in its interpreter, CUDA's in the emulator."""
+    """A GPU backend whose kernels run on the CPU: Triton in its interpreter, CUDA in the emulator."""
     if backend == "cuda":
         emulator = pytest.importorskip("tests.emulator.emulator")
         with emulator.serving(stage):
@@ -182,6 +182,6 @@ def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) ->
         small = [trial for build in trials(quick=True) if (trial := build()).stage == stage and trial.sizes is None]
         found = [selfcheck._check(trial, backend, CPU) for trial in small]
     assert [entry for entry in found if entry["right"] is False] == []
-    # The CUDA backend leaves more than eight rows to Triton.
+    # More than eight rows are Triton's.
     assert sum(entry["right"] is None for entry in found) == (2 if (backend, stage) == ("cuda", "capture") else 0)
     assert len(found) > 5

@@ -1,4 +1,4 @@
-"""`carve-kernels check` on a GPU that is not there: what is checked, timed, predicted and told."""
+"""`carve-kernels check` on a simulated GPU: what is checked, timed, predicted and reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Event:
 
 
 class Graph:
-    """Stands for a CUDA graph, which replays what ran while it was captured."""
+    """A stand-in for a CUDA graph, which replays what ran while it was captured."""
 
     replays = 0
 
@@ -44,7 +44,7 @@ class Graph:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU of this machine's memory: backends of the reference's own modules, and just enough of torch.cuda."""
+    """A GPU in this machine's memory: backends with the reference's modules, and just enough of torch.cuda."""
 
     @contextlib.contextmanager
     def capturing(_graph: Graph) -> Iterator[None]:
@@ -65,10 +65,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     package = SimpleNamespace(devices=lambda: (), unavailable=lambda: None)
-    honest_package, honest_module = backends._package, backends._module
-    monkeypatch.setattr(backends, "_package", lambda backend: package if backend == "cuda" else honest_package(backend))
+    real_package, real_module = backends._package, backends._module
+    monkeypatch.setattr(backends, "_package", lambda backend: package if backend == "cuda" else real_package(backend))
     monkeypatch.setattr(
-        backends, "_module", lambda stage, backend: honest_module(stage, "reference" if backend == "cuda" else backend)
+        backends, "_module", lambda stage, backend: real_module(stage, "reference" if backend == "cuda" else backend)
     )
     for stage in SUPPORT:
         monkeypatch.setitem(SUPPORT[stage], "cuda", None)
@@ -96,7 +96,7 @@ def test_a_gpu_is_checked_timed_and_predicted() -> None:
     timed = [entry for entry in found["timings"] if entry["backend"] == "cuda"]
     assert [entry["stage"] for entry in timed] == ["capture", "capture", "contrast", "regions"]
     for entry in timed:
-        # Two launches out of a graph are 3 us, and a megabyte takes a third of one.
+        # Two launches from a graph take 3 us, and a megabyte takes a third of one.
         assert entry["predicted"]["device"]["bound"] == "launch"
         assert entry["predicted"]["device"]["seconds"] == 3e-6 and entry["predicted"]["host"]["seconds"] == 8e-6
         assert (entry["graph"] is None) == (entry["stage"] == "regions") == (entry["why_no_graph"] is not None)
@@ -119,8 +119,8 @@ def test_a_call_that_no_graph_can_capture_is_still_timed(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_backend_that_fails_or_wavers_or_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = backends._module
+def test_a_backend_that_fails_or_varies_or_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backends._module
     calls = 0
 
     def forward(
@@ -130,7 +130,7 @@ def test_a_backend_that_fails_or_wavers_or_refuses_is_told(monkeypatch: pytest.M
         calls += 1
         if options.heads == "each":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        found = honest("capture", "reference").forward(query, key, tokens, options, **out)
+        found = real("capture", "reference").forward(query, key, tokens, options, **out)
         return found._replace(mass=found.mass.mul_(1 + 1e-6 * (calls % 2))) if query.shape[2] == 1 else found
 
     def supports(_query: Any, _key: Any, _tokens: Any, options: CaptureOptions, **_out: Any) -> str | None:
@@ -140,7 +140,7 @@ def test_a_backend_that_fails_or_wavers_or_refuses_is_told(monkeypatch: pytest.M
     monkeypatch.setattr(
         backends,
         "_module",
-        lambda stage, backend_: backend if (stage, backend_) == ("capture", "cuda") else honest(stage, backend_),
+        lambda stage, backend_: backend if (stage, backend_) == ("capture", "cuda") else real(stage, backend_),
     )
     checks = selfcheck.examine(CUDA, quick=True, announce=lambda _text: None)["checks"]
     problems = {entry["case"]: entry for entry in checks if entry["backend"] == "cuda" and entry["problem"] is not None}

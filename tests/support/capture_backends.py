@@ -1,4 +1,4 @@
-"""The backends that a test body of capture runs in."""
+"""The backends that a capture test runs on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from carve_kernels.types import CaptureOptions
 from tests.support.attention import Case, planted
 from tests.support.planted_maps import backends, on_gpu, serving
 
-# The compiled backend once for each set of instructions: "cpu avx2".
+# The compiled backend, once for each set of instructions: "cpu avx2".
 BACKENDS = [
     f"{backend} {isa}".strip() for backend in backends("capture") for isa in (cpu.ISAS if backend == "cpu" else [""])
 ]
@@ -21,7 +21,7 @@ BACKENDS += on_gpu("capture")
 
 @contextmanager
 def entered(name: str) -> Iterator[str]:
-    """The backend of a name in BACKENDS, with its instructions forced; a skipped test where it cannot serve."""
+    """The backend of a name in BACKENDS, with its instructions forced; skips the test where it cannot serve."""
     backend, *isa = [name] if name.endswith(" on gpu") else name.split()
     arguments, options = planted(Case())
     backend = serving("capture", backend, *arguments, CaptureOptions(**options))

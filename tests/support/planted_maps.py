@@ -1,4 +1,4 @@
-"""Maps with something to find: noise and sinks that task and general share, and a spot that only the task sees."""
+"""Planted maps: noise and sinks that task and general maps share, and a spot in the task map alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SALIENCIES: dict[str, Any] = {
 
 
 def backends(stage: str) -> list[str]:
-    """The backends that claim a stage and serve tensors on a CPU: Triton's by its interpreter, CUDA's in an emulator."""
+    """The backends with a stage that serve tensors on a CPU: Triton in its interpreter, CUDA in an emulator."""
     return [backend for backend in BACKENDS if SUPPORT[stage][backend] is None and _serves_the_cpu(backend)]
 
 
@@ -41,7 +41,7 @@ def _serves_the_cpu(backend: str) -> bool:
 
 
 def on_gpu(stage: str) -> list[Any]:
-    """The backends that claim a stage and serve tensors on a GPU, as parameters for `pytest -m gpu`: "cuda on gpu"."""
+    """The backends with a stage that serve a GPU, as parameters for `pytest -m gpu`: "cuda on gpu"."""
     names = [backend for backend in (*PREFERRED["cuda"], "reference") if SUPPORT[stage][backend] is None]
     return [pytest.param(f"{backend} on gpu", marks=pytest.mark.gpu) for backend in names]
 

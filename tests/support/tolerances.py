@@ -1,4 +1,4 @@
-"""How right is right: relative errors per element, with the reference in float64 as the truth."""
+"""Tolerances: relative errors per element, with the reference in float64 as the truth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def roundings(count: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def close(found: torch.Tensor, own: torch.Tensor, truth: torch.Tensor, slack: float) -> None:
-    """Relative, element by element: no farther from the truth than the reference in this dtype, plus roundings."""
+    """Compare each element: its error is at most the largest of the reference in this dtype, plus roundings."""
     assert found.shape == truth.shape and bool(found.isfinite().all())
     tiny = torch.finfo(torch.float32).tiny
     normal = truth.abs() > tiny

@@ -25,7 +25,7 @@ class _Scratch(threading.local):
         self.cached: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def take(self, device: torch.device, stream: int, needed: int) -> torch.Tensor:
-        """At least so many bytes of any value."""
+        """At least `needed` bytes of any value."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # A graph is replayed on any stream and beside other calls, so it gets memory from its own pool.
             return torch.empty(needed, dtype=torch.uint8, device=device)

@@ -30,7 +30,7 @@ def forward(
     scores = _scores(query, key, options.scale)
     if options.softcap is not None:
         scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
-    visible = _visible(options, key.shape[2])
+    visible = _visible_keys(options, key.shape[2])
     if visible is not None:
         scores = scores.masked_fill_(~visible, -math.inf)
     dtype, sink = scores.dtype, options.sink
@@ -87,7 +87,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
     return scores.mul_(scale).view(batch, query_heads, rows, keys)
 
 
-def _visible(options: CaptureOptions, keys: int) -> torch.Tensor | None:
+def _visible_keys(options: CaptureOptions, keys: int) -> torch.Tensor | None:
     """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all."""
     if options.positions is None:
         return options.mask

@@ -95,7 +95,7 @@ def visible(mask_ptr, at, stride_s, live, column, there, after, last):
 def scores(query, key, visible, scale, cap, HAS_SOFTCAP: tl.constexpr):
     """Logits [M, N] of query [M, D] and key [N, D], -inf where a key is not visible.
 
-    With a soft cap, `scale` comes multiplied by 2 log2(e) / softcap, for a tanh in base 2.
+    With a soft cap, `scale` is already multiplied by 2 log2(e) / softcap, for a tanh in base 2.
     """
     # Half precision is exact in any mode; TF32 would round the logits of float32 to three digits.
     logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale

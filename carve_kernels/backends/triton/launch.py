@@ -2,7 +2,7 @@
 
 Triton's launcher inspects every argument of every call to choose a compiled kernel: about ten times the cost of
 `torch.empty`, and for one captured row more than the kernel itself. Here a kernel depends on the dtypes of its
-arguments alone, so that a short key finds the compiled one.
+arguments alone, so that a short signature finds the compiled one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Kernel:
         stages: int,
         registers: int | None = None,
     ) -> None:
-        """Launch on the current stream of the tensors' device; the first launch of a key compiles.
+        """Launch on the current stream of the tensors' device; the first launch of a signature compiles.
 
         `registers` is the most that a thread may use on NVIDIA's GPUs: by default their assembler aims at an occupancy
         and spills a few bytes for it.
@@ -73,26 +73,28 @@ class Kernel:
             self.jit[grid](*map(_argument, pointers), *numbers, *constants)
             return
         addresses: list[Any] = []
-        key: list[Any] = [device, constants, warps, stages]
+        signature: list[Any] = [device, constants, warps, stages]
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
-                key.append(None)
+                signature.append(None)
             elif type(pointer) is Several:
                 addresses.append(pointer.addresses)
-                key.append(pointer.kind)
+                signature.append(pointer.kind)
             else:
                 addresses.append(pointer.data_ptr())  # type: ignore[union-attr]
-                key.append(pointer.dtype)  # type: ignore[union-attr]
-        key += [_kind_of_integers(numbers[index]) for index in self._tuples]
-        compiled = self._compiled.get(tuple(key))
+                signature.append(pointer.dtype)  # type: ignore[union-attr]
+        signature += [_kind_of_integers(numbers[index]) for index in self._tuples]
+        compiled = self._compiled.get(tuple(signature))
         with on(device):
             if compiled is None:
                 # The default of fusion differs between versions of Triton, which warn without it.
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
                 if registers is not None and triton.runtime.driver.active.get_current_target().backend == "cuda":
                     options["maxnreg"] = registers
-                self._compiled[tuple(key)] = self.jit[grid](*map(_argument, pointers), *numbers, *constants, **options)
+                self._compiled[tuple(signature)] = self.jit[grid](
+                    *map(_argument, pointers), *numbers, *constants, **options
+                )
             else:
                 # Addresses as plain integers: for a tensor, the driver is queried for its device every time.
                 compiled[grid](*addresses, *numbers, *constants)

@@ -68,7 +68,7 @@ def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles
 
 
 def row_name(architecture: str, element_size: int, lanes: int, size: int) -> str:
-    """The key of a row in the table: architecture / bytes of an element / lanes of a tile / head size."""
+    """The name of a row in the table: architecture / bytes of an element / lanes of a tile / head size."""
     return f"{architecture}/{element_size}/{lanes}/{size}"
 
 
@@ -103,15 +103,17 @@ def replacements(path: str | None) -> dict[str, Tiles]:
     if not isinstance(rows, dict):
         raise ValueError(f"{ENVIRONMENT}: expected an object of rows in {path}, got {type(rows).__name__}")
     builtin = table()
-    for key, row in rows.items():
-        if key not in builtin:
-            raise ValueError(f"{ENVIRONMENT}: expected keys such as {next(iter(builtin))!r} in {path}, got {key!r}")
+    for name, row in rows.items():
+        if name not in builtin:
+            raise ValueError(f"{ENVIRONMENT}: expected keys such as {next(iter(builtin))!r} in {path}, got {name!r}")
         if not isinstance(row, dict) or set(row) != set(Tiles._fields):
-            raise ValueError(f"{ENVIRONMENT}: expected 'statistics' and 'map' in {key!r} of {path}, got {row!r}")
-    return {key: Tiles(**{name: _tile(path, key, value) for name, value in row.items()}) for key, row in rows.items()}
+            raise ValueError(f"{ENVIRONMENT}: expected 'statistics' and 'map' in {name!r} of {path}, got {row!r}")
+    return {
+        name: Tiles(**{kernel: _tile(path, name, value) for kernel, value in row.items()}) for name, row in rows.items()
+    }
 
 
-def _tile(path: str, key: str, value: Any) -> TileConfig:
+def _tile(path: str, name: str, value: Any) -> TileConfig:
     is_valid = (
         isinstance(value, list)
         and len(value) == 3
@@ -123,6 +125,6 @@ def _tile(path: str, key: str, value: Any) -> TileConfig:
     if not is_valid:
         raise ValueError(
             f"{ENVIRONMENT}: expected [block, warps, stages] of powers of two, at most 8 warps and 1 to 8 stages in "
-            f"{key!r} of {path}, got {value!r}"
+            f"{name!r} of {path}, got {value!r}"
         )
     return TileConfig(*value)

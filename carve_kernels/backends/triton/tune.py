@@ -40,12 +40,12 @@ def candidates(name: str, start: tiles.Tiles) -> Iterator[tiles.Tiles]:
             yield start._replace(**{name: tried})
 
 
-def best(key: str, start: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> tiles.Tiles:
+def best(row: str, start: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> tiles.Tiles:
     """The tiles of one row with which a call is fastest, kernel by kernel; tiles that do not run are skipped."""
-    fastest, least = start, _timed(key, start, call, measure)
+    fastest, least = start, _timed(row, start, call, measure)
     for name in tiles.Tiles._fields:
         for tried in candidates(name, fastest):
-            time = _timed(key, tried, call, measure)
+            time = _timed(row, tried, call, measure)
             if time < least:
                 fastest, least = tried, time
     return fastest
@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     architecture = device.architecture_of(where)
     rows = {}
     for lanes, size in itertools.product(tiles.LANES, (32, 64, 128, 256)):
-        key = tiles.row_name(architecture, 2, lanes, size)
-        rows[key] = best(key, tiles.row_of(architecture, 2, lanes, size), problem(where, lanes, size), on_gpu)
-        print(f"{key}: {rows[key]}", file=sys.stderr)
+        row = tiles.row_name(architecture, 2, lanes, size)
+        rows[row] = best(row, tiles.row_of(architecture, 2, lanes, size), problem(where, lanes, size), on_gpu)
+        print(f"{row}: {rows[row]}", file=sys.stderr)
     _write(path, rows)
     return 0
 
@@ -100,19 +100,19 @@ def on_gpu(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _timed(key: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> float:
+def _timed(row: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> float:
     """The time with some tiles, passed as a user's file would be; infinite where they do not fit."""
     before = os.environ.get(tiles.ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiles.json")
-        _write(path, {key: tried})
+        _write(path, {row: tried})
         os.environ[tiles.ENVIRONMENT] = str(path)
         device.tiles_of.cache_clear()
         try:
             return measure(call)
         except Exception as error:
             # Triton's error for too much shared memory has no narrower base class.
-            print(f"{key}: {tried} does not run: {error}", file=sys.stderr)
+            print(f"{row}: {tried} does not run: {error}", file=sys.stderr)
             return float("inf")
         finally:
             os.environ.pop(tiles.ENVIRONMENT)
@@ -122,7 +122,9 @@ def _timed(key: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measu
 
 
 def _write(path: Path, rows: dict[str, tiles.Tiles]) -> None:
-    path.write_text(json.dumps({key: row._asdict() for key, row in rows.items()}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({row: chosen._asdict() for row, chosen in rows.items()}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ class Workspace(threading.local):
         """At least `floats` float32 of any value and `tickets` int32 of 0, which the kernels reset after use."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _allocate(device, floats, tickets)
-        key = (device, _stream(device))
-        buffers = self._cached.get(key)
+        owner = (device, _stream(device))
+        buffers = self._cached.get(owner)
         if buffers is None or buffers[0].numel() < floats or buffers[1].numel() < tickets:
             grown = (0, 0) if buffers is None else (2 * buffers[0].numel(), 2 * buffers[1].numel())
-            buffers = self._cached[key] = _allocate(device, max(floats, grown[0]), max(tickets, grown[1]))
+            buffers = self._cached[owner] = _allocate(device, max(floats, grown[0]), max(tickets, grown[1]))
         return buffers
 
 

@@ -93,7 +93,7 @@ def test_another_gpu_is_told_what_to_build(asked: pytest.MonkeyPatch, capability
     gpus(asked, capability)
     number = f"{capability[0]}{capability[1]}"
     said = str(cuda.unavailable())
-    assert f"GPU 0 is sm_{number}, and the kernels inside are for sm_80, sm_90, sm_100, sm_120" in said
+    assert f"GPU 0 is sm_{number}, and the compiled kernels are for sm_80, sm_90, sm_100, sm_120" in said
     assert f"CARVE_KERNELS_CUDA_ARCHITECTURES={number} pip install " in said
 
 

@@ -1,4 +1,4 @@
-"""Launch capture through a stub of the driver, and say what reached it; in a process where Triton does not interpret.
+"""Launch capture through a stub of the driver and print its arguments, in a process without the interpreter.
 
 python -m tests.backends.triton.direct        JSON: for each call, what was compiled and what each launch was given
 """

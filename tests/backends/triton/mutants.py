@@ -1,4 +1,4 @@
-"""Kernels with one fault each: every fault must be caught by the proofs, or the proofs are worth nothing.
+"""Kernels with one planted fault each, which the tests of the kernels must catch.
 
 python -m tests.backends.triton.mutants    all of them
 """
@@ -22,7 +22,7 @@ PACKAGE = "carve_kernels/backends/triton"
 
 
 class Mutant(NamedTuple):
-    """A change of one line of a kernel, and the words of the proof that must find it."""
+    """A change of one line of a kernel, and the message of the test that must catch it."""
 
     name: str
     file: str
@@ -36,7 +36,7 @@ def compiled(target: str, case: str) -> Callable[[Path], str]:
     """The faults of a case that is compiled from a folder."""
 
     def prove(folder: Path) -> str:
-        rows = offline.compile_apart(folder, (target, case))
+        rows = offline.compile_in_subprocess(folder, (target, case))
         return "\n".join(fault for row in rows for fault in faults(row))
 
     return prove
@@ -48,7 +48,7 @@ def interpreted(module: str, choice: str) -> Callable[[Path], str]:
     def prove(folder: Path) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", module, "-k", choice]
         result = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=600)
-        # 1 is a failed test; everything else is a fault of the test run itself.
+        # 1 is a failed test; any other code is an error of the test run.
         return result.stdout if result.returncode == 1 else ""
 
     return prove
@@ -128,7 +128,7 @@ MUTANTS = [
         "1 failed",
     ),
 ]
-# One for each kind of proof.
+# One for each kind of test.
 SHORT = MUTANTS[:2]
 
 

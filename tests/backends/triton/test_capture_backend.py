@@ -1,4 +1,4 @@
-"""Capture in the Triton backend: memory it may touch, order of its programs, launches, layers, and edges."""
+"""Capture by the Triton backend: memory accesses, order of programs, launches, layers, and edge cases."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LONG = Case(batch=2, query_heads=4, key_heads=2, rows=2, keys=800, size=32, toke
 
 
 def right(found: Capture, arguments: Any, options: dict[str, Any], heads: str = "mean") -> None:
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, CaptureOptions(**wide_options, heads=heads))  # type: ignore[arg-type]
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads=heads))  # type: ignore[arg-type]
     own = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
     for part, mine, exactly in zip(found, own, truth, strict=True):
         close(part, mine, exactly, roundings(arguments[0].shape[3] + 64 + arguments[0].shape[1]))
@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize("spacing", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_outside_of_the_tensors_is_touched(name: str, spacing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_outside_the_tensors_is_accessed(name: str, spacing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     heads = "each" if case.view == "head mask" else "mean"
     arguments, options = planted(case)
@@ -107,7 +107,7 @@ def layers_of(case: Case, count: int, **options: Any) -> tuple[list[torch.Tensor
 
 
 def slots(case: Case, steps: int, layers: int) -> Capture:
-    """Buffers of several steps and layers, with strides that are not dense."""
+    """Buffers of several steps and layers, with non-dense strides."""
     rows = (steps, layers, case.batch, case.rows)
     return Capture(
         torch.full((layers, steps, case.rows, case.batch, case.tokens, 2), torch.nan)[..., 0].permute(1, 0, 3, 2, 4),
@@ -116,7 +116,7 @@ def slots(case: Case, steps: int, layers: int) -> Capture:
 
 
 @pytest.mark.parametrize("view", ["all", "positions"])
-def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str) -> None:
+def test_layers_in_one_call_have_the_bits_of_each_alone_and_two_launches(view: str) -> None:
     case = Case(rows=2, keys=150, tokens=21, view=view, dtype=torch.bfloat16, window=40)
     query, key, tokens = layers_of(case, 6)
     options = planted(case)[1]
@@ -127,10 +127,10 @@ def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str)
             query, key, tokens, step=torch.tensor(1), first=1, out=out, sink=sink, backend="triton", **options
         )
     assert traffic.launches == [STATISTICS, MAP]
-    for place, layer in enumerate(zip(query, key, sink, strict=True), start=1):
+    for index, layer in enumerate(zip(query, key, sink, strict=True), start=1):
         alone = public(*layer[:2], tokens, sink=layer[2], backend="triton", **options)
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[1, place], part)
+            assert torch.equal(buffer[1, index], part)
     written = torch.zeros(3, 8, dtype=torch.bool)
     written[1, 1:7] = True
     for buffer in out:
@@ -140,7 +140,7 @@ def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str)
 def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
     case = Case(rows=1, view="all", batch=1)
     query, key, tokens = layers_of(case, 4)
-    # A sliding layer keeps fewer keys, and a layer of another cache has other strides.
+    # A sliding layer has fewer keys, and a layer of another cache has other strides.
     key[1] = key[1][:, :, -40:]
     key[3] = key[3].contiguous()
     out = slots(case, steps=1, layers=4)
@@ -151,7 +151,7 @@ def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
         right(Capture(*(part[0, layer] for part in out)), (query[layer], key[layer], tokens), {"scale": 0.125})
 
 
-def test_layers_that_the_backend_does_not_serve_together_are_left_to_the_caller() -> None:
+def test_layers_that_cannot_be_captured_in_one_call_return_false() -> None:
     case = Case(rows=1, view="all")
     query, key, tokens = layers_of(case, 2)
     options, more = CaptureOptions(0.125), {"sink": (), "first": 0, "step": torch.tensor(0)}
@@ -164,7 +164,7 @@ def test_layers_that_the_backend_does_not_serve_together_are_left_to_the_caller(
 
 
 @pytest.mark.parametrize("step", [-1, 2])
-def test_a_step_outside_of_the_buffers_writes_nothing(step: int) -> None:
+def test_a_step_outside_the_buffers_writes_nothing(step: int) -> None:
     case = Case(rows=2, view="all")
     (query, key, tokens), options = planted(case)
     guards = Guards()
@@ -173,7 +173,7 @@ def test_a_step_outside_of_the_buffers_writes_nothing(step: int) -> None:
     guards.check()
 
 
-def test_one_launch_where_the_lse_is_known() -> None:
+def test_one_launch_where_the_lse_is_given() -> None:
     arguments, options = planted(LONG)
     query, key, _ = arguments
     logits = query @ key.repeat_interleave(2, 1).mT * options["scale"]
@@ -197,7 +197,7 @@ def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("changes", [{"rows": 0}, {"batch": 0}, {"keys": 0}, {"tokens": 0}, {"rows": 0, "tokens": 0}])
 @pytest.mark.parametrize("heads", ["mean", "each"])
-def test_nothing_at_all_is_served(changes: dict[str, int], heads: str) -> None:
+def test_empty_inputs_are_served(changes: dict[str, int], heads: str) -> None:
     case = Case(view="all", ragged=False).but(**changes)
     arguments, options = planted(case)
     truth = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def test_nothing_at_all_is_served(changes: dict[str, int], heads: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_tokens_outside_of_the_keys_are_padding(dtype: torch.dtype) -> None:
+def test_tokens_outside_the_keys_are_padding(dtype: torch.dtype) -> None:
     (query, key, tokens), options = planted(Case(view="all", ragged=False))
     stray = tokens.to(dtype).clone()
     stray[:, 1], stray[:, 4], stray[0, 7] = 77, torch.iinfo(dtype).max, torch.iinfo(dtype).min
@@ -222,7 +222,7 @@ def test_tokens_outside_of_the_keys_are_padding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lse", [False, True])
-def test_a_nan_goes_where_the_reference_lets_it_go(lse: bool) -> None:
+def test_a_nan_affects_what_it_does_in_the_reference(lse: bool) -> None:
     case = Case(batch=1, rows=3, view="positions")
     (query, key, tokens), options = planted(case)
     key, options["positions"] = key.clone(), torch.tensor([[20, 50, 40]])
@@ -238,7 +238,7 @@ def test_a_nan_goes_where_the_reference_lets_it_go(lse: bool) -> None:
 
 
 @pytest.mark.parametrize("last", [-(2**40), -1, 10**6, 2**40])
-def test_positions_outside_of_the_keys(last: int) -> None:
+def test_positions_outside_the_keys(last: int) -> None:
     case = Case(view="positions", rows=2)
     arguments, options = planted(case)
     options["positions"][0, 0] = last
@@ -254,8 +254,8 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     arguments, options = planted(case)
 
     def far(tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor with its ends 2^31 elements and more apart; memory that is never touched costs nothing."""
-        # The small parts keep elements apart whose large parts meet.
+        """The tensor with more than 2^31 elements between its ends; unused memory costs nothing."""
+        # The small terms separate elements whose large terms coincide.
         strides = (2**31 + 4096, 2**30 + 1024, 2**28 + 128, 1)
         if tensor.ndim < 4:
             strides = (2**31 + 64, 2**28 + 8, 2**26 + 1)[: tensor.ndim]
@@ -282,7 +282,7 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
         ({"out": Capture(torch.ones(1, 1, 1).double(), torch.ones(1, 1), torch.ones(1, 1))}, "out is float64"),
     ],
 )
-def test_what_the_backend_does_not_serve_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_arguments_have_a_reason(changes: dict[str, Any], reason: str) -> None:
     arguments = {"query": torch.ones(1, 2, 1, 8), "key": torch.ones(1, 2, 3, 8), "tokens": torch.tensor([[0]])}
     with pytest.raises(BackendUnavailable, match=reason):
         public(**{**arguments, **changes}, scale=1.0, backend="triton")

@@ -1,4 +1,4 @@
-"""What capture moves, counted in the interpreter, and how it is divided among programs."""
+"""The memory traffic of capture, counted in the interpreter, and its division among programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles: the table, the file that replaces rows of it, the tuner that writes such a file, and what serves where."""
+"""Tiles: the table, a file that replaces some rows, the tuner that writes it, and the devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROW = {"statistics": [32, 4, 2], "map": [16, 8, 1]}
 
 
 @pytest.mark.parametrize("architecture", tiles.STAGES)
-def test_tiles_on_the_way_fit_into_shared_memory(architecture: str) -> None:
+def test_tiles_in_flight_fit_into_shared_memory(architecture: str) -> None:
     for element_size in tiles.ELEMENT_SIZES:
         for lanes in tiles.LANES:
             for size in tiles.SIZES:
@@ -65,17 +65,17 @@ def test_a_file_replaces_its_rows_and_no_other(tmp_path: Path) -> None:
         (json.dumps({KEY: {**ROW, "map": [32, 4]}}), r"got \[32, 4\]"),
     ],
 )
-def test_a_file_that_says_something_else_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"CARVE_KERNELS_TILES: .*{message}"):
-        tiles.replaced(str(path))
+        tiles.replacements(str(path))
     with pytest.raises(ValueError, match="CARVE_KERNELS_TILES: expected a JSON file of tiles"):
-        tiles.replaced(str(tmp_path / "missing.json"))
+        tiles.replacements(str(tmp_path / "missing.json"))
 
 
 class Driver:
-    """As much of a driver as the choice of a row asks."""
+    """The part of a driver that chooses a row."""
 
     def __init__(self, backend: str, arch: Any) -> None:
         self.target = triton.backends.compiler.GPUTarget(backend, arch, 32)
@@ -105,7 +105,7 @@ def test_a_device_takes_the_nearest_row_below(
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_an_old_gpu_is_told_so(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_gpu_has_a_reason(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -119,7 +119,7 @@ def test_an_old_gpu_is_told_so(capability: tuple[int, int], served: bool, monkey
         triton_backend.too_old.cache_clear()
 
 
-def test_without_a_gpu_the_backend_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_backend_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no GPU; install its driver" in triton_backend._no_gpu()
 
@@ -135,7 +135,7 @@ def test_without_a_gpu_the_backend_is_shut(monkeypatch: pytest.MonkeyPatch) -> N
         ("3.9.0", False, None, "finds none; install gcc, or name a compiler in CC"),
     ],
 )
-def test_why_the_backend_is_shut(
+def test_why_the_backend_is_unavailable(
     version: str, interpreted: bool, compiler: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
@@ -167,16 +167,16 @@ def test_the_tuner_takes_the_fastest_tiles_that_run() -> None:
         return abs(row.map.block - 32) + row.map.warps + row.statistics.stages
 
     def call() -> Tiles:
-        return tiles.replaced(tune.os.environ[tiles.ENVIRONMENT])[KEY]
+        return tiles.replacements(tune.os.environ[tiles.ENVIRONMENT])[KEY]
 
     found = tune.best(KEY, start, call, measure)
-    # Ties stay with the first that was tried.
+    # Of equal times, the first wins.
     assert found == Tiles(TileConfig(start.statistics.block // 2, 4, 2), TileConfig(32, 4, 2))
     assert tried[0] == start and len(tried) > 30
     assert tiles.ENVIRONMENT not in tune.os.environ
 
 
-def test_the_tuners_problem_runs_and_its_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problem_of_the_tuner_runs_and_its_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.problem(torch.device("cpu"), 16, 32, keys=20, tokens=4)()
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(tune, "problem", lambda *_: lambda: None)
@@ -185,11 +185,11 @@ def test_the_tuners_problem_runs_and_its_file_is_read(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(device, "architecture_of", lambda _: "sm_90")
     assert tune.main(["--output", str(path)]) == 0
-    rows = tiles.replaced(str(path))
+    rows = tiles.replacements(str(path))
     assert len(rows) == 8 and rows[KEY] == tiles.row_of("sm_90", 2, 16, 128)
 
 
-def test_the_tuner_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tuner_without_a_gpu_exits_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert tune.main(["--output", str(tmp_path / "tiles.json")]) == 2
