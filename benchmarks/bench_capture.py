@@ -17,7 +17,8 @@ from benchmarks.answers import check_maps, check_truth
 from benchmarks.cases import Case, Problem, problem, standard, truth
 from benchmarks.timing import Flush, Run, Spread, paired, ratio, warm
 from carve_kernels import BackendUnavailable, capture
-from carve_kernels.backends import ROOMS, resolve
+from carve_kernels.backends import BACKENDS, resolve
+from carve_kernels.types import CaptureOptions
 
 AUTO, EAGER, REPEAT, FOLDED, READ = "capture", "(a) eager", "(b) repeat", "(c) folded", "(f) read"
 # The longest sequence whose [S, S] probabilities are computed.
@@ -55,9 +56,10 @@ def read(given: Problem) -> torch.Tensor:
 def opponents(given: Problem) -> dict[str, Run]:
     """Every way to the maps [1, R, N] that can serve here."""
     runs: dict[str, Run] = {AUTO: lambda: capture(given.query, given.key, given.tokens, **given.options).maps}
-    for room in ROOMS:
+    options = CaptureOptions(**given.options)
+    for room in BACKENDS:
         try:
-            resolve("capture", room, given.query.device, given.query, given.key, given.tokens, **given.options)
+            resolve("capture", room, given.query.device, given.query, given.key, given.tokens, options)
         except BackendUnavailable:
             continue
         runs[f"{AUTO} {room}"] = _room(given, room)
@@ -152,7 +154,7 @@ _checked_once = lru_cache(maxsize=1)(checked)
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    names = (AUTO, *(f"{AUTO} {room}" for room in ROOMS), EAGER, REPEAT, FOLDED, READ)
+    names = (AUTO, *(f"{AUTO} {room}" for room in BACKENDS), EAGER, REPEAT, FOLDED, READ)
     pairs = list(product(standard(("qwen2.5-vl-7b",)), names))
     metafunc.parametrize(("case", "opponent"), pairs, ids=[f"{case} {name}" for case, name in pairs])
 

@@ -1,4 +1,4 @@
-"""Checks of arguments at the public edge: each error names the argument, what was expected and what came."""
+"""Checks of the arguments of public functions: an error names the argument, what was expected and what was passed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 import numpy
 import torch
 
-# One letter in front of a colon is a drive of Windows.
+# One letter before a colon is a drive of Windows.
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class BackendUnavailable(RuntimeError):
-    """A room was asked for by name and cannot serve; the message says why and how to mend it."""
+    """A backend was requested by name and cannot serve; the message says why and how to fix it."""
 
 
 class UpstreamChanged(RuntimeError):
-    """The installed transformers works in another way than the tested ones; the message names both versions.
+    """The installed transformers does not work as the tested versions do; the message names both.
 
-    `what` is the part of it that says in which way.
+    `what` is the part of the message that describes the difference.
     """
 
     def __init__(self, message: str, what: str) -> None:
@@ -39,13 +39,13 @@ def describe(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:
-        # Python does not print integers of thousands of digits.
+        # Python does not print integers with thousands of digits.
         text = "too long to print"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def plain(value: Any) -> Any:
-    """Arrays, tensors and their numbers as lists and numbers of Python; anything else as it is."""
+    """Arrays, tensors and their numbers as Python lists and numbers; anything else unchanged."""
     return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic, torch.Tensor)) else value
 
 
@@ -53,11 +53,11 @@ def tensor(
     name: str, value: Any, *, shape: tuple[int | str | None, ...], dtypes: Collection[torch.dtype]
 ) -> torch.Tensor:
     """Check a tensor: `shape` holds sizes, or letters for sizes that are free."""
-    # A loop, and what fits first: these checks stand before every call, and any() over a generator takes three times
+    # A loop, and the common case first: every call pays for these checks, and any() over a generator takes three times
     # as long.
     fits = isinstance(value, torch.Tensor) and len(value.shape) == len(shape)
     if fits:
-        for want, got in zip(shape, value.shape):  # noqa: B905  (as long as each other; `strict` costs a tenth more)
+        for want, got in zip(shape, value.shape):  # noqa: B905  (of equal length; `strict` costs a tenth more)
             if type(want) is int and want != got:
                 fits = False
         if fits and value.dtype in dtypes:
@@ -79,7 +79,7 @@ def device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
 
 def number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> float:
     """Check a finite real number, ends included."""
-    # Abstract classes are slow to ask, so the common type goes first.
+    # `isinstance` is slow for abstract classes, so the common type comes first.
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     try:
@@ -114,12 +114,12 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
 
 
 def text(name: str, value: Any) -> str:
-    """Check a string that says something, in characters that can be written as UTF-8."""
+    """Check a string that is not blank and can be encoded as UTF-8."""
     return writable(name, filled(name, value))
 
 
 def filled(name: str, value: Any) -> str:
-    """Check a string that is not blank; of a path, whose bytes may be no UTF-8, no more can be asked."""
+    """Check a string that is not blank; a path, whose bytes may not be UTF-8, is checked for no more."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a string, got {describe(value)}")
     if not value.strip():
@@ -128,24 +128,24 @@ def filled(name: str, value: Any) -> str:
 
 
 def writable(name: str, value: str) -> str:
-    """Check a string without halves of characters (lone surrogates), which no tokenizer and no file takes."""
+    """Check a string without lone surrogates, which no tokenizer and no file accepts."""
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{name}: expected characters that can be written, got {describe(value)}")
     return value
 
 
 def path(name: str, value: Any) -> Path:
-    """Check the path of a file or a folder; a `~` in front is the user's own folder, as in a shell."""
+    """Check the path of a file or a folder; a leading `~` is the user's home folder, as in a shell."""
     given = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(given, str):
         raise TypeError(f"{name}: expected a path, got {describe(value)}")
-    # An empty one would be the folder in which the process runs.
+    # An empty path would be the current folder of the process.
     filled(name, given)
     if "\0" in given:
         raise ValueError(f"{name}: expected a path, got {describe(given)}, which holds a null character")
     if _URL.match(given):
-        shown = given if len(given) <= 80 else f"{given[:77]}..."
-        raise ValueError(f"{name}: expected a path, {shown} is a URL, and nothing is fetched")
+        short = given if len(given) <= 80 else f"{given[:77]}..."
+        raise ValueError(f"{name}: expected a path, {short} is a URL, and nothing is fetched")
     return Path(os.path.expanduser(given))
 
 

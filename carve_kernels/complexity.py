@@ -1,4 +1,4 @@
-"""How much there is in an image: edge density and colour entropy."""
+"""The visual complexity of an image: edge density and colour entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from carve_kernels import extras
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# An image is measured at this longer side at most, so that a photograph and its thumbnail compare.
+# Larger images are measured at this longer side, so that a photograph and its thumbnail are comparable.
 LONGEST = 1024
 HUES = 180
 
@@ -32,9 +32,9 @@ def complexity(image: Image) -> dict[str, float]:
         from skimage.color import rgb2gray, rgb2hsv
         from skimage.feature import canny
 
-    picture = image.convert("RGB")
-    picture.thumbnail((LONGEST, LONGEST))
-    pixels = numpy.asarray(picture)
+    small = image.convert("RGB")
+    small.thumbnail((LONGEST, LONGEST))
+    pixels = numpy.asarray(small)
     edges = canny(rgb2gray(pixels))
     counts, _ = numpy.histogram(rgb2hsv(pixels)[..., 0], bins=HUES, range=(0.0, 1.0))
     share = counts[counts > 0] / counts.sum()

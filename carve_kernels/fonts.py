@@ -1,6 +1,6 @@
-"""Text in pictures in any script: each character in the first font of this machine that has it.
+"""Text in images in any script: each character in the first font of this machine that has it.
 
-Pillow's own font knows English and little more; it goes first, then sans-serif fonts of the system.
+Pillow's font has English and little more; it comes first, then sans-serif fonts of the system.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from PIL import ImageDraw, ImageFont, features
 Run = tuple[str, Any]
 
 _SUFFIXES = (".ttf", ".otf", ".ttc")
-# Plain fonts with many scripts, the best first; then whatever else there is, the odd styles last.
+# Plain fonts with many scripts, the best first; all other fonts follow, unusual styles last.
 _PREFERRED = (
     *("dejavusans", "notosans-regular", "notosanscjk-regular", "notosanssc-regular", "pingfang", "hiragino sans gb"),
     *("msyh", "malgun", "meiryo", "wqy-microhei", "wqy-zenhei", "droidsansfallback", "arial unicode", "segoeui"),
 )
 _STYLED = ("bold", "italic", "oblique", "mono", "serif", "light", "thin", "condensed", "black")
-# What draws a box for everything.
+# A font that draws a box for every character.
 _NO_FONT = "lastresort"
 _RIGHT_TO_LEFT = ("R", "AL")
 _PROBE_SIZE = 20
 
 
 def legible(text: str) -> str:
-    """A text in composed characters, with an escape such as \\u732b for each that no font here has."""
-    found, drawn = [], True
+    """A text in composed characters, with an escape such as \\u732b for each that no font has."""
+    letters, drawn = [], True
     for letter in unicodedata.normalize("NFC", text):
-        # A mark on a letter is nothing without it.
+        # A combining mark needs its letter.
         drawn = (drawn or not unicodedata.category(letter).startswith("M")) and _is_drawn(letter)
-        found.append(letter if drawn else letter.encode("unicode_escape").decode())
-    return "".join(found)
+        letters.append(letter if drawn else letter.encode("unicode_escape").decode())
+    return "".join(letters)
 
 
 def unreadable(text: str) -> bool:
-    """Whether some character of a text is in no font here."""
+    """Whether no font has some character of a text."""
     return legible(text) != unicodedata.normalize("NFC", text)
 
 
@@ -50,19 +50,21 @@ def length(text: str, size: int) -> float:
     return sum(font.getlength(run) for run, font in _runs(text, size))
 
 
-def draw(onto: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int]) -> None:
-    """Draw a line of text; `place` is its upper left corner."""
-    x: float = place[0]
-    baseline = place[1] + _font("", size).getmetrics()[0]
+def draw(
+    onto: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, colour: tuple[int, int, int]
+) -> None:
+    """Draw a line of text; `corner` is its upper left corner."""
+    x: float = corner[0]
+    baseline = corner[1] + _font("", size).getmetrics()[0]
     direction = _direction(text)
     for run, font in _runs(text, size):
-        shaped = direction if _shapes(font) else None
-        onto.text((x, baseline), run, fill=colour, font=font, anchor="ls", direction=shaped)
+        shaping = direction if _shapes(font) else None
+        onto.text((x, baseline), run, fill=colour, font=font, anchor="ls", direction=shaping)
         x += font.getlength(run)
 
 
 def _direction(text: str) -> str:
-    """The direction of a line, which is that of its first letter outside of isolates, as Unicode has it."""
+    """The direction of a line: by Unicode, that of its first letter outside isolates."""
     depth = 0
     for kind in map(unicodedata.bidirectional, text):
         depth = max(0, depth + (kind in ("LRI", "RLI", "FSI")) - (kind == "PDI"))
@@ -72,22 +74,22 @@ def _direction(text: str) -> str:
 
 
 def _runs(text: str, size: int) -> list[Run]:
-    """The parts of a line from left to right, each in one font, in one for all of it where there is such a font.
+    """The runs of a line from left to right, each in one font; a single run where one font has every character.
 
-    Letters that join, and text from right to left, have to be drawn as one.
+    Letters that join, and text from right to left, must be drawn in one run.
     """
     letters = dict.fromkeys(text)
     paths = dict.fromkeys(_path_of(letter) or "" for letter in letters)
     whole = next((path for path in paths if all(_has(path, letter) for letter in letters)), None)
-    found: list[tuple[str, str]] = []
+    split: list[tuple[str, str]] = []
     for letter in text:
-        last = found[-1][0] if found else whole
+        last = split[-1][0] if split else whole
         path = last if last is not None and _has(last, letter) else _path_of(letter) or ""
-        if found and found[-1][0] == path:
-            found[-1] = (path, found[-1][1] + letter)
+        if split and split[-1][0] == path:
+            split[-1] = (path, split[-1][1] + letter)
         else:
-            found.append((path, letter))
-    runs = [(run if _shapes(_font(path, size)) else _shown(run), _font(path, size)) for path, run in found]
+            split.append((path, letter))
+    runs = [(run if _shapes(_font(path, size)) else _without_controls(run), _font(path, size)) for path, run in split]
     return runs[::-1] if _direction(text) == "rtl" else runs
 
 
@@ -95,15 +97,15 @@ def _shapes(font: Any) -> bool:
     return bool(font.layout_engine == ImageFont.Layout.RAQM)
 
 
-def _shown(text: str) -> str:
-    """A text without the signs that steer, for fonts that are not steered and would draw them."""
+def _without_controls(text: str) -> str:
+    """A text without format characters, which a font without shaping would draw."""
     return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
 
 
 @cache
 def _path_of(letter: str) -> str | None:
     """The first font that has a character, "" for Pillow's own, None where there is no such font."""
-    # Control characters and halves of a pair are no letters; without shaping others come out in the wrong order.
+    # Control characters and surrogates are not letters; without shaping, other scripts are in the wrong order.
     if unicodedata.category(letter) in ("Cc", "Cs") or (_needs_shaping(letter) and not features.check("raqm")):
         return None
     return next((path for path in ("", *_paths()) if _has(path, letter)), None)
@@ -119,17 +121,17 @@ def _needs_shaping(letter: str) -> bool:
 
 @cache
 def _has(path: str, letter: str) -> bool:
-    """Whether a font draws a character as anything but what it draws for those that it lacks."""
-    # Spaces and signs that steer have no picture of their own.
+    """Whether a font draws a character as anything but its glyph for missing characters."""
+    # Spaces and format characters have no glyph.
     if unicodedata.category(letter) in ("Zs", "Cf"):
         return True
     try:
         font = _font(path, _PROBE_SIZE)
-        own, missing = font.getmask(letter), font.getmask("\uffff")
-    # A file that is no font, or one of pictures in a single size.
+        glyph, missing = font.getmask(letter), font.getmask("\uffff")
+    # A file that is not a font, or a bitmap font of a single size.
     except (OSError, ValueError):
         return False
-    return own.size != missing.size or bytes(own) != bytes(missing)
+    return glyph.size != missing.size or bytes(glyph) != bytes(missing)
 
 
 @cache
@@ -139,20 +141,20 @@ def _font(path: str, size: int) -> Any:
 
 @cache
 def _paths() -> tuple[str, ...]:
-    """The font files of this machine, those that serve best first."""
-    found = [Path(folder, name) for top in _folders() for folder, _, names in os.walk(top) for name in names]
-    fonts = {path for path in found if path.suffix.lower() in _SUFFIXES and not path.stem.lower().startswith(_NO_FONT)}
+    """The font files of this machine, the best first."""
+    files = [Path(folder, name) for top in _folders() for folder, _, names in os.walk(top) for name in names]
+    fonts = {path for path in files if path.suffix.lower() in _SUFFIXES and not path.stem.lower().startswith(_NO_FONT)}
     return tuple(str(path) for path in sorted(fonts, key=_rank))
 
 
 def _rank(path: Path) -> tuple[int, bool, str]:
     stem = path.stem.lower()
-    place = _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
-    return place, any(style in stem for style in _STYLED), str(path)
+    rank = _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
+    return rank, any(style in stem for style in _STYLED), str(path)
 
 
 def _folders() -> list[Path]:
-    """Where fonts are: the system's, the user's, and those that come with matplotlib where it is installed."""
+    """The folders of fonts: the system's, the user's, and matplotlib's where it is installed."""
     home = Path.home()
     if sys.platform == "win32":
         folders = [Path(os.environ.get("WINDIR", "C:/Windows"), "Fonts")]
@@ -161,8 +163,8 @@ def _folders() -> list[Path]:
         folders = [home / "Library/Fonts", Path("/Library/Fonts"), Path("/System/Library/Fonts")]
     else:
         shared = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
-        own = os.environ.get("XDG_DATA_HOME") or str(home / ".local/share")
-        folders = [home / ".fonts", *(Path(folder, "fonts") for folder in (own, *shared.split(":")))]
+        user = os.environ.get("XDG_DATA_HOME") or str(home / ".local/share")
+        folders = [home / ".fonts", *(Path(folder, "fonts") for folder in (user, *shared.split(":")))]
     package = find_spec("matplotlib")
-    places = [] if package is None else package.submodule_search_locations or []
-    return [*folders, *(Path(place, "mpl-data/fonts/ttf") for place in places)]
+    roots = [] if package is None else package.submodule_search_locations or []
+    return [*folders, *(Path(root, "mpl-data/fonts/ttf") for root in roots)]

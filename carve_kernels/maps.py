@@ -1,4 +1,4 @@
-"""AttentionMaps: what a session has captured, kept, saved and shown."""
+"""AttentionMaps: the captured maps of a prompt and its decode steps, from the buffers of capture to a file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ import torch
 
 from carve_kernels import checks, extras
 from carve_kernels.atomic_write import refuse_foreign, write_whole
-from carve_kernels.types import View, VisualLayout
+from carve_kernels.numerics import entropy
+from carve_kernels.types import Capture, View, VisualLayout
+
+UNCAPTURED = -1.0
+"""The mass of a row before it is captured; a captured mass is never negative."""
 
 _FORMAT = "carve_kernels.AttentionMaps/1"
-# As safetensors has it.
+# The limit of safetensors.
 _LONGEST_HEADER = 100_000_000
 _TENSORS = ("values", "mass", "entropy", "valid", "tokens")
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
-    """Head-averaged attention of the captured rows to the visual tokens, step by step.
+    """Head-averaged attention of the captured rows to the visual tokens, at each step.
 
     =======  ==================  ===============  ================================================================
     name     dtype               shape            meaning
@@ -33,9 +37,9 @@ class AttentionMaps:
     values   float32             [B, L, T, R, N]  probabilities; zero where there is no token and where not valid
     mass     float32             [B, L, T, R]     sum of the values over the tokens
     entropy  float32             [B, L, T, R]     H / ln N of the values renormalised over the tokens, 0 to 1
-    valid    bool                [B, L, T, R]     False: no such map (row finished, rows of step 0 only, keys gone)
+    valid    bool                [B, L, T, R]     False: no map (row finished, a row of step 0 only, keys evicted)
     layers   int                 L                numbers of the captured layers
-    steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as row
+    steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as its row
     tokens   int32               [B, N]           columns of the visual tokens in the sequence, -1 is padding
     dtype    str                                  dtype that the model's attention ran in
     layout   VisualLayout, None                   grids and boxes of the tokens, where known
@@ -73,8 +77,8 @@ class AttentionMaps:
         steps = self.valid[b].any(-1).all(0).nonzero()
         if not len(steps):
             raise ValueError(
-                f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (do they "
-                "stand before the image, or beyond a sliding window?)"
+                f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (are they "
+                "before the image, or beyond a sliding window?)"
             )
         return int(steps[-1])
 
@@ -90,7 +94,7 @@ class AttentionMaps:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all, in place of maps that were saved there before.
 
-        Raises ValueError if any other file stands there.
+        Raises ValueError if the path is any other file.
         """
         target = checks.path("path", path)
         refuse_foreign("path", target, is_saved)
@@ -99,8 +103,8 @@ class AttentionMaps:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> AttentionMaps:
         """Read what `save` wrote."""
-        found = checks.path("path", path)
-        return decode(found.read_bytes(), os.fspath(found))[0]
+        source = checks.path("path", path)
+        return decode(source.read_bytes(), os.fspath(source))[0]
 
     def _repr_png_(self) -> bytes | None:
         if self.layout is None or not self.layout.views[0]:
@@ -109,7 +113,7 @@ class AttentionMaps:
         rows = self.valid[0, :, self.last_step(0)].all(0)
         grid = last[:, rows].mean((0, 1))
         factor = max(1, 448 // max(grid.shape))
-        # Pictures need Pillow, which maps do not.
+        # An image needs Pillow, which maps do not.
         from carve_kernels.visualize import saliency_image
 
         image = saliency_image(grid)
@@ -118,8 +122,82 @@ class AttentionMaps:
         return buffer.getvalue()
 
 
+def new_buffers(shape: tuple[int, int, int, int], tokens: int, device: torch.device) -> Capture:
+    """Buffers of captures, float32: maps [*shape, tokens], mass and entropy [*shape]."""
+    return Capture(
+        torch.zeros(*shape, tokens, dtype=torch.float32, device=device),
+        torch.full(shape, UNCAPTURED, dtype=torch.float32, device=device),
+        torch.zeros(shape, dtype=torch.float32, device=device),
+    )
+
+
+def average_rows(capture: Capture, weight: torch.Tensor, used: torch.Tensor) -> Capture:
+    """Weighted means over the rows of maps [L, B, Q, N], by weight [B, R, Q]; UNCAPTURED rows stay so."""
+    maps = weight @ capture.maps
+    mass = torch.where((capture.mass == UNCAPTURED).any(-1, keepdim=True), UNCAPTURED, maps.sum(-1))
+    return Capture(maps, mass, torch.stack([entropy(layer, used) for layer in maps]))
+
+
+def assemble(
+    first: Capture,
+    later: Capture | None,
+    running: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    layers: tuple[int, ...],
+    tokens: torch.Tensor,
+    dtype: str,
+    layout: VisualLayout | None,
+) -> AttentionMaps:
+    """The maps of a prompt and its decode steps, copied out of the buffers.
+
+    =======  =======  ================  ====================================================================
+    name     dtype    shape             meaning
+    =======  =======  ================  ====================================================================
+    first    float32  [L, B, Q, N]      maps of the prefill; mass and entropy without N
+    later    float32  [T - 1, L, B, N]  maps of the decode steps, one row each; None if there are none
+    running  bool     [B, T]            False from the step on whose token would follow the end token
+    weight   float32  [B, R, Q]         means over the rows of the prefill; None where R = Q
+    tokens   int      [B, N]            columns of the visual tokens, -1 is padding
+    =======  =======  ================  ====================================================================
+
+    Raises RuntimeError if a layer was not captured in a step before the last one.
+    """
+    used, steps = tokens >= 0, running.shape[1]
+    if weight is not None:
+        first = average_rows(first, weight.to(used.device), used)
+    _, batch, rows = first.mass.shape
+    maps = new_buffers((batch, len(layers), steps, rows), tokens.shape[1], used.device)
+    valid = torch.zeros(maps.mass.shape, dtype=torch.bool, device=used.device)
+    for target, part in zip(maps, first, strict=True):
+        target[:, :, 0] = part.transpose(0, 1)
+    valid[:, :, 0] = True
+    if later is not None:
+        for target, part in zip(maps, later, strict=True):
+            target[:, :, 1:, -1] = part.movedim((0, 1, 2), (2, 1, 0))
+        valid[:, :, 1:, -1] = True
+    missing = ((maps.mass == UNCAPTURED) & valid).any(-1).any(0)
+    # A last step that was interrupted is dropped.
+    complete = steps - int(steps > 1 and bool(missing[:, -1].any()))
+    if bool(missing[:, :complete].any()):
+        numbers = [layer for layer, gone in zip(layers, missing[:, :complete].any(-1), strict=True) if gone]
+        raise RuntimeError(
+            f"layers: nothing was captured in layers {numbers}; their attention was not called in the captured "
+            "forward (was the implementation switched inside the session?)"
+        )
+    # Where all tokens lie outside of a row's window the mass is exactly 0: there is no map, rather than a black one.
+    valid &= running[:, None, :, None] & (maps.mass != 0)
+    end = int(running[:, :complete].any(0).nonzero()[-1]) + 1
+    for part in maps:
+        part[~valid] = 0.0
+    values, mass, spread = (part[:, :, :end] for part in maps)
+    return AttentionMaps(
+        values, mass, spread, valid[:, :, :end], layers, tuple(range(end)), tokens.clone(), dtype, layout
+    )
+
+
 def encode(maps: AttentionMaps, **facts: str) -> bytes:
-    """Maps as a safetensors file with a checksum, and with more facts in its metadata."""
+    """Maps as the bytes of a safetensors file with a checksum and more `facts` in its metadata."""
     with extras.needed_by("AttentionMaps.save"):
         from safetensors.torch import save
 
@@ -132,13 +210,13 @@ def encode(maps: AttentionMaps, **facts: str) -> bytes:
     }
     tensors = {name: getattr(maps, name).detach().cpu().contiguous() for name in _TENSORS}
     text = json.dumps(header)
-    return save(tensors, metadata={**facts, "carve": text, "checksum": _checksum(text, tensors)})
+    return save(tensors, metadata={**facts, "carve": text, "checksum": _sha256(text, tensors)})
 
 
 def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
-    """The maps that `encode` made a file of, in memory of their own, and all of its metadata; `name` is for errors.
+    """The maps and all metadata of a file from `encode`, in new memory; `name` is for errors.
 
-    Raises ValueError if it is another file or a damaged one.
+    Raises ValueError for another file or a damaged one.
     """
     with extras.needed_by("AttentionMaps.load"):
         from safetensors import SafetensorError
@@ -153,8 +231,10 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
     header = json.loads(text)
     if not isinstance(header, dict) or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
         raise ValueError(f"path: expected maps written by AttentionMaps.save, got {name!r}")
-    if facts.get("checksum") != _checksum(text, tensors):
-        raise ValueError(f"path: {name!r} is damaged: its numbers do not have the checksum that was written with them")
+    if facts.get("checksum") != _sha256(text, tensors):
+        raise ValueError(
+            f"path: {name!r} is damaged: the checksum of its numbers is not the one that was written with them"
+        )
     layout = None if header["layout"] is None else _layout_from_json(header["layout"], tensors["tokens"])
     maps = AttentionMaps(
         **tensors,
@@ -167,7 +247,7 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a file begins as one that `AttentionMaps.save` wrote; its numbers may be damaged."""
+    """Whether a file begins like one from `AttentionMaps.save`; its numbers may be damaged."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -177,12 +257,12 @@ def is_saved(path: Path) -> bool:
         return False
 
 
-def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256(header.encode())
+def _sha256(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
     for name in _TENSORS:
-        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _counts(tokens: torch.Tensor) -> list[int]:

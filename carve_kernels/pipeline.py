@@ -1,4 +1,4 @@
-"""The stages in order, from maps and an image: the pairing of steps, `carve`. Knows no model."""
+"""The stages in order, from maps and an image: the pairing of steps and `carve`. Independent of models."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from carve_kernels import checks
+from carve_kernels.numerics import float64_device
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
 from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
-from carve_kernels.types import Box, Regions, Size, float64_device
+from carve_kernels.types import Box, Regions, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["CarveOutcome", "Preset", "carve", "pair"]
 
-# Maps of one prompt that were computed in two ways differ by so much of their ratio, in float32.
+# Two computations of one prompt's maps may differ by this share of their ratio, in float32.
 _ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class CarveOutcome:
-    """What `carve` found.
+    """The result of `carve`.
 
     ========  =========  ======  ====================================================================
     name      dtype      shape   meaning
     ========  =========  ======  ====================================================================
-    saliency  as task    [H, W]  contrast on the pixels of the whole image, 0 where no view looks
+    saliency  as task    [H, W]  contrast on the pixels of the whole image, 0 where there is no view
     regions   Regions            mask, boxes, scores and box in pixels of the whole image
-    refined   PIL image          the kept regions magnified, or the image itself
-    reason    str                why the whole image was kept, or None
+    refined   PIL image          the selected regions magnified, or the image itself
+    reason    str                why no region was selected, or None
     seconds   dict               time of each of the stages contrast, regions and zoom that ran
     ========  =========  ======  ====================================================================
     """
@@ -53,8 +54,8 @@ def pair(
     """Pair the steps of two answers: task [L, T1, N] and general [L, T2, N] -> both [L, T, N], and weights [T].
 
     "t_start" pairs first with first, "t_end" last with last, "t_full" step t with t up to the shorter answer.
-    The weights are 1, 2, 3, ..., or the first T of `step_weights`, which only "t_full" takes; steps beyond the given
-    weights are not read.
+    The weights are 1, 2, 3, ..., or the first T of `step_weights`, which only "t_full" accepts; steps beyond them are
+    not read.
     """
     check_steps(steps, step_weights)
     if steps == "t_start":
@@ -94,19 +95,19 @@ def carve(
     task      float32 or float64  [L, T1, N]  attention on each token, by layer and step of the answer
     general   as task             [L, T2, N]  the same for the general instruction
     grid      int                 (GH, GW)    rows and columns of tokens; or a list of grids, N = all of them
-    preset    str, Preset, dict               "paper", "release", or your own
+    preset    str, Preset, dict               "paper", "release", or other values
     box       float               4           x0 y0 x1 y1 of the image that the grid covers, pixels (rounded);
                                               None = the whole image; a list for a list of grids
     (result)  CarveOutcome                    saliency, regions, refined image, reason
     ========  ==================  ==========  =====================================================================
 
-    Outside the box there is no evidence: the saliency is 0 there, the mask False, and `keep` is a share of the
-    pixels inside. Of several views a later one overwrites an earlier one, so give the base first and finer tiles
-    after it; `keep` is then a share of the rectangle around all of them. A degenerate map (no steps, constant, all 0)
-    keeps the whole image: refined = the original, and `reason` says why.
+    Outside the box the saliency is 0, the mask is False, and `keep` is a share of the pixels inside. Of several views a
+    later one overwrites an earlier one, so pass the base first and finer tiles after it; `keep` is then a share of the
+    rectangle around all of them. A degenerate map (no steps, constant, all 0) gives no region: `refined` is the
+    original, and `reason` says why.
 
-    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box that leaves the image and for a picture
-    with an EXIF orientation, since nobody knows whether the maps are of its pixels as stored or of the turned ones.
+    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box outside the image and for an image with
+    an EXIF orientation, since the maps may be of its stored or of its rotated pixels.
 
     Source: the pipeline of CARVE (arXiv 2509.06461); the presets name the values of the paper and of its release.
     """
@@ -119,7 +120,7 @@ def carve(
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
     whole = (0.0, 0.0, float(original.width), float(original.height))
-    checked = [whole if part is None else _inside(part, original.size) for part in boxes]
+    checked = [whole if given is None else _inside(given, original.size) for given in boxes]
     for name, maps in (("task", task), ("general", general)):
         checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
     return carve_views(original, task, general, grids, checked, settings, backend)
@@ -134,13 +135,13 @@ def carve_views(
     preset: Preset,
     backend: str,
 ) -> CarveOutcome:
-    """`carve` of what has been checked, with boxes that may leave the image where it was padded."""
+    """`carve` with checked arguments and boxes that may reach into the padding of the image."""
     saliency = torch.zeros(image.height, image.width, dtype=task.dtype, device=task.device)
     if task.numel() == 0 or general.numel() == 0:
         return _unchanged(image, saliency, "the maps are empty", {})
-    parts = [_rectangle(box, image.size) for box in boxes]
+    rectangles = [_rectangle(box, image.size) for box in boxes]
     task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
-    sizes = [(bottom - top, right - left) for left, top, right, bottom in parts]
+    sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
     several = len(grids) > 1
     start = time.perf_counter()
     views = contrast(
@@ -156,18 +157,18 @@ def carve_views(
     )
     if _is_flat(task, general, preset.lam):
         return _unchanged(image, saliency, "the saliency is constant", {"contrast": time.perf_counter() - start})
-    shown = []
-    for (left, top, right, bottom), view in zip(parts, views if several else [views], strict=True):
+    covered = []
+    for (left, top, right, bottom), view in zip(rectangles, views if several else [views], strict=True):
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
         saliency[y0:y1, x0:x1] = view[y0 - top : y1 - top, x0 - left : x1 - left]
-        shown.append((x0, y0, x1, y1))
+        covered.append((x0, y0, x1, y1))
     seconds = {"contrast": time.perf_counter() - start}
-    lows, highs = torch.tensor(shown).amin(0).tolist(), torch.tensor(shown).amax(0).tolist()
+    lows, highs = torch.tensor(covered).amin(0).tolist(), torch.tensor(covered).amax(0).tolist()
     return _finish(image, saliency, (lows[0], lows[1], highs[2], highs[3]), preset, backend, seconds)
 
 
 def _is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
-    """Whether the contrast of every layer and step is the same for all tokens, but for the rounding of the maps."""
+    """Whether the ratio of every layer and step is constant over the tokens, up to the rounding of the maps."""
     ratio = task / (general + (general.mean(-1, keepdim=True) if isinstance(lam, str) else lam))
     low, high = ratio.aminmax(dim=-1)
     return bool((high - low <= _ROUNDING * high).all())
@@ -184,7 +185,7 @@ def _finish(
     """The regions of the covered part, in pixels of the whole image, and the refined image."""
     left, top, right, bottom = covered
     start = time.perf_counter()
-    found = regions(
+    selected = regions(
         saliency[top:bottom, left:right],
         keep=preset.keep,
         top=preset.top,
@@ -194,17 +195,17 @@ def _finish(
         backend=backend,
     )
     seconds["regions"] = time.perf_counter() - start
-    if found.reason is not None:
-        return _unchanged(image, saliency, found.reason, seconds)
+    if selected.reason is not None:
+        return _unchanged(image, saliency, selected.reason, seconds)
     mask = torch.zeros_like(saliency, dtype=torch.bool)
-    mask[top:bottom, left:right] = found.mask
+    mask[top:bottom, left:right] = selected.mask
     shift = (left, top, left, top)
-    box = tuple(edge + offset for edge, offset in zip(found.box, shift, strict=True))
-    placed = Regions(mask, found.boxes + found.boxes.new_tensor(shift), found.scores, box)  # type: ignore[arg-type]
+    box = tuple(edge + offset for edge, offset in zip(selected.box, shift, strict=True))
+    shifted = Regions(mask, selected.boxes + selected.boxes.new_tensor(shift), selected.scores, box)  # type: ignore[arg-type]
     start = time.perf_counter()
     refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
     seconds["zoom"] = time.perf_counter() - start
-    return CarveOutcome(saliency, placed, refined, None, seconds)
+    return CarveOutcome(saliency, shifted, refined, None, seconds)
 
 
 def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
@@ -220,7 +221,7 @@ def _inside(box: Any, size: tuple[int, int]) -> Box:
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
         raise TypeError(f"box: expected four numbers (x0, y0, x1, y1), got {checks.describe(box)}")
     x0, y0, x1, y1 = (checks.number(f"box[{index}]", edge) for index, edge in enumerate(box))
-    # Half a pixel is what rounding gives and takes.
+    # Rounding may add half a pixel.
     if not (-0.5 <= x0 < x1 <= width + 0.5 and -0.5 <= y0 < y1 <= height + 0.5):
         raise ValueError(
             f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "

@@ -1,4 +1,4 @@
-"""Every parameter of CARVE under a name: the paper's values, the release's values, or your own."""
+"""The parameters of CARVE: the paper's values, the release's values, or others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from carve_kernels import checks
-from carve_kernels.ops.contrast import NORMALIZE, weights
-from carve_kernels.ops.regions import CONNECTIVITY, SCORES, limits, share
+from carve_kernels.ops.contrast import weights
+from carve_kernels.ops.regions import CONNECTIVITY, limits, share
 from carve_kernels.ops.zoom import RESAMPLE, SIZES, colour
-from carve_kernels.types import Size
+from carve_kernels.types import NORMALIZE, SCORES, Size
 
 STEPS = ("t_start", "t_end", "t_full")
 IMAGES = ("refined", "original+refined")
@@ -20,7 +20,7 @@ IMAGES = ("refined", "original+refined")
 
 @dataclass(frozen=True)
 class Preset:
-    """Every parameter of CARVE; the defaults are the paper's, and `# ours` where the paper is silent."""
+    """Every parameter of CARVE; the defaults are the paper's, or `# ours` where the paper gives none."""
 
     name: str = "paper"
     layers: str | tuple[int, ...] = "paper"
@@ -77,28 +77,28 @@ class Preset:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preset:
-        """A preset from {"preset": "paper", ...what differs}, as a model's carve.json holds it.
+        """A preset from {"preset": "paper", ...other values}, as in a model's carve.json.
 
-        What stands under "evidence" says how the values were found; it is not read.
+        "evidence" says how the values were chosen; it is not read.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"preset: expected a name, a Preset or a dict, got {checks.describe(values)}")
-        overrides = {key: value for key, value in values.items() if key != "evidence"}
+        overrides = {name: value for name, value in values.items() if name != "evidence"}
         base = checks.choice("preset", overrides.pop("preset", "paper"), ("paper", "release"))
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in overrides if key not in known]
+        unknown = [name for name in overrides if name not in known]
         if unknown:
             raise ValueError(f"preset: {_unknown(unknown, ['preset', *known, 'evidence'])}")
         return cls.release(**overrides) if base == "release" else cls.paper(**overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` takes, ready for JSON: the named preset and what differs from it."""
+        """The argument of `from_dict`, ready for JSON: the named preset and the values that differ from it."""
         base = Preset.release() if self.name == "release" else Preset.paper()
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(base)
-        return {"preset": base.name} | {key: value for key, value in mine.items() if value != theirs[key]}
+        return {"preset": base.name} | {name: value for name, value in mine.items() if value != theirs[name]}
 
     def __post_init__(self) -> None:
-        # JSON has lists where this has tuples, and callers have ranges and arrays.
+        # JSON has lists instead of tuples, and callers pass ranges and arrays.
         for field in dataclasses.fields(self):
             value = checks.plain(getattr(self, field.name))
             object.__setattr__(self, field.name, tuple(value) if isinstance(value, (list, range)) else value)
@@ -135,7 +135,7 @@ class Preset:
             checks.integer("max_pixels", self.max_pixels, low=1)
 
     def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The layers of a model with so many of them."""
+        """The layers of a model with `depth` of them."""
         return layers_of(self.layers, depth)
 
 
@@ -144,13 +144,13 @@ def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     checks.integer("depth", depth, low=1)
     layers = checks.plain(layers)
     if layers == "release":
-        found = tuple(range(20, min(26, depth)))
-        if not found:
+        chosen = tuple(range(20, min(26, depth)))
+        if not chosen:
             raise ValueError(
                 f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
                 "preset paper scales them to any depth"
             )
-        return found
+        return chosen
     if layers == "paper":
         start = min(round(20 * depth / 28), depth - 1)
         return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
@@ -161,14 +161,14 @@ def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
         raise ValueError(
             f"layers: expected numbers from {-depth} to {depth - 1} for {depth} layers, got {list(numbers)}"
         )
-    found = tuple(number % depth for number in numbers)
-    if len(set(found)) < len(found):
+    chosen = tuple(number % depth for number in numbers)
+    if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
-    return found
+    return chosen
 
 
 def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
-    """Check which steps are read, and that weights stand where several steps are."""
+    """Check which steps are read, and that only several steps have weights."""
     checks.choice("steps", steps, STEPS)
     if step_weights is None:
         return
@@ -178,12 +178,12 @@ def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:
 
 
 def _unknown(keys: Sequence[Any], known: Sequence[str]) -> str:
-    """What to say of keys that there are not: first what may have been meant."""
-    told = []
+    """A message about unknown keys, with the nearest known one for each."""
+    listed = []
     for key in keys:
         near = difflib.get_close_matches(str(key).lower(), known, n=1)
-        told.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
-    return f"no such key: {', '.join(told)}; expected keys among {', '.join(known)}"
+        listed.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
+    return f"no such key: {', '.join(listed)}; expected keys among {', '.join(known)}"
 
 
 def _integers(name: str, values: Sequence[Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The values that travel between the floors: layouts, captures, maps, regions.
+"""The values that the layers of the package pass to each other: layouts, captures, regions.
 
 Letters, one meaning each: B batch, A query heads, KV key heads, R captured rows, S keys, D head size, L layers,
 T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a box is (x0, y0, x1, y1) in pixels.
@@ -17,17 +17,21 @@ Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 ViewKind = Literal["base", "tile", "crop", "frame"]
 
+# In the orders of carve::Normalize and carve::Score.
+NORMALIZE = ("none", "sum", "max", "minmax")
+SCORES = ("sum", "mean", "max")
+
 
 @dataclass(frozen=True)
 class View:
-    """One rectangle of visual tokens: where they stand in the sequence and which part of which image they show.
+    """One rectangle of visual tokens: their positions in the sequence, and the part of an image that they show.
 
     ======  ======  =========  ==================================================================
     name    dtype   shape      meaning
     ======  ======  =========  ==================================================================
     tokens  int32   [GH * GW]  positions in the token sequence, row-major over the grid
     grid    int     (GH, GW)   rows and columns of tokens
-    box     float   4          part of the upright original under the grid, pixels; outside of it is padding
+    box     float   4          the part of the upright original under the grid, in pixels; it may reach into padding
     image   int                number of the image in its row of the batch
     frame   int     2 or None  first and one past the last frame, for video
     kind    str                "base", "tile", "crop" or "frame"
@@ -52,13 +56,13 @@ class View:
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """Where the visual tokens of a batch are: the views of each row, and the size of each row's images."""
+    """The positions of the visual tokens of a batch: the views of each row, and the sizes of its images."""
 
     views: tuple[tuple[View, ...], ...]
     sizes: tuple[tuple[Size, ...], ...]
 
     def tokens(self) -> torch.Tensor:
-        """All views' positions side by side, int32 [B, N], padded with -1."""
+        """The positions of all views in order, int32 [B, N], padded with -1."""
         rows = [torch.cat([view.tokens for view in row]) if row else torch.empty(0) for row in self.views]
         width = max((len(row) for row in rows), default=0)
         padded = torch.full((len(rows), width), -1, dtype=torch.int32)
@@ -74,7 +78,7 @@ class VisualLayout:
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
     def unseen(self, row: int = 0, image: int = 0) -> float:
-        """The share of the area of an image that none of its views covers, 0.0 where all of it is seen."""
+        """The share of an image's area that no view covers; 0.0 where the views cover all of it."""
         height, width = self.sizes[row][image]
         boxes = [view.box for view in self.views[row] if view.image == image]
         across, down = (
@@ -83,12 +87,12 @@ class VisualLayout:
         )
         # No view ends within one of these cells.
         cells = ((left, top, right, bottom) for left, right in pairwise(across) for top, bottom in pairwise(down))
-        missed = [
+        uncovered = [
             (right - left) * (bottom - top)
             for left, top, right, bottom in cells
             if not any(x0 <= left and y0 <= top and right <= x1 and bottom <= y1 for x0, y0, x1, y1 in boxes)
         ]
-        return math.fsum(missed) / (height * width)
+        return math.fsum(uncovered) / (height * width)
 
 
 class Capture(NamedTuple):
@@ -98,24 +102,40 @@ class Capture(NamedTuple):
     mass: torch.Tensor
     entropy: torch.Tensor
 
+    @classmethod
+    def empty(cls, query: torch.Tensor, tokens: torch.Tensor, heads: str) -> Capture:
+        """Uninitialised outputs in float32 for a query [B, A, R, D] and tokens [B, N], on the query's device."""
+        batch, query_heads, rows, _ = query.shape
+        each = (query_heads,) if heads == "each" else ()
+        shapes = ((batch, *each, rows, tokens.shape[1]), (batch, rows), (batch, rows))
+        return cls(*(query.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
-def float64_device(device: torch.device) -> torch.device:
-    """Where float64 goes with tensors of a device: the device itself, but the CPU for MPS, which has none."""
-    return torch.device("cpu") if device.type == "mps" else device
+
+class CaptureOptions(NamedTuple):
+    """The options of a capture, in one argument below the public functions; `carve_kernels.capture` describes each."""
+
+    scale: float
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    softcap: float | None = None
+    window: int | None = None
+    sink: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    heads: Literal["mean", "each"] = "mean"
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The kept regions of a saliency.
+    """The selected regions of a saliency.
 
     ======  =====  ======  ==============================================================
     name    dtype  shape   meaning
     ======  =====  ======  ==============================================================
-    mask    bool   [H, W]  pixels of the kept regions
-    boxes   int64  [K, 4]  x0 y0 x1 y1 of each kept region, best first, x1 y1 exclusive
-    scores  float64 [K]    score of each kept region; of a saliency on MPS, which has no float64, on the CPU
-    box     int    4       union of the boxes; the whole image when nothing was kept
-    reason  str            why no region was kept, or None
+    mask    bool   [H, W]  pixels of the selected regions
+    boxes   int64  [K, 4]  x0 y0 x1 y1 of each selected region, best first, x1 y1 exclusive
+    scores  float64 [K]    score of each selected region; on the CPU for a saliency on MPS, which has no float64
+    box     int    4       union of the boxes; the whole image where no region was selected
+    reason  str            why no region was selected, or None
     ======  =====  ======  ==============================================================
     """
 

@@ -1,4 +1,4 @@
-"""A fresh process with everything optional blocked: the operators run on the reference, the rest names its extra."""
+"""A fresh process without optional packages: the operators run on the reference, and errors name the missing extra."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ torch.ops.load_library = refuse
 """
 
 
-# As after an install that found no compiler.
+# Like an installation without a compiler.
 NO_LIBRARY = """
 from pathlib import Path
 import carve_kernels.backends.native.extension
@@ -47,7 +47,7 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def test_import_brings_in_no_optional_package() -> None:
+def test_import_loads_no_optional_package() -> None:
     loaded = run(
         """
         before = set(sys.modules)
@@ -59,7 +59,7 @@ def test_import_brings_in_no_optional_package() -> None:
     assert loaded.split() == ["carve_kernels"]
 
 
-def test_the_tensor_stages_run_on_the_reference_and_a_missing_room_says_why() -> None:
+def test_the_tensor_stages_run_on_the_reference_and_a_missing_backend_has_a_reason() -> None:
     run(
         """
         import carve_kernels
@@ -134,7 +134,7 @@ def test_the_command_line_without_its_packages_names_the_extra() -> None:
     assert result.stderr == "error: carve-kernels needs typer, which is missing; pip install 'carve-kernels[cli]'\n"
 
 
-def test_a_library_that_was_not_built_is_told_of_once() -> None:
+def test_a_library_that_was_not_built_is_reported_once() -> None:
     code = """
     import torch
     import carve_kernels
@@ -149,7 +149,7 @@ def test_a_library_that_was_not_built_is_told_of_once() -> None:
     assert "pip install -e " in line
 
 
-def test_the_command_line_tells_of_it_first_and_once(tmp_path: Path) -> None:
+def test_the_command_line_reports_it_first_and_once(tmp_path: Path) -> None:
     code = f"""
     import runpy, sys
     sys.argv = ["carve-kernels", "demo", "--output", {str(tmp_path / "demo")!r}]

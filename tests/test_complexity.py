@@ -1,4 +1,4 @@
-"""How much there is in an image."""
+"""The visual complexity of an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from carve_kernels.complexity import complexity
 from tests.support.tiny_models import picture
 
 
-def test_complexity_knows_busy_from_plain_and_grey_from_coloured() -> None:
+def test_busy_and_coloured_images_are_more_complex() -> None:
     plain, busy = Image.new("RGB", (200, 100), "white"), picture(200, 100, 3)
     assert complexity(plain) == {"edges": 0.0, "colours": 0.0}
     assert complexity(busy)["edges"] > 0.05 and complexity(busy)["colours"] > 0.7

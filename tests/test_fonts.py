@@ -1,4 +1,4 @@
-"""Text in pictures: in a font that has its characters, in its own direction, and as escapes where there is no font."""
+"""Text in images: in a font that has its characters, in its direction, and as escapes where there is no font."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from carve_kernels.visualize import Tile, panel
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """What was found out about fonts is forgotten before and after."""
+    """Clear the caches of fonts before and after."""
     cached = (fonts._path_of, fonts._has, fonts._font, fonts._paths)
     for function in cached:
         function.cache_clear()
@@ -26,13 +26,13 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with no fonts but those that a test puts into this folder."""
+    """A machine with no fonts but those in this folder."""
     monkeypatch.setattr(fonts, "_folders", lambda: [tmp_path])
     return tmp_path
 
 
 def make_font(path: Path, letters: str, height: int = 800) -> None:
-    """A font with a block for each letter, and a lower one for all that it lacks."""
+    """A font with a block for each letter, and a lower block for missing ones."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -67,22 +67,22 @@ def test_a_character_that_no_font_has_is_an_escape(only: Path) -> None:
     assert fonts.legible("what \u732b is caf\u00e9 \U0001f408") == "what \\u732b is caf\\xe9 \\U0001f408"
     assert fonts.legible("plain \u201ctext\u201d\n") == "plain \u201ctext\u201d\n" and not fonts.unreadable("plain")
     assert fonts.legible("\ud800\x07") == "\\ud800\\x07"
-    # A mark goes with its letter.
+    # A combining mark follows its letter.
     assert fonts.legible("\u0915\u094d") == "\\u0915\\u094d"
 
 
-def test_a_font_is_found_and_a_broken_one_is_passed_over(only: Path) -> None:
+def test_a_font_is_found_and_a_broken_one_is_skipped(only: Path) -> None:
     (only / "deep").mkdir()
     make_font(only / "deep/b.ttf", "\u732b\u72ac")
     (only / "a.ttf").write_bytes(b"no font")
-    # One that has a picture for everything, which says nothing.
+    # A font with one glyph for everything.
     make_font(only / "LastResort.ttf", "\u732b\u4e00")
     assert fonts.legible("\u732b is \u4e00") == "\u732b is \\u4e00"
     with_glyphs, boxes = drawn("\u732b\u732b"), drawn("\u4e00\u4e00")
     assert (with_glyphs < 128).sum() > 2 * (boxes < 128).sum() > 0
 
 
-def test_one_font_for_all_of_a_line_where_there_is_one(only: Path) -> None:
+def test_a_line_is_in_one_font_where_possible(only: Path) -> None:
     make_font(only / "a.ttf", "\u732b")
     make_font(only / "b.ttf", "\u72acabc ")
     assert [run for run, _ in fonts._runs("ab\u72acc", 20)] == ["ab\u72acc"]
@@ -90,7 +90,7 @@ def test_one_font_for_all_of_a_line_where_there_is_one(only: Path) -> None:
     assert fonts.length("ab\u732bc", 20) == pytest.approx(sum(fonts.length(part, 20) for part in ("ab", "\u732b", "c")))
 
 
-def test_the_direction_is_that_of_the_first_letter_outside_of_isolates() -> None:
+def test_the_direction_is_that_of_the_first_letter_outside_isolates() -> None:
     for text, direction in (
         ("abc", "ltr"),
         ("12 \u05d0 a", "rtl"),
@@ -107,7 +107,7 @@ def test_russian_greek_and_accents_are_read_where_matplotlib_is_installed() -> N
     pytest.importorskip("matplotlib")
     text = "\u0413\u0434\u0435 \u043a\u043e\u0448\u043a\u0430? caf\u00e9 \u03a9 cafe\u0301"
     assert fonts.legible(text).count("\u00e9") == 2 and "\\" not in fonts.legible(text)
-    # Not the same picture as the same number of boxes.
+    # Not the same image as the same number of boxes.
     assert not numpy.array_equal(drawn("\u0413\u0434\u0435"), drawn("\u0411\u0438\u044e"))
 
 
@@ -116,7 +116,7 @@ def test_arabic_joins_and_runs_from_right_to_left(monkeypatch: pytest.MonkeyPatc
     if features.check("raqm"):
         word = "\u0642\u0637\u0629"
         assert fonts.legible(word) == word
-        # Joined, the letters take less room than alone.
+        # Joined letters are narrower than separate ones.
         assert fonts.length(word, 40) < sum(fonts.length(letter, 40) for letter in word)
     fonts._path_of.cache_clear()
     monkeypatch.setattr(fonts.features, "check", lambda name: False)

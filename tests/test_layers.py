@@ -18,6 +18,7 @@ LAYERS = {
     0: (
         "types",
         "checks",
+        "numerics",
         "devices",
         "atomic_write",
         "deprecation",
@@ -58,7 +59,7 @@ def layer_of(module: str) -> int:
 def backend_of(module: str) -> str | None:
     """The backend of a module; "" for `backends` itself, None outside of it."""
     parts = module.split(".")
-    if parts[1:2] != ["backends"]:
+    if parts[1:2] != ["backends"] or parts[2:3] == ["native"]:
         return None
     return parts[2] if len(parts) > 2 else ""
 

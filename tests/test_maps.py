@@ -1,4 +1,4 @@
-"""AttentionMaps: views, saving and loading, pictures."""
+"""AttentionMaps: views, files, images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_views_are_cut_from_the_tokens() -> None:
             found.view(b, i)
 
 
-def test_saved_maps_come_back(tmp_path: Path) -> None:
+def test_saved_maps_are_loaded_equal(tmp_path: Path) -> None:
     before = maps()
     before.save(tmp_path / "maps.safetensors")
     after = AttentionMaps.load(tmp_path / "maps.safetensors")
@@ -69,7 +69,7 @@ def test_saved_maps_come_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["maps.safetensors"]
 
 
-def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "maps.safetensors"
     maps().save(path)
     before = path.read_bytes()
@@ -83,7 +83,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     assert path.read_bytes() == before and [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_files_that_are_no_maps_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "file"
@@ -107,11 +107,11 @@ def test_a_layout_must_hold_the_captured_tokens() -> None:
         bare.with_layout(other)
 
 
-def test_a_notebook_shows_a_picture() -> None:
+def test_a_notebook_shows_an_image() -> None:
     data = maps()._repr_png_()
     assert data is not None
-    picture = Image.open(BytesIO(data))
-    assert picture.width == 3 * (448 // 3) and picture.height == 2 * (448 // 3)
-    assert len(picture.getcolors() or []) > 3
+    image = Image.open(BytesIO(data))
+    assert image.width == 3 * (448 // 3) and image.height == 2 * (448 // 3)
+    assert len(image.getcolors() or []) > 3
     assert maps(layout=None)._repr_png_() is None
     assert "layers=[20, 21, 22]" in repr(maps())

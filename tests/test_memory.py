@@ -1,4 +1,4 @@
-"""Peak memory of a session over a plain forward: rows x heads x S, where eager keeps S x S of every layer."""
+"""Peak memory of a session over a plain forward: rows x heads x S, where eager stores S x S for every layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import tiny_models
 
 # Scores, their exponentials, and the picked probabilities of one layer at a time.
 ARRAYS = 4
-# Blocks of keys on their way to float32, buffers of the maps, rows of the query.
+# Blocks of keys that are converted to float32, buffers of the maps, rows of the query.
 CONSTANT = 2**19
 
 
@@ -47,7 +47,7 @@ def test_a_session_takes_scratch_of_rows_by_heads_by_keys(model: Any, length: in
     assert session - plain <= ARRAYS * bound + CONSTANT
 
 
-def test_the_ruler_sees_what_eager_keeps() -> None:
+def test_the_measurement_includes_what_eager_stores() -> None:
     model, length = tiny_models.tiny_llama(), 1024
     plain = peak_of_tensors(forward(model, length, None))
     model.set_attn_implementation("eager")
@@ -65,10 +65,10 @@ def test_a_capture_allocates_nothing_after_the_first_step(model: Any, padded: bo
     def of_each_step(session: Any) -> list[int]:
         with torch.no_grad(), session:
             cache = model(ids, attention_mask=mask, logits_to_keep=1).past_key_values
-            seen, found = mask, []
+            full_mask, found = mask, []
             for _ in range(4):
-                seen = torch.cat([seen, seen.new_ones(2, 1)], 1)
-                step = {"attention_mask": seen, "past_key_values": cache, "logits_to_keep": 1}
+                full_mask = torch.cat([full_mask, full_mask.new_ones(2, 1)], 1)
+                step = {"attention_mask": full_mask, "past_key_values": cache, "logits_to_keep": 1}
                 found.append(allocations(lambda step=step: model(ids[:, :1], **step)))
         return found
 

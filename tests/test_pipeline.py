@@ -1,4 +1,4 @@
-"""Presets, the pairing of steps, and `carve` against an independent rendition of the release's procedure."""
+"""Presets, the pairing of steps, and `carve` against an independent implementation of the release's procedure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def photograph(width: int, height: int) -> Image.Image:
 def release(
     image: Image.Image, task: torch.Tensor, general: torch.Tensor, grid: tuple[int, int]
 ) -> tuple[numpy.ndarray, numpy.ndarray, tuple[int, ...], Image.Image]:
-    """The release's procedure as it is described, map by map: saliency, mask, box, refined image."""
+    """The release's procedure from its description, map by map: saliency, mask, box, refined image."""
     layers, steps = task.shape[0], min(task.shape[1], general.shape[1])
     saliency = numpy.zeros((image.height, image.width), dtype=numpy.float64)
     for step in range(steps):
         for layer in range(layers):
             ratio = task[layer, step].double().numpy() / (general[layer, step].double().numpy() + 1e-8)
-            picture = Image.fromarray(ratio.reshape(grid).astype(numpy.float32), mode="F")
-            saliency += (step + 1) * numpy.asarray(picture.resize(image.size, Image.Resampling.BILINEAR))
+            ratio_image = Image.fromarray(ratio.reshape(grid).astype(numpy.float32), mode="F")
+            saliency += (step + 1) * numpy.asarray(ratio_image.resize(image.size, Image.Resampling.BILINEAR))
     above = saliency >= numpy.percentile(saliency, 80)
     labels, count = ndimage.label(above)
     best = numpy.argsort(ndimage.sum(saliency, labels, range(1, count + 1)))[::-1][: max(3, int(count * 0.2))]
@@ -91,8 +91,8 @@ def test_the_release_magnifies_without_a_limit_and_this_does_not() -> None:
     assert capped.width * capped.height <= 300 * 20
 
 
-def test_a_count_that_has_a_root_is_not_taken_for_a_square() -> None:
-    # The release reshapes 576 tokens to 24 x 24 before it looks at the grid.
+def test_a_square_number_of_tokens_needs_no_square_grid() -> None:
+    # The release reshapes 576 tokens to 24 x 24 before it reads the grid.
     image, (task, general) = photograph(320, 180), maps((18, 32), spot=(14, 5))
     found = carve(image, task, general, grid=(18, 32))
     x0, y0, x1, y1 = found.regions.boxes[0].tolist()
@@ -102,21 +102,21 @@ def test_a_count_that_has_a_root_is_not_taken_for_a_square() -> None:
 
 
 @pytest.mark.parametrize("count", [575, 577])
-def test_a_count_beside_the_grid_is_an_error_that_names_both(count: int) -> None:
-    # The release skips such a layer, or cuts it off.
+def test_a_count_unlike_the_grid_is_an_error_that_names_both(count: int) -> None:
+    # The release skips or truncates such a layer.
     task, general = maps((1, count))
     with pytest.raises(ValueError, match=f"expected the {count} tokens of task, got 18 x 32 = 576"):
         carve(photograph(32, 18), task, general, grid=(18, 32), preset="release")
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
-@pytest.mark.parametrize("wide", [True, False])
-def test_a_centre_crop_is_laid_where_it_was_cut(preset: str, wide: bool) -> None:
+@pytest.mark.parametrize("landscape", [True, False])
+def test_a_centre_crop_is_at_its_position(preset: str, landscape: bool) -> None:
     # LLaVA sees the middle square of a 2:1 image; a map stretched over all of it would put the spot elsewhere.
-    size, box = ((401, 200), (100.5, 0, 300.5, 200)) if wide else ((200, 401), (0, 100.5, 200, 300.5))
+    size, box = ((401, 200), (100.5, 0, 300.5, 200)) if landscape else ((200, 401), (0, 100.5, 200, 300.5))
     task, general = maps((24, 24), spot=(5, 4), steps=1)
     found = carve(photograph(*size), task, general, grid=(24, 24), preset=preset, box=box)
-    spot = [200 * 4.5 / 24 + (100 if wide else 0), 200 * 5.5 / 24 + (0 if wide else 100)]
+    spot = [200 * 4.5 / 24 + (100 if landscape else 0), 200 * 5.5 / 24 + (0 if landscape else 100)]
     x0, y0, x1, y1 = found.regions.boxes[0].tolist()
     assert x0 < spot[0] < x1 and y0 < spot[1] < y1
     y, x = divmod(int(found.saliency.argmax()), size[0])
@@ -125,7 +125,7 @@ def test_a_centre_crop_is_laid_where_it_was_cut(preset: str, wide: bool) -> None
     left, top, right, bottom = (round(edge) for edge in box)
     covered[top:bottom, left:right] = True
     assert not found.regions.mask[~covered].any() and not found.saliency[~covered].any()
-    # The share is one of the covered pixels: all of them pass with keep = 1.
+    # `keep` is a share of the covered pixels: with 1, all of them are selected.
     everything = carve(photograph(*size), task, general, grid=(24, 24), preset=Preset.paper(keep=1.0), box=box)
     assert torch.equal(everything.regions.mask, covered) and everything.regions.box == (left, top, right, bottom)
 
@@ -142,7 +142,7 @@ def test_a_later_view_overwrites_an_earlier_one() -> None:
         assert torch.equal(both.saliency[outside], base.saliency[outside])
 
 
-def test_degenerate_maps_keep_the_whole_image() -> None:
+def test_degenerate_maps_select_the_whole_image() -> None:
     image, (task, general) = photograph(33, 17), maps((3, 5))
     flat = torch.full_like(task, 0.3)
     for one, other, reason in [
@@ -208,7 +208,7 @@ def test_layers_of_a_preset() -> None:
             layers_of(layers, 5)
 
 
-def test_presets_travel_as_json() -> None:
+def test_presets_survive_json() -> None:
     mine = Preset.release(rows=("word", "red"), layers=(0, -1), lam=0.5, size=(40, 30), layer_weights=(1, 2))
     for preset in (Preset.paper(), Preset.release(), mine, Preset.paper(name="mine", rows=4, top=None, floor=2)):
         assert Preset.of(json.loads(json.dumps(preset.to_dict()))) == preset
@@ -266,8 +266,8 @@ def test_bad_presets_are_named(changes: dict[str, Any], error: type[Exception], 
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_picture_that_may_have_been_turned_is_refused(orientation: int) -> None:
-    """Nobody knows whether the maps are of its pixels as they are stored."""
+def test_an_image_with_an_orientation_is_refused(orientation: int) -> None:
+    """The maps may be of its stored or of its rotated pixels."""
     image, (task, general) = photograph(33, 33), maps((3, 5), layers=3)
     expected = carve(image, task, general, grid=(3, 5))
     image.getexif()[0x0112] = orientation

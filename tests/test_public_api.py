@@ -56,18 +56,18 @@ def test_all_lists_the_public_names() -> None:
 
 
 def test_signatures_are_those_of_the_snapshot() -> None:
-    """After a change on purpose: `python -m tests.test_public_api` writes the snapshot anew."""
+    """After an intended change: `python -m tests.test_public_api` rewrites the snapshot."""
     assert signatures() == SNAPSHOT.read_text().splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_has_a_docstring(name: str) -> None:
-    own = vars(getattr(carve_kernels, name)).get("__doc__") or getattr(carve_kernels, name).__doc__
-    assert own and not own.startswith(f"{name}("), "a dataclass writes its fields there if nobody else does"
+    docstring = vars(getattr(carve_kernels, name)).get("__doc__") or getattr(carve_kernels, name).__doc__
+    assert docstring and not docstring.startswith(f"{name}("), "a dataclass without a docstring lists its fields"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_submodule_can_take_the_place_of_a_name(name: str) -> None:
+def test_no_submodule_can_replace_a_name(name: str) -> None:
     assert importlib.util.find_spec(f"carve_kernels.{name}") is None
 
 

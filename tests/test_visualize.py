@@ -1,4 +1,4 @@
-"""Pictures: colours in order, overlays in place, panels that hold every size of image and text."""
+"""Images of results: colours in order, overlays in position, panels with images and text of every size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_more_is_lighter_in_even_steps() -> None:
     assert list(saliency_image(ramp, colour=False).tobytes()) == list(range(256))
 
 
-def test_a_saliency_picture_has_the_size_of_the_saliency() -> None:
+def test_a_saliency_image_has_the_size_of_the_saliency() -> None:
     assert saliency_image(torch.rand(7, 13)).size == (13, 7)
     assert saliency_image(torch.full((3, 3), 2.0), colour=False).getextrema() == (0, 0)
 
@@ -35,22 +35,22 @@ def test_an_overlay_shows_the_spot_where_it_is() -> None:
     image = Image.new("RGB", (120, 60), (90, 90, 90))
     tokens = torch.zeros(6, 6)
     tokens[2, 1] = 1
-    shown = lightness(overlay(image, tokens, box=(30, 0, 90, 60)))
-    y, x = divmod(int(shown.argmax()), 120)
+    figure = lightness(overlay(image, tokens, box=(30, 0, 90, 60)))
+    y, x = divmod(int(figure.argmax()), 120)
     assert 40 <= x < 50 and 20 <= y < 30
-    assert numpy.ptp(shown[:, :30]) == 0 and numpy.ptp(shown[:, 90:]) == 0
+    assert numpy.ptp(figure[:, :30]) == 0 and numpy.ptp(figure[:, 90:]) == 0
     plain = overlay(image, tokens, alpha=0.0)
     assert plain.tobytes() == image.tobytes()
 
 
-def test_what_is_not_kept_is_dimmed() -> None:
+def test_pixels_outside_the_regions_are_dimmed() -> None:
     image = Image.new("RGB", (60, 40), (200, 180, 90))
     saliency = torch.zeros(40, 60)
     saliency[10:30, 20:50] = torch.rand(20, 30) + 1
     found = regions(saliency, keep=0.25, top=1)
-    shown = kept(image, found)
-    assert shown.size == image.size and shown.getpixel((35, 20)) == (200, 180, 90)
-    assert lightness(shown.getpixel((2, 2))) < 0.7 * lightness(image.getpixel((2, 2)))
+    figure = kept(image, found)
+    assert figure.size == image.size and figure.getpixel((35, 20)) == (200, 180, 90)
+    assert lightness(figure.getpixel((2, 2))) < 0.7 * lightness(image.getpixel((2, 2)))
     nothing = kept(image, regions(saliency * 0, keep=0.25, top=1))
     assert nothing.tobytes() == image.tobytes()
 
@@ -60,9 +60,9 @@ def test_any_size_of_image(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, "teal")
     saliency = torch.rand(size[1], size[0])
     found = regions(saliency, keep=0.2, top=1)
-    pictures = [overlay(image, saliency), kept(image, found), overlay(image, torch.rand(3, 4))]
-    assert all(max(picture.size) == min(LONGEST, max(size)) for picture in pictures)
-    page = panel([[Tile(image, "original"), *(Tile(picture) for picture in pictures)]], tile=100)
+    images = [overlay(image, saliency), kept(image, found), overlay(image, torch.rand(3, 4))]
+    assert all(max(figure.size) == min(LONGEST, max(size)) for figure in images)
+    page = panel([[Tile(image, "original"), *(Tile(figure) for figure in images)]], tile=100)
     assert page.width == 4 * 100 + 5 * 24
 
 
@@ -91,7 +91,7 @@ def test_a_scale_has_the_colours_of_the_saliency_from_low_to_high() -> None:
         assert (below[:, third] < 128).any()
 
 
-def test_a_panel_without_text_is_pictures_alone() -> None:
+def test_a_panel_without_text_is_images_alone() -> None:
     page = panel([[Tile(Image.new("L", (64, 64), 9))]], tile=64, margin=0)
     assert page.size == (64, 64) and page.getpixel((32, 32)) == (9, 9, 9)
 

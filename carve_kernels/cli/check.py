@@ -16,7 +16,7 @@ from carve_kernels.cli.output import one_line, results, stages, versions
 from carve_kernels.cli.tables import Cell, screen, show, table
 
 _KIND = "carve_kernels.check"
-_TIMED = ("stage", "room", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
+_TIMED = ("stage", "backend", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
 
 
 def check(
@@ -39,7 +39,7 @@ def check(
 
         with stages(selfcheck.count(quick=quick)) as announce:
             found = selfcheck.examine(chosen, quick=quick, announce=announce)
-        report = {"format": f"{_KIND}/1", "quick": quick, "machine": _machine(chosen), **found}
+        report = {"format": f"{_KIND}/2", "quick": quick, "machine": _machine(chosen), **found}
         text = json.dumps(report, indent=1, allow_nan=False)
         (folder / file.name).write_text(text + "\n", encoding="utf-8")
     wrong = _show(report)
@@ -59,12 +59,12 @@ def _show(report: dict[str, Any]) -> list[str]:
         show(console, title, _TIMED, _times(report), ("host's call", "in a graph", "times that"))
     if machine["device"].startswith("cuda") and report["gpu"] is None:
         console.print("No prediction: neither the name nor the memory of this GPU tells its rates.")
-    if all(entry["room"] == "reference" for entry in report["checks"]):
+    if all(entry["backend"] == "reference" for entry in report["checks"]):
         console.print(Text("No kernel serves this device: the reference alone was checked.", style="yellow"))
     wrong = []
     for entry in report["checks"]:
         if entry["right"] is False:
-            line = f"wrong: {entry['stage']} in {entry['room']}, {entry['case']}: {one_line(entry['problem'])}"
+            line = f"wrong: {entry['stage']} in {entry['backend']}, {entry['case']}: {one_line(entry['problem'])}"
             console.print(Text(line, style="bold red"), soft_wrap=True)
             wrong.append(line)
     right = sum(entry["right"] is True for entry in report["checks"])
@@ -74,13 +74,13 @@ def _show(report: dict[str, Any]) -> list[str]:
 
 
 def _cells(report: dict[str, Any]) -> Table:
-    """A line for each stage and room: how many cases are right, and the one closest to its limit; or why it is shut."""
+    """A row for each stage and backend: the right cases, and the one closest to its limit; or why none ran."""
     lines: list[Sequence[Cell]] = []
-    for cell in report["rooms"]:
-        stage, room = cell["stage"], cell["room"]
-        entries = [entry for entry in report["checks"] if (entry["stage"], entry["room"]) == (stage, room)]
-        if cell["shut"] is not None:
-            lines.append((stage, room, "-", "all", one_line(cell["shut"])))
+    for cell in report["backends"]:
+        stage, backend = cell["stage"], cell["backend"]
+        entries = [entry for entry in report["checks"] if (entry["stage"], entry["backend"]) == (stage, backend)]
+        if cell["unavailable"] is not None:
+            lines.append((stage, backend, "-", "all", one_line(cell["unavailable"])))
             continue
         judged = [entry for entry in entries if entry["right"] is not None]
         right = [entry for entry in judged if entry["right"]]
@@ -90,8 +90,8 @@ def _cells(report: dict[str, Any]) -> Table:
             share, entry = max(shares, key=lambda pair: pair[0])
             closest = f"{entry['error']:.1e} of {entry['allowed']:.1e} ({share:.0%}): {entry['case']}"
         shown = Text(f"{len(right)} of {len(judged)}", style="green" if len(right) == len(judged) else "bold red")
-        lines.append((stage, room, shown, str(len(entries) - len(judged)), closest))
-    columns = ("stage", "room", "right", "not served", "closest")
+        lines.append((stage, backend, shown, str(len(entries) - len(judged)), closest))
+    columns = ("stage", "backend", "right", "not served", "closest")
     return table("Checked against the reference in float64", columns, lines)
 
 
@@ -104,7 +104,7 @@ def _times(report: dict[str, Any]) -> list[Sequence[Cell]]:
             predicted = f"{_figure(1e6 * least['seconds'])} {least['bound']}"
             ratio = f"{entry['seconds']['median'] / least['seconds']:.3g}"
         spreads = (_spread(entry[name]) for name in ("seconds", "graph", "host"))
-        lines.append((entry["stage"], entry["room"], entry["case"], *spreads, predicted, ratio))
+        lines.append((entry["stage"], entry["backend"], entry["case"], *spreads, predicted, ratio))
     return lines
 
 

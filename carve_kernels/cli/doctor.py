@@ -62,10 +62,10 @@ def _rooms() -> Iterator[tuple[str, str, str | None]]:
     """Each stage and room, and why it does not serve, found out by giving it a small job."""
     if why_not("torch"):
         return
-    from carve_kernels.backends import ROOMS, STAGES
+    from carve_kernels.backends import BACKENDS, STAGES
 
     for stage in STAGES:
-        for room in ROOMS:
+        for room in BACKENDS:
             yield stage, room, _try(stage, room)
 
 

@@ -210,10 +210,10 @@ def outside(share: float) -> str | None:
 def check_machine(dtype: str, backend: str) -> str:
     """The dtype's own name, such as float16 for fp16; ValueError for a dtype or a room that there is not."""
     from carve_kernels import checks
-    from carve_kernels.backends import ROOMS
+    from carve_kernels.backends import BACKENDS
     from carve_kernels.hf.loading import dtype_of
 
-    checks.choice("backend", backend, ("auto", *ROOMS))
+    checks.choice("backend", backend, ("auto", *BACKENDS))
     return str(dtype_of("dtype", dtype)).removeprefix("torch.")
 
 

@@ -4,17 +4,22 @@ While a session is open, the entry of the implementation in use is wrapped where
 of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that file's function for eager. The config, the
 implementation's name and so the masks stay unchanged. Only modules that carry recorders, or a function that replaces
 their attention (tree decoding), are affected.
+
+Captured layers of one forward wait in a `LayerBatch`: one call captures those that are alike.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
 from carve_kernels.hf.names import Attention, own_entry, set_entry
+from carve_kernels.types import Capture
 
 # Attribute of a module: (recorder, index) pairs, whose `record` is called after each call of its attention.
 RECORDERS = "_carve_recorders"
@@ -79,3 +84,57 @@ class _Patches:
 
 
 PATCHES = _Patches()
+
+
+@dataclass
+class LayerBatch:
+    """Consecutive layers that differ in query, key and sink only and are captured with one call.
+
+    `first` is the index of the first of them among the captured layers. `alike` and `attention_mask` (the mask that
+    the model passed, compared by identity) decide whether the next layer belongs to the batch.
+    """
+
+    first: int
+    alike: tuple[Any, ...]
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    positions: torch.Tensor | None
+    scale: float
+    softcap: float
+    window: int | None
+    attention_mask: Any = None
+    query: list[torch.Tensor] = field(default_factory=list)
+    key: list[torch.Tensor] = field(default_factory=list)
+    sink: list[torch.Tensor] = field(default_factory=list)
+    key_versions: list[int | None] = field(default_factory=list)
+
+    def accepts(self, index: int, alike: tuple[Any, ...], attention_mask: Any = None) -> bool:
+        """Whether layer `index` can be captured in the same call."""
+        same = self.attention_mask is attention_mask and self.alike == alike
+        return same and index == self.first + len(self.query)
+
+    def add(self, query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> None:
+        """Add the next layer: the captured rows of its query, and its keys."""
+        self.query.append(query)
+        self.key.append(key)
+        self.key_versions.append(version_of(key))
+        if sink is not None:
+            self.sink.append(sink)
+
+    def keys_changed(self) -> bool:
+        """Whether keys were written to after they were added, as far as tensors count their writes."""
+        return [version_of(key) for key in self.key] != self.key_versions
+
+    def capture(self, out: Capture, step: torch.Tensor, backend: str) -> None:
+        """Capture all layers into step `step`, an int64 tensor [] on the device, of buffers `out`."""
+        torch.ops.carve_kernels.capture_layers(
+            self.query, self.key, self.tokens, self.mask, self.positions, self.sink, self.scale, self.softcap,
+            self.window or 0, step, self.first, backend, *out,
+        )  # fmt: skip
+
+
+def version_of(value: Any) -> int | None:
+    """How often a tensor was written to; None where that is not counted, and for a value that is not a tensor."""
+    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return value._version

@@ -1,1 +1,1 @@
-"""The public functions: check the arguments, resolve the room, run it, return a typed result."""
+"""The public functions: check the arguments, resolve the backend, run it, return a typed result."""

@@ -9,9 +9,9 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.backends.native import schemas  # noqa: F401  (the schemas must stand before the implementations)
+from carve_kernels.backends.native import schemas  # noqa: F401  (an operator is defined before it is implemented)
 from carve_kernels.ops.capture_checks import check_arguments, check_out, check_outputs_device, check_values
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 
 
 def capture(
@@ -50,36 +50,29 @@ def capture(
     softcap      float                                 logits become softcap * tanh(logits / softcap)
     window       int                                   with positions: a row sees its last `window` keys only
     sink         float             [A]                 one more logit for each head, without a key
-    lse          float             [B, A, R]           natural log-sum-exp of the logits, where it is known already
+    lse          float             [B, A, R]           natural log-sum-exp of the logits, if it is already known
     heads        str                                   "mean" over the heads, or "each" head by itself
     out          Capture                               tensors to write into, of the shapes below
-    check        bool                                  look for NaN, strays and a wrong lse; by default on a CPU only
+    check        bool                                  check for NaN, bad tokens and a wrong lse; default: on a CPU
     ===========  ================  ==================  =============================================================
 
     Returns Capture(maps [B, R, N] or [B, A, R, N], mass [B, R], entropy [B, R]) in float32 (float64 for float64
     input). `mass` is the sum of the head mean over the tokens; `entropy` is H / ln N of the head mean renormalised over
     the tokens, 0 where fewer than two tokens are used or the mass is 0. A row that sees no key gives zeros.
 
-    Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a room that cannot serve.
+    Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend that cannot serve.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
-    check_arguments(query, key, tokens, mask, positions, softcap, window, sink, lse)
+    options = CaptureOptions(scale, mask, positions, softcap, window, sink, lse, heads)
+    check_arguments(query, key, tokens, options)
     checks.number("scale", scale)
     checks.choice("heads", heads, ("mean", "each"))
     if out is not None:
         check_out(query, tokens, heads, out)
-    room = resolve(
-        "capture", backend, query.device, query, key, tokens,
-        scale=scale, mask=mask, positions=positions, softcap=softcap, window=window, sink=sink, lse=lse, heads=heads,
-        out=out,
-    )  # fmt: skip
+    module = resolve("capture", backend, query.device, query, key, tokens, options, out=out)
     if check or (check is None and query.device.type == "cpu"):
-        check_values(query, key, tokens, scale, mask, positions, softcap, window, sink, lse)
-    result: Capture = room.forward(
-        query, key, tokens,
-        scale=scale, mask=mask, positions=positions, softcap=softcap, window=window, sink=sink, lse=lse, heads=heads,
-        out=out,
-    )  # fmt: skip
+        check_values(query, key, tokens, options)
+    result: Capture = module.forward(query, key, tokens, options, out=out)
     return result
 
 
@@ -104,8 +97,8 @@ def capture_layers(
     Equals::
 
         for l in range(len(query)):
-            part = capture(query[l], key[l], tokens, scale=scale, ...)
-            out.maps[step, first + l], out.mass[step, first + l], out.entropy[step, first + l] = part
+            captured = capture(query[l], key[l], tokens, scale=scale, ...)
+            out.maps[step, first + l], out.mass[step, first + l], out.entropy[step, first + l] = captured
 
     ===========  ================  ==================  =====================================================
     name         dtype             shape               meaning
@@ -120,8 +113,8 @@ def capture_layers(
     sink         float             L x [A], or none    sinks of each layer
     ===========  ================  ==================  =====================================================
 
-    The other arguments are those of `capture` and serve all the layers. A step outside [0, T) is an error on a CPU and
-    undefined elsewhere. Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a room
+    The other arguments are those of `capture` and apply to all layers. A step outside [0, T) is an error on a CPU and
+    undefined elsewhere. Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend
     that cannot serve. Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
@@ -129,15 +122,15 @@ def capture_layers(
             f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
         )
     for layer in range(len(query)):
-        one = sink[layer] if sink else None
-        check_arguments(query[layer], key[layer], tokens, mask, positions, softcap, window, one)
+        options = CaptureOptions(scale, mask, positions, softcap, window, sink[layer] if sink else None)
+        check_arguments(query[layer], key[layer], tokens, options)
     checks.number("scale", scale)
     checks.integer("first", first, low=0)
     checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
     checks.device("step", step, query[0])
     batch, _, rows, _ = query[0].shape
-    room = checks.tensor("out.maps", out.maps, shape=("T", "M", batch, rows, tokens.shape[1]), dtypes=(torch.float32,))
-    steps, layers = room.shape[:2]
+    checks.tensor("out.maps", out.maps, shape=("T", "M", batch, rows, tokens.shape[1]), dtypes=(torch.float32,))
+    steps, layers = out.maps.shape[:2]
     for name, part in (("out.mass", out.mass), ("out.entropy", out.entropy)):
         checks.tensor(name, part, shape=(steps, layers, batch, rows), dtypes=(torch.float32,))
     check_outputs_device(query[0], out)
@@ -166,24 +159,17 @@ def _capture_layers(
     mass: torch.Tensor,
     entropy: torch.Tensor,
 ) -> None:
-    shared = {
-        "scale": scale,
-        "mask": mask,
-        "positions": positions,
-        "softcap": softcap or None,
-        "window": window or None,
-    }
+    options = CaptureOptions(scale, mask, positions, softcap or None, window or None)
     out = Capture(maps, mass, entropy)
-    room = resolve("capture", backend, query[0].device, query[0], key[0], tokens, **shared)
-    together = getattr(room, "forward_layers", None)
-    if together is not None and together(query, key, tokens, sink=sink, step=step, first=first, out=out, **shared):
+    module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options)
+    batched = getattr(module, "forward_layers", None)
+    if batched is not None and batched(query, key, tokens, options, sink=sink, step=step, first=first, out=out):
         return
     for layer in range(len(query)):
-        arguments = {**shared, "sink": sink[layer] if sink else None}
-        call = (query[layer], key[layer], tokens)
-        room = resolve("capture", backend, query[layer].device, *call, **arguments)
-        part: Capture = room.forward(*call, **arguments)
-        for buffer, values in zip(out, part, strict=True):
+        call = (query[layer], key[layer], tokens, options._replace(sink=sink[layer] if sink else None))
+        module = resolve("capture", backend, query[layer].device, *call)
+        captured: Capture = module.forward(*call)
+        for buffer, values in zip(out, captured, strict=True):
             buffer[:, first + layer].index_copy_(0, step.view(1), values.to(buffer.dtype)[None])
 
 

@@ -1,4 +1,4 @@
-"""What `capture` and `capture_layers` refuse, before any work is done."""
+"""The arguments that `capture` and `capture_layers` refuse, before any work is done."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ import math
 import torch
 
 from carve_kernels import checks
-from carve_kernels.backends.reference import capture as reference
-from carve_kernels.types import Capture, float64_device
+from carve_kernels.backends import resolve
+from carve_kernels.numerics import float64_device
+from carve_kernels.types import Capture, CaptureOptions
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def check_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    softcap: float | None,
-    window: int | None,
-    sink: torch.Tensor | None,
-    lse: torch.Tensor | None = None,
-) -> None:
+def check_arguments(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions) -> None:
+    _, mask, positions, softcap, window, sink, lse, _ = options
     if not _agree(query, key, tokens):
         _name_what_disagrees(query, key, tokens)
     batch, query_heads, rows, _ = query.shape
@@ -54,7 +46,7 @@ def check_arguments(
 
 
 def _agree(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """What `_name_what_disagrees` looks for, in a third of its time; it stands before every call."""
+    """Whether `_name_what_disagrees` would raise nothing, in a third of its time: every call pays for it."""
     try:
         batch, heads, _, size = query.shape
         key_batch, key_heads, _, key_size = key.shape
@@ -100,19 +92,9 @@ def check_outputs_device(query: torch.Tensor, out: Capture) -> None:
         checks.device(f"out.{name}", part, query)
 
 
-def check_values(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    softcap: float | None,
-    window: int | None,
-    sink: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> None:
-    """NaN in the query, tokens that are no keys, and an lse under which the first row's probabilities miss 1."""
+def check_values(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions) -> None:
+    """Refuse NaN in the query, tokens outside the keys, and an lse that does not normalise the first row."""
+    _, mask, positions, _, _, sink, lse, _ = options
     if tokens.numel() and key.shape[2]:
         lowest, highest = (int(end) for end in tokens.aminmax())
         if lowest < -1 or highest >= key.shape[2]:
@@ -120,21 +102,23 @@ def check_values(
                 f"tokens: expected columns from 0 to {key.shape[2] - 1}, and -1 for padding, got some from {lowest} to "
                 f"{highest}"
             )
-    # A sum is one operator where `isfinite` is four; only one that overflows needs the second look.
+    # A sum is one operator and `isfinite` four; only a sum that overflows needs them.
     if not math.isfinite(torch.sum(query).item()) and not bool(torch.isfinite(query).all()):
         raise ValueError("query: expected finite values, got NaN or inf among them")
     if lse is None or not query.shape[0] or not query.shape[2]:
         return
     device = float64_device(query.device)
     given = lse[:1, :, :1].to(device, torch.float64)
-    row = reference.forward(
-        query[:1, :, :1].to(device, torch.float64), key[:1].to(device, torch.float64),
-        torch.arange(key.shape[2], device=device)[None],
-        scale=scale, mask=None if mask is None else mask[:1, :, :1].to(device),
+    every_key = torch.arange(key.shape[2], device=device)[None]
+    first_row = options._replace(
+        mask=None if mask is None else mask[:1, :, :1].to(device),
         positions=None if positions is None else positions[:1, :1].to(device),
-        softcap=softcap, window=window, lse=given, heads="each",
-    )  # fmt: skip
-    total = row.maps.sum(-1)
+        sink=None,
+        lse=given,
+        heads="each",
+    )
+    call = (query[:1, :, :1].to(device, torch.float64), key[:1].to(device, torch.float64), every_key, first_row)
+    total = resolve("capture", "reference", device, *call).forward(*call).maps.sum(-1)
     if sink is not None:
         total = total + torch.exp(sink.to(device, torch.float64).view(1, -1, 1) - given)
     # The logits of half precision are off by up to 2 %; an lse in base 2 is off by far more.

@@ -9,9 +9,7 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.types import Size
-
-NORMALIZE = ("none", "sum", "max", "minmax")
+from carve_kernels.types import NORMALIZE, Size
 
 
 def contrast(
@@ -27,7 +25,7 @@ def contrast(
     check: bool | None = None,
     backend: str = "auto",
 ) -> Any:
-    """Contrast the map of a question with the map of a general instruction, on the pixels of the image.
+    """Contrast the maps of a question with those of a general instruction, on the pixels of the image.
 
     Equals, with a ratio of 0 where `general + lam` is 0::
 
@@ -45,20 +43,20 @@ def contrast(
     task           float32 or float64  [L, T, N]       attention on each token, by layer and step
     general        as task             [L, T or 1, N]  the same for the general instruction
     grid           int                 (GH, GW)        rows and columns of tokens, GH * GW = N
-    size           int                 (H, W)          pixels to spread the grid over
+    size           int                 (H, W)          pixels of the result
     lam            float or "mean"                     added to general; "mean" = the mean of that general map
     layer_weights  float               [L]             None = 1 for every layer
     step_weights   float               [T]             None = 1, 2, 3, ...
-    check          bool or None                        look for NaN and negatives; None = on the CPU only
+    check          bool or None                        check for NaN and negatives; None = on the CPU only
     (result)       as task             [H, W]          the saliency
     =============  ==================  ==============  ==========================================================
 
-    Several views of one map: give a list of grids and a list of sizes; N is the views side by side, the mean and the
-    normalisation go over all of them, and the result is a list. A fused map that is 0 (or flat, for "minmax")
-    normalises to 0. `task` and `general` are paired step by step; `carve` does the pairing.
+    For several views of one map, pass a list of grids and a list of sizes; the N tokens are those of all views in
+    order, the mean and the normalisation are over all of them, and the result is a list. A fused map that is 0 (or
+    flat, for "minmax") normalises to 0. `task` and `general` must be paired step by step, as `carve` does.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range (a grid that does not hold N
-    tokens, lam < 0, negative weights, NaN in the maps), and BackendUnavailable for a room that cannot serve.
+    tokens, lam < 0, negative weights, NaN in the maps), and BackendUnavailable for a backend that cannot serve.
 
     Source: the contrast, the fusion and the upsampling of CARVE (arXiv 2509.06461); "mean" and `normalize` are ours.
     """
@@ -78,26 +76,18 @@ def contrast(
     if check or (check is None and task.device.type == "cpu"):
         _check_values("task", task)
         _check_values("general", general)
-    if layer_weights is None:
-        layer_weights = torch.ones(layers, dtype=torch.float64, device="cpu")
-    else:
-        layer_weights = weights("layer_weights", layer_weights, range(layers))
-    if step_weights is None:
-        step_weights = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
-    else:
-        step_weights = weights("step_weights", step_weights, range(steps))
     options = {
         "lam": lam,
-        "layer_weights": layer_weights,
-        "step_weights": step_weights,
+        "layer_weights": weights("layer_weights", layer_weights, [1.0] * layers),
+        "step_weights": weights("step_weights", step_weights, range(1, steps + 1)),
         "normalize": normalize,
     }
-    room = resolve("contrast", backend, task.device, task, general, grid, size, **options)
-    return room.forward(task, general, grid, size, **options)
+    module = resolve("contrast", backend, task.device, task, general, grid, size, **options)
+    return module.forward(task, general, grid, size, **options)
 
 
 def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
-    """Check one weight for each of len(default) things, float64 on the CPU."""
+    """Check len(default) weights; float64 on the CPU."""
     if value is None:
         return torch.tensor(default, dtype=torch.float64, device="cpu")
     values = value.tolist() if isinstance(value, torch.Tensor) else value
@@ -119,15 +109,15 @@ def _views(grid: Any, size: Any, tokens: int) -> tuple[Any, Any]:
             raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
         grid = listed = [checks.size(f"grid[{index}]", view) for index, view in enumerate(grid)]
         size = [checks.size(f"size[{index}]", view) for index, view in enumerate(size)]
-    held = sum(rows * columns for rows, columns in listed)
-    if held != tokens:
-        shown = " + ".join(f"{rows} x {columns}" for rows, columns in listed)
-        raise ValueError(f"grid: expected the {tokens} tokens of task, got {shown} = {held} tokens")
+    total = sum(rows * columns for rows, columns in listed)
+    if total != tokens:
+        grids = " + ".join(f"{rows} x {columns}" for rows, columns in listed)
+        raise ValueError(f"grid: expected the {tokens} tokens of task, got {grids} = {total} tokens")
     return grid, size
 
 
 def is_several(value: Any) -> bool:
-    """A sequence of sequences stands for several views, a plain one for a single view."""
+    """Whether a value is a sequence of sequences, for several views, and not of numbers, for one view."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(view, (list, tuple)) for view in value)
 
 

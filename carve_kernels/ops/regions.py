@@ -6,9 +6,8 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.types import Regions
+from carve_kernels.types import SCORES, Regions
 
-SCORES = ("sum", "mean", "max")
 CONNECTIVITY = (4, 8)
 
 
@@ -23,7 +22,7 @@ def regions(
     check: bool | None = None,
     backend: str = "auto",
 ) -> Regions:
-    """Cut a saliency at its highest pixels and keep the best connected regions.
+    """Threshold a saliency and select the best connected regions.
 
     Equals::
 
@@ -38,24 +37,24 @@ def regions(
     ============  ==================  ======  ===================================================================
     saliency      float32 or float64  [H, W]  from `contrast`, or any other
     keep          float                       share of the pixels above the threshold, in (0, 1]
-    top           int or None                 keep at most so many regions (the paper), or:
-    floor         int or None                 keep max(floor, int(count * keep)) regions (the release)
+    top           int or None                 select at most `top` regions (the paper), or:
+    floor         int or None                 select max(floor, int(count * keep)) (the release)
     connectivity  int                         4, or 8 to join over corners
     score         str                         "sum", "mean" or "max" of the saliency inside a region
-    check         bool or None                look for NaN; None = on the CPU only
-    (result)      Regions                     mask, boxes, scores, their union box; reason when nothing was kept
+    check         bool or None                check for NaN; None = on the CPU only
+    (result)      Regions                     mask, boxes, scores, their union box; the reason where there is none
     ============  ==================  ======  ===================================================================
 
-    Sums go over whole numbers, rint(saliency / max(abs(saliency)) * 2^36) (fewer bits beyond 2^26 pixels, so that no
-    sum can overflow), hence every room ranks alike; equal scores stand in the order of their first pixel. Negative
-    values are legal and count as they are. As in the release a pixel that equals the threshold is kept: where the
-    lowest value fills more than 1 - keep of the pixels, the threshold is that value and everything is one region.
+    Sums are of integers, rint(saliency / max(abs(saliency)) * 2^36) (fewer bits beyond 2^26 pixels, so that no sum can
+    overflow), so every backend ranks regions in the same order; equal scores are in the order of their first pixel.
+    Negative values are allowed. As in the release, a pixel that equals the threshold is selected: where the lowest
+    value fills more than 1 - keep of the pixels, the threshold is that value and everything is one region.
 
     A saliency that is empty, infinite somewhere, or flat (to 16 roundings of its dtype, which upsampling may add) has
-    no region: the mask is all True, the box the whole image, and `reason` says why.
+    no region: the mask is all True, the box is the whole image, and `reason` says why.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range (not exactly one of top and floor,
-    NaN in the saliency), and BackendUnavailable for a room that cannot serve.
+    NaN in the saliency), and BackendUnavailable for a backend that cannot serve.
 
     Source: the threshold and the region selection of CARVE (arXiv 2509.06461), where top is K; floor is the release's.
     """
@@ -66,9 +65,9 @@ def regions(
     checks.choice("score", score, SCORES)
     options = {"keep": keep, "top": top, "floor": floor, "connectivity": connectivity, "score": score}
     result: Regions = resolve("regions", backend, saliency.device, saliency, **options).forward(saliency, **options)
-    # Every room looks for values that are not finite, and finds no region then: NaN need not be looked for before.
-    looked = check or (check is None and saliency.device.type == "cpu")
-    if looked and result.reason is not None and bool(saliency.isnan().any()):
+    # For a value that is not finite every backend gives no region, so NaN is only looked for then.
+    is_checked = check or (check is None and saliency.device.type == "cpu")
+    if is_checked and result.reason is not None and bool(saliency.isnan().any()):
         raise ValueError(f"saliency: expected no NaN, got {int(saliency.isnan().sum())} in {checks.describe(saliency)}")
     return result
 
@@ -81,7 +80,7 @@ def share(name: str, value: float) -> float:
 
 
 def limits(top: int | None, floor: int | None) -> tuple[int | None, int | None]:
-    """Check that one of top and floor is given."""
+    """Check that exactly one of top and floor is given."""
     if (top is None) == (floor is None):
         raise ValueError(
             f"top, floor: expected exactly one of them and None for the other, got top={top!r} and floor={floor!r}"

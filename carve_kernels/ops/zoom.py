@@ -1,4 +1,4 @@
-"""The public `zoom`, and what it needs to know of pictures."""
+"""The public `zoom`, and checks of images."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def zoom(
     size: str | Size = "longer",
     limit: float = 4.0,
 ) -> Image:
-    """Blank what the mask leaves out, crop to the box and magnify the rest.
+    """Fill the pixels outside the mask, crop to the box and magnify the rest.
 
-    Equals, with `scale` as `size` has it::
+    Equals, with the `scale` that follows from `size`::
 
         pixels = numpy.where(mask[..., None], image, fill)[y0:y1, x0:x1]
         refined = Image.fromarray(pixels).resize((round(w * scale), round(h * scale)), resample)
@@ -44,36 +44,36 @@ def zoom(
     name      type                 shape   meaning
     ========  ===================  ======  ======================================================================
     image     PIL image                    any 8- or 16-bit mode; transparency is laid on white
-    mask      bool tensor or None  [H, W]  what stays; None = everything
+    mask      bool tensor or None  [H, W]  the pixels that remain; None = all
     box       int                  4       x0 y0 x1 y1 inside the image, x1 y1 exclusive
     fill      int                  3       colour outside the mask
     resample  str                          "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos"
     size      str or int           (h, w)  "longer": the longer side reaches the image's longer side (the paper);
                                            "cover": both sides reach the image's, each cut to int (the release);
                                            or exactly (h, w)
-    limit     float                        the result has at most so many times the image's pixels
+    limit     float                        the most pixels of the result, as a multiple of the image's
     (result)  PIL image, RGB
     ========  ===================  ======  ======================================================================
 
-    "longer" and "cover" keep the aspect. Every size gives way to `limit`, in its own aspect: only then does the longer
-    side ("longer"), one side ("cover") or an exact side fall short by more than a pixel; it is logged. The picture's
-    EXIF orientation is the caller's to apply.
+    "longer" and "cover" keep the aspect. A size beyond `limit` is reduced in its aspect, and logged: only then is the
+    longer side ("longer"), one side ("cover") or an exact side short by more than a pixel. The caller must apply the
+    image's EXIF orientation.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range: a mask of another size than the
-    image, a box that leaves it, a mode without a fixed range (float).
+    image, a box outside it, a mode without a fixed range (float).
 
     Source: the refinement step of CARVE (arXiv 2509.06461); resampling, `limit` and exact sizes are ours.
     """
-    picture = to_rgb("image", image)
-    width, height = picture.size
-    x0, y0, x1, y1 = _box(box, picture.size)
+    rgb = to_rgb("image", image)
+    width, height = rgb.size
+    x0, y0, x1, y1 = _box(box, rgb.size)
     colour(fill)
     checks.choice("resample", resample, RESAMPLE)
     target = _target((y1 - y0, x1 - x0), (height, width), size, checks.number("limit", limit, low=1))
 
     from PIL import Image
 
-    part = picture.crop((x0, y0, x1, y1))
+    crop = rgb.crop((x0, y0, x1, y1))
     if mask is not None:
         checks.tensor("mask", mask, shape=("H", "W"), dtypes=(torch.bool,))
         if tuple(mask.shape) != (height, width):
@@ -82,12 +82,12 @@ def zoom(
                 f"got {mask.shape[0]} x {mask.shape[1]}"
             )
         inside = Image.fromarray(mask[y0:y1, x0:x1].cpu().numpy().astype("uint8") * 255)
-        part = Image.composite(part, Image.new("RGB", part.size, tuple(fill)), inside)
-    return part.resize((target[1], target[0]), Image.Resampling[resample.upper()])
+        crop = Image.composite(crop, Image.new("RGB", crop.size, tuple(fill)), inside)
+    return crop.resize((target[1], target[0]), Image.Resampling[resample.upper()])
 
 
 def to_rgb(name: str, image: Any) -> Image:
-    """Check an image and bring it to 8-bit RGB: transparency on white, 16 bits scaled to 8; RGB comes back as it is."""
+    """Check an image and convert it to 8-bit RGB: transparency on white, 16 bits scaled to 8; RGB unchanged."""
     with extras.needed_by("zoom"):
         from PIL import Image
 
@@ -100,7 +100,7 @@ def to_rgb(name: str, image: Any) -> Image:
     if image.mode.startswith("I"):
         import numpy
 
-        # Pillow would clip these to 255; files of 16 bits may come as 32.
+        # Pillow would clip these to 255; a file of 16 bits may be decoded to 32.
         image = Image.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -109,24 +109,24 @@ def to_rgb(name: str, image: Any) -> Image:
 
 
 def orientation(image: Image) -> int:
-    """The EXIF orientation of a picture as it is in memory: 1 is upright, 2 to 8 are turned or mirrored."""
-    # Some files are turned by their decoder.
+    """The EXIF orientation of a loaded image: 1 is upright, 2 to 8 are rotated or mirrored."""
+    # Some decoders apply the orientation.
     image.load()
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:
-        # Notes that cannot be read say nothing.
+        # Unreadable EXIF counts as upright.
         return 1
-    return int(found) if found in range(1, 9) else 1
+    return int(value) if value in range(1, 9) else 1
 
 
 def refuse_turned(name: str, image: Image) -> None:
-    """Raise ValueError for an EXIF orientation: who made maps of the picture may have applied it, or may not have."""
+    """Raise ValueError for an EXIF orientation: whether the maps are of the rotated pixels is unknown."""
     turned = orientation(image)
     if turned > 1:
         raise ValueError(
-            f"{name}: expected an upright picture, got one with EXIF orientation {turned}; whether the processor has "
-            "applied it cannot be told, so turn it before the processor sees it: PIL.ImageOps.exif_transpose(image)"
+            f"{name}: expected an upright image, got one with EXIF orientation {turned}; whether the processor "
+            "applied it is unknown, so apply it before the processor: PIL.ImageOps.exif_transpose(image)"
         )
 
 
@@ -150,14 +150,14 @@ def _box(box: Any, image_size: tuple[int, int]) -> list[int]:
     return edges
 
 
-def _target(part: Size, whole: Size, size: str | Size, limit: float) -> Size:
-    """The (height, width) to magnify a part of an image to."""
-    height, width = part
+def _target(crop: Size, whole: Size, size: str | Size, limit: float) -> Size:
+    """The (height, width) to magnify a crop of an image to."""
+    height, width = crop
     most = limit * whole[0] * whole[1]
     if not isinstance(size, str):
         height, width = wanted = checks.size("size", size)
     elif checks.choice("size", size, SIZES) == "longer":
-        scale = max(whole) / max(part)
+        scale = max(whole) / max(crop)
         wanted = round(height * scale), round(width * scale)
     else:
         scale = max(whole[1] / width, whole[0] / height)

@@ -1,7 +1,7 @@
-"""How right is right: an element may err as much as the reference in the room's dtype does, plus a few roundings.
+"""Tolerances: an element may have the reference's error in the backend's dtype, plus a few roundings.
 
-Errors are relative to each element of the float64 answer: a mean probability is about 1e-5, and zeros would pass any
-absolute tolerance that is written without thinking of it.
+Errors are relative to each element of the float64 result: a mean probability is about 1e-5, so zeros would pass a usual
+absolute tolerance.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Verdict(NamedTuple):
-    """What is wrong or None, the largest relative error of an element, what was allowed, and the correlation."""
+    """The problem or None, the largest relative error of an element, the tolerance, and the correlation."""
 
     problem: str | None
     error: float
@@ -26,42 +26,42 @@ class Verdict(NamedTuple):
 
 
 def roundings(count: int) -> float:
-    """What so many roundings of float32 may add up to, relative."""
+    """The relative error that `count` roundings of float32 may add up to."""
     return count * torch.finfo(torch.float32).eps
 
 
-def close(name: str, found: torch.Tensor, own: torch.Tensor, truth: torch.Tensor, slack: float) -> Verdict:
-    """A tensor against the truth in float64, and against the reference's own answer in the room's dtype."""
-    if found.shape != truth.shape:
-        return _wrong(f"{name}: expected shape {list(truth.shape)}, got {list(found.shape)}")
-    if not bool(found.isfinite().all()):
-        return _wrong(f"{name}: {int((~found.isfinite()).sum())} of {found.numel()} elements are NaN or inf")
-    found, own, size = found.double(), own.double(), truth.abs()
+def close(name: str, result: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, slack: float) -> Verdict:
+    """Compare a tensor with the truth in float64, given the result of the reference in the backend's dtype."""
+    if result.shape != truth.shape:
+        return _wrong(f"{name}: expected shape {list(truth.shape)}, got {list(result.shape)}")
+    if not bool(result.isfinite().all()):
+        return _wrong(f"{name}: {int((~result.isfinite()).sum())} of {result.numel()} elements are NaN or inf")
+    result, reference, size = result.double(), reference.double(), truth.abs()
     normal = size > _TINY
-    error, mine = (_largest((part - truth).abs(), size, normal) for part in (found, own))
+    error, mine = (_largest((values - truth).abs(), size, normal) for values in (result, reference))
     allowed = mine + slack
-    within = (found - truth).abs() <= allowed * size + _TINY
-    likeness = _correlation(found, truth)
+    within = (result - truth).abs() <= allowed * size + _TINY
+    correlation = _correlation(result, truth)
     problem = None
     if not bool(within.all()):
         problem = f"{name}: relative error {error:.1e}, allowed {allowed:.1e}, {int((~within).sum())} elements beyond"
-    elif likeness is not None and likeness < LEAST_CORRELATION:
-        problem = f"{name}: correlation {likeness:.8f} with the truth, expected {LEAST_CORRELATION}"
-    return Verdict(problem, error, allowed, likeness)
+    elif correlation is not None and correlation < LEAST_CORRELATION:
+        problem = f"{name}: correlation {correlation:.8f} with the truth, expected {LEAST_CORRELATION}"
+    return Verdict(problem, error, allowed, correlation)
 
 
-def captures(found: Capture, own: Capture, truth: Capture, slack: float) -> Verdict:
-    parts = zip(Capture._fields, found, own, truth, strict=True)
-    return worst([close(name, part, mine, right, slack) for name, part, mine, right in parts])
+def captures(result: Capture, reference: Capture, truth: Capture, slack: float) -> Verdict:
+    fields = zip(Capture._fields, result, reference, truth, strict=True)
+    return worst([close(*field, slack) for field in fields])
 
 
-def identical(found: Regions, truth: Regions) -> Verdict:
-    """Regions are the same to the bit, or wrong."""
+def identical(result: Regions, truth: Regions) -> Verdict:
+    """Compare regions bit by bit."""
     for name in ("reason", "box"):
-        if getattr(found, name) != getattr(truth, name):
-            return _wrong(f"{name}: expected {getattr(truth, name)}, got {getattr(found, name)}")
+        if getattr(result, name) != getattr(truth, name):
+            return _wrong(f"{name}: expected {getattr(truth, name)}, got {getattr(result, name)}")
     for name in ("mask", "boxes", "scores"):
-        one, other = getattr(found, name), getattr(truth, name)
+        one, other = getattr(result, name), getattr(truth, name)
         if one.shape != other.shape:
             return _wrong(f"{name}: expected shape {list(other.shape)}, got {list(one.shape)}")
         if not torch.equal(one, other):
@@ -70,7 +70,7 @@ def identical(found: Regions, truth: Regions) -> Verdict:
 
 
 def worst(verdicts: list[Verdict]) -> Verdict:
-    """The first that is wrong, else the one that comes closest to its limit."""
+    """The first wrong verdict, else the one closest to its tolerance."""
     wrong = [verdict for verdict in verdicts if verdict.problem is not None]
     return wrong[0] if wrong else max(verdicts, key=lambda verdict: verdict.error / verdict.allowed)
 
@@ -83,8 +83,8 @@ def _largest(error: torch.Tensor, size: torch.Tensor, normal: torch.Tensor) -> f
     return float((error / size)[normal].amax()) if bool(normal.any()) else 0.0
 
 
-def _correlation(found: torch.Tensor, truth: torch.Tensor) -> float | None:
-    """None for what is flat but for its last digits: it has no correlation to speak of."""
+def _correlation(result: torch.Tensor, truth: torch.Tensor) -> float | None:
+    """The correlation, or None for tensors that are flat up to their last digits."""
     if truth.numel() <= 8 or float(truth.std()) <= 1e-2 * float(truth.abs().mean()):
         return None
-    return float(torch.corrcoef(torch.stack([found.flatten(), truth.flatten()]))[0, 1])
+    return float(torch.corrcoef(torch.stack([result.flatten(), truth.flatten()]))[0, 1])

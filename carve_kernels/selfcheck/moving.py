@@ -1,4 +1,4 @@
-"""Arguments and results from one device to another, as they lie in memory."""
+"""Copies of arguments and results on another device, with their memory layout."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
-    """A copy with every tensor on a device: same strides, and the same values between and behind its elements.
+def move(value: Any, device: torch.device | str) -> Any:
+    """A copy with every tensor on a device: same strides, and the same values between and after its elements.
 
-    `Tensor.to` would pack a slice of a longer cache, and take the poison away that lies behind it.
+    `Tensor.to` would pack a slice of a longer cache, and lose the poison after it.
     """
     if isinstance(value, torch.Tensor):
         whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.detach().untyped_storage())
         copy = whole.to(device, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
         return copy.requires_grad_(value.requires_grad)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
+        return type(value)(*(move(item, device) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(moved(part, device) for part in value)
+        return type(value)(move(item, device) for item in value)
     if isinstance(value, dict):
-        return {name: moved(part, device) for name, part in value.items()}
+        return {name: move(item, device) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
+        fields = {field.name: move(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
     return value
 
 
@@ -37,8 +37,8 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
     elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part)
+        for item in value:
+            yield from tensors(item)
 
 
 def same_bits(one: Any, other: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Planted inputs: a query that looks at some keys, maps with a spot that only the task sees, real strides, garbage.
+"""Planted inputs: a query that attends to some keys, task maps with a spot, non-dense strides, garbage outside.
 
-Noise would do for speed and not for truth: its maps are flat, and a kernel that returns a flat map passes.
+Noise would not do: its maps are flat, and a kernel that returns a flat map would pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from carve_kernels.types import Capture
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of capture: sizes, options and a seed."""
+    """Inputs of a capture: sizes, options and a seed."""
 
     batch: int = 2
     query_heads: int = 6
@@ -47,26 +47,26 @@ def planted(case: Case) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     query = normal(case.batch, case.rows, case.query_heads, case.size)
     cache = torch.full((case.batch, case.key_heads, case.keys + 5, case.size + 8), float("nan"))
     cache[:, :, : case.keys, : case.size] = normal(case.batch, case.key_heads, case.keys, case.size)
-    loved = torch.randint(0, max(case.keys, 1), (max(case.keys // 7, 1),), generator=random)
+    attended = torch.randint(0, max(case.keys, 1), (max(case.keys // 7, 1),), generator=random)
     if case.keys:
-        # A few keys point to where the queries of the group look, so that the map is not flat.
+        # A few keys point along the queries of their group, so that the map is not flat.
         group = case.query_heads // case.key_heads
         toward = query.mean(1).view(case.batch, case.key_heads, group, case.size).mean(2)
-        cache[:, :, loved, : case.size] += case.gain * toward[:, :, None]
+        cache[:, :, attended, : case.size] += case.gain * toward[:, :, None]
     cache, query = cache.to(case.dtype), query.to(case.dtype)
     key = cache[:, :, : case.keys, : case.size]
     tokens = torch.randint(0, max(case.keys, 1), (case.batch, case.tokens), generator=random, dtype=torch.int32)
     if case.tokens and case.keys:
-        tokens[:, : min(len(loved), case.tokens)] = loved[: case.tokens].to(torch.int32)
+        tokens[:, : min(len(attended), case.tokens)] = attended[: case.tokens].to(torch.int32)
     if case.ragged and case.tokens > 3:
         tokens[-1, -2:] = -1
     options: dict[str, Any] = {"scale": case.size**-0.5, "softcap": case.softcap}
     if case.view in ("mask", "head mask"):
         heads = case.query_heads if case.view == "head mask" else 1
         mask = torch.rand(case.batch, heads, case.rows, case.keys, generator=random) < 0.7
-        mask[..., loved] = True
+        mask[..., attended] = True
         if case.batch > 1 and case.keys > 2:
-            # Left padding: nobody looks there, so anything may stand there.
+            # Left padding, which no row sees, may hold any value.
             mask[-1, :, :, :2] = False
             key[-1, :, 0], key[-1, :, 1] = float("inf"), float("nan")
         options["mask"] = mask
@@ -82,11 +82,11 @@ def planted(case: Case) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def exact(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]) -> tuple[Any, Any]:
     """The same arguments in float64, for the reference."""
     query, key, tokens = arguments
-    wide = {
+    doubled = {
         name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in options.items()
     }
-    return (query.double(), key.double(), tokens), wide
+    return (query.double(), key.double(), tokens), doubled
 
 
 def poisoned(case: Case, heads: str = "mean") -> Capture:
@@ -102,14 +102,14 @@ def poisoned(case: Case, heads: str = "mean") -> Capture:
 def maps(
     grid: tuple[int, int], *, layers: int = 3, steps: int = 2, seed: int = 0, spot: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Task and general maps [layers, steps, N] in float32, about 1e-4 in size, with strides that are not dense."""
+    """Task and general maps [layers, steps, N] in float32, of about 1e-4, with non-dense strides."""
     random = torch.Generator().manual_seed(seed)
     rows, columns = grid
     store = torch.full((2, layers, rows * columns, steps + 1, 2), float("nan"))
-    task, general = (part[:, :, :steps, 1].transpose(1, 2) for part in store)
+    task, general = (values[:, :, :steps, 1].transpose(1, 2) for values in store)
     sinks = torch.ones(rows * columns).index_fill(0, torch.tensor([0, rows * columns - 1]), 40.0)
-    for part in (task, general):
-        part.copy_(1e-4 * sinks * torch.empty(part.shape).exponential_(1.0, generator=random).add(0.5))
+    for values in (task, general):
+        values.copy_(1e-4 * sinks * torch.empty(values.shape).exponential_(1.0, generator=random).add(0.5))
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     row, column = spot if spot is not None else (rows // 3, 2 * columns // 3)
     bump = torch.exp(-((y - row) ** 2 + (x - column) ** 2) / 4.0).flatten()

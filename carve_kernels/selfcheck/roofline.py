@@ -1,8 +1,8 @@
-"""What a kernel can cost at least on a GPU, from its own counts: predicted, not timed.
+"""The least time of a kernel on a GPU, from its counted work: predicted, not timed.
 
-A prediction is the longest of three times: the bytes over the bandwidth, the operations over the rate of the units
-that do them, the launches times the cost of one. It holds for a kernel whose loads, arithmetic and launches overlap
-without a gap, so a real kernel takes longer, and a ratio of predictions flatters whoever has more to hide.
+A prediction is the longest of three times: the bytes over the bandwidth, the operations over the rate of their units,
+the launches times the cost of one. It assumes that loads, arithmetic and launches overlap perfectly. A real kernel
+takes longer, and a ratio of predictions favours the one with more to overlap.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 from carve_kernels import checks
 from carve_kernels.selfcheck.work import Work
 
-# Seconds from one kernel of a stream to the next. A launch costs the host 2 to 4 us (the driver's part and the checks
-# of the operator before it), and a device that waits for its host runs no faster. Of a graph the device itself starts
-# the next kernel: what is left is one grid draining and the next one filling the device.
+# Seconds from one kernel of a stream to the next. A launch costs the host 2 to 4 us (the driver and the operator's
+# checks), and a device that waits for its host runs no faster. In a graph the device itself starts the next kernel:
+# what remains is one grid draining and the next one filling the device.
 LAUNCH = 4.0e-6
 GRAPH_LAUNCH = 1.5e-6
 
@@ -31,7 +31,7 @@ class Gpu(NamedTuple):
     vector: float
 
 
-# The vendor's data sheets: A100 SXM of 80 GB, H100 SXM, B200. By compute capability, which tells their relatives too.
+# From NVIDIA's data sheets: A100 SXM 80 GB, H100 SXM, B200. By compute capability, which related GPUs share.
 _FAMILIES = {
     (8, 0): Gpu("A100", 2.04e12, 312e12, 19.5e12),
     (9, 0): Gpu("H100", 3.35e12, 989e12, 67e12),
@@ -39,7 +39,7 @@ _FAMILIES = {
 }
 GPUS = {gpu.name: gpu for gpu in _FAMILIES.values()}
 
-# What multiplies in a kernel. A few rows are vector work: their matrix product would be padding for the most part.
+# The units that multiply in a kernel. A few rows are vector work: their matrix product would be mostly padding.
 UNITS: dict[tuple[str, str], Unit] = {
     ("capture", "cuda"): "vector",
     ("capture", "triton"): "matrix",
@@ -49,7 +49,7 @@ UNITS: dict[tuple[str, str], Unit] = {
 
 
 class Prediction(NamedTuple):
-    """Seconds at least, which of the three bounds them, and each of the three."""
+    """The least seconds, which of the three times bounds them, and each of the three."""
 
     seconds: float
     bound: str
@@ -59,7 +59,7 @@ class Prediction(NamedTuple):
 
 
 def predict(work: Work, gpu: Gpu, *, unit: Unit = "matrix", graphs: bool = False) -> Prediction:
-    """The least time of some work on a GPU, with launches by the host or out of a CUDA graph."""
+    """The least time of some work on a GPU, with launches by the host or from a CUDA graph."""
     times = {
         "memory": (work.read_bytes + work.written_bytes) / gpu.bandwidth,
         "arithmetic": work.operations / getattr(gpu, checks.choice("unit", unit, ("matrix", "vector"))),
@@ -70,22 +70,22 @@ def predict(work: Work, gpu: Gpu, *, unit: Unit = "matrix", graphs: bool = False
 
 
 def gpu_of(properties: Any) -> Gpu | None:
-    """The rates of a device from `torch.cuda.get_device_properties`, or None where they tell too little.
+    """The rates of a device from `torch.cuda.get_device_properties`, or None where they do not suffice.
 
-    Bandwidth is what the memory's clock and width give, else that of a data sheet; a GPU of no known family has no
-    bound on its arithmetic.
+    The bandwidth follows from the memory's clock and width, or else is that of a data sheet; a GPU of an unknown family
+    has no limit on its arithmetic.
     """
     family = _FAMILIES.get((properties.major, properties.minor))
     # Two transfers a clock; kHz and bits.
-    own = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8
-    if family is not None and (own or family.name in properties.name):
-        return family._replace(name=properties.name, bandwidth=own or family.bandwidth)
-    return Gpu(properties.name, own, float("inf"), float("inf")) if own else None
+    measured = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8
+    if family is not None and (measured or family.name in properties.name):
+        return family._replace(name=properties.name, bandwidth=measured or family.bandwidth)
+    return Gpu(properties.name, measured, float("inf"), float("inf")) if measured else None
 
 
-def work_of(stage: str, room: str, **sizes: Any) -> Work | None:
-    """What a room's kernels move and compute for one call of a stage, or None where the room does not count it."""
-    name = f"carve_kernels.selfcheck.{room}_work"
+def work_of(stage: str, backend: str, **sizes: Any) -> Work | None:
+    """What a backend's kernels move and compute in one call of a stage, or None where nothing counts it."""
+    name = f"carve_kernels.selfcheck.{backend}_work"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

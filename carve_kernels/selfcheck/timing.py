@@ -1,4 +1,4 @@
-"""Seconds of a call: by CUDA events behind a flushed L2, by the host's clock, and out of a CUDA graph."""
+"""Seconds of a call after a cache flush: by CUDA events, by the host's clock, and from a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class Spread(NamedTuple):
-    """What a row of measurements says: its middle, its tenth and its ninetieth percentile, how many there were."""
+    """The median of some measurements, their tenth and ninetieth percentiles, and their number."""
 
     median: float
     p10: float
@@ -34,9 +34,9 @@ class Spread(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Spreads in seconds: the device's time (the call's own on a CPU), the host's until it returns, a graph's replay.
+    """Spreads in seconds: the device's time (on a CPU, the call's), the host's until the call returns, and a replay's.
 
-    `why_no_graph` says why there is no replay.
+    `why_no_graph` is the reason where there is no replay.
     """
 
     seconds: Spread
@@ -46,18 +46,18 @@ class Timing(NamedTuple):
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of a core; 64 MiB where the system does not say."""
+    """Bytes of the largest cache of a core; 64 MiB where it is unknown."""
     sizes = [path.read_text(encoding="ascii").strip() for path in _CACHES.glob("index*/size")]
     return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=64 * 2**20)
 
 
 class Clock:
-    """Times calls on one device, each behind a write of more than its caches hold."""
+    """Times calls on one device, each after a write of more than its caches hold."""
 
     def __init__(self, device: torch.device, rounds: int, flush: int | None = None) -> None:
         self.device, self.rounds = device, rounds
         if flush is None:
-            # Twice the cache: half of a buffer as large as the cache would survive in one that is not strictly LRU.
+            # Twice the cache: of a buffer as large as the cache, half would survive where it is not strictly LRU.
             flush = 2 * (_l2(device) if device.type == "cuda" else last_level_cache())
         self._buffer = torch.ones(flush // 4, dtype=torch.int32, device=device)
 
@@ -83,7 +83,7 @@ class Clock:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.rounds)]
         torch.cuda.synchronize(self.device)
         for start, end in pairs:
-            # The host issues the call while the device still flushes, so that the launch is not part of its time.
+            # The host issues the call while the device still flushes, so that the time excludes the launch.
             self._buffer.zero_()
             start.record()
             run()
@@ -104,5 +104,5 @@ class Clock:
 
 
 def _l2(device: torch.device) -> int:
-    """Bytes of a GPU's second level; 256 MiB where it does not say."""
+    """Bytes of a GPU's second-level cache; 256 MiB where they are unknown."""
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 256 * 2**20

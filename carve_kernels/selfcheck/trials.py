@@ -1,16 +1,13 @@
-"""The problems that a room is asked, each with its answer: small ones for all a kernel does, large ones to time."""
+"""The trials of a backend, each with its answer: small ones for every path of a kernel, large ones to time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from carve_kernels.backends.reference import capture as reference_capture
-from carve_kernels.backends.reference import contrast as reference_contrast
-from carve_kernels.backends.reference import regions as reference_regions
 from carve_kernels.ops.capture import capture, capture_layers
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.ops.regions import regions
@@ -20,7 +17,7 @@ from carve_kernels.types import Capture, Size
 
 
 class Trial(NamedTuple):
-    """A call of a public function on CPU tensors, and who judges its result; one with `sizes` is timed as well."""
+    """A call of a public function on CPU tensors, and the judge of its result; a trial with `sizes` is also timed."""
 
     stage: str
     name: str
@@ -57,98 +54,93 @@ _QUICK = ("one row", "nine rows", "mask, padding", "sinks, softcap, window")
 
 
 def trials(*, quick: bool) -> list[Build]:
-    """Every problem, made when it is called: the large ones fill a gigabyte together."""
+    """Every trial, built when it is called: together the large ones fill a gigabyte."""
     dtypes = (_SINGLE, _HALF) if quick else (_SINGLE, _HALF, torch.float16)
     cases = {name: _CASES[name] for name in _QUICK} if quick else _CASES
-    found: list[Build] = [
+    builds: list[Build] = [
         partial(_capture, f"{name}, {_short(dtype)}", case.but(dtype=dtype))
         for name, case in cases.items()
         for dtype in dtypes
     ]
     if not quick:
-        found += [
+        builds += [
             partial(_capture, f"head size {size}, {rows} rows, bfloat16", _BASE.but(size=size, rows=rows, dtype=_HALF))
             for size in _SIZES
             for rows in (1, 12)
         ]
-    found += [
+    builds += [
         partial(_capture, "each head", _BASE.but(dtype=_HALF), heads="each"),
         partial(_capture, "known lse", _BASE.but(view="all", ragged=False), lse=True),
         partial(_layers, "three layers", _BASE.but(rows=2, dtype=_HALF, view="positions"), 3),
         *_contrasts(quick),
         *_regions(quick),
     ]
-    return found + _timed(quick)
+    return builds + _timed(quick)
 
 
 def _timed(quick: bool) -> list[Build]:
-    """Six layers of Qwen2.5-VL-7B and of LLaVA-1.5-7B, a picture of a million pixels; or small ones."""
+    """Six layers of Qwen2.5-VL-7B and of LLaVA-1.5-7B, a saliency of a million pixels; or small ones."""
     qwen = Case(batch=1, query_heads=28, key_heads=4, size=128, dtype=_HALF, ragged=False, gain=1.0)
     shapes = [(qwen, 300, 1), (qwen, 300, 9)] if quick else [(qwen, 4096, rows) for rows in (1, 8, 32)]
     if not quick:
         shapes += [(qwen, 32768, 1), (qwen.but(query_heads=32, key_heads=32), 4096, 1)]
     side, grid = (96, 9) if quick else (1024, 32)
-    found: list[Build] = []
+    builds: list[Build] = []
     for case, keys, rows in shapes:
         view = "all" if rows == 1 else "positions"
         name = f"6 layers, {case.query_heads} on {case.key_heads} heads, {keys} keys, {rows} rows"
-        found.append(
+        builds.append(
             partial(_layers, name, case.but(keys=keys, rows=rows, tokens=keys * 4 // 5, view=view), 6, timed=True)
         )
-    found.append(
+    builds.append(
         partial(_contrast, f"6 x 8 maps on {side} x {side} pixels", (grid, grid), (side, side), 6, 8, timed=True)
     )
-    found.append(partial(_picture, f"a saliency of {side} x {side} pixels", (side, side), "smooth", timed=True))
-    return found
+    builds.append(partial(_saliency, f"a saliency of {side} x {side} pixels", (side, side), "smooth", timed=True))
+    return builds
 
 
 def _capture(name: str, case: Case, heads: Literal["mean", "each"] = "mean", lse: bool = False) -> Trial:
     arguments, options = planted(case)
     if lse:
         options["lse"] = _log_sum_exp(arguments[0], arguments[1], options["scale"])
-    wide, wide_options = exact(arguments, options)
-    truth = reference_capture.forward(*wide, **wide_options, heads=heads)
-    own = reference_capture.forward(*arguments, **options, heads=heads)
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = capture(*exact_arguments, **exact_options, heads=heads, backend="reference")
+    reference = capture(*arguments, **options, heads=heads, backend="reference")
     options |= {"heads": heads, "out": poisoned(case, heads)}
-    judge = partial(captures, own=own, truth=truth, slack=_slack(case))
+    judge = partial(captures, reference=reference, truth=truth, slack=_slack(case))
     return Trial("capture", name, capture, arguments, options, judge)
 
 
 def _layers(name: str, case: Case, layers: int, timed: bool = False) -> Trial:
-    """Several layers into one step of buffers that hold more layers and steps, which stay as they were."""
-    made = [planted(case.but(seed=seed)) for seed in range(layers)]
-    tokens, options = made[0][0][2], made[0][1]
+    """Several layers into one step of buffers; their other layers and steps must not change."""
+    problems = [planted(case.but(seed=seed)) for seed in range(layers)]
+    tokens, options = problems[0][0][2], problems[0][1]
     if timed:
-        # As a model has them: keys side by side, a picture in one run, rows at the end.
+        # As in a model: dense keys, the tokens of one image in a row, captured rows at the end.
         first = (case.keys - case.tokens) // 2
         tokens = torch.arange(first, first + case.tokens, dtype=torch.int32)[None]
         if case.rows > 1:
             options["positions"] = torch.arange(case.keys - case.rows, case.keys)[None]
-    pairs = [(query, key.contiguous() if timed else key) for (query, key, _), _ in made]
-    answers: tuple[list[Capture], list[Capture]] = [], []
+    pairs = [(query, key.contiguous() if timed else key) for (query, key, _), _ in problems]
+    reference_layers, true_layers = [], []
     for query, key in pairs:
-        wide, wide_options = exact((query, key, tokens), options)
-        answers[0].append(reference_capture.forward(query, key, tokens, **options))
-        answers[1].append(reference_capture.forward(*wide, **wide_options))
-    own, truth = (Capture(*map(torch.stack, zip(*answer, strict=True))) for answer in answers)
+        exact_arguments, exact_options = exact((query, key, tokens), options)
+        reference_layers.append(capture(query, key, tokens, **options, backend="reference"))
+        true_layers.append(capture(*exact_arguments, **exact_options, backend="reference"))
+    reference, truth = (Capture(*map(torch.stack, zip(*each, strict=True))) for each in (reference_layers, true_layers))
     nan = float("nan")
     shape = (2, layers + 2, case.batch, case.rows)
     out = Capture(torch.full((*shape, case.tokens), nan), torch.full(shape, nan), torch.full(shape, nan))
-    sizes = {
-        "layers": layers,
-        "batch": 1,
-        "query_heads": case.query_heads,
-        "key_heads": case.key_heads,
-        "rows": case.rows,
-    }
-    sizes |= {"keys": case.keys, "size": case.size, "tokens": case.tokens, "element_bytes": case.dtype.itemsize}
+    names = ("query_heads", "key_heads", "rows", "keys", "size", "tokens")
+    sizes = {name: getattr(case, name) for name in names}
+    sizes |= {"layers": layers, "batch": 1, "element_bytes": case.dtype.itemsize}
     return Trial(
         "capture",
         name,
         _into,
         ([query for query, _ in pairs], [key for _, key in pairs], tokens),
         {**options, "step": torch.tensor(1), "first": 1, "out": out},
-        partial(_slots, own=own, truth=truth, slack=_slack(case)),
+        partial(_slots, reference=reference, truth=truth, slack=_slack(case)),
         sizes if timed else None,
     )
 
@@ -158,11 +150,12 @@ def _into(*arguments: Any, out: Capture, **options: Any) -> Capture:
     return out
 
 
-def _slots(found: Capture, own: Capture, truth: Capture, slack: float) -> Verdict:
+def _slots(result: Capture, reference: Capture, truth: Capture, slack: float) -> Verdict:
     layers = len(truth.mass)
-    verdict = captures(Capture(*(part[1, 1 : 1 + layers] for part in found)), own, truth, slack)
+    verdict = captures(Capture(*(buffer[1, 1 : 1 + layers] for buffer in result)), reference, truth, slack)
     untouched = all(
-        bool(part[0].isnan().all() and part[1, 0].isnan().all() and part[1, -1].isnan().all()) for part in found
+        bool(buffer[0].isnan().all() and buffer[1, 0].isnan().all() and buffer[1, -1].isnan().all())
+        for buffer in result
     )
     return verdict if untouched else Verdict("out: a slot of another step or layer was written", float("inf"), 0.0)
 
@@ -194,26 +187,25 @@ def _contrast(
     tokens = sum(rows * columns for rows, columns in grid) if several else grid[0] * grid[1]
     task, general = maps((1, tokens) if several else grid, layers=layers, steps=steps)
     options: dict[str, Any] = {"lam": lam, "normalize": normalize}
-    truth = reference_contrast.forward(task.double(), general.double(), grid, size, **options)
-    own = reference_contrast.forward(task, general, grid, size, **options)
+    truth = contrast(task.double(), general.double(), grid, size, **options, backend="reference")
+    reference = contrast(task, general, grid, size, **options, backend="reference")
     offset = 0.0
     if normalize == "minmax":
-        # The lowest value is 0 by a subtraction: errors are relative to what was subtracted.
+        # A subtraction makes the lowest value 0: errors are relative to what was subtracted.
         line = (1, tokens)
-        fused = cast(torch.Tensor, reference_contrast.forward(task.double(), general.double(), line, line, lam=lam))
+        fused = contrast(task.double(), general.double(), line, line, lam=lam, backend="reference")
         offset = float(fused.min() / (fused.max() - fused.min()))
-    judge = partial(_saliencies, own=own, truth=truth, offset=offset, slack=roundings(layers * steps + 8))
+    judge = partial(_saliencies, reference=reference, truth=truth, offset=offset, slack=roundings(layers * steps + 8))
     sizes = {"layers": layers, "steps": steps, "grid": grid, "size": size}
     return Trial("contrast", name, contrast, (task, general, grid, size), options, judge, sizes if timed else None)
 
 
-def _saliencies(found: Any, own: Any, truth: Any, offset: float, slack: float) -> Verdict:
-    found, own, truth = (part if isinstance(part, list) else [part] for part in (found, own, truth))
-    views = enumerate(zip(found, own, truth, strict=True))
+def _saliencies(result: Any, reference: Any, truth: Any, offset: float, slack: float) -> Verdict:
+    views = zip(*(maps if isinstance(maps, list) else [maps] for maps in (result, reference, truth)), strict=True)
     return worst(
         [
-            close(f"saliency {i}", part + offset, mine + offset, right + offset, slack)
-            for i, (part, mine, right) in views
+            close(f"saliency {index}", values + offset, mine + offset, right + offset, slack)
+            for index, (values, mine, right) in enumerate(views)
         ]
     )
 
@@ -223,29 +215,29 @@ def _regions(quick: bool) -> list[Build]:
         {"keep": 0.4, "top": 2},
         {"keep": 0.2, "floor": 3, "connectivity": 8, "score": "mean"},
     ]
-    pictures = ("smooth", "noise", "ties") if quick else ("smooth", "noise", "ties", "plateaus", "constant")
+    kinds = ("smooth", "noise", "ties") if quick else ("smooth", "noise", "ties", "plateaus", "constant")
     shapes: list[Size] = [(61, 83)] if quick else [(61, 83), (1, 4099), (515, 1), (768, 1021)]
-    found: list[Build] = []
-    for picture in pictures:
+    builds: list[Build] = []
+    for kind in kinds:
         for shape in shapes:
             for chosen in options:
-                what = ", ".join(f"{key} {value}" for key, value in chosen.items())
-                name = f"{picture}, {shape[0]} x {shape[1]}, {what}"
-                found.append(partial(_picture, name, shape, picture, **chosen))
-    return [*found, partial(_picture, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
+                listed = ", ".join(f"{option} {value}" for option, value in chosen.items())
+                name = f"{kind}, {shape[0]} x {shape[1]}, {listed}"
+                builds.append(partial(_saliency, name, shape, kind, **chosen))
+    return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
 
 
-def _picture(
+def _saliency(
     name: str,
     shape: Size,
-    picture: str,
+    kind: str,
     dtype: torch.dtype = torch.float32,
     timed: bool = False,
     **options: Any,
 ) -> Trial:
     options = options or {"keep": 0.4, "top": 2}
-    saliency = _PICTURES[picture](shape).to(dtype)
-    truth = reference_regions.forward(saliency, **options)
+    saliency = _SALIENCIES[kind](shape).to(dtype)
+    truth = regions(saliency, **options, backend="reference")
     sizes = {"height": shape[0], "width": shape[1]}
     return Trial(
         "regions", name, regions, (saliency,), options, partial(identical, truth=truth), sizes if timed else None
@@ -254,14 +246,15 @@ def _picture(
 
 def _smooth(shape: Size) -> torch.Tensor:
     task, general = maps((9, 12))
-    return cast(torch.Tensor, reference_contrast.forward(task, general, (9, 12), shape, lam="mean"))
+    saliency: torch.Tensor = contrast(task, general, (9, 12), shape, backend="reference")
+    return saliency
 
 
 def _noise(shape: Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
-_PICTURES: dict[str, Callable[[Size], torch.Tensor]] = {
+_SALIENCIES: dict[str, Callable[[Size], torch.Tensor]] = {
     "smooth": _smooth,
     "noise": _noise,
     "ties": lambda shape: (2 * _noise(shape)).round(),
@@ -276,7 +269,7 @@ def _log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.
 
 
 def _slack(case: Case) -> float:
-    # A logit of size 50 that is off by one rounding moves its probability by 50 of them.
+    # One rounding of a logit of 50 changes its probability by 50 roundings.
     return roundings(case.size + 64 + case.query_heads)
 
 

@@ -1,10 +1,10 @@
-"""What the room's kernels move and compute, from their own loop bounds; needs neither Triton nor a GPU."""
+"""What the Triton kernels move and compute, from their loop bounds; needs neither Triton nor a GPU."""
 
 from __future__ import annotations
 
 import math
 
-from carve_kernels.backends.triton.capture_plan import PARTS, ceiling, plan
+from carve_kernels.backends.triton.capture_plan import PARTIALS, ceiling, plan
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, plan_grid
 from carve_kernels.backends.triton.tiles import row_of
 from carve_kernels.selfcheck.work import Work
@@ -30,13 +30,13 @@ def capture_work(
 ) -> Work:
     """The work of one call of capture without a mask, where all tokens are used.
 
-    Each program counts what it loads once. That is the keys once and the keys at the tokens once for each tile of rows
-    and heads (of which there is one up to 64 of them together), and small terms: the query, the statistics, the parts.
-    The operations are those of whole tiles.
+    Each load of a program counts once: all keys and the keys at the tokens, for each tile of rows and heads (one tile
+    up to 64 of them), and small terms for the query, the statistics and the partial sums. The operations are those of
+    whole tiles.
     """
-    divided = plan(query_heads, key_heads, rows, keys, size, element_bytes)
-    lanes = divided.block_row * divided.block_group
-    tiles = row_of(architecture, element_bytes, lanes, divided.block_size)
+    grid = plan(query_heads, key_heads, rows, keys, size, element_bytes)
+    lanes = grid.block_row * grid.block_group
+    tiles = row_of(architecture, element_bytes, lanes, grid.block_size)
     copies = layers * batch
     row_of_keys = key_heads * size * element_bytes
     query = query_heads * rows * size * element_bytes
@@ -46,24 +46,24 @@ def capture_work(
         return work
 
     if not lse:
-        groups = divided.row_tiles * divided.group_tiles
-        spans = [min(divided.span, keys - start) for start in range(0, keys, divided.span)]
+        groups = grid.row_tiles * grid.group_tiles
+        spans = [min(grid.span, keys - start) for start in range(0, keys, grid.span)]
         columns = sum(tiles.statistics.block * ceiling(span, tiles.statistics.block) for span in spans)
         work += Work(
-            copies * (groups * keys * row_of_keys + divided.splits * query),
-            copies * lines * divided.splits * 2 * _FLOAT,
-            copies * groups * key_heads * 2 * lanes * divided.block_size * columns,
+            copies * (groups * keys * row_of_keys + grid.splits * query),
+            copies * lines * grid.splits * 2 * _FLOAT,
+            copies * groups * key_heads * 2 * lanes * grid.block_size * columns,
             1,
         )
 
     blocks = max(ceiling(tokens, tiles.map.block), 1)
-    known = _FLOAT if lse else 2 * _FLOAT * divided.splits
-    parts = rows * blocks * PARTS * _FLOAT
-    steps = divided.row_tiles * divided.group_tiles * key_heads * blocks
+    statistics = _FLOAT if lse else 2 * _FLOAT * grid.splits
+    partials = rows * blocks * PARTIALS * _FLOAT
+    steps = grid.row_tiles * grid.group_tiles * key_heads * blocks
     work += Work(
-        copies * (divided.row_tiles * tokens * (row_of_keys + _TOKEN) + blocks * (query + lines * known) + parts),
-        copies * (rows * tokens * _FLOAT + parts + rows * 2 * _FLOAT + divided.row_tiles * _TOKEN),
-        copies * steps * 2 * lanes * divided.block_size * tiles.map.block,
+        copies * (grid.row_tiles * tokens * (row_of_keys + _TOKEN) + blocks * (query + lines * statistics) + partials),
+        copies * (rows * tokens * _FLOAT + partials + rows * 2 * _FLOAT + grid.row_tiles * _TOKEN),
+        copies * steps * 2 * lanes * grid.block_size * tiles.map.block,
         1,
     )
     return work
@@ -72,8 +72,8 @@ def capture_work(
 def contrast_work(*, layers: int, steps: int, grid: Size, size: Size, general_steps: int | None = None) -> Work:
     """The work of `contrast` with lam="mean" on one view without normalisation, from the loop bounds of its kernels.
 
-    What a program reads twice is counted once, since it stays in its cache: the part of a general map that is first
-    added to the mean, and the tokens that neighbouring pixels share.
+    What a program reads twice counts once, since it is in the cache: the part of a general map that is first summed for
+    the mean, and the tokens that neighbouring pixels share.
     """
     maps, tokens, pixels = layers * steps, grid[0] * grid[1], size[0] * size[1]
     plan = plan_grid(maps, tokens)
@@ -87,12 +87,12 @@ def contrast_work(*, layers: int, steps: int, grid: Size, size: Size, general_st
 
 
 def _tokens_of_tiles(tokens: int, pixels: int, block: int) -> int:
-    """How many tokens of an axis the tiles of pixels look at, a token once for each tile."""
-    found = 0
+    """How many tokens of an axis the tiles of pixels read, counting a token once for each tile."""
+    count = 0
     for first in range(0, pixels, block):
         last = min(first + block, pixels) - 1
-        # A pixel weighs the tokens whose middle is nearer than the reach: both ends are left out.
+        # A pixel has weights for the tokens whose centre is nearer than the filter's radius, both ends excluded.
         low = ((2 * first + 1) * tokens - 2 * max(tokens, pixels) - pixels) // (2 * pixels) + 1
         high = -(-((2 * last + 1) * tokens + 2 * max(tokens, pixels) - pixels) // (2 * pixels)) - 1
-        found += min(high, tokens - 1) - max(low, 0) + 1
-    return found
+        count += min(high, tokens - 1) - max(low, 0) + 1
+    return count

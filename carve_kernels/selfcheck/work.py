@@ -1,4 +1,4 @@
-"""What a kernel moves and computes, counted from its own loop bounds: the common coin of rooms, roofline and tests."""
+"""What a kernel moves and computes, counted from its loop bounds, for the roofline and the tests."""
 
 from __future__ import annotations
 

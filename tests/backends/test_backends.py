@@ -1,4 +1,4 @@
-"""How a room is chosen, and what is said when it cannot serve."""
+"""How a backend is chosen, and the reasons where it cannot serve."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from carve_kernels import backends, checks
-from carve_kernels.backends import BEST_FOR, PREFERRED, ROOMS, STAGES, SUPPORT, cpu, explain, resolve
+from carve_kernels.backends import BACKENDS, BEST_FOR, PREFERRED, STAGES, SUPPORT, cpu, explain, resolve
 from carve_kernels.backends.native import extension
+from carve_kernels.types import CaptureOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 MAPS = (torch.ones(1, 1, 4), torch.ones(1, 1, 4), (2, 2), (2, 2))
@@ -24,9 +25,9 @@ def needs_extension() -> None:
         pytest.skip(reason)
 
 
-def test_the_table_has_every_stage_and_room() -> None:
+def test_the_table_has_every_stage_and_backend() -> None:
     assert tuple(SUPPORT) == STAGES
-    assert all(tuple(rooms) == ROOMS for rooms in SUPPORT.values())
+    assert all(tuple(backends) == BACKENDS for backends in SUPPORT.values())
     assert all(SUPPORT[stage]["reference"] is None for stage in STAGES)
 
 
@@ -37,27 +38,28 @@ def test_an_unknown_backend_names_the_known_ones(backend: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "room"), [(stage, room) for stage in STAGES for room in ROOMS if SUPPORT[stage][room] is not None]
+    ("stage", "backend"),
+    [(stage, backend) for stage in STAGES for backend in BACKENDS if SUPPORT[stage][backend] is not None],
 )
-def test_a_missing_cell_never_falls_back(stage: str, room: str) -> None:
-    with pytest.raises(checks.BackendUnavailable, match=re.escape(str(SUPPORT[stage][room]))):
-        resolve(stage, room, CPU)
+def test_a_stage_that_is_not_implemented_never_falls_back(stage: str, backend: str) -> None:
+    with pytest.raises(checks.BackendUnavailable, match=re.escape(str(SUPPORT[stage][backend]))):
+        resolve(stage, backend, CPU)
 
 
-def test_a_room_refuses_a_foreign_device() -> None:
+def test_a_backend_refuses_a_foreign_device() -> None:
     needs_extension()
-    with pytest.raises(checks.BackendUnavailable, match="the tensors are on cuda:0, this room serves cpu"):
+    with pytest.raises(checks.BackendUnavailable, match="the tensors are on cuda:0, this backend serves cpu"):
         resolve("contrast", "cpu", torch.device("cuda:0"), *MAPS)
 
 
-def test_auto_takes_the_compiled_room_on_the_cpu_and_the_reference_elsewhere() -> None:
+def test_auto_takes_the_compiled_backend_on_the_cpu_and_the_reference_elsewhere() -> None:
     assert resolve("contrast", "auto", torch.device("meta"), *MAPS).__name__.endswith("reference.contrast")
     needs_extension()
     assert resolve("contrast", "auto", CPU, *MAPS).__name__.endswith("cpu.contrast")
 
 
 @pytest.mark.parametrize("fault", ["float64", "gradient"])
-def test_auto_passes_over_a_room_that_an_explicit_call_finds_shut(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_skips_a_backend_that_refuses_an_explicit_call(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     needs_extension()
     task = MAPS[0].double() if fault == "float64" else MAPS[0].clone().requires_grad_()
     with pytest.raises(checks.BackendUnavailable, match=f"{fault}.*use backend='reference'"):
@@ -68,7 +70,7 @@ def test_auto_passes_over_a_room_that_an_explicit_call_finds_shut(fault: str, ca
     assert any("reference serves" in message for message in caplog.messages)
 
 
-def test_a_library_that_does_not_load_says_so(
+def test_a_library_that_does_not_load_has_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
 ) -> None:
     unavailable = extension.unavailable.__wrapped__
@@ -78,11 +80,11 @@ def test_a_library_that_does_not_load_says_so(
     assert "failed to load" in unavailable()
 
 
-def test_explain_has_a_line_for_every_cell() -> None:
+def test_explain_has_a_line_for_every_stage_and_backend() -> None:
     table = explain()
     for stage in STAGES:
-        for room in ROOMS:
-            line = next(line for line in table.splitlines() if line.split()[:2] == [stage, room])
+        for backend in BACKENDS:
+            line = next(line for line in table.splitlines() if line.split()[:2] == [stage, backend])
             assert ("no" in line.split()) == (len(line.split()) > 3), line
     picked = "reference" if cpu.unavailable() else "cpu"
     assert f"backend='auto' on cpu tensors: capture={picked}" in table
@@ -93,30 +95,34 @@ Plant = Callable[..., None]
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Stand-ins for the GPU rooms, every stage in each, but for the reasons given; the CUDA room up to eight rows."""
+    """Stand-ins for the GPU backends, with every stage unless a reason is given; the CUDA backend up to eight rows."""
 
     def supports(rows: int) -> str | None:
         return f"{rows} rows are more than 8; use backend='triton'" if rows > 8 else None
 
     def build(**reasons: str | None) -> None:
         packages, modules = {}, {}
-        for room in ("triton", "cuda"):
-            packages[room] = SimpleNamespace(devices=lambda: ("cuda",), unavailable=lambda room=room: reasons.get(room))
-            modules[room] = SimpleNamespace(
-                __name__=f"planted.{room}.stage", supports=supports if room == "cuda" else lambda rows: None
+        for backend in ("triton", "cuda"):
+            packages[backend] = SimpleNamespace(
+                devices=lambda: ("cuda",), unavailable=lambda backend=backend: reasons.get(backend)
             )
-        honest_package, honest_module = backends._package, backends._module
-        monkeypatch.setattr(backends, "_package", lambda room: packages.get(room) or honest_package(room))
-        monkeypatch.setattr(backends, "_module", lambda stage, room: modules.get(room) or honest_module(stage, room))
+            modules[backend] = SimpleNamespace(
+                __name__=f"planted.{backend}.stage", supports=supports if backend == "cuda" else lambda rows: None
+            )
+        real_package, real_module = backends._package, backends._module
+        monkeypatch.setattr(backends, "_package", lambda backend: packages.get(backend) or real_package(backend))
+        monkeypatch.setattr(
+            backends, "_module", lambda stage, backend: modules.get(backend) or real_module(stage, backend)
+        )
         monkeypatch.setattr(backends, "_warned", set())
         for stage in STAGES:
-            for room in packages:
-                monkeypatch.setitem(SUPPORT[stage], room, None)
+            for backend in packages:
+                monkeypatch.setitem(SUPPORT[stage], backend, None)
 
     return build
 
 
-def taken(rows: int, backend: str = "auto") -> str:
+def chosen(rows: int, backend: str = "auto") -> str:
     return resolve("capture", backend, CUDA, rows).__name__.split(".")[-2]
 
 
@@ -126,52 +132,52 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 def test_on_a_gpu_few_rows_go_to_cuda_and_many_to_triton(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     plant()
-    assert [taken(rows) for rows in (1, 8, 9, 32)] == ["cuda", "cuda", "triton", "triton"]
+    assert [chosen(rows) for rows in (1, 8, 9, 32)] == ["cuda", "cuda", "triton", "triton"]
     assert warnings(caplog) == []
     with pytest.raises(checks.BackendUnavailable, match="cuda cannot serve capture: 9 rows are more than 8"):
-        taken(9, "cuda")
+        chosen(9, "cuda")
     table = explain().splitlines()
-    place = table.index("backend='auto' on cuda tensors: capture=cuda, contrast=cuda, regions=cuda")
-    cuda, triton = (f"{room} ({BEST_FOR['capture', room]})" for room in ("cuda", "triton"))
-    assert table[place + 1] == f"  capture: {cuda}, then {triton}, then reference"
-    assert "up to eight rows" in table[place + 1]
+    index = table.index("backend='auto' on cuda tensors: capture=cuda, contrast=cuda, regions=cuda")
+    cuda, triton = (f"{backend} ({BEST_FOR['capture', backend]})" for backend in ("cuda", "triton"))
+    assert table[index + 1] == f"  capture: {cuda}, then {triton}, then reference"
+    assert "up to eight rows" in table[index + 1]
 
 
 MISSING = {
     "no compiler": "the extension was built without nvcc; install the CUDA toolkit",
-    "old gpu": "the GPU's architecture sm_70 is not among those inside; use backend='triton'",
+    "old gpu": "the GPU's architecture sm_70 is not among the compiled ones; use backend='triton'",
     "no triton": "the package triton is missing; pip install triton",
 }
 
 
-@pytest.mark.parametrize(("room", "reason", "next_room"), [
+@pytest.mark.parametrize(("backend", "reason", "next_backend"), [
     ("cuda", "no compiler", "triton"), ("cuda", "old gpu", "triton"), ("triton", "no triton", "reference"),
 ])  # fmt: skip
-def test_a_missing_room_leads_to_the_next_with_one_line(
-    plant: Plant, caplog: pytest.LogCaptureFixture, room: str, reason: str, next_room: str
+def test_a_missing_backend_leads_to_the_next_with_one_line(
+    plant: Plant, caplog: pytest.LogCaptureFixture, backend: str, reason: str, next_backend: str
 ) -> None:
-    plant(**{room: MISSING[reason]})
-    rows = 1 if room == "cuda" else 9
+    plant(**{backend: MISSING[reason]})
+    rows = 1 if backend == "cuda" else 9
     for _ in range(3):
-        assert taken(rows) == next_room
+        assert chosen(rows) == next_backend
         resolve("regions", "auto", CUDA, rows)
-    assert warnings(caplog) == [f"the {room} room is passed over: {MISSING[reason]}"]
+    assert warnings(caplog) == [f"backend {backend} unavailable, using the next one: {MISSING[reason]}"]
     assert all(record.name == "carve_kernels" for record in caplog.records)
     with pytest.raises(checks.BackendUnavailable, match=re.escape(MISSING[reason])):
-        taken(rows, room)
+        chosen(rows, backend)
     assert MISSING[reason] in explain()
     line = next(line for line in explain().splitlines() if line.startswith("  capture: cuda (up to eight rows"))
-    assert f"{BEST_FOR['capture', room]}; does not serve here)" in line
+    assert f"{BEST_FOR['capture', backend]}; does not serve here)" in line
 
 
 def test_with_both_missing_the_reference_serves(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     plant(cuda=MISSING["no compiler"], triton=MISSING["no triton"])
-    assert {taken(rows) for rows in (1, 9)} == {"reference"}
+    assert {chosen(rows) for rows in (1, 9)} == {"reference"}
     assert len(warnings(caplog)) == 2
     assert "on cuda tensors: capture=reference, contrast=reference, regions=reference" in explain()
 
 
-def test_a_cell_that_is_empty_on_purpose_is_no_news(
+def test_a_stage_that_is_not_implemented_is_not_logged(
     plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plant()
@@ -180,27 +186,27 @@ def test_a_cell_that_is_empty_on_purpose_is_no_news(
     assert warnings(caplog) == []
 
 
-def test_a_room_is_asked_once_for_each_device(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_is_queried_once_for_each_device(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant()
-    asked = []
-    package = SimpleNamespace(devices=lambda: ("cuda",), unavailable=lambda: asked.append("asked"))
-    honest = backends._package
-    monkeypatch.setattr(backends, "_package", lambda room: package if room == "cuda" else honest(room))
-    assert [taken(1) for _ in range(5)] == ["cuda"] * 5
-    assert asked == ["asked"]
+    queries = []
+    package = SimpleNamespace(devices=lambda: ("cuda",), unavailable=lambda: queries.append("unavailable"))
+    real = backends._package
+    monkeypatch.setattr(backends, "_package", lambda backend: package if backend == "cuda" else real(backend))
+    assert [chosen(1) for _ in range(5)] == ["cuda"] * 5
+    assert queries == ["unavailable"]
 
 
 def test_what_auto_prefers_on_a_gpu() -> None:
     assert PREFERRED["cuda"] == ("cuda", "triton")
-    # A claim about a cell that is not there would mislead.
-    assert all(room in PREFERRED["cuda"] for _, room in BEST_FOR)
+    # A claim about a backend that is not preferred would mislead.
+    assert all(backend in PREFERRED["cuda"] for _, backend in BEST_FOR)
 
 
-def test_the_eight_rows_are_those_of_the_room() -> None:
+def test_the_eight_rows_are_those_of_the_backend() -> None:
     if SUPPORT["capture"]["cuda"] is not None:
         pytest.skip(SUPPORT["capture"]["cuda"])
-    room = importlib.import_module("carve_kernels.backends.cuda.capture")
+    backend = importlib.import_module("carve_kernels.backends.cuda.capture")
     key, tokens = torch.zeros(1, 2, 16, 64), torch.zeros(1, 3, dtype=torch.int32)
-    refusals = [room.supports(torch.zeros(1, 4, rows, 64), key, tokens, scale=0.1) for rows in (1, 8, 9)]
+    refusals = [backend.supports(torch.zeros(1, 4, rows, 64), key, tokens, CaptureOptions(0.1)) for rows in (1, 8, 9)]
     assert refusals[:2] == [None, None] and refusals[2] is not None
     assert "eight" in BEST_FOR["capture", "cuda"]

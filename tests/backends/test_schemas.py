@@ -4,135 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
-from carve_kernels.backends import cpu
-from carve_kernels.backends.cuda.regions import scratch_bytes
-from tests.emulator import emulator
-
-
-def contrast_cpu() -> tuple[Any, ...]:
-    shapes = [3, 5, 11, 7, 2, 2, 1, 3]
-    return (
-        torch.rand(2, 3, 19),
-        torch.rand(2, 1, 19),
-        torch.rand(2, dtype=torch.float64),
-        torch.rand(3, dtype=torch.float64),
-        shapes,
-        0.1,
-        False,
-        3,
-        torch.full((11 * 7 + 3,), float("nan")),
-    )
-
-
-def regions_cpu() -> tuple[Any, ...]:
-    saliency = torch.zeros(5, 9)
-    saliency[1, 1:4] = 1.0
-    saliency[3, 6] = 2.0
-    return (
-        saliency,
-        4 / 45,
-        2,
-        0,
-        4,
-        1,
-        torch.zeros(5, 9, dtype=torch.bool),
-        torch.full((2, 4), -1),
-        torch.zeros(2, dtype=torch.float64),
-        torch.full((6,), -1),
-    )
-
-
-def regions_cuda() -> tuple[Any, ...]:
-    *inputs, mask, boxes, scores, outcome = regions_cpu()
-    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
-    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
-
-
-def capture_layers() -> tuple[Any, ...]:
-    layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
-    return (
-        [torch.randn(batch, 4, rows, 32) for _ in range(layers)],
-        [torch.randn(batch, 2, keys, 32) for _ in range(layers)],
-        torch.arange(tokens, dtype=torch.int32).expand(batch, -1).contiguous(),
-        torch.rand(batch, 1, rows, keys) < 0.7,
-        None,
-        [torch.randn(4) for _ in range(layers)],
-        0.2,
-        0.0,
-        0,
-        torch.tensor(1),
-        0,
-        "auto",
-        torch.zeros(3, layers, batch, rows, tokens),
-        torch.zeros(3, layers, batch, rows),
-        torch.zeros(3, layers, batch, rows),
-    )
-
-
-def capture_cpu() -> tuple[Any, ...]:
-    query, key, tokens, mask, positions, sink, *rest = capture_layers()
-    scale, softcap, window, step, first, _, *out = rest
-    return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
-
-
-def capture_cuda() -> tuple[Any, ...]:
-    *arguments, maps, mass, entropy = capture_cpu()
-    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
-
-
-def cuda_build() -> tuple[Any, ...]:
-    return (torch.full((16,), -1),)
-
-
-def cuda_versions() -> tuple[Any, ...]:
-    return (torch.full((2,), -1),)
-
-
-def isa_cpu() -> tuple[Any, ...]:
-    return -2, torch.full((2,), -1)
-
-
-SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "carve_kernels::capture_cpu": capture_cpu,
-    "carve_kernels::capture_cuda": capture_cuda,
-    "carve_kernels::capture_layers": capture_layers,
-    "carve_kernels::contrast_cpu": contrast_cpu,
-    "carve_kernels::cuda_build": cuda_build,
-    "carve_kernels::cuda_versions": cuda_versions,
-    "carve_kernels::isa_cpu": isa_cpu,
-    "carve_kernels::regions_cpu": regions_cpu,
-    "carve_kernels::regions_cuda": regions_cuda,
-}
+from tests.support.operators import SAMPLES, capture_cpu, contrast_cpu, operator, regions_cpu
 
 
 def registered() -> list[str]:
     return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("carve_kernels::"))
 
 
-def operator(name: str) -> Any:
-    if name.endswith(("_cpu", "_build", "_versions")) and (reason := cpu.unavailable()):
-        pytest.skip(reason)
-    if name.endswith("_cuda"):
-        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
-    return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
-
-
-def emulated(stage: str) -> None:
-    if emulator.compiler() is None:
-        pytest.skip("the emulator of CUDA needs a C++ compiler")
-    emulator.library(stage)
-
-
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The arguments that the schema says are written."""
+    """The arguments that the schema marks as written."""
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
     return [value for value, is_written in zip(arguments, written, strict=True) if is_written]
 
@@ -157,11 +43,11 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator(name), SAMPLES[name]())
 
 
-# aot_eager is inductor without its C++, which takes seconds to compile: one operator has both unasked.
+# aot_eager is inductor without its C++, which takes seconds to compile: by default one operator has both.
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "aot_eager") for name in SAMPLES]
-    + [pytest.param(name, "inductor", marks=pytest.mark.slow if place else ()) for place, name in enumerate(SAMPLES)],
+    + [pytest.param(name, "inductor", marks=pytest.mark.slow if index else ()) for index, name in enumerate(SAMPLES)],
 )
 def test_compiled_equals_eager(name: str, backend: str) -> None:
     torch._dynamo.reset()
@@ -182,7 +68,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith("_cpu")])
-def test_compiled_operator_keeps_no_memory(name: str) -> None:
+def test_compiled_operator_leaks_no_memory(name: str) -> None:
     op, arguments = operator(name), SAMPLES[name]()
 
     def resident_after(calls: int) -> int:
@@ -256,7 +142,7 @@ def test_capture_cpu_refuses_what_it_cannot_read() -> None:
             op(*(changes.get(index, value) for index, value in enumerate(good)))
 
 
-def test_isa_cpu_refuses_what_there_is_not() -> None:
+def test_isa_cpu_refuses_unknown_instructions() -> None:
     op = operator("carve_kernels::isa_cpu")
     with pytest.raises(RuntimeError, match="expected a number up to 3"):
         op(4, torch.zeros(2, dtype=torch.int64))
@@ -289,5 +175,5 @@ def test_regions_cpu_refuses_what_it_cannot_read() -> None:
         with pytest.raises(RuntimeError, match=message):
             op(*good[:index], value, *good[index + 1 :])
     little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
-    with pytest.raises(RuntimeError, match="room for 2 regions"):
+    with pytest.raises(RuntimeError, match="for 2 regions"):
         op(*little)

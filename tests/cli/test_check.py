@@ -14,6 +14,7 @@ import torch
 from carve_kernels import selfcheck
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cpu import capture as cpu_capture
+from carve_kernels.types import CaptureOptions
 from tests.cli.conftest import Invoke, content
 
 
@@ -22,7 +23,7 @@ def report_of(path: Path) -> dict[str, Any]:
         pytest.fail(f"{constant} is no JSON")
 
     found: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
-    assert found["format"] == "carve_kernels.check/1"
+    assert found["format"] == "carve_kernels.check/2"
     return found
 
 
@@ -37,13 +38,13 @@ def test_the_rooms_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = report_of(tmp_path / "check.json")
     assert list(content(tmp_path)) == ["check.json"]
-    assert {(entry["stage"], entry["room"]) for entry in found["checks"]} == {
-        (stage, room) for stage in ("capture", "contrast", "regions") for room in ("cpu", "reference")
+    assert {(entry["stage"], entry["backend"]) for entry in found["checks"]} == {
+        (stage, backend) for stage in ("capture", "contrast", "regions") for backend in ("cpu", "reference")
     }
     assert len(found["checks"]) == 2 * selfcheck.count(quick=True)
     assert all(entry["right"] is True and entry["problem"] is None for entry in found["checks"])
     assert f"All {len(found['checks'])} cases are right." in done.stdout
-    assert {entry["room"] for entry in found["timings"]} == {"cpu", "reference"}
+    assert {entry["backend"] for entry in found["timings"]} == {"cpu", "reference"}
     assert all(entry["seconds"]["median"] > 0 and entry["predicted"] is None for entry in found["timings"])
     machine = found["machine"]
     assert machine["device"] == "cpu" and machine["versions"]["torch"] and machine["threads"] >= 1
@@ -57,9 +58,11 @@ def test_a_wrong_room_ends_with_1_and_names_the_case(
     needs_extension()
     honest = cpu_capture.forward
 
-    def forward(query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        found = honest(query, *arguments, **options)
-        if options["window"] is not None:
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions, **out: Any
+    ) -> Any:
+        found = honest(query, key, tokens, options, **out)
+        if options.window is not None:
             found.maps[..., 0] *= 1.01
         return found
 
@@ -81,8 +84,8 @@ def test_a_room_that_is_not_there_is_told(carve: Invoke, tmp_path: Path, monkeyp
     assert "is not built; build it" in " ".join(done.stdout.replace("│", " ").split())
     assert "No kernel serves this device: the reference alone was checked." in done.stdout
     found = report_of(tmp_path / "check.json")
-    assert {entry["room"] for entry in found["checks"]} == {"reference"}
-    assert [cell["shut"] for cell in found["rooms"] if cell["room"] == "cpu"] == [cpu.unavailable()] * 3
+    assert {entry["backend"] for entry in found["checks"]} == {"reference"}
+    assert [cell["unavailable"] for cell in found["backends"] if cell["backend"] == "cpu"] == [cpu.unavailable()] * 3
 
 
 @pytest.mark.parametrize("words", [["--device", "cuda"], ["--device", "cuda:99"], ["--device", "nowhere"]])
@@ -115,7 +118,7 @@ def test_an_interrupted_check_writes_nothing(
     def examine(*_args: object, **_options: object) -> None:
         raise error
 
-    before = '{"format": "carve_kernels.check/1"}'
+    before = '{"format": "carve_kernels.check/2"}'
     (tmp_path / "check.json").write_text(before)
     monkeypatch.setattr(selfcheck, "examine", examine)
     done = carve("check", "--device", "cpu", "-o", tmp_path / "check.json")

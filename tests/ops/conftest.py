@@ -1,7 +1,7 @@
-"""The same test bodies for rooms that have no GPU here, and for a GPU.
+"""One test body for every backend, without a GPU and on one.
 
-Where a test's room is "cuda", its kernels run on the CPU, in an emulator. Marked for a GPU, tensors are planted on the
-CPU, moved for the call, and compared on the CPU.
+Without a GPU, the kernels of the "cuda" backend run on the CPU in an emulator. In tests that are marked for a GPU,
+tensors are planted on the CPU, moved for the call, and compared on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.selfcheck.moving import moved
+from carve_kernels.selfcheck.moving import move
 from tests.emulator import emulator
 
 _PUBLIC = ("capture", "capture_layers", "contrast", "regions")
@@ -22,7 +22,7 @@ _PUBLIC = ("capture", "capture_layers", "contrast", "regions")
 @pytest.fixture(autouse=True)
 def _cuda_on_a_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-    if "cuda" not in (parameters.get("room"), parameters.get("name")):
+    if "cuda" not in (parameters.get("backend"), parameters.get("name")):
         yield
         return
     with emulator.serving(request.node.module.__name__.rpartition(".")[2].split("_")[1]):
@@ -31,7 +31,7 @@ def _cuda_on_a_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an item that is marked for a GPU the module's public functions run there."""
+    """In a test that is marked for a GPU, the public functions of the module run on it."""
     if request.node.get_closest_marker("gpu") is not None:
         for name in _PUBLIC:
             if hasattr(request.module, name):
@@ -39,20 +39,20 @@ def _on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def running_on(device: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A public function that takes and returns CPU tensors, and runs on a device; values are looked at as on a CPU."""
-    looks = "check" in inspect.signature(call).parameters
+    """A public function that takes and returns CPU tensors and runs on a device; values are checked as on a CPU."""
+    has_check = "check" in inspect.signature(call).parameters
 
     @wraps(call)
     def run(*arguments: Any, **options: Any) -> Any:
-        there = moved(options, device)
-        if looks and there.get("check") is None:
+        there = move(options, device)
+        if has_check and there.get("check") is None:
             there["check"] = True
-        result = call(*moved(arguments, device), **there)
+        result = call(*move(arguments, device), **there)
         out = options.get("out")
         if out is None:
-            return moved(result, "cpu")
-        for target, part in zip(out, there["out"], strict=True):
-            target.copy_(part)
+            return move(result, "cpu")
+        for target, values in zip(out, there["out"], strict=True):
+            target.copy_(values)
         return None if result is None else out
 
     return run

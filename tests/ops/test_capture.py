@@ -1,4 +1,4 @@
-"""Capture: the reference against a textbook, every room against the reference in float64, laws, and what it refuses."""
+"""Capture: the reference against a textbook, every backend against the reference in float64, laws, and errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from carve_kernels import BackendUnavailable, capture
 from carve_kernels.backends.cuda.plan import MOST_ROWS
 from carve_kernels.backends.reference import capture as reference
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.support.attention import Case, exact, planted, poisoned, textbook
-from tests.support.capture_backends import ROOMS, entered
-from tests.support.tolerances import correlation, roundings
+from tests.support.capture_backends import BACKENDS, entered
+from tests.support.tolerances import close, correlation, roundings
 
 CASES = {
     "plain": Case(),
@@ -50,38 +50,29 @@ def arguments_of(name: str, **changes: Any) -> tuple[Case, Any, dict[str, Any]]:
     return case, arguments, options
 
 
-@pytest.fixture(params=ROOMS)
-def room(request: pytest.FixtureRequest) -> Iterator[str]:
-    with entered(request.param) as room:
-        yield room
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with entered(request.param) as backend:
+        yield backend
 
 
-def close(found: torch.Tensor, own: torch.Tensor, truth: torch.Tensor, slack: float) -> None:
-    """Relative, element by element: no farther from the truth than the reference in this dtype, plus roundings."""
-    assert found.shape == truth.shape and bool(found.isfinite().all())
-    tiny = torch.finfo(torch.float32).tiny
-    normal = truth.abs() > tiny
-    allowed = ((own.double() - truth).abs() / truth.abs())[normal].amax() if bool(normal.any()) else 0.0
-    assert bool(((found.double() - truth).abs() <= (allowed + slack) * truth.abs() + tiny).all())
-
-
-def check(room: str, case: Case, arguments: Any, options: dict[str, Any], heads: str = "mean") -> None:
-    if room == "cuda" and case.rows > MOST_ROWS:
-        with pytest.raises(BackendUnavailable, match=f"query has {case.rows} rows, this room serves up to 8"):
-            capture(*arguments, **options, backend=room)
+def check(backend: str, case: Case, arguments: Any, options: dict[str, Any], heads: str = "mean") -> None:
+    if backend == "cuda" and case.rows > MOST_ROWS:
+        with pytest.raises(BackendUnavailable, match=f"query has {case.rows} rows, this backend serves up to 8"):
+            capture(*arguments, **options, backend=backend)
         return
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, **wide_options, heads=heads)  # type: ignore[arg-type]
-    own = reference.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads=heads))  # type: ignore[arg-type]
+    own = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
     out = poisoned(case, heads)
-    found = capture(*arguments, **options, heads=heads, out=out, backend=room)  # type: ignore[arg-type]
+    found = capture(*arguments, **options, heads=heads, out=out, backend=backend)  # type: ignore[arg-type]
     assert all(part is target for part, target in zip(found, out, strict=True))
-    # A logit of size 50 that is off by one rounding moves its probability by 50 of them.
+    # One rounding of a logit of 50 changes its probability by 50 roundings.
     slack = roundings(case.size + 64 + case.query_heads)
     for part, mine, right in zip(found, own, truth, strict=True):
         assert part.dtype == torch.float32
         close(part, mine, right, slack)
-    # What is flat but for its last digits has no correlation to speak of.
+    # Maps that are flat up to their last digits have no correlation.
     if truth.maps.numel() > 8 and float(truth.maps.std()) > 1e-2 * float(truth.maps.mean()):
         assert correlation(found.maps, truth.maps) > 1 - 1e-6
 
@@ -89,21 +80,23 @@ def check(room: str, case: Case, arguments: Any, options: dict[str, Any], heads:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keys < 1000])
 def test_the_reference_is_the_textbook(name: str) -> None:
     _, arguments, options = arguments_of(name)
-    wide, wide_options = exact(arguments, options)
-    for part, right in zip(reference.forward(*wide, **wide_options), textbook(arguments, options), strict=True):
+    exact_arguments, exact_options = exact(arguments, options)
+    for part, right in zip(
+        reference.forward(*exact_arguments, CaptureOptions(**exact_options)), textbook(arguments, options), strict=True
+    ):
         assert torch.allclose(part, right, rtol=1e-11, atol=1e-300)
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_a_room_is_as_right_as_the_reference(room: str, name: str, dtype: torch.dtype, heads: str) -> None:
-    check(room, *arguments_of(name, dtype=dtype), heads=heads)
+def test_a_backend_is_as_accurate_as_the_reference(backend: str, name: str, dtype: torch.dtype, heads: str) -> None:
+    check(backend, *arguments_of(name, dtype=dtype), heads=heads)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_head_size(room: str, size: int) -> None:
-    check(room, *arguments_of("plain", size=size, dtype=torch.bfloat16))
+def test_every_head_size(backend: str, size: int) -> None:
+    check(backend, *arguments_of("plain", size=size, dtype=torch.bfloat16))
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,41 +119,41 @@ def test_every_head_size(room: str, size: int) -> None:
         seed=st.integers(0, 1000),
     )
 )
-@pytest.mark.parametrize("name", ROOMS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_any_shape_and_mask(name: str, case: Case) -> None:
     arguments, options = planted(case)
-    with entered(name) as room:
-        check(room, case, arguments, options)
+    with entered(name) as backend:
+        check(backend, case, arguments, options)
 
 
-def test_a_row_that_sees_nothing_gives_zeros(room: str) -> None:
+def test_a_row_that_sees_nothing_gives_zeros(backend: str) -> None:
     case, arguments, options = arguments_of("plain")
     options["mask"][0, :, 1] = False
-    found = capture(*arguments, **options, out=poisoned(case), backend=room)
+    found = capture(*arguments, **options, out=poisoned(case), backend=backend)
     assert not found.maps[0, 1].any() and not found.mass[0, 1] and not found.entropy[0, 1]
     assert found.mass[0, 0] > 0 and bool(found.maps.isfinite().all())
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_what_is_not_finite_shows_in_every_row_that_sees_it(room: str, wrong: float) -> None:
+def test_a_value_that_is_not_finite_affects_every_row_that_sees_it(backend: str, wrong: float) -> None:
     _, (query, key, tokens), options = arguments_of("positions", rows=3)
     options["positions"] = torch.tensor([[20, 63, 76], [57, 64, 76]])
-    seen = (tokens >= 0)[:, None] & (tokens[:, None] <= options["positions"][..., None])
-    clean = capture(query, key, tokens, **options, backend=room)
+    visible = (tokens >= 0)[:, None] & (tokens[:, None] <= options["positions"][..., None])
+    clean = capture(query, key, tokens, **options, backend=backend)
     for columns in (slice(21, 22), slice(64, None)):
         spoiled = key.clone()
         spoiled[0, 1, columns] = wrong
-        found = capture(query, spoiled, tokens, **options, backend=room)
+        found = capture(query, spoiled, tokens, **options, backend=backend)
         hit = options["positions"] >= columns.start
         hit[1] = False
         assert torch.equal(found.mass.isnan(), hit) and torch.equal(found.entropy.isnan(), hit)
-        assert torch.equal(found.maps.isnan() & seen, hit[..., None] & seen)
+        assert torch.equal(found.maps.isnan() & visible, hit[..., None] & visible)
         for part, right in zip(found, clean, strict=True):
             assert torch.allclose(part[~hit], right[~hit], rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("stray", [[-2, 0], [4, 1], [2**31 - 1, 0], [4, 5]])
-def test_tokens_that_are_no_keys(stray: list[int]) -> None:
+def test_tokens_outside_the_keys(stray: list[int]) -> None:
     query, key = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 4, 32)
     with pytest.raises(ValueError, match=r"^tokens: "):
         capture(query, key, torch.tensor([stray]), scale=0.1)
@@ -168,51 +161,55 @@ def test_tokens_that_are_no_keys(stray: list[int]) -> None:
 
 
 @pytest.mark.parametrize("view", ["mask", "positions"])
-def test_huge_logits_pick_one_key(room: str, view: str) -> None:
+def test_huge_logits_pick_one_key(backend: str, view: str) -> None:
     case, arguments, options = arguments_of("plain", view=view)
     options["scale"] = 1e4
-    check_found = capture(*arguments, **options, out=poisoned(case), backend=room)
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, **wide_options)
+    check_found = capture(*arguments, **options, out=poisoned(case), backend=backend)
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options))
     assert bool(check_found.maps.isfinite().all())
     assert torch.allclose(check_found.maps.double(), truth.maps, rtol=1e-3, atol=1e-6)
     assert float(truth.maps.max()) > 0.1
 
 
-def test_a_batch_is_its_rows_and_tokens_may_stand_in_any_order(room: str) -> None:
+def test_a_batch_is_its_rows_and_tokens_may_be_in_any_order(backend: str) -> None:
     _, (query, key, tokens), options = arguments_of("positions")
-    whole = capture(query, key, tokens, **options, backend=room)
-    # The reference multiplies by a BLAS, whose order of sums depends on the whole shape, and torch's exp on the place.
-    slack = 2e-5 if room == "reference" else 0.0
+    whole = capture(query, key, tokens, **options, backend=backend)
+    # The reference uses a BLAS, whose order of sums depends on the shape, and torch's exp depends on the position.
+    slack = 2e-5 if backend == "reference" else 0.0
     for b in range(len(query)):
         part = slice(b, b + 1)
         alone = capture(
-            query[part], key[part], tokens[part], **{**options, "positions": options["positions"][part]}, backend=room
+            query[part],
+            key[part],
+            tokens[part],
+            **{**options, "positions": options["positions"][part]},
+            backend=backend,
         )
         assert torch.allclose(alone.maps[0], whole.maps[b], rtol=slack, atol=0)
         assert torch.allclose(alone.mass[0], whole.mass[b], rtol=slack, atol=0)
     order = torch.randperm(tokens.shape[1])
-    mixed = capture(query, key, tokens[:, order], **options, backend=room)
+    mixed = capture(query, key, tokens[:, order], **options, backend=backend)
     assert torch.allclose(mixed.maps, whole.maps[..., order], rtol=slack, atol=0)
 
 
-def test_groups_equal_repeated_heads(room: str) -> None:
+def test_groups_equal_repeated_heads(backend: str) -> None:
     _, (query, key, tokens), options = arguments_of("positions")
-    grouped = capture(query, key, tokens, **options, backend=room)
-    repeated = capture(query, key.repeat_interleave(3, 1), tokens, **options, backend=room)
+    grouped = capture(query, key, tokens, **options, backend=backend)
+    repeated = capture(query, key.repeat_interleave(3, 1), tokens, **options, backend=backend)
     assert torch.allclose(grouped.maps, repeated.maps, rtol=1e-5, atol=0)
 
 
-def test_a_known_lse_gives_the_same_maps(room: str) -> None:
+def test_a_given_lse_gives_the_same_maps(backend: str) -> None:
     _, arguments, options = arguments_of("positions")
     query, key, _ = arguments
     logits = query @ key.repeat_interleave(3, 1).mT * options["scale"]
-    seen = torch.arange(key.shape[2]) <= options["positions"][:, None, :, None]
-    lse = logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
-    found = capture(*arguments, **options, lse=lse, backend=room)
-    assert torch.allclose(found.maps, capture(*arguments, **options, backend=room).maps, rtol=2e-5, atol=0)
+    visible = torch.arange(key.shape[2]) <= options["positions"][:, None, :, None]
+    lse = logits.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    found = capture(*arguments, **options, lse=lse, backend=backend)
+    assert torch.allclose(found.maps, capture(*arguments, **options, backend=backend).maps, rtol=2e-5, atol=0)
     with pytest.raises(ValueError, match="lse: expected the natural"):
-        capture(*arguments, **options, lse=lse / torch.log(torch.tensor(2.0)), backend=room)
+        capture(*arguments, **options, lse=lse / torch.log(torch.tensor(2.0)), backend=backend)
 
 
 def test_entropy_is_1_for_a_flat_map_and_0_for_one_token() -> None:
@@ -276,7 +273,7 @@ def test_bad_arguments_are_named(name: str) -> None:
         capture(**given_arguments)
 
 
-def test_a_sum_that_overflows_is_no_fault_of_the_query() -> None:
+def test_a_sum_that_overflows_is_not_an_error_of_the_query() -> None:
     (query, key, tokens), options = planted(Case(dtype=torch.float16))
     query = query.abs().clamp(1.0, 2.0) * 100
     assert query.sum() == torch.inf

@@ -1,4 +1,4 @@
-"""The compiled room of capture by itself: threads, instructions, what it refuses, what a call costs and keeps."""
+"""Capture by the compiled backend: threads, instructions, errors, and the cost and memory of a call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
-from carve_kernels.backends.cpu import capture as room
-from carve_kernels.types import Capture
+from carve_kernels.backends.cpu import capture as cpu_capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.support.attention import Case, planted, poisoned
 from tests.support.planted_maps import serving
 
@@ -23,7 +23,7 @@ from tests.support.planted_maps import serving
 @pytest.fixture(autouse=True)
 def _served() -> None:
     arguments, options = planted(Case())
-    serving("capture", "cpu", *arguments, **options)
+    serving("capture", "cpu", *arguments, CaptureOptions(**options))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_the_result_is_the_same_for_any_number_of_threads(
 
 
 def test_many_layers_go_in_waves() -> None:
-    """More sums than one wave holds: 8 layers of 2 KV heads, 32 rows and 5000 tokens."""
+    """More sums than fit in one wave: 8 layers of 2 KV heads, 32 rows and 5000 tokens."""
     case = Case(batch=1, rows=32, keys=5100, tokens=5000, query_heads=2, size=32, view="all")
     layers = [planted(case.but(seed=seed))[0] for seed in range(8)]
     out = Capture(torch.full((1, 8, 1, 32, 5000), torch.nan), *(torch.full((1, 8, 1, 32), torch.nan) for _ in "me"))
@@ -69,9 +69,9 @@ def test_many_layers_go_in_waves() -> None:
         [layer[0] for layer in layers], [layer[1] for layer in layers], tokens, scale=0.2, step=torch.tensor(0),
         out=out, backend="cpu",
     )  # fmt: skip
-    for place, (query, key, _) in enumerate(layers):
+    for layer_index, (query, key, _) in enumerate(layers):
         for buffer, part in zip(out, capture(query, key, tokens, scale=0.2, backend="cpu"), strict=True):
-            assert torch.equal(buffer[0, place], part)
+            assert torch.equal(buffer[0, layer_index], part)
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
@@ -96,8 +96,8 @@ def test_any_strides(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
-def test_exponentials_are_right_to_the_last_units(isa: str) -> None:
-    """One token a key and logits from 0 down to -86: each probability is exp(logit) over a sum that is known."""
+def test_exponentials_are_accurate_to_the_last_units(isa: str) -> None:
+    """One token for each key and logits from 0 down to -86: each probability is exp(logit) over a known sum."""
     if isa not in available():
         pytest.skip(f"this machine has no {isa}")
     logits = -torch.linspace(0, 86, 4096, dtype=torch.float64).float()
@@ -115,12 +115,12 @@ def test_exponentials_are_right_to_the_last_units(isa: str) -> None:
     assert error[logits > -1].max() < 3
 
 
-def test_what_the_room_refuses_says_why() -> None:
+def test_refused_arguments_have_a_reason() -> None:
     (query, key, tokens), options = planted(Case())
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
         ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
-        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "side by side"),
+        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "key has stride 77"),
         ((query.clone().requires_grad_(), key, tokens), "gradient"),
     ):
         with pytest.raises(BackendUnavailable, match=reason):
@@ -137,8 +137,8 @@ def test_layers_of_different_shapes_go_one_by_one() -> None:
         [layer[0] for layer in layers], [layer[1] for layer in layers], tokens, scale=0.1, step=torch.tensor(0),
         out=out, backend="cpu",
     )  # fmt: skip
-    for place, (query, key, _) in enumerate(layers):
-        assert torch.equal(out.maps[0, place], capture(query, key, tokens, scale=0.1, backend="cpu").maps)
+    for layer_index, (query, key, _) in enumerate(layers):
+        assert torch.equal(out.maps[0, layer_index], capture(query, key, tokens, scale=0.1, backend="cpu").maps)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_environment_names_the_instructions(name: str, message: str) -> None
 
 
 def seconds(run: Callable[[], Any], calls: int = 300) -> float:
-    """The shortest of several means of the time that this thread computes, which a busy machine does not lengthen."""
+    """The least of several mean times of this thread, which other processes do not lengthen."""
     means = []
     for _ in range(8):
         start = time.thread_time()
@@ -173,21 +173,19 @@ def test_a_call_costs_little() -> None:
     op = torch.ops.carve_kernels.capture_cpu.default
     compiled = seconds(lambda: op([query], [key], tokens, None, None, [], None, 0.1, 0.0, 0, False, None, 0, *out))
     public = seconds(lambda: capture(query, key, tokens, scale=0.1, backend="cpu"))
-    # 6 and 28 microseconds on an idle machine; a neighbour on the same core doubles both.
+    # 6 and 28 microseconds on an idle machine; another process on the same core doubles both.
     assert public < 15 * compiled
 
 
 def test_a_decode_loop_allocates_nothing() -> None:
-    """Every call after the first finds its scratch where the call before left it."""
+    """Every call after the first reuses the scratch of the call before."""
     (query, key, tokens), options = planted(Case(batch=1, rows=1, keys=4000, tokens=3000, view="all"))
     out = Capture(torch.zeros(4, 2, 1, 1, 3000), torch.zeros(4, 2, 1, 1), torch.zeros(4, 2, 1, 1))
     step = torch.zeros((), dtype=torch.int64)
 
     def run() -> None:
-        room.forward_layers(
-            [query] * 2, [key] * 2, tokens, sink=[], step=step, first=0, out=out, scale=options["scale"], mask=None,
-            positions=None, softcap=None, window=None,
-        )  # fmt: skip
+        shared = CaptureOptions(**options)
+        cpu_capture.forward_layers([query] * 2, [key] * 2, tokens, shared, sink=[], step=step, first=0, out=out)
 
     run()
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -1,4 +1,4 @@
-"""Capture where floats are short of digits: logits of thousands, and a token that holds all that a row sees."""
+"""Capture where floats lack digits: logits of thousands, and a token with all the mass of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from carve_kernels import capture
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.selfcheck.planted import Case, exact, planted
-from tests.support.capture_backends import ROOMS, entered
+from carve_kernels.types import CaptureOptions
+from tests.support.capture_backends import BACKENDS, entered
 from tests.support.tolerances import relative, roundings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,10 +22,10 @@ HIGH = [(1e2, torch.float32), (1e3, torch.float32), *((1e4, dtype) for dtype in 
 FACTORS = {1e2: (10.0, 10.0), 1e3: (32.0, 32.0), 1e4: (128.0, 80.0)}
 
 
-@pytest.fixture(params=ROOMS)
-def room(request: pytest.FixtureRequest) -> Iterator[str]:
-    with entered(request.param) as room:
-        yield room
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with entered(request.param) as backend:
+        yield backend
 
 
 def towering(height: float, dtype: torch.dtype, known: str) -> tuple[Any, dict[str, Any]]:
@@ -46,20 +47,20 @@ def towering(height: float, dtype: torch.dtype, known: str) -> tuple[Any, dict[s
 
 
 @pytest.mark.parametrize("height, dtype", HIGH)
-def test_exact_logits_lose_nothing_to_their_height(room: str, height: float, dtype: torch.dtype) -> None:
-    check_exact(room, height, dtype)
+def test_exact_logits_lose_nothing_to_their_height(backend: str, height: float, dtype: torch.dtype) -> None:
+    check_exact(backend, height, dtype)
 
 
 @pytest.mark.parametrize("known", ["sink", "lse"])
-def test_a_sink_or_a_known_sum_loses_nothing_to_its_height(room: str, known: str) -> None:
-    check_exact(room, 1e4, torch.float32, known)
+def test_a_sink_or_a_known_sum_loses_nothing_to_its_height(backend: str, known: str) -> None:
+    check_exact(backend, 1e4, torch.float32, known)
 
 
-def check_exact(room: str, height: float, dtype: torch.dtype, known: str = "") -> None:
+def check_exact(backend: str, height: float, dtype: torch.dtype, known: str = "") -> None:
     arguments, options = towering(height, dtype, known)
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, **wide_options, heads="each").maps
-    found = capture(*arguments, **options, heads="each", backend=room).maps
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads="each")).maps
+    found = capture(*arguments, **options, heads="each", backend=backend).maps
     there = truth > 1e-30
     # Powers of up to 12 in base 2 and some sums, each rounded once.
     assert there.any() and relative(found[there], truth[there]) < roundings(32)
@@ -67,16 +68,16 @@ def check_exact(room: str, height: float, dtype: torch.dtype, known: str = "") -
 
 
 @pytest.mark.parametrize("height, dtype", HIGH)
-def test_high_logits_are_as_right_as_the_reference(room: str, height: float, dtype: torch.dtype) -> None:
+def test_high_logits_are_as_accurate_as_the_reference(backend: str, height: float, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, keys=151, rows=2)
     arguments, options = planted(case)
     query, key, _ = (part.double() if part.is_floating_point() else part for part in arguments)
-    seen = options["mask"].expand(-1, case.query_heads, -1, -1)
-    options["scale"] = height / float((query @ key.repeat_interleave(3, 1).mT)[seen].abs().max())
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, **wide_options, heads="each").maps
-    own = reference.forward(*arguments, **options, heads="each").maps
-    found = capture(*arguments, **options, heads="each", backend=room).maps
+    visible = options["mask"].expand(-1, case.query_heads, -1, -1)
+    options["scale"] = height / float((query @ key.repeat_interleave(3, 1).mT)[visible].abs().max())
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads="each")).maps
+    own = reference.forward(*arguments, CaptureOptions(**options, heads="each")).maps
+    found = capture(*arguments, **options, heads="each", backend=backend).maps
     there = truth > 1e-30
     # A logit that is rounded where it is as high as the others are moves its probability by as many roundings.
     bound = relative(own[there], truth[there]) + roundings(2) * height
@@ -99,18 +100,18 @@ def alone(dtype: torch.dtype, tokens: int) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype, tokens", [(torch.float32, 2), *((dtype, 301) for dtype in DTYPES)])
-def test_a_token_that_holds_all_has_no_entropy(room: str, dtype: torch.dtype, tokens: int) -> None:
+def test_a_token_with_all_the_mass_has_no_entropy(backend: str, dtype: torch.dtype, tokens: int) -> None:
     arguments, options = alone(dtype, tokens)
-    found = capture(*arguments, **options, backend=room)
+    found = capture(*arguments, **options, backend=backend)
     assert found.mass[0, 0] == pytest.approx(1, rel=1e-6) and 0 < found.mass[0, 1] < 0.9
     assert not found.entropy.any()
 
 
-def test_a_window_of_one_key_has_no_entropy(room: str) -> None:
+def test_a_window_of_one_key_has_no_entropy(backend: str) -> None:
     (query, key, tokens), _ = alone(torch.float32, 301)
     shape = (6, -1, -1, -1)
     found = capture(
         query.expand(shape), key.expand(shape), tokens.expand(6, -1), scale=0.125, window=1,
-        positions=torch.arange(110, 398, 24).view(6, 2), backend=room,
+        positions=torch.arange(110, 398, 24).view(6, 2), backend=backend,
     )  # fmt: skip
     assert not found.entropy.any() and torch.allclose(found.mass, torch.ones(6, 2), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Capture of several layers in one call: each is what it is alone, and what does not fit is named."""
+"""Capture of several layers in one call: the same as each layer alone, and errors name the argument."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from carve_kernels import capture, capture_layers
 from carve_kernels.backends import cpu
 from carve_kernels.types import Capture
-from tests.backends.test_schemas import capture_cpu, operator
 from tests.support.attention import Case, planted
-from tests.support.capture_backends import ROOMS, entered
+from tests.support.capture_backends import BACKENDS, entered
+from tests.support.operators import capture_cpu, operator
 
 CASE = Case(sink=True, softcap=4.0, view="positions", window=31, rows=2)
 
 
-@pytest.fixture(params=ROOMS)
-def room(request: pytest.FixtureRequest) -> Iterator[str]:
-    with entered(request.param) as room:
-        yield room
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with entered(request.param) as backend:
+        yield backend
 
 
-def test_layers_are_captured_into_their_slots(room: str) -> None:
+def test_layers_are_captured_into_their_slots(backend: str) -> None:
     arguments, options = planted(CASE)
     sink = options.pop("sink")
     others = [planted(CASE.but(seed=seed))[0] for seed in (5, 6)]
@@ -34,19 +34,19 @@ def test_layers_are_captured_into_their_slots(room: str) -> None:
     )
     capture_layers(
         [layer[0] for layer in layers], [layer[1] for layer in layers], arguments[2],
-        step=torch.tensor(2), first=1, out=out, sink=[sink] * 3, backend=room, **options,
+        step=torch.tensor(2), first=1, out=out, sink=[sink] * 3, backend=backend, **options,
     )  # fmt: skip
-    for place, (query, key, columns) in enumerate(layers, start=1):
-        alone = capture(query, key, columns, sink=sink, backend=room, **options)
+    for layer_index, (query, key, columns) in enumerate(layers, start=1):
+        alone = capture(query, key, columns, sink=sink, backend=backend, **options)
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[2, place], part)
+            assert torch.equal(buffer[2, layer_index], part)
     written = torch.zeros(4, 5, dtype=torch.bool)
     written[2, 1:4] = True
     assert torch.equal(~out.mass.isnan().flatten(2).any(-1), written)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_layers_of_several_dtypes_keep_their_own(room: str, order: int) -> None:
+def test_layers_of_several_dtypes_keep_their_own(backend: str, order: int) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32][::order]
     problems = [planted(CASE.but(seed=seed, dtype=dtype)) for seed, dtype in enumerate(dtypes)]
     options = problems[0][1]
@@ -56,13 +56,13 @@ def test_layers_of_several_dtypes_keep_their_own(room: str, order: int) -> None:
     layers = [(query, key) for (query, key, _), _ in problems]
     capture_layers(
         [query for query, _ in layers], [key for _, key in layers], tokens, step=torch.tensor(0), out=out,
-        sink=[sink] * len(layers), backend=room, **options,
+        sink=[sink] * len(layers), backend=backend, **options,
     )  # fmt: skip
-    for place, (query, key) in enumerate(layers):
-        alone = capture(query, key, tokens, sink=sink, backend=room, **options)
+    for layer_index, (query, key) in enumerate(layers):
+        alone = capture(query, key, tokens, sink=sink, backend=backend, **options)
         assert float(alone.mass.amin()) > 0
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[0, place], part)
+            assert torch.equal(buffer[0, layer_index], part)
 
 
 def test_the_operator_refuses_layers_of_several_dtypes() -> None:

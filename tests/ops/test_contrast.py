@@ -1,4 +1,4 @@
-"""Contrast: every room against the reference in float64, its laws, and what it refuses."""
+"""Contrast: every backend against the reference in float64, its laws, and its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from carve_kernels import BackendUnavailable, contrast
 from carve_kernels.backends.reference import contrast as reference
-from tests.support.planted_maps import maps, on_gpu, rooms, serving
+from tests.support.planted_maps import backends, maps, on_gpu, serving
 from tests.support.tolerances import correlation, relative, roundings
 
 CASES = [
@@ -26,8 +26,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=[*rooms("contrast"), *on_gpu("contrast")])
-def room(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*backends("contrast"), *on_gpu("contrast")])
+def backend(request: pytest.FixtureRequest) -> str:
     task, general = maps((2, 2))
     options = {"lam": "mean", "layer_weights": None, "step_weights": None, "normalize": "none"}
     return serving("contrast", request.param, task, general, (2, 2), (4, 4), **options)  # type: ignore[arg-type]
@@ -36,17 +36,17 @@ def room(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("normalize", ["none", "sum", "max", "minmax"])
 @pytest.mark.parametrize("lam", ["mean", 1e-8, 0.0, 0.01])
 @pytest.mark.parametrize(("grid", "size", "layers", "steps"), CASES)
-def test_a_room_is_as_right_as_the_reference(
-    room: str, grid: Any, size: Any, layers: int, steps: int, lam: Any, normalize: str
+def test_a_backend_is_as_accurate_as_the_reference(
+    backend: str, grid: Any, size: Any, layers: int, steps: int, lam: Any, normalize: str
 ) -> None:
     task, general = maps(grid, layers=layers, steps=steps)
     options: dict[str, Any] = {"lam": lam, "normalize": normalize}
     truth = reference.forward(task.double(), general.double(), grid, size, **options)
     own = reference.forward(task, general, grid, size, **options)
-    found = contrast(task, general, grid, size, backend=room, **options)
+    found = contrast(task, general, grid, size, backend=backend, **options)
     assert found.dtype == torch.float32 and found.shape == size
     if normalize == "minmax":
-        # The lowest value is 0 by a subtraction: errors are relative to what was subtracted.
+        # A subtraction makes the lowest value 0: errors are relative to what was subtracted.
         fused = reference.forward(task.double(), general.double(), grid, grid, lam=lam)
         if float(fused.max()) == float(fused.min()):
             assert not found.any()
@@ -58,28 +58,30 @@ def test_a_room_is_as_right_as_the_reference(
         assert correlation(found, truth) > 1 - 1e-6
 
 
-def test_a_general_map_of_one_step_serves_every_step(room: str) -> None:
+def test_a_general_map_of_one_step_serves_every_step(backend: str) -> None:
     task, general = maps((4, 6), steps=3)
-    one = contrast(task, general[:, :1], (4, 6), (9, 9), backend=room)
-    three = contrast(task, general[:, :1].expand(-1, 3, -1), (4, 6), (9, 9), backend=room)
+    one = contrast(task, general[:, :1], (4, 6), (9, 9), backend=backend)
+    three = contrast(task, general[:, :1].expand(-1, 3, -1), (4, 6), (9, 9), backend=backend)
     assert relative(one, three) < roundings(8)
 
 
-def test_weights_default_to_the_papers(room: str) -> None:
+def test_weights_default_to_the_papers(backend: str) -> None:
     task, general = maps((4, 6), layers=2, steps=3)
-    plain = contrast(task, general, (4, 6), (9, 9), backend=room)
-    spelt = contrast(task, general, (4, 6), (9, 9), layer_weights=[1, 1], step_weights=torch.arange(1, 4), backend=room)
+    plain = contrast(task, general, (4, 6), (9, 9), backend=backend)
+    spelt = contrast(
+        task, general, (4, 6), (9, 9), layer_weights=[1, 1], step_weights=torch.arange(1, 4), backend=backend
+    )
     assert relative(plain, spelt) < roundings(8)
-    single = contrast(task, general, (4, 6), (9, 9), layer_weights=[0, 2], step_weights=[0, 0, 3.0], backend=room)
-    alone = contrast(task[1:, 2:], general[1:, 2:], (4, 6), (9, 9), backend=room)
+    single = contrast(task, general, (4, 6), (9, 9), layer_weights=[0, 2], step_weights=[0, 0, 3.0], backend=backend)
+    alone = contrast(task[1:, 2:], general[1:, 2:], (4, 6), (9, 9), backend=backend)
     assert relative(single, 6 * alone) < roundings(8)
 
 
-def test_views_share_the_mean_and_the_normalisation(room: str) -> None:
+def test_views_share_the_mean_and_the_normalisation(backend: str) -> None:
     task, general = maps((1, 27))
     grids, sizes = [(3, 5), (4, 3)], [(17, 9), (2, 31)]
     for normalize in ("none", "sum", "max"):
-        views = contrast(task, general, grids, sizes, normalize=normalize, backend=room)
+        views = contrast(task, general, grids, sizes, normalize=normalize, backend=backend)
         fused = contrast(task.double(), general.double(), (1, 27), (1, 27), normalize=normalize, backend="reference")[0]
         ones = torch.ones(1, 1, 27, dtype=torch.float64)
         for view, part, grid, size in zip(views, fused.split([15, 12]), grids, sizes, strict=True):
@@ -87,28 +89,28 @@ def test_views_share_the_mean_and_the_normalisation(room: str) -> None:
             assert relative(view, alone) < roundings(40)
 
 
-def test_nothing_over_nothing_is_nothing(room: str) -> None:
+def test_zero_over_zero_is_zero(backend: str) -> None:
     task, general = maps((2, 3), layers=1, steps=1)
     task, general = task.clone(), general.clone()
     task[..., 0] = general[..., 0] = general[..., 1] = 0
-    found = contrast(task, general, (2, 3), (2, 3), lam=0.0, backend=room)
+    found = contrast(task, general, (2, 3), (2, 3), lam=0.0, backend=backend)
     assert found[0, 0] == 0 and found[0, 1] == 0 and bool((found.flatten()[2:] > 0).all())
     for normalize in ("none", "sum", "max", "minmax"):
-        assert not contrast(task * 0, general * 0, (2, 3), (5, 5), normalize=normalize, backend=room).any()
+        assert not contrast(task * 0, general * 0, (2, 3), (5, 5), normalize=normalize, backend=backend).any()
 
 
 @pytest.mark.parametrize("size", [(97, 61), (5, 7), (200, 3)])
-def test_upsampling_is_pillows_bilinear_both_ways(room: str, size: Any) -> None:
+def test_upsampling_is_pillows_bilinear_both_ways(backend: str, size: Any) -> None:
     task, _ = maps((12, 19), layers=1, steps=1)
-    found = contrast(task, torch.ones(1, 1, 1).expand_as(task), (12, 19), size, lam=0.0, backend=room)
-    picture = Image.fromarray(task.reshape(12, 19).numpy())
-    truth = numpy.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    found = contrast(task, torch.ones(1, 1, 1).expand_as(task), (12, 19), size, lam=0.0, backend=backend)
+    image = Image.fromarray(task.reshape(12, 19).numpy())
+    truth = numpy.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     assert relative(found, torch.from_numpy(truth.copy())) < 5e-6
 
 
-def test_fusing_on_the_grid_equals_summing_pictures(room: str) -> None:
+def test_fusing_on_the_grid_equals_summing_saliencies(backend: str) -> None:
     task, general = maps((7, 9), layers=3, steps=2)
-    fused = contrast(task, general, (7, 9), (50, 33), lam=1e-8, backend=room)
+    fused = contrast(task, general, (7, 9), (50, 33), lam=1e-8, backend=backend)
     summed = torch.zeros(50, 33, dtype=torch.float64)
     for layer in range(3):
         for step in range(2):
@@ -155,7 +157,7 @@ def replaced(**changes: Any) -> dict[str, Any]:
     return {"task": task, "general": general, "grid": (4, 5), "size": (9, 8), **changes}
 
 
-def spoilt(value: float) -> torch.Tensor:
+def with_value(value: float) -> torch.Tensor:
     task = maps((4, 5), layers=3, steps=2)[0].clone()
     task[1, 1, 7] = value
     return task
@@ -186,9 +188,13 @@ def spoilt(value: float) -> torch.Tensor:
         ({"step_weights": [1.0, -2.0]}, ValueError, "step_weights.1."),
         ({"step_weights": 3.0}, TypeError, "step_weights: expected a sequence"),
         ({"normalize": "mean"}, ValueError, "normalize: expected one of"),
-        ({"task": spoilt(float("nan"))}, ValueError, "task: expected finite values of at least 0, got NaN"),
-        ({"task": spoilt(float("inf"))}, ValueError, "task: expected finite values"),
-        ({"general": spoilt(-1.0)}, ValueError, "general: expected finite values of at least 0, got values from -1"),
+        ({"task": with_value(float("nan"))}, ValueError, "task: expected finite values of at least 0, got NaN"),
+        ({"task": with_value(float("inf"))}, ValueError, "task: expected finite values"),
+        (
+            {"general": with_value(-1.0)},
+            ValueError,
+            "general: expected finite values of at least 0, got values from -1",
+        ),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
         ({"backend": "cuda"}, BackendUnavailable, "cuda"),
     ],
@@ -199,4 +205,4 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
 
 
 def test_value_checks_can_be_turned_off() -> None:
-    assert contrast(**replaced(task=spoilt(float("nan")), check=False)).isnan().any()
+    assert contrast(**replaced(task=with_value(float("nan")), check=False)).isnan().any()

@@ -1,4 +1,4 @@
-"""Under another default device of torch, tensors on a CPU are served as ever."""
+"""Another default device of torch does not change results on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from carve_kernels.backends.native import extension
 from carve_kernels.types import Capture
 from tests.emulator import emulator
 from tests.support.attention import Case, planted
-from tests.support.planted_maps import maps, rooms
+from tests.support.planted_maps import backends, maps
 
 META = torch.device("meta")
 
@@ -59,21 +59,21 @@ def _regions() -> Callable[[str], list[torch.Tensor]]:
 PROBLEMS: dict[str, Callable[[], Any]] = {"capture": _capture, "contrast": _contrast, "regions": _regions}
 
 
-@pytest.mark.parametrize(("stage", "backend"), [(stage, backend) for stage in STAGES for backend in rooms(stage)])
-def test_a_default_device_changes_no_result(stage: str, backend: str) -> None:
+@pytest.mark.parametrize(("stage", "chosen"), [(stage, name) for stage in STAGES for name in backends(stage)])
+def test_a_default_device_changes_no_result(stage: str, chosen: str) -> None:
     call = PROBLEMS[stage]()
-    with emulator.serving(stage) if backend == "cuda" else nullcontext():
+    with emulator.serving(stage) if chosen == "cuda" else nullcontext():
         try:
-            # First of all, so that nothing of an earlier call is there to be taken again.
+            # This call is the first, so that nothing is cached.
             with META:
-                found = call(backend)
+                found = call(chosen)
         except BackendUnavailable as error:
             pytest.skip(str(error))
-        wanted = call(backend)
+        wanted = call(chosen)
     assert all(torch.equal(part, right) for part, right in zip(found, wanted, strict=True))
 
 
-def test_the_extension_says_what_it_is_under_any_default_device() -> None:
+def test_the_extension_works_under_any_default_device() -> None:
     if reason := extension.unavailable():
         pytest.skip(reason)
     wanted = extension.architectures(), cpu.isa()

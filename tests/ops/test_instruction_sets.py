@@ -1,4 +1,4 @@
-"""Contrast and regions give the same bits with every instruction set that this machine has."""
+"""Contrast and regions give the same bits with every instruction set of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's own connected regions against scipy's."""
+"""The connected regions of the reference against scipy's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from carve_kernels.backends.reference.labels import label
 
 
 def spiral(size: int) -> numpy.ndarray:
-    """One region whose runs are joined one after the other, all the way in."""
+    """One region whose runs are connected one after the other to the centre."""
     mask = numpy.zeros((size, size), dtype=bool)
     y, x, step = 0, -1, (0, 1)
     for length in [size, *(left for left in range(size - 1, 0, -2) for _ in range(2))]:

@@ -1,4 +1,4 @@
-"""The stages on tensors of Apple's MPS, by a device that passes for it: the CPU's numbers, and nothing in float64."""
+"""The stages on tensors of a simulated MPS device: the CPU's numbers, and no float64."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 import carve_kernels
 from carve_kernels import selfcheck
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.selfcheck.trials import trials
 from tests.support.mps import NO_FLOAT64, mps
 from tests.support.tiny_models import picture
 
-WAYS: dict[str, dict[str, Any]] = {
+VISIBILITY: dict[str, dict[str, Any]] = {
     "all": {},
     "positions": {"positions": torch.full((2, 3), 30), "window": 9},
     "mask": {"mask": torch.arange(40) % 3 > 0, "softcap": 3.0, "sink": torch.linspace(-1, 1, 4)},
@@ -43,17 +43,17 @@ def test_the_device_refuses_what_a_real_one_refuses(device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", WAYS)
-def test_capture(device: torch.device, way: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", VISIBILITY)
+def test_capture(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     query, key = torch.randn(2, 4, 3, 32).to(dtype), torch.randn(2, 2, 40, 32).to(dtype)
     tokens = torch.arange(12, dtype=torch.int32).repeat(2, 1)
-    options = dict(WAYS[way])
+    options = dict(VISIBILITY[kind])
     if "mask" in options:
         options["mask"] = options["mask"].expand(2, 1, 3, 40)
     expected = carve_kernels.capture(query, key, tokens, scale=0.2, backend="reference", **options)
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     there = [part.to(device) for part in (query, key, tokens)]
-    found = carve_kernels.capture(*there, scale=0.2, **moved)
+    found = carve_kernels.capture(*there, scale=0.2, **options)
     for part, right in zip(found, expected, strict=True):
         assert part.device == device and torch.equal(part.cpu(), right)
 
@@ -97,13 +97,13 @@ def test_carve(device: torch.device, scale: float) -> None:
     assert torch.equal(found.regions.scores, expected.regions.scores)
 
 
-def test_other_rooms_say_that_they_are_elsewhere(device: torch.device) -> None:
-    for room in ROOMS[1:]:
-        with pytest.raises(carve_kernels.BackendUnavailable, match=room):
-            carve_kernels.regions(torch.rand(4, 4, device=device), keep=0.4, top=1, backend=room)
+def test_other_backends_say_that_they_are_elsewhere(device: torch.device) -> None:
+    for backend in BACKENDS[1:]:
+        with pytest.raises(carve_kernels.BackendUnavailable, match=backend):
+            carve_kernels.regions(torch.rand(4, 4, device=device), keep=0.4, top=1, backend=backend)
 
 
 def test_check_leaves_out_what_needs_float64() -> None:
-    (wide,) = (trial for build in trials(quick=True) if "float64" in (trial := build()).name)
-    entry = selfcheck._check(wide, "reference", torch.device("mps"))
+    (trial_in_float64,) = (trial for build in trials(quick=True) if "float64" in (trial := build()).name)
+    entry = selfcheck._check(trial_in_float64, "reference", torch.device("mps"))
     assert entry["right"] is None and entry["problem"] == "mps has no float64"

@@ -1,4 +1,4 @@
-"""How one test body runs on a GPU: what is moved and brought back, and what is said where there is none."""
+"""How a test body runs on a GPU: tensors are moved there and back; without a GPU it is skipped with a reason."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def test_the_result_comes_back_into_the_tensors_that_were_given() -> None:
     case = Case()
     (query, key, tokens), options = planted(case)
     out = poisoned(case)
-    seen = []
+    calls = []
 
     def call(*arguments: torch.Tensor, out: Capture, check: bool | None = None, **more: object) -> Capture:
-        seen.append((arguments, out, check))
+        calls.append((arguments, out, check))
         return capture(*arguments, out=out, check=check, **more)  # type: ignore[arg-type]
 
     found = running_on("cpu", call)(query, key, tokens, **options, out=out, backend="reference")
-    (((moved_query, moved_key, _), moved_out, check),) = seen
+    (((moved_query, moved_key, _), moved_out, check),) = calls
     assert found is out and moved_out.maps.data_ptr() != out.maps.data_ptr()
     assert moved_query.data_ptr() != query.data_ptr() and moved_query.stride() == query.stride()
-    # The tail of the cache holds NaN there as well.
-    behind = moved_key.as_strided((case.size + 8,), (1,), case.keys * (case.size + 8))
-    assert moved_key.stride() == key.stride() and bool(behind.isnan().all())
+    # The tail of the moved cache holds NaN as well.
+    tail = moved_key.as_strided((case.size + 8,), (1,), case.keys * (case.size + 8))
+    assert moved_key.stride() == key.stride() and bool(tail.isnan().all())
     assert check is True
     for part, wanted in zip(found, capture(query, key, tokens, **options, backend="reference"), strict=True):
         assert torch.equal(part, wanted)
@@ -71,8 +71,8 @@ def test_without_a_gpu_its_items_are_skipped_for_one_reason() -> None:
     assert re.search(r"^\d+ skipped, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
 
 
-def test_unasked_neither_items_for_a_gpu_nor_long_proofs_are_selected(request: pytest.FixtureRequest) -> None:
-    asked = request.config.option.markexpr
-    assert asked, "the default expression"
-    if asked == "not gpu and not slow":
+def test_by_default_neither_gpu_nor_slow_tests_are_selected(request: pytest.FixtureRequest) -> None:
+    expression = request.config.option.markexpr
+    assert expression, "the default expression"
+    if expression == "not gpu and not slow":
         assert not any(item.get_closest_marker(mark) for item in request.session.items for mark in ("gpu", "slow"))

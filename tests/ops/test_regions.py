@@ -1,4 +1,4 @@
-"""Regions: against scipy and against a search by hand, ties, degenerate saliencies, and what is refused."""
+"""Regions: against scipy and a naive search, ties, degenerate saliencies, and errors."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
-from carve_kernels.types import Regions
-from tests.support.planted_maps import maps, on_gpu, rooms, serving
+from tests.support.planted_maps import SALIENCIES, assert_same, backends, maps, on_gpu, serving
 
 
-@pytest.fixture(params=[*rooms("regions"), *on_gpu("regions")])
-def room(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*backends("regions"), *on_gpu("regions")])
+def backend(request: pytest.FixtureRequest) -> str:
     options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
     return serving("regions", request.param, torch.rand(4, 4), **options)
 
 
 def saliency(size: tuple[int, int] = (61, 83), seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A real contrast, with strides that are not dense."""
+    """A contrast of planted maps, with non-dense strides."""
     task, general = maps((9, 12), seed=seed)
-    wide = torch.full((size[0], 2 * size[1]), float("nan"), dtype=dtype)
-    found = wide[:, ::2]
+    store = torch.full((size[0], 2 * size[1]), float("nan"), dtype=dtype)
+    found = store[:, ::2]
     found.copy_(contrast(task.to(dtype), general.to(dtype), (9, 12), size, backend="reference"))
     return found
 
 
-def boxes_of(labels: numpy.ndarray, kept: list[int]) -> list[list[int]]:
+def boxes_of(labels: numpy.ndarray, selected: list[int]) -> list[list[int]]:
     found = []
-    for label in kept:
+    for label in selected:
         y, x = numpy.nonzero(labels == label)
         found.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
     return found
@@ -43,26 +42,26 @@ def boxes_of(labels: numpy.ndarray, kept: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("keep", [0.05, 0.2, 0.4, 0.6, 1.0])
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize("score", ["sum", "mean", "max"])
-def test_equals_scipy(room: str, dtype: torch.dtype, keep: float, connectivity: int, score: str) -> None:
+def test_equals_scipy(backend: str, dtype: torch.dtype, keep: float, connectivity: int, score: str) -> None:
     values = saliency(dtype=dtype)
-    found = regions(values, keep=keep, top=2, connectivity=connectivity, score=score, backend=room)
+    found = regions(values, keep=keep, top=2, connectivity=connectivity, score=score, backend=backend)
     array = values.numpy()
     structure = numpy.ones((3, 3)) if connectivity == 8 else None
     labels, count = ndimage.label(array >= numpy.percentile(array, 100 * (1 - keep)), structure)
     measure = {"sum": ndimage.sum, "mean": ndimage.mean, "max": ndimage.maximum}[score]
     scores = measure(array.astype(numpy.float64), labels, range(1, count + 1))
-    kept = [int(label) + 1 for label in numpy.argsort(-numpy.asarray(scores), kind="stable")[:2]]
+    selected = [int(label) + 1 for label in numpy.argsort(-numpy.asarray(scores), kind="stable")[:2]]
     assert found.reason is None
-    assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, kept))
-    assert found.boxes.tolist() == boxes_of(labels, kept)
-    numpy.testing.assert_allclose(found.scores.numpy(), [scores[label - 1] for label in kept], rtol=1e-9)
+    assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, selected))
+    assert found.boxes.tolist() == boxes_of(labels, selected)
+    numpy.testing.assert_allclose(found.scores.numpy(), [scores[label - 1] for label in selected], rtol=1e-9)
     edges = found.boxes
     assert found.box == (*edges[:, :2].amin(0).tolist(), *edges[:, 2:].amax(0).tolist())
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 9), columns=st.integers(1, 9), eight=st.booleans())
-def test_a_search_by_hand_finds_the_same(data: Any, rows: int, columns: int, eight: bool) -> None:
+def test_a_naive_search_finds_the_same(data: Any, rows: int, columns: int, eight: bool) -> None:
     levels = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 8]), min_size=rows * columns, max_size=rows * columns))
     keep = data.draw(st.sampled_from([0.1, 0.2, 0.5, 1.0]))
     floor = data.draw(st.integers(1, 4))
@@ -84,13 +83,13 @@ def test_a_search_by_hand_finds_the_same(data: Any, rows: int, columns: int, eig
             left = [pixel for pixel in left if pixel not in near]
             edge += near
         groups.append(sorted(group))
-    # Powers of two add up exactly, so that ties are ties: the first pixel decides.
+    # Sums of powers of two are exact, so that ties are exact: the first pixel decides.
     groups.sort(key=lambda group: (-sum(float(values[pixel]) for pixel in group), group[0]))
-    kept = groups[: max(floor, int(len(groups) * keep))]
+    selected = groups[: max(floor, int(len(groups) * keep))]
     found = regions(values, keep=keep, floor=floor, connectivity=8 if eight else 4)
-    assert [[y, x] for y, x in sorted(pixel for group in kept for pixel in group)] == found.mask.nonzero().tolist()
-    assert found.scores.tolist() == [sum(float(values[pixel]) for pixel in group) for group in kept]
-    firsts = [(min(y for y, _ in group), min(x for _, x in group)) for group in kept]
+    assert [[y, x] for y, x in sorted(pixel for group in selected for pixel in group)] == found.mask.nonzero().tolist()
+    assert found.scores.tolist() == [sum(float(values[pixel]) for pixel in group) for group in selected]
+    firsts = [(min(y for y, _ in group), min(x for _, x in group)) for group in selected]
     assert [(box[1], box[0]) for box in found.boxes.tolist()] == firsts
 
 
@@ -98,32 +97,12 @@ SHAPES = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 80)),
     st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 64), (1, 65), (65, 1), (3, 4100), (4100, 3), (300, 257)]),
 )
-# Names of pictures made from normal noise and what they are good for.
-PICTURES: dict[str, Any] = {
-    "noise": lambda noise: noise,
-    "positive": lambda noise: noise.abs(),
-    "ties": lambda noise: (noise * 2).round(),
-    "plateaus": lambda noise: (noise > 0.5).to(noise.dtype),
-    "magnitudes": lambda noise: (noise * 20).exp(),
-    "mostly zero": lambda noise: noise * (noise > 1.2),
-    "nearly flat": lambda noise: 1000 + noise * 1e-2,
-    "overflow": lambda noise: noise * torch.finfo(noise.dtype).max / 4,
-    "subnormal": lambda noise: noise.round() * torch.finfo(noise.dtype).smallest_normal / 8,
-    "constant": lambda noise: torch.full_like(noise, -3.3),
-}
-
-
-def assert_same(found: Regions, wanted: Regions) -> None:
-    assert found.reason == wanted.reason
-    assert found.box == wanted.box
-    for name in ("mask", "boxes", "scores"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
 
 
 @settings(max_examples=300, deadline=None)
 @example(
     shape=(3, 4100),  # zeros of both signs
-    picture="mostly zero",
+    kind="mostly zero",
     dtype=torch.float64,
     keep=0.05,
     limit={"top": 1},
@@ -133,7 +112,7 @@ def assert_same(found: Regions, wanted: Regions) -> None:
 )
 @given(
     shape=SHAPES,
-    picture=st.sampled_from(sorted(PICTURES)),
+    kind=st.sampled_from(sorted(SALIENCIES)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
     limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
@@ -142,77 +121,77 @@ def assert_same(found: Regions, wanted: Regions) -> None:
     seed=st.integers(0, 999),
 )
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_the_compiled_room_is_the_reference(
-    shape: tuple[int, int], picture: str, dtype: torch.dtype, keep: float, limit: Any, seed: int, **options: Any
+def test_the_compiled_backend_is_the_reference(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, keep: float, limit: Any, seed: int, **options: Any
 ) -> None:
     serving("regions", "cpu", torch.rand(4, 4), keep=keep, **limit, **options)
     noise = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-    values = PICTURES[picture](noise)
+    values = SALIENCIES[kind](noise)
     options |= {"keep": keep, "check": False, **limit}
     assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
 
 
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
-@pytest.mark.parametrize("picture", ["noise", "ties", "magnitudes"])
-def test_very_long_pictures(shape: tuple[int, int], picture: str) -> None:
+@pytest.mark.parametrize("kind", ["noise", "ties", "magnitudes"])
+def test_very_long_saliencies(shape: tuple[int, int], kind: str) -> None:
     serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
-    values = PICTURES[picture](torch.randn(shape))
+    values = SALIENCIES[kind](torch.randn(shape))
     options: dict[str, Any] = {"keep": 0.2, "floor": 3}
     assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
 
 
-@pytest.mark.parametrize("picture", ["noise", "ties", "magnitudes"])
-def test_any_number_of_threads_finds_the_same(picture: str, threads: Any) -> None:
+@pytest.mark.parametrize("kind", ["noise", "ties", "magnitudes"])
+def test_any_number_of_threads_finds_the_same(kind: str, threads: Any) -> None:
     serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
-    values = PICTURES[picture](torch.randn(1603, 1511))
+    values = SALIENCIES[kind](torch.randn(1603, 1511))
     wanted = regions(values, keep=0.3, floor=3, backend="cpu")
     for count in (2, 3, 5):
         threads(count)
         assert_same(regions(values, keep=0.3, floor=3, backend="cpu"), wanted)
 
 
-def test_top_is_a_cap_and_floor_is_a_floor(room: str) -> None:
+def test_top_is_a_cap_and_floor_is_a_floor(backend: str) -> None:
     values = torch.zeros(21, 41)
     values[1::4, 1::4] = torch.rand(5, 10) + 1
     share = 50 / values.numel()
-    assert len(regions(values, keep=share, top=2, backend=room).boxes) == 2
-    assert len(regions(values, keep=share, top=99, backend=room).boxes) == 50
-    assert len(regions(values, keep=share, floor=3, backend=room).boxes) == max(3, int(50 * share))
-    # The release floors count * p: 15 regions of 50 at p = 0.3 are more than 3.
+    assert len(regions(values, keep=share, top=2, backend=backend).boxes) == 2
+    assert len(regions(values, keep=share, top=99, backend=backend).boxes) == 50
+    assert len(regions(values, keep=share, floor=3, backend=backend).boxes) == max(3, int(50 * share))
+    # The release rounds count * p down: 15 regions of 50 at p = 0.3 are more than 3.
     many = torch.rand(50, 1).repeat(1, 2)
     many[::2] = 0
-    found = regions(many, keep=0.48, floor=3, backend=room)
+    found = regions(many, keep=0.48, floor=3, backend=backend)
     _, count = ndimage.label(many.numpy() >= numpy.percentile(many.numpy(), 52.0))
     assert len(found.boxes) == int(count * 0.48) > 3
 
 
-def test_equal_scores_stand_in_raster_order(room: str) -> None:
+def test_equal_scores_are_in_raster_order(backend: str) -> None:
     values = torch.zeros(9, 9)
     for y, x in [(7, 1), (1, 7), (1, 1), (4, 4)]:
         values[y, x] = 1 / 3
-    found = regions(values, keep=4 / 81, top=4, backend=room)
+    found = regions(values, keep=4 / 81, top=4, backend=backend)
     assert found.boxes[:, :2].tolist() == [[1, 1], [7, 1], [4, 4], [1, 7]]
 
 
-def test_many_small_values_are_not_lost_beside_a_large_one(room: str) -> None:
+def test_many_small_values_are_not_lost_next_to_a_large_one(backend: str) -> None:
     values = torch.full((40, 40), 1e-4)
     values[:, 20] = 0
     values[0, :20] = 1.0
     values[5, 30] = 1.001
-    found = regions(values, keep=0.97, top=2, score="sum", backend=room)
+    found = regions(values, keep=0.97, top=2, score="sum", backend=backend)
     assert found.scores.tolist() == pytest.approx([20 + 780e-4, 1.001 + 759e-4], rel=1e-6)
 
 
-def test_negative_values_count_as_they_are(room: str) -> None:
+def test_negative_values_are_allowed(backend: str) -> None:
     values = saliency() - 1000
-    moved, plain = (regions(part, keep=0.2, top=1, score="max", backend=room) for part in (values, values + 1000))
-    assert moved.scores[0] < 0 and torch.equal(moved.mask, plain.mask)
+    shifted, plain = (regions(part, keep=0.2, top=1, score="max", backend=backend) for part in (values, values + 1000))
+    assert shifted.scores[0] < 0 and torch.equal(shifted.mask, plain.mask)
 
 
-def test_the_lowest_value_as_threshold_keeps_everything(room: str) -> None:
+def test_the_lowest_value_as_threshold_selects_everything(backend: str) -> None:
     values = torch.zeros(10, 10)
     values[3, 3] = 1
-    found = regions(values, keep=0.2, top=1, backend=room)
+    found = regions(values, keep=0.2, top=1, backend=backend)
     assert found.reason is None and found.box == (0, 0, 10, 10) and bool(found.mask.all())
 
 
@@ -228,8 +207,8 @@ def test_the_lowest_value_as_threshold_keeps_everything(room: str) -> None:
         (torch.tensor([[1.0, float("-inf")]]), "not finite"),
     ],
 )
-def test_nothing_to_choose_keeps_the_whole_image(room: str, values: torch.Tensor, reason: str) -> None:
-    found = regions(values, keep=0.2, top=2, backend=room)
+def test_a_saliency_without_regions_selects_the_whole_image(backend: str, values: torch.Tensor, reason: str) -> None:
+    found = regions(values, keep=0.2, top=2, backend=backend)
     height, width = values.shape
     assert found.reason is not None and reason in found.reason
     assert bool(found.mask.all()) and found.mask.shape == values.shape and found.mask.dtype == torch.bool
@@ -260,13 +239,13 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
         regions(**{"saliency": torch.rand(4, 4), "keep": 0.2, "top": 2, **changes})
 
 
-def test_nan_that_was_not_looked_for_still_gives_no_region() -> None:
+def test_unchecked_nan_gives_no_region() -> None:
     found = regions(torch.tensor([[1.0, float("nan")]]), keep=0.5, top=1, check=False)
     assert found.reason == "the saliency is not finite"
 
 
-def test_a_range_that_overflows_has_no_region(room: str) -> None:
+def test_a_range_that_overflows_has_no_region(backend: str) -> None:
     extreme = torch.finfo(torch.float32).max
     with numpy.errstate(all="ignore"):
-        found = regions(torch.tensor([[-extreme, extreme, -extreme, -extreme]]), keep=0.3, top=1, backend=room)
+        found = regions(torch.tensor([[-extreme, extreme, -extreme, -extreme]]), keep=0.3, top=1, backend=backend)
     assert found.reason is not None and "too wide" in found.reason and bool(found.mask.all())

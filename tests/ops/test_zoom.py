@@ -1,4 +1,4 @@
-"""Zoom: mask, crop, sizes, the limit, modes of images, and what it refuses."""
+"""Zoom: mask, crop, sizes, the limit, modes of images, and errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_laws_of_size(data: Any, width: int, height: int, size: str) -> None:
         assert short == 0 if size == "cover" else max(found.size) == max(width, height)
 
 
-def test_the_limit_shows_in_the_size_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_limit_reduces_the_size_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     image = Image.new("RGB", (400, 100))
     with caplog.at_level(logging.INFO, logger="carve_kernels"):
         assert zoom(image, None, (0, 0, 40, 40), size="cover").size == (400, 400)
@@ -81,7 +81,7 @@ def test_other_modes_become_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white(mode: str) -> None:
+def test_transparency_becomes_white(mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     found = to_rgb("image", image.convert(mode))

@@ -1,4 +1,4 @@
-"""The roofline: predictions and their bounds, opponents counted against their own operators, a decode step's share."""
+"""The roofline: predictions and their bounds, opponents counted by their operators, the share of a decode step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ GPU = Gpu("one", bandwidth=1e12, matrix=1e14, vector=1e13)
 CASE = Case("smolvlm", 96, 3, "bf16")
 
 
-def counts_its_work(stage: str, room: str) -> bool:
+def counts_its_work(stage: str, backend: str) -> bool:
     try:
-        return hasattr(importlib.import_module(f"carve_kernels.backends.{room}.work"), f"{stage}_work")
+        return hasattr(importlib.import_module(f"carve_kernels.selfcheck.{backend}_work"), f"{stage}_work")
     except ModuleNotFoundError:
         return False
 
@@ -58,12 +58,12 @@ def device(name: str, capability: tuple[int, int], **more: int) -> Any:
     return SimpleNamespace(name=name, major=capability[0], minor=capability[1], **more)
 
 
-def test_a_gpu_is_known_by_its_family_and_its_own_memory() -> None:
+def test_a_gpu_is_known_by_its_family_and_its_memory() -> None:
     known = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0)))
     assert known == GPUS["H100"]._replace(name="NVIDIA H100 80GB HBM3")
     # 5120 bits at 2619 MHz, two transfers a clock, are the 3.35 TB/s of the data sheet.
-    own = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0), memory_clock_rate=2_619_000, memory_bus_width=5120))
-    assert own is not None and own.bandwidth == pytest.approx(3.35e12, rel=2e-3)
+    measured = gpu_of(device("NVIDIA H100 80GB HBM3", (9, 0), memory_clock_rate=2_619_000, memory_bus_width=5120))
+    assert measured is not None and measured.bandwidth == pytest.approx(3.35e12, rel=2e-3)
     relative = gpu_of(device("NVIDIA H200", (9, 0), memory_clock_rate=3_201_000, memory_bus_width=6144))
     assert relative is not None and relative.bandwidth > 4.8e12 and relative.matrix == GPUS["H100"].matrix
 
@@ -75,12 +75,14 @@ def test_an_unknown_gpu_has_no_bound_on_its_arithmetic_or_no_prediction() -> Non
     assert found == ("GPU of tomorrow", 1e12, float("inf"), float("inf"))
     assert predict(Work(10**9, 0, 10**18, 1), found).bound == "memory"
     # JSON has no infinity.
-    assert selfcheck.known(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
+    assert selfcheck.gpu_rates(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
 
 
-@pytest.mark.parametrize(("stage", "room"), [("capture", "reference"), ("capture", "nowhere"), ("regions", "triton")])
-def test_a_room_that_does_not_count_has_no_work(stage: str, room: str) -> None:
-    assert work_of(stage, room, height=3, width=4) is None
+@pytest.mark.parametrize(
+    ("stage", "backend"), [("capture", "reference"), ("capture", "nowhere"), ("regions", "triton")]
+)
+def test_a_backend_that_does_not_count_has_no_work(stage: str, backend: str) -> None:
+    assert work_of(stage, backend, height=3, width=4) is None
 
 
 def test_plain_torch_is_counted_operator_by_operator() -> None:
@@ -101,10 +103,10 @@ def test_plain_torch_is_counted_operator_by_operator() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_idiom_is_counted_without_memory_as_with_it(rows: int) -> None:
+def test_the_idiom_is_counted_the_same_with_and_without_memory(rows: int) -> None:
     case = CASE._replace(rows=rows)
     real = problem(case)
-    # The benchmark's keys are a slice of a longer cache, which changes no byte that is read.
+    # The benchmark's keys are a slice of a longer cache, which does not change the bytes read.
     assert opponents.idiom(case) == opponents.counted(lambda: bench_capture.repeat(real))
 
 
@@ -160,26 +162,26 @@ def test_the_decode_step_is_that_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("room", ["cuda", "triton"])
-def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(room: str, gpu: str) -> None:
-    if not counts_its_work("capture", room):
-        pytest.skip(f"{room} does not count its work")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_six_layers_take_less_than_a_hundredth_of_a_decode_step(backend: str, gpu: str) -> None:
+    if not counts_its_work("capture", backend):
+        pytest.skip(f"{backend} does not count its work")
     case = Case(roofline.HEADLINE, roofline.HEADLINE_LENGTH, 1, "bf16")
     step = predict(roofline.decode_step(case.length), GPUS[gpu]).seconds
-    (way,) = (way for way in roofline.captures(case) if room in way.name)
+    (way,) = (way for way in roofline.captures(case) if backend in way.name)
     assert way.work.launches == 2
     launched, graph = (predict(way.work, GPUS[gpu], unit=way.unit, graphs=graphs) for graphs in (False, True))
     assert 1e-4 * step < graph.seconds <= launched.seconds < 1e-2 * step
-    # In a graph not even with nothing overlapping anything.
+    # In a graph, even without any overlap.
     assert graph.memory + graph.arithmetic + graph.launch < 1e-2 * step
 
 
-@pytest.mark.parametrize(("stage", "room"), UNITS)
-def test_every_kernel_that_counts_has_a_line(stage: str, room: str) -> None:
-    if not counts_its_work(stage, room):
-        pytest.skip(f"{room} does not count the work of {stage}")
+@pytest.mark.parametrize(("stage", "backend"), UNITS)
+def test_every_kernel_that_counts_has_a_line(stage: str, backend: str) -> None:
+    if not counts_its_work(stage, backend):
+        pytest.skip(f"{backend} does not count the work of {stage}")
     found = roofline.measure(["smolvlm"], [512], lambda _done: None)
-    lines = [entry for entry in found if entry["way"].startswith(f"{stage}, {room}")]
+    lines = [entry for entry in found if entry["way"].startswith(f"{stage}, {backend}")]
     assert lines
     for entry in lines:
         assert min(entry["work"].values()) >= 0 and entry["work"]["read_bytes"] and entry["work"]["launches"]
@@ -194,7 +196,7 @@ def test_the_command_writes_what_it_predicts(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.output
     report = json.loads(files[0].read_text())
     assert {entry["table"] for entry in report["results"]} == {"decode", "capture", "pixels"}
-    # Two rooms for few rows and one for many, and three opponents of each.
+    # Two backends for few rows and one for many, and three opponents of each.
     assert len([entry for entry in report["results"] if entry["table"] == "capture"]) == 2 + 2 + 1 + 3 * 3
     assert report["gpus"]["H100"]["bandwidth"] == 3.35e12
     page = files[1].read_text()
@@ -205,7 +207,7 @@ def test_the_command_writes_what_it_predicts(tmp_path: Path, monkeypatch: pytest
 
 
 def page() -> tuple[str, str, str]:
-    """The docs before the tables, the tables, and the docs behind them."""
+    """The docs before the tables, the tables, and the docs after them."""
     text = PAGE.read_text(encoding="utf-8")
     start = text.index("### Predicted, not timed: ")
     end = text.find("\n## ", start)
@@ -218,13 +220,13 @@ def predicted() -> str:
 
 
 def test_the_docs_show_what_the_kernels_count() -> None:
-    """After a change on purpose: `python -m tests.selfcheck.test_roofline` writes the tables anew, and the prose wants a look."""
-    for stage, room in UNITS:
-        if not counts_its_work(stage, room):
-            pytest.skip(f"{room} does not count the work of {stage}")
+    """After an intended change: `python -m tests.selfcheck.test_roofline` rewrites the tables; check the prose too."""
+    for stage, backend in UNITS:
+        if not counts_its_work(stage, backend):
+            pytest.skip(f"{backend} does not count the work of {stage}")
     assert page()[1].rstrip() == predicted().rstrip()
 
 
 if __name__ == "__main__":
-    before, _, behind = page()
-    PAGE.write_text(f"{before}{predicted().rstrip()}\n{behind}", encoding="utf-8")
+    before, _, after = page()
+    PAGE.write_text(f"{before}{predicted().rstrip()}\n{after}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `carve-kernels check` rests on: moved tensors, a criterion no lie passes, the clock, kernels on small cases."""
+"""The parts of `carve-kernels check`: moved tensors, tolerances that refuse wrong results, the clock, small trials."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from carve_kernels import backends, selfcheck
 from carve_kernels.backends import SUPPORT
 from carve_kernels.selfcheck import timing
 from carve_kernels.selfcheck.judging import captures, close, identical
-from carve_kernels.selfcheck.moving import moved, same_bits, tensors
+from carve_kernels.selfcheck.moving import move, same_bits, tensors
 from carve_kernels.selfcheck.trials import Trial, trials
 from carve_kernels.types import Capture, Regions
 
 CPU = torch.device("cpu")
 
 
-def test_a_moved_tensor_keeps_its_strides_and_what_lies_behind_it() -> None:
+def test_a_moved_tensor_keeps_its_strides_and_the_memory_after_it() -> None:
     cache = torch.full((2, 3, 9, 8), float("nan"))
     cache[:, :, :7, :6] = torch.randn(2, 3, 7, 6)
     key = cache[:, :, :7, :6].transpose(1, 2)
-    found = moved(key, "cpu")
+    found = move(key, "cpu")
     assert torch.equal(found, key) and found.data_ptr() != key.data_ptr()
     assert found.stride() == key.stride() and found.storage_offset() == key.storage_offset()
     assert same_bits(found.as_strided(cache.shape, cache.stride(), 0), cache)
-    assert moved(key.detach().requires_grad_(), "cpu").requires_grad
-    assert moved(torch.zeros(1).expand(4, 5), "cpu").stride() == (0, 0)
+    assert move(key.detach().requires_grad_(), "cpu").requires_grad
+    assert move(torch.zeros(1).expand(4, 5), "cpu").stride() == (0, 0)
 
 
-def test_structures_are_moved_whole() -> None:
+def test_structures_are_moved_with_their_tensors() -> None:
     regions = Regions(torch.ones(2, 2, dtype=torch.bool), torch.zeros(1, 4), torch.ones(1), (0, 0, 2, 2))
     given = {
         "out": Capture(*(torch.randn(2) for _ in range(3))),
         "lists": [torch.ones(1), (2, "a")],
         "regions": regions,
     }
-    found = moved(given, "cpu")
+    found = move(given, "cpu")
     assert isinstance(found["out"], Capture) and found["lists"][1] == (2, "a") and found["regions"].box == regions.box
     assert same_bits([*given.values()], [*found.values()])
     assert len(list(tensors(list(found.values())))) == 3 + 1 + 3
 
 
-def test_equal_bits_are_told_from_equal_values() -> None:
+def test_equal_bits_differ_from_equal_values() -> None:
     nan = torch.tensor([float("nan"), 0.0])
     assert same_bits(nan, nan.clone()) and not same_bits(nan, torch.tensor([float("nan"), -0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(2, 1)) and same_bits(torch.tensor(3), torch.tensor(3))
@@ -57,10 +57,10 @@ def first(stage: str, part: str = "") -> Trial:
 
 
 def answer(trial: Trial) -> Any:
-    return moved(trial.call(*trial.arguments, **trial.options, backend="reference"), "cpu")
+    return move(trial.call(*trial.arguments, **trial.options, backend="reference"), "cpu")
 
 
-LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "zeros": torch.zeros_like,
     "nan": lambda maps: maps * float("nan"),
     "one element": lambda maps: maps.index_add(
@@ -72,21 +72,21 @@ LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_no_lie_passes_any_case(lie: str) -> None:
-    """The reference passes every quick case; the same answer with a fault passes none that it changes."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_passes_any_trial(fault: str) -> None:
+    """The reference passes every quick trial; its result with a fault passes none."""
     passed = 0
     for build in trials(quick=True):
         trial = build()
         if trial.stage == "regions":
             continue
-        honest = answer(trial)
-        assert trial.judge(honest).problem is None, trial.name
-        if isinstance(honest, Capture):
-            lied: Any = honest._replace(maps=LIES[lie](honest.maps))
+        right = answer(trial)
+        assert trial.judge(right).problem is None, trial.name
+        if isinstance(right, Capture):
+            faulty: Any = right._replace(maps=FAULTS[fault](right.maps))
         else:
-            lied = [LIES[lie](view) for view in honest] if isinstance(honest, list) else LIES[lie](honest)
-        verdict = trial.judge(lied)
+            faulty = [FAULTS[fault](view) for view in right] if isinstance(right, list) else FAULTS[fault](right)
+        verdict = trial.judge(faulty)
         assert verdict.problem is not None, trial.name
         passed += 1
     assert passed > 20
@@ -94,9 +94,9 @@ def test_no_lie_passes_any_case(lie: str) -> None:
 
 def test_mass_and_entropy_are_judged_too() -> None:
     trial = first("capture", "one row, float32")
-    honest = answer(trial)
+    right = answer(trial)
     for name in ("mass", "entropy"):
-        verdict = trial.judge(honest._replace(**{name: getattr(honest, name) * 1.001}))
+        verdict = trial.judge(right._replace(**{name: getattr(right, name) * 1.001}))
         assert verdict.problem is not None and verdict.problem.startswith(f"{name}: relative error 1.0e-03")
 
 
@@ -127,9 +127,9 @@ def test_shapes_and_zeros_are_judged() -> None:
     padding = close("x", torch.tensor([1e-9, 1.0, 2.0]), truth, truth, 1e-6)
     assert padding.problem is not None and "1 elements beyond" in padding.problem
     assert "expected shape [3], got [2]" in str(close("x", truth[:2], truth, truth, 1e-6).problem)
-    # Half a rounding of the reference in bfloat16 is allowed to a room in bfloat16.
-    own = truth.bfloat16() * 1.01
-    assert close("x", truth * 1.005, own, truth, 1e-6).problem is None
+    # A backend in bfloat16 may have half the rounding of the reference in bfloat16.
+    reference = truth.bfloat16() * 1.01
+    assert close("x", truth * 1.005, reference, truth, 1e-6).problem is None
     assert captures(*[Capture(truth[1:], truth[1:], truth[1:])] * 3, 1e-6).problem is None  # type: ignore[arg-type]
 
 
@@ -148,7 +148,7 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
     calls = []
 
     def run() -> None:
-        # Three calls warm up; behind every other one the buffer was written.
+        # Three calls warm up; the buffer was written before every other one.
         calls.append(bool(clock._buffer.any()))
         clock._buffer.fill_(1)
         time.sleep(1e-3)
@@ -160,28 +160,28 @@ def test_a_clock_on_a_cpu_flushes_before_each_call(monkeypatch: pytest.MonkeyPat
 
 
 @contextlib.contextmanager
-def serving_a_cpu(room: str, stage: str) -> Iterator[None]:
-    """A GPU room whose kernels run on the CPU: Triton's in its interpreter, CUDA's in the emulator."""
-    if room == "cuda":
+def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
+    """A GPU backend whose kernels run on the CPU: Triton in its interpreter, CUDA in the emulator."""
+    if backend == "cuda":
         emulator = pytest.importorskip("tests.emulator.emulator")
         with emulator.serving(stage):
             yield
-    elif reason := backends.why_not(stage, room, CPU):
+    elif reason := backends.why_not(stage, backend, CPU):
         pytest.skip(reason)
     else:
         yield
 
 
 @pytest.mark.parametrize(
-    ("room", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
+    ("backend", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
 )
-def test_the_kernels_for_a_gpu_pass_the_small_cases(room: str, stage: str) -> None:
-    if SUPPORT[stage][room] is not None:
-        pytest.skip(SUPPORT[stage][room])
-    with serving_a_cpu(room, stage):
+def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) -> None:
+    if SUPPORT[stage][backend] is not None:
+        pytest.skip(SUPPORT[stage][backend])
+    with serving_a_cpu(backend, stage):
         small = [trial for build in trials(quick=True) if (trial := build()).stage == stage and trial.sizes is None]
-        found = [selfcheck._check(trial, room, CPU) for trial in small]
+        found = [selfcheck._check(trial, backend, CPU) for trial in small]
     assert [entry for entry in found if entry["right"] is False] == []
-    # The CUDA room leaves more than eight rows to Triton.
-    assert sum(entry["right"] is None for entry in found) == (2 if (room, stage) == ("cuda", "capture") else 0)
+    # More than eight rows are Triton's.
+    assert sum(entry["right"] is None for entry in found) == (2 if (backend, stage) == ("cuda", "capture") else 0)
     assert len(found) > 5

@@ -1,4 +1,4 @@
-"""`carve-kernels check` on a GPU that is not there: what is checked, timed, predicted and told."""
+"""`carve-kernels check` on a simulated GPU: what is checked, timed, predicted and reported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from carve_kernels import backends, selfcheck
 from carve_kernels.backends import SUPPORT
 from carve_kernels.selfcheck import timing
 from carve_kernels.selfcheck.work import Work
+from carve_kernels.types import CaptureOptions
 
 CUDA = torch.device("cuda")
 
@@ -33,7 +34,7 @@ class Event:
 
 
 class Graph:
-    """Stands for a CUDA graph, which replays what ran while it was captured."""
+    """A stand-in for a CUDA graph, which replays what ran while it was captured."""
 
     replays = 0
 
@@ -43,7 +44,7 @@ class Graph:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU of this machine's memory: rooms of the reference's own modules, and just enough of torch.cuda."""
+    """A GPU in this machine's memory: backends with the reference's modules, and just enough of torch.cuda."""
 
     @contextlib.contextmanager
     def capturing(_graph: Graph) -> Iterator[None]:
@@ -51,9 +52,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     memory = {"memory_clock_rate": 2_619_000, "memory_bus_width": 5120, "L2_cache_size": 2**14}
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, **memory)
-    ones, move = torch.ones, selfcheck.moved
+    ones, move = torch.ones, selfcheck.move
     monkeypatch.setattr(torch, "ones", lambda *size, device=None, **more: ones(*size, **more))
-    monkeypatch.setattr(selfcheck, "moved", lambda value, _device: move(value, "cpu"))
+    monkeypatch.setattr(selfcheck, "move", lambda value, _device: move(value, "cpu"))
     for name, stub in {
         "device": lambda _device: contextlib.nullcontext(),
         "get_device_properties": lambda _device: properties,
@@ -64,10 +65,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     package = SimpleNamespace(devices=lambda: (), unavailable=lambda: None)
-    honest_package, honest_module = backends._package, backends._module
-    monkeypatch.setattr(backends, "_package", lambda room: package if room == "cuda" else honest_package(room))
+    real_package, real_module = backends._package, backends._module
+    monkeypatch.setattr(backends, "_package", lambda backend: package if backend == "cuda" else real_package(backend))
     monkeypatch.setattr(
-        backends, "_module", lambda stage, room: honest_module(stage, "reference" if room == "cuda" else room)
+        backends, "_module", lambda stage, backend: real_module(stage, "reference" if backend == "cuda" else backend)
     )
     for stage in SUPPORT:
         monkeypatch.setitem(SUPPORT[stage], "cuda", None)
@@ -86,16 +87,16 @@ def test_a_gpu_is_checked_timed_and_predicted() -> None:
     said: list[str] = []
     found = selfcheck.examine(CUDA, quick=True, announce=said.append)
     assert len(said) == selfcheck.count(quick=True) and said[0].startswith("capture: one row")
-    assert {cell["room"]: cell["shut"] for cell in found["rooms"]} == {
+    assert {cell["backend"]: cell["unavailable"] for cell in found["backends"]} == {
         "cuda": None, "triton": "a stand-in is enough", "reference": None,
     }  # fmt: skip
     assert all(entry["right"] is True for entry in found["checks"])
-    assert {entry["room"] for entry in found["checks"]} == {"cuda", "reference"}
+    assert {entry["backend"] for entry in found["checks"]} == {"cuda", "reference"}
     assert found["gpu"]["bandwidth"] == pytest.approx(3.35e12, rel=1e-3)
-    timed = [entry for entry in found["timings"] if entry["room"] == "cuda"]
+    timed = [entry for entry in found["timings"] if entry["backend"] == "cuda"]
     assert [entry["stage"] for entry in timed] == ["capture", "capture", "contrast", "regions"]
     for entry in timed:
-        # Two launches out of a graph are 3 us, and a megabyte takes a third of one.
+        # Two launches from a graph take 3 us, and a megabyte takes a third of one.
         assert entry["predicted"]["device"]["bound"] == "launch"
         assert entry["predicted"]["device"]["seconds"] == 3e-6 and entry["predicted"]["host"]["seconds"] == 8e-6
         assert (entry["graph"] is None) == (entry["stage"] == "regions") == (entry["why_no_graph"] is not None)
@@ -118,29 +119,32 @@ def test_a_call_that_no_graph_can_capture_is_still_timed(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_room_that_fails_or_wavers_or_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = backends._module
+def test_a_backend_that_fails_or_varies_or_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backends._module
     calls = 0
 
-    def forward(*arguments: Any, **options: Any) -> Any:
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions, **out: Any
+    ) -> Any:
         nonlocal calls
         calls += 1
-        if options["heads"] == "each":
+        if options.heads == "each":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        found = honest("capture", "reference").forward(*arguments, **options)
-        return found._replace(mass=found.mass.mul_(1 + 1e-6 * (calls % 2))) if arguments[0].shape[2] == 1 else found
+        found = real("capture", "reference").forward(query, key, tokens, options, **out)
+        return found._replace(mass=found.mass.mul_(1 + 1e-6 * (calls % 2))) if query.shape[2] == 1 else found
 
-    room = SimpleNamespace(
-        forward=forward, supports=lambda *_args, lse=None, **_options: (lse is not None and "no lse") or None
-    )
+    def supports(_query: Any, _key: Any, _tokens: Any, options: CaptureOptions, **_out: Any) -> str | None:
+        return "no lse" if options.lse is not None else None
+
+    backend = SimpleNamespace(forward=forward, supports=supports)
     monkeypatch.setattr(
         backends,
         "_module",
-        lambda stage, room_: room if (stage, room_) == ("capture", "cuda") else honest(stage, room_),
+        lambda stage, backend_: backend if (stage, backend_) == ("capture", "cuda") else real(stage, backend_),
     )
     checks = selfcheck.examine(CUDA, quick=True, announce=lambda _text: None)["checks"]
-    problems = {entry["case"]: entry for entry in checks if entry["room"] == "cuda" and entry["problem"] is not None}
+    problems = {entry["case"]: entry for entry in checks if entry["backend"] == "cuda" and entry["problem"] is not None}
     assert problems["each head"]["right"] is False and "illegal memory access" in problems["each head"]["problem"]
     assert problems["one row, float32"]["problem"] == "two calls gave different bits"
     assert problems["known lse"]["right"] is None and "no lse" in problems["known lse"]["problem"]
-    assert all(entry["right"] for entry in checks if entry["room"] == "reference" or entry["stage"] != "capture")
+    assert all(entry["right"] for entry in checks if entry["backend"] == "reference" or entry["stage"] != "capture")

@@ -1,4 +1,4 @@
-"""Planted attention: a query that looks at some keys, real strides, garbage where nobody may look; and a textbook."""
+"""Planted attention: a query that attends to some keys, non-dense strides, garbage outside; and a textbook capture."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from carve_kernels.types import Capture
 
 
 def textbook(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]) -> Capture:
-    """Capture as a textbook has it, one row and head at a time, in float64."""
+    """Capture by the textbook formula, one row and head at a time, in float64."""
     query, key, tokens = (part.double() if part.is_floating_point() else part for part in arguments)
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
     maps = torch.zeros(batch, heads, rows, tokens.shape[1], dtype=torch.float64)
     for b, h, r in [(b, h, r) for b in range(batch) for h in range(heads) for r in range(rows)]:
-        seen = list(range(key.shape[2]))
+        visible = list(range(key.shape[2]))
         if options.get("mask") is not None:
             mask = options["mask"][b, h if options["mask"].shape[1] > 1 else 0, r]
-            seen = [column for column in seen if mask[column]]
+            visible = [column for column in visible if mask[column]]
         if options.get("positions") is not None:
             last = int(options["positions"][b, r])
             first = last - options["window"] + 1 if options.get("window") else 0
-            seen = [column for column in seen if first <= column <= last]
-        logits = [float(query[b, h, r] @ key[b, h // group, column]) * options["scale"] for column in seen]
+            visible = [column for column in visible if first <= column <= last]
+        logits = [float(query[b, h, r] @ key[b, h // group, column]) * options["scale"] for column in visible]
         values = torch.tensor(logits, dtype=torch.float64)
         if options.get("softcap") is not None:
             values = options["softcap"] * torch.tanh(values / options["softcap"])
         if options.get("sink") is not None:
             values = torch.cat([values, options["sink"][h].double().view(1)])
-        shares = dict(zip(seen, values.softmax(-1).tolist(), strict=False)) if len(values) else {}
-        for place, token in enumerate(tokens[b].tolist()):
-            maps[b, h, r, place] = shares.get(token, 0.0)
+        shares = dict(zip(visible, values.softmax(-1).tolist(), strict=False)) if len(values) else {}
+        for index, token in enumerate(tokens[b].tolist()):
+            maps[b, h, r, index] = shares.get(token, 0.0)
     mean = maps.mean(1)
     mass = mean.sum(-1)
     entropy = torch.zeros_like(mass)

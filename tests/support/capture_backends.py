@@ -1,4 +1,4 @@
-"""The rooms that a test body of capture runs in."""
+"""The backends that a capture test runs on."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from contextlib import contextmanager
 import pytest
 
 from carve_kernels.backends import cpu
+from carve_kernels.types import CaptureOptions
 from tests.support.attention import Case, planted
-from tests.support.planted_maps import on_gpu, rooms, serving
+from tests.support.planted_maps import backends, on_gpu, serving
 
-# The compiled room once for each set of instructions: "cpu avx2".
-ROOMS = [f"{room} {isa}".strip() for room in rooms("capture") for isa in (cpu.ISAS if room == "cpu" else [""])]
-ROOMS += on_gpu("capture")
+# The compiled backend, once for each set of instructions: "cpu avx2".
+BACKENDS = [
+    f"{backend} {isa}".strip() for backend in backends("capture") for isa in (cpu.ISAS if backend == "cpu" else [""])
+]
+BACKENDS += on_gpu("capture")
 
 
 @contextmanager
 def entered(name: str) -> Iterator[str]:
-    """The room of a name in ROOMS, with its instructions forced; a skipped test where it cannot serve."""
-    room, *isa = [name] if name.endswith(" on gpu") else name.split()
+    """The backend of a name in BACKENDS, with its instructions forced; skips the test where it cannot serve."""
+    backend, *isa = [name] if name.endswith(" on gpu") else name.split()
     arguments, options = planted(Case())
-    room = serving("capture", room, *arguments, **options)
+    backend = serving("capture", backend, *arguments, CaptureOptions(**options))
     if not isa:
-        yield room
+        yield backend
         return
     if cpu.ISAS.index(isa[0]) > cpu.ISAS.index(cpu.isa()[1]):
         pytest.skip(f"this machine has no {isa[0]}")
     with cpu.forced_isa(isa[0]):
-        yield room
+        yield backend

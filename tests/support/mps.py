@@ -1,7 +1,7 @@
-"""A device that passes for Apple's MPS: tensors that say they are there, and lie in the CPU's memory.
+"""A simulated MPS device of Apple: its tensors report that device and use the CPU's memory.
 
-What it answers for is what stops a program on a real one whatever the kernels do: float64, tensors of two devices in
-one operator, and operators that torch has no kernel for there. It says nothing about the kernels' numbers.
+It raises the errors that stop a program on a real one before any kernel runs: float64, tensors of two devices in one
+operator, and operators without a kernel. It does not test the numbers of MPS kernels.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from carve_kernels.ops import capture
 
 DEVICE = torch.device("mps:0")
-# Their places in c10::DeviceType.
+# Their numbers in c10::DeviceType.
 _MPS, _META = 13, 14
-# As torch says it.
+# The message of torch.
 NO_FLOAT64 = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
-# Operators that take tensors of two devices.
+# Operators that accept tensors of two devices.
 _CROSSING = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 _KERNELS = ("MPS", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 
 
 class _OnMps(torch.Tensor):
-    """Holds a tensor of the CPU."""
+    """A wrapper of a CPU tensor."""
 
     inner: torch.Tensor
 
@@ -42,11 +42,11 @@ class _OnMps(torch.Tensor):
     def __new__(cls, inner: torch.Tensor) -> Any:
         if inner.dtype == torch.float64:
             raise TypeError(NO_FLOAT64)
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=DEVICE
         )
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     def __repr__(self, **_: Any) -> str:
         return f"{self.inner} on {DEVICE}"
@@ -61,13 +61,13 @@ class _OnMps(torch.Tensor):
 
 @contextmanager
 def mps() -> Iterator[torch.device]:
-    """While it is open, the device that comes back takes tensors."""
-    # C++ asks a guard before it does anything on a device; that of "meta" does nothing, and is there in every build.
+    """A context in which the yielded device can hold tensors."""
+    # C++ calls a device's guard before every operation; that of "meta" does nothing and exists in every build.
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     before, guards[_MPS] = guards[_MPS], guards[_META]
     try:
-        # What has happened on a CPU need not be waited for.
+        # A CPU needs no synchronisation.
         with _Calls(), _Operators(), mock.patch("torch.Event"):
             yield DEVICE
     finally:
@@ -75,7 +75,7 @@ def mps() -> Iterator[torch.device]:
 
 
 class _Calls(TorchFunctionMode):
-    """What torch does not hand on to a class of tensors, or asks the device's own kernels for."""
+    """Functions that torch does not dispatch to a tensor subclass, or that need the device's kernels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -83,8 +83,8 @@ class _Calls(TorchFunctionMode):
             return func(*_inside(args))
         if func in (torch.tensor, torch.as_tensor):
             device = kwargs.pop("device", None)
-            made = func(*_inside(args), **kwargs)
-            return made if device is None else made.to(device)
+            tensor = func(*_inside(args), **kwargs)
+            return tensor if device is None else tensor.to(device)
         if func is torch.Tensor.new_tensor:
             return torch.tensor(args[1], dtype=args[0].dtype).to(args[0].device)
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], _OnMps):
@@ -107,11 +107,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [leaf for leaf in given if not isinstance(leaf, _OnMps)]
     if there and func.namespace == "carve_kernels":
         return _ours(func, args)
-    asked = kwargs.get("device")
+    requested = kwargs.get("device")
     if there and func.overloadpacket.__name__ not in _CROSSING:
         _refuse(func, here)
-    target = bool(there) if asked is None else torch.device(asked).type == "mps"
-    if target and asked is not None:
+    target = bool(there) if requested is None else torch.device(requested).type == "mps"
+    if target and requested is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     found = func(*_inside(args), **_inside(kwargs))
     if func is torch.ops.aten.copy_.default:
@@ -125,7 +125,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _ours(func: Any, args: Any) -> Any:
-    """An operator of this package in Python, whose own calls are watched as well."""
+    """An operator of this package in Python, with its calls checked as well."""
     name = func.name()
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "MPS"):
         raise NotImplementedError(f"Could not run '{name}' with arguments from the 'MPS' backend")
@@ -153,7 +153,7 @@ def _has_kernel(name: str) -> bool:
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    """Torch's own list of its operators and of the devices that each has a kernel for."""
+    """Torch's list of its operators and of the devices with a kernel for each."""
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     entries = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return {entry["func"].split("(")[0]: entry for entry in entries}

@@ -1,4 +1,4 @@
-"""The CPU room: compiled C++ operators from the extension that stands next to the package."""
+"""The CPU backend: compiled C++ operators from the extension in the package's folder."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def devices() -> tuple[str, ...]:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the extension is not there, and the line that would mend it, or None."""
+    """Why the extension is unavailable, and the command that fixes it, or None."""
     reason = extension.unavailable()
     if reason is not None:
         return f"{extension.SLOWER}; {reason}"
-    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, and no reason to take another backend
+    isa()  # a wrong CARVE_KERNELS_CPU is an error at once, not a reason to use another backend
     return None
 
 
 def isa() -> tuple[str, str]:
-    """The instructions in use, which CARVE_KERNELS_CPU may name, and the best of this machine."""
+    """The instructions in use, which CARVE_KERNELS_CPU may select, and the best of this machine."""
     return _switch(-2)
 
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Within this context the kernels use one set of instructions, or raise ValueError where the machine lacks it."""
+    """A context in which the kernels use one set of instructions; ValueError where the machine lacks it."""
     before, _ = isa()
     _switch(ISAS.index(name))
     try:

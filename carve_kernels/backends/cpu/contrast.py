@@ -1,4 +1,4 @@
-"""Contrast by the compiled operator: one pass over the maps in float64, whatever the number of layers and steps."""
+"""Contrast by the compiled operator: one read of the maps, in float64, for any number of layers and steps."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from typing import Any, cast
 
 import torch
 
-from carve_kernels.types import Size
-
-# In the order of carve::Normalize. A number, since the stable ABI of torch 2.13 leaks every string argument.
-_NORMALIZE = ("none", "sum", "max", "minmax")
+from carve_kernels.backends.native.limits import contrast_limit
+from carve_kernels.types import NORMALIZE, Size
 
 
 def supports(task: torch.Tensor, general: torch.Tensor, *_args: Any, **_options: Any) -> str | None:
     """Why these arguments cannot be served, or None."""
-    for name, value in (("task", task), ("general", general)):
-        if value.dtype != torch.float32:
-            return f"{name} is {value.dtype}, this room serves torch.float32; use backend='reference'"
-        if value.requires_grad and torch.is_grad_enabled():
-            return f"{name} requires a gradient, which this room does not have; use backend='reference'"
-    return None
+    return contrast_limit(task, general)
 
 
 def forward(
@@ -48,7 +41,8 @@ def forward(
         [number for tokens, shape in views for number in (*tokens, *shape)],
         0.0 if lam == "mean" else float(lam),
         lam == "mean",
-        _NORMALIZE.index(normalize),
+        # A number, since the stable ABI of torch 2.13 leaks every string argument.
+        NORMALIZE.index(normalize),
         out,
     )
     if not several:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from carve_kernels.backends.native import region_buffers
-from carve_kernels.types import Regions
+from carve_kernels.types import SCORES, Regions
 
 
 def supports(saliency: torch.Tensor, **_options: Any) -> str | None:
@@ -24,8 +24,8 @@ def forward(
     connectivity: int = 4,
     score: str = "sum",
 ) -> Regions:
-    """The kept regions, or the whole image and the reason; see `carve_kernels.regions`."""
-    # Memory of the worst case that is never touched costs nothing; what was written is copied out of it.
+    """The selected regions, or the whole image and the reason; see `carve_kernels.regions`."""
+    # Memory of the worst case costs nothing until it is written; the result is copied out of it.
     buffers = region_buffers.allocate(saliency, keep=keep, top=top, floor=floor, connectivity=connectivity)
     torch.ops.carve_kernels.regions_cpu(
         saliency.detach().contiguous(),
@@ -33,7 +33,7 @@ def forward(
         top or 0,
         floor or 0,
         connectivity,
-        region_buffers.SCORES.index(score),
+        SCORES.index(score),
         *buffers,
     )
     return region_buffers.read(buffers)

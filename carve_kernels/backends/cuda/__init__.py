@@ -1,4 +1,4 @@
-"""The CUDA room: compiled kernels from the extension that stands next to the package, where a GPU can run them."""
+"""The CUDA backend: compiled kernels from the extension in the package's folder, where a GPU can run them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def devices() -> tuple[str, ...]:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no GPU here can run the kernels, and the line that would mend it, or None."""
+    """Why no GPU here can run the kernels, and the command that fixes it, or None."""
     reason = extension.unavailable()
     if reason is not None:
         return reason
@@ -32,15 +32,15 @@ def unavailable() -> str | None:
 
 @functools.cache
 def foreign(device: int) -> str | None:
-    """Why a GPU cannot run the kernels inside, or None."""
+    """Why a GPU cannot run the compiled kernels, or None."""
     major, minor = torch.cuda.get_device_capability(device)
-    inside = extension.architectures()
-    # A kernel runs on later minor versions of its architecture; the last is also inside as PTX, for all that follow.
-    if any(one // 10 == major and one % 10 <= minor for one in inside) or 10 * major + minor >= inside[-1]:
+    compiled = extension.architectures()
+    # A kernel runs on later minor versions of its architecture; the last is also there as PTX, for all later ones.
+    if any(one // 10 == major and one % 10 <= minor for one in compiled) or 10 * major + minor >= compiled[-1]:
         return None
     name = torch.cuda.get_device_name(device)
-    here = ", ".join(f"sm_{one}" for one in inside)
+    names = ", ".join(f"sm_{one}" for one in compiled)
     return (
-        f"{name} is sm_{major}{minor}, and the kernels inside are for {here}; "
+        f"{name} is sm_{major}{minor}, and the compiled kernels are for {names}; "
         f"CARVE_KERNELS_CUDA_ARCHITECTURES={major}{minor} {extension.install_command()} {_NVCC}"
     )

@@ -1,4 +1,4 @@
-"""How the CUDA kernels cut their work, in plain numbers: shared by the launchers and by the count of their work."""
+"""How the CUDA kernels divide their work, in plain numbers: for the launchers and for the count of their work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ MOST_SIZE = 256
 _SPLIT_KEYS = 64
 _MOST_SPLITS = 32
 
-# As in csrc/cuda/regions.h. About as many blocks as 132 multiprocessors of 2048 threads run at a time; any number gives
-# the same.
+# As in csrc/cuda/regions.h. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The result does
+# not depend on it.
 MOST_BLOCKS = 1024
 
 STAT = 8  # bytes of a maximum and a sum
@@ -20,7 +20,7 @@ FLOAT = 4
 def scratch_bytes(
     *, layers: int, batch: int, query_heads: int, rows: int, keys: int, tokens: int, lse: bool, each: bool
 ) -> int:
-    """The memory in which the launches hand over: statistics of the splits, means beside maps of each head, tickets."""
+    """The scratch between the launches: statistics of the splits, means if there is a map for each head, tickets."""
     stats = 0 if lse else layers * batch * query_heads * rows * splits(keys) * STAT
     means = layers * batch * rows * tokens * FLOAT if each else 0
     return stats + means + layers * batch * 4

@@ -1,4 +1,4 @@
-"""Regions on the device: radix selection, a forest of runs, sums by integer atomics, a sort by merging."""
+"""Regions on the device: radix selection, union-find over runs, sums by integer atomics, merge sort."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from carve_kernels.backends.cuda import foreign
 from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.cuda.stream import stream_of
 from carve_kernels.backends.native import region_buffers
-from carve_kernels.types import Regions
+from carve_kernels.types import SCORES, Regions
 
-# Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each region that there may be, 4 for each pixel.
+# Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each possible region, 4 for each pixel.
 _STATE_BYTES = 6 * 2**11 * 4 + 104
 _REGION_BYTES = 40
 _PIXEL_BYTES = 4
@@ -33,11 +33,11 @@ def forward(
     connectivity: int = 4,
     score: str = "sum",
 ) -> Regions:
-    """The kept regions, or the whole image and the reason; see `carve_kernels.regions`.
+    """The selected regions, or the whole image and the reason; see `carve_kernels.regions`.
 
-    Mask, boxes and scores stay on the device. One copy of six numbers comes to the host at the end, and waits for the
-    device: the union box and the reason are Python's. For the call's time the device lends 4 bytes a pixel and 40 for
-    each region that a picture of this size can have, in all 24 bytes a pixel (14 with 8-connectivity).
+    Mask, boxes and scores stay on the device. One copy of six numbers to the host, for the union box and the reason,
+    waits for the device at the end. Scratch takes 4 bytes a pixel and 40 for each region that an image of this size can
+    have, in all 24 bytes a pixel (14 with 8-connectivity).
     """
     saliency = saliency.detach().contiguous()
     height, width = saliency.shape
@@ -48,7 +48,7 @@ def forward(
         top or 0,
         floor or 0,
         connectivity,
-        region_buffers.SCORES.index(score),
+        SCORES.index(score),
         MOST_BLOCKS,
         stream_of(saliency.device),
         saliency.new_empty(scratch_bytes(height, width, connectivity), dtype=torch.uint8),
@@ -58,6 +58,6 @@ def forward(
 
 
 def scratch_bytes(height: int, width: int, connectivity: int) -> int:
-    """The memory that the operator works in."""
+    """The bytes of the operator's scratch."""
     regions = region_buffers.most_regions(height, width, connectivity)
     return _STATE_BYTES + _REGION_BYTES * regions + _PIXEL_BYTES * height * width

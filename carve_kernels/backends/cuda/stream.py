@@ -1,4 +1,4 @@
-"""The stream that a launch goes to."""
+"""The stream of a launch."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream; the tests' tensors, on a CPU, have none."""
+    """The handle of the device's current stream; 0 for the tests' tensors on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,1 +1,1 @@
-"""What the backends of the compiled extension share: the library, the schemas of its operators, buffers of regions."""
+"""What several backends share: the compiled library, its operators' schemas, buffers of regions, limits of kernels."""

@@ -1,4 +1,4 @@
-"""The compiled extension that stands next to the package: loaded once, for whichever backend asks first."""
+"""The compiled extension in the package's folder: loaded once, by the first backend that needs it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _MOST_ARCHITECTURES = 16
 
 
 def not_built() -> str | None:
-    """That there is no library, and the line that would mend it, or None; found out without torch."""
-    return None if LIBRARY.exists() else f"the extension {LIBRARY.name} is not built; {_mend()}"
+    """That there is no library, and the command that builds it, or None; works without torch."""
+    return None if LIBRARY.exists() else f"the extension {LIBRARY.name} is not built; {_fix()}"
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Load the extension once; why it is not there, and the line that would mend it, or None."""
+    """Load the extension once; why it is unavailable, and the command that fixes it, or None."""
     if reason := not_built():
         return reason
     import torch
 
-    import carve_kernels.backends.native.schemas  # noqa: F401  (the operators' schemas must stand before their implementations)
+    import carve_kernels.backends.native.schemas  # noqa: F401  (an operator is defined before it is implemented)
 
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the extension {LIBRARY.name} failed to load ({error}); {_mend()}"
+        return f"the extension {LIBRARY.name} failed to load ({error}); {_fix()}"
     return None
 
 
 def architectures() -> tuple[int, ...]:
-    """The GPU architectures that kernels inside are compiled for, such as 90 for sm_90; none without nvcc."""
+    """The GPU architectures of the compiled kernels, such as 90 for sm_90; none if built without nvcc."""
     import torch
 
     out = torch.zeros(_MOST_ARCHITECTURES, dtype=torch.int64, device="cpu")
@@ -45,12 +45,12 @@ def architectures() -> tuple[int, ...]:
 
 
 def install_command() -> str:
-    """What installs the package anew from its source, where that is known."""
+    """The command that installs the package from its source again, where the source is known."""
     source = Path(__file__).resolve().parents[3]
     if (source / "setup.py").exists():
         return f"pip install -e {shlex.quote(str(source))}"
     return "pip install . in the folder of its source"
 
 
-def _mend() -> str:
+def _fix() -> str:
     return f"with a C++ compiler: {install_command()}"

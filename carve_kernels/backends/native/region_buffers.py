@@ -1,4 +1,4 @@
-"""What the compiled operators of the regions are asked for and what they write, whatever the device."""
+"""The inputs and outputs of the compiled region operators, on any device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 
 from carve_kernels.types import Regions
 
-# In the orders of carve::Score and carve::Reason. Numbers, since the stable ABI of torch 2.13 leaks every string.
-SCORES = ("sum", "mean", "max")
+# In the order of carve::Reason. Reasons and scores are numbers: the stable ABI of torch 2.13 leaks every string.
 REASONS = (
     None,
     "the saliency is empty",
@@ -28,9 +27,9 @@ class RegionBuffers(NamedTuple):
     name     dtype    shape          meaning
     =======  =======  =============  ====================================================
     mask     bool     [H, W]         of `Regions`
-    boxes    int64    [capacity, 4]  of `Regions`, with room for what may have to be kept
+    boxes    int64    [capacity, 4]  of `Regions`, for as many as may be selected
     scores   float64  [capacity]     of `Regions`
-    outcome  int64    [6]            how many are kept, the reason, and the box
+    outcome  int64    [6]            the number of regions, the reason, and the box
     =======  =======  =============  ====================================================
     """
 
@@ -43,20 +42,20 @@ class RegionBuffers(NamedTuple):
 def supports(saliency: torch.Tensor) -> str | None:
     """Why a compiled operator cannot serve a saliency, or None."""
     if saliency.numel() > MOST_PIXELS:
-        return f"saliency has {saliency.numel()} pixels, this room serves {MOST_PIXELS}; use backend='reference'"
+        return f"saliency has {saliency.numel()} pixels, this backend serves {MOST_PIXELS}; use backend='reference'"
     return None
 
 
 def most_regions(height: int, width: int, connectivity: int) -> int:
-    """How many regions a picture can have."""
-    # The pixels of one colour of a checkerboard do not touch, nor do those of every second row and column.
+    """The largest number of regions of an image."""
+    # Two pixels of one colour of a checkerboard are not 4-connected; every second row and column is not 8-connected.
     return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
 
 
 def allocate(
     saliency: torch.Tensor, *, keep: float, top: int | None, floor: int | None, connectivity: int
 ) -> RegionBuffers:
-    """Outputs with room for as many regions as may be kept."""
+    """Outputs for as many regions as may be selected."""
     height, width = saliency.shape
     capacity = most_regions(height, width, connectivity)
     capacity = min(capacity, max(floor or 0, int(capacity * keep)) if top is None else top)
@@ -69,13 +68,13 @@ def allocate(
 
 
 def read(buffers: RegionBuffers) -> Regions:
-    """The regions that were written. Waits for the device: the box is made of Python's numbers."""
-    kept, reason, x0, y0, x1, y1 = buffers.outcome.tolist()
+    """The regions in the buffers. Waits for the device: the box is Python numbers."""
+    count, reason, x0, y0, x1, y1 = buffers.outcome.tolist()
     return Regions(
-        buffers.mask, _first(buffers.boxes, kept), _first(buffers.scores, kept), (x0, y0, x1, y1), REASONS[reason]
+        buffers.mask, _first(buffers.boxes, count), _first(buffers.scores, count), (x0, y0, x1, y1), REASONS[reason]
     )
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
-    # Room for the worst case is given back, where it is more than a few pages of memory.
+    # The memory of the worst case is freed where it is more than a few pages.
     return rows[:count] if len(rows) <= _FEW_ROWS else rows[:count].clone()

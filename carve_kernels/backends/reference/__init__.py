@@ -1,11 +1,11 @@
-"""The reference backend: plain torch and numpy. It defines every number of the other backends."""
+"""The reference backend: plain torch and numpy. It defines the results of the other backends."""
 
 
 def unavailable() -> str | None:
-    """The reference is always here."""
+    """The reference always serves."""
     return None
 
 
 def devices() -> tuple[str, ...]:
-    """None is named: tensors may be anywhere."""
+    """Empty: tensors may be on any device."""
     return ()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
-from carve_kernels.types import Capture
+from carve_kernels.numerics import entropy
+from carve_kernels.types import Capture, CaptureOptions
 
-# Keys converted to the computing dtype at a time, so that scratch grows with rows x S and not with S x D.
+# Keys converted to the dtype of the computation at a time: scratch grows with rows x S, not with S x D.
 KEY_BLOCK = 1024
 
 
-def supports(*_args: object, **_kwargs: object) -> str | None:
+def supports(*_args: object, **_options: object) -> str | None:
+    """The reference serves everything."""
     return None
 
 
@@ -21,28 +22,22 @@ def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     tokens: torch.Tensor,
+    options: CaptureOptions,
     *,
-    scale: float,
-    mask: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    sink: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    heads: Literal["mean", "each"] = "mean",
     out: Capture | None = None,
 ) -> Capture:
-    scores = _scores(query, key, scale)
-    if softcap is not None:
-        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
-    seen = _visible(mask, positions, window, key.shape[2])
-    if seen is not None:
-        scores = scores.masked_fill_(~seen, -math.inf)
-    dtype = scores.dtype
+    """Capture(maps, mass, entropy) in float32, or in float64 for float64 input; see `carve_kernels.capture`."""
+    scores = _scores(query, key, options.scale)
+    if options.softcap is not None:
+        scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
+    visible = _visible_keys(options, key.shape[2])
+    if visible is not None:
+        scores = scores.masked_fill_(~visible, -math.inf)
+    dtype, sink = scores.dtype, options.sink
 
-    # The maximum and the sum below it stay apart: the logarithm of both would be rounded to the digits of the maximum.
-    if lse is not None:
-        top = lse.to(dtype).unsqueeze(-1)
+    # The maximum and the sum below it stay two numbers: one logarithm would be rounded to the digits of the maximum.
+    if options.lse is not None:
+        top = options.lse.to(dtype).unsqueeze(-1)
         summed = torch.ones_like(top)
         dead = (scores == -math.inf).all(-1, keepdim=True) | (top == -math.inf)
         top = top.masked_fill(dead, 0.0)
@@ -70,26 +65,16 @@ def forward(
 
     mean = probabilities.mean(1)
     mass = mean.sum(-1)
-    values = mean if heads == "mean" else probabilities
-    result = Capture(values, mass, entropy(mean, used))
+    result = Capture(mean if options.heads == "mean" else probabilities, mass, entropy(mean, used))
     if out is None:
-        return Capture(*(part if part.dtype == torch.float64 else part.float() for part in result))
-    for target, part in zip(out, result, strict=True):
-        target.copy_(part)
+        return Capture(*(values if values.dtype == torch.float64 else values.float() for values in result))
+    for target, values in zip(out, result, strict=True):
+        target.copy_(values)
     return out
 
 
-def entropy(maps: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """H / ln N of maps [B, ..., N] over the used tokens [B, N]; 0 where fewer than two are used or the mass is 0."""
-    mass = maps.sum(-1, keepdim=True)
-    share = maps / mass.masked_fill(mass == 0, 1.0)
-    total = torch.special.entr(share).sum(-1)
-    count = used.sum(-1).to(maps.dtype).view(-1, *[1] * (total.ndim - 1))
-    return torch.where(count > 1, total / torch.log(count.clamp(min=2.0)), 0.0)
-
-
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * query @ key^T as [B, A, R, S], in float64 for float64 input and in float32 for all other."""
+    """scale * query @ key^T as [B, A, R, S], in float64 for float64 input, else in float32."""
     batch, query_heads, rows, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -102,15 +87,11 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
     return scores.mul_(scale).view(batch, query_heads, rows, keys)
 
 
-def _visible(
-    mask: torch.Tensor | None, positions: torch.Tensor | None, window: int | None, keys: int
-) -> torch.Tensor | None:
+def _visible_keys(options: CaptureOptions, keys: int) -> torch.Tensor | None:
     """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all."""
-    if mask is not None:
-        return mask
-    if positions is None:
-        return None
-    column = torch.arange(keys, device=positions.device)
-    last = positions[:, None, :, None]
-    seen = column <= last
-    return seen & (column > last - window) if window is not None else seen
+    if options.positions is None:
+        return options.mask
+    column = torch.arange(keys, device=options.positions.device)
+    last = options.positions[:, None, :, None]
+    visible = column <= last
+    return visible if options.window is None else visible & (column > last - options.window)

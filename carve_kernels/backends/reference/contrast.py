@@ -30,7 +30,7 @@ def forward(
     """The saliency of one view, or a list of them for lists of grids and sizes; see `carve_kernels.contrast`."""
     layers, steps, _ = task.shape
     by_layer, by_step = (
-        # Weights are float64, which not every device takes.
+        # Weights are float64, which not every device has.
         torch.as_tensor(values, dtype=task.dtype, device="cpu").to(task.device)
         for values in (
             [1.0] * layers if layer_weights is None else layer_weights,
@@ -38,15 +38,15 @@ def forward(
         )
     )
 
-    floor = general + (general.mean(-1, keepdim=True) if lam == "mean" else float(lam))
-    # Where general + lam is 0 there is nothing to hold the task map against: the token counts as unseen, not as NaN.
-    ratio = torch.where(floor > 0, task / floor, 0)
+    divisor = general + (general.mean(-1, keepdim=True) if lam == "mean" else float(lam))
+    # A divisor of 0 gives a ratio of 0, not NaN.
+    ratio = torch.where(divisor > 0, task / divisor, 0)
     fused = _normalize((ratio * by_layer[:, None, None] * by_step[:, None]).sum((0, 1)), normalize)
 
     if isinstance(grid[0], int):
         return _upsample(fused, grid, size)  # type: ignore[arg-type]
-    parts = fused.split([rows * columns for rows, columns in grid])  # type: ignore[misc]
-    return [_upsample(*view) for view in zip(parts, grid, size, strict=True)]  # type: ignore[arg-type]
+    views = fused.split([rows * columns for rows, columns in grid])  # type: ignore[misc]
+    return [_upsample(*view) for view in zip(views, grid, size, strict=True)]  # type: ignore[arg-type]
 
 
 def _normalize(fused: torch.Tensor, kind: str) -> torch.Tensor:

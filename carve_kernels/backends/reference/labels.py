@@ -1,4 +1,4 @@
-"""The connected regions of a mask with numpy: the runs of pixels of each row, joined where they touch."""
+"""The connected regions of a mask with numpy: union-find over the runs of pixels of each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def label(mask: numpy.ndarray, connectivity: int) -> tuple[numpy.ndarray, numpy.
     rows, starts = numpy.nonzero(change == 1)
     ends = numpy.nonzero(change == -1)[1]
 
-    first_runs = _joined(len(rows), *_touching(rows * (width + 2), starts, ends, width + 2, connectivity))
+    first_runs = _connect(len(rows), *_touching_pairs(rows * (width + 2), starts, ends, width + 2, connectivity))
     roots, regions = numpy.unique(first_runs, return_inverse=True)
     labels = numpy.zeros((height, width), dtype=numpy.int64)
     labels[mask] = numpy.repeat(regions + 1, ends - starts)
@@ -26,7 +26,7 @@ def label(mask: numpy.ndarray, connectivity: int) -> tuple[numpy.ndarray, numpy.
     return labels, boxes
 
 
-def _touching(
+def _touching_pairs(
     offsets: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray, stride: int, connectivity: int
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Pairs of runs of neighbouring rows that share an edge or, 8-connected, a corner."""
@@ -40,8 +40,8 @@ def _touching(
     return upper, lower
 
 
-def _joined(count: int, left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
-    """For each of `count` things the first one that pairs (left, right) connect it to."""
+def _connect(count: int, left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
+    """For each of `count` runs, the first run that the pairs (left, right) connect it to."""
     first = numpy.arange(count)
     while True:
         lower = first.copy()

@@ -8,9 +8,10 @@ import numpy
 import torch
 
 from carve_kernels.backends.reference.labels import label
-from carve_kernels.types import Regions, float64_device
+from carve_kernels.numerics import float64_device
+from carve_kernels.types import Regions
 
-# A flat map that was resized differs from a flat one by a few roundings.
+# Resizing changes a flat map by a few roundings.
 FLAT = 16
 
 
@@ -28,9 +29,9 @@ def forward(
     connectivity: int = 4,
     score: str = "sum",
 ) -> Regions:
-    """The kept regions, or the whole image and the reason; see `carve_kernels.regions`."""
+    """The selected regions, or the whole image and the reason; see `carve_kernels.regions`."""
     values = saliency.detach().cpu().numpy()
-    reason = _nothing_to_choose(values)
+    reason = _why_none(values)
     if reason is not None:
         return whole(saliency, reason)
 
@@ -38,27 +39,27 @@ def forward(
     labels, boxes = label(values >= threshold, connectivity)
     count = len(boxes)
     if count == 0:
-        # The difference of extreme values overflows in the percentile, and no value reaches infinity.
+        # The percentile overflowed to infinity, which no value reaches.
         return whole(saliency, "the range of the saliency is too wide for its dtype")
     order, scores = _rank(values, labels, count, score)
-    # The release floors count * keep, and keeps `floor` regions where that is fewer.
-    kept = order[: top if floor is None else max(floor, int(count * keep))]
+    # The release rounds count * keep down, and selects at least `floor` regions.
+    selected = order[: top if floor is None else max(floor, int(count * keep))]
 
-    chosen = numpy.zeros(count + 1, dtype=bool)
-    chosen[kept + 1] = True
-    boxes = boxes[kept]
+    is_selected = numpy.zeros(count + 1, dtype=bool)
+    is_selected[selected + 1] = True
+    boxes = boxes[selected]
     x0, y0, x1, y1 = (int(edge) for edge in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
     device = saliency.device
     return Regions(
-        mask=torch.from_numpy(chosen[labels]).to(device),
+        mask=torch.from_numpy(is_selected[labels]).to(device),
         boxes=torch.from_numpy(boxes).to(device),
-        scores=torch.from_numpy(scores[kept]).to(float64_device(device)),
+        scores=torch.from_numpy(scores[selected]).to(float64_device(device)),
         box=(x0, y0, x1, y1),
     )
 
 
 def whole(saliency: torch.Tensor, reason: str) -> Regions:
-    """No region: the whole image is kept, and the reason says why."""
+    """No region: the mask is the whole image, and the reason says why."""
     height, width = saliency.shape
     return Regions(
         mask=torch.ones(height, width, dtype=torch.bool, device=saliency.device),
@@ -69,7 +70,7 @@ def whole(saliency: torch.Tensor, reason: str) -> Regions:
     )
 
 
-def _nothing_to_choose(values: numpy.ndarray) -> str | None:
+def _why_none(values: numpy.ndarray) -> str | None:
     if values.size == 0:
         return "the saliency is empty"
     low, high = float(values.min()), float(values.max())
@@ -86,20 +87,20 @@ def _rank(values: numpy.ndarray, labels: numpy.ndarray, count: int, score: str) 
     owner = labels.reshape(-1)[pixels] - 1
     inside = values.reshape(-1)[pixels].astype(numpy.float64)
 
-    # Whole numbers add up to the same sum in any order. 36 bits a pixel fit in int64 up to 2^26 pixels, fewer beyond.
-    one = 2.0 ** min(36, 62 - values.size.bit_length())
+    # Integers have the same sum in any order. 36 bits a pixel fit in int64 up to 2^26 pixels, fewer beyond.
+    unit = 2.0 ** min(36, 62 - values.size.bit_length())
     peak = float(numpy.abs(values).max())
     sums = numpy.zeros(count, dtype=numpy.int64)
-    numpy.add.at(sums, owner, numpy.rint(inside / peak * one).astype(numpy.int64))
-    scores = sums / one * peak
-    key: numpy.ndarray = sums
+    numpy.add.at(sums, owner, numpy.rint(inside / peak * unit).astype(numpy.int64))
+    scores = sums / unit * peak
+    rank: numpy.ndarray = sums
     if score == "mean":
-        key = scores = scores / numpy.bincount(owner, minlength=count)
+        rank = scores = scores / numpy.bincount(owner, minlength=count)
     elif score == "max":
-        key = scores = numpy.full(count, -numpy.inf)
+        rank = scores = numpy.full(count, -numpy.inf)
         numpy.maximum.at(scores, owner, inside)
 
-    # Written from the last pixel to the first, the first pixel of each region is what remains.
+    # Written from the last pixel to the first, so that each region keeps its first pixel.
     first = numpy.empty(count, dtype=numpy.int64)
     first[owner[::-1]] = pixels[::-1]
-    return numpy.lexsort((first, -key)), scores
+    return numpy.lexsort((first, -rank)), scores

@@ -30,7 +30,7 @@ def capture_statistics_kernel(
     group = query_heads // key_heads
     row_tiles = tl.cdiv(rows, BLOCK_ROW)
     tiles = row_tiles * tl.cdiv(group, BLOCK_GROUP)
-    # Tiles that read the same keys stand next to each other, for the sake of the cache.
+    # Tiles that read the same keys are neighbours, for the cache.
     tile = tl.program_id(0) % tiles
     split = tl.program_id(0) // tiles % splits
     unit = (tl.program_id(0) // tiles // splits).to(tl.int64)
@@ -58,8 +58,8 @@ def capture_statistics_kernel(
         column = first + tl.arange(0, BLOCK_KEY)
         there = column < stop
         key = parts.load_key(key_ptr, stride_key_s, stride_key_d, column, there, HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE)
-        seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, there, after, last)
-        score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
+        visible = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, there, after, last)
+        score = parts.scores(query, key, visible, scale, cap, HAS_SOFTCAP)
         higher = tl.maximum(maximum, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(maximum - base) + tl.sum(tl.exp(score - base[:, None]), 1)
@@ -100,7 +100,7 @@ def capture_map_kernel(
     layer = tl.program_id(2)
     query_ptr = parts.pick(query_ptrs, layer, ALIGN) + b * parts.whole(stride_query_b, UNIT)
     key_ptr = parts.pick(key_ptrs, layer, ALIGN) + b * parts.whole(stride_key_b, UNIT)
-    # Decided here: Triton 3.6 has no function that returns None from one arm of an `if`.
+    # Not in a function: in Triton 3.6 none can return None from one branch of an `if`.
     sink_ptr = sink_ptrs if sink_ptrs is None else parts.pick(sink_ptrs, layer, 1)
     slot = (block * BLOCK_TOKEN + tl.arange(0, BLOCK_TOKEN)).to(tl.int64)
     token = tl.load(tokens_ptr + b * stride_tokens_b + slot * stride_tokens_n, mask=slot < tokens, other=-1)
@@ -109,10 +109,10 @@ def capture_map_kernel(
     step = steps * 0
     if step_ptr is not None:
         step += tl.load(step_ptr)
-    # A step outside of the buffers is the caller's fault, and no reason to write into somebody else's memory.
+    # A step outside the buffers is the caller's mistake, and must not write into other memory.
     rows_to_write = tl.where((step >= 0) & (step < steps), rows, 0)
-    place = first + layer
-    map_ptr += step * stride_map_t + place * stride_map_l + b * stride_map_b + slot[None, :] * stride_map_n
+    out_layer = first + layer
+    map_ptr += step * stride_map_t + out_layer * stride_map_l + b * stride_map_b + slot[None, :] * stride_map_n
     mean = tl.zeros([BLOCK_ROW, BLOCK_TOKEN], tl.float32)
     for index in tl.range(0, key_heads * group_tiles):
         key_head = index // group_tiles
@@ -131,8 +131,8 @@ def capture_map_kernel(
         positions_at = b * stride_positions_b + row * stride_positions_r
         after, last = parts.range_of_rows(positions_ptr, positions_at, live, keys, window, HAS_WINDOW)
         mask_at = b * stride_mask_b + head * stride_mask_a + row * stride_mask_r
-        seen = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
-        score = parts.scores(query, key, seen, scale, cap, HAS_SOFTCAP)
+        visible = parts.visible(mask_ptr, mask_at, stride_mask_s, live, column, used, after, last) & live[:, None]
+        score = parts.scores(query, key, visible, scale, cap, HAS_SOFTCAP)
         probability = tl.where(used[None, :], tl.exp(score - top[:, None]) * share[:, None], 0.0)
         if EACH:
             at = (head * stride_map_a + row * stride_map_r)[:, None]
@@ -143,11 +143,15 @@ def capture_map_kernel(
     if not EACH:
         at = (row * stride_map_r)[:, None]
         tl.store(map_ptr + at, mean, mask=(row < rows_to_write)[:, None] & (slot < tokens)[None, :])
-    part_at = scratch_ptr + 2 * statistics + ((layer.to(tl.int64) * batch + b) * rows + row) * (blocks * parts.PARTS)
+    partial_at = (
+        scratch_ptr + 2 * statistics + ((layer.to(tl.int64) * batch + b) * rows + row) * (blocks * parts.PARTIALS)
+    )
     ticket_ptr += layer * (batch * row_tiles) + unit
-    if parts.last_of_row(part_at, ticket_ptr, mean, used, row < rows, block, blocks):
-        mass, entropy = parts.summary(part_at, row < rows, blocks, BLOCK_ROW)
-        mass_at = step * stride_mass_t + place * stride_mass_l + b * stride_mass_b + row * stride_mass_r
-        entropy_at = step * stride_entropy_t + place * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
+    if parts.last_of_row(partial_at, ticket_ptr, mean, used, row < rows, block, blocks):
+        mass, entropy = parts.summary(partial_at, row < rows, blocks, BLOCK_ROW)
+        mass_at = step * stride_mass_t + out_layer * stride_mass_l + b * stride_mass_b + row * stride_mass_r
+        entropy_at = (
+            step * stride_entropy_t + out_layer * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
+        )
         tl.store(mass_ptr + mass_at, mass, mask=row < rows_to_write)
         tl.store(entropy_ptr + entropy_at, entropy, mask=row < rows_to_write)

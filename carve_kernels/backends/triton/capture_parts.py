@@ -1,4 +1,4 @@
-"""What both kernels of capture are made of: lanes, loads, logits, and who sees whom."""
+"""The parts of both capture kernels: lanes, loads, visibility, logits and their reduction."""
 
 # Triton's tensors have no types that mypy knows.
 # mypy: disable-error-code="no-untyped-def"
@@ -8,10 +8,10 @@ import triton.language as tl
 
 from carve_kernels.backends.triton import capture_plan
 
-PARTS = tl.constexpr(capture_plan.PARTS)
+PARTIALS = tl.constexpr(capture_plan.PARTIALS)
 MOST_SPLITS = tl.constexpr(capture_plan.MOST_SPLITS)
-# Blocks of tokens that are added up at a time.
-BLOCK_PART = tl.constexpr(32)
+# Blocks of tokens that are summed at a time.
+BLOCK_PARTIAL = tl.constexpr(32)
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def whole(stride, UNIT: tl.constexpr):
 
 @triton.jit
 def lanes(row_tile, group_tile, rows, group, BLOCK_ROW: tl.constexpr, BLOCK_GROUP: tl.constexpr):
-    """The row and the head within its group of each lane of a tile, and which lanes there are."""
+    """The row of each lane of a tile, its head within the group, and whether the lane is used."""
     lane = tl.arange(0, BLOCK_ROW * BLOCK_GROUP)
     row = row_tile * BLOCK_ROW + lane // BLOCK_GROUP
     member = group_tile * BLOCK_GROUP + lane % BLOCK_GROUP
@@ -43,7 +43,7 @@ def load_query(
     query_ptr, stride_a, stride_r, stride_d, head, row, live, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """[M, D] of the rows and heads of the lanes, 0 where there are none."""
+    """[M, D] of the rows and heads of the lanes, 0 for unused lanes."""
     dim = tl.arange(0, BLOCK_SIZE)
     at = head[:, None] * whole(stride_a, UNIT) + row[:, None] * whole(stride_r, UNIT)
     if IS_DENSE:
@@ -58,7 +58,7 @@ def load_key(
     key_ptr, stride_s, stride_d, column, there, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """[N, D] of some columns of the keys of one head, 0 where there are none."""
+    """[N, D] of some key columns of one head, 0 where `there` is False."""
     dim = tl.arange(0, BLOCK_SIZE)
     at = column.to(tl.int64)[:, None] * whole(stride_s, UNIT)
     if IS_DENSE:
@@ -84,73 +84,73 @@ def range_of_rows(positions_ptr, at, live, keys, window, HAS_WINDOW: tl.constexp
 @triton.jit
 def visible(mask_ptr, at, stride_s, live, column, there, after, last):
     """Which columns [N] each lane [M] sees, as [M, N]."""
-    seen = there[None, :] & (column[None, :] > after[:, None]) & (column[None, :] <= last[:, None])
+    visible = there[None, :] & (column[None, :] > after[:, None]) & (column[None, :] <= last[:, None])
     if mask_ptr is not None:
         at = at[:, None] + column.to(tl.int64)[None, :] * stride_s
-        seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0
-    return seen
+        visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0
+    return visible
 
 
 @triton.jit
-def scores(query, key, seen, scale, cap, HAS_SOFTCAP: tl.constexpr):
-    """Logits [M, N] of query [M, D] and key [N, D], -inf where they are not seen.
+def scores(query, key, visible, scale, cap, HAS_SOFTCAP: tl.constexpr):
+    """Logits [M, N] of query [M, D] and key [N, D], -inf where a key is not visible.
 
-    With a soft cap the scale is 2 log2(e) / softcap times itself, for a tanh in base 2.
+    With a soft cap, `scale` is already multiplied by 2 log2(e) / softcap, for a tanh in base 2.
     """
     # Half precision is exact in any mode; TF32 would round the logits of float32 to three digits.
     logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if HAS_SOFTCAP:
         decay = tl.exp2(-tl.abs(logits))
-        bent = cap * (1.0 - decay) / (1.0 + decay)
-        logits = tl.where(logits < 0, -bent, bent)
-    # Keys that nobody sees may hold NaN, so their scores are replaced and never multiplied by 0.
-    return tl.where(seen, logits, float("-inf"))
+        capped = cap * (1.0 - decay) / (1.0 + decay)
+        logits = tl.where(logits < 0, -capped, capped)
+    # A key that no row sees may hold NaN, so its scores are replaced and never multiplied by 0.
+    return tl.where(visible, logits, float("-inf"))
 
 
 @triton.jit
 def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, line, splits, live):
     """(top, share) of each lane: the probability of a score is exp(score - top) * share.
 
-    Without a log-sum-exp they come from the statistics: maxima [lines, splits], and as many sums behind them.
+    Without a log-sum-exp they come from the statistics: maxima [lines, splits], followed by as many sums.
     """
     if lse_ptr is not None:
-        known = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32)
-        total = tl.where(known == float("-inf"), 0.0, 1.0)
-        top = tl.where(known == float("-inf"), 0.0, known)
+        given = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32)
+        total = tl.where(given == float("-inf"), 0.0, 1.0)
+        top = tl.where(given == float("-inf"), 0.0, given)
     else:
-        # All splits at once, so that their order is the same whoever was first.
+        # All splits at once, so that the order of the sum does not depend on which program was first.
         split = tl.arange(0, MOST_SPLITS)
         there = live[:, None] & (split < splits)[None, :]
         at = line[:, None] * splits + split[None, :]
         maximum = tl.load(statistics_ptr + at, mask=there, other=float("-inf"))
-        part = tl.load(statistics_ptr + statistics + at, mask=there, other=0.0)
+        partial = tl.load(statistics_ptr + statistics + at, mask=there, other=0.0)
         top = tl.max(maximum, 1)
         if sink_ptr is not None:
             sink = tl.load(sink_ptr + sink_at, mask=live, other=0.0).to(tl.float32)
             top = tl.maximum(top, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(part * tl.exp(maximum - top[:, None]), 1)
+        total = tl.sum(partial * tl.exp(maximum - top[:, None]), 1)
         if sink_ptr is not None:
             total += tl.exp(sink - top)
-    # A row that sees nothing has a total of 0, and gets zeros; one that sees a NaN gets NaN.
+    # A row that sees no key has a total of 0 and gives zeros; a row that sees a NaN gives NaN.
     return top, 1.0 / tl.where(total == 0, float("inf"), total)
 
 
 @triton.jit
-def last_of_row(part_at, ticket_ptr, mean, used, fits, block, blocks):
+def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
     """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
 
-    The parts of each row are [blocks, PARTS]. The last one leaves the ticket at 0, for the next call or graph replay.
+    The partials of each row are [blocks, PARTIALS]. The last block resets the ticket to 0 for the next call or replay.
     """
     mass = tl.sum(mean, 1)
-    # A plain division is off by up to two units: a token that holds all would have an entropy.
+    # A plain division is off by up to two units: a token with all the mass would have an entropy above 0.
     share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0)[:, None])
     spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), 1)
-    at = part_at + block * PARTS
+    at = partial_at + block * PARTIALS
     tl.store(at, mass, mask=fits)
     tl.store(at + 1, spread, mask=fits)
     tl.store(at + 2, tl.zeros_like(mass) + tl.sum(used.to(tl.float32), 0), mask=fits)
-    # All threads' parts stand before the ticket is drawn: it releases them, and it shows those of the others.
+    # All threads store before the ticket is taken: it releases their partials and acquires those of other blocks.
     tl.debug_barrier()
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == blocks - 1
     if last:
@@ -159,25 +159,25 @@ def last_of_row(part_at, ticket_ptr, mean, used, fits, block, blocks):
 
 
 @triton.jit
-def summary(part_at, fits, blocks, BLOCK_ROW: tl.constexpr):
-    """(mass, entropy) of rows from the parts [blocks, PARTS] of each.
+def summary(partial_at, fits, blocks, BLOCK_ROW: tl.constexpr):
+    """(mass, entropy) of rows from the partials [blocks, PARTIALS] of each.
 
     By the chain rule of entropy, where no term is below 0 and nothing cancels: H = sum of share * H(block) + H(shares).
     """
-    part = tl.arange(0, BLOCK_PART)
-    mass = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
-    count = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
-    for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
-        there = fits[:, None] & (first + part < blocks)[None, :]
-        at = part_at[:, None] + (first + part)[None, :] * PARTS
+    offset = tl.arange(0, BLOCK_PARTIAL)
+    mass = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
+    count = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
+    for first in tl.range(0, blocks, BLOCK_PARTIAL, num_stages=1):
+        there = fits[:, None] & (first + offset < blocks)[None, :]
+        at = partial_at[:, None] + (first + offset)[None, :] * PARTIALS
         mass += tl.load(at, mask=there, other=0.0)
         count += tl.load(at + 2, mask=there, other=0.0)
     total = tl.sum(mass, 1)
     used = tl.sum(count, 1)
-    spread = tl.zeros([BLOCK_ROW, BLOCK_PART], tl.float32)
-    for first in tl.range(0, blocks, BLOCK_PART, num_stages=1):
-        there = fits[:, None] & (first + part < blocks)[None, :]
-        at = part_at[:, None] + (first + part)[None, :] * PARTS
+    spread = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
+    for first in tl.range(0, blocks, BLOCK_PARTIAL, num_stages=1):
+        there = fits[:, None] & (first + offset < blocks)[None, :]
+        at = partial_at[:, None] + (first + offset)[None, :] * PARTIALS
         share = tl.div_rn(tl.load(at, mask=there, other=0.0), tl.where(total > 0, total, 1.0)[:, None])
         inner = tl.load(at + 1, mask=there, other=0.0)
         spread += share * (inner - tl.log2(tl.where(share > 0, share, 1.0)))

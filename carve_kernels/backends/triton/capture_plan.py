@@ -1,4 +1,4 @@
-"""How capture is divided among programs; whole numbers only, so that the count of its work needs no Triton."""
+"""How capture is divided among programs, in plain integers: the count of its work needs no Triton."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 # Scores are in base 2, the base of the hardware's exponential.
 LOG2E = 1.4426950408889634
 
-# What a block of tokens knows of a row: mass, entropy, used tokens.
-PARTS = 3
+# What a block of tokens stores for a row: mass, entropy, used tokens.
+PARTIALS = 3
 
-# All splits of a lane stand in one register tile of the second kernel: 64 lanes x 32 splits x 2 floats are 32 registers
-# a thread of 128.
+# All splits of a lane are in one register tile of the second kernel: 64 lanes x 32 splits x 2 floats are 32 registers
+# for each of 128 threads.
 MOST_SPLITS = 32
 
 # Rows times heads of a tile, by the bytes of an element. 16 is the M of mma.sync, 64 that of wgmma and tcgen05; beyond,
-# a query of 256 dimensions and its scores leave no registers. float32 has no matrix units but TF32's, of three digits:
-# each thread holds whole rows of its operands, and 16 lanes are what fits.
+# a query of 256 dimensions and its scores leave no registers. The only matrix units for float32 are TF32's, with three
+# digits: without them each thread holds whole rows of its operands, and 16 lanes fit.
 LEAST_LANES = 16
 MOST_LANES = {2: 64, 4: 16}
 
@@ -34,10 +34,10 @@ class Plan(NamedTuple):
 
 
 def plan(query_heads: int, key_heads: int, rows: int, keys: int, size: int, element_size: int) -> Plan:
-    """A tile of lanes, and splits of the keys, which follow from the number of keys and rows alone.
+    """A tile of lanes, and splits of the keys, which depend on the number of keys and rows alone.
 
     Splits make programs: one row of Qwen2.5-VL-7B at 4,096 keys gives 16 splits x 4 key heads x 6 layers = 384 programs
-    for the 108 to 148 multiprocessors of a GPU. Many rows make programs by themselves, and read less scratch.
+    for the 108 to 148 multiprocessors of a GPU. Many rows are many programs without splits, which read less scratch.
     """
     group = query_heads // key_heads
     lanes = MOST_LANES[element_size]

@@ -1,4 +1,4 @@
-"""Contrast in two launches whatever the number of layers, steps and views: the token grid, then the pixels."""
+"""Contrast in two launches for any number of layers, steps and views: the token grid, then the pixels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import triton
 
+from carve_kernels.backends.native.limits import contrast_limit
 from carve_kernels.backends.triton import too_old
 from carve_kernels.backends.triton.contrast_kernels import contrast_grid_kernel, contrast_pixels_kernel
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, is_too_long, plan_grid
@@ -26,11 +27,8 @@ def supports(
     **_options: Any,
 ) -> str | None:
     """Why these arguments cannot be served, or None."""
-    for name, value in (("task", task), ("general", general)):
-        if value.dtype != torch.float32:
-            return f"{name} is {value.dtype}, this room serves torch.float32; use backend='reference'"
-        if value.requires_grad and torch.is_grad_enabled():
-            return f"{name} requires a gradient, which this room does not have; use backend='reference'"
+    if reason := contrast_limit(task, general):
+        return reason
     for tokens, pixels in _views(grid, size):
         if is_too_long(tokens, pixels):
             return f"{tokens} tokens over {pixels} pixels pass 2^28 on an axis; use backend='reference'"
@@ -53,8 +51,8 @@ def forward(
     views = _views(grid, size)
     plan = plan_grid(layers * steps, tokens)
     weights = _weights(
-        _listed([1.0] * layers if layer_weights is None else layer_weights),
-        _listed(range(1, steps + 1) if step_weights is None else step_weights),
+        _tuple([1.0] * layers if layer_weights is None else layer_weights),
+        _tuple(range(1, steps + 1) if step_weights is None else step_weights),
         task.device,
     )
     # The fused grid, the minimum, maximum and sum of each of its blocks, and the sum of each chunk of maps.
@@ -104,19 +102,19 @@ def _views(grid: Any, size: Any) -> list[tuple[Size, Size]]:
 def _columns(views: list[tuple[Size, Size]]) -> list[tuple[int, ...]]:
     """Rows and columns of tokens, heights and widths of all views: as arguments, they need no copy to the device.
 
-    Triton compiles another kernel for another number of views, so it is a power of two, and for a 1 or a multiple of 16
-    in a tuple, so a number n stands as 2 n + 1, which is neither.
+    Triton compiles a kernel for each number of views, so it is padded to a power of two. It also compiles one for a 1
+    or a multiple of 16 in a tuple, so a number n is passed as 2 n + 1, which is neither.
     """
     padded = views + views[-1:] * (triton.next_power_of_2(len(views)) - len(views))
     return list(zip(*[[2 * number + 1 for number in (*grid, *size)] for grid, size in padded], strict=True))
 
 
-def _listed(values: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
+def _tuple(values: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     return tuple(values.tolist() if isinstance(values, torch.Tensor) else values)
 
 
 @functools.lru_cache(maxsize=1024)
 def _weights(by_layer: tuple[float, ...], by_step: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The weight of each layer and step [L, T], kept: a copy to the device makes the host wait until it is there."""
+    """The weight of each layer and step [L, T], cached: the host waits for each copy to the device."""
     layers, steps = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (by_layer, by_step))
     return (layers[:, None] * steps).to(torch.float32).to(device)

@@ -47,19 +47,19 @@ def contrast_grid_kernel(
                 other = first + lanes
                 total += tl.load(general_row + other * stride_general_n, mask=other < tokens, other=0.0)
             added = tl.sum(total, 0) / tokens
-        floor = tl.load(general_row + token * stride_general_n, mask=real, other=0.0) + added
+        divisor = tl.load(general_row + token * stride_general_n, mask=real, other=0.0) + added
         task_row = task_ptr + layer * stride_task_l + step * stride_task_t
         task = tl.load(task_row + token * stride_task_n, mask=real, other=0.0)
-        # Nothing to hold the task against: unseen, not NaN.
-        ratio = tl.where(floor > 0, task / tl.where(floor > 0, floor, 1.0), 0.0)
+        # A divisor of 0 gives a ratio of 0, not NaN.
+        ratio = tl.where(divisor > 0, task / tl.where(divisor > 0, divisor, 1.0), 0.0)
         fused += tl.load(weights_ptr + one) * ratio
     chunks = tl.num_programs(0)
     summary_ptr = scratch_ptr + tokens
     partial_ptr = summary_ptr + 3 * tl.num_programs(1) + token
     tl.store(partial_ptr + chunk.to(tl.int64) * tokens, fused, mask=real)
 
-    # The last program of a block of tokens adds up the chunks in their order, so the bits do not depend on who is last.
-    # The barrier ends the stores of all threads before one of them takes the ticket.
+    # The last program of a block of tokens sums the chunks in order, so the bits do not depend on which one is last.
+    # The barrier completes the stores of all threads before one of them takes the ticket.
     tl.debug_barrier()
     ticket = tl.atomic_add(tickets_ptr + block, 1, sem="acq_rel", scope="gpu")
     if ticket == chunks - 1:
@@ -70,38 +70,38 @@ def contrast_grid_kernel(
         tl.store(summary_ptr + block * 3, tl.min(tl.where(real, total, float("inf")), 0))
         tl.store(summary_ptr + block * 3 + 1, tl.max(tl.where(real, total, float("-inf")), 0))
         tl.store(summary_ptr + block * 3 + 2, tl.sum(total, 0))
-        # Ready for the next call, and for the replay of a graph.
+        # Reset for the next call or graph replay.
         tl.store(tickets_ptr + block, 0)
 
 
 @triton.jit
 def _pick(items, index, COUNT: tl.constexpr):
-    """items[index] of a tuple of numbers that stand as 2 n + 1."""
+    """items[index] of a tuple of numbers that are passed as 2 n + 1."""
     chosen = items[0]
-    for place in tl.static_range(1, COUNT):
-        chosen = tl.where(index == place, items[place], chosen)
+    for i in tl.static_range(1, COUNT):
+        chosen = tl.where(index == i, items[i], chosen)
     return chosen >> 1
 
 
 @triton.jit
 def _sum_before(lefts, rights, index, COUNT: tl.constexpr):
-    """The sum of lefts[i] * rights[i] over all i < index, of numbers that stand as 2 n + 1."""
+    """The sum of lefts[i] * rights[i] over all i < index, of numbers that are passed as 2 n + 1."""
     total = tl.zeros([], tl.int64)
-    for place in tl.static_range(COUNT):
-        total += tl.where(place < index, tl.cast(lefts[place] >> 1, tl.int64) * (rights[place] >> 1), 0)
+    for i in tl.static_range(COUNT):
+        total += tl.where(i < index, tl.cast(lefts[i] >> 1, tl.int64) * (rights[i] >> 1), 0)
     return total
 
 
 @triton.jit
 def _first_tap(pixel, tokens, pixels):
-    """The first token of an axis that weighs something for a pixel."""
+    """The first token of an axis with a weight above 0 for a pixel."""
     beyond = (2 * pixel + 1) * tokens - 2 * tl.maximum(tokens, pixels) - pixels
     return tl.where(beyond < 0, 0, beyond // (2 * pixels) + 1)
 
 
 @triton.jit
 def _weight(token, pixel, tokens, pixels):
-    """The triangle of a pixel at a token in whole numbers, 0 outside: exact up to 2^24, whichever side is longer."""
+    """The triangle filter of a pixel at a token, as an integer: exact up to 2^24, whether the axis grows or shrinks."""
     distance = tl.abs((2 * token + 1) * pixels - (2 * pixel + 1) * tokens)
     inside = tl.maximum(2 * tl.maximum(tokens, pixels) - distance, 0)
     return tl.where(token < tokens, inside, 0).to(tl.float32)
@@ -109,7 +109,7 @@ def _weight(token, pixel, tokens, pixels):
 
 @triton.jit
 def _scale(summary_ptr, blocks, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """What normalising takes off, and what it divides by: 0 where everything becomes 0."""
+    """What normalising subtracts, and its divisor: 0 where the result is 0 everywhere."""
     low = float("inf")
     high = float("-inf")
     total = 0.0
@@ -124,7 +124,7 @@ def _scale(summary_ptr, blocks, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
     span = high - low
     if NORMALIZE == "sum":
         span = total
-    # Minimum and maximum pass over a NaN, the sum does not.
+    # Minimum and maximum ignore a NaN, the sum does not.
     return low, tl.where((span > 0) & (total == total), span, 0.0)
 
 
@@ -151,11 +151,11 @@ def contrast_pixels_kernel(
         return
     rows = _pick(grid_rows, view, VIEWS)
     columns = _pick(grid_columns, view, VIEWS)
-    own_y = tl.program_id(0) // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    own_x = tl.program_id(0) % across * BLOCK_X + tl.arange(0, BLOCK_X)
-    # Past the edge stands the last pixel again, so that no sum of weights is 0.
-    y = tl.minimum(own_y, height - 1)
-    x = tl.minimum(own_x, width - 1)
+    pixel_y = tl.program_id(0) // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    pixel_x = tl.program_id(0) % across * BLOCK_X + tl.arange(0, BLOCK_X)
+    # Past the edge, the last pixel is repeated, so that no sum of weights is 0.
+    y = tl.minimum(pixel_y, height - 1)
+    x = tl.minimum(pixel_x, width - 1)
     first_y = _first_tap(y, rows, height)
     first_x = _first_tap(x, columns, width)
     # Two tokens where the axis grows, tokens / pixels on each side where it shrinks.
@@ -176,12 +176,12 @@ def contrast_pixels_kernel(
         for tap_x in tl.range(0, taps_x):
             weight_x = _weight(first_x + tap_x, x, columns, width)
             both = (weight_y > 0)[:, None] & (weight_x > 0)[None, :]
-            place = (first_y + tap_y)[:, None] * columns + (first_x + tap_x)[None, :]
-            value = tl.load(fused_ptr + place, mask=both, other=0.0) - low
+            at = (first_y + tap_y)[:, None] * columns + (first_x + tap_x)[None, :]
+            value = tl.load(fused_ptr + at, mask=both, other=0.0) - low
             total += tl.where(both, weight_y[:, None] * weight_x[None, :] * value, 0.0)
     total = total / (sum_y[:, None] * sum_x[None, :])
     if NORMALIZE != "none":
         total = tl.where(span > 0, total / tl.where(span > 0, span, 1.0), 0.0)
     saliency_ptr += _sum_before(heights, widths, view, VIEWS)
-    place = own_y.to(tl.int64)[:, None] * width + own_x[None, :]
-    tl.store(saliency_ptr + place, total, mask=(own_y < height)[:, None] & (own_x < width)[None, :])
+    at = pixel_y.to(tl.int64)[:, None] * width + pixel_x[None, :]
+    tl.store(saliency_ptr + at, total, mask=(pixel_y < height)[:, None] & (pixel_x < width)[None, :])

@@ -1,8 +1,8 @@
-"""Kernels that are compiled once and then launched directly, with alignment hints that the host derives.
+"""Kernels that are compiled once and then launched directly, with alignment hints from the host.
 
-Triton's own launcher looks at every argument of every call to find out which compiled kernel it needs: about ten times
-the cost of `torch.empty`, which for one captured row is more than the kernel takes. Here nothing of an argument matters
-but its dtype, so that a short key finds the compiled kernel.
+Triton's launcher inspects every argument of every call to choose a compiled kernel: about ten times the cost of
+`torch.empty`, and for one captured row more than the kernel itself. Here a kernel depends on the dtypes of its
+arguments alone, so that a short signature finds the compiled one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# What a load of 128 bits needs of its address.
+# The alignment of a load of 128 bits.
 VECTOR_BYTES = 16
 
 
 class Several(NamedTuple):
-    """Tensors of one dtype that a kernel gets as one tuple, looked at once for all launches that they go into."""
+    """Tensors of one dtype that a kernel gets as one tuple, inspected once for all their launches."""
 
     tensors: tuple[torch.Tensor, ...]
     addresses: tuple[int, ...]
@@ -30,12 +30,12 @@ class Several(NamedTuple):
     @classmethod
     def of(cls, tensors: tuple[torch.Tensor, ...]) -> Several:
         addresses = tuple([one.data_ptr() for one in tensors])
-        # Triton specialises what stands in a tuple by alignment, whatever it was told of the parameter.
+        # Triton specialises pointers in a tuple by alignment, even where the parameter forbids it.
         return cls(tensors, addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
 
 
 class Kernel:
-    """A kernel and what it was compiled to; a decorator instead of `triton.jit`.
+    """A kernel and its compiled versions; a decorator instead of `triton.jit`.
 
     The parameters are, in this order: pointers (tensors, `Several` of them, or None; their names end in `_ptr` or
     `_ptrs`), numbers (with a type as annotation, such as `tl.int64`, or tuples of integers without one) and
@@ -46,8 +46,8 @@ class Kernel:
         parameters = inspect.signature(function).parameters.values()
         runtime = [one for one in parameters if "constexpr" not in str(one.annotation)]
         numbers = [one for one in runtime if not one.name.endswith(("_ptr", "_ptrs"))]
-        self._tuples = [place for place, one in enumerate(numbers) if one.annotation is inspect.Parameter.empty]
-        # No value of an argument makes another kernel: neither 1, nor a multiple of 16, nor an aligned pointer.
+        self._tuples = [index for index, one in enumerate(numbers) if one.annotation is inspect.Parameter.empty]
+        # No value of an argument selects another kernel: neither 1, nor a multiple of 16, nor an aligned pointer.
         self.jit = triton.jit(function, do_not_specialize=[one.name for one in runtime])
         self._interpreted = not isinstance(self.jit, triton.JITFunction)
         self._compiled: dict[tuple[Any, ...], Any] = {}
@@ -64,44 +64,46 @@ class Kernel:
         stages: int,
         registers: int | None = None,
     ) -> None:
-        """Launch on the current stream of the tensors' device; the first launch of a key compiles.
+        """Launch on the current stream of the tensors' device; the first launch of a signature compiles.
 
-        `registers` is how many a thread may have on NVIDIA's GPUs: left alone, their assembler aims at an occupancy and
-        spills a few bytes for it.
+        `registers` is the most that a thread may use on NVIDIA's GPUs: by default their assembler aims at an occupancy
+        and spills a few bytes for it.
         """
         if self._interpreted:
             self.jit[grid](*map(_argument, pointers), *numbers, *constants)
             return
         addresses: list[Any] = []
-        key: list[Any] = [device, constants, warps, stages]
+        signature: list[Any] = [device, constants, warps, stages]
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
-                key.append(None)
+                signature.append(None)
             elif type(pointer) is Several:
                 addresses.append(pointer.addresses)
-                key.append(pointer.kind)
+                signature.append(pointer.kind)
             else:
                 addresses.append(pointer.data_ptr())  # type: ignore[union-attr]
-                key.append(pointer.dtype)  # type: ignore[union-attr]
-        key += [_kind_of_integers(numbers[place]) for place in self._tuples]
-        compiled = self._compiled.get(tuple(key))
+                signature.append(pointer.dtype)  # type: ignore[union-attr]
+        signature += [_kind_of_integers(numbers[index]) for index in self._tuples]
+        compiled = self._compiled.get(tuple(signature))
         with on(device):
             if compiled is None:
-                # The default of fusion differs between versions of Triton, and leaving it out warns.
+                # The default of fusion differs between versions of Triton, which warn without it.
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
                 if registers is not None and triton.runtime.driver.active.get_current_target().backend == "cuda":
                     options["maxnreg"] = registers
-                self._compiled[tuple(key)] = self.jit[grid](*map(_argument, pointers), *numbers, *constants, **options)
+                self._compiled[tuple(signature)] = self.jit[grid](
+                    *map(_argument, pointers), *numbers, *constants, **options
+                )
             else:
-                # Addresses as plain integers: of a tensor the driver is asked each time where it lives.
+                # Addresses as plain integers: for a tensor, the driver is queried for its device every time.
                 compiled[grid](*addresses, *numbers, *constants)
 
 
 def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: int) -> int:
     """The largest power of two, at most 16, that divides every address and every stride, in bytes.
 
-    A hint that is missing costs 16-bit loads instead of 128-bit ones; a false one reads wrong bytes or faults.
+    Without a hint, loads have 16 bits instead of 128; a wrong hint reads wrong bytes or faults.
     """
     merged = VECTOR_BYTES
     for address in addresses:
@@ -112,7 +114,7 @@ def alignment(addresses: Iterable[int], strides: Iterable[int], element_size: in
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides, with 0 for dimensions of one element: no index moves along those, so any stride may stand there."""
+    """The strides, with 0 for dimensions of one element, whose stride is not used."""
     return _strides(tensor.shape, tensor.stride())
 
 
@@ -127,12 +129,12 @@ def _argument(pointer: torch.Tensor | Several | None) -> Any:
 
 
 def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
-    """What of a tuple of integers makes another kernel: a 1, multiples of 16, and what needs 64 bits."""
+    """What selects another kernel for a tuple of integers: a 1, multiples of 16, and values of 64 bits."""
     return tuple([(one == 1, one % 16 == 0, -(2**31) <= one < 2**31) for one in numbers])
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The device made current, which Triton launches on; nothing where it is already."""
+    """Make the device current, which Triton launches on; a null context where it is already."""
     if device.index is None or device.index == torch.accelerator.current_device_index():
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)

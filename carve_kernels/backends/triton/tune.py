@@ -1,8 +1,8 @@
-"""Find the fastest tiles of capture on this machine's GPU, and write them as a file for CARVE_KERNELS_TILES.
+"""Find the fastest tiles of capture on this machine's GPU, and write them to a file for CARVE_KERNELS_TILES.
 
     python -m carve_kernels.backends.triton.tune --output tiles.json
 
-Nothing tunes by itself: the table of `tiles` stands until the variable names a file.
+Nothing is tuned automatically: the table in `tiles` is used until the variable names a file.
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ from typing import Any
 import torch
 
 from carve_kernels.backends.triton import capture, device, tiles, unavailable
+from carve_kernels.types import Capture, CaptureOptions
 
 _RUNS = 20
-# More than the second-level cache of any GPU there is: what a decode step finds of its keys there is nothing.
+# More than the second-level cache of any GPU: a decode step does not find its keys there.
 _CACHE_BYTES = 256 * 2**20
 
 Measure = Callable[[Callable[[], Any]], float]
 
 
 def candidates(name: str, start: tiles.Tiles) -> Iterator[tiles.Tiles]:
-    """The tiles to try for one of the kernels: blocks, warps and stages next to those that it has."""
-    own: tiles.Tile = getattr(start, name)
-    blocks = sorted({max(own.block // 2, 16), own.block, min(own.block * 2, 256)})
+    """The tiles to try for one of the kernels: blocks, warps and stages near the present ones."""
+    present: tiles.TileConfig = getattr(start, name)
+    blocks = sorted({max(present.block // 2, 16), present.block, min(present.block * 2, 256)})
     for block, warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
-        tried = tiles.Tile(block, warps, stages)
-        if tried != own:
+        tried = tiles.TileConfig(block, warps, stages)
+        if tried != present:
             yield start._replace(**{name: tried})
 
 
-def best(key: str, start: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> tiles.Tiles:
-    """The tiles of one row under which a call is fastest, kernel by kernel; what does not run is passed over."""
-    fastest, found = start, _timed(key, start, call, measure)
+def best(row: str, start: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> tiles.Tiles:
+    """The tiles of one row with which a call is fastest, kernel by kernel; tiles that do not run are skipped."""
+    fastest, least = start, _timed(row, start, call, measure)
     for name in tiles.Tiles._fields:
         for tried in candidates(name, fastest):
-            time = _timed(key, tried, call, measure)
-            if time < found:
-                fastest, found = tried, time
+            time = _timed(row, tried, call, measure)
+            if time < least:
+                fastest, least = tried, time
     return fastest
 
 
 def problem(where: torch.device, lanes: int, size: int, keys: int = 4096, tokens: int = 1024) -> Callable[[], Any]:
-    """Six layers in half precision, with rows that fill a tile of so many lanes."""
+    """Six layers in half precision, with rows that fill a tile of `lanes` lanes."""
     rows = 1 if lanes == tiles.LANES[0] else 8
     query = [torch.randn(1, 28, rows, size, dtype=torch.float16, device=where) for _ in range(6)]
     key = [torch.randn(1, 4, keys, size, dtype=torch.float16, device=where) for _ in range(6)]
     columns = torch.arange(tokens, dtype=torch.int32, device=where)[None]
-    out = capture.Capture(*(torch.empty(1, 6, 1, rows, *last, device=where) for last in ((tokens,), (), ())))
+    out = Capture(*(torch.empty(1, 6, 1, rows, *last, device=where) for last in ((tokens,), (), ())))
     step = torch.zeros((), dtype=torch.int64, device=where)
-    options: dict[str, Any] = {"mask": None, "positions": None, "softcap": None, "window": None}
-    return lambda: capture.forward_layers(
-        query, key, columns, sink=(), step=step, first=0, out=out, scale=size**-0.5, **options
-    )
+    options = CaptureOptions(size**-0.5)
+    return lambda: capture.forward_layers(query, key, columns, options, sink=(), step=step, first=0, out=out)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,15 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     architecture = device.architecture_of(where)
     rows = {}
     for lanes, size in itertools.product(tiles.LANES, (32, 64, 128, 256)):
-        key = tiles.key_of(architecture, 2, lanes, size)
-        rows[key] = best(key, tiles.row_of(architecture, 2, lanes, size), problem(where, lanes, size), on_gpu)
-        print(f"{key}: {rows[key]}", file=sys.stderr)
+        row = tiles.row_name(architecture, 2, lanes, size)
+        rows[row] = best(row, tiles.row_of(architecture, 2, lanes, size), problem(where, lanes, size), on_gpu)
+        print(f"{row}: {rows[row]}", file=sys.stderr)
     _write(path, rows)
     return 0
 
 
 def on_gpu(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call on the GPU, the median of some with a cold cache."""
+    """Milliseconds of a call on the GPU with a cold cache, the median of several."""
     call()
     flush = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
     times = []
@@ -101,19 +100,19 @@ def on_gpu(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _timed(key: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> float:
-    """The time under some tiles, which take the road that a user's file takes; infinite where they do not fit."""
+def _timed(row: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measure) -> float:
+    """The time with some tiles, passed as a user's file would be; infinite where they do not fit."""
     before = os.environ.get(tiles.ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiles.json")
-        _write(path, {key: tried})
+        _write(path, {row: tried})
         os.environ[tiles.ENVIRONMENT] = str(path)
         device.tiles_of.cache_clear()
         try:
             return measure(call)
         except Exception as error:
-            # Triton's error for too much shared memory is no subclass of anything narrower.
-            print(f"{key}: {tried} does not run: {error}", file=sys.stderr)
+            # Triton's error for too much shared memory has no narrower base class.
+            print(f"{row}: {tried} does not run: {error}", file=sys.stderr)
             return float("inf")
         finally:
             os.environ.pop(tiles.ENVIRONMENT)
@@ -123,7 +122,9 @@ def _timed(key: str, tried: tiles.Tiles, call: Callable[[], Any], measure: Measu
 
 
 def _write(path: Path, rows: dict[str, tiles.Tiles]) -> None:
-    path.write_text(json.dumps({key: row._asdict() for key, row in rows.items()}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({row: chosen._asdict() for row, chosen in rows.items()}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scratch between the launches of one call: kept and grown, so that the steady state allocates nothing."""
+"""Scratch between the launches of one call: cached and grown, so that the steady state allocates nothing."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import triton
 
 
 class Workspace(threading.local):
-    """Scratch for each thread, device and stream: kernels on one stream follow each other and may share it.
+    """Scratch for each thread, device and stream: the kernels of one stream run in order and may share it.
 
-    Two threads on one stream may not, since the launches of their calls can interleave. A buffer that is outgrown goes
-    back to torch's allocator, which reuses it on its own stream only. A call that is captured into a CUDA graph gets
-    scratch of its own from the graph's memory: graphs live longer than the calls, and several may replay at a time.
+    Two threads on one stream must not, since the launches of their calls can interleave. A buffer that is too small
+    returns to torch's allocator, which reuses it on its stream only. A call that is captured into a CUDA graph gets
+    separate scratch from the graph's memory: graphs live longer than calls, and several may replay at a time.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cached: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self, device: torch.device, floats: int, tickets: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """At least so many float32 of any value, and so many int32 that are 0; whoever counts in them clears them."""
+        """At least `floats` float32 of any value and `tickets` int32 of 0, which the kernels reset after use."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _allocate(device, floats, tickets)
-        key = (device, _stream(device))
-        kept = self._kept.get(key)
-        if kept is None or kept[0].numel() < floats or kept[1].numel() < tickets:
-            grown = (0, 0) if kept is None else (2 * kept[0].numel(), 2 * kept[1].numel())
-            kept = self._kept[key] = _allocate(device, max(floats, grown[0]), max(tickets, grown[1]))
-        return kept
+        owner = (device, _stream(device))
+        buffers = self._cached.get(owner)
+        if buffers is None or buffers[0].numel() < floats or buffers[1].numel() < tickets:
+            grown = (0, 0) if buffers is None else (2 * buffers[0].numel(), 2 * buffers[1].numel())
+            buffers = self._cached[owner] = _allocate(device, max(floats, grown[0]), max(tickets, grown[1]))
+        return buffers
 
 
 def _allocate(device: torch.device, floats: int, tickets: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def _allocate(device: torch.device, floats: int, tickets: int) -> tuple[torch.Te
 
 
 def _stream(device: torch.device) -> int:
-    """The handle of the device's current stream; a CPU has one."""
+    """The handle of the device's current stream; 0 on a CPU."""
     if device.type == "cpu":
         return 0
     stream: int = triton.runtime.driver.active.get_current_stream(device.index)

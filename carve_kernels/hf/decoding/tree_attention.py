@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import INSTEAD, PATCHES
+from carve_kernels.hf.attention_patch import INSTEAD, PATCHES, LayerBatch
 from carve_kernels.hf.decoding.prefix_cache import Segment
-from carve_kernels.hf.layer_batch import LayerBatch, new_buffers
 from carve_kernels.hf.model import attention_modules, text_backbone
+from carve_kernels.maps import new_buffers
 from carve_kernels.types import Capture
 
 # From this many query tokens on, sdpa on a CPU is faster over whole heads than with a group of heads folded into rows.

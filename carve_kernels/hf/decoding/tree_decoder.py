@@ -17,8 +17,8 @@ from carve_kernels.hf.decoding.generation import Generation, prepare_generation
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree, common_length
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
-from carve_kernels.hf.layer_batch import assemble
 from carve_kernels.hf.query_rows import Rows, resolve_rows
+from carve_kernels.maps import assemble
 from carve_kernels.types import Capture
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)

@@ -10,7 +10,7 @@ from typing import Any, overload
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
 from carve_kernels.hf.engine import batching
@@ -82,7 +82,7 @@ class CarveEngine:
         contract.ensure()
         check_decoder(model)
         self.model, self.processor = model, processor
-        self.backend = checks.choice("backend", backend, ("auto", *ROOMS))
+        self.backend = checks.choice("backend", backend, ("auto", *BACKENDS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = preset_of(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))

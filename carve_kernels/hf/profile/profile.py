@@ -14,7 +14,7 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.atomic_write import refuse_foreign, write_whole
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.layouts import check_processor
 from carve_kernels.hf.layouts.letterbox import Letterbox
@@ -167,7 +167,7 @@ def profile(
     steps = [checks.choice(f"steps[{index}]", step, STEPS) for index, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
     by_image = _by_image(probes)
-    checks.choice("backend", backend, ("auto", *ROOMS))
+    checks.choice("backend", backend, ("auto", *BACKENDS))
     letterbox = Letterbox.of(fit, model, processor, limit)
     _check(probes, processor, base, limit, letterbox)
     reader = CandidateReader(model, processor, base, rows, steps, backend, letterbox)

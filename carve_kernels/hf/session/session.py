@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from carve_kernels import checks
-from carve_kernels.backends import ROOMS
+from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import PATCHES, RECORDERS
 from carve_kernels.hf.model import (
@@ -133,7 +133,7 @@ class CaptureSession:
             processor,
             checks.integer("max_steps", max_steps, low=1),
             on_layer,
-            checks.choice("backend", backend, ("auto", *ROOMS)),
+            checks.choice("backend", backend, ("auto", *BACKENDS)),
         )
         self._stack: ExitStack | None = None
 

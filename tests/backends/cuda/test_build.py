@@ -62,7 +62,7 @@ def asked() -> Iterator[pytest.MonkeyPatch]:
     """A room that has not been asked yet, and forgets what it is told here."""
     if reason := extension.unavailable():
         pytest.skip(reason)
-    caches = (cuda.unavailable, cuda.foreign, backends._shut)
+    caches = (cuda.unavailable, cuda.foreign, backends._why_missing)
     for cache in caches:
         cache.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +93,7 @@ def test_another_gpu_is_told_what_to_build(asked: pytest.MonkeyPatch, capability
     gpus(asked, capability)
     number = f"{capability[0]}{capability[1]}"
     said = str(cuda.unavailable())
-    assert f"GPU 0 is sm_{number}, and the kernels inside are for sm_80, sm_90, sm_100, sm_120" in said
+    assert f"GPU 0 is sm_{number}, and the compiled kernels are for sm_80, sm_90, sm_100, sm_120" in said
     assert f"CARVE_KERNELS_CUDA_ARCHITECTURES={number} pip install " in said
 
 

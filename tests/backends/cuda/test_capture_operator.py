@@ -11,9 +11,9 @@ import torch
 
 from carve_kernels import BackendUnavailable, capture
 from carve_kernels.types import Capture
-from tests.backends.test_schemas import capture_cuda, operator
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
+from tests.support.operators import capture_cuda, operator
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def test_what_the_room_refuses_says_why() -> None:
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
         ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
-        ((query.repeat(1, 1, 3, 1), key, tokens), "9 rows, this room serves up to 8; use backend='triton'"),
+        ((query.repeat(1, 1, 3, 1), key, tokens), "9 rows, this backend serves up to 8; use backend='triton'"),
         ((query.repeat(1, 1, 1, 5), key.repeat(1, 1, 1, 5), tokens), "320 elements"),
-        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "side by side"),
+        ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "key has stride"),
         ((query.clone().requires_grad_(), key, tokens), "gradient"),
     ):
         with pytest.raises(BackendUnavailable, match=re.escape(reason)):

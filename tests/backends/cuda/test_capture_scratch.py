@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from carve_kernels import capture
 from carve_kernels.backends.cuda import capture as room
 from carve_kernels.backends.cuda.plan import scratch_bytes
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.backends.cuda.test_capture_kernels import LONG, captured, layered, same
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
@@ -51,15 +51,15 @@ def test_the_scratch_is_as_large_as_is_said_and_nothing_of_it_is_kept(each: bool
 
 
 def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
-    room._SCRATCH.kept.clear()
+    room._SCRATCH.cached.clear()
     with torch.inference_mode():
         inside = captured(Case())
     assert same(captured(Case()), inside)
-    held = [memory.data_ptr() for memory in room._SCRATCH.kept.values()]
+    held = [memory.data_ptr() for memory in room._SCRATCH.cached.values()]
     captured(Case())
-    assert [memory.data_ptr() for memory in room._SCRATCH.kept.values()] == held and len(held) == 1
+    assert [memory.data_ptr() for memory in room._SCRATCH.cached.values()] == held and len(held) == 1
     captured(LONG.but(view="all", batch=1))
-    assert [memory.data_ptr() for memory in room._SCRATCH.kept.values()] != held
+    assert [memory.data_ptr() for memory in room._SCRATCH.cached.values()] != held
 
 
 def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +68,13 @@ def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or torch.zeros(size))
     device = torch.device("cuda", 0)
     for capturing, sizes in ((True, [100, 100]), (False, [128])):
-        room._SCRATCH.kept.clear()
+        room._SCRATCH.cached.clear()
         made.clear()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         first, second = room._SCRATCH.take(device, 7, 100), room._SCRATCH.take(device, 7, 100)
-        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH.kept) != capturing
+        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH.cached) != capturing
     assert room._SCRATCH.take(device, 8, 100) is not first
-    room._SCRATCH.kept.clear()
+    room._SCRATCH.cached.clear()
 
 
 def test_threads_and_streams_do_not_share_scratch() -> None:
@@ -105,8 +105,8 @@ def test_sinks_are_made_float32_in_two_launches_for_all_layers(dtype: torch.dtyp
     step = torch.tensor(0)
     with Conversions() as conversions:
         room.forward_layers(
-            [query for query, _, _ in problems], [key for _, key, _ in problems], problems[0][2], sink=sinks,
-            step=step, first=0, out=out, scale=0.1, mask=None, positions=None, softcap=None, window=None,
+            [query for query, _, _ in problems], [key for _, key, _ in problems], problems[0][2], CaptureOptions(0.1),
+            sink=sinks, step=step, first=0, out=out,
         )  # fmt: skip
     before = conversions.ran[: conversions.ran.index("capture_cuda")]
     assert [name for name in before if name not in ("detach", "empty")] == wanted

@@ -21,13 +21,17 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     ("found", "fits", "said"),
     [
-        (Driver(13000, 13010, "580.95.05"), True, "CUDA 13.0 is inside and needs an NVIDIA driver 580 or newer; "),
-        (Driver(13000, 13010, "580.95.05"), True, "; 580.95.05 is here, for CUDA up to 13.1"),
+        (Driver(13000, 13010, "580.95.05"), True, "CUDA 13.0 is compiled in and needs an NVIDIA driver 580 or newer; "),
+        (Driver(13000, 13010, "580.95.05"), True, "; 580.95.05 is installed, for CUDA up to 13.1"),
         # Any driver of the same major version serves.
-        (Driver(12080, 12020, None), True, "CUDA 12.8 is inside and needs an NVIDIA driver 525 or newer; one is here"),
-        (Driver(13000, 12080, "570.1"), False, "570.1 is here, for CUDA up to 12.8"),
-        (Driver(13000, 0, None), False, "580 or newer; none is here"),
-        (Driver(21040, 0, None), False, "CUDA 21.4 is inside and needs an NVIDIA driver for CUDA 21; "),
+        (
+            Driver(12080, 12020, None),
+            True,
+            "CUDA 12.8 is compiled in and needs an NVIDIA driver 525 or newer; one is",
+        ),
+        (Driver(13000, 12080, "570.1"), False, "570.1 is installed, for CUDA up to 12.8"),
+        (Driver(13000, 0, None), False, "580 or newer; none is installed"),
+        (Driver(21040, 0, None), False, "CUDA 21.4 is compiled in and needs an NVIDIA driver for CUDA 21; "),
     ],
 )
 def test_what_is_said(found: Driver, fits: bool, said: str) -> None:
@@ -77,9 +81,9 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str,
 
 def test_doctor(lines: Any) -> None:
     works, more = lines((90,), lambda: Driver(13000, 13000, "580.95.05"))["GPU driver"]
-    assert works == "yes" and "580 or newer; 580.95.05 is here" in more
+    assert works == "yes" and "580 or newer; 580.95.05 is installed" in more
     works, more = lines((90,), lambda: Driver(13000, 0, None))["GPU driver"]
-    assert works == "no" and "needs an NVIDIA driver 580 or newer; none is here" in more
+    assert works == "no" and "needs an NVIDIA driver 580 or newer; none is installed" in more
     assert "GPU driver" not in lines((), lambda: Driver(0, 0, None))
 
 

@@ -15,7 +15,7 @@ from carve_kernels.backends.reference import regions as reference
 from carve_kernels.selfcheck.cuda_work import regions_work
 from carve_kernels.types import Regions
 from tests.emulator import emulator
-from tests.ops.test_regions import PICTURES, assert_same
+from tests.support.planted_maps import SALIENCIES, assert_same
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator of CUDA needs a C++ compiler")
 
@@ -72,7 +72,7 @@ def share_above(values: torch.Tensor) -> float:
 @settings(max_examples=40)
 @given(
     shape=SHAPES,
-    picture=st.sampled_from(sorted(PICTURES)),
+    picture=st.sampled_from(sorted(SALIENCIES)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
     limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
@@ -93,7 +93,7 @@ def test_any_order_of_threads_finds_what_the_reference_finds(
     seed: int,
     **options: Any,
 ) -> None:
-    values = PICTURES[picture](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
+    values = SALIENCIES[picture](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
     with emulator.running("regions", order, resident=resident, seed=seed):
         found = device.forward(values, **options, **limit)
     assert_same(found, reference.forward(values, **options, **limit))

@@ -1,4 +1,4 @@
-"""Launch capture through a stub of the driver, and say what reached it; in a process where Triton does not interpret.
+"""Launch capture through a stub of the driver and print its arguments, in a process without the interpreter.
 
 python -m tests.backends.triton.direct        JSON: for each call, what was compiled and what each launch was given
 """
@@ -12,6 +12,7 @@ import torch
 
 from carve_kernels.backends.triton import capture
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
+from carve_kernels.types import Capture, CaptureOptions
 from tests.backends.triton import offline_driver
 
 KERNELS = (capture_statistics_kernel, capture_map_kernel)
@@ -46,13 +47,15 @@ def calls() -> dict[str, Any]:
     query = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
     key, shifted = (storage[start:][: 2 * 400 * 16].view(1, 2, 400, 16) for start in (0, 1))
     tokens = torch.zeros(1, 7, dtype=torch.int32)
-    out = capture.Capture(torch.empty(1, 1, 7), torch.empty(1, 1), torch.empty(1, 1))
+    out = Capture(torch.empty(1, 1, 7), torch.empty(1, 1), torch.empty(1, 1))
     mask = torch.ones(1, 1, 1, 400, dtype=torch.bool)
 
-    def forward(key: torch.Tensor = key, tokens: torch.Tensor = tokens, **options: Any) -> Any:
-        return lambda: capture.forward(query, key, tokens, **{"scale": 0.125, "out": out, **options})
+    def forward(
+        key: torch.Tensor = key, tokens: torch.Tensor = tokens, scale: float = 0.125, out: Capture = out, **options: Any
+    ) -> Any:
+        return lambda: capture.forward(query, key, tokens, CaptureOptions(scale, **options), out=out)
 
-    first_three = capture.Capture(out.maps[..., :1], out.mass, out.entropy)
+    first_three = Capture(out.maps[..., :1], out.mass, out.entropy)
     return {
         "first": forward(),
         "again": forward(),

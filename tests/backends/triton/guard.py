@@ -1,4 +1,4 @@
-"""Guard bands: tensors inside of larger storage, so that what a kernel reads or writes beyond them is seen."""
+"""Guard bands: tensors inside larger storage, so that reads and writes beyond them are detected."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-# More elements than a block of any kernel spans beyond its last row.
+# More elements than a block of any kernel covers beyond its last row.
 BAND = 4096
 
 
 class Guards:
     """Tensors with bands around them and poison between their strides.
 
-    A kernel that reads a band computes nonsense from it; one that writes over it is named by `check`.
+    A kernel that reads a band computes garbage; `check` names one that writes to it.
     """
 
     def __init__(self) -> None:
@@ -38,28 +38,28 @@ class Guards:
         return self.put(name, torch.full(shape, _poison(dtype, written=False), dtype=dtype), written=True)
 
     def check(self) -> None:
-        """Fail for every tensor that was written where kernels had no business."""
+        """Fail for every tensor that was written outside its elements."""
         for name, storage, before, ours in self._kept:
             same = (storage == before) | ((storage != storage) & (before != before)) | ours
             assert bool(same.all()), f"{name}: written at {(~same).nonzero().flatten()[:4].tolist()}, band {BAND}"
 
 
 def _poison(dtype: torch.dtype, written: bool) -> Any:
-    """NaN to read; to write next to, a number that no kernel stores, since a NaN over a NaN would not be seen."""
+    """NaN next to inputs; next to outputs a number that no kernel stores, since a NaN over a NaN would be missed."""
     if dtype.is_floating_point:
         return -1.25e4 if written else float("nan")
     return True if dtype == torch.bool else torch.iinfo(dtype).max // 2
 
 
 def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
-    """Give guarded memory to `Tensor.new_empty` and to the scratch of the room's modules."""
+    """Give guarded memory to `Tensor.new_empty` and to the scratch of the backend's modules."""
     from carve_kernels.backends.triton import workspace
 
     shipped = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
         if "device" in options:
-            # The interpreter's own, for its copies of the arguments.
+            # The interpreter's copies of the arguments.
             return shipped(self, *shape, **options)
         sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
         return guards.new("output", sizes, options.get("dtype", self.dtype))

@@ -1,10 +1,10 @@
-"""Triton's interpreter, made right where it is silently wrong, and with eyes where it is blind. For tests alone.
+"""Triton's interpreter for tests: corrected where it is silently wrong, with counters of memory traffic.
 
-As shipped, the interpreter computes bfloat16 on bit patterns, believes every alignment hint, gives numbers the type of
-their value instead of their annotation, divides better than a GPU, adds up products in an order that follows from the
-shape, and runs the programs of a grid in one order. `faithful` mends all but the last for a run; `programs_in` changes
-the order; `traffic` counts what kernels load and store. All lean on private names of the interpreter: the canary in
-`test_interpreter.py` tells when they change.
+As shipped, the interpreter computes bfloat16 on bit patterns, trusts every alignment hint, gives numbers the type of
+their value instead of their annotation, divides more accurately than a GPU, sums products in an order that depends on
+the shape, and runs the programs of a grid in one order. `faithful` fixes all but the last; `programs_in` changes the
+order; `traffic` counts loads and stores. All depend on private names of the interpreter: the canary in
+`test_interpreter.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def _wide(handle: Any) -> Any:
 
 
 def _narrow_result(values: numpy.ndarray) -> Any:
-    # Comparisons give booleans, whatever they compare.
+    # Comparisons of any type give booleans.
     return Handle(values, tl.int1) if values.dtype == numpy.bool_ else Handle(narrow(values), tl.bfloat16)
 
 
 def _divide(self: Any, left: Any, right: Any) -> Any:
-    # What `/` of float32 is on a GPU, div.full.f32, may be two units off, and x / x another number than 1.
+    # `/` of float32 is div.full.f32 on a GPU: it may be off by two units, and x / x may differ from 1.
     exact = self.binary_op(left, right, numpy.divide)
     if exact.dtype.scalar != tl.float32:
         return exact
@@ -71,10 +71,10 @@ def _refuse_bfloat16(value: Any) -> None:
 
 
 def _dot(self: Any, left: Any, right: Any, total: Any, *_options: Any) -> Any:
-    # As shipped, a BLAS adds up in an order that follows from the shape; on a GPU an element is the same in every tile.
-    # In 64 bits the order is below what is rounded.
+    # As shipped, a BLAS sums in an order that depends on the shape; on a GPU an element is the same in every tile.
+    # In 64 bits the order has less effect than the rounding of the result.
     columns, rows = _wide(left).data.astype(numpy.float64), _wide(right).data.astype(numpy.float64)
-    # Keys that nobody sees may hold NaN and inf, and whole tiles are multiplied: what must not happen is that it shows.
+    # Keys that no row sees may hold NaN and inf, and whole tiles are multiplied: the result must not depend on them.
     with numpy.errstate(invalid="ignore"):
         return Handle((numpy.matmul(columns, rows) + total.data).astype(total.data.dtype), total.dtype.scalar)
 
@@ -110,8 +110,8 @@ def _reduce(self: Any, inputs: Any) -> Any:
 
 
 def _set_hint(self: Any, name: str, values: list[int]) -> None:
-    # On a GPU a false hint reads the wrong bytes or faults.
-    # Of a block the hint speaks of the first element of each run, which only the compiler knows.
+    # On a GPU a wrong hint reads wrong bytes or faults. The hint of a block is about the first element of each run,
+    # which only the compiler knows.
     if name == "tt.divisibility" and self.data.size == 1 and int(self.data.item()) % values[0]:
         raise ValueError(f"the kernel says that {self.data.item()} is a multiple of {values[0]}")
     self.attr[name] = values
@@ -125,7 +125,7 @@ _NUMBERS = {
 
 
 def _typed(value: Any, annotation: str) -> Any:
-    """A number as a compiled kernel gets it: a stride that is annotated with 64 bits has them, however small it is."""
+    """A number as a compiled kernel gets it: a stride that is annotated with 64 bits has 64, even if it is small."""
     if annotation not in _NUMBERS or not isinstance(value, (int, float)):
         return value
     of_numpy, of_triton = _NUMBERS[annotation]
@@ -140,13 +140,13 @@ def _on_host(self: Any, args: Any, named: Any) -> tuple[list[Any], dict[str, Any
 
 
 def _patch_tensor(tensor: Any, scope: Any) -> None:
-    # Triton 3.6 makes an index of an array of one element, which NumPy 2.4 refuses.
+    # Triton 3.6 converts an array of one element to an index, which NumPy 2.4 refuses.
     SHIPPED["_patch_lang_tensor"](tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _call(self: Any, *args: Any, **named: Any) -> Any:
-    # As shipped, every call of a part of a kernel makes the language its own, which takes longer than the part.
+    # As shipped, every call of a device function patches the language, which takes longer than the function.
     if any(tl.core.is_builtin(module.full) for module in (tl, tl.core)):
         interpreter._patch_lang(self.fn)
     try:
@@ -157,20 +157,20 @@ def _call(self: Any, *args: Any, **named: Any) -> Any:
 
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """bfloat16 from values, hints held against addresses, numbers of their annotated types, a GPU's division."""
-    mended = {
+    """bfloat16 by value, hints checked against addresses, numbers of their annotated types, a GPU's division."""
+    fixes = {
         "create_dot": _dot, "cast_impl": _cast, "binary_op": _binary, "unary_op": _unary, "create_fma": _fma,
         "create_fdiv": _divide,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        for name, method in mended.items():
+        for name, method in fixes.items():
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(interpreter.ReduceOps, "apply_impl", _reduce))
         stack.enter_context(mock.patch.object(Handle, "set_attr", _set_hint))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "_init_args_hst", _on_host))
         stack.enter_context(mock.patch.object(interpreter, "_patch_lang_tensor", _patch_tensor))
         stack.enter_context(mock.patch.object(interpreter.InterpretedFunction, "__call__", _call))
-        # As shipped, each sum and product is taken again in 64 bits, and what comes out is thrown away.
+        # As shipped, each sum and product is repeated in 64 bits, and the result is discarded.
         options = interpreter.InterpreterOptions(sanitize_overflow=False)
         stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
         yield
@@ -178,7 +178,7 @@ def faithful() -> Iterator[None]:
 
 @contextlib.contextmanager
 def overflows_are_errors() -> Iterator[None]:
-    """Integer sums and products that leave their type raise, as an offset in 32 bits that should have had 64."""
+    """Integer sums and products that overflow raise, such as an offset of 32 bits that needs 64."""
     options = interpreter.InterpreterOptions(debug=True)
     with mock.patch.object(interpreter.interpreter_builder, "options", options):
         yield
@@ -186,7 +186,7 @@ def overflows_are_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_shipped() -> Iterator[None]:
-    """The interpreter's own bfloat16, inside of `faithful`."""
+    """The interpreter's bfloat16, inside `faithful`."""
     with contextlib.ExitStack() as stack:
         for name in _MENDED:
             stack.enter_context(mock.patch.object(Builder, name, SHIPPED[name]))
@@ -213,9 +213,9 @@ def programs_in(order: str, seed: int = 0) -> Iterator[None]:
 
 
 class Traffic:
-    """What the kernels of a `traffic` block moved, and their names in the order of their launches.
+    """The bytes that kernels moved in a `traffic` context, and their names in the order of their launches.
 
-    An element that a program loads again comes from its cache, so it is read once; each store is counted.
+    An element that a program loads again comes from the cache, so it counts once; each store counts.
     """
 
     def __init__(self) -> None:
@@ -235,27 +235,27 @@ class Traffic:
 
 @contextlib.contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Count the elements that `tl.load` and `tl.store` touch under their masks."""
+    """Count the elements that `tl.load` and `tl.store` access under their masks."""
     counted = Traffic()
     load, store, begin = Builder.create_masked_load, Builder.create_masked_store, Builder.set_grid_idx
     run = interpreter.InterpretedFunction.run
 
-    def touched(pointers: Any, mask: Any) -> tuple[numpy.ndarray, int]:
+    def accessed(pointers: Any, mask: Any) -> tuple[numpy.ndarray, int]:
         addresses = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape)]
         return addresses.ravel(), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
     def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        counted.load(*touched(pointers, mask))
+        counted.load(*accessed(pointers, mask))
         return load(self, pointers, mask, *rest)
 
     def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        addresses, size = touched(pointers, mask)
+        addresses, size = accessed(pointers, mask)
         counted.written_bytes += size * addresses.size
         return store(self, pointers, value, mask, *rest)
 
-    def counting_begin(self: Any, *place: int) -> None:
+    def counting_begin(self: Any, *index: int) -> None:
         counted.end_program()
-        begin(self, *place)
+        begin(self, *index)
 
     def counting_run(self: Any, *args: Any, **options: Any) -> Any:
         counted.launches.append(self.__name__)

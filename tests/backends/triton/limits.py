@@ -1,4 +1,4 @@
-"""What every compiled kernel must keep to, target by target."""
+"""The limits of every compiled kernel on each target."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# What a block may have of shared memory, in bytes; Triton does not look at it before a launch.
+# The most shared memory of a block, in bytes; Triton does not check it before a launch.
 SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376, "gfx942": 65536}
 
-# Kernels whose programs hand over to the last of them.
+# Kernels whose last program combines the results of the others.
 HANDING_OVER = ("capture_map_kernel", "contrast_grid_kernel")
 
 # The targets whose registers are counted, in the order of the table.
 TARGETS = ("80", "90", "100", "120")
 REGISTERS = Path(__file__).with_name("registers.json")
 REWRITE = "python -m tests.backends.triton.offline --write"
-# A Triton that the table does not know may take half as many registers again as any that it knows.
+# A Triton that is not in the table may use half as many registers more than any in it.
 ALLOWANCE = 1.5
 
 
 class Row(NamedTuple):
-    """What the compiler made of one kernel."""
+    """The compiler's output for one kernel."""
 
     kernel: str
     case: str
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def faults(row: Row) -> list[str]:
-    """Everything that is wrong with a row, in words."""
+    """The faults of a row, as sentences."""
     return [*_faults_of_memory(row), *_faults_of_opcodes(row)]
 
 
@@ -52,7 +52,7 @@ def _faults_of_memory(row: Row) -> Iterator[str]:
     if row.stack_bytes or row.count(r"STL|LDL|scratch_"):
         yield f"{row.stack_bytes} bytes of stack, {row.count('STL|LDL|scratch_')} instructions that spill"
     if row.shared_bytes > SHARED_BYTES[row.target]:
-        yield f"{row.shared_bytes} bytes of shared memory, {SHARED_BYTES[row.target]} are there"
+        yield f"{row.shared_bytes} bytes of shared memory, {SHARED_BYTES[row.target]} are available"
 
 
 def _faults_of_opcodes(row: Row) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
     if capture:
         if not row.count(r"LDGSTS\..*128"):
             yield "no LDGSTS of 128 bits: keys are not loaded asynchronously"
-        # Eight lanes of 32 halves are too few for 128 bits to each of 128 threads.
+        # Eight lanes of 32 halves are too few for 128 bits for each of 128 threads.
         narrow = r"LDGSTS\.(?!.*(128|64))" if "head size 32 " in row.case else r"LDGSTS\.(?!.*128)"
         if row.count(narrow):
             yield "asynchronous loads of fewer than 128 bits: an alignment hint is missing"
@@ -80,16 +80,16 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
 
 
 def matrix_instruction(row: Row) -> str:
-    """The instruction that multiplies matrices: wgmma and tcgen05 want 64 lanes, 8 rows of the 7 heads of a group."""
+    """The instruction that multiplies matrices: wgmma and tcgen05 need 64 lanes, 8 rows of the 7 heads of a group."""
     from_64 = {"90": "HGMMA", "100": r"UTC\w*MMA"}
     rows = int(re.findall(r"rows (\d+)", row.case)[0])
     return from_64.get(row.target, "HMMA") if rows >= 8 else "HMMA"
 
 
 def verdict(row: Row, version: str) -> list[str]:
-    """Everything that is wrong with a row of this Triton, its registers included, in words.
+    """The faults of a row of this Triton, including its registers, as sentences.
 
-    A Triton that is not in the table may choose other instructions: what it must keep to is memory, and a bound.
+    A Triton that is not in the table may use other instructions: its limits are memory and a bound on registers.
     """
     found = faults(row) if is_counted(version) else list(_faults_of_memory(row))
     return [*found, *_faults_of_registers(row, release(version))]
@@ -109,9 +109,9 @@ def _faults_of_registers(row: Row, version: str) -> Iterator[str]:
 
 @functools.cache
 def table() -> dict[str, dict[str, list[int]]]:
-    """The registers on each of the targets, by kernel and case and by the Triton that they were counted with."""
-    kept: dict[str, dict[str, list[int]]] = json.loads(REGISTERS.read_text())
-    return kept
+    """The registers on each target, by kernel and case and by the version of Triton."""
+    registers: dict[str, dict[str, list[int]]] = json.loads(REGISTERS.read_text())
+    return registers
 
 
 def versions() -> list[str]:
@@ -129,5 +129,5 @@ def is_counted(version: str) -> bool:
 
 
 def release(version: str) -> str:
-    """The version without what a build of one's own appends to it."""
+    """The version without the suffix of a local build."""
     return version.partition("+")[0]

@@ -1,4 +1,4 @@
-"""Kernels with one fault each: every fault must be caught by the proofs, or the proofs are worth nothing.
+"""Kernels with one planted fault each, which the tests of the kernels must catch.
 
 python -m tests.backends.triton.mutants    all of them
 """
@@ -18,11 +18,11 @@ from tests.backends.triton import offline
 from tests.backends.triton.limits import faults
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOM = "carve_kernels/backends/triton"
+PACKAGE = "carve_kernels/backends/triton"
 
 
 class Mutant(NamedTuple):
-    """A change of one line of a kernel, and the words of the proof that must find it."""
+    """A change of one line of a kernel, and the message of the test that must catch it."""
 
     name: str
     file: str
@@ -36,7 +36,7 @@ def compiled(target: str, case: str) -> Callable[[Path], str]:
     """The faults of a case that is compiled from a folder."""
 
     def prove(folder: Path) -> str:
-        rows = offline.compile_apart(folder, (target, case))
+        rows = offline.compile_in_subprocess(folder, (target, case))
         return "\n".join(fault for row in rows for fault in faults(row))
 
     return prove
@@ -48,7 +48,7 @@ def interpreted(module: str, choice: str) -> Callable[[Path], str]:
     def prove(folder: Path) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", module, "-k", choice]
         result = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=600)
-        # 1 is a failed test; everything else is a fault of the test run itself.
+        # 1 is a failed test; any other code is an error of the test run.
         return result.stdout if result.returncode == 1 else ""
 
     return prove
@@ -56,7 +56,7 @@ def interpreted(module: str, choice: str) -> Callable[[Path], str]:
 
 CAPTURE = compiled("90", "bfloat16 head size 128 rows 1")
 CONTRAST = compiled("90", "lam mean normalize none views 1")
-CONTRAST_ROOM = "tests/backends/triton/test_contrast_room.py"
+CONTRAST_TESTS = "tests/backends/triton/test_contrast_backend.py"
 CAPTURE_BODY = "tests/ops/test_capture.py"
 
 MUTANTS = [
@@ -66,9 +66,9 @@ MUTANTS = [
     Mutant(
         "pixels beyond the edge",
         "contrast_kernels.py",
-        "mask=(own_y < height)[:, None] & (own_x < width)[None, :])",
-        "mask=(own_y < height)[:, None] & (own_x <= width)[None, :])",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        "mask=(pixel_y < height)[:, None] & (pixel_x < width)[None, :])",
+        "mask=(pixel_y < height)[:, None] & (pixel_x <= width)[None, :])",
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "if ticket == chunks - 1:",
         "if ticket == 0:",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -100,7 +100,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "mask=other < tokens, other=0.0)",
         "mask=other < tokens + 1, other=0.0)",
-        interpreted(CONTRAST_ROOM, "nothing_outside"),
+        interpreted(CONTRAST_TESTS, "nothing_outside"),
         "1 failed",
     ),
     Mutant(
@@ -108,7 +108,7 @@ MUTANTS = [
         "contrast_kernels.py",
         "tl.abs((2 * token + 1) * pixels - (2 * pixel + 1) * tokens)",
         "tl.abs((2 * token + 1) * pixels - 2 * pixel * tokens)",
-        interpreted(CONTRAST_ROOM, "antialias"),
+        interpreted(CONTRAST_TESTS, "antialias"),
         "1 failed",
     ),
     Mutant(
@@ -116,19 +116,19 @@ MUTANTS = [
         "contrast_kernels.py",
         "stride_task_l: tl.int64",
         "stride_task_l: tl.int32",
-        interpreted(CONTRAST_ROOM, "beyond_two_thousand_million"),
+        interpreted(CONTRAST_TESTS, "beyond_two_thousand_million"),
         "overflow",
     ),
     Mutant(
         "a mask that hides nothing",
         "capture_parts.py",
-        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
-        "seen &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
         interpreted(CAPTURE_BODY, "triton and reference"),
         "1 failed",
     ),
 ]
-# One for each kind of proof.
+# One for each kind of test.
 SHORT = MUTANTS[:2]
 
 
@@ -139,7 +139,7 @@ def is_caught(mutant: Mutant) -> bool:
             unneeded = shutil.ignore_patterns("__pycache__", "models", "small")
             shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        path = folder / ROOM / mutant.file
+        path = folder / PACKAGE / mutant.file
         source = path.read_text()
         if source.count(mutant.line) != 1:
             raise ValueError(f"{mutant.name}: {mutant.file} has the line {source.count(mutant.line)} times")

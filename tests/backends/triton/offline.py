@@ -1,13 +1,13 @@
-"""Compile the room's kernels for GPUs that are not there, and say what came out of the compiler.
+"""Compile the kernels for GPUs that are not present, and check the output of the compiler.
 
-    python -m tests.backends.triton.offline            the cases whose registers are counted, held against limits and table
+    python -m tests.backends.triton.offline            the cases in the table of registers, against limits and table
     python -m tests.backends.triton.offline --all      every head size, option and target as well
     python -m tests.backends.triton.offline --write    write this Triton's registers to registers.json
-    python -m tests.backends.triton.offline --json "90 bfloat16 head size 128 rows 1"    one target and case or several, as JSON
+    python -m tests.backends.triton.offline --json "90 bfloat16 head size 128 rows 1"    targets and cases, as JSON
 
-Another Triton is put first on the path: PYTHONPATH=FOLDER, after `pip install --no-deps --target FOLDER triton==3.6.0`.
-Kernels are launched through the room's own `forward`, with a stub in the place of the driver, so that tiles, hints and
-specialisation are those of a real call. Never under TRITON_INTERPRET: kernels would be interpreted.
+For another Triton, `pip install --no-deps --target FOLDER triton==3.6.0` and set PYTHONPATH=FOLDER. Kernels are
+launched by `forward`, with a stub for the driver, so that tiles, hints and specialisation are those of a real call.
+Never under TRITON_INTERPRET: kernels would be interpreted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel
 
 from carve_kernels.backends.triton import capture, contrast
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
@@ -54,31 +54,30 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
         heads, key_heads, keys, tokens, layers = 28, 4, 4096, 1024, 6
         query = [torch.empty(1, rows, heads, size, dtype=dtype).transpose(1, 2) for _ in range(layers)]
         key = [torch.empty(1, key_heads, keys, size, dtype=dtype) for _ in range(layers)]
-        common: dict[str, Any] = {"scale": size**-0.5, "mask": None, "positions": None, "softcap": None, "window": None}
+        options = CaptureOptions(size**-0.5)
         if option == "mask":
-            common["mask"] = torch.empty(1, 1, rows, keys, dtype=torch.bool)
+            options = options._replace(mask=torch.empty(1, 1, rows, keys, dtype=torch.bool))
         if option == "window":
-            positions = torch.empty(1, rows, dtype=torch.int64)
-            common |= {"positions": positions, "softcap": 50.0, "window": 512}
+            options = options._replace(positions=torch.empty(1, rows, dtype=torch.int64), softcap=50.0, window=512)
         where = torch.empty(1, tokens, dtype=torch.int32)
         if option in ("lse", "each"):
-            lse = torch.empty(1, heads, rows) if option == "lse" else None
-            capture.forward(query[0], key[0], where, lse=lse, heads="each" if option == "each" else "mean", **common)
+            changes: Any = {"lse": torch.empty(1, heads, rows)} if option == "lse" else {"heads": "each"}
+            capture.forward(query[0], key[0], where, options._replace(**changes))
             return
         out = Capture(
             torch.empty(2, layers, 1, rows, tokens), torch.empty(2, layers, 1, rows), torch.empty(2, layers, 1, rows)
         )
         sink = [torch.empty(heads) for _ in range(layers)] if option == "sink" else []
         step = torch.zeros(1, dtype=torch.int64)
-        if not capture.forward_layers(query, key, where, sink=sink, step=step, first=0, out=out, **common):
-            raise RuntimeError("the room refused to take the layers together")
+        if not capture.forward_layers(query, key, where, options, sink=sink, step=step, first=0, out=out):
+            raise RuntimeError("the backend refused to capture the layers in one call")
 
     name = f"{str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
     return Case(f"{name} {option}".strip(), launch)
 
 
 def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
-    """Sizes that Triton would like to make kernels of their own for, a 1 or a multiple of 16, must not get them."""
+    """Sizes of 1 or a multiple of 16, for which Triton would compile more kernels, must not get them."""
 
     def launch() -> None:
         task = torch.empty(6, 32, 1024 * views)
@@ -89,7 +88,7 @@ def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
 
 
 def cases() -> list[Case]:
-    """Those whose registers are counted: rows 1 make a product of 8 lanes, rows 64 at least one of 64."""
+    """The cases in the table of registers: one row gives a product of 8 lanes, 64 rows one of at least 64."""
     heads = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)]
     return [
         *(capture_case(dtype, size, rows) for dtype, size in heads for rows in (1, 64)),
@@ -110,16 +109,16 @@ def more_cases() -> list[Case]:
 
 def compiled_by(launch: Callable[[], Any]) -> list[CompiledKernel]:
     """The kernels that a call compiles."""
-    made: list[CompiledKernel] = []
+    kernels: list[CompiledKernel] = []
     shipped = CompiledKernel.__init__
 
     def recording(self: CompiledKernel, *args: Any, **options: Any) -> None:
         shipped(self, *args, **options)
-        made.append(self)
+        kernels.append(self)
 
     with mock.patch.object(CompiledKernel, "__init__", recording):
         launch()
-    return made
+    return kernels
 
 
 def row_of(kernel: CompiledKernel, case: str, target: str) -> Row:
@@ -161,7 +160,7 @@ def _count(opcodes: list[str]) -> dict[str, int]:
 
 
 def compile_one(task: tuple[str, str]) -> list[Row]:
-    """The rows of one case on one target, in a process of its own: kernels remember their first target."""
+    """The rows of one case on one target, in a separate process: kernels remember their first target."""
     target, name = task
     torch.set_num_threads(1)
     offline_driver.activate(target)
@@ -177,7 +176,7 @@ def compile_all(tasks: Iterable[tuple[str, str]]) -> Iterator[Row]:
             yield from rows
 
 
-def compile_apart(root: Path, *tasks: tuple[str, str]) -> list[Row]:
+def compile_in_subprocess(root: Path, *tasks: tuple[str, str]) -> list[Row]:
     """The rows of targets and cases, compiled from a folder, in a process where Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.backends.triton.offline", "--json", *map(" ".join, tasks)]
@@ -202,7 +201,7 @@ def main() -> int:
         write(compile_all(_tasks(cases(), TARGETS)))
         return 0
     wanted = _tasks(more_cases(), MORE_TARGETS) if arguments.all else _tasks(cases(), TARGETS)
-    return hold_against_limits(compile_all(wanted))
+    return report(compile_all(wanted))
 
 
 def _tasks(wanted: list[Case], targets: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -221,7 +220,7 @@ def write(rows: Iterable[Row]) -> None:
     REGISTERS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def hold_against_limits(rows: Iterable[Row]) -> int:
+def report(rows: Iterable[Row]) -> int:
     """Print every row with its faults; 1 if there are any."""
     kernels = failed = 0
     for row in rows:

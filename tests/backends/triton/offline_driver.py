@@ -1,4 +1,4 @@
-"""A driver for a GPU that is not there: kernels go through Triton's real launch path, and compile, but never run."""
+"""A driver without a GPU: kernels go through Triton's launch path and are compiled, but never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def target_of(name: str) -> GPUTarget:
 
 
 class Launcher:
-    """Takes the place of the compiled launcher, and keeps the arguments of every launch."""
+    """Replaces the compiled launcher, and records the arguments of every launch."""
 
     launches: ClassVar[list[tuple[str, tuple[int, int, int], tuple[Any, ...]]]] = []
 
@@ -26,7 +26,7 @@ class Launcher:
         self.name: str = metadata.name
 
     def __call__(self, x: int, y: int, z: int, *args: Any) -> None:
-        # Stream, function, packed metadata, launch metadata and two hooks stand before the kernel's own arguments.
+        # Stream, function, packed metadata, launch metadata and two hooks come before the kernel's arguments.
         self.launches.append((self.name, (x, y, z), args[6:]))
 
 
@@ -45,7 +45,7 @@ class _Utils:
 
 
 class OfflineDriver(DriverBase):
-    """The least that a launch asks of a driver."""
+    """The methods of a driver that a launch needs."""
 
     launcher_cls = Launcher
 
@@ -78,5 +78,5 @@ class OfflineDriver(DriverBase):
 
 
 def activate(name: str) -> None:
-    """From here on, kernels compile for a target."""
+    """Compile all further kernels for a target."""
     triton.runtime.driver.set_active(OfflineDriver(name))

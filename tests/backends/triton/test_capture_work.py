@@ -1,4 +1,4 @@
-"""What capture moves, counted in the interpreter, and how it is divided among programs."""
+"""The memory traffic of capture, counted in the interpreter, and its division among programs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import triton
 from carve_kernels.backends.triton import capture
 from carve_kernels.backends.triton.capture_plan import LEAST_LANES, MOST_LANES, MOST_SPLITS, plan
 from carve_kernels.selfcheck.triton_work import capture_work
+from carve_kernels.types import CaptureOptions
 from tests.backends.triton import interpreter
 from tests.support.attention import Case, planted
 
@@ -39,7 +40,7 @@ def test_the_work_is_what_the_kernels_move(case: Case, lse: bool) -> None:
     tokens = torch.stack([torch.randperm(case.keys)[: case.tokens] for _ in query]).to(torch.int32)
     known = torch.zeros(case.batch, case.query_heads, case.rows) if lse else None
     with interpreter.traffic() as traffic:
-        capture.forward(query, key, tokens, lse=known, **options)
+        capture.forward(query, key, tokens, CaptureOptions(**options, lse=known))
     element_bytes = query.element_size()
     work = capture_work(
         layers=1, batch=case.batch, query_heads=case.query_heads, key_heads=case.key_heads, rows=case.rows,

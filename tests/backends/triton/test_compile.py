@@ -1,4 +1,4 @@
-"""Every kernel, compiled for GPUs that are not there: memory, loads, matrix instructions, fences and registers."""
+"""Every kernel, compiled without a GPU: memory, loads, matrix instructions, fences and registers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KERNELS = {
 }
 
 
-# One case of each kind of product and of kernel, each on another target; `python -m tests.backends.triton.offline` compiles all.
+# One case of each kind of product and of kernel, each on another target; `offline` compiles all.
 SHORT = (
     ("80", "bfloat16 head size 128 rows 1"),
     ("90", "bfloat16 head size 128 rows 64"),
@@ -41,8 +41,8 @@ def kernels_of(case: str) -> tuple[str, str]:
     return KERNELS["contrast" if case.startswith("lam") else "capture"]
 
 
-def test_a_case_of_each_kind_keeps_to_the_limits_of_its_target_and_to_the_table() -> None:
-    rows = offline.compile_apart(ROOT, *SHORT)
+def test_a_case_of_each_kind_is_within_the_limits_and_the_table() -> None:
+    rows = offline.compile_in_subprocess(ROOT, *SHORT)
     assert [(row.target, row.case, row.kernel) for row in rows] == [
         (target, case, kernel) for target, case in SHORT for kernel in kernels_of(case)
     ]
@@ -60,8 +60,8 @@ def test_the_table_has_every_case_with_every_triton_and_target() -> None:
         assert all(len(counts) == len(limits.TARGETS) for counts in by_version.values())
 
 
-def sound(**changes: object) -> Row:
-    """A row that keeps to every limit, but for the changes."""
+def valid_row(**changes: object) -> Row:
+    """A row within every limit, except for the changes."""
     opcodes = {"LDGSTS.E.BYPASS.128": 8, "HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}
     row = Row("capture_map_kernel", "bfloat16 head size 128 rows 1", "90", 64, 0, 40960, opcodes)
     return row._replace(**changes)  # type: ignore[arg-type]
@@ -70,24 +70,24 @@ def sound(**changes: object) -> Row:
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        (sound(stack_bytes=8), "8 bytes of stack"),
-        (sound(opcodes=sound().opcodes | {"STL.64": 2}), "2 instructions that spill"),
-        (sound(shared_bytes=240000), "240000 bytes of shared memory"),
-        (sound(target="120", shared_bytes=110000), "101376 are there"),
-        (sound(opcodes=sound().opcodes | {"LDGSTS.E.64": 1}), "fewer than 128 bits"),
-        (sound(opcodes={"HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}), "no LDGSTS of 128 bits"),
-        (sound(case="bfloat16 head size 128 rows 64"), "no HGMMA"),
-        (sound(case="float16 head size 128 rows 8"), "no HGMMA"),
-        (sound(case="bfloat16 head size 128 rows 64", target="100"), "UTC"),
-        (sound(case="float32 head size 128 rows 1"), "no FFMA"),
-        (sound(opcodes=sound().opcodes | {"MEMBAR.ALL.GPU": 0}), "have not written yet"),
-        (sound(opcodes=sound().opcodes | {"CCTL.IVALL": 0}), "have not written yet"),
-        (sound(opcodes=sound().opcodes | {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}), "floating-point atomics"),
-        (sound(target="gfx942", opcodes={"buffer_wbl2": 1, "buffer_inv": 1}), "no v_mfma"),
+        (valid_row(stack_bytes=8), "8 bytes of stack"),
+        (valid_row(opcodes=valid_row().opcodes | {"STL.64": 2}), "2 instructions that spill"),
+        (valid_row(shared_bytes=240000), "240000 bytes of shared memory"),
+        (valid_row(target="120", shared_bytes=110000), "101376 are available"),
+        (valid_row(opcodes=valid_row().opcodes | {"LDGSTS.E.64": 1}), "fewer than 128 bits"),
+        (valid_row(opcodes={"HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}), "no LDGSTS of 128 bits"),
+        (valid_row(case="bfloat16 head size 128 rows 64"), "no HGMMA"),
+        (valid_row(case="float16 head size 128 rows 8"), "no HGMMA"),
+        (valid_row(case="bfloat16 head size 128 rows 64", target="100"), "UTC"),
+        (valid_row(case="float32 head size 128 rows 1"), "no FFMA"),
+        (valid_row(opcodes=valid_row().opcodes | {"MEMBAR.ALL.GPU": 0}), "have not written yet"),
+        (valid_row(opcodes=valid_row().opcodes | {"CCTL.IVALL": 0}), "have not written yet"),
+        (valid_row(opcodes=valid_row().opcodes | {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}), "floating-point atomics"),
+        (valid_row(target="gfx942", opcodes={"buffer_wbl2": 1, "buffer_inv": 1}), "no v_mfma"),
     ],
 )
 def test_a_planted_fault_is_named(row: Row, fault: str) -> None:
-    assert not limits.faults(sound())
+    assert not limits.faults(valid_row())
     assert len(found := limits.faults(row)) == 1
     assert fault in found[0]
 
@@ -95,18 +95,18 @@ def test_a_planted_fault_is_named(row: Row, fault: str) -> None:
 def test_a_change_of_registers_is_named() -> None:
     counted = limits.table()["capture_map_kernel bfloat16 head size 128 rows 1"]
     for version, counts in counted.items():
-        row = sound(registers=counts[limits.TARGETS.index("90")])
+        row = valid_row(registers=counts[limits.TARGETS.index("90")])
         assert limits.verdict(row, version) == limits.verdict(row, f"{version}+git01234567") == []
         (change,) = limits.verdict(row._replace(registers=row.registers - 1), version)
         assert change.startswith(f"{row.registers - 1} registers, {row.registers} in registers.json")
         assert limits.REWRITE in change
-    # What stands in no row of the table has limits alone.
-    assert limits.verdict(sound(case="bfloat16 head size 96 rows 1", registers=1), "3.9.0") == []
-    assert limits.verdict(sound(target="86", registers=1), "3.9.0") == []
+    # A case that is not in the table has limits alone.
+    assert limits.verdict(valid_row(case="bfloat16 head size 96 rows 1", registers=1), "3.9.0") == []
+    assert limits.verdict(valid_row(target="86", registers=1), "3.9.0") == []
 
 
-def test_a_triton_that_is_not_in_the_table_keeps_to_memory_and_to_a_bound() -> None:
-    row = sound(kernel="capture_statistics_kernel", case="bfloat16 head size 64 rows 1", opcodes={"NEW.HMMA": 1})
+def test_a_triton_that_is_not_in_the_table_has_limits_on_memory_and_registers() -> None:
+    row = valid_row(kernel="capture_statistics_kernel", case="bfloat16 head size 64 rows 1", opcodes={"NEW.HMMA": 1})
     counted = limits.table()[f"{row.kernel} {row.case}"].values()
     most = max(counts[limits.TARGETS.index("90")] for counts in counted)
     bound = int(limits.ALLOWANCE * most)
@@ -123,8 +123,8 @@ def test_registers_are_written_next_to_those_of_other_versions(tmp_path: Path, m
     monkeypatch.setattr(offline, "REGISTERS", path)
     monkeypatch.setattr(offline.triton, "__version__", "3.99.0+git")
     rows = [
-        Row(kernel, case.name, target, 40 + place, 0, 0, {})
-        for place, target in enumerate(limits.TARGETS)
+        Row(kernel, case.name, target, 40 + index, 0, 0, {})
+        for index, target in enumerate(limits.TARGETS)
         for case in offline.cases()
         for kernel in kernels_of(case.name)
     ]

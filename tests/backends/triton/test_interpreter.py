@@ -1,4 +1,4 @@
-"""What the interpreter does wrong by itself, that the tests mend it, and that the counters count."""
+"""Faults of the shipped interpreter, their fixes for the tests, and the counters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if not triton.knobs.runtime.interpret:
 
 @triton.jit
 def _dot_kernel(left_ptr, right_ptr, out_ptr, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    tl.store(out_ptr + place, tl.dot(tl.load(left_ptr + place), tl.load(right_ptr + place)))
+    offset = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out_ptr + offset, tl.dot(tl.load(left_ptr + offset), tl.load(right_ptr + offset)))
 
 
 @triton.jit
@@ -33,11 +33,11 @@ def _wide_dot_kernel(left_ptr, right_ptr, out_ptr, width, SIZE: tl.constexpr, BL
 
 @triton.jit
 def _arithmetic_kernel(left_ptr, right_ptr, sum_ptr, less_ptr, narrow_ptr, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    left, right = tl.load(left_ptr + place), tl.load(right_ptr + place)
-    tl.store(sum_ptr + place, left * right + left)
-    tl.store(less_ptr + place, (left < right).to(tl.int32))
-    tl.store(narrow_ptr + place, (left.to(tl.float32) / 3.0).to(tl.bfloat16))
+    offset = tl.arange(0, SIZE)
+    left, right = tl.load(left_ptr + offset), tl.load(right_ptr + offset)
+    tl.store(sum_ptr + offset, left * right + left)
+    tl.store(less_ptr + offset, (left < right).to(tl.int32))
+    tl.store(narrow_ptr + offset, (left.to(tl.float32) / 3.0).to(tl.bfloat16))
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def _total_kernel(left_ptr, out_ptr, SIZE: tl.constexpr):
 
 @triton.jit
 def _share_kernel(left_ptr, plain_ptr, rounded_ptr, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    left = tl.load(left_ptr + place)
-    tl.store(plain_ptr + place, left / left)
-    tl.store(rounded_ptr + place, tl.div_rn(left, left))
+    offset = tl.arange(0, SIZE)
+    left = tl.load(left_ptr + offset)
+    tl.store(plain_ptr + offset, left / left)
+    tl.store(rounded_ptr + offset, tl.div_rn(left, left))
 
 
 @triton.jit
@@ -71,17 +71,17 @@ def _product_kernel(left: tl.int64, right, out_ptr):
 
 @triton.jit
 def _order_kernel(turn_ptr, order_ptr):
-    place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    offset = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
     turn = tl.load(turn_ptr)
-    tl.store(order_ptr + turn, place)
+    tl.store(order_ptr + turn, offset)
     tl.store(turn_ptr, turn + 1)
 
 
 @triton.jit
 def _double_kernel(left_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    twice = tl.load(left_ptr + place, mask=place < count) + tl.load(left_ptr + place, mask=place < count)
-    tl.store(out_ptr + place, twice, mask=place < count)
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    twice = tl.load(left_ptr + offset, mask=offset < count) + tl.load(left_ptr + offset, mask=offset < count)
+    tl.store(out_ptr + offset, twice, mask=offset < count)
 
 
 def halves(*shape: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def dot_of_ones() -> torch.Tensor:
 
 
 def test_canary_the_shipped_interpreter_still_multiplies_the_bits_of_bfloat16() -> None:
-    """If this fails, the interpreter has changed: drop what `faithful` mends as far as it is right by itself."""
+    """If this fails, the interpreter has changed: drop the fixes of `faithful` that it no longer needs."""
     with interpreter.as_shipped():
         found = dot_of_ones()
     assert not torch.equal(found, torch.full((16, 16), 16.0))
@@ -134,7 +134,7 @@ def test_a_plain_division_is_no_better_than_on_a_gpu() -> None:
     assert bool(plain[2:].isnan().all()) and bool(rounded[2:].isnan().all())
 
 
-def test_what_is_not_mended_is_refused() -> None:
+def test_what_is_not_fixed_is_refused() -> None:
     with pytest.raises(triton.runtime.errors.InterpreterError, match="widen bfloat16"):
         _total_kernel[(1,)](halves(16), torch.empty(1, dtype=torch.bfloat16), SIZE=16)
 
@@ -165,16 +165,16 @@ def test_an_overflow_of_a_float_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
-def test_programs_run_in_the_order_that_is_asked_for(order: str) -> None:
-    turn, places = torch.zeros(1, dtype=torch.int32), torch.full((24,), -1, dtype=torch.int32)
+def test_programs_run_in_the_requested_order(order: str) -> None:
+    turn, offsets = torch.zeros(1, dtype=torch.int32), torch.full((24,), -1, dtype=torch.int32)
     with interpreter.programs_in(order):
-        _order_kernel[(2, 3, 4)](turn, places)
-    assert sorted(places.tolist()) == list(range(24))
-    assert (places.tolist() == list(range(24))) == (order == "forward")
-    assert (places.tolist() == list(range(24))[::-1]) == (order == "reverse")
+        _order_kernel[(2, 3, 4)](turn, offsets)
+    assert sorted(offsets.tolist()) == list(range(24))
+    assert (offsets.tolist() == list(range(24))) == (order == "forward")
+    assert (offsets.tolist() == list(range(24))[::-1]) == (order == "reverse")
 
 
-def test_traffic_counts_what_the_masks_let_through_once_for_a_program() -> None:
+def test_traffic_counts_unmasked_elements_once_for_each_program() -> None:
     left, out = torch.randn(100), torch.empty(100)
     with interpreter.traffic() as traffic:
         _double_kernel[(2,)](left, out, 100, BLOCK=64)

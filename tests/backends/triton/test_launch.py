@@ -1,4 +1,4 @@
-"""The direct launch: hints that are never false, arguments as Triton's own launcher passes them, scratch by stream."""
+"""The direct launch: correct hints, arguments as Triton's launcher passes them, scratch by stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KERNELS = [
     strides=st.lists(st.integers(0, 2**40), max_size=12),
     element_size=st.sampled_from([2, 4]),
 )
-def test_no_hint_is_false_and_none_is_missing(addresses: list[int], strides: list[int], element_size: int) -> None:
+def test_every_hint_is_correct_and_none_is_missing(addresses: list[int], strides: list[int], element_size: int) -> None:
     found = alignment(addresses, strides, element_size)
     everything = [*addresses, *(stride * element_size for stride in strides)]
     assert found in (1, 2, 4, 8, 16) and all(value % found == 0 for value in everything)
@@ -50,7 +50,7 @@ def test_aligned_tensors_have_the_hint_and_one_odd_stride_takes_it(element_size:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 32), (1, 3, 1, 32), (2, 1, 5, 1)])
-def test_dimensions_of_one_element_do_not_spoil_the_hint(shape: tuple[int, ...]) -> None:
+def test_dimensions_of_one_element_do_not_weaken_the_hint(shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(7 * 7 * 7 * 64).as_strided(shape, (3, 5, 7, 11))
     for size, stride, ours in zip(shape, tensor.stride(), strides_of(tensor), strict=True):
         assert ours == (stride if size > 1 else 0)
@@ -68,15 +68,15 @@ def test_parameters_are_pointers_then_typed_numbers_then_constants(kernel: Kerne
             assert parameter.annotation is inspect.Parameter.empty
         else:
             kinds.append("number")
-            place = kinds.count("number") - 1
-            assert (parameter.annotation is inspect.Parameter.empty) == (place in kernel._tuples)
+            index = kinds.count("number") - 1
+            assert (parameter.annotation is inspect.Parameter.empty) == (index in kernel._tuples)
     assert kinds == sorted(kinds, key=["pointer", "number", "constant"].index)
 
 
 @pytest.fixture(scope="module")
 def calls() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Triton 3.8 builds a syntax tree in a way that Python 3.13 warns of.
+    # Triton 3.8 builds a syntax tree in a way that Python 3.13 warns about.
     warnings = ["-W", "error", "-W", "ignore:AnnAssign.__init__ missing:DeprecationWarning"]
     result = subprocess.run(
         [sys.executable, *warnings, "-m", "tests.backends.triton.direct"],
@@ -123,38 +123,38 @@ def test_a_shifted_key_loses_the_hint(calls: dict[str, Any]) -> None:
     assert constants("a shifted key") == [2, 1, True, False, False]
 
 
-def test_scratch_is_kept_and_grows() -> None:
-    kept = workspace.Workspace()
-    floats, tickets = kept.take(CPU, 100, 3)
+def test_scratch_is_cached_and_grows() -> None:
+    scratch = workspace.Workspace()
+    floats, tickets = scratch.take(CPU, 100, 3)
     assert floats.dtype == torch.float32 and len(floats) >= 100
     assert tickets.dtype == torch.int32 and len(tickets) >= 3 and not tickets.any()
-    assert all(mine is theirs for mine, theirs in zip(kept.take(CPU, 7, 1), (floats, tickets), strict=True))
-    grown, more = kept.take(CPU, 101, 2)
+    assert all(mine is theirs for mine, theirs in zip(scratch.take(CPU, 7, 1), (floats, tickets), strict=True))
+    grown, more = scratch.take(CPU, 101, 2)
     assert len(grown) >= 200 and len(more) >= 3 and grown is not floats
 
 
 def test_threads_and_streams_do_not_share_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = workspace.Workspace()
-    found = [kept.take(CPU, 10, 1)[0]]
-    worker = threading.Thread(target=lambda: found.append(kept.take(CPU, 10, 1)[0]))
+    scratch = workspace.Workspace()
+    found = [scratch.take(CPU, 10, 1)[0]]
+    worker = threading.Thread(target=lambda: found.append(scratch.take(CPU, 10, 1)[0]))
     worker.start()
     worker.join()
     monkeypatch.setattr(workspace, "_stream", lambda device: 7)
-    found.append(kept.take(CPU, 10, 1)[0])
+    found.append(scratch.take(CPU, 10, 1)[0])
     assert len({one.data_ptr() for one in found}) == 3
 
 
-def test_a_graph_that_is_captured_gets_scratch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_captured_gets_separate_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = workspace._allocate
     monkeypatch.setattr(workspace, "_allocate", lambda device, *sizes: shipped(CPU, *sizes))
     monkeypatch.setattr(workspace, "_stream", lambda device: 0)
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     gpu = torch.device("cuda:0")
-    kept = workspace.Workspace()
-    eager = kept.take(gpu, 10, 1)[0]
+    scratch = workspace.Workspace()
+    eager = scratch.take(gpu, 10, 1)[0]
     capturing[0] = True
-    captured = [kept.take(gpu, 10, 1)[0] for _ in range(2)]
+    captured = [scratch.take(gpu, 10, 1)[0] for _ in range(2)]
     capturing[0] = False
-    assert kept.take(gpu, 10, 1)[0] is eager
+    assert scratch.take(gpu, 10, 1)[0] is eager
     assert len({one.data_ptr() for one in (eager, *captured)}) == 3

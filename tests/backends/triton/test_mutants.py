@@ -1,4 +1,4 @@
-"""The proofs can fail: kernels with one planted fault each are caught; `python -m tests.backends.triton.mutants` plants more."""
+"""Kernels with one planted fault each are caught; `python -m tests.backends.triton.mutants` plants more."""
 
 from __future__ import annotations
 

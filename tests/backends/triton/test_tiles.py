@@ -1,4 +1,4 @@
-"""Tiles: the table, the file that replaces rows of it, the tuner that writes such a file, and what serves where."""
+"""Tiles: the table, a file that replaces some rows, the tuner that writes it, and the devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 
 import triton
 
-from carve_kernels.backends import triton as room
+from carve_kernels.backends import triton as triton_backend
 from carve_kernels.backends.triton import device, tiles, tune
-from carve_kernels.backends.triton.tiles import Tile, Tiles
+from carve_kernels.backends.triton.tiles import TileConfig, Tiles
 from tests.backends.triton.limits import SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ ROW = {"statistics": [32, 4, 2], "map": [16, 8, 1]}
 
 
 @pytest.mark.parametrize("architecture", tiles.STAGES)
-def test_tiles_on_the_way_fit_into_shared_memory(architecture: str) -> None:
+def test_tiles_in_flight_fit_into_shared_memory(architecture: str) -> None:
     for element_size in tiles.ELEMENT_SIZES:
         for lanes in tiles.LANES:
             for size in tiles.SIZES:
@@ -46,7 +46,7 @@ def test_a_file_replaces_its_rows_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({KEY: ROW}))
     found = tiles.row_of("sm_90", 2, 16, 128, str(path))
-    assert found == Tiles(Tile(32, 4, 2), Tile(16, 8, 1)) != tiles.row_of("sm_90", 2, 16, 128)
+    assert found == Tiles(TileConfig(32, 4, 2), TileConfig(16, 8, 1)) != tiles.row_of("sm_90", 2, 16, 128)
     assert tiles.row_of("sm_90", 2, 16, 64, str(path)) == tiles.row_of("sm_90", 2, 16, 64)
 
 
@@ -65,17 +65,17 @@ def test_a_file_replaces_its_rows_and_no_other(tmp_path: Path) -> None:
         (json.dumps({KEY: {**ROW, "map": [32, 4]}}), r"got \[32, 4\]"),
     ],
 )
-def test_a_file_that_says_something_else_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"CARVE_KERNELS_TILES: .*{message}"):
-        tiles.replaced(str(path))
+        tiles.replacements(str(path))
     with pytest.raises(ValueError, match="CARVE_KERNELS_TILES: expected a JSON file of tiles"):
-        tiles.replaced(str(tmp_path / "missing.json"))
+        tiles.replacements(str(tmp_path / "missing.json"))
 
 
 class Driver:
-    """As much of a driver as the choice of a row asks."""
+    """The part of a driver that chooses a row."""
 
     def __init__(self, backend: str, arch: Any) -> None:
         self.target = triton.backends.compiler.GPUTarget(backend, arch, 32)
@@ -105,21 +105,23 @@ def test_a_device_takes_the_nearest_row_below(
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_an_old_gpu_is_told_so(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_gpu_has_a_reason(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    room.too_old.cache_clear()
+    triton_backend.too_old.cache_clear()
     try:
-        for reason in (room.too_old(0), room._no_gpu()):
-            assert reason is None if served else "compute capability 7.5, this room needs 8.0; use backend=" in reason
+        for reason in (triton_backend.too_old(0), triton_backend._no_gpu()):
+            assert (
+                reason is None if served else "compute capability 7.5, this backend needs 8.0; use backend=" in reason
+            )
     finally:
-        room.too_old.cache_clear()
+        triton_backend.too_old.cache_clear()
 
 
-def test_without_a_gpu_the_room_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_backend_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no GPU; install its driver" in room._no_gpu()
+    assert "sees no GPU; install its driver" in triton_backend._no_gpu()
 
 
 @pytest.mark.parametrize(
@@ -133,23 +135,23 @@ def test_without_a_gpu_the_room_is_shut(monkeypatch: pytest.MonkeyPatch) -> None
         ("3.9.0", False, None, "finds none; install gcc, or name a compiler in CC"),
     ],
 )
-def test_why_the_room_is_shut(
+def test_why_the_backend_is_unavailable(
     version: str, interpreted: bool, compiler: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-    monkeypatch.setattr(room, "_no_gpu", lambda: None)
-    found = room.unavailable.__wrapped__()
+    monkeypatch.setattr(triton_backend, "_no_gpu", lambda: None)
+    found = triton_backend.unavailable.__wrapped__()
     assert found is None if reason is None else reason in found
-    assert room.devices() == (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu"))
+    assert triton_backend.devices() == (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu"))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # A module that is None in sys.modules cannot be imported.
     monkeypatch.setitem(sys.modules, "triton", None)
-    found = room.unavailable.__wrapped__()
+    found = triton_backend.unavailable.__wrapped__()
     assert "the package triton is missing; pip install 'triton>=3.6'" in found
 
 
@@ -165,16 +167,16 @@ def test_the_tuner_takes_the_fastest_tiles_that_run() -> None:
         return abs(row.map.block - 32) + row.map.warps + row.statistics.stages
 
     def call() -> Tiles:
-        return tiles.replaced(tune.os.environ[tiles.ENVIRONMENT])[KEY]
+        return tiles.replacements(tune.os.environ[tiles.ENVIRONMENT])[KEY]
 
     found = tune.best(KEY, start, call, measure)
-    # Ties stay with the first that was tried.
-    assert found == Tiles(Tile(start.statistics.block // 2, 4, 2), Tile(32, 4, 2))
+    # Of equal times, the first wins.
+    assert found == Tiles(TileConfig(start.statistics.block // 2, 4, 2), TileConfig(32, 4, 2))
     assert tried[0] == start and len(tried) > 30
     assert tiles.ENVIRONMENT not in tune.os.environ
 
 
-def test_the_tuners_problem_runs_and_its_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problem_of_the_tuner_runs_and_its_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.problem(torch.device("cpu"), 16, 32, keys=20, tokens=4)()
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(tune, "problem", lambda *_: lambda: None)
@@ -183,11 +185,11 @@ def test_the_tuners_problem_runs_and_its_file_is_read(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(device, "architecture_of", lambda _: "sm_90")
     assert tune.main(["--output", str(path)]) == 0
-    rows = tiles.replaced(str(path))
+    rows = tiles.replacements(str(path))
     assert len(rows) == 8 and rows[KEY] == tiles.row_of("sm_90", 2, 16, 128)
 
 
-def test_the_tuner_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tuner_without_a_gpu_exits_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert tune.main(["--output", str(tmp_path / "tiles.json")]) == 2

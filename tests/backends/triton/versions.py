@@ -1,8 +1,8 @@
-"""The proofs of the kernels with each Triton whose registers are counted: compiled for every target, and interpreted.
+"""Test the kernels with each Triton in the table of registers: compiled for every target, and interpreted.
 
-python -m tests.backends.triton.versions FOLDER    install each of them into a folder of its own there, and prove
+python -m tests.backends.triton.versions FOLDER    install each of them into a subfolder, and test
 
-The oldest and the newest compile every head size, option and target, those between them the cases of the table.
+The oldest and the newest compile every head size, option and target, the others the cases of the table.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tests.backends.triton.limits import versions
 
 ROOT = Path(__file__).resolve().parents[3]
 COMPILED = ("-m", "tests.backends.triton.offline")
-# Those that run the kernels, wherever they stand.
+# The test files that run the kernels.
 INTERPRETED = ("-m", "pytest", "-q", "tests/backends/triton", "tests/ops", "-k", "triton")
 
 
 def install(version: str, folder: Path) -> None:
-    """Put a Triton into a folder: the environment keeps the one that it has."""
+    """Install a Triton into a folder; the environment does not change."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
     subprocess.run([*command, f"triton=={version}"], check=True)
 
 
 def prove(folder: Path, everything: bool) -> list[str]:
-    """Run the proofs with the Triton of a folder, with every case where `everything` says so; those that failed."""
+    """Run the tests with the Triton of a folder, with every case if `everything`; returns those that failed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(folder.resolve())
     compiled = (*COMPILED, "--all") if everything else COMPILED

@@ -1,4 +1,4 @@
-"""Capture in the Triton room: memory it may touch, order of its programs, launches, layers, and edges."""
+"""Capture by the Triton backend: memory accesses, order of programs, launches, layers, and edge cases."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from carve_kernels import BackendUnavailable, capture_layers
 from carve_kernels import capture as public
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.backends.triton import capture
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, CaptureOptions
 from tests.backends.triton import interpreter
 from tests.backends.triton.guard import Guards, guard_allocations
-from tests.ops.test_capture import close
 from tests.support.attention import Case, exact, planted, poisoned
-from tests.support.tolerances import roundings
+from tests.support.tolerances import close, roundings
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("guards and counters want the interpreter", allow_module_level=True)
@@ -31,15 +30,15 @@ LONG = Case(batch=2, query_heads=4, key_heads=2, rows=2, keys=800, size=32, toke
 
 
 def right(found: Capture, arguments: Any, options: dict[str, Any], heads: str = "mean") -> None:
-    wide, wide_options = exact(arguments, options)
-    truth = reference.forward(*wide, **wide_options, heads=heads)  # type: ignore[arg-type]
-    own = reference.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads=heads))  # type: ignore[arg-type]
+    own = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
     for part, mine, exactly in zip(found, own, truth, strict=True):
         close(part, mine, exactly, roundings(arguments[0].shape[3] + 64 + arguments[0].shape[1]))
 
 
 def spread(tensor: torch.Tensor, factor: int = 3) -> torch.Tensor:
-    """The same values with room between any two elements."""
+    """The same values with gaps between any two elements."""
     if factor == 1:
         return tensor
     store = torch.full((*tensor.shape, factor), torch.nan if tensor.is_floating_point() else 0).to(tensor.dtype)
@@ -61,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize("spacing", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_outside_of_the_tensors_is_touched(name: str, spacing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_outside_the_tensors_is_accessed(name: str, spacing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     heads = "each" if case.view == "head mask" else "mean"
     arguments, options = planted(case)
@@ -79,7 +78,7 @@ def test_nothing_outside_of_the_tensors_is_touched(name: str, spacing: int, monk
         guard_allocations(guards, patched, capture)
         capture.forward(
             *[guarded(what, value) for what, value in zip(("query", "key", "tokens"), arguments, strict=True)],
-            **{what: guarded(what, value) for what, value in options.items()}, heads=heads, out=out,
+            CaptureOptions(**{what: guarded(what, value) for what, value in options.items()}, heads=heads), out=out,
         )  # fmt: skip
     guards.check()
     right(out, arguments, options, heads)
@@ -87,18 +86,18 @@ def test_nothing_outside_of_the_tensors_is_touched(name: str, spacing: int, monk
 
 def test_any_order_of_programs_gives_the_same_bits() -> None:
     arguments, options = planted(LONG)
-    wanted = capture.forward(*arguments, **options)
+    wanted = capture.forward(*arguments, CaptureOptions(**options))
     for order in ("reverse", "shuffled"):
         with interpreter.programs_in(order):
-            found = capture.forward(*arguments, **options)
+            found = capture.forward(*arguments, CaptureOptions(**options))
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
 
 
 def test_a_batch_has_the_bits_of_its_rows_alone() -> None:
     (query, key, tokens), options = planted(LONG.but(sink=True))
-    whole = capture.forward(query, key, tokens, **options)
+    whole = capture.forward(query, key, tokens, CaptureOptions(**options))
     for b in range(2):
-        alone = capture.forward(query[b : b + 1], key[b : b + 1], tokens[b : b + 1], **options)
+        alone = capture.forward(query[b : b + 1], key[b : b + 1], tokens[b : b + 1], CaptureOptions(**options))
         assert all(torch.equal(mine[0], theirs[b]) for mine, theirs in zip(alone, whole, strict=True))
 
 
@@ -108,7 +107,7 @@ def layers_of(case: Case, count: int, **options: Any) -> tuple[list[torch.Tensor
 
 
 def slots(case: Case, steps: int, layers: int) -> Capture:
-    """Buffers of several steps and layers, with strides that are not dense."""
+    """Buffers of several steps and layers, with non-dense strides."""
     rows = (steps, layers, case.batch, case.rows)
     return Capture(
         torch.full((layers, steps, case.rows, case.batch, case.tokens, 2), torch.nan)[..., 0].permute(1, 0, 3, 2, 4),
@@ -117,7 +116,7 @@ def slots(case: Case, steps: int, layers: int) -> Capture:
 
 
 @pytest.mark.parametrize("view", ["all", "positions"])
-def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str) -> None:
+def test_layers_in_one_call_have_the_bits_of_each_alone_and_two_launches(view: str) -> None:
     case = Case(rows=2, keys=150, tokens=21, view=view, dtype=torch.bfloat16, window=40)
     query, key, tokens = layers_of(case, 6)
     options = planted(case)[1]
@@ -128,10 +127,10 @@ def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str)
             query, key, tokens, step=torch.tensor(1), first=1, out=out, sink=sink, backend="triton", **options
         )
     assert traffic.launches == [STATISTICS, MAP]
-    for place, layer in enumerate(zip(query, key, sink, strict=True), start=1):
+    for index, layer in enumerate(zip(query, key, sink, strict=True), start=1):
         alone = public(*layer[:2], tokens, sink=layer[2], backend="triton", **options)
         for buffer, part in zip(out, alone, strict=True):
-            assert torch.equal(buffer[1, place], part)
+            assert torch.equal(buffer[1, index], part)
     written = torch.zeros(3, 8, dtype=torch.bool)
     written[1, 1:7] = True
     for buffer in out:
@@ -141,7 +140,7 @@ def test_layers_together_have_the_bits_of_each_alone_and_two_launches(view: str)
 def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
     case = Case(rows=1, view="all", batch=1)
     query, key, tokens = layers_of(case, 4)
-    # A sliding layer keeps fewer keys, and a layer of another cache has other strides.
+    # A sliding layer has fewer keys, and a layer of another cache has other strides.
     key[1] = key[1][:, :, -40:]
     key[3] = key[3].contiguous()
     out = slots(case, steps=1, layers=4)
@@ -152,21 +151,20 @@ def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
         right(Capture(*(part[0, layer] for part in out)), (query[layer], key[layer], tokens), {"scale": 0.125})
 
 
-def test_layers_that_the_room_does_not_serve_together_are_left_to_the_caller() -> None:
+def test_layers_that_cannot_be_captured_in_one_call_return_false() -> None:
     case = Case(rows=1, view="all")
     query, key, tokens = layers_of(case, 2)
-    arguments: dict[str, Any] = {"sink": (), "first": 0, "scale": 0.125, "mask": None, "positions": None}
-    arguments |= {"softcap": None, "window": None, "step": torch.tensor(0)}
+    options, more = CaptureOptions(0.125), {"sink": (), "first": 0, "step": torch.tensor(0)}
     out = slots(case, 1, 2)
-    assert capture.forward_layers(query, key, tokens, out=out, **arguments)
+    assert capture.forward_layers(query, key, tokens, options, out=out, **more)
     double = [query[0], query[1].double()], [key[0], key[1].double()]
-    assert not capture.forward_layers(*double, tokens, out=out, **arguments)
+    assert not capture.forward_layers(*double, tokens, options, out=out, **more)
     elsewhere = Capture(out.maps.to("meta"), out.mass, out.entropy)
-    assert not capture.forward_layers(query, key, tokens, out=elsewhere, **arguments)
+    assert not capture.forward_layers(query, key, tokens, options, out=elsewhere, **more)
 
 
 @pytest.mark.parametrize("step", [-1, 2])
-def test_a_step_outside_of_the_buffers_writes_nothing(step: int) -> None:
+def test_a_step_outside_the_buffers_writes_nothing(step: int) -> None:
     case = Case(rows=2, view="all")
     (query, key, tokens), options = planted(case)
     guards = Guards()
@@ -175,34 +173,35 @@ def test_a_step_outside_of_the_buffers_writes_nothing(step: int) -> None:
     guards.check()
 
 
-def test_one_launch_where_the_lse_is_known() -> None:
+def test_one_launch_where_the_lse_is_given() -> None:
     arguments, options = planted(LONG)
     query, key, _ = arguments
     logits = query @ key.repeat_interleave(2, 1).mT * options["scale"]
     with interpreter.traffic() as traffic:
-        found = capture.forward(*arguments, **options, lse=spread(logits.double().logsumexp(-1)))
+        lse = spread(logits.double().logsumexp(-1))
+        found = capture.forward(*arguments, CaptureOptions(**options, lse=lse))
     assert traffic.launches == [MAP]
     right(found, arguments, options)
 
 
 def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, options = planted(LONG)
-    capture.forward(*arguments, **options)
+    capture.forward(*arguments, CaptureOptions(**options))
     monkeypatch.setattr("carve_kernels.backends.triton.workspace._allocate", None)
     smaller = planted(LONG.but(keys=90, tokens=20))[0]
     for case, given_arguments in ((LONG.but(tokens=20), smaller), (LONG, arguments)):
         out = poisoned(case)
-        capture.forward(*given_arguments, **options, out=out)
+        capture.forward(*given_arguments, CaptureOptions(**options), out=out)
         right(out, given_arguments, options)
 
 
 @pytest.mark.parametrize("changes", [{"rows": 0}, {"batch": 0}, {"keys": 0}, {"tokens": 0}, {"rows": 0, "tokens": 0}])
 @pytest.mark.parametrize("heads", ["mean", "each"])
-def test_nothing_at_all_is_served(changes: dict[str, int], heads: str) -> None:
+def test_empty_inputs_are_served(changes: dict[str, int], heads: str) -> None:
     case = Case(view="all", ragged=False).but(**changes)
     arguments, options = planted(case)
-    truth = reference.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
-    found = capture.forward(*arguments, **options, heads=heads)  # type: ignore[arg-type]
+    truth = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
+    found = capture.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
     for part, exactly in zip(found, truth, strict=True):
         assert part.dtype == torch.float32 and torch.equal(part, exactly) and not part.any()
     out = slots(case, steps=1, layers=2)
@@ -213,17 +212,17 @@ def test_nothing_at_all_is_served(changes: dict[str, int], heads: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_tokens_outside_of_the_keys_are_padding(dtype: torch.dtype) -> None:
+def test_tokens_outside_the_keys_are_padding(dtype: torch.dtype) -> None:
     (query, key, tokens), options = planted(Case(view="all", ragged=False))
     stray = tokens.to(dtype).clone()
     stray[:, 1], stray[:, 4], stray[0, 7] = 77, torch.iinfo(dtype).max, torch.iinfo(dtype).min
-    found = capture.forward(query, key, stray, **options)
+    found = capture.forward(query, key, stray, CaptureOptions(**options))
     assert not found.maps[..., [1, 4]].any()
     right(found, (query, key, stray), options)
 
 
 @pytest.mark.parametrize("lse", [False, True])
-def test_a_nan_goes_where_the_reference_lets_it_go(lse: bool) -> None:
+def test_a_nan_affects_what_it_does_in_the_reference(lse: bool) -> None:
     case = Case(batch=1, rows=3, view="positions")
     (query, key, tokens), options = planted(case)
     key, options["positions"] = key.clone(), torch.tensor([[20, 50, 40]])
@@ -231,23 +230,23 @@ def test_a_nan_goes_where_the_reference_lets_it_go(lse: bool) -> None:
     tokens[0, 3] = 45
     options["lse"] = torch.ones(1, case.query_heads, case.rows) if lse else None
     for heads in ("mean", "each"):
-        truth = reference.forward(query, key, tokens, **options, heads=heads)  # type: ignore[arg-type]
-        found = capture.forward(query, key, tokens, **options, heads=heads)  # type: ignore[arg-type]
+        truth = reference.forward(query, key, tokens, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
+        found = capture.forward(query, key, tokens, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]
         assert truth.mass.isnan().tolist() == [[False, True, False]]
         for part, right_part in zip(found, truth, strict=True):
             assert torch.equal(part.isnan(), right_part.isnan())
 
 
 @pytest.mark.parametrize("last", [-(2**40), -1, 10**6, 2**40])
-def test_positions_outside_of_the_keys(last: int) -> None:
+def test_positions_outside_the_keys(last: int) -> None:
     case = Case(view="positions", rows=2)
     arguments, options = planted(case)
     options["positions"][0, 0] = last
-    right(capture.forward(*arguments, **options), arguments, options)
+    right(capture.forward(*arguments, CaptureOptions(**options)), arguments, options)
     options["window"] = 40
-    right(capture.forward(*arguments, **options), arguments, options)
+    right(capture.forward(*arguments, CaptureOptions(**options)), arguments, options)
     options["window"] = 2**70
-    right(capture.forward(*arguments, **options), arguments, {**options, "window": 2**50})
+    right(capture.forward(*arguments, CaptureOptions(**options)), arguments, {**options, "window": 2**50})
 
 
 def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
@@ -255,8 +254,8 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     arguments, options = planted(case)
 
     def far(tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor with its ends 2^31 elements and more apart; memory that is never touched costs nothing."""
-        # The small parts keep elements apart whose large parts meet.
+        """The tensor with more than 2^31 elements between its ends; unused memory costs nothing."""
+        # The small terms separate elements whose large terms coincide.
         strides = (2**31 + 4096, 2**30 + 1024, 2**28 + 128, 1)
         if tensor.ndim < 4:
             strides = (2**31 + 64, 2**28 + 8, 2**26 + 1)[: tensor.ndim]
@@ -267,7 +266,7 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     query, key, tokens = (far(part) for part in arguments)
     mask = far(options["mask"])
     with interpreter.overflows_are_errors():
-        capture.forward(query, key, tokens, scale=options["scale"], mask=mask, out=out)
+        capture.forward(query, key, tokens, CaptureOptions(options["scale"], mask), out=out)
     right(out, arguments, options)
 
 
@@ -276,14 +275,14 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     [
         (
             {"query": torch.ones(1, 2, 1, 8).double(), "key": torch.ones(1, 2, 3, 8).double()},
-            "float64, this room serves",
+            "float64, this backend serves",
         ),
         ({"query": torch.ones(1, 2, 1, 8).requires_grad_()}, "requires a gradient"),
         ({"query": torch.ones(1, 2, 1, 264), "key": torch.ones(1, 2, 3, 264)}, "heads of size 264"),
         ({"out": Capture(torch.ones(1, 1, 1).double(), torch.ones(1, 1), torch.ones(1, 1))}, "out is float64"),
     ],
 )
-def test_what_the_room_does_not_serve_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_arguments_have_a_reason(changes: dict[str, Any], reason: str) -> None:
     arguments = {"query": torch.ones(1, 2, 1, 8), "key": torch.ones(1, 2, 3, 8), "tokens": torch.tensor([[0]])}
     with pytest.raises(BackendUnavailable, match=reason):
         public(**{**arguments, **changes}, scale=1.0, backend="triton")

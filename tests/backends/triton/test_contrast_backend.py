@@ -1,4 +1,4 @@
-"""Contrast in the Triton room: memory it may touch, order of its programs, launches, and what they move."""
+"""Contrast by the Triton backend: memory accesses, order of programs, launches, and memory traffic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS = ("none", "sum", "max", "minmax")
         ([(9, 31), (1, 2), (11, 13)], [(16, 64), (3, 1), (17, 65)], "sum"),
     ],
 )
-def test_nothing_outside_of_the_tensors_is_touched(
+def test_nothing_outside_the_tensors_is_accessed(
     grid: Any, size: Any, normalize: str, lam: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = sum(rows * columns for rows, columns in (grid if isinstance(grid, list) else [grid]))
@@ -70,7 +70,7 @@ def test_any_order_of_programs_gives_the_same_bits() -> None:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
 
 
-def test_a_view_among_others_has_the_bits_of_the_view_alone() -> None:
+def test_one_of_several_views_has_the_bits_of_the_view_alone() -> None:
     task, general = maps((1, 12 + 35), layers=2, steps=2)
     both = contrast.forward(task, general, [(3, 4), (5, 7)], [(9, 8), (33, 70)], lam=0.01)
     alone = contrast.forward(task[..., 12:], general[..., 12:], (5, 7), (33, 70), lam=0.01)
@@ -79,7 +79,7 @@ def test_a_view_among_others_has_the_bits_of_the_view_alone() -> None:
 
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("layers", [1, 6])
-def test_two_launches_whatever_the_number_of_layers_and_views(views: int, layers: int) -> None:
+def test_two_launches_for_any_number_of_layers_and_views(views: int, layers: int) -> None:
     task, general = maps((1, 6 * views), layers=layers, steps=2)
     with interpreter.traffic() as traffic:
         contrast.forward(task, general, [(2, 3)] * views, [(5, 4)] * views, lam="mean", normalize="max")
@@ -112,10 +112,10 @@ def _sum_kernel(lefts, rights, out_ptr, COUNT: tl.constexpr):
 def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     total = torch.zeros(1, dtype=torch.int64)
     with interpreter.overflows_are_errors():
-        # Numbers stand as 2 n + 1.
+        # Numbers are passed as 2 n + 1.
         _sum_kernel[(1,)]((120_001, 140_001, 3, 3), (120_001, 140_001, 3, 3), total, COUNT=4)
     assert int(total) == 60_000**2 + 70_000**2
-    # Memory that is never touched costs nothing.
+    # Unused memory costs nothing.
     storage = torch.empty(2**32)
     task, general = (
         part.as_strided((3, 2, 6), (2**30, 2**29, 2**27), start) for start, part in enumerate([storage] * 2)
@@ -129,7 +129,7 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
 
 
 @pytest.mark.parametrize("normalize", KINDS)
-def test_a_nan_goes_where_the_reference_lets_it_go(normalize: str) -> None:
+def test_a_nan_affects_what_it_does_in_the_reference(normalize: str) -> None:
     task, general = maps((4, 5), layers=2, steps=2)
     task = task.clone()
     task[1, 0, 7] = float("nan")
@@ -164,12 +164,12 @@ def test_weights_are_copied_to_the_device_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"task": torch.ones(1, 1, 6, dtype=torch.float64)}, "float64, this room serves torch.float32"),
+        ({"task": torch.ones(1, 1, 6, dtype=torch.float64)}, "float64, this backend serves torch.float32"),
         ({"general": torch.ones(1, 1, 6, requires_grad=True)}, "general requires a gradient"),
         ({"size": (2**27, 4)}, r"pass 2\^28 on an axis"),
     ],
 )
-def test_what_the_room_does_not_serve_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_arguments_have_a_reason(changes: dict[str, Any], reason: str) -> None:
     arguments = {"task": torch.ones(1, 1, 6), "general": torch.ones(1, 1, 6), "grid": (2, 3), "size": (4, 4), **changes}
     if "task" in changes:
         arguments["general"] = arguments["general"].double()

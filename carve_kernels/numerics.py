@@ -1,0 +1,19 @@
+"""Numbers that several layers compute in the same way."""
+
+from __future__ import annotations
+
+import torch
+
+
+def entropy(maps: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """H / ln N of maps [B, ..., N] over the used tokens [B, N]; 0 where fewer than two are used or the mass is 0."""
+    mass = maps.sum(-1, keepdim=True)
+    share = maps / mass.masked_fill(mass == 0, 1.0)
+    total = torch.special.entr(share).sum(-1)
+    count = used.sum(-1).to(maps.dtype).view(-1, *[1] * (total.ndim - 1))
+    return torch.where(count > 1, total / torch.log(count.clamp(min=2.0)), 0.0)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 tensors beside those of a device are kept: on the device, or on the CPU for MPS, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -1,0 +1,124 @@
+"""Every operator under `carve_kernels::`, with arguments to call it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
+from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.regions import scratch_bytes
+from tests.emulator import emulator
+
+
+def contrast_cpu() -> tuple[Any, ...]:
+    shapes = [3, 5, 11, 7, 2, 2, 1, 3]
+    return (
+        torch.rand(2, 3, 19),
+        torch.rand(2, 1, 19),
+        torch.rand(2, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+        shapes,
+        0.1,
+        False,
+        3,
+        torch.full((11 * 7 + 3,), float("nan")),
+    )
+
+
+def regions_cpu() -> tuple[Any, ...]:
+    saliency = torch.zeros(5, 9)
+    saliency[1, 1:4] = 1.0
+    saliency[3, 6] = 2.0
+    return (
+        saliency,
+        4 / 45,
+        2,
+        0,
+        4,
+        1,
+        torch.zeros(5, 9, dtype=torch.bool),
+        torch.full((2, 4), -1),
+        torch.zeros(2, dtype=torch.float64),
+        torch.full((6,), -1),
+    )
+
+
+def regions_cuda() -> tuple[Any, ...]:
+    *inputs, mask, boxes, scores, outcome = regions_cpu()
+    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
+    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
+
+
+def capture_layers() -> tuple[Any, ...]:
+    layers, batch, rows, keys, tokens = 2, 2, 1, 9, 5
+    return (
+        [torch.randn(batch, 4, rows, 32) for _ in range(layers)],
+        [torch.randn(batch, 2, keys, 32) for _ in range(layers)],
+        torch.arange(tokens, dtype=torch.int32).expand(batch, -1).contiguous(),
+        torch.rand(batch, 1, rows, keys) < 0.7,
+        None,
+        [torch.randn(4) for _ in range(layers)],
+        0.2,
+        0.0,
+        0,
+        torch.tensor(1),
+        0,
+        "auto",
+        torch.zeros(3, layers, batch, rows, tokens),
+        torch.zeros(3, layers, batch, rows),
+        torch.zeros(3, layers, batch, rows),
+    )
+
+
+def capture_cpu() -> tuple[Any, ...]:
+    query, key, tokens, mask, positions, sink, *rest = capture_layers()
+    scale, softcap, window, step, first, _, *out = rest
+    return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
+
+
+def capture_cuda() -> tuple[Any, ...]:
+    *arguments, maps, mass, entropy = capture_cpu()
+    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
+
+
+def cuda_build() -> tuple[Any, ...]:
+    return (torch.full((16,), -1),)
+
+
+def cuda_versions() -> tuple[Any, ...]:
+    return (torch.full((2,), -1),)
+
+
+def isa_cpu() -> tuple[Any, ...]:
+    return -2, torch.full((2,), -1)
+
+
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "carve_kernels::capture_cpu": capture_cpu,
+    "carve_kernels::capture_cuda": capture_cuda,
+    "carve_kernels::capture_layers": capture_layers,
+    "carve_kernels::contrast_cpu": contrast_cpu,
+    "carve_kernels::cuda_build": cuda_build,
+    "carve_kernels::cuda_versions": cuda_versions,
+    "carve_kernels::isa_cpu": isa_cpu,
+    "carve_kernels::regions_cpu": regions_cpu,
+    "carve_kernels::regions_cuda": regions_cuda,
+}
+
+
+def operator(name: str) -> Any:
+    if name.endswith(("_cpu", "_build", "_versions")) and (reason := cpu.unavailable()):
+        pytest.skip(reason)
+    if name.endswith("_cuda"):
+        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
+    return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+
+
+def emulated(stage: str) -> None:
+    if emulator.compiler() is None:
+        pytest.skip("the emulator of CUDA needs a C++ compiler")
+    emulator.library(stage)
