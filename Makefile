@@ -13,7 +13,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip
-SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
+SOURCES = pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 # Which tests: nothing but the short ones, none for a GPU; SELECT="-m slow" or "-m gpu" takes others.
 SELECT ?=

@@ -28,16 +28,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError, PlatformError
 
 NAME = "carve_kernels._C"
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
-HEADERS = sorted(path.as_posix() for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
+KERNELS = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))
+# Only these sources include headers of torch.
+BINDINGS = sorted(path.as_posix() for path in Path("csrc/bindings").glob("*.cpp"))
+HEADERS = sorted(path.as_posix() for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
 # Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *ARITHMETIC, "-Wall", "-Icsrc"]
 OLDEST_TORCH = (2, 10)
 
-CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu"))
-CUDA_BINDINGS = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cpp"))
+CUDA_KERNELS = sorted(path.as_posix() for path in Path("csrc/cuda").rglob("*.cu"))
+CUDA_BINDINGS = [path for path in BINDINGS if path.endswith("_cuda.cpp")]
 # A100, H100, B200 and the consumer Blackwells; what comes after them runs the last one's PTX.
 CUDA_ARCHITECTURES = "80;90;100;120"
 # All architectures at once: a change in one file would otherwise wait for one after the other.
@@ -187,15 +189,15 @@ def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
     # Kernels that see no header of torch are not compiled anew for another torch.
     version = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
     against_torch = [*cxx, f"-DTORCH_TARGET_VERSION={version}", f"-I{tools.torch / 'include'}"]
-    for source in SOURCES:
-        name = Path(source).stem
-        if name == "register_build":
+    for source in KERNELS:
+        yield compile(source, cxx, "cpu", "cuda")
+    for source in BINDINGS:
+        if source == "csrc/bindings/build.cpp":
             inside = "".join(f"{number}," for number in numbers)
             yield compile(source, against_torch, "cpu")
             yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={inside}"], "cuda")
-        else:
-            sees_torch = name.startswith(("register_", "parallel"))
-            yield compile(source, against_torch if sees_torch else cxx, "cpu", "cuda")
+        elif source not in CUDA_BINDINGS:
+            yield compile(source, against_torch, "cpu", "cuda")
     # libtorch_cpu has to be named as needed, but not where it is: whoever loads the library has imported torch.
     link = [*tools.compiler, "-shared", f"-L{tools.torch / 'lib'}"]
     yield step("link", library("cpu"), objects["cpu"], [*link, *objects["cpu"], "-o", library("cpu"), "-ltorch_cpu"])
@@ -203,7 +205,7 @@ def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
         return
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     targets.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
-    for source in CUDA_SOURCES:
+    for source in CUDA_KERNELS:
         yield compile(source, [cuda.nvcc, *CUDA_FLAGS, *targets], "cuda")
     for source in CUDA_BINDINGS:
         yield compile(source, against_torch, "cuda")
@@ -327,8 +329,8 @@ setup(
     ext_modules=[
         Extension(
             NAME,
-            SOURCES,
-            depends=[*HEADERS, *CUDA_SOURCES, *CUDA_BINDINGS],
+            [*KERNELS, *(path for path in BINDINGS if path not in CUDA_BINDINGS)],
+            depends=[*HEADERS, *CUDA_KERNELS, *CUDA_BINDINGS],
             py_limited_api=True,
             optional=True,
         ),

@@ -40,9 +40,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in", "Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    folder.joinpath("carve_kernels").mkdir()
-    for name in ("__init__.py", "extension.py", "py.typed"):
-        shutil.copy(ROOT / "carve_kernels" / name, folder / "carve_kernels")
+    folder.joinpath("carve_kernels/backends/native").mkdir(parents=True)
+    for name in ("__init__.py", "backends/native/extension.py", "py.typed"):
+        shutil.copy(ROOT / "carve_kernels" / name, folder / "carve_kernels" / name)
     folder.joinpath(LIBRARY).write_text("left by an earlier build")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CXX", script(tmp_path / "c++", COMPILER.format(log=tmp_path / "log")))
@@ -176,7 +176,7 @@ def test_a_build_that_is_required_fails_with_its_reason(tree: Path) -> None:
     done = setup("build_ext", "--inplace", CARVE_KERNELS_BUILD="always")
     assert done.returncode != 0 and "CARVE_KERNELS_BUILD: expected auto or required, got always" in done.stderr
     assert "the compiled operators are NOT built" not in install(CARVE_KERNELS_BUILD="required")
-    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cpu/capture/capture.cpp" in tree.joinpath(LIBRARY).read_text()
 
 
 @pytest.mark.parametrize(("nvcc", "reason"), [("", "nvcc was not found"), ("echo broken >&2; exit 3", "broken")])
@@ -185,7 +185,7 @@ def test_without_cuda_the_rest_is_built(tree: Path, nvcc: str, reason: str) -> N
     assert said.count("the CUDA kernels are NOT built") == 1 and reason in said
     assert "the compiled operators are NOT built" not in said
     linked = tree.joinpath(LIBRARY).read_text()
-    assert "csrc/cpu/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
+    assert "csrc/cpu/capture/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
     assert not any("CARVE_CUDA_ARCHITECTURES" in line and line.split()[-1] in linked for line in asked(tree))
 
 
@@ -200,7 +200,11 @@ def test_cuda_kernels_are_linked_in(tree: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDACXX", os.environ["CXX"])
     assert "NOT built" not in install()
     linked = tree.joinpath(LIBRARY).read_text()
-    assert "csrc/cuda/capture.cu.o" in linked and "csrc/cpu/capture.cpp.o" in linked and "-lcudart_static" in linked
+    assert (
+        "csrc/cuda/capture/capture.cu.o" in linked
+        and "csrc/cpu/capture/capture.cpp.o" in linked
+        and "-lcudart_static" in linked
+    )
     with_numbers = [line for line in asked(tree) if "-DCARVE_CUDA_ARCHITECTURES=80,90,100,120," in line]
     assert len(with_numbers) == 1 and with_numbers[0].split()[-1] in linked
 
@@ -210,11 +214,12 @@ def test_only_what_a_change_reaches_is_compiled_again(parts: Any, tree: Path, mo
         assert parts["build"](tree / "library.so")[0] is None
         return {re.findall(r"-c (\S+)", line)[0] for line in asked(tree) if " -c " in line}
 
-    sources = {path.relative_to(tree).as_posix() for path in tree.glob("csrc/cpu/*.cpp")}
+    found = [*tree.glob("csrc/cpu/**/*.cpp"), *tree.glob("csrc/bindings/*.cpp")]
+    sources = {path.relative_to(tree).as_posix() for path in found if not path.name.endswith("_cuda.cpp")}
     assert compiled() == sources
     assert compiled() == set()
-    (tree / "csrc/cpu/capture.cpp").touch()
-    assert compiled() == {"csrc/cpu/capture.cpp"}
+    (tree / "csrc/cpu/capture/capture.cpp").touch()
+    assert compiled() == {"csrc/cpu/capture/capture.cpp"}
     (tree / "library.so").write_text("not ours")
     (tree / "csrc/carve.h").touch()
     assert compiled() == sources, "every source includes the header"
@@ -247,7 +252,7 @@ def test_a_wheel_with_the_library_is_for_every_python_of_the_machine(tree: Path)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         tag = platform.replace("linux", "manylinux_2_34")
         assert Path(str(made.filename)).name == f"carve_kernels-{version()}-py3-none-{tag}.whl"
-        assert "csrc/cpu/capture.cpp" in made.read(LIBRARY).decode()
+        assert "csrc/cpu/capture/capture.cpp" in made.read(LIBRARY).decode()
         assert "Root-Is-Purelib: false" in made.read(f"carve_kernels-{version()}.dist-info/WHEEL").decode()
         described = email.message_from_bytes(made.read(f"carve_kernels-{version()}.dist-info/METADATA"))
     assert described["Version"] == version() == runpy.run_path(str(ROOT / "carve_kernels/__init__.py"))["__version__"]
@@ -311,7 +316,7 @@ def test_an_editable_install_is_a_plain_path(tree: Path) -> None:
     with zipfile.ZipFile(done.stdout.splitlines()[-1]) as made:
         [name] = [name for name in made.namelist() if name.endswith(".pth")]
         assert made.read(name).decode().strip() == str(tree)
-    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cpu/capture/capture.cpp" in tree.joinpath(LIBRARY).read_text()
 
 
 def test_an_sdist_holds_what_a_build_needs(tree: Path) -> None:

@@ -1,4 +1,4 @@
-"""The faults that are planted in the CUDA kernels, and which check has to catch each."""
+"""The faults that are planted in the CUDA kernels, and the check that has to catch each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """A change of one place of a source.
+    """A change at one position of a source.
 
     =====  ====  =======================================================================================
     name   type  meaning
     =====  ====  =======================================================================================
-    file   str   in csrc/cuda
+    file   str   relative to csrc/cuda
     name   str   what is wrong
-    old    str   what stands there
-    new    str   what is put in its place
+    old    str   the text in the source
+    new    str   the text that replaces it
     check  str   "results"; "addresses" (AddressSanitizer) or "races" (ThreadSanitizer) where results stay
     place  int   which of the occurrences of `old` is changed, from 1
     count  int   how many there are
@@ -31,18 +31,18 @@ class Fault(NamedTuple):
 
     @property
     def stage(self) -> str:
-        return self.file.partition(".")[0].partition("_")[0]
+        return self.file.partition("/")[0]
 
 
 WAIT = "__syncthreads();"
 
-_SELECT = "regions_select.cu"
-_SHARED = "regions.h"
-_LABEL = "regions_label.cu"
-_RANK = "regions_rank.cu"
-_STATS = "capture_stats.h"
-_MAPS = "capture_maps.h"
-_TILE = "capture_tile.h"
+_SELECT = "regions/select.cu"
+_SHARED = "regions/regions.cuh"
+_LABEL = "regions/label.cu"
+_RANK = "regions/rank.cu"
+_STATS = "capture/stats.cuh"
+_MAPS = "capture/maps.cuh"
+_TILE = "capture/tile.cuh"
 
 # fmt: off
 SELECT = (

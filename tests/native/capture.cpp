@@ -3,8 +3,8 @@
 
 #include <cstdio>
 
-#include "capture_problem.h"
-#include "cpu/isa.h"
+#include "native/capture_problem.h"
+#include "cpu/simd/isa.h"
 
 namespace {
 

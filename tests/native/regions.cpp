@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "carve.h"
-#include "regions_pictures.h"
+#include "native/regions_patterns.h"
 
 namespace {
 
@@ -72,7 +72,7 @@ int main() {
                                                           {1, 40000},      {40000, 1}, {263, 257}};
   int failures = 0;
   for (const auto& [height, width] : sizes) {
-    for (int kind = 0; kind < kPictures; ++kind) {
+    for (int kind = 0; kind < kPatterns; ++kind) {
       for (int64_t connectivity : {4, 8}) {
         for (carve::Score score : {carve::Score::kSum, carve::Score::kMean, carve::Score::kMax}) {
           for (const auto& [keep, top] : {std::pair<double, int64_t>{0.2, 0}, {1.0, 1}, {1e-12, 99}, {0.5, 2}}) {

@@ -1,4 +1,4 @@
-"""Registers and stack of the CUDA kernels in the extension; `python -m tests.backends.cuda.resources` rewrites the table."""
+"""Registers and stack of the CUDA kernels; `python -m tests.backends.cuda.resources` rewrites the table."""
 
 from __future__ import annotations
 

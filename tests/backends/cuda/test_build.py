@@ -175,7 +175,7 @@ def test_nvcc_is_asked_for_every_architecture_and_for_its_libraries(
         line for line in "".join(parts["statements"](tools, parts["find_cuda"]())).splitlines() if "line =" in line
     ]
     compiled = [line for line in lines if ".cu -o " in line]
-    assert len(compiled) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    assert len(compiled) == len(list((ROOT / "csrc/cuda").rglob("*.cu")))
     for line in compiled:
         assert "arch=compute_75,code=sm_75" in line and "arch=compute_90,code=compute_90" in line
     assert sum("-DCARVE_CUDA_ARCHITECTURES=75,90," in line for line in lines) == 1

@@ -19,6 +19,13 @@ from tests.ops.test_regions import PICTURES, assert_same
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator of CUDA needs a C++ compiler")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Every test of this file may be the first of its process."""
+    emulator.library("regions")
+
+
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 80)),
     st.sampled_from([(1, 1), (1, 255), (1, 257), (256, 1), (2049, 1), (3, 700), (61, 83)]),
@@ -140,7 +147,6 @@ def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: t
 
 
 def test_nothing_beside_the_buffers_is_written() -> None:
-    emulator.library("regions")
     values = torch.randn(37, 41)
     plain = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
@@ -170,7 +176,6 @@ def test_nothing_beside_the_buffers_is_written() -> None:
     ],
 )
 def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
-    emulator.library("regions")
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
@@ -178,7 +183,6 @@ def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message
 
 
 def test_the_operator_refuses_little_scratch() -> None:
-    emulator.library("regions")
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     scratch = torch.empty(device.scratch_bytes(4, 5, 4) + 16, dtype=torch.uint8)
@@ -200,7 +204,6 @@ def test_work_is_what_the_kernels_move(shape: tuple[int, int], top: int, dtype: 
     # A smooth saliency: few regions, of long runs.
     y, x = torch.meshgrid(torch.linspace(-2, 2, shape[0]), torch.linspace(-2, 2, shape[1]), indexing="ij")
     values = torch.exp(-(y**2) - x**2).to(dtype)
-    emulator.library("regions")
     emulator.counters("regions")
     found: Regions = device.forward(values, keep=0.3, top=top)
     moved = emulator.counters("regions")

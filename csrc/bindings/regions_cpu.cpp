@@ -1,0 +1,25 @@
+// The regions operator, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
+
+#include <torch/csrc/stable/library.h>
+
+#include "carve.h"
+#include "bindings/regions.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor, int64_t connectivity, int64_t score,
+                 Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
+  const carve::RegionsParams params = carve::parse_regions("regions_cpu", saliency, keep, top, floor, connectivity,
+                                                           score, mask, boxes, scores, outcome);
+  const carve::RegionsOutcome found = carve::regions_cpu(params);
+  int64_t* written = outcome.mutable_data_ptr<int64_t>();
+  *written++ = found.kept;
+  *written++ = static_cast<int64_t>(found.reason);
+  for (int64_t edge : found.box) *written++ = edge;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) { m.impl("regions_cpu", TORCH_BOX(&regions_cpu)); }
