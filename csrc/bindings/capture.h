@@ -1,4 +1,4 @@
-// What the operators of capture ask of their tensors, and the parameters made of them.
+// Checks of the capture operators' arguments, and their translation into CaptureParams.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
 template <typename... T>
-void check(bool holds, const T&... words) {
-  STD_TORCH_CHECK(holds, "capture: ", words...);
+void check(bool holds, const T&... message) {
+  STD_TORCH_CHECK(holds, "capture: ", message...);
 }
 
 bool has_shape(const Tensor& tensor, const Shape& shape) {
@@ -66,10 +66,10 @@ void parse_mask(const Tensor& mask, CaptureParams& p) {
   if (heads == 1) p.mask_strides[1] = 0;
 }
 
-// The geometry of a call, from its first layer; the outputs' come later.
+// The sizes of a call, from its first layer, and its shared inputs.
 CaptureParams parse_inputs(const Tensor& query, const Tensor& key, const Tensor& tokens,
-                                  const std::optional<Tensor>& mask, const std::optional<Tensor>& positions,
-                                  const std::optional<Tensor>& lse) {
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& positions,
+                           const std::optional<Tensor>& lse) {
   CaptureParams p{};
   check(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
   p.batch = query.size(0);
@@ -79,7 +79,7 @@ CaptureParams parse_inputs(const Tensor& query, const Tensor& key, const Tensor&
   p.key_heads = key.size(1);
   p.keys = key.size(2);
   p.type = parse_float(query);
-  check(p.key_heads > 0 && p.heads % p.key_heads == 0, "key: expected heads that divide those of query");
+  check(p.key_heads > 0 && p.heads % p.key_heads == 0, "key: expected a number of heads that divides that of query");
   check(tokens.dim() == 2, "tokens: expected 2 dimensions");
   p.token_count = tokens.size(1);
   p.tokens = parse_index(tokens, "tokens", p.batch, p.token_count);
@@ -94,7 +94,7 @@ CaptureLayer parse_layer(const CaptureParams& p, const Tensor& query, const Tens
   check(query.scalar_type() == key.scalar_type(), "key: expected the dtype of query");
   check(has_shape(query, {p.batch, p.heads, p.rows, p.size}) && has_shape(key, {p.batch, p.key_heads, p.keys, p.size}),
         "query, key: expected the same shapes in all layers");
-  check(p.size < 2 || key.stride(3) == 1, "key: expected the elements of a key side by side");
+  check(p.size < 2 || key.stride(3) == 1, "key: expected stride 1 along the elements of a key");
   CaptureLayer layer{};
   layer.query = query.const_data_ptr();
   layer.key = key.const_data_ptr();
@@ -103,10 +103,10 @@ CaptureLayer parse_layer(const CaptureParams& p, const Tensor& query, const Tens
   return layer;
 }
 
-// Where one output of the first layer starts in step 0. Where there are steps it has [steps, layers] in front.
+// One output of the first layer in step 0. A stepped output has the leading dimensions [steps, layers].
 struct Output {
   float* data;
-  int64_t steps;  // 1 where there are none
+  int64_t steps;  // 1 if the output is not stepped
   int64_t step_stride;
   int64_t layer_stride;
 };
@@ -126,7 +126,7 @@ Output parse_output(const Tensor& out, const char* name, const Shape& shape, boo
   return {data + first * all[1], sizes[0], all[0], all[1]};
 }
 
-// All that the operators' arguments say but for where the outputs of a step are.
+// The arguments of both operators; each adds the offset of the current step itself.
 struct CaptureArguments {
   CaptureParams params;
   std::vector<CaptureLayer> layers;
@@ -146,7 +146,7 @@ CaptureArguments parse_capture(const std::vector<Tensor>& query, const std::vect
   CaptureArguments all{};
   CaptureParams& p = all.params;
   p = parse_inputs(query[0], key[0], tokens, mask, positions, lse);
-  check(window == 0 || positions, "window: expected positions beside a window");
+  check(window == 0 || positions, "window: expected positions along with a window");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window = window;
@@ -166,10 +166,10 @@ CaptureArguments parse_capture(const std::vector<Tensor>& query, const std::vect
   for (size_t index = 0; index < count; ++index) {
     CaptureLayer layer = parse_layer(p, query[index], key[index]);
     if (!sink.empty()) layer.sink = parse_dense(sink[index], "sink", {p.heads});
-    const int64_t place = static_cast<int64_t>(index);
-    layer.maps = all.maps.data + place * all.maps.layer_stride;
-    layer.mass = all.mass.data + place * all.mass.layer_stride;
-    layer.entropy = all.entropy.data + place * all.entropy.layer_stride;
+    const int64_t offset = static_cast<int64_t>(index);
+    layer.maps = all.maps.data + offset * all.maps.layer_stride;
+    layer.mass = all.mass.data + offset * all.mass.layer_stride;
+    layer.entropy = all.entropy.data + offset * all.entropy.layer_stride;
     all.layers.push_back(layer);
   }
   p.layer_count = layers;

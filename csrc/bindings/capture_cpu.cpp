@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/simd/isa.h"
 #include "bindings/capture.h"
+#include "cpu/simd/isa.h"
 
 namespace {
 
@@ -28,7 +28,7 @@ void capture_cpu(std::vector<Tensor> query, std::vector<Tensor> key, Tensor toke
   carve::CaptureArguments all =
       carve::parse_capture(query, key, tokens, mask, positions, sink, lse, scale, softcap, window, each,
                            step.has_value(), first, maps, mass, entropy);
-  check(all.params.token_count < 2 || maps.stride(-1) == 1, "maps: expected the tokens side by side");
+  check(all.params.token_count < 2 || maps.stride(-1) == 1, "maps: expected stride 1 along the tokens");
   const int64_t slot = parse_step(step, std::min({all.maps.steps, all.mass.steps, all.entropy.steps}));
   for (carve::CaptureLayer& layer : all.layers) {
     layer.maps += slot * all.maps.step_stride;
@@ -40,12 +40,12 @@ void capture_cpu(std::vector<Tensor> query, std::vector<Tensor> key, Tensor toke
   carve::capture_cpu(all.params);
 }
 
-// Writes the instructions in use and the best of this machine, after a change to `wanted`: -1 is the environment's.
+// Selects the instruction set `wanted` (-1: by the environment, -2: unchanged) and writes the active and the best one.
 void isa_cpu(int64_t wanted, Tensor out) {
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() && out.numel() == 2,
                   "isa_cpu: out: expected two int64");
-  constexpr int64_t kAsItIs = -2;
-  if (wanted != kAsItIs) carve::force_isa(wanted);
+  constexpr int64_t kUnchanged = -2;
+  if (wanted != kUnchanged) carve::force_isa(wanted);
   int64_t* data = out.mutable_data_ptr<int64_t>();
   data[0] = static_cast<int64_t>(carve::active_isa());
   data[1] = static_cast<int64_t>(carve::best_isa());

@@ -1,9 +1,9 @@
-// Capture on a device, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
+// Capture on a GPU, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 
-#include "bindings/dispatch_key.h"
 #include "bindings/capture.h"
+#include "bindings/dispatch_key.h"
 
 namespace {
 
@@ -11,7 +11,7 @@ using carve::check;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A kernel that reads another device's memory would break the whole process.
+// A kernel that reads memory of another device leaves CUDA unusable in the whole process.
 void check_device(const Tensor& query, const std::optional<Tensor>& tensor, const char* name) {
   check(!tensor || (tensor->is_cuda() == query.is_cuda() && tensor->get_device() == query.get_device()), name,
         ": expected a tensor on the device of query");

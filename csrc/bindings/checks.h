@@ -1,4 +1,4 @@
-// What the operators ask of their tensors before they take pointers from them.
+// Checks of an operator's tensors before it takes their pointers.
 #pragma once
 
 #include <cstdint>

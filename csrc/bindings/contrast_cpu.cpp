@@ -1,4 +1,5 @@
-// The contrast operator, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
+// Contrast, registered through torch's stable ABI; its schema is in
+// carve_kernels/backends/native/schemas.py.
 
 #include <limits>
 #include <vector>
@@ -7,8 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "carve.h"
 #include "bindings/checks.h"
+#include "carve.h"
 
 namespace {
 
@@ -21,14 +22,14 @@ carve::Normalize parse_normalize(int64_t number) {
   return static_cast<carve::Normalize>(number);
 }
 
-// Rows of (grid_h, grid_w, height, width), which together use all the tokens and all the pixels.
+// Four numbers per view: grid_h, grid_w, height, width. The views have to use all tokens and all pixels.
 std::vector<carve::ViewShape> parse_shapes(const std::vector<int64_t>& shapes, int64_t tokens, int64_t pixels) {
   STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "contrast_cpu: task: expected fewer than 2^31 tokens");
   STD_TORCH_CHECK(shapes.size() % 4 == 0, "contrast_cpu: shapes: expected four numbers for each view");
   std::vector<carve::ViewShape> views;
   for (size_t start = 0; start < shapes.size(); start += 4) {
     const carve::ViewShape view{shapes[start], shapes[start + 1], shapes[start + 2], shapes[start + 3]};
-    // Divisions first: the products of absurd sizes would overflow before they could be compared.
+    // Division instead of multiplication: the products of very large sizes would overflow.
     STD_TORCH_CHECK(view.grid_h > 0 && view.grid_w > 0 && view.grid_h <= tokens / view.grid_w && view.height > 0 &&
                         view.width > 0 && view.height <= pixels / view.width,
                     "contrast_cpu: shapes: expected views that fit in ", tokens, " tokens and ", pixels, " pixels");

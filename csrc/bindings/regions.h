@@ -1,16 +1,16 @@
-// What the operators of the regions ask of their arguments, whatever the device.
+// Checks of the regions operators' arguments, and their translation into RegionsParams.
 #pragma once
 
 #include <limits>
 
-#include "carve.h"
 #include "bindings/checks.h"
+#include "carve.h"
 
 namespace carve {
 
 constexpr int64_t kRegionsOutcome = 6;
 
-// `name` is the operator's, for the messages.
+// `name` is the name of the operator, for messages.
 inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor& saliency, double keep, int64_t top,
                                    int64_t floor, int64_t connectivity, int64_t score, torch::stable::Tensor& mask,
                                    torch::stable::Tensor& boxes, torch::stable::Tensor& scores,

@@ -1,9 +1,9 @@
-// The regions operator, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
+// Regions on a CPU, registered through torch's stable ABI; its schema is in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 
-#include "carve.h"
 #include "bindings/regions.h"
+#include "carve.h"
 
 namespace {
 
@@ -13,11 +13,11 @@ void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor
                  Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   const carve::RegionsParams params = carve::parse_regions("regions_cpu", saliency, keep, top, floor, connectivity,
                                                            score, mask, boxes, scores, outcome);
-  const carve::RegionsOutcome found = carve::regions_cpu(params);
+  const carve::RegionsOutcome result = carve::regions_cpu(params);
   int64_t* written = outcome.mutable_data_ptr<int64_t>();
-  *written++ = found.kept;
-  *written++ = static_cast<int64_t>(found.reason);
-  for (int64_t edge : found.box) *written++ = edge;
+  *written++ = result.kept;
+  *written++ = static_cast<int64_t>(result.reason);
+  for (int64_t edge : result.box) *written++ = edge;
 }
 
 }  // namespace

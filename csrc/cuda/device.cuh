@@ -1,5 +1,5 @@
-// What kernels use of the device beyond plain CUDA C++. The tests replace this header by one that runs kernels on a
-// CPU, checks addresses and counts bytes, so kernels touch device memory through `load` and `store` alone.
+// Access to device memory. The tests replace this header by one that runs kernels on a CPU, checks addresses and counts
+// bytes, so kernels access device memory only through `load` and `store`.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +22,7 @@ __device__ __forceinline__ T load_uniform(const T* address) {
   return __ldg(address);
 }
 
-// A value that other threads of this launch write: never from the first-level cache, which is not coherent.
+// A value that other threads of this launch write: not read from the L1 cache, which is not coherent.
 template <typename T>
 __device__ __forceinline__ T load_coherent(const T* address) {
   return __ldcg(address);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store(T* address, T value) {
   *address = value;
 }
 
-// The shared memory of a block, as one struct; whoever launches the kernel asks for sizeof(T) bytes.
+// The shared memory of a block as one struct; the launch requests sizeof(T) bytes.
 template <typename T>
 __device__ __forceinline__ T& block_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];

@@ -1,4 +1,4 @@
-// What the host does around a kernel: every call is checked, and the caller's device is current again afterwards.
+// Host code around a kernel: every call is checked, and the caller's device is restored.
 #pragma once
 
 #include <stdexcept>
@@ -32,7 +32,7 @@ class DeviceGuard {
 };
 
 struct Launch {
-  const char* name;  // for an error's message
+  const char* name;  // for error messages
   dim3 grid;
   dim3 block;
   size_t shared_bytes;

@@ -1,15 +1,15 @@
-// Runs the CUDA kernels of capture in the emulator, on odd sizes, with garbage around everything and in several orders,
-// and holds them against the CPU's; built with sanitizers, where a read or write out of bounds or a race stops it.
+// Compares the CUDA kernels of capture in the emulator with the CPU kernels, on odd sizes, with guard pages around every
+// array and in several orders of threads; built with sanitizers, which abort on accesses out of bounds and on races.
 
 #include <cstdio>
 #include <cstring>
 
-#include "native/capture_problem.h"
 #include "cpu/simd/isa.h"
 #include "cuda/capture/capture.cuh"
+#include "native/capture_problem.h"
 
 #ifdef BFLOAT_ALONE
-// For a quick build: what is compiled for bfloat16 is the same source as for the others.
+// For a quick build: all types compile the same source.
 namespace carve {
 void launch_capture_float(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
 void launch_capture_half(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
@@ -36,10 +36,10 @@ int check(const Shape& shape, carve::Float type, unsigned seeds) {
   int failures = 0;
   for (View view : {View::kAll, View::kMask, View::kPositions}) {
     for (bool each : {false, true}) {
-      const Result wanted = run<T>(shape, type, view, each, [](const auto& params) { carve::capture_cpu(params); });
+      const Result expected = run<T>(shape, type, view, each, [](const auto& params) { carve::capture_cpu(params); });
       for (unsigned seed = 0; seed < seeds; ++seed) {
         emulator_configure(seed == 0 ? emulated::kReverse : emulated::kShuffled, seed == 0 ? 1 : 3, seed, 0);
-        if (!close(run<T>(shape, type, view, each, on_device), wanted)) ++failures;
+        if (!close(run<T>(shape, type, view, each, on_device), expected)) ++failures;
       }
     }
   }
@@ -48,15 +48,15 @@ int check(const Shape& shape, carve::Float type, unsigned seeds) {
 
 }  // namespace
 
-int main(int count, char** words) {
+int main(int count, char** arguments) {
   carve::force_isa(0);
   std::vector<Shape> shapes = {
       {2, 2, 1, 3, 67, 40, 35}, {1, 2, 1, 3, 0, 32, 4},    {2, 6, 2, 5, 77, 40, 19},
       {1, 9, 3, 1, 133, 128, 21}, {1, 1, 1, 8, 65, 256, 3},  {1, 4, 2, 2, 40, 256, 40},
   };
-  // The last has several blocks of tokens, of which the last one to come sums up.
-  // With an argument the first alone, as every run of the tests has it; "seeds" has all in many orders.
-  const bool many = count > 1 && std::strcmp(words[1], "seeds") == 0;
+  // The last shape has several blocks of tokens, the last of which to finish computes the totals.
+  // The argument "first" runs only the first shape, as in every run of the tests; "seeds" runs all in many orders.
+  const bool many = count > 1 && std::strcmp(arguments[1], "seeds") == 0;
   if (count > 1 && !many) shapes.resize(1);
   const unsigned seeds = many ? 12 : 2;
   int failures = 0;

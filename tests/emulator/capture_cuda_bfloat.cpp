@@ -1,3 +1,3 @@
-// For a quick build: what is compiled for bfloat16 is the same source as for the other types.
+// For a quick build: all types compile the same source.
 #define BFLOAT_ALONE
 #include "capture_cuda.cpp"

@@ -1,4 +1,4 @@
-// Holds the emulator of CUDA itself to account: right kernels run in every order, and wrong ones are refused by name.
+// Tests the emulator itself: correct kernels run in every order, and faulty ones fail with the right message.
 
 #include <cstdio>
 #include <functional>
@@ -29,11 +29,11 @@ __global__ void add_up(const float* from, float* to) {
 
 __global__ void shuffle(int* to) {
   const int lane = threadIdx.x % 32;
-  int found = __shfl_up_sync(carve::kAllLanes, lane, 3) * 1000 + __shfl_down_sync(carve::kAllLanes, lane, 30);
-  found += __shfl_sync(carve::kAllLanes, lane, 7) * 1000000;
-  if (__ballot_sync(carve::kAllLanes, lane % 5 == 0) != 0x42108421u) found = -1;
-  if (__any_sync(carve::kAllLanes, lane == 40) || !__all_sync(carve::kAllLanes, lane < 32)) found = -1;
-  carve::store(to + threadIdx.x, found);
+  int result = __shfl_up_sync(carve::kAllLanes, lane, 3) * 1000 + __shfl_down_sync(carve::kAllLanes, lane, 30);
+  result += __shfl_sync(carve::kAllLanes, lane, 7) * 1000000;
+  if (__ballot_sync(carve::kAllLanes, lane % 5 == 0) != 0x42108421u) result = -1;
+  if (__any_sync(carve::kAllLanes, lane == 40) || !__all_sync(carve::kAllLanes, lane < 32)) result = -1;
+  carve::store(to + threadIdx.x, result);
 }
 
 __global__ void read_poison(float* to) {
@@ -67,7 +67,7 @@ __global__ void too_much(float* to) {
   carve::store(to, carve::block_shared<Larger>().values[0]);
 }
 
-// What another block added between the load and the store is lost.
+// An addition of another block between the load and the store is lost.
 __global__ void add_without_an_atomic(float* to) {
   if (threadIdx.x == 0) carve::store(to, carve::load_coherent(to) + 1.0f);
 }
@@ -96,33 +96,33 @@ std::string error_of(unsigned blocks, unsigned threads, size_t shared, void (*ke
 
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-void run_right_kernels() {
+void run_correct_kernels() {
   float from[kThreads], to[kThreads];
   float sum = 0.0f;
   for (int i = 0; i < kThreads; ++i) sum += from[i] = static_cast<float>(i * i);
   const std::string error = error_of(5, kThreads, sizeof(Shared), add_up, static_cast<const float*>(from), &to[0]);
-  expect(error.empty(), "a right kernel runs");
+  expect(error.empty(), "a correct kernel runs");
   for (int block = 0; block < 5; ++block) expect(to[block] == sum, "every block adds up");
-  int found[kThreads];
-  expect(error_of(1, kThreads, 0, shuffle, static_cast<int*>(found)).empty(), "warp operations run");
+  int results[kThreads];
+  expect(error_of(1, kThreads, 0, shuffle, static_cast<int*>(results)).empty(), "warp operations run");
   for (int lane = 0; lane < 32; ++lane) {
-    const int wanted = (lane < 3 ? lane : lane - 3) * 1000 + (lane < 2 ? lane + 30 : lane) + 7000000;
-    expect(found[lane] == wanted && found[lane + 32] == wanted, "each lane has what the others gave");
+    const int expected = (lane < 3 ? lane : lane - 3) * 1000 + (lane < 2 ? lane + 30 : lane) + 7000000;
+    expect(results[lane] == expected && results[lane + 32] == expected, "each lane receives the values of the others");
   }
   error_of(1, kThreads, sizeof(Shared), read_poison, static_cast<float*>(to));
   for (float value : to) expect(value != value, "shared memory starts as NaN");
 }
 
-void run_wrong_kernels() {
+void run_faulty_kernels() {
   alignas(16) float memory[kThreads] = {};
   float* to = memory;
-  expect(has(error_of(1, kThreads, 0, leave_early, to), "deadlock: 63 threads wait"), "one that leaves");
-  expect(has(error_of(1, kThreads, 0, wait_elsewhere, to), "divergence: threads wait at lines"), "two places");
+  expect(has(error_of(1, kThreads, 0, leave_early, to), "deadlock: 63 threads wait"), "a thread that returns early");
+  expect(has(error_of(1, kThreads, 0, wait_elsewhere, to), "divergence: threads wait at lines"), "two barriers");
   expect(has(error_of(1, kThreads, 0, half_a_warp, to), "without all lanes"), "a part of a warp");
-  expect(has(error_of(1, 32, 0, misaligned, to), "misaligned address"), "an address");
+  expect(has(error_of(1, 32, 0, misaligned, to), "misaligned address"), "a misaligned address");
   expect(has(error_of(1, kThreads, sizeof(Shared), too_much, to), "less shared memory"), "shared memory");
-  expect(has(error_of(1, 40, 0, leave_early, to), "whole warps"), "a part of a warp as block");
-  expect(has(error_of(0, 32, 0, leave_early, to), "invalid configuration"), "no block");
+  expect(has(error_of(1, 40, 0, leave_early, to), "whole warps"), "a block with a part of a warp");
+  expect(has(error_of(0, 32, 0, leave_early, to), "invalid configuration"), "a grid without blocks");
   emulator_configure(emulated::kForward, 1, 1, 1);
   expect(has(error_of(1, 32, 0, misaligned, to), "kernel: planted failure"), "a launch that fails");
 }
@@ -134,7 +134,7 @@ void run_races() {
     error_of(64, 32, 0, add_without_an_atomic, &plain);
     error_of(64, 32, 0, add_with_an_atomic, &atomic);
     expect(plain < 64.0f, "an addition is lost between blocks");
-    expect(emulated::bits<int>(atomic) == 64, "an atomic addition is not");
+    expect(emulated::bits<int>(atomic) == 64, "an atomic addition is not lost");
   }
 }
 
@@ -144,8 +144,8 @@ int main() {
   for (emulated::Order order : {emulated::kForward, emulated::kReverse, emulated::kShuffled}) {
     for (unsigned resident : {1u, 3u}) {
       emulator_configure(order, resident, 5, 0);
-      run_right_kernels();
-      run_wrong_kernels();
+      run_correct_kernels();
+      run_faulty_kernels();
     }
   }
   run_races();

@@ -51,7 +51,7 @@ def plant(fault: Fault, root: Path) -> None:
     if (count := text.count(fault.old)) != fault.count:
         raise ValueError(f"{fault.name}: expected {fault.count} of {fault.old!r} in {fault.file}, got {count}")
     pieces = text.split(fault.old)
-    path.write_text(fault.old.join(pieces[: fault.place]) + fault.new + fault.old.join(pieces[fault.place :]))
+    path.write_text(fault.old.join(pieces[: fault.occurrence]) + fault.new + fault.old.join(pieces[fault.occurrence :]))
 
 
 def copy_sources(root: Path) -> None:

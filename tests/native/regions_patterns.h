@@ -26,7 +26,7 @@ T pattern(int kind, int64_t y, int64_t x) {
       return std::numeric_limits<T>::denorm_min() * static_cast<T>((x * y) % 5);
     case 7:
       return (x + y) % 23 == 0 ? static_cast<T>(x) : (x * y) % 3 ? T(0) : T(-0.0);  // zeros of both signs
-    case 8:  // values that differ in their last bits alone
+    case 8:  // values that differ only in their last bits
       return T(1000) + static_cast<T>((y * 31 + x * 17) % 1009) * 8 * 512 * std::numeric_limits<T>::epsilon();
     default:
       return T(3.3);

@@ -6,13 +6,7 @@
 
 #include <immintrin.h>
 
-// From here to the end of the file. No function of the standard library may be compiled with it: the linker keeps one
-// copy of an inline function for the whole library, and older processors would meet instructions that they lack.
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+CARVE_BEGIN_TARGET("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace carve {
 namespace {
@@ -24,7 +18,9 @@ namespace {
 #include "cpu/capture/tiles-inl.h"
 
 constexpr CaptureKernels kWithTiles = {
-    {score_kernels<float>(), score_kernels<Float16>(), {tiles_packed_floats, tiles_panel_floats, tiles_pack, tiles_score}},
+    {score_kernels<float>(),
+     score_kernels<Float16>(),
+     {tiles_packed_floats, tiles_panel_floats, tiles_pack, tiles_score}},
     softmax_row,
     relate_tops,
     gather_row,
@@ -37,7 +33,5 @@ const CaptureKernels& capture_kernels_amx() { return kWithTiles; }
 
 }  // namespace carve
 
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+CARVE_END_TARGET
 #endif

@@ -6,13 +6,7 @@
 
 #include <immintrin.h>
 
-// From here to the end of the file. No function of the standard library may be compiled with it: the linker keeps one
-// copy of an inline function for the whole library, and older processors would meet instructions that they lack.
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+CARVE_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace carve {
 namespace {
@@ -27,7 +21,5 @@ const CaptureKernels& capture_kernels_avx512() { return kKernels; }
 
 }  // namespace carve
 
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+CARVE_END_TARGET
 #endif

@@ -1,7 +1,8 @@
-// Capture: probabilities of a few rows over all keys, at the visual tokens. This file shares out the work.
+// Capture: softmax of a few rows over all keys, gathered at the visual tokens. This file distributes the work.
 //
-// Each chunk of keys leaves exponentials under its own maximum, and one factor a chunk makes them probabilities at the
-// end. So chunks may run on any thread, and every sum has one order: lanes, chunks, heads of a group, groups.
+// Exponentials are relative to the maximum of their chunk of keys; one factor per chunk turns them into probabilities
+// at the end. So any thread may process a chunk, and every sum has a fixed order: lanes, chunks, heads of a group,
+// groups.
 
 #include <algorithm>
 #include <cstddef>
@@ -15,12 +16,12 @@
 namespace carve {
 namespace {
 
-// The sums of a KV head wait for those of the others in at most this much, or in one layer of one batch row.
+// The sums of all KV heads are held until they are added: at most this many floats, or one layer of one batch row.
 constexpr int64_t kWaveFloats = int64_t{1} << 21;
-// Elements of keys below which another thread costs more than it saves: 10 microseconds to wake it, 10 GB/s to read.
+// With fewer elements of keys another thread costs more than it saves: 10 microseconds to wake it, reads at 10 GB/s.
 constexpr int64_t kSerialElements = int64_t{1} << 16;
 
-// Memory of one thread that grows to what was ever needed and stays: a decode loop allocates nothing.
+// Memory of one thread that only grows: a decode loop allocates nothing.
 class Arena {
  public:
   Arena() = default;
@@ -60,7 +61,7 @@ const CaptureKernels& active_kernels() {
   return capture_kernels_plain();
 }
 
-// The tokens of a batch row that are no padding, as runs[first, last).
+// The tokens of a batch row that are not padding, as runs[first, last).
 struct TokenRuns {
   size_t first;
   size_t last;
@@ -106,7 +107,7 @@ class Captures {
   }
 
  private:
-  // A pair is a layer and a batch row. Its sums: [key_heads, rows, token_count].
+  // A pair is a layer and a batch row. Its sums are [key_heads, rows, token_count].
   int64_t pair_floats() const { return p_.key_heads * p_.rows * p_.token_count; }
 
   void run_wave(int64_t first_pair, int64_t pairs) const {
@@ -115,23 +116,24 @@ class Captures {
     const int64_t elements = p_.keys * p_.size;
     const int64_t threads = units * elements < kSerialElements ? 1 : std::max<int64_t>(p_.threads, 1);
     const int64_t turns = (units + threads - 1) / threads;
-    // With a thread in four idle, or more, the threads share each unit instead.
+    // If a quarter of the threads or more would be idle, the threads share each unit instead.
     const bool whole = threads == 1 || plan_.chunks < 2 || 4 * units >= 3 * turns * threads;
     if (whole) {
-      share(units, threads > 1, [&](int64_t begin, int64_t end) {
+      run_range(units, threads > 1, [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) run_unit(unit_at(first_pair, index, sums));
       });
     } else {
       for (int64_t index = 0; index < units; ++index) split_unit(unit_at(first_pair, index, sums));
     }
     const int64_t rows = pairs * p_.rows;
-    share(rows, threads > 1 && rows * p_.token_count * p_.key_heads > kSerialElements, [&](int64_t begin, int64_t end) {
+    const bool parallel = threads > 1 && rows * p_.token_count * p_.key_heads > kSerialElements;
+    run_range(rows, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) finish_row(first_pair, index, sums);
     });
   }
 
   template <typename F>
-  void share(int64_t count, bool parallel, const F& body) const {
+  void run_range(int64_t count, bool parallel, const F& body) const {
     if (count <= 0) return;
     if (!parallel) return body(int64_t{0}, count);
     parallel_for(count, 1, body);
@@ -140,15 +142,15 @@ class Captures {
   Unit unit_at(int64_t first_pair, int64_t index, float* sums) const {
     const int64_t block = index % plan_.row_blocks;
     const int64_t key_head = index / plan_.row_blocks % p_.key_heads;
-    const int64_t place = index / plan_.row_blocks / p_.key_heads;
-    const int64_t pair = first_pair + place;
+    const int64_t pair_of_wave = index / plan_.row_blocks / p_.key_heads;
+    const int64_t pair = first_pair + pair_of_wave;
     const int64_t first_row = block * plan_.rows;
     return {&p_.layers[pair / p_.batch],
             pair % p_.batch,
             key_head,
             first_row,
             std::min(plan_.rows, p_.rows - first_row),
-            sums + place * pair_floats() + key_head * p_.rows * p_.token_count};
+            sums + pair_of_wave * pair_floats() + key_head * p_.rows * p_.token_count};
   }
 
   const TokenRuns& start_unit(const Unit& unit) const {
@@ -173,24 +175,24 @@ class Captures {
     if (tokens.used == 0) return;
     float* const scratch = scratch_arena.floats(plan_.scratch_floats());
     pack_unit(plan_, unit, scratch, staging_arena.floats(plan_.staging_floats()));
-    share(plan_.chunks, true, [&](int64_t begin, int64_t end) {
+    run_range(plan_.chunks, true, [&](int64_t begin, int64_t end) {
       float* const staging = staging_arena.floats(plan_.staging_floats());
       for (int64_t chunk = begin; chunk < end; ++chunk) score_chunk(plan_, unit, chunk, scratch, staging);
     });
     relate_chunks(plan_, unit, scratch);
-    share(static_cast<int64_t>(tokens.last - tokens.first), true, [&](int64_t begin, int64_t end) {
+    run_range(static_cast<int64_t>(tokens.last - tokens.first), true, [&](int64_t begin, int64_t end) {
       gather_runs(plan_, unit, runs_.data() + tokens.first + begin, end - begin, scratch);
     });
   }
 
   void finish_row(int64_t first_pair, int64_t index, float* sums) const {
     const int64_t row = index % p_.rows;
-    const int64_t place = index / p_.rows;
-    const int64_t batch = (first_pair + place) % p_.batch;
-    const CaptureLayer& layer = p_.layers[(first_pair + place) / p_.batch];
-    float* const parts = sums + place * pair_floats() + row * p_.token_count;
-    float* const mean = p_.each ? parts : layer.maps + batch * p_.maps_strides[0] + row * p_.maps_strides[2];
-    const Summary summary = plan_.kernels.mean({parts, p_.key_heads, p_.rows * p_.token_count, p_.token_count,
+    const int64_t pair_of_wave = index / p_.rows;
+    const int64_t batch = (first_pair + pair_of_wave) % p_.batch;
+    const CaptureLayer& layer = p_.layers[(first_pair + pair_of_wave) / p_.batch];
+    float* const group_sums = sums + pair_of_wave * pair_floats() + row * p_.token_count;
+    float* const mean = p_.each ? group_sums : layer.maps + batch * p_.maps_strides[0] + row * p_.maps_strides[2];
+    const Summary summary = plan_.kernels.mean({group_sums, p_.key_heads, p_.rows * p_.token_count, p_.token_count,
                                                 token_runs_[static_cast<size_t>(batch)].used,
                                                 static_cast<float>(p_.heads), mean});
     layer.mass[batch * p_.mass_strides[0] + row * p_.mass_strides[1]] = summary.mass;

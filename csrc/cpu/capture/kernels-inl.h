@@ -1,4 +1,4 @@
-// One set of kernels: included into an anonymous namespace, behind the vectors of its instructions.
+// One set of kernels: included in an anonymous namespace, after the vectors of its instruction set.
 
 #include "cpu/simd/vector_math-inl.h"
 

@@ -1,13 +1,11 @@
-// The inner loops of capture, compiled once for each set of instructions; capture.cpp drives them.
+// The inner loops of capture, compiled once for each instruction set; unit.cpp calls them.
 #pragma once
 
 #include <cstdint>
 
 #include "carve.h"
+#include "cpu/simd/inline.h"
 #include "cpu/simd/isa.h"
-
-#define CARVE_INLINE_MEMBER inline __attribute__((always_inline))
-#define CARVE_INLINE static CARVE_INLINE_MEMBER
 
 namespace carve {
 
@@ -19,10 +17,10 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Keys are scored, and their exponentials taken, in chunks of this many with a maximum of their own. A chunk does not
-// know of the others, so any thread may do it. 512 scores of a GQA group of 8 fit in an L1 of 32 KiB with room to spare.
+// Keys are scored and exponentiated in chunks of this size, each with its own maximum. Chunks are independent, so any
+// thread may process any of them. 512 scores of a GQA group of 8 take 16 KiB, half of an L1 of 32 KiB.
 constexpr int64_t kChunk = 512;
-// The scores of a row are padded to a multiple of this: kernels write whole tiles.
+// The scores of a row are padded to a multiple of this number: kernels write whole tiles.
 constexpr int64_t kKeyTile = 64;
 
 struct ScoreBlock {
@@ -44,16 +42,16 @@ struct ScoreKernels {
   void (*scores)(const ScoreBlock& block);
 };
 
-// Scores of one row and chunk, to be replaced by 2^(logit - top). All logits that are kept are in base 2.
+// Scores of one row and chunk, which are replaced by 2^(logit - top). Stored logits are in base 2.
 struct ChunkRow {
   float* scores;
   int64_t keys;
-  int64_t first;        // the row sees keys [first, last) of the chunk
+  int64_t first;        // keys [first, last) of the chunk are visible to the row
   int64_t last;
   const uint8_t* mask;  // [keys], or null
   float scale;
   float softcap;
-  const char* ahead;  // fetched meanwhile, as many bytes as there are of scores; any address will do
+  const char* prefetch;  // as many bytes as the scores have are prefetched from here; any address is allowed
 };
 
 struct Peak {
@@ -70,25 +68,25 @@ struct KeyRun {
 
 struct GatherRow {
   const float* scores;   // exponentials [heads, head_stride] of one row
-  const float* factors;  // what they are of the probability, [heads, factor_stride] for each chunk
+  const float* factors;  // [heads, factor_stride], one per chunk: probability = exponential * factor
   int64_t head_stride;
   int64_t factor_stride;
   int64_t heads;
   const KeyRun* runs;
   int64_t run_count;
-  float* sum;        // [tokens], zero before: the sum over the heads
+  float* sum;        // [tokens], zero on entry: the sum over the heads
   float* each;       // [heads, each_stride], or null
   int64_t each_stride;
 };
 
 struct MeanRow {
-  const float* parts;  // [part_count, part_stride] sums over some heads, [tokens] each
-  int64_t part_count;
-  int64_t part_stride;
+  const float* sums;  // [sum_count, sum_stride], of [tokens] each: sums over a group of heads
+  int64_t sum_count;
+  int64_t sum_stride;
   int64_t tokens;
-  int64_t used;  // tokens that are no padding
+  int64_t used;  // tokens that are not padding
   float heads;
-  float* mean;  // [tokens]; may be parts
+  float* mean;  // [tokens]; may alias `sums`
 };
 
 struct Summary {
@@ -97,7 +95,7 @@ struct Summary {
 };
 
 struct CaptureKernels {
-  ScoreKernels score[3];  // by Float
+  ScoreKernels score[3];  // indexed by Float
   Peak (*softmax)(const ChunkRow& row);
   // tops[chunk] becomes 2^(tops[chunk] - top) in place.
   void (*relate)(float* tops, int64_t count, float top);

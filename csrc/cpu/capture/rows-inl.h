@@ -1,4 +1,4 @@
-// What is done with the scores of a row: exponentials over a chunk, the gather of the tokens, the mean over the heads.
+// Operations on the scores of a row: exponentials of a chunk, gather of the tokens, mean over the heads.
 
 constexpr float kHidden = -INFINITY;
 
@@ -16,7 +16,7 @@ void hide_masked(float* scores, const uint8_t* mask, int64_t keys) {
   }
 }
 
-// The scores as logits, where a positive factor alone does not make them so.
+// Turns scores into logits where this takes more than a positive factor.
 void make_logits(float* scores, int64_t end, float scale, float softcap) {
   for (int64_t key = 0; key < end; key += kLanes) {
     const Vector logit = load(scores + key) * scale;
@@ -26,7 +26,7 @@ void make_logits(float* scores, int64_t end, float scale, float softcap) {
 
 Peak softmax_row(const ChunkRow& row) {
   float* const scores = row.scores;
-  // Whole vectors, since the scores are padded; what stands behind the keys is hidden with them.
+  // Whole vectors: the scores are padded, and the padding is hidden like invisible keys.
   const int64_t end = (row.keys + kLanes - 1) / kLanes * kLanes;
   const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
   if (!linear) make_logits(scores, end, row.scale, row.softcap);
@@ -43,11 +43,11 @@ Peak softmax_row(const ChunkRow& row) {
   const float top = static_cast<float>(exact);
   const Vector factors = splat(static_cast<float>(factor));
   const Vector peaks = splat(dead ? 0.0f : peak);
-  // What rounding takes from a high maximum goes into the exponentials.
+  // The rounding error of a large maximum is added to the exponents.
   const Vector rest = splat(dead ? 0.0f : static_cast<float>(exact - top));
   Vector sums = {};
   for (int64_t key = 0; key < end; key += kLanes) {
-    __builtin_prefetch(row.ahead + key * static_cast<int64_t>(sizeof(float)));
+    __builtin_prefetch(row.prefetch + key * static_cast<int64_t>(sizeof(float)));
     const Vector value = exponential2(fma(load(scores + key) - peaks, factors, rest));
     store(scores + key, value);
     sums += value;
@@ -96,20 +96,20 @@ void gather_row(const GatherRow& row) {
   for (int64_t index = 0; index < row.run_count; ++index) gather_run(row, row.runs[index]);
 }
 
-// The mean of up to kChunk tokens; behind them zeros, up to a whole vector.
+// The mean of up to kChunk tokens, padded with zeros to a whole vector.
 void mean_chunk(const MeanRow& row, int64_t start, int64_t count, float (&mean)[kChunk]) {
   const Vector heads = splat(row.heads);
   for (int64_t token = 0; token < count; token += kLanes) {
     Vector total = {};
-    for (int64_t part = 0; part < row.part_count; ++part) {
-      const float* from = row.parts + part * row.part_stride + start + token;
+    for (int64_t group = 0; group < row.sum_count; ++group) {
+      const float* from = row.sums + group * row.sum_stride + start + token;
       total += count - token < kLanes ? load_some(from, count - token) : load(from);
     }
     store(mean + token, total / heads);
   }
 }
 
-float entropy_of(const float* mean, int64_t tokens, float mass) {
+float compute_entropy(const float* mean, int64_t tokens, float mass) {
   constexpr float kSmallest = 1.17549435e-38f;
   double entropy = 0.0;
   for (int64_t start = 0; start < tokens; start += kChunk) {
@@ -140,5 +140,5 @@ Summary mean_row(const MeanRow& row) {
   }
   const float total = static_cast<float>(mass);
   if (row.used < 2 || total == 0.0f) return {total, 0.0f};
-  return {total, entropy_of(row.mean, row.tokens, total) / __builtin_logf(static_cast<float>(row.used))};
+  return {total, compute_entropy(row.mean, row.tokens, total) / __builtin_logf(static_cast<float>(row.used))};
 }

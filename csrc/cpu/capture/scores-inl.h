@@ -1,20 +1,20 @@
-// Scores by broadcast products: a panel of keys is transposed once, then every query row runs over it lane by lane.
-// Each score is one chain of products in the order of the elements, however keys and two or more rows are cut.
+// Scores by broadcast products: a panel of keys is transposed once and then multiplied by every query row.
+// Each score is one chain of fused products in the order of the elements, for any blocking of keys and rows.
 
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 static_assert(kKeyTile % kPanel == 0 && kChunk % kKeyTile == 0);
 
-// Fetches keys ahead of their use, line by line as they lie: tiles touch 16 keys at once, which no prefetcher follows.
-// The steps between two lines cost nothing: sixteen fetches at once would wait for the core's 16 line buffers.
-class Ahead {
+// Prefetches keys in the order of memory: tiles touch 16 keys at once, which no hardware prefetcher follows.
+// The prefetches are spread over the computation: sixteen at once would wait for the core's 16 line buffers.
+class Prefetcher {
  public:
   static constexpr int64_t kLineBytes = 64;
 
-  CARVE_INLINE_MEMBER Ahead(const void* key, int64_t size, int64_t stride)
+  CARVE_INLINE Prefetcher(const void* key, int64_t size, int64_t stride)
       : row_(static_cast<const char*>(key)), size_(size), stride_(stride) {}
 
   template <int64_t kLines>
-  CARVE_INLINE_MEMBER void fetch() {
+  CARVE_INLINE void fetch() {
 #pragma GCC unroll 16
     for (int64_t line = 0; line < kLines; ++line) {
       __builtin_prefetch(row_ + offset_);
@@ -34,7 +34,7 @@ class Ahead {
 
 int64_t tile_count(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-// Rows of one tile: the tiles are as equal as they can be.
+// Rows of one tile. The sizes of the tiles differ by at most 1.
 int64_t tile_rows(int64_t rows, int64_t tile) {
   const int64_t tiles = tile_count(rows);
   return rows / tiles + (tile < rows % tiles ? 1 : 0);
@@ -67,9 +67,9 @@ CARVE_INLINE void transpose_keys(const T* const (&lines)[kLanes], int64_t start,
 }
 
 template <typename T>
-void pack_panel(const T* key, int64_t stride, int64_t keys, int64_t size, Ahead& ahead, float* panel) {
+void pack_panel(const T* key, int64_t stride, int64_t keys, int64_t size, Prefetcher& prefetcher, float* panel) {
   for (int64_t vector = 0; vector < kPanelVectors; ++vector) {
-    // Past the last key the last one stands in: its scores are never looked at.
+    // Lanes after the last key repeat it; their scores are not used.
     const T* lines[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t line = vector * kLanes + lane;
@@ -77,7 +77,7 @@ void pack_panel(const T* key, int64_t stride, int64_t keys, int64_t size, Ahead&
     }
     int64_t start = 0;
     for (; start + kLanes <= size; start += kLanes) {
-      ahead.fetch<kLanes * kLanes * sizeof(T) / 64>();
+      prefetcher.fetch<kLanes * kLanes * sizeof(T) / 64>();
       transpose_keys(lines, start, kLanes, panel + vector * kLanes);
     }
     if (start < size) transpose_keys(lines, start, size - start, panel + vector * kLanes);
@@ -120,20 +120,20 @@ CARVE_INLINE void multiply(int64_t rows, const float* panel, const float* query,
   }
 }
 
-// One row under one head: keys are read in their own order and only the sums are transposed, 64 shuffles for 16 keys.
+// A single row: keys are read in the order of memory and only the sums are transposed, 64 shuffles for 16 keys.
 template <typename T>
 void score_single(const ScoreBlock& block) {
   const T* key = static_cast<const T*>(block.key);
   const float* query = static_cast<const float*>(block.query);
   const int64_t whole = block.size / kLanes * kLanes;
   const int64_t bytes = block.size * static_cast<int64_t>(sizeof(T));
-  // The shuffles between two sixteens of keys leave memory idle unless the next sixteen is under way.
-  Ahead ahead(key + kLanes * block.key_stride, bytes, block.key_stride * static_cast<int64_t>(sizeof(T)));
+  // Memory would be idle during the shuffles unless the next 16 keys are already being loaded.
+  Prefetcher prefetcher(key + kLanes * block.key_stride, bytes, block.key_stride * static_cast<int64_t>(sizeof(T)));
   for (int64_t start = 0; start < block.keys; start += kLanes) {
     Vector sums[kLanes] = {};
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t fetched = 0; fetched < bytes; fetched += Ahead::kLineBytes) ahead.fetch<1>();
+      for (int64_t fetched = 0; fetched < bytes; fetched += Prefetcher::kLineBytes) prefetcher.fetch<1>();
       const T* line = key + (start + lane < block.keys ? start + lane : block.keys - 1) * block.key_stride;
       for (int64_t element = 0; element < whole; element += kLanes) {
         sums[lane] = fma(load(line + element), load(query + element), sums[lane]);
@@ -155,10 +155,10 @@ void score_keys(const ScoreBlock& block) {
   if (block.rows == 1) return score_single<T>(block);
   const T* key = static_cast<const T*>(block.key);
   constexpr int64_t kBytes = sizeof(T);
-  Ahead ahead(key + kPanel * block.key_stride, block.size * kBytes, block.key_stride * kBytes);
+  Prefetcher prefetcher(key + kPanel * block.key_stride, block.size * kBytes, block.key_stride * kBytes);
   for (int64_t start = 0; start < block.keys; start += kPanel) {
     const int64_t keys = block.keys - start < kPanel ? block.keys - start : kPanel;
-    pack_panel(key + start * block.key_stride, block.key_stride, keys, block.size, ahead, block.panel);
+    pack_panel(key + start * block.key_stride, block.key_stride, keys, block.size, prefetcher, block.panel);
     const float* query = static_cast<const float*>(block.query);
     float* scores = block.scores + start;
     for (int64_t tile = 0; tile < tile_count(block.rows); ++tile) {

@@ -1,5 +1,5 @@
-// Scores of bfloat16 by the matrix unit: 16 keys are the left tile as they lie in the cache, with the cache's own stride,
-// and only the small query is packed. The product comes out key by key and is turned by the shuffle unit.
+// Scores of bfloat16 by the matrix unit: the left tile is 16 keys read from the KV cache with its strides, and only the
+// small query is packed. The product is [keys, rows] and is transposed by shuffles.
 
 constexpr int64_t kTileKeys = 16;
 constexpr int64_t kTileColumns = 16;
@@ -25,7 +25,7 @@ int64_t tiles_packed_floats(int64_t rows, int64_t size) { return column_tiles(ro
 
 int64_t tiles_panel_floats(int64_t size) { return 4 * kTileFloats + kKeyTile * step_count(size) * kStep / 2; }
 
-// [column tile, step, pair of elements, row of the query, 2], zeros where there is no row or element.
+// [column tile, step, pair of elements, query row, 2], padded with zeros.
 void tiles_pack(const float* query, int64_t rows, int64_t size, float* packed) {
   Bfloat16* to = reinterpret_cast<Bfloat16*>(packed);
   for (int64_t first = 0; first < rows; first += kTileColumns) {
@@ -42,7 +42,7 @@ void tiles_pack(const float* query, int64_t rows, int64_t size, float* packed) {
   }
 }
 
-// Copies keys to where every row has whole steps: the tail must not meet what stands behind it, which may be NaN.
+// Copies keys and pads each with zeros to whole steps: memory after a key may hold NaN.
 void stage_keys(const Bfloat16* key, int64_t stride, int64_t keys, int64_t size, Bfloat16* staged) {
   const int64_t padded = step_count(size) * kStep;
   for (int64_t line = 0; line < kKeyTile; ++line) {
@@ -54,7 +54,8 @@ void stage_keys(const Bfloat16* key, int64_t stride, int64_t keys, int64_t size,
 
 // 64 keys times 16 query rows. Four sums at a time: a product takes 52 cycles, and one can start every 16.
 template <bool kFetch>
-void multiply_tiles(const Bfloat16* key, int64_t stride, const Bfloat16* query, int64_t steps, Ahead& ahead, float* products) {
+void multiply_tiles(const Bfloat16* key, int64_t stride, const Bfloat16* query, int64_t steps, Prefetcher& prefetcher,
+                    float* products) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(Bfloat16));
   _tile_zero(0);
   _tile_zero(1);
@@ -64,16 +65,16 @@ void multiply_tiles(const Bfloat16* key, int64_t stride, const Bfloat16* query, 
     _tile_loadd(7, query, 64);
     _tile_loadd(4, key, bytes);
     _tile_dpbf16ps(0, 4, 7);
-    if constexpr (kFetch) ahead.fetch<kTileKeys>();
+    if constexpr (kFetch) prefetcher.fetch<kTileKeys>();
     _tile_loadd(5, key + kTileKeys * stride, bytes);
     _tile_dpbf16ps(1, 5, 7);
-    if constexpr (kFetch) ahead.fetch<kTileKeys>();
+    if constexpr (kFetch) prefetcher.fetch<kTileKeys>();
     _tile_loadd(6, key + 2 * kTileKeys * stride, bytes);
     _tile_dpbf16ps(2, 6, 7);
-    if constexpr (kFetch) ahead.fetch<kTileKeys>();
+    if constexpr (kFetch) prefetcher.fetch<kTileKeys>();
     _tile_loadd(4, key + 3 * kTileKeys * stride, bytes);
     _tile_dpbf16ps(3, 4, 7);
-    if constexpr (kFetch) ahead.fetch<kTileKeys>();
+    if constexpr (kFetch) prefetcher.fetch<kTileKeys>();
     key += kStep;
     query += kStep * kTileColumns;
   }
@@ -83,10 +84,10 @@ void multiply_tiles(const Bfloat16* key, int64_t stride, const Bfloat16* query, 
   _tile_stored(3, products + 3 * kTileFloats, 64);
 }
 
-// The same for up to 8 rows: two keys share a vector, which leaves 24 shuffles of 64.
-void turn_half_tiles(const float* products, int64_t rows, float* scores, int64_t stride) {
-  for (int64_t part = 0; part < 4; ++part) {
-    const float* from = products + part * kTileFloats;
+// Transposes tiles of up to 8 rows: two keys share a vector, 24 shuffles instead of 64.
+void transpose_half_tiles(const float* products, int64_t rows, float* scores, int64_t stride) {
+  for (int64_t block = 0; block < 4; ++block) {
+    const float* from = products + block * kTileFloats;
     __m512 keys[8];
 #pragma GCC unroll 8
     for (int64_t key = 0; key < 8; ++key) {
@@ -112,17 +113,17 @@ void turn_half_tiles(const float* products, int64_t rows, float* scores, int64_t
       lines[row] = _mm512_shuffle_f32x4(quads[row], quads[row + 4], 0x88);
       lines[row + 4] = _mm512_shuffle_f32x4(quads[row], quads[row + 4], 0xdd);
     }
-    for (int64_t row = 0; row < rows; ++row) store(scores + row * stride + part * kTileKeys, lines[row]);
+    for (int64_t row = 0; row < rows; ++row) store(scores + row * stride + block * kTileKeys, lines[row]);
   }
 }
 
-void turn_tiles(const float* products, int64_t rows, float* scores, int64_t stride) {
-  for (int64_t part = 0; part < 4; ++part) {
+void transpose_tiles(const float* products, int64_t rows, float* scores, int64_t stride) {
+  for (int64_t block = 0; block < 4; ++block) {
     Vector tile[kLanes];
 #pragma GCC unroll 16
-    for (int64_t key = 0; key < kTileKeys; ++key) tile[key] = load(products + part * kTileFloats + key * kTileColumns);
+    for (int64_t key = 0; key < kTileKeys; ++key) tile[key] = load(products + block * kTileFloats + key * kTileColumns);
     transpose(tile);
-    for (int64_t row = 0; row < rows; ++row) store(scores + row * stride + part * kTileKeys, tile[row]);
+    for (int64_t row = 0; row < rows; ++row) store(scores + row * stride + block * kTileKeys, tile[row]);
   }
 }
 
@@ -132,7 +133,7 @@ void tiles_score(const ScoreBlock& block) {
   float* products = block.panel;
   Bfloat16* staged = reinterpret_cast<Bfloat16*>(block.panel + 4 * kTileFloats);
   constexpr int64_t kBytes = sizeof(Bfloat16);
-  Ahead ahead(key + kKeyTile * block.key_stride, block.size * kBytes, block.key_stride * kBytes);
+  Prefetcher prefetcher(key + kKeyTile * block.key_stride, block.size * kBytes, block.key_stride * kBytes);
   _tile_loadconfig(&kTileConfig);
   for (int64_t start = 0; start < block.keys; start += kKeyTile) {
     const int64_t keys = block.keys - start < kKeyTile ? block.keys - start : kKeyTile;
@@ -146,12 +147,12 @@ void tiles_score(const ScoreBlock& block) {
     const Bfloat16* query = static_cast<const Bfloat16*>(block.query);
     for (int64_t row = 0; row < block.rows; row += kTileColumns) {
       const int64_t rows = block.rows - row < kTileColumns ? block.rows - row : kTileColumns;
-      // The first columns bring the next keys in; the others find these in the L1.
-      row == 0 ? multiply_tiles<true>(from, stride, query, steps, ahead, products)
-               : multiply_tiles<false>(from, stride, query, steps, ahead, products);
+      // The first column tile prefetches the next keys into the L1 for all of them.
+      row == 0 ? multiply_tiles<true>(from, stride, query, steps, prefetcher, products)
+               : multiply_tiles<false>(from, stride, query, steps, prefetcher, products);
       float* scores = block.scores + row * block.stride + start;
-      rows > 8 ? turn_tiles(products, rows, scores, block.stride)
-               : turn_half_tiles(products, rows, scores, block.stride);
+      rows > 8 ? transpose_tiles(products, rows, scores, block.stride)
+               : transpose_half_tiles(products, rows, scores, block.stride);
       query += steps * kStep * kTileColumns;
     }
   }

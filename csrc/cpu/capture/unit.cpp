@@ -7,10 +7,10 @@
 namespace carve {
 namespace {
 
-// The exponentials of a unit stay in the L2 of a core, beside the keys that stream through it.
+// The exponentials of a unit stay in the L2 of a core while the keys stream through it.
 constexpr int64_t kScratchFloats = int64_t{1} << 18;
-// Where that leaves fewer rows for one read of the keys than half of this, this many share it, and the exponentials
-// spill: a row of a group of 7 costs 84 bytes a key there and back, another read of bfloat16 keys 256.
+// If less than half this many rows fit, this many share one read of the keys and the exponentials spill: a row of a
+// group of 7 costs 84 bytes per key to write and read, another read of bfloat16 keys 256.
 constexpr int64_t kSpilledRows = 8;
 constexpr double kLog2E = 1.44269504088896341;
 
@@ -27,11 +27,11 @@ float to_float(Bfloat16 value) {
 
 float to_float(Float16 value) {
   const int exponent = (value.bits >> 10) & 31;
-  const int part = value.bits & 1023;
+  const int mantissa = value.bits & 1023;
   const float sign = (value.bits & 0x8000) != 0 ? -1.0f : 1.0f;
-  if (exponent == 31) return part == 0 ? sign * INFINITY : NAN;
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(part), -24);
-  return sign * std::ldexp(static_cast<float>(part + 1024), exponent - 25);
+  if (exponent == 31) return mantissa == 0 ? sign * INFINITY : NAN;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
 }
 
 template <typename T>
@@ -40,8 +40,8 @@ void widen(const void* from, int64_t offset, int64_t stride, int64_t size, float
   for (int64_t element = 0; element < size; ++element) to[element] = to_float(line[element * stride]);
 }
 
-// Scratch of a unit: exponentials, then for each row and chunk its maximum and its sum, then the packed query.
-// Rows of a unit go query row by query row, heads of the group side by side.
+// Scratch of a unit: exponentials, then the maximum and the sum of each row and chunk, then the packed query.
+// The rows of a unit are [query row, head of the group].
 float* scores_of(const UnitPlan& plan, float* scratch, int64_t row) { return scratch + row * plan.stride; }
 
 float* tops_of(const UnitPlan& plan, float* scratch, int64_t row) {
@@ -54,13 +54,13 @@ float* sums_of(const UnitPlan& plan, float* scratch, int64_t row) {
 
 float* packed_of(const UnitPlan& plan, float* scratch) { return sums_of(plan, scratch, plan.rows * plan.group); }
 
-// The keys of a chunk that positions and window let a query row see, counted from the start of the chunk.
+// The keys of a chunk that positions and window make visible to a query row, relative to the start of the chunk.
 struct Span {
   int64_t first;
   int64_t last;
 };
 
-Span visible(const CaptureParams& p, int64_t batch, int64_t row, int64_t start, int64_t keys) {
+Span find_visible(const CaptureParams& p, int64_t batch, int64_t row, int64_t start, int64_t keys) {
   if (p.positions.data == nullptr) return {0, keys};
   const int64_t position = p.positions.at(batch, row);
   const int64_t last = std::clamp<int64_t>(position - start + 1, 0, keys);
@@ -68,7 +68,7 @@ Span visible(const CaptureParams& p, int64_t batch, int64_t row, int64_t start, 
   return {first, last};
 }
 
-// The mask of a row and chunk as bytes side by side; `dense` is where they go if they are not.
+// The mask of a row and chunk as contiguous bytes, copied to `dense` if it is strided.
 const uint8_t* mask_of(const CaptureParams& p, int64_t batch, int64_t head, int64_t row, int64_t start, int64_t keys,
                        uint8_t* dense) {
   if (p.mask == nullptr) return nullptr;
@@ -85,7 +85,7 @@ UnitPlan::UnitPlan(const CaptureParams& params, const CaptureKernels& kernels)
     : params(params), kernels(kernels), score(kernels.score[static_cast<int>(params.type)]) {
   group = params.heads / params.key_heads;
   chunks = (params.keys + kChunk - 1) / kChunk;
-  // A line more than the keys need: rows a power of two apart would all fall into one set of the L1.
+  // One cache line of padding: rows at a distance of a power of two would all map to one set of the L1.
   stride = round_up(params.keys, kKeyTile) + 16;
   tops_stride = round_up(chunks, 16);
   const int64_t fitting = kScratchFloats / std::max<int64_t>(group * stride, 1);
@@ -131,20 +131,21 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
   const CaptureParams& p = plan.params;
   const int64_t start = chunk * kChunk;
   const int64_t keys = std::min(kChunk, p.keys - start);
-  bool seen = false;
-  for (int64_t row = 0; row < unit.rows && !seen; ++row) {
-    const Span span = visible(p, unit.batch, unit.first_row + row, start, keys);
-    seen = span.first < span.last;
+  bool is_visible = false;
+  for (int64_t row = 0; row < unit.rows && !is_visible; ++row) {
+    const Span span = find_visible(p, unit.batch, unit.first_row + row, start, keys);
+    is_visible = span.first < span.last;
   }
   const int64_t* strides = unit.layer->key_strides;
   const int64_t offset = unit.batch * strides[0] + unit.key_head * strides[1] + start * strides[2];
   const int64_t bytes = p.type == Float::kFloat32 ? 4 : 2;
   const char* key = static_cast<const char*>(unit.layer->key) + offset * bytes;
-  if (seen) {
+  if (is_visible) {
     plan.score.scores({key, strides[2], keys, p.size, packed_of(plan, scratch), unit.rows * plan.group,
                        scores_of(plan, scratch, 0) + start, plan.stride, staging});
   }
-  // Memory would idle while exponentials are taken: fetch the next chunk, past the tile that the scores have fetched.
+  // Memory would be idle during the exponentials: prefetch the next chunk, except its first tile, which scoring
+  // fetched.
   const bool dense = strides[2] == p.size;
   const int64_t chunk_bytes = kChunk * p.size * bytes;
   const char* next = key + (keys + kKeyTile) * p.size * bytes;
@@ -153,11 +154,11 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
   for (int64_t line = 0; line < unit.rows * plan.group; ++line) {
     const int64_t row = unit.first_row + line / plan.group;
     const int64_t head = unit.key_head * plan.group + line % plan.group;
-    const Span span = visible(p, unit.batch, row, start, keys);
+    const Span span = find_visible(p, unit.batch, row, start, keys);
     float* scores = scores_of(plan, scratch, line) + start;
-    const uint8_t* mask = seen ? mask_of(p, unit.batch, head, row, start, keys, masked) : nullptr;
-    const char* ahead = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
-    const Peak peak = plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, ahead});
+    const uint8_t* mask = is_visible ? mask_of(p, unit.batch, head, row, start, keys, masked) : nullptr;
+    const char* prefetch = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
+    const Peak peak = plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, prefetch});
     tops_of(plan, scratch, line)[chunk] = peak.top;
     sums_of(plan, scratch, line)[chunk] = peak.sum;
   }
@@ -172,7 +173,7 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
     const float* sums = sums_of(plan, scratch, line);
     float top = *std::max_element(tops, tops + plan.chunks);
     const bool dead = top == -INFINITY;
-    // A sum that is known, or the sink: in base 2 as the maxima are, but not rounded.
+    // The given log-sum-exp, or the sink: in base 2 like the maxima, but not rounded.
     double other = -INFINITY;
     if (p.lse != nullptr) {
       other = p.lse[(unit.batch * p.heads + head) * p.rows + row] * kLog2E;
@@ -210,11 +211,11 @@ void gather_runs(const UnitPlan& plan, const Unit& unit, const KeyRun* runs, int
   const CaptureParams& p = plan.params;
   float* const from = const_cast<float*>(scratch);
   for (int64_t row = 0; row < unit.rows; ++row) {
-    const int64_t place = unit.first_row + row;
+    const int64_t query_row = unit.first_row + row;
     const int64_t offset = unit.batch * p.maps_strides[0] + unit.key_head * plan.group * p.maps_strides[1];
-    float* each = p.each ? unit.layer->maps + offset + place * p.maps_strides[2] : nullptr;
+    float* each = p.each ? unit.layer->maps + offset + query_row * p.maps_strides[2] : nullptr;
     plan.kernels.gather({scores_of(plan, from, row * plan.group), tops_of(plan, from, row * plan.group), plan.stride,
-                         plan.tops_stride, plan.group, runs, count, unit.sums + place * p.token_count, each,
+                         plan.tops_stride, plan.group, runs, count, unit.sums + query_row * p.token_count, each,
                          p.maps_strides[1]});
   }
 }

@@ -1,15 +1,15 @@
-// One unit of capture: a block of query rows under one KV head, which reads the keys once for its group of heads.
+// One unit of capture: a block of query rows of one KV head. It reads the keys once for its group of query heads.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "cpu/capture/kernels.h"
 #include "carve.h"
+#include "cpu/capture/kernels.h"
 
 namespace carve {
 
-// Sizes that all units of a call share.
+// Sizes shared by all units of a call.
 struct UnitPlan {
   UnitPlan(const CaptureParams& params, const CaptureKernels& kernels);
 
@@ -17,11 +17,11 @@ struct UnitPlan {
   const CaptureKernels& kernels;
   const ScoreKernels& score;
   int64_t group;       // query heads of one KV head
-  int64_t rows;        // query rows of a unit, at most
-  int64_t row_blocks;  // units under one KV head
+  int64_t rows;        // the most query rows of a unit
+  int64_t row_blocks;  // units of one KV head
   int64_t chunks;
   int64_t stride;       // floats from one row's scores to the next
-  int64_t tops_stride;  // likewise for what there is one of each chunk
+  int64_t tops_stride;  // likewise for values that exist once per chunk
 
   int64_t scratch_floats() const;
   int64_t staging_floats() const;
@@ -36,7 +36,8 @@ struct Unit {
   float* sums;  // [params.rows, token_count]: the sum over the group's heads
 };
 
-// The steps, in their order. Chunks, and then runs, may be shared out among threads with one scratch and a staging each.
+// The steps in their order. Threads may share the chunks, and then the runs, with one scratch and a staging buffer
+// each.
 void pack_unit(const UnitPlan& plan, const Unit& unit, float* scratch, float* staging);
 void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* scratch, float* staging);
 void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch);

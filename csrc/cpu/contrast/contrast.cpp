@@ -1,4 +1,4 @@
-// The contrast of task and general maps: ratio, weighted sum and normalisation on the token grid, one resize.
+// Contrast of task and general maps: ratio, weighted sum and normalization on the token grid, one resize.
 
 #include "carve.h"
 
@@ -6,18 +6,18 @@
 #include <vector>
 
 #include "cpu/contrast/resize.h"
-#include "cpu/simd/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/isa.h"
 #include "cpu/simd/wide.h"
 
 namespace carve {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kRatiosPerPart = 1 << 17;  // less is not worth waking a thread
+constexpr int64_t kRatiosPerPart = 1 << 17;  // fewer do not pay for waking a thread
 
-// A fixed number of sums side by side: wide instructions or not, the same bits.
-CARVE_INLINE inline double sum_of(const float* values, int64_t count) {
+// A fixed number of partial sums: the same bits with any instruction set.
+CARVE_INLINE double sum_of(const float* values, int64_t count) {
   double lanes[kLanes] = {};
   int64_t index = 0;
   for (; index + kLanes <= count; index += kLanes) {
@@ -29,11 +29,11 @@ CARVE_INLINE inline double sum_of(const float* values, int64_t count) {
   return total;
 }
 
-// What is added to each general map, [layers, general_steps].
+// The constant added to each general map, [layers, general_steps].
 std::vector<double> find_lams(const ContrastParams& p, Isa isa) {
   std::vector<double> lams(static_cast<size_t>(p.layers * p.general_steps), p.lam);
   if (!p.lam_is_mean) return lams;
-  run_wide(isa, [&]() CARVE_INLINE {
+  run_wide(isa, [&]() CARVE_INLINE_LAMBDA {
     for (size_t map = 0; map < lams.size(); ++map) {
       const float* general = p.general + static_cast<int64_t>(map) * p.tokens;
       lams[map] = sum_of(general, p.tokens) / static_cast<double>(p.tokens);
@@ -42,21 +42,21 @@ std::vector<double> find_lams(const ContrastParams& p, Isa isa) {
   return lams;
 }
 
-CARVE_INLINE inline void add_ratios(const float* __restrict task, const float* __restrict general, double lam,
+CARVE_INLINE void add_ratios(const float* __restrict task, const float* __restrict general, double lam,
                                     double weight, int64_t count, double* __restrict fused) {
   for (int64_t token = 0; token < count; ++token) {
-    const double floor = static_cast<double>(general[token]) + lam;
-    const double ratio = static_cast<double>(task[token]) / floor;
-    fused[token] += weight * (floor > 0.0 ? ratio : 0.0);
+    const double denominator = static_cast<double>(general[token]) + lam;
+    const double ratio = static_cast<double>(task[token]) / denominator;
+    fused[token] += weight * (denominator > 0.0 ? ratio : 0.0);
   }
 }
 
 std::vector<double> fuse(const ContrastParams& p, Isa isa) {
   std::vector<double> fused(static_cast<size_t>(p.tokens), 0.0);
   const std::vector<double> lams = find_lams(p, isa);
-  // Parts of the tokens, so that each token's sum is taken in one order by one thread.
+  // Threads share the tokens: one thread adds all ratios of a token, in a fixed order.
   parallel_for(p.tokens, kRatiosPerPart / (p.layers * p.steps) + 1, [&](int64_t begin, int64_t end) {
-    run_wide(isa, [&]() CARVE_INLINE {
+    run_wide(isa, [&]() CARVE_INLINE_LAMBDA {
       for (int64_t layer = 0; layer < p.layers; ++layer) {
         for (int64_t step = 0; step < p.steps; ++step) {
           const int64_t map = layer * p.general_steps + (p.general_steps == 1 ? 0 : step);
@@ -74,7 +74,7 @@ void normalize(std::vector<double>& fused, Normalize kind) {
   double low = fused[0];
   double high = fused[0];
   double sum = 0.0;
-  // The comparisons keep a NaN once they have met one, so that the range below is NaN as well.
+  // The comparisons propagate NaN, so that the range below is NaN, too.
   for (double value : fused) {
     if (value < low || std::isnan(value)) low = value;
     if (value > high || std::isnan(value)) high = value;

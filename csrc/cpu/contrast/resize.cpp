@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kWrittenPerPart = 1 << 17;
 
-// Where the pixels of a line look among its cells, and how much: tap-major, all pixels of tap 0 first.
+// The cells that each pixel of a line interpolates, with their weights: [count, pixels].
 struct Taps {
   int64_t count;
   int64_t pixels;
@@ -21,7 +21,7 @@ struct Taps {
   std::vector<double> weights;
 };
 
-CARVE_INLINE inline void weigh_cells(double scale, int32_t in, int64_t tap, int64_t pixels, int32_t* __restrict cells,
+CARVE_INLINE void weigh_cells(double scale, int32_t in, int64_t tap, int64_t pixels, int32_t* __restrict cells,
                                      double* __restrict weights, double* __restrict totals) {
   const double support = scale > 1.0 ? scale : 1.0;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -30,7 +30,7 @@ CARVE_INLINE inline void weigh_cells(double scale, int32_t in, int64_t tap, int6
     const int32_t cell = (first > 0 ? first : 0) + static_cast<int32_t>(tap);
     const double weight = 1.0 - std::fabs(static_cast<double>(cell) + 0.5 - center) / support;
     const bool counts = cell < in && weight > 0.0;
-    // A cell without weight must not hand on a NaN: the nearest one, which has weight, is read in its place.
+    // 0 * NaN is NaN: instead of a cell without weight, read the nearest one, which has weight anyway.
     const int32_t nearest = static_cast<int32_t>(center);
     cells[pixel] = counts ? cell : (nearest < in ? nearest : in - 1);
     weights[pixel] = counts ? weight : 0.0;
@@ -38,7 +38,7 @@ CARVE_INLINE inline void weigh_cells(double scale, int32_t in, int64_t tap, int6
   }
 }
 
-// Bilinear, widened by the scale where it shrinks.
+// Bilinear weights, widened by the scale where the line shrinks.
 Taps make_taps(Isa isa, int64_t in, int64_t out) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   Taps taps;
@@ -47,7 +47,7 @@ Taps make_taps(Isa isa, int64_t in, int64_t out) {
   taps.cells.resize(static_cast<size_t>(taps.count * out));
   taps.weights.resize(taps.cells.size());
   std::vector<double> totals(static_cast<size_t>(out), 0.0);
-  run_wide(isa, [&]() CARVE_INLINE {
+  run_wide(isa, [&]() CARVE_INLINE_LAMBDA {
     for (int64_t tap = 0; tap < taps.count; ++tap) {
       weigh_cells(scale, static_cast<int32_t>(in), tap, out, taps.cells.data() + tap * out,
                   taps.weights.data() + tap * out, totals.data());
@@ -60,11 +60,11 @@ Taps make_taps(Isa isa, int64_t in, int64_t out) {
   return taps;
 }
 
-// [grid_h, grid_w] to [height, grid_w], fewer rows than there were.
+// [grid_h, grid_w] to [height, grid_w], where height < grid_h.
 std::vector<double> shrink_rows(Isa isa, const double* grid, const ViewShape& view) {
   const Taps rows = make_taps(isa, view.grid_h, view.height);
   std::vector<double> shrunk(static_cast<size_t>(view.height * view.grid_w), 0.0);
-  run_wide(isa, [&]() CARVE_INLINE {
+  run_wide(isa, [&]() CARVE_INLINE_LAMBDA {
     for (int64_t y = 0; y < view.height; ++y) {
       double* __restrict to = shrunk.data() + y * view.grid_w;
       for (int64_t tap = 0; tap < rows.count; ++tap) {
@@ -77,8 +77,8 @@ std::vector<double> shrink_rows(Isa isa, const double* grid, const ViewShape& vi
   return shrunk;
 }
 
-// One row of cells spread over the pixels of a row.
-CARVE_INLINE inline void widen(const double* __restrict cells, const Taps& taps, float* __restrict row) {
+// Interpolates one row of cells to a row of pixels.
+CARVE_INLINE void widen(const double* __restrict cells, const Taps& taps, float* __restrict row) {
   const int64_t pixels = taps.pixels;
   const int32_t* __restrict left = taps.cells.data();
   const double* __restrict left_weights = taps.weights.data();
@@ -99,12 +99,12 @@ CARVE_INLINE inline void widen(const double* __restrict cells, const Taps& taps,
   }
 }
 
-CARVE_INLINE inline void blend(const float* __restrict above, const float* __restrict below, float above_weight,
+CARVE_INLINE void blend(const float* __restrict above, const float* __restrict below, float above_weight,
                                float below_weight, int64_t pixels, float* __restrict out) {
   for (int64_t x = 0; x < pixels; ++x) out[x] = above_weight * above[x] + below_weight * below[x];
 }
 
-// The widened rows of cells between which the current row of pixels lies; each is widened once on the way down.
+// The two widened rows of cells around the current row of pixels; going down, each row is widened once.
 class WideRows {
  public:
   WideRows(Isa isa, const double* grid, int64_t grid_w, const Taps& columns)
@@ -112,7 +112,7 @@ class WideRows {
     for (Row& row : rows_) row.pixels.resize(static_cast<size_t>(columns.pixels));
   }
 
-  // Above and below; rows are asked for from the top to the bottom.
+  // The rows above and below; calls go from the top to the bottom.
   std::pair<const float*, const float*> at(int32_t above, int32_t below) {
     if (rows_[1].cell == above) std::swap(rows_[0], rows_[1]);
     fill(rows_[0], above);
@@ -130,7 +130,7 @@ class WideRows {
   void fill(Row& row, int32_t cell) {
     if (row.cell == cell) return;
     row.cell = cell;
-    run_wide(isa_, [&]() CARVE_INLINE { widen(grid_ + cell * grid_w_, columns_, row.pixels.data()); });
+    run_wide(isa_, [&]() CARVE_INLINE_LAMBDA { widen(grid_ + cell * grid_w_, columns_, row.pixels.data()); });
   }
 
   Isa isa_;
@@ -159,7 +159,7 @@ void resize(Isa isa, const double* grid, const ViewShape& view, float* out) {
       const float above_weight = static_cast<float>(rows.weights[y]);
       const float below_weight = static_cast<float>(rows.weights[view.height + y]);
       float* row = out + y * view.width;
-      run_wide(isa, [&, above = above, below = below]() CARVE_INLINE {
+      run_wide(isa, [&, above = above, below = below]() CARVE_INLINE_LAMBDA {
         blend(above, below, above_weight, below_weight, view.width, row);
       });
     }

@@ -1,4 +1,4 @@
-// One view of the contrast spread over its pixels.
+// Resize of one view from its token grid to pixels.
 #pragma once
 
 #include "carve.h"
@@ -6,7 +6,7 @@
 
 namespace carve {
 
-// grid [grid_h, grid_w] to out [height, width]: bilinear, with antialias where it shrinks.
+// grid [grid_h, grid_w] to out [height, width]: bilinear, with antialiasing where it shrinks.
 void resize(Isa isa, const double* grid, const ViewShape& view, float* out);
 
 }  // namespace carve

@@ -1,4 +1,4 @@
-// The regions of a saliency: threshold, connected runs, scores, the best of them, their mask and boxes.
+// Regions of a saliency: threshold, connected runs, scores, the best regions, their mask and boxes.
 
 #include "carve.h"
 
@@ -16,7 +16,7 @@
 namespace carve {
 namespace {
 
-// A flat map that was resized differs from a flat one by a few roundings.
+// A constant map that was resized is constant up to a few rounding errors.
 constexpr double kFlat = 16.0;
 
 struct Region {
@@ -26,7 +26,7 @@ struct Region {
   double score;
 };
 
-// Which runs touch: a parent is never behind its child, so that a root is the run with the region's first pixel.
+// Union-find over runs. A parent never follows its child, so a root is the run with the region's first pixel.
 class Forest {
  public:
   explicit Forest(size_t runs) : parents_(runs) { std::iota(parents_.begin(), parents_.end(), 0); }
@@ -52,7 +52,7 @@ void join_rows(const std::vector<PixelRun>& runs, int64_t connectivity, Forest& 
   size_t above = 0;
   for (size_t below = 0; below < count; ++below) {
     while (runs[above].row + 1 < runs[below].row) ++above;
-    // Runs above that end before this one begins end before all that follow, too.
+    // A run above that ends before this run also ends before all following runs.
     while (runs[above].row < runs[below].row && runs[above].end + reach <= runs[below].begin) ++above;
     for (size_t near = above; runs[near].row < runs[below].row && runs[near].begin < runs[below].end + reach; ++near) {
       forest.join(static_cast<int32_t>(near), static_cast<int32_t>(below));
@@ -60,7 +60,7 @@ void join_rows(const std::vector<PixelRun>& runs, int64_t connectivity, Forest& 
   }
 }
 
-// The regions in the order of their first pixels; `owners` has the number of the region of each run.
+// The regions in the order of their first pixels; `owners` is the number of each run's region.
 std::vector<Region> collect(const std::vector<PixelRun>& runs, Forest& forest, std::vector<int32_t>& owners) {
   std::vector<Region> regions;
   owners.resize(runs.size());
@@ -95,7 +95,7 @@ std::vector<int32_t> rank(const RegionsParams& p, const FixedPoint& fixed, std::
   const int64_t kept = std::min(count, p.top > 0 ? p.top : std::max(p.floor, share));
   std::vector<int32_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
-  // Sums are compared as whole numbers, of which two may round to the same score.
+  // Sums are compared as integers: two different ones may round to the same score.
   const auto is_better = [&](int32_t one, int32_t other) {
     const Region& a = regions[one];
     const Region& b = regions[other];
@@ -116,7 +116,7 @@ RegionsOutcome write_whole(const RegionsParams& p, Reason reason) {
 RegionsOutcome write_boxes(const RegionsParams& p, const std::vector<Region>& regions,
                            const std::vector<int32_t>& kept) {
   if (static_cast<int64_t>(kept.size()) > p.capacity) {
-    throw std::runtime_error("regions_cpu: boxes: expected room for " + std::to_string(kept.size()) + " regions");
+    throw std::runtime_error("regions_cpu: boxes: expected at least " + std::to_string(kept.size()) + " rows");
   }
   RegionsOutcome outcome{static_cast<int64_t>(kept.size()), Reason::kNone, {p.width, p.height, 0, 0}};
   int64_t* box = p.boxes;
@@ -162,7 +162,7 @@ RegionsOutcome find_regions(const RegionsParams& p) {
   const FixedPoint fixed{largest, std::ldexp(1.0, std::min(36, 62 - bits))};
   const T threshold = find_threshold(isa, values, count, range, p.keep);
   const std::vector<PixelRun> runs = find_runs(isa, values, p.height, p.width, threshold, p.score, fixed);
-  // The range of extreme values overflows, and an infinite threshold may be above all of them.
+  // The range of extreme values overflows to an infinite threshold, which may exceed every value.
   if (runs.empty()) return write_whole(p, Reason::kNoPixel);
 
   Forest forest(runs.size());

@@ -10,15 +10,15 @@
 namespace carve {
 namespace {
 
-constexpr int64_t kLanes = 64;  // too many to be unrolled, which would keep them from becoming vectors
+constexpr int64_t kLanes = 64;  // too many to be unrolled: an unrolled loop is not vectorized
 constexpr int64_t kPixelsPerStrip = 1 << 15;
 constexpr int64_t kWord = 8;
-// Added to a double below 2^51 it leaves no bits behind the point: rint(), with the whole number in the low bits.
+// Added to a double below 2^51 it rounds to an integer like rint() and leaves it in the low bits.
 constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
 
-// 1 at each pixel that differs from the one on its left, and past the end where the last one is in.
+// 1 at each pixel that differs from its left neighbour, and at `width` if the last pixel is in.
 template <class T>
-CARVE_INLINE inline void mark_edges(const T* __restrict values, int64_t width, T threshold,
+CARVE_INLINE void mark_edges(const T* __restrict values, int64_t width, T threshold,
                                     uint8_t* __restrict edges) {
   edges[0] = values[0] >= threshold;
   for (int64_t x = 1; x < width; ++x) edges[x] = (values[x] >= threshold) != (values[x - 1] >= threshold);
@@ -26,8 +26,8 @@ CARVE_INLINE inline void mark_edges(const T* __restrict values, int64_t width, T
 }
 
 template <class T>
-CARVE_INLINE inline int64_t sum_fixed(const T* values, int64_t count, const FixedPoint& fixed) {
-  // Unsigned, since the exponents of kMagic may pile up past the last bit; they are taken off again at the end.
+CARVE_INLINE int64_t sum_fixed(const T* values, int64_t count, const FixedPoint& fixed) {
+  // Unsigned: the sum of kMagic's bits may overflow; it is subtracted at the end.
   uint64_t sum = 0;
   uint64_t magic_bits = 0;
   std::memcpy(&magic_bits, &kMagic, sizeof(magic_bits));
@@ -41,7 +41,7 @@ CARVE_INLINE inline int64_t sum_fixed(const T* values, int64_t count, const Fixe
 }
 
 template <class T>
-CARVE_INLINE inline double find_peak(const T* values, int64_t count) {
+CARVE_INLINE double find_peak(const T* values, int64_t count) {
   T lanes[kLanes];
   for (T& lane : lanes) lane = values[0];
   int64_t index = 0;
@@ -69,7 +69,7 @@ class RowScanner {
     for (size_t start = 0; start < edges_.size(); start += kWord) {
       uint64_t word;
       std::memcpy(&word, edges_.data() + start, kWord);
-      // Most words are empty; in the others the lowest byte is the leftmost pixel.
+      // Most words are 0; in the others the lowest byte is the leftmost pixel.
       for (; word != 0; word &= word - 1) {
         const int32_t x = static_cast<int32_t>(start) + __builtin_ctzll(word) / 8;
         if (begin >= 0) runs.push_back(measure(values, row, begin, x));
@@ -100,12 +100,12 @@ class RowScanner {
 
 template <class T>
 std::vector<PixelRun> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
-                           const FixedPoint& fixed) {
+                                const FixedPoint& fixed) {
   const int64_t strip_rows = kPixelsPerStrip / width + 1;
   std::vector<std::vector<PixelRun>> strips(static_cast<size_t>((height + strip_rows - 1) / strip_rows));
   parallel_for(static_cast<int64_t>(strips.size()), kPixelsPerPart / kPixelsPerStrip, [&](int64_t begin, int64_t end) {
     RowScanner<T> scanner(width, threshold, score, fixed);
-    run_wide(isa, [&]() CARVE_INLINE {
+    run_wide(isa, [&]() CARVE_INLINE_LAMBDA {
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t bottom = std::min((strip + 1) * strip_rows, height);
         for (int64_t row = strip * strip_rows; row < bottom; ++row) {

@@ -9,7 +9,7 @@
 
 namespace carve {
 
-// Pixels of a row side by side, with what their region's score is made of.
+// Adjacent pixels of a row, with their contribution to the score of the region.
 struct PixelRun {
   int32_t row;
   int32_t begin;
@@ -18,15 +18,15 @@ struct PixelRun {
   double peak;  // the largest value
 };
 
-// One is this much in fixed point: sums of whole numbers are the same in any order.
+// The fixed-point format: integer sums do not depend on their order.
 struct FixedPoint {
-  double peak;  // the largest absolute value of the picture, which counts as 1
-  double one;
+  double peak;  // the largest absolute value of the image, which counts as 1
+  double one;   // 1 in fixed point
 };
 
-// Runs from left to right and from top to bottom. Only what the score needs is measured.
+// Runs from left to right and from top to bottom. Only the quantity that the score needs is computed.
 template <class T>
 std::vector<PixelRun> find_runs(Isa isa, const T* values, int64_t height, int64_t width, T threshold, Score score,
-                           const FixedPoint& fixed);
+                                const FixedPoint& fixed);
 
 }  // namespace carve

@@ -14,23 +14,23 @@
 namespace carve {
 namespace {
 
-// So many values are compared side by side: too many to be unrolled, which would keep them from becoming vectors.
+// Values compared in parallel: too many to be unrolled, since an unrolled loop is not vectorized.
 constexpr int64_t kLanes = 64;
 constexpr int64_t kBins = 1 << 11;
-// Neighbours in a picture fall into the same bin: with one table each increment would wait for the one before.
+// Neighbouring pixels often fall into the same bin: with one table each increment would wait for the previous one.
 constexpr int64_t kTables = 4;
 constexpr int64_t kBlock = 256;
-// Fewer candidates are put in order outright.
+// Fewer candidates are sorted directly.
 constexpr int64_t kFewCandidates = 1 << 12;
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
-CARVE_INLINE inline Range<T> scan_range(const T* values, int64_t count) {
+CARVE_INLINE Range<T> scan_range(const T* values, int64_t count) {
   T low[kLanes];
   T high[kLanes];
-  T spoilt[kLanes];  // times 0 is 0 for finite values and NaN for others
+  T spoilt[kLanes];  // sums of value * 0: 0 for finite values, NaN for others
   for (int64_t lane = 0; lane < kLanes; ++lane) low[lane] = high[lane] = values[0], spoilt[lane] = 0;
   int64_t index = 0;
   for (; index + kLanes <= count; index += kLanes) {
@@ -58,17 +58,17 @@ CARVE_INLINE inline Range<T> scan_range(const T* values, int64_t count) {
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
-// A whole number for each value, in the same order.
+// An integer for each value that sorts like the value.
 template <class T>
-CARVE_INLINE inline Bits<T> key_of(T value) {
+CARVE_INLINE Bits<T> key_of(T value) {
   constexpr Bits<T> kTop = Bits<T>(1) << (8 * sizeof(T) - 1);
-  value += T(0);  // -0 becomes 0: they are equal, and a range that starts at the one holds the other
+  value += T(0);  // -0 becomes 0: they are equal, so they need the same key
   Bits<T> bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits ^ ((bits & kTop) ? ~Bits<T>(0) : kTop);
 }
 
-// Equal steps from the least key of a range to the greatest.
+// Bins of equal width between the least and the greatest key of a range.
 template <class T>
 struct Bins {
   Bits<T> low;
@@ -83,12 +83,12 @@ struct Bins {
 using Counts = std::vector<uint32_t>;
 
 template <class T>
-CARVE_INLINE inline void count_bins(const T* values, int64_t count, const Bins<T>& bins, uint32_t* tables) {
-  int32_t places[kBlock];
+CARVE_INLINE void count_bins(const T* values, int64_t count, const Bins<T>& bins, uint32_t* tables) {
+  int32_t indices[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = count - start < kBlock ? count - start : kBlock;
-    for (int64_t index = 0; index < size; ++index) places[index] = bins(values[start + index]);
-    for (int64_t index = 0; index < size; ++index) ++tables[(index % kTables) * kBins + places[index]];
+    for (int64_t index = 0; index < size; ++index) indices[index] = bins(values[start + index]);
+    for (int64_t index = 0; index < size; ++index) ++tables[(index % kTables) * kBins + indices[index]];
   }
 }
 
@@ -98,9 +98,9 @@ Counts count_all(Isa isa, const T* values, int64_t count, const Bins<T>& bins) {
   std::mutex guard;
   parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Counts tables(kTables * kBins, 0);
-    run_wide(isa, [&]() CARVE_INLINE { count_bins(values + begin, end - begin, bins, tables.data()); });
+    run_wide(isa, [&]() CARVE_INLINE_LAMBDA { count_bins(values + begin, end - begin, bins, tables.data()); });
     const std::lock_guard<std::mutex> lock(guard);
-    for (int64_t place = 0; place < kTables * kBins; ++place) total[place % kBins] += tables[place];
+    for (int64_t index = 0; index < kTables * kBins; ++index) total[index % kBins] += tables[index];
   });
   return total;
 }
@@ -112,9 +112,9 @@ struct Candidates {
   T next;
 };
 
-// Up to kLanes values.
+// Appends the values in a bin; count <= kLanes.
 template <class T>
-CARVE_INLINE inline void gather_few(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
+CARVE_INLINE void gather_few(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
                                     std::vector<T>& found) {
   const size_t size = found.size();
   found.resize(size + kLanes);
@@ -127,7 +127,7 @@ CARVE_INLINE inline void gather_few(const T* values, int64_t count, const Bins<T
 }
 
 template <class T>
-CARVE_INLINE inline void gather_bin(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
+CARVE_INLINE void gather_bin(const T* values, int64_t count, const Bins<T>& bins, int32_t bin,
                                     Candidates<T>& found) {
   T least[kLanes];
   for (T& lane : least) lane = found.next;
@@ -136,9 +136,9 @@ CARVE_INLINE inline void gather_bin(const T* values, int64_t count, const Bins<T
     int32_t hits = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const T value = values[index + lane];
-      const int32_t place = bins(value);
-      hits |= place == bin;
-      const T above = place > bin ? value : kInfinity<T>;
+      const int32_t own_bin = bins(value);
+      hits |= own_bin == bin;
+      const T above = own_bin > bin ? value : kInfinity<T>;
       least[lane] = above < least[lane] ? above : least[lane];
     }
     if (hits) gather_few(values + index, kLanes, bins, bin, found.values);
@@ -157,7 +157,7 @@ Candidates<T> gather(Isa isa, const T* values, int64_t count, const Bins<T>& bin
   parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Candidates<T> part{{}, next};
     part.values.reserve(size + kLanes);
-    run_wide(isa, [&]() CARVE_INLINE { gather_bin(values + begin, end - begin, bins, bin, part); });
+    run_wide(isa, [&]() CARVE_INLINE_LAMBDA { gather_bin(values + begin, end - begin, bins, bin, part); });
     const std::lock_guard<std::mutex> lock(guard);
     if (all.values.empty()) {
       all.values.swap(part.values);
@@ -169,17 +169,17 @@ Candidates<T> gather(Isa isa, const T* values, int64_t count, const Bins<T>& bin
   return all;
 }
 
-// The value at a place in sorted order and the one after it, or `next` where there is none.
+// The value at a rank in sorted order and its successor, or `next` if it has none.
 template <class T>
 std::pair<T, T> select(std::vector<T>& values, int64_t rank, T next) {
-  const auto place = values.begin() + rank;
-  std::nth_element(values.begin(), place, values.end());
-  const auto after = std::min_element(place + 1, values.end());
-  return {*place, after == values.end() ? next : *after};
+  const auto target = values.begin() + rank;
+  std::nth_element(values.begin(), target, values.end());
+  const auto after = std::min_element(target + 1, values.end());
+  return {*target, after == values.end() ? next : *after};
 }
 
-// As above. A round keeps the values in the bin that holds the rank, and halves the width of their keys eleven times:
-// three rounds at most for float, six for double.
+// As above. Each round keeps the values in the bin of the rank and removes 11 bits from the width of their keys: at
+// most three rounds for float, six for double.
 template <class T>
 std::pair<T, T> select_pair(Isa isa, const T* values, int64_t count, Range<T> range, int64_t rank) {
   Candidates<T> candidates{{}, range.high};
@@ -208,7 +208,7 @@ Range<T> find_range(Isa isa, const T* values, int64_t count) {
   std::mutex guard;
   parallel_for(count, kPixelsPerPart, [&](int64_t begin, int64_t end) {
     Range<T> part;
-    run_wide(isa, [&]() CARVE_INLINE { part = scan_range(values + begin, end - begin); });
+    run_wide(isa, [&]() CARVE_INLINE_LAMBDA { part = scan_range(values + begin, end - begin); });
     const std::lock_guard<std::mutex> lock(guard);
     range.low = std::min(range.low, part.low);
     range.high = std::max(range.high, part.high);
@@ -219,13 +219,14 @@ Range<T> find_range(Isa isa, const T* values, int64_t count) {
 
 template <class T>
 T find_threshold(Isa isa, const T* values, int64_t count, const Range<T>& range, double keep) {
-  const double place = static_cast<double>(count - 1) * (100.0 * (1.0 - keep) / 100.0);
-  const int64_t rank = std::min(static_cast<int64_t>(place), count - 1);
-  const double share = place - static_cast<double>(rank);
+  const double position = static_cast<double>(count - 1) * (100.0 * (1.0 - keep) / 100.0);
+  const int64_t rank = std::min(static_cast<int64_t>(position), count - 1);
+  const double fraction = position - static_cast<double>(rank);
   const auto [below, above] = select_pair(isa, values, count, range, rank);
-  // NumPy rounds the share and its complement to T, and goes from the nearer end.
+  // NumPy rounds the fraction and its complement to T and interpolates from the nearer end.
   const T distance = above - below;
-  return share >= 0.5 ? above - distance * static_cast<T>(1.0 - share) : below + distance * static_cast<T>(share);
+  return fraction >= 0.5 ? above - distance * static_cast<T>(1.0 - fraction)
+                         : below + distance * static_cast<T>(fraction);
 }
 
 template Range<float> find_range(Isa, const float*, int64_t);

@@ -22,8 +22,8 @@ constexpr int kUndecided = -1;
 std::atomic<int> chosen{kUndecided};
 
 #if defined(CARVE_X86) && defined(__linux__)
-// The kernel saves no tile registers of a process that has not asked for them: their first use would be a SIGILL.
-bool ask_for_tiles() {
+// Linux does not enable tile registers for a process that has not requested them: their first use would raise SIGILL.
+bool request_tiles() {
   constexpr unsigned kTileBf16 = (1u << 22) | (1u << 24);
   constexpr int kRequestPermission = 0x1023;
   constexpr int kTileData = 18;
@@ -35,7 +35,7 @@ bool ask_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
-[[maybe_unused]] bool ask_for_tiles() { return false; }
+[[maybe_unused]] bool request_tiles() { return false; }
 #endif
 
 Isa detect() {
@@ -44,7 +44,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return ask_for_tiles() ? Isa::kAmx : Isa::kAvx512;
+  if (avx512) return request_tiles() ? Isa::kAmx : Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kPlain;

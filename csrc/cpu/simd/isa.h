@@ -1,4 +1,4 @@
-// Which instructions the kernels use: the best of this machine, unless CARVE_KERNELS_CPU or a test names one.
+// The instruction set of the kernels: the best of this machine, unless CARVE_KERNELS_CPU or a test selects one.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace carve {
 
 enum class Isa { kPlain, kAvx2, kAvx512, kAmx };
 
-// The best that processor, system and compiler allow. Asks the system for AMX once, and does without on refusal.
+// The best that processor, system and compiler allow. AMX needs a permission of the system, requested once.
 Isa best_isa();
 
-// The one in use. Throws std::runtime_error where CARVE_KERNELS_CPU names one that is unknown or not there.
+// The active one. Throws std::runtime_error if CARVE_KERNELS_CPU names one that is unknown or not available.
 Isa active_isa();
 
-// From now on use this one, or again what the environment says for a negative number. Throws as above.
+// Selects one; a negative number selects by the environment again. Throws as above.
 void force_isa(int64_t number);
 
 }  // namespace carve

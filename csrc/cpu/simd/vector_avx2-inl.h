@@ -1,4 +1,4 @@
-// Eight floats by AVX2, FMA and F16C.
+// Eight floats in AVX2, FMA and F16C.
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanelVectors = 2;
@@ -18,12 +18,7 @@ CARVE_INLINE Vector load(const Float16* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-template <typename T>
-CARVE_INLINE Vector load_some(const T* from, int64_t count) {
-  T line[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) line[lane] = from[lane];
-  return load(line);
-}
+#include "cpu/simd/vector_common-inl.h"
 
 CARVE_INLINE Bits load_bytes(const uint8_t* from) {
   return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -35,12 +30,6 @@ CARVE_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a
 
 CARVE_INLINE Vector nearest(Vector value) {
   return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-// value * 2^power for values about 1; 0 below the normal numbers.
-CARVE_INLINE Vector raise(Vector value, Vector power) {
-  const Vector result = (Vector)((Bits)value + (__builtin_convertvector(power, Bits) << 23));
-  return power < -125.0f ? Vector{} : result;
 }
 
 CARVE_INLINE float sum_lanes(Vector value) {

@@ -1,4 +1,4 @@
-// Sixteen floats by AVX-512 F, BW, DQ and VL.
+// Sixteen floats in AVX-512 F, BW, DQ and VL.
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanelVectors = 2;

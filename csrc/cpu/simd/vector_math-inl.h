@@ -1,4 +1,4 @@
-// 2^x, tanh and ln of vectors, by the polynomials of Cephes: about 1 unit in the last place.
+// 2^x, tanh and ln of vectors by the polynomials of Cephes, accurate to about 1 ulp.
 
 CARVE_INLINE void store(float* to, Vector value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
@@ -45,11 +45,11 @@ CARVE_INLINE Vector logarithm(Vector x) {
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   const Bits raised = ((Bits)x >> 23) - 126;
-  const Vector part = (Vector)(((Bits)x & 0x007fffff) | 0x3f000000);
-  const Bits low = part < kSqrtHalf;
-  // `low` is -1 where it holds.
+  const Vector mantissa = (Vector)(((Bits)x & 0x007fffff) | 0x3f000000);
+  const Bits low = mantissa < kSqrtHalf;
+  // A comparison gives -1 in the lanes where it holds.
   const Vector power = __builtin_convertvector(raised + low, Vector);
-  const Vector rest = (low ? part + part : part) - 1.0f;
+  const Vector rest = (low ? mantissa + mantissa : mantissa) - 1.0f;
   const Vector square = rest * rest;
   Vector series = splat(7.0376836292e-2f);
   series = fma(series, rest, splat(-1.1514610310e-1f));

@@ -1,4 +1,4 @@
-// Four floats by the compiler's own vectors: SSE2 on x86-64, NEON on aarch64.
+// Four floats in the compiler's generic vectors: SSE2 on x86-64, NEON on aarch64.
 
 constexpr int64_t kLanes = 4;
 constexpr int64_t kPanelVectors = 2;
@@ -22,18 +22,13 @@ CARVE_INLINE Vector load(const Float16* from) {
   uint16_t raw[kLanes];
   __builtin_memcpy(raw, from, sizeof(raw));
   const Bits bits = {raw[0], raw[1], raw[2], raw[3]};
-  // The exponent moves by 112; as a product, so that subnormal halves become what they stand for.
+  // The exponent moves by 112; a product also converts subnormal halves.
   const Vector value = (Vector)((bits & 0x7fff) << 13) * 0x1p112f;
   const Bits special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
   return (Vector)((Bits)value | special | ((bits & 0x8000) << 16));
 }
 
-template <typename T>
-CARVE_INLINE Vector load_some(const T* from, int64_t count) {
-  T line[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) line[lane] = from[lane];
-  return load(line);
-}
+#include "cpu/simd/vector_common-inl.h"
 
 CARVE_INLINE Bits load_bytes(const uint8_t* from) { return Bits{from[0], from[1], from[2], from[3]}; }
 
@@ -45,12 +40,6 @@ CARVE_INLINE Vector nearest(Vector value) {
   // Adding 1.5 * 2^23 leaves no bits for a fraction.
   constexpr float kRound = 12582912.0f;
   return (value + kRound) - kRound;
-}
-
-// value * 2^power for values about 1; 0 below the normal numbers.
-CARVE_INLINE Vector raise(Vector value, Vector power) {
-  const Vector result = (Vector)((Bits)value + (__builtin_convertvector(power, Bits) << 23));
-  return power < -125.0f ? Vector{} : result;
 }
 
 CARVE_INLINE float sum_lanes(Vector value) { return (value[0] + value[2]) + (value[1] + value[3]); }

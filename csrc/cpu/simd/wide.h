@@ -1,12 +1,12 @@
-// How a piece of plain code is compiled for each instruction set of isa.h.
+// Compiles plain code once for each instruction set of isa.h.
 #pragma once
 
+#include "cpu/simd/inline.h"
 #include "cpu/simd/isa.h"
 
-// Neither has fma: the compiler must not contract a product and a sum on one machine and not on the other.
+// Without fma: contracting a product and a sum on some machines only would change the bits.
 #define CARVE_TARGET_AVX2 __attribute__((target("avx2")))
 #define CARVE_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
-#define CARVE_INLINE __attribute__((always_inline))
 
 namespace carve {
 
@@ -22,7 +22,8 @@ CARVE_TARGET_AVX512 void run_avx512(const Body& body) {
 }
 #endif
 
-// Calls `body`, which has to be CARVE_INLINE, as has all that should be wide inside: inlining is what compiles it anew.
+// Calls `body`, a CARVE_INLINE_LAMBDA. What it calls has to be CARVE_INLINE: only inlined code is compiled for the
+// instruction set of the caller.
 template <class Body>
 void run_wide([[maybe_unused]] Isa isa, const Body& body) {
 #ifdef CARVE_X86

@@ -1,4 +1,4 @@
-// Capture on a device, from the caller's tensors to the launches.
+// Capture on a GPU, from the checks to the launches.
 
 #include "cuda/capture/capture.cuh"
 
@@ -12,16 +12,16 @@ namespace {
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
-// Where the parts of the scratch begin, in bytes: statistics, means, tickets; and where they end.
+// Offsets of the scratch buffers in bytes: statistics at 0, means, tickets; and the total size.
 struct Scratch {
   int64_t mean;
   int64_t tickets;
   int64_t end;
 };
 
-int64_t splits_of(int64_t split_keys, int64_t keys) { return (keys + split_keys - 1) / split_keys; }
+int64_t count_splits(int64_t split_keys, int64_t keys) { return (keys + split_keys - 1) / split_keys; }
 
-Scratch divide_scratch(const CaptureParams& p, int64_t layers, int64_t splits) {
+Scratch lay_out_scratch(const CaptureParams& p, int64_t layers, int64_t splits) {
   Scratch scratch{};
   const int64_t stats = p.lse == nullptr ? layers * p.batch * p.heads * p.rows * splits : 0;
   scratch.mean = stats * static_cast<int64_t>(sizeof(float2));
@@ -35,7 +35,7 @@ void check(bool holds, const std::string& message) {
   if (!holds) throw std::runtime_error("capture_cuda: " + message);
 }
 
-// Whole vectors of 16 bytes at multiples of 16 bytes, in every key of every layer.
+// Whether every key of every layer starts at a multiple of 16 bytes and has whole vectors of 16 bytes.
 bool is_aligned(const CaptureParams& p) {
   const int64_t elements = p.type == Float::kFloat32 ? 4 : 8;
   bool aligned = p.size % elements == 0;
@@ -70,11 +70,11 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   launch.params = p;
   launch.params.layers = nullptr;
   launch.device = device;
-  launch.split_keys = kSplitKeys * std::max<int64_t>(1, splits_of(kSplitKeys * kMaxSplits, p.keys));
-  launch.splits = static_cast<int>(splits_of(launch.split_keys, p.keys));
+  launch.split_keys = kSplitKeys * std::max<int64_t>(1, count_splits(kSplitKeys * kMaxSplits, p.keys));
+  launch.splits = static_cast<int>(count_splits(launch.split_keys, p.keys));
   launch.aligned = is_aligned(p);
   const int64_t at_once = std::min<int64_t>(p.layer_count, kLayersAtOnce);
-  const Scratch scratch = divide_scratch(p, at_once, launch.splits);
+  const Scratch scratch = lay_out_scratch(p, at_once, launch.splits);
   check(device.scratch_bytes >= scratch.end, "scratch: expected at least " + std::to_string(scratch.end) +
                                                  " bytes, got " + std::to_string(device.scratch_bytes));
   check(reinterpret_cast<uintptr_t>(device.scratch) % sizeof(float2) == 0, "scratch: expected 8 bytes of alignment");
@@ -90,7 +90,7 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
     plan.layers = static_cast<int>(std::min<int64_t>(p.layer_count - begin, kLayersAtOnce));
     std::copy_n(p.layers + begin, plan.layers, launch.layers);
     if (!plan.stats) {
-      // The first launch sets the tickets back; without it somebody else has to.
+      // Otherwise the first launch resets the tickets.
       check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
                                  static_cast<cudaStream_t>(device.stream)),
                  "cudaMemsetAsync");

@@ -3,7 +3,7 @@
 namespace carve {
 
 void launch_capture_float(const CaptureLaunch& launch, const CapturePlan& plan) {
-  launch_capture_of<float>(launch, plan);
+  launch_capture_type<float>(launch, plan);
 }
 
 }  // namespace carve

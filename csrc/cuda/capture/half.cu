@@ -3,7 +3,7 @@
 namespace carve {
 
 void launch_capture_half(const CaptureLaunch& launch, const CapturePlan& plan) {
-  launch_capture_of<__half>(launch, plan);
+  launch_capture_type<__half>(launch, plan);
 }
 
 }  // namespace carve

@@ -18,15 +18,15 @@ struct MapsShared {
   bool is_last;
 };
 
-// A maximum and a sum, merged with another such pair. Maxima pass over NaN and sums do not, so a maximum of
-// -inf is no sign of an empty sum: such a pair is added like any other.
-__device__ __forceinline__ void add_part(float other_top, float other_sum, float& top, float& sum) {
+// Merges a maximum and a sum with another such pair. fmaxf ignores NaN and sums do not: the sum of a pair may be NaN
+// although its maximum is -inf, so such a pair is added like any other.
+__device__ __forceinline__ void merge_stats(float other_top, float other_sum, float& top, float& sum) {
   const float larger = fmaxf(top, other_top), offset = larger == -INFINITY ? 0.0f : larger;
   sum = sum * exponential(top, offset) + other_sum * exponential(other_top, offset);
   top = larger;
 }
 
-// The splits of each query of a tile, merged by eight threads a query: its maximum, and one over its sum.
+// Merges the splits of each query of a tile, by eight threads per query, to its maximum and the inverse of its sum.
 template <typename S>
 __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const CaptureLayer& layer, int64_t batch,
                                              const TileQueries& part, MapsShared<S>& shared) {
@@ -42,10 +42,10 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
     const float2* stats = stats_of(launch, batch, at, row);
     for (int split = member; split < launch.splits; split += kEach) {
       const float2 other = load(stats + split);
-      add_part(other.x, other.y, top, sum);
+      merge_stats(other.x, other.y, top, sum);
     }
     if (member == 0 && layer.sink != nullptr) {
-      add_part(load(layer.sink + at), 1.0f, top, sum);
+      merge_stats(load(layer.sink + at), 1.0f, top, sum);
     }
   } else if (used && member == 0) {
     top = load(p.lse + (batch * p.heads + at) * p.rows + row);
@@ -55,7 +55,7 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
   for (int distance = kEach / 2; distance > 0; distance /= 2) {
     const float other_top = __shfl_xor_sync(kAllLanes, top, distance);
     const float other_sum = __shfl_xor_sync(kAllLanes, sum, distance);
-    add_part(other_top, other_sum, top, sum);
+    merge_stats(other_top, other_sum, top, sum);
   }
   if (member == 0) {
     shared.tops[line] = top == -INFINITY ? 0.0f : top;
@@ -63,9 +63,9 @@ __device__ __forceinline__ void merge_splits(const CaptureLaunch& launch, const 
   }
 }
 
-// Where the outputs of this block's layer and batch are, in the step that is written.
+// The outputs of this block's layer and batch row, in the current step.
 struct Outputs {
-  bool exist;  // whether there is such a step
+  bool exist;  // false if the step is out of range
   float* maps;
   float* mass;
   float* entropy;
@@ -81,7 +81,7 @@ __device__ __forceinline__ Outputs outputs_of(const CaptureLaunch& launch, const
           layer.entropy + step * d.step_strides[2] + batch * p.entropy_strides[0]};
 }
 
-// Scores of a tile into probabilities: of each query of the tile and each (key head, token) that the block holds.
+// Turns scores into probabilities, for each query of the tile and each (key head, token) of the block.
 template <typename S>
 __device__ __forceinline__ void fill_values(const CaptureLaunch& launch, const TileQueries& part, int batch, int first,
                                             const float (&keys)[kUnroll][S::kElements], float* maps,
@@ -96,16 +96,16 @@ __device__ __forceinline__ void fill_values(const CaptureLaunch& launch, const T
     sums.add_lanes();
 #pragma unroll
     for (int i = 0; i < LaneSums<S>::kKept; ++i) {
-      const int number = sums.first() + i, place = start + number / kUnroll, at = slot + number % kUnroll;
-      if (!sums.writes() || place >= part.count) continue;
-      const int query = part.begin + place, token = at % tokens, key = shared.keys[token];
+      const int number = sums.first() + i, index = start + number / kUnroll, at = slot + number % kUnroll;
+      if (!sums.writes() || index >= part.count) continue;
+      const int query = part.begin + index, token = at % tokens, key = shared.keys[token];
       const int query_head = head * group + query / rows, row = query % rows;
       float value = 0.0f;
-      if (head < p.key_heads && key >= 0 && seen_by(p, batch, query_head, row).at(key)) {
-        const int line = local * part.stride + place;
+      if (head < p.key_heads && key >= 0 && visible_to(p, batch, query_head, row).at(key)) {
+        const int line = local * part.stride + index;
         value = exponential(logit(p, sums.values[i]), shared.tops[line]) * shared.factors[line];
       }
-      shared.tile.values[place][at] = value;
+      shared.tile.values[index][at] = value;
       if (p.each && head < p.key_heads && first + token < p.token_count) {
         store(maps + query_head * p.maps_strides[1] + row * p.maps_strides[2] +
                   (first + token) * launch.device.token_stride, value);
@@ -114,24 +114,24 @@ __device__ __forceinline__ void fill_values(const CaptureLaunch& launch, const T
   }
 }
 
-// Adds a tile's heads to the sums of each token and row, which one thread owns from the first tile to the last.
+// Adds the heads of a tile to the sums of each token and row; the same thread owns a sum in all tiles.
 template <typename S>
 __device__ __forceinline__ void add_heads(const TileQueries& part, int tokens, int rows, MapsShared<S>& shared) {
   for (int item = threadIdx.x; item < tokens * rows; item += kThreads) {
     const int token = item % tokens, row = item / tokens;
-    // The first of the tile's queries that is of this row.
+    // The first query of the tile that belongs to this row.
     const int start = (row - part.begin % rows + rows) % rows;
     float sum = part.head == 0 && part.begin == 0 ? 0.0f : shared.mean[item];
     for (int local = 0; local < part.heads; ++local) {
-      for (int place = start; place < part.count; place += rows) {
-        sum += shared.tile.values[place][local * tokens + token];
+      for (int index = start; index < part.count; index += rows) {
+        sum += shared.tile.values[index][local * tokens + token];
       }
     }
     shared.mean[item] = sum;
   }
 }
 
-// The sum over the warps of each row, of what each warp has; the same in whatever order blocks and warps came.
+// The sum of `value` over all threads of a row's warps; it does not depend on the order of blocks and warps.
 __device__ __forceinline__ float row_total(float value, int row, int warps, float (&partial)[kWarps]) {
   value = warp_sum(value);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
@@ -142,7 +142,7 @@ __device__ __forceinline__ float row_total(float value, int row, int warps, floa
   return total;
 }
 
-// Mass and entropy of every row, by the last block of a batch row: its 8 warps are dealt to the rows.
+// Mass and entropy of every row, by the last block of a batch row; the rows share its 8 warps.
 template <typename S>
 __device__ __forceinline__ void summarize(const CaptureParams& p, const float* mean, int64_t row_stride,
                                           int64_t token_stride, int batch, const Outputs& out, MapsShared<S>& shared) {
@@ -170,8 +170,9 @@ __device__ __forceinline__ void summarize(const CaptureParams& p, const float* m
   store(out.entropy + row * p.entropy_strides[1], count < 2.0f || mass == 0.0f ? 0.0f : entropy / logf(count));
 }
 
-// A block: some tokens, all heads and rows. Grid: [batch x token blocks, 1, layers]. It holds up to 8 key heads at a
-// time, so that 32 are 4 rounds of latency and not 32: at D = 128 and 4 key heads 16 tokens, 36 blocks a layer for 576.
+// A block: some tokens, all heads and rows. Grid: [batch x token blocks, 1, layers]. It processes up to 8 key heads at
+// a time, so that 32 key heads take the latency of 4 iterations, not 32. At D = 128 and 4 key heads a block has 16
+// tokens: 36 blocks per layer for 576 tokens.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) capture_maps(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;
@@ -191,13 +192,13 @@ __global__ void __launch_bounds__(kThreads, 2) capture_maps(const __grid_constan
   __syncthreads();
 
   for (int head = 0; head < p.key_heads; head += at_once) {
-    const int own = head + slot / tokens;
-    const T* from = static_cast<const T*>(layer.key) + batch * layer.key_strides[0] + own * layer.key_strides[1];
+    const int key_head = head + slot / tokens;
+    const T* from = static_cast<const T*>(layer.key) + batch * layer.key_strides[0] + key_head * layer.key_strides[1];
     const T* keys_at[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int key = shared.keys[(slot + u) % tokens];
-      keys_at[u] = key >= 0 && own < p.key_heads ? from + key * layer.key_strides[2] : nullptr;
+      keys_at[u] = key >= 0 && key_head < p.key_heads ? from + key * layer.key_strides[2] : nullptr;
     }
     float keys[kUnroll][S::kElements];
     load_keys<S>(keys_at, launch.aligned, static_cast<int>(p.size), keys);
@@ -213,16 +214,15 @@ __global__ void __launch_bounds__(kThreads, 2) capture_maps(const __grid_constan
     }
   }
 
-  const bool own_mean = p.each;
-  float* mean = own_mean ? launch.mean + (blockIdx.z * p.batch + batch) * p.rows * p.token_count : out.maps;
-  const int64_t row_stride = own_mean ? p.token_count : p.maps_strides[2];
-  const int64_t token_stride = own_mean ? 1 : launch.device.token_stride;
+  float* mean = p.each ? launch.mean + (blockIdx.z * p.batch + batch) * p.rows * p.token_count : out.maps;
+  const int64_t row_stride = p.each ? p.token_count : p.maps_strides[2];
+  const int64_t token_stride = p.each ? 1 : launch.device.token_stride;
   for (int item = threadIdx.x; item < tokens * rows; item += kThreads) {
     const int64_t token = first + item % tokens;
     if (token >= p.token_count) continue;
     store(mean + item / tokens * row_stride + token * token_stride, shared.mean[item] / static_cast<float>(p.heads));
   }
-  // The fence of one thread after the barrier carries the stores of all to whoever draws a later ticket.
+  // After the barrier, the fence of one thread makes the stores of all visible to the block with the last ticket.
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();

@@ -14,23 +14,24 @@ __device__ __forceinline__ float2* stats_of(const CaptureLaunch& launch, int64_t
   return launch.stats + line * launch.splits;
 }
 
-// The keys of a split that any row sees, as far as positions tell; empty where last <= first.
-__device__ __forceinline__ void clip_to_seen(const CaptureParams& p, int64_t batch, int64_t& first, int64_t& last) {
+// Clips a split to the keys that positions and window make visible to any row; empty where last <= first.
+__device__ __forceinline__ void clip_to_visible(const CaptureParams& p, int64_t batch, int64_t& first, int64_t& last) {
   if (p.positions.data == nullptr) return;
   int64_t low = last, high = first;
   for (int64_t row = 0; row < p.rows; ++row) {
-    const Seen seen = seen_by(p, batch, 0, row);
-    low = seen.first < low ? seen.first : low;
-    high = seen.last > high ? seen.last : high;
+    const Visible visible = visible_to(p, batch, 0, row);
+    low = visible.first < low ? visible.first : low;
+    high = visible.last > high ? visible.last : high;
   }
   first = low > first ? low : first;
   last = high < last ? high : last;
 }
 
-// Maximum and sum of one query over the keys of a pass, merged with those of the passes before.
+// Maximum and sum of one query over the keys of an iteration, merged with those of the previous iterations.
 template <typename S>
-__device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&scores)[S::kSlots], const Seen& seen,
-                                        int64_t first, int64_t last, float2* stats, bool is_first) {
+__device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&scores)[S::kSlots],
+                                        const Visible& visible, int64_t first, int64_t last, float2* stats,
+                                        bool is_first) {
   const int lane = threadIdx.x % 32;
   float2 before = make_float2(-INFINITY, 0.0f);
   if (lane == 0 && !is_first) before = load_coherent(stats);
@@ -39,7 +40,7 @@ __device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&sc
 #pragma unroll
   for (int i = 0; i < S::kSlots / 32; ++i) {
     const int64_t key = first + i * 32 + lane;
-    logits[i] = key < last && seen.at(key) ? logit(p, scores[i * 32 + lane]) : -INFINITY;
+    logits[i] = key < last && visible.at(key) ? logit(p, scores[i * 32 + lane]) : -INFINITY;
     top = fmaxf(top, logits[i]);
   }
   top = fmaxf(warp_max(top), __shfl_sync(kAllLanes, before.x, 0));
@@ -51,7 +52,7 @@ __device__ __forceinline__ void sum_row(const CaptureParams& p, const float (&sc
   if (lane == 0) store(stats, make_float2(top, sum + before.y * exponential(before.x, offset)));
 }
 
-// A block: one split of the keys of one key head, all the rows of its group.
+// A block: one split of the keys of one key head, all rows of its group.
 // Grid: [batch x key heads x splits, 1, layers].
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) capture_stats(const __grid_constant__ CaptureLaunch launch) {
@@ -67,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, 2) capture_stats(const __grid_consta
 
   int64_t first = split * launch.split_keys;
   int64_t last = first + launch.split_keys < p.keys ? first + launch.split_keys : p.keys;
-  clip_to_seen(p, batch, first, last);
+  clip_to_visible(p, batch, first, last);
   const T* from = static_cast<const T*>(layer.key) + batch * layer.key_strides[0] + head * layer.key_strides[1];
-  // Once at least: a split that nobody sees has results, too.
+  // At least once: a split without visible keys has results, too.
   bool is_first = true;
   do {
     const T* keys_at[kUnroll];
@@ -90,14 +91,14 @@ __global__ void __launch_bounds__(kThreads, 2) capture_stats(const __grid_consta
         sums.add_lanes();
 #pragma unroll
         for (int i = 0; i < LaneSums<S>::kKept; ++i) {
-          const int place = sums.first() + i;
-          if (sums.writes()) tile.values[at + place / kUnroll][slot + place % kUnroll] = sums.values[i];
+          const int index = sums.first() + i;
+          if (sums.writes()) tile.values[at + index / kUnroll][slot + index % kUnroll] = sums.values[i];
         }
       }
       __syncthreads();
-      for (int place = threadIdx.x / 32; place < part.count; place += kWarps) {
-        const int query = begin + place, at = head * group + query / rows;
-        sum_row<S>(p, tile.values[place], seen_by(p, batch, at, query % rows), first, last,
+      for (int index = threadIdx.x / 32; index < part.count; index += kWarps) {
+        const int query = begin + index, at = head * group + query / rows;
+        sum_row<S>(p, tile.values[index], visible_to(p, batch, at, query % rows), first, last,
                    stats_of(launch, batch, at, query % rows) + split, is_first);
       }
     }

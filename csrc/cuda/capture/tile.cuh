@@ -1,20 +1,20 @@
-// Scores of a tile: each thread holds a part of four keys, the block's queries stand in shared memory.
+// Scores of a tile: each thread holds a part of four keys; the queries of the block are in shared memory.
 #pragma once
 
 #include "cuda/capture/capture.cuh"
 
 namespace carve {
 
-constexpr int kUnroll = 4;  // keys of a lane, so many 128-bit loads under way
+constexpr int kUnroll = 4;  // keys of a lane, and 128-bit loads in flight
 constexpr int kTile = 32;   // queries in shared memory
-constexpr int kAtOnce = 4;  // queries that the keys of a lane are multiplied with before the lanes add up
+constexpr int kAtOnce = 4;  // queries that a lane multiplies by its keys before the lanes are summed
 constexpr int kSums = kUnroll * kAtOnce;
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// kLanes threads share a key; each has kParts vectors of 16 bytes of it. 256 threads hold 256 x 4 x 16 = 16 KB in
+// kLanes threads share a key; each has kParts of its 16-byte vectors. 256 threads hold 256 x 4 x 16 = 16 KB in
 // flight: bandwidth times latency is 3.35 TB/s x 600 ns / 132 SMs = 15 KB on an H100, and two blocks or more run on an
-// SM. A key of 256 bytes is 18 cycles of an SM's share of the bandwidth; a query costs it one for 128 products and half
-// a one for the shuffles, so that about ten queries of a key head, one row of most models, are bound by memory.
+// SM. A key of 256 bytes takes 18 cycles of an SM's share of the bandwidth; a query takes one for 128 products and half
+// a cycle for the shuffles, so up to about ten queries of a key head, one row of most models, are bound by memory.
 template <typename T, int kLanes_, int kParts_>
 struct Shape {
   using Element = T;
@@ -53,8 +53,8 @@ __device__ __forceinline__ int64_t index_at(const IndexMatrix& index, int64_t ro
                     : load(static_cast<const int32_t*>(index.data) + offset);
 }
 
-// The keys that a row sees: those from `first` up to `last` that the mask does not hide.
-struct Seen {
+// The keys that are visible to a row: those in [first, last) that the mask does not hide.
+struct Visible {
   int64_t first;
   int64_t last;
   const uint8_t* mask;
@@ -65,27 +65,28 @@ struct Seen {
   }
 };
 
-__device__ __forceinline__ Seen seen_by(const CaptureParams& p, int64_t batch, int64_t head, int64_t row) {
-  Seen seen{0, p.keys, nullptr, p.mask_strides[3]};
+__device__ __forceinline__ Visible visible_to(const CaptureParams& p, int64_t batch, int64_t head, int64_t row) {
+  Visible visible{0, p.keys, nullptr, p.mask_strides[3]};
   if (p.positions.data != nullptr) {
     const int64_t last = index_at(p.positions, batch, row);
-    seen.last = last < p.keys ? last + 1 : p.keys;
-    if (p.window != 0) seen.first = last - p.window + 1;
+    visible.last = last < p.keys ? last + 1 : p.keys;
+    if (p.window != 0) visible.first = last - p.window + 1;
   }
   if (p.mask != nullptr) {
-    seen.mask = p.mask + batch * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2];
+    visible.mask = p.mask + batch * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2];
   }
-  return seen;
+  return visible;
 }
 
-// Rounded before anything is subtracted from it. Both launches take it from the same score; fused with a difference, the
-// product would keep digits that the maximum has lost, and at 1e5 those are worth half a percent.
+// Rounded before anything is subtracted. Both launches compute it from the same score; fused with a difference, the
+// product would keep digits that the maximum has lost, half a percent at logits of 1e5.
 __device__ __forceinline__ float logit(const CaptureParams& p, float score) {
   const float scaled = __fmul_rn(score, p.scale);
   return p.softcap == 0.0f ? scaled : __fmul_rn(p.softcap, tanhf(scaled / p.softcap));
 }
 
-// e^(logit - top), by the hardware's base. The difference is exact where it matters; in base 2 each would be rounded.
+// e^(logit - top) by the hardware's exp2. The difference of close logits is exact; scaled by log2(e) first, each would
+// be rounded.
 __device__ __forceinline__ float exponential(float logit, float top) { return exp2f((logit - top) * kLog2E); }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -98,7 +99,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// One vector of a key that has no alignment: element by element, and no farther than its end.
+// One vector of an unaligned key, element by element and not past its end.
 template <typename S>
 __device__ __forceinline__ uint4 load_narrow(const typename S::Element* from, int64_t count) {
   unsigned words[4] = {};
@@ -116,7 +117,7 @@ __device__ __forceinline__ uint4 load_narrow(const typename S::Element* from, in
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// This lane's part of four keys, zero where `rows` has none.
+// This lane's part of four keys; zeros where `rows` is null.
 template <typename S>
 __device__ __forceinline__ void load_keys(const typename S::Element* const (&rows)[kUnroll], bool aligned, int size,
                                           float (&keys)[kUnroll][S::kElements]) {
@@ -147,8 +148,8 @@ __device__ __forceinline__ void load_keys(const typename S::Element* const (&row
   }
 }
 
-// Which queries stand in a tile: of each of `heads` key heads from `head` on the `count` from `begin` on, in tile rows
-// `stride` apart; rows up to the next multiple of kAtOnce are zero.
+// The queries of a tile: [begin, begin + count) of the key heads [head, head + heads), with `stride` tile rows per
+// head. Rows up to the next multiple of kAtOnce are zero.
 struct TileQueries {
   int head;
   int heads;
@@ -168,22 +169,23 @@ __device__ __forceinline__ void stage_queries(const CaptureParams& p, const Capt
   const T* from = static_cast<const T*>(layer.query) + batch * layer.query_strides[0];
   for (int i = threadIdx.x; i < part.heads * padded * S::kWidth; i += kThreads) {
     const int element = i % S::kWidth, line = i / S::kWidth;
-    const int head = line / padded, place = line % padded, query = part.begin + place;
+    const int head = line / padded, index = line % padded, query = part.begin + index;
     float value = 0.0f;
-    if (place < part.count && part.head + head < p.key_heads && element < p.size) {
+    if (index < part.count && part.head + head < p.key_heads && element < p.size) {
       const int64_t at = (part.head + head) * group + query / rows;
       value = to_float(load(from + at * layer.query_strides[1] + query % rows * layer.query_strides[2] +
                             element * layer.query_strides[3]));
     }
-    // A lane's four floats side by side and the lanes one after the other: no two of a quarter warp in one bank.
+    // A lane's four floats are contiguous, and so are the lanes: a quarter warp has no bank conflict.
     const int vector = element / S::kVector, quad = element % S::kVector / 4 + vector / S::kLanes * (S::kVector / 4);
-    float* line_of = reinterpret_cast<float*>(&tile.queries[head * part.stride + place][quad][vector % S::kLanes]);
+    float* line_of = reinterpret_cast<float*>(&tile.queries[head * part.stride + index][quad][vector % S::kLanes]);
     line_of[element % 4] = value;
   }
 }
 
-// sums[query * kUnroll + key] over the lanes of a key. Each step halves the values of a lane along with the lanes that
-// share them: 15 shuffles for 16 sums over 16 lanes, not 64. Lane l is left with kKept sums from l * 16 / kLanes on.
+// sums[query * kUnroll + key] over the lanes of a key. Each step halves the number of values per lane and of lanes that
+// share a sum: 15 shuffles for 16 sums over 16 lanes instead of 64. Lane l ends with kKept sums from l * 16 / kLanes
+// on.
 template <typename S>
 struct LaneSums {
   static constexpr int kKept = S::kLanes < kSums ? kSums / S::kLanes : 1;
@@ -212,7 +214,7 @@ struct LaneSums {
     }
   }
 
-  // A template and no loop: with an index that the compiler does not know the sums would stand in memory.
+  // Template recursion, not a loop: with an index unknown at compile time the sums would be in local memory.
   template <int kDistance = S::kLanes / 2, int kCount = kSums>
   __device__ __forceinline__ void add_lanes() {
     if constexpr (kDistance > 0 && kCount > 1) {
@@ -220,8 +222,8 @@ struct LaneSums {
       const bool upper = (threadIdx.x & kDistance) != 0;
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
-        const float given = upper ? values[i] : values[i + kHalf];
-        values[i] = (upper ? values[i + kHalf] : values[i]) + __shfl_xor_sync(kAllLanes, given, kDistance);
+        const float sent = upper ? values[i] : values[i + kHalf];
+        values[i] = (upper ? values[i + kHalf] : values[i]) + __shfl_xor_sync(kAllLanes, sent, kDistance);
       }
       add_lanes<kDistance / 2, kHalf>();
     } else if constexpr (kDistance > 0) {
@@ -230,7 +232,7 @@ struct LaneSums {
     }
   }
 
-  // The number of the first sum that this lane is left with.
+  // The index of the first sum that this lane ends with.
   __device__ __forceinline__ int first() const { return threadIdx.x % S::kLanes * kSums / S::kLanes; }
   __device__ __forceinline__ bool writes() const { return threadIdx.x % kCopies == 0; }
 };

@@ -1,17 +1,17 @@
-// The connected regions of the pixels at or above the threshold: runs along the rows, a forest of runs, sums and boxes.
+// Connected regions of the pixels at or above the threshold: runs along the rows, union-find, sums and boxes.
 
 #include "cuda/regions/regions.cuh"
 
 namespace carve {
 namespace {
 
-// A flat map that was resized differs from a flat one by a few roundings.
+// A constant map that was resized is constant up to a few rounding errors.
 template <class T>
 constexpr double kFlat = 16.0 * std::numeric_limits<T>::epsilon();
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Every block asks, and comes to the same. The products are rounded before they are added, as NumPy rounds them.
+// Computed by every block, with the same result. Products are rounded before they are added, as in NumPy.
 template <class T>
 __device__ __forceinline__ Reason find_threshold(const RegionsJob& job, PickShared& shared, T& threshold) {
   const RegionsState* state = job.state;
@@ -35,15 +35,15 @@ __device__ __forceinline__ Reason find_threshold(const RegionsJob& job, PickShar
   const double high = value_of<T>(static_cast<BitsOf<T>>(load(&state->high)));
   if (!(low > -kInfinity && high < kInfinity)) return Reason::kNotFinite;
   if (__dsub_rn(high, low) <= __dmul_rn(kFlat<T>, peak_of<T>(state))) return Reason::kConstant;
-  // The range of extreme values overflows, and then no value reaches an infinite threshold, or one that is no number.
+  // The range of extreme values overflows to an infinite or NaN threshold, which no value reaches.
   return high >= static_cast<double>(threshold) ? Reason::kNone : Reason::kNoPixel;
 }
 
-// The runs of a row among the 32 pixels of a step, as bits. A run that comes in from the step before has no head here.
+// The runs among the 32 pixels of a step, as bits. A run that continues from the previous step has no head here.
 struct StepRuns {
   uint32_t heads;
-  uint32_t own;   // the heads up to this lane; the last of them is the head of this lane's run
-  uint32_t head;  // the first pixel of this lane's run, if the lane is in one
+  uint32_t own;   // the heads up to this lane, the last of which starts this lane's run
+  uint32_t head;  // the first pixel of this lane's run, if it is in one
 };
 
 __device__ __forceinline__ StepRuns find_runs_of_step(uint32_t bits, uint32_t row_starts, uint32_t goes_on,
@@ -56,7 +56,7 @@ __device__ __forceinline__ StepRuns find_runs_of_step(uint32_t bits, uint32_t ro
   return runs;
 }
 
-// Each pixel hangs on the first one of its run in the chunk.
+// The parent of each pixel is the first pixel of its run in the chunk.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) label_kernel(const __grid_constant__ RegionsJob job) {
   auto& shared = block_shared<PickShared>();
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kBlockThreads) label_kernel(const __grid_const
   }
 }
 
-// The root of a pixel. Each pixel on the way is hung on its grandparent, which halves the way for those that follow;
-// as labels only ever go down, two threads that do so at once do no harm.
+// The root of a pixel. The grandparent becomes the parent of each visited pixel, which halves the path for later calls.
+// Labels only decrease, so concurrent updates are safe.
 __device__ __forceinline__ int32_t find_root(int32_t* labels, int32_t pixel) {
   int32_t parent = load_coherent(labels + pixel);
   while (parent != pixel) {
@@ -112,7 +112,8 @@ __device__ __forceinline__ int32_t find_root(int32_t* labels, int32_t pixel) {
   return pixel;
 }
 
-// Only a root is hung on another pixel, and on one before it: a root that meanwhile has become none is looked for anew.
+// Only a root gets a new parent, one that precedes it. If another thread has joined it meanwhile, its root is found
+// again.
 __device__ __forceinline__ void join(int32_t* labels, uint32_t one, uint32_t other) {
   int32_t high = static_cast<int32_t>(one);
   int32_t low = static_cast<int32_t>(other);
@@ -129,7 +130,7 @@ __device__ __forceinline__ void join(int32_t* labels, uint32_t one, uint32_t oth
   }
 }
 
-// One thread a pixel: the work is in the few pixels where runs meet, and their number alone hides its latency.
+// One thread per pixel: only the few pixels where runs meet have work, and the number of threads hides its latency.
 __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_constant__ RegionsJob job) {
   if (has_reason(job.state)) return;
   const uint32_t width = job.width;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_consta
     if (pixel < width) continue;
     const uint32_t above = pixel - width;
     if (is_on(above)) {
-      // Where the pixels on the left touch as well, they have joined the two runs.
+      // If the pixels on the left touch, too, they join the two runs.
       if (!has_left || !is_on(above - 1)) join(job.labels, pixel, above);
     } else if (job.is_eight) {
       if (x > 0 && !has_left && is_on(above - 1)) join(job.labels, pixel, above - 1);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_consta
   }
 }
 
-// Roots get numbers, in whatever order; a step of a warp takes its numbers at once.
+// Numbers the roots in any order; the lanes of a warp share one atomic addition.
 __global__ void __launch_bounds__(kBlockThreads) number_kernel(const __grid_constant__ RegionsJob job) {
   if (has_reason(job.state)) return;
   const uint32_t lane = lane_of_thread();
@@ -175,22 +176,22 @@ __global__ void __launch_bounds__(kBlockThreads) number_kernel(const __grid_cons
   }
 }
 
-// The number of a pixel's region, as ~number. The way to it is shortened as in find_root.
+// The number n of a pixel's region, as ~n. Paths are shortened as in find_root.
 __device__ __forceinline__ int32_t find_number(int32_t* labels, uint32_t head) {
-  int32_t place = static_cast<int32_t>(head);
-  int32_t label = load_coherent(labels + place);
+  int32_t pixel = static_cast<int32_t>(head);
+  int32_t label = load_coherent(labels + pixel);
   while (label >= 0) {
     const int32_t next = load_coherent(labels + label);
-    atomicMin(labels + place, next);
-    place = label;
+    atomicMin(labels + pixel, next);
+    pixel = label;
     label = next;
   }
-  // Every run's first pixel has the number itself: the mask finds it in two steps.
-  if (place != static_cast<int32_t>(head)) atomicMin(labels + head, label);
+  // The first pixel of every run gets the number: the mask then finds it in two steps.
+  if (pixel != static_cast<int32_t>(head)) atomicMin(labels + head, label);
   return label;
 }
 
-// A run's share of its region. Most runs do not widen the box, and looking costs less than a change.
+// Adds a run to its region. Most runs do not widen the box, and a read costs less than an atomic.
 __device__ __forceinline__ void add_run(const RegionsJob& job, uint32_t head, uint32_t pixel, Key amount) {
   const int32_t number = ~find_number(job.labels, head);
   const uint32_t pixels = pixel - head + 1;
@@ -208,8 +209,8 @@ __device__ __forceinline__ void add_run(const RegionsJob& job, uint32_t head, ui
   if (job.score == Score::kMean) atomicAdd(job.pixels + number, pixels);
 }
 
-// Runs are summed within a warp, so that a region of a million pixels is changed a few thousand times. Sums are whole
-// numbers in two's complement, and the order in which they are added does not matter.
+// Runs are summed within a warp, so that a region of a million pixels takes a few thousand atomics. Sums are integers
+// in two's complement: their order is irrelevant.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) measure_kernel(const __grid_constant__ RegionsJob job) {
   if (has_reason(job.state)) return;

@@ -1,13 +1,14 @@
-// The regions from the best to the worst, what is kept of them, and the mask.
+// Sorts the regions from the best to the worst, keeps the best and writes the mask.
 
 #include "cuda/regions/regions.cuh"
 
 namespace carve {
 namespace {
 
-// Tiles of 2^10 are sorted in shared memory: 12 bytes each are 12 KB of a block, and 512 threads have a pair each. Then
-// runs are merged 128 at a time: 2^10 -> 2^17 -> 2^24 -> 2^31 regions, so that three launches do for every picture and
-// none for the few regions of a smooth one. An element finds its place by searching the other runs of its group.
+// Tiles of 2^10 regions are sorted in shared memory: 12 bytes each are 12 KB per block, and 512 threads have a pair
+// each. Then runs are merged 128 at a time: 2^10 -> 2^17 -> 2^24 -> 2^31 regions, so an image takes at most three
+// launches and a smooth one with few regions none. An element finds its position by searching the other runs of its
+// group.
 constexpr uint32_t kTile = 1 << 10;
 constexpr int kTileThreads = kTile / 2;
 constexpr uint32_t kFan = 128;
@@ -17,8 +18,8 @@ struct TileShared {
   int32_t firsts[kTile];
 };
 
-// A region's score as a number that is less for a better one. Sums are compared as whole numbers, of which two may round
-// to the same score.
+// The score of a region as an integer that is less for a better one. Sums are compared as integers: two different ones
+// may round to the same score.
 template <class T>
 __device__ __forceinline__ double score_of_sum(const RegionsJob& job, Key sum) {
   return __dmul_rn(__ddiv_rn(static_cast<double>(static_cast<long long>(sum)), job.one), peak_of<T>(job.state));
@@ -50,15 +51,15 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
     const uint32_t padded = size < 2 ? 2 : 1u << (32 - __clz(static_cast<int>(size - 1)));
-    for (uint32_t place = threadIdx.x; place < padded; place += kTileThreads) {
-      tile.keys[place] = place < size ? rank_key<T>(job, start + place) : ~Key(0);
-      tile.firsts[place] = place < size ? load_coherent(job.firsts[0] + start + place) : INT32_MAX;
+    for (uint32_t index = threadIdx.x; index < padded; index += kTileThreads) {
+      tile.keys[index] = index < size ? rank_key<T>(job, start + index) : ~Key(0);
+      tile.firsts[index] = index < size ? load_coherent(job.firsts[0] + start + index) : INT32_MAX;
     }
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
-      for (uint32_t apart = width / 2; apart > 0; apart /= 2) {
-        const uint32_t low = 2 * threadIdx.x - (threadIdx.x & (apart - 1));
-        const uint32_t high = low + apart;
+      for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
+        const uint32_t low = 2 * threadIdx.x - (threadIdx.x & (distance - 1));
+        const uint32_t high = low + distance;
         if (high < padded) {
           const Key keys[2] = {tile.keys[low], tile.keys[high]};
           const int32_t firsts[2] = {tile.firsts[low], tile.firsts[high]};
@@ -71,10 +72,10 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
         __syncthreads();
       }
     }
-    // A thread stores the places that it fills from the next tile: nobody has to wait.
-    for (uint32_t place = threadIdx.x; place < size; place += kTileThreads) {
-      store(job.keys[0] + start + place, tile.keys[place]);
-      store(job.firsts[0] + start + place, tile.firsts[place]);
+    // No barrier: a thread loads the next tile into the same elements that it stores here.
+    for (uint32_t index = threadIdx.x; index < size; index += kTileThreads) {
+      store(job.keys[0] + start + index, tile.keys[index]);
+      store(job.firsts[0] + start + index, tile.firsts[index]);
     }
   }
 }
@@ -93,7 +94,7 @@ __device__ __forceinline__ uint32_t count_better(const Key* keys, const int32_t*
   return low;
 }
 
-// Merges sorted runs of one length, kFan at a time, from one buffer into the other; nothing where there is one run.
+// Merges sorted runs of one length, kFan at a time, from one buffer into the other; a single run stays.
 __global__ void __launch_bounds__(kBlockThreads)
     merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, int from) {
   const uint32_t regions = load(&job.state->regions);
@@ -101,15 +102,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Key* keys = job.keys[from];
   const int32_t* firsts = job.firsts[from];
   const int64_t group_size = static_cast<int64_t>(run) * kFan;
-  for (uint32_t place = blockIdx.x * kBlockThreads + threadIdx.x; place < regions; place += gridDim.x * kBlockThreads) {
-    const Key key = load(keys + place);
-    const int32_t first = load(firsts + place);
-    const int64_t group = place / group_size * group_size;
+  for (uint32_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < regions; index += gridDim.x * kBlockThreads) {
+    const Key key = load(keys + index);
+    const int32_t first = load(firsts + index);
+    const int64_t group = index / group_size * group_size;
     const int64_t end = group + group_size < regions ? group + group_size : regions;
-    const int64_t own = place / run * run;
-    int64_t sorted = group + (place - own);
+    const int64_t own_run = index / run * run;
+    int64_t sorted = group + (index - own_run);
     for (int64_t start = group; start < end; start += run) {
-      if (start == own) continue;
+      if (start == own_run) continue;
       const uint32_t size = static_cast<uint32_t>(end - start < run ? end - start : run);
       sorted += count_better(keys + start, firsts + start, size, key, first);
     }
@@ -118,15 +119,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-__device__ __forceinline__ void widen(int64_t* edge, int64_t place, bool is_least) {
+__device__ __forceinline__ void widen(int64_t* edge, int64_t to, bool is_least) {
   auto* address = reinterpret_cast<long long*>(edge);
-  const long long value = place;
+  const long long value = to;
   const long long before = load_coherent(address);
   if (is_least && value < before) atomicMin(address, value);
   if (!is_least && value > before) atomicMax(address, value);
 }
 
-// One thread a kept region.
+// One thread per kept region.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job) {
   if (has_reason(job.state)) return;
@@ -137,22 +138,22 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
   int from = 0;
   for (int64_t run = kTile; run < regions; run *= kFan) from = 1 - from;
   if (blockIdx.x == 0 && threadIdx.x == 0) store(job.outcome, kept);
-  for (int64_t place = blockIdx.x * kBlockThreads + threadIdx.x; place < kept; place += gridDim.x * kBlockThreads) {
-    const int32_t first = load(job.firsts[from] + place);
+  for (int64_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < kept; index += gridDim.x * kBlockThreads) {
+    const int32_t first = load(job.firsts[from] + index);
     const int32_t number = ~load(job.labels + first);
     const int64_t box[4] = {load_coherent(job.left + number), first / static_cast<int32_t>(job.width),
                             load(job.right + number), load(job.bottom + number)};
     store(job.left + number, kChosen);
-    store(job.scores + place, score_of_key<T>(job, load(job.keys[from] + place)));
+    store(job.scores + index, score_of_key<T>(job, load(job.keys[from] + index)));
 #pragma unroll
     for (int edge = 0; edge < 4; ++edge) {
-      store(job.boxes + 4 * place + edge, box[edge]);
+      store(job.boxes + 4 * index + edge, box[edge]);
       widen(job.outcome + 2 + edge, box[edge], edge < 2);
     }
   }
 }
 
-// One thread a pixel, which is at most two steps away from the number of its region.
+// One thread per pixel, which is at most two steps from the number of its region.
 __global__ void __launch_bounds__(kBlockThreads) mask_kernel(const __grid_constant__ RegionsJob job) {
   const bool is_whole = has_reason(job.state);
   for (uint32_t pixel = blockIdx.x * kBlockThreads + threadIdx.x; pixel < job.count;

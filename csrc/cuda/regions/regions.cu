@@ -1,4 +1,4 @@
-// The regions of a saliency on a device: what is known before, the memory, and the launches in their order.
+// Regions of a saliency on a GPU: values computed on the host, scratch memory, and the launches in their order.
 
 #include <algorithm>
 #include <cmath>
@@ -8,34 +8,34 @@
 namespace carve {
 namespace {
 
-// Hands out the scratch memory piece by piece, those of greater alignment first.
-class Pieces {
+// Divides the scratch memory. Buffers of greater alignment have to be taken first.
+class ScratchAllocator {
  public:
-  explicit Pieces(void* scratch) : at_(static_cast<unsigned char*>(scratch)) {}
+  explicit ScratchAllocator(void* scratch) : at_(static_cast<unsigned char*>(scratch)) {}
 
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at_);
+    T* buffer = reinterpret_cast<T*>(at_);
     at_ += count * static_cast<int64_t>(sizeof(T));
-    return piece;
+    return buffer;
   }
 
  private:
   unsigned char* at_;
 };
 
-// The place of NumPy's linear percentile among the sorted values. NumPy rounds the share and its complement to the
-// saliency's dtype, and goes from the nearer end.
+// The position of NumPy's linear percentile among the sorted values. NumPy rounds the fraction and its complement to
+// the dtype of the saliency and interpolates from the nearer end.
 void set_threshold(const RegionsParams& p, RegionsJob& job) {
   const double last = static_cast<double>(job.count) - 1.0;
-  const double place = last * (100.0 * (1.0 - p.keep) / 100.0);
-  job.rank = static_cast<uint32_t>(std::min(std::floor(place), last));
-  const double share = place - static_cast<double>(job.rank);
-  job.from_above = share >= 0.5;
-  job.weight = job.from_above ? 1.0 - share : share;
+  const double position = last * (100.0 * (1.0 - p.keep) / 100.0);
+  job.rank = static_cast<uint32_t>(std::min(std::floor(position), last));
+  const double fraction = position - static_cast<double>(job.rank);
+  job.from_above = fraction >= 0.5;
+  job.weight = job.from_above ? 1.0 - fraction : fraction;
 }
 
-RegionsJob describe(const RegionsParams& p, const RegionsPlace& place, int64_t most_regions) {
+RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t most_regions) {
   RegionsJob job{};
   job.saliency = p.saliency;
   job.count = static_cast<uint32_t>(p.height * p.width);
@@ -49,26 +49,26 @@ RegionsJob describe(const RegionsParams& p, const RegionsPlace& place, int64_t m
   job.mask = p.mask;
   job.boxes = p.boxes;
   job.scores = p.scores;
-  job.outcome = place.outcome;
+  job.outcome = device.outcome;
   int bits = 0;
   while (job.count >> bits != 0) ++bits;
   job.one = std::ldexp(1.0, std::min(36, 62 - bits));
   if (job.count > 0) set_threshold(p, job);
 
-  Pieces pieces(place.scratch);
-  job.state = pieces.take<RegionsState>(1);
-  for (Key*& keys : job.keys) keys = pieces.take<Key>(most_regions);
-  for (int32_t*& firsts : job.firsts) firsts = pieces.take<int32_t>(most_regions);
-  for (int32_t** edges : {&job.left, &job.right, &job.bottom}) *edges = pieces.take<int32_t>(most_regions);
-  job.pixels = pieces.take<uint32_t>(most_regions);
-  job.labels = pieces.take<int32_t>(job.count);
+  ScratchAllocator scratch(device.scratch);
+  job.state = scratch.take<RegionsState>(1);
+  for (Key*& keys : job.keys) keys = scratch.take<Key>(most_regions);
+  for (int32_t*& firsts : job.firsts) firsts = scratch.take<int32_t>(most_regions);
+  for (int32_t** edges : {&job.left, &job.right, &job.bottom}) *edges = scratch.take<int32_t>(most_regions);
+  job.pixels = scratch.take<uint32_t>(most_regions);
+  job.labels = scratch.take<int32_t>(job.count);
   return job;
 }
 
 }  // namespace
 
 int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity) {
-  // The pixels of one colour of a checkerboard do not touch, nor do those of every second row and column.
+  // 4: pixels of one colour of a checkerboard do not touch. 8: nor do those in every second row and column.
   return connectivity == 4 ? (height * width + 1) / 2 : (height + 1) / 2 * ((width + 1) / 2);
 }
 
@@ -78,11 +78,11 @@ int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity
          static_cast<int64_t>(sizeof(int32_t)) * height * width;
 }
 
-void regions_cuda(const RegionsParams& params, const RegionsPlace& place) {
-  const DeviceGuard guard(place.device);
-  const RegionsLaunches how{static_cast<cudaStream_t>(place.stream), place.most_blocks};
+void regions_cuda(const RegionsParams& params, const RegionsDevice& device) {
+  const DeviceGuard guard(device.device);
+  const RegionsLaunches how{static_cast<cudaStream_t>(device.stream), device.most_blocks};
   const int64_t most_regions = count_most_regions(params.height, params.width, params.connectivity);
-  const RegionsJob job = describe(params, place, most_regions);
+  const RegionsJob job = describe(params, device, most_regions);
   launch_select(job, params.is_double, how);
   if (job.count == 0) return;
   launch_label(job, params.is_double, how);

@@ -1,4 +1,4 @@
-// The value at a rank by radix selection: a pass counts one digit of the values whose leading digits are known.
+// Radix selection of the value at a rank: each pass counts one digit of the values whose leading digits match.
 
 #include "cuda/regions/regions.cuh"
 
@@ -10,7 +10,7 @@ struct SelectShared {
   PickShared pick;
 };
 
-// A block a pass. The outcome starts as that of a saliency with regions, the union of no boxes.
+// One block per pass. The outcome starts as the empty union of boxes, which regions then widen.
 __global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_constant__ RegionsJob job) {
   RegionsState* state = job.state;
   for (uint32_t digit = threadIdx.x; digit < kDigits; digit += kBlockThreads) {
@@ -42,8 +42,8 @@ __device__ __forceinline__ void reduce_min(Key* address, Bits least) {
   if (lane_of_thread() == 0 && least != ~Bits(0)) atomicMin(address, static_cast<Key>(least));
 }
 
-// Blocks keep their own counts: neighbours in a picture often have the same digit, and increments of one counter by the
-// lanes of a warp are one operation in shared memory, where no result is asked for.
+// Each block counts in shared memory: neighbouring pixels often have the same digit, and there increments of one
+// counter by the lanes of a warp are a single operation, as long as no result is used.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads) select_kernel(const __grid_constant__ RegionsJob job, int pass) {
   using Bits = BitsOf<T>;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kBlockThreads) select_kernel(const __grid_cons
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (start + step * kBlockThreads + threadIdx.x >= job.count) break;
-      // In two moves, since before the first pass all bits are unknown and one move by all of them is undefined.
+      // Two shifts: before the first pass no bit is known, and a shift by the full width is undefined.
       const Bits leading = (keys[step] >> 1) >> (known - 1);
       if (leading == prefix) atomicAdd(&shared.counts[(keys[step] >> shift) & digit_mask], 1u);
       if ((pass == 0 || leading > prefix) && keys[step] < least) least = keys[step];

@@ -172,7 +172,7 @@ def test_nothing_beside_the_buffers_is_written() -> None:
         ({"connectivity": 6}, "connectivity: expected 4 or 8"),
         ({"score": 3}, "score: expected a number"),
         ({"blocks": 0}, "most_blocks: expected 1 to"),
-        ({"keep": 1.0}, "boxes: expected room for 10 regions"),
+        ({"keep": 1.0}, "boxes: expected at least 10 rows"),
     ],
 )
 def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
