@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/device.cuh: the include path of the tests' build finds it first.
+// Replaces csrc/cuda/device.cuh: the include path of the tests' build finds it first.
 #pragma once
 
 #include "../../cuda_on_cpu.h"
