@@ -1,6 +1,6 @@
-"""Builds the compiled operators: one library against torch's stable ABI, so that it also loads in later torches.
+"""Builds the compiled operators: one library against torch's stable ABI, which later versions of torch also load.
 
-Whatever stands in its way, the install goes on and says what is missing: the reference backend needs no compiler.
+If it cannot be built, the install continues and says what is missing: the reference backend needs no compiler.
 CARVE_KERNELS_BUILD=required makes it an error instead.
 """
 
@@ -28,22 +28,24 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError, PlatformError
 
 NAME = "carve_kernels._C"
-SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
-HEADERS = sorted(path.as_posix() for kind in ("*.h", "*/*.h", "*/*.inc") for path in Path("csrc").glob(kind))
+KERNELS = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))
+# Only these sources include headers of torch.
+BINDINGS = sorted(path.as_posix() for path in Path("csrc/bindings").glob("*.cpp"))
+HEADERS = sorted(path.as_posix() for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))
 # No -march: the library must run on every machine of its architecture. No contraction: the same bits on all of them.
-# Nobody reads errno or the floating-point flags, for whose sake loops with a condition would not become wide code.
+# errno and the floating-point flags are never read; preserving them would prevent vectorized loops with a condition.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *ARITHMETIC, "-Wall", "-Icsrc"]
 OLDEST_TORCH = (2, 10)
 
-CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu"))
-CUDA_BINDINGS = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cpp"))
-# A100, H100, B200 and the consumer Blackwells; what comes after them runs the last one's PTX.
+CUDA_KERNELS = sorted(path.as_posix() for path in Path("csrc/cuda").rglob("*.cu"))
+CUDA_BINDINGS = [path for path in BINDINGS if path.endswith("_cuda.cpp")]
+# A100, H100, B200 and the consumer Blackwells; later GPUs run the PTX of the last one.
 CUDA_ARCHITECTURES = "80;90;100;120"
-# All architectures at once: a change in one file would otherwise wait for one after the other.
+# -t0 compiles all architectures in parallel.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "-t0"]
 
-# Objects stay here from one build to the next.
+# Objects are kept here between builds.
 BUILD = Path("build/extension")
 RULES = """\
 builddir = build/extension
@@ -55,7 +57,7 @@ rule link
   command = $line
 """
 
-# What a manylinux tag promises of the machine: the newest GLIBC, GLIBCXX and CXXABI (the policies of auditwheel 6.8).
+# The newest GLIBC, GLIBCXX and CXXABI that a manylinux tag allows (the policies of auditwheel 6.8).
 MANYLINUX = {
     "2_34": {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)},
     "2_35": {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)},
@@ -64,7 +66,7 @@ MANYLINUX = {
 
 
 class Cuda(NamedTuple):
-    """CUDA's compiler, the architectures it compiles for, and the options that find its libraries."""
+    """The CUDA compiler, the architectures to compile for, and the linker options for its libraries."""
 
     nvcc: str
     numbers: list[str]
@@ -72,7 +74,7 @@ class Cuda(NamedTuple):
 
 
 class Tools(NamedTuple):
-    """What compiles the operators that a CPU runs."""
+    """The tools that compile the operators of a CPU."""
 
     ninja: str
     compiler: list[str]
@@ -80,25 +82,25 @@ class Tools(NamedTuple):
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler of $CXX or of the path, as the start of a command line."""
+    """The C++ compiler of $CXX or on the path, as the start of a command line."""
     if "CXX" in os.environ:
         try:
             command = shlex.split(os.environ["CXX"])
         except ValueError:
             return None
         return command if command and shutil.which(command[0]) else None
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return [found] if found else None
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [compiler] if compiler else None
 
 
 def find_ninja() -> str | None:
-    """The ninja of the environment, which need not be on the path, else of the path."""
-    # Each version of ninja starts its log over: the one that came with the tests builds on what it built.
+    """The ninja of the environment, which need not be on the path, else the one on the path."""
+    # Another version of ninja discards the log and builds everything again: prefer the one that wrote it.
     return shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler: that of $CUDACXX, else of $CUDA_HOME, else of the path."""
+    """The CUDA compiler: that of $CUDACXX, else of $CUDA_HOME, else on the path."""
     if "CUDACXX" in os.environ:
         return shutil.which(os.environ["CUDACXX"])
     home = os.environ.get("CUDA_HOME")
@@ -106,7 +108,7 @@ def find_nvcc() -> str | None:
 
 
 def site_folders() -> list[str]:
-    """The packages of the environment that is installed into: pip's isolation takes them off sys.path alone."""
+    """The package folders of the target environment, which pip's build isolation removes from sys.path."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if sys.prefix == sys.base_prefix:
         return [*folders, site.getusersitepackages()]
@@ -117,18 +119,18 @@ def site_folders() -> list[str]:
 
 
 def find_torch() -> Path | None:
-    """The folder of the installed torch, found without importing it."""
+    """The folder of the installed torch, without importing it."""
     spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", site_folders())
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def find_tools() -> Tools | str:
-    """What a build cannot do without; what is missing where something is."""
+    """The tools that every build needs, or what is missing."""
     compiler, ninja, torch = find_compiler(), find_ninja(), find_torch()
     if torch is None:
         return (
-            f"torch is neither where the build runs nor in {site_folders()[0]}; install it first, and where a tool "
-            "builds in an environment of its own, build without isolation"
+            f"torch is neither in the build environment nor in {site_folders()[0]}; install it first, and build "
+            "without isolation if your tool builds in a separate environment"
         )
     text = torch.joinpath("version.py").read_text(encoding="utf-8") if torch.joinpath("version.py").exists() else ""
     version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
@@ -137,12 +139,12 @@ def find_tools() -> Tools | str:
     if compiler is None:
         return "no C++ compiler was found (install g++ or clang++, or set CXX to name one)"
     if ninja is None:
-        return "ninja was not found (pip install ninja, or build with isolation, which brings it)"
+        return "ninja was not found (pip install ninja, or build with isolation, which installs it)"
     return Tools(ninja, compiler, torch)
 
 
 def find_cuda() -> Cuda | str:
-    """What compiles the CUDA kernels; why nothing does."""
+    """The tools that compile the CUDA kernels, or the reason why there are none."""
     nvcc = find_nvcc()
     if nvcc is None:
         return "nvcc was not found (put it on the path, or set CUDACXX or CUDA_HOME)"
@@ -152,11 +154,11 @@ def find_cuda() -> Cuda | str:
             f"CARVE_KERNELS_CUDA_ARCHITECTURES: expected numbers such as {CUDA_ARCHITECTURES}, got {';'.join(numbers)}"
         )
     try:
-        # nvcc alone knows where its libraries are.
-        told = subprocess.run([nvcc, "--dryrun", "-o", "library", "object.o"], capture_output=True, text=True)
+        # Only nvcc knows where its libraries are.
+        dry_run = subprocess.run([nvcc, "--dryrun", "-o", "library", "object.o"], capture_output=True, text=True)
     except OSError as error:
         return f"{nvcc} does not run: {error}"
-    line = next((line for line in told.stderr.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    line = next((line for line in dry_run.stderr.splitlines() if line.startswith("#$ LIBRARIES=")), "")
     return Cuda(nvcc, numbers, re.findall(r'"(-L[^"]+)"', line))
 
 
@@ -166,13 +168,13 @@ def library(kind: str) -> str:
 
 def step(rule: str, output: str, inputs: list[str], command: list[str]) -> str:
     """A statement of ninja's language."""
-    made, *sources = (re.sub(r"([$ :])", r"$\1", path) for path in (output, *inputs))
+    target, *sources = (re.sub(r"([$ :])", r"$\1", path) for path in (output, *inputs))
     line = shlex.join(command).replace("$", "$$")
-    return f"build {made}: {rule} {' '.join(sources)}\n  line = {line}\n"
+    return f"build {target}: {rule} {' '.join(sources)}\n  line = {line}\n"
 
 
 def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
-    """Every compilation and both libraries, that for a CPU alone and that with CUDA."""
+    """Every compilation and both libraries: one for a CPU only and one with CUDA."""
     yield RULES
     numbers = cuda.numbers if cuda is not None else []
     objects: dict[str, list[str]] = {"cpu": [], "cuda": []}
@@ -184,57 +186,57 @@ def statements(tools: Tools, cuda: Cuda | None) -> Iterator[str]:
         return step("compile", target, [source], [*command, "-MD", "-MF", f"{target}.d", "-c", source, "-o", target])
 
     cxx = [*tools.compiler, *FLAGS]
-    # Kernels that see no header of torch are not compiled anew for another torch.
+    # Kernels that include no header of torch are not compiled again for another torch.
     version = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
     against_torch = [*cxx, f"-DTORCH_TARGET_VERSION={version}", f"-I{tools.torch / 'include'}"]
-    for source in SOURCES:
-        name = Path(source).stem
-        if name == "register_build":
-            inside = "".join(f"{number}," for number in numbers)
+    for source in KERNELS:
+        yield compile(source, cxx, "cpu", "cuda")
+    for source in BINDINGS:
+        if source == "csrc/bindings/build.cpp":
+            architectures = "".join(f"{number}," for number in numbers)
             yield compile(source, against_torch, "cpu")
-            yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={inside}"], "cuda")
-        else:
-            sees_torch = name.startswith(("register_", "parallel"))
-            yield compile(source, against_torch if sees_torch else cxx, "cpu", "cuda")
-    # libtorch_cpu has to be named as needed, but not where it is: whoever loads the library has imported torch.
+            yield compile(source, [*against_torch, f"-DCARVE_CUDA_ARCHITECTURES={architectures}"], "cuda")
+        elif source not in CUDA_BINDINGS:
+            yield compile(source, against_torch, "cpu", "cuda")
+    # The library names libtorch_cpu but not its path: the process that loads it has imported torch.
     link = [*tools.compiler, "-shared", f"-L{tools.torch / 'lib'}"]
     yield step("link", library("cpu"), objects["cpu"], [*link, *objects["cpu"], "-o", library("cpu"), "-ltorch_cpu"])
     if cuda is None:
         return
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     targets.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
-    for source in CUDA_SOURCES:
+    for source in CUDA_KERNELS:
         yield compile(source, [cuda.nvcc, *CUDA_FLAGS, *targets], "cuda")
     for source in CUDA_BINDINGS:
         yield compile(source, against_torch, "cuda")
-    # The runtime stands inside, out of sight: it finds the driver when it is first called, and torch's own is another.
+    # The CUDA runtime is linked statically and hidden: torch has its own. It finds the driver on the first call.
     runtime = [*cuda.folders, "-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,ALL"]
     command = [*link, *objects["cuda"], "-o", library("cuda"), "-ltorch_cpu", *runtime]
     yield step("link", library("cuda"), objects["cuda"], command)
 
 
 def make(ninja: str, kind: str, target: Path) -> str | None:
-    """Bring a library up to date and copy it; why that did not work, or None."""
+    """Bring a library up to date and copy it; the reason if that failed, else None."""
     try:
         done = subprocess.run([ninja, "-f", str(BUILD / "build.ninja"), library(kind)], capture_output=True, text=True)
     except OSError as error:
         return f"{ninja} does not run: {error}"
     if done.returncode != 0:
-        said = done.stdout + done.stderr
-        return said[max(said.find("FAILED:"), 0) :].strip() or f"{ninja} ended with status {done.returncode}"
+        output = done.stdout + done.stderr
+        return output[max(output.find("FAILED:"), 0) :].strip() or f"{ninja} ended with status {done.returncode}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A process that has the library loaded keeps the file that it has, and none loads half of one.
+        # Replaced atomically: a process that has loaded the library keeps its file, and none loads half of one.
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copy(library(kind), fresh)
         fresh.replace(target)
     except OSError as error:
-        return f"the library cannot be put in its place: {error}"
+        return f"the library cannot be copied: {error}"
     return None
 
 
 def build(target: Path) -> tuple[str | None, str | None]:
-    """Build the library; why there is none, and why there are no CUDA kernels in it, or None and None."""
+    """Build the library; the reason if there is none, and the reason if it has no CUDA kernels, else None."""
     tools = find_tools()
     if isinstance(tools, str):
         return tools, None
@@ -251,7 +253,7 @@ def build(target: Path) -> tuple[str | None, str | None]:
 
 
 class BuildOperators(build_ext):
-    """Builds with command lines of our own: the flags Python itself was built with are no part of this project."""
+    """Builds with its own command lines, without the flags that Python was built with."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -263,33 +265,33 @@ class BuildOperators(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)
-        reason, without = build(target)
-        if without is not None:
+        reason, cuda_reason = build(target)
+        if cuda_reason is not None:
             warnings.warn(
-                f"carve_kernels: the CUDA kernels are NOT built: {without}\nThe CPU's operators are complete without.",
+                f"carve_kernels: the CUDA kernels are NOT built: {cuda_reason}\nThe CPU operators do not need them.",
                 stacklevel=1,
             )
         if reason is not None:
-            said = f"carve_kernels: the compiled operators are NOT built: {reason}"
+            message = f"carve_kernels: the compiled operators are NOT built: {reason}"
             if self.required:
                 ext.optional = False
-                raise PlatformError(f"CARVE_KERNELS_BUILD=required: {said}")
+                raise PlatformError(f"CARVE_KERNELS_BUILD=required: {message}")
             slower = runpy.run_path("carve_kernels/backends/native/extension.py")["SLOWER"]
-            again = "pip install -e ." if self.editable_mode else "pip install ."
-            warnings.warn(f"{said}\nOn a CPU: {slower}. Once that is mended, build them: {again}", stacklevel=1)
+            command = "pip install -e ." if self.editable_mode else "pip install ."
+            warnings.warn(f"{message}\nOn a CPU: {slower}. Once this is fixed, build them: {command}", stacklevel=1)
 
     def copy_extensions_to_source(self) -> None:
-        # A library of an earlier build in the source tree must not pass for one that was not built this time.
+        # A library of an earlier build must not remain in the source tree after this build has failed.
         for ext in self.extensions:
             Path("carve_kernels", Path(self.get_ext_fullpath(ext.name)).name).unlink(missing_ok=True)
         super().copy_extensions_to_source()
 
 
 class Wheel(bdist_wheel):
-    """A wheel for every Python: torch loads the library, which is no module of Python's."""
+    """A wheel for every Python: torch loads the library, which is not a Python module."""
 
     def run(self) -> None:
-        # Built first, since where the files go in a wheel depends on whether there is a library.
+        # Built first: the layout of the wheel depends on whether there is a library.
         self.run_command("build")
         if not self._library().exists():
             self.root_is_pure, self.distribution.ext_modules = True, []
@@ -307,17 +309,17 @@ class Wheel(bdist_wheel):
 
 
 def manylinux(path: Path) -> str | None:
-    """The first manylinux that has what a library needs of GLIBC and of C++; None for one of no Linux with GLIBC."""
-    # An ELF file names the versions it needs in its table of strings.
-    found = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)(?=\0)", path.read_bytes())
-    needed = [(name.decode(), tuple(map(int, version.split(b".")))) for name, version in found]
+    """The first manylinux tag with the GLIBC and C++ versions that a library needs; None without GLIBC."""
+    # An ELF file names the versions it needs in its string table.
+    versions = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)(?=\0)", path.read_bytes())
+    needed = [(name.decode(), tuple(map(int, version.split(b".")))) for name, version in versions]
     if not any(name == "GLIBC" for name, _ in needed):
         return None
     return next((tag for tag, has in MANYLINUX.items() if all(version <= has[name] for name, version in needed)), None)
 
 
 def plain_links(text: str) -> str:
-    """Markdown for a page outside the repository, where what lies beside the page is named and not linked."""
+    """Markdown for a page outside the repository: relative links become plain text."""
     return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", text)
 
 
@@ -327,8 +329,8 @@ setup(
     ext_modules=[
         Extension(
             NAME,
-            SOURCES,
-            depends=[*HEADERS, *CUDA_SOURCES, *CUDA_BINDINGS],
+            [*KERNELS, *(path for path in BINDINGS if path not in CUDA_BINDINGS)],
+            depends=[*HEADERS, *CUDA_KERNELS, *CUDA_BINDINGS],
             py_limited_api=True,
             optional=True,
         ),

@@ -1,4 +1,4 @@
-// What the torch-free sources offer to the files that register operators.
+// The interface between the kernels, which include no header of torch, and the bindings that register operators.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace carve {
 
 enum class Normalize { kNone, kSum, kMax, kMinmax };
 
-// One rectangle of tokens and the pixels that it is spread over.
+// A grid of tokens and the size of the image that it is resized to.
 struct ViewShape {
   int64_t grid_h;
   int64_t grid_w;
@@ -15,7 +15,7 @@ struct ViewShape {
   int64_t width;
 };
 
-// All arrays are contiguous and row-major; the tokens of the views, and their pixels, stand one view after the other.
+// All arrays are contiguous and row-major; tokens and pixels of the views are concatenated in the order of `views`.
 struct ContrastParams {
   const float* task;            // [layers, steps, tokens]
   const float* general;         // [layers, general_steps, tokens]
@@ -29,7 +29,7 @@ struct ContrastParams {
   int64_t tokens;
   int64_t view_count;
   double lam;
-  bool lam_is_mean;  // lam is the mean of each general map over its tokens, and `lam` is not read
+  bool lam_is_mean;  // use the mean of each general map over its tokens and ignore `lam`
   Normalize normalize;
 };
 
@@ -37,7 +37,7 @@ void contrast_cpu(const ContrastParams& params);
 
 enum class Float { kFloat32, kFloat16, kBfloat16 };
 
-// A matrix of int32 or int64, or none.
+// A matrix of int32 or, where `wide`, int64; `data` is null where there is none.
 struct IndexMatrix {
   const void* data;
   bool wide;
@@ -49,14 +49,14 @@ struct IndexMatrix {
   }
 };
 
-// What differs from layer to layer. Strides count elements.
+// The arguments that differ from layer to layer. Strides count elements.
 struct CaptureLayer {
   const void* query;  // [batch, heads, rows, size]
   int64_t query_strides[4];
-  const void* key;  // [batch, key_heads, keys, size], elements of a key side by side
+  const void* key;  // [batch, key_heads, keys, size]; the last stride is 1
   int64_t key_strides[3];
   const float* sink;  // [heads], or null
-  float* maps;        // [batch, rows, tokens], or [batch, heads, rows, tokens] for each head; tokens side by side
+  float* maps;        // [batch, rows, tokens], or [batch, heads, rows, tokens] where `each`; the last stride is 1
   float* mass;        // [batch, rows]
   float* entropy;     // [batch, rows]
 };
@@ -80,19 +80,19 @@ struct CaptureParams {
   float scale;
   float softcap;   // 0: none
   int64_t window;  // 0: none; needs positions
-  bool each;       // maps of each head and not of their mean
+  bool each;       // write a map for each head instead of their mean
   int64_t maps_strides[3];  // of batch, head and row
   int64_t mass_strides[2];  // of batch and row
   int64_t entropy_strides[2];
-  int64_t threads;  // a hint; the result is the same for any number
+  int64_t threads;  // a hint; the result does not depend on it
 };
 
 void capture_cpu(const CaptureParams& params);
 
-// What a capture on a device needs besides. All pointers, those of CaptureParams too, are the device's.
+// Further arguments of a capture on a device. All pointers, also those of CaptureParams, are device memory.
 struct CaptureDevice {
-  const int64_t* step;      // the step to write, or null; the layers' outputs are those of step 0
-  int64_t steps;            // 1 where there is no step; another step than these is not written
+  const int64_t* step;      // the step to write, or null for step 0, which the layers' outputs point to
+  int64_t steps;            // 1 where `step` is null; a step outside [0, steps) is not written
   int64_t step_strides[3];  // of maps, mass and entropy
   int64_t token_stride;     // of maps
   void* scratch;
@@ -101,7 +101,7 @@ struct CaptureDevice {
   void* stream;
 };
 
-// Throws std::runtime_error where CUDA refuses, or the scratch is too small.
+// Throws std::runtime_error if a CUDA call fails or the scratch is too small.
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
 
 enum class Score { kSum, kMean, kMax };
@@ -115,40 +115,40 @@ struct RegionsParams {
   int64_t height;
   int64_t width;
   double keep;
-  int64_t top;    // keep at most so many regions, or 0 for:
+  int64_t top;    // keep at most this many regions; 0: use `floor`
   int64_t floor;  // keep max(floor, int(count * keep)) regions
   int64_t connectivity;
   Score score;
-  int64_t capacity;  // regions that `boxes` and `scores` have room for
+  int64_t capacity;  // rows of `boxes` and `scores`
   bool* mask;        // [height, width]
   int64_t* boxes;    // [capacity, 4], x0 y0 x1 y1, best first
   double* scores;    // [capacity]
 };
 
-// How many regions were kept, and the union of their boxes: the whole image where it is none, which has a reason.
+// The number of kept regions and the union of their boxes; without a region, the whole image and the reason.
 struct RegionsOutcome {
   int64_t kept;
   Reason reason;
   int64_t box[4];
 };
 
-// Throws std::runtime_error where more regions are to be kept than there is room for.
+// Throws std::runtime_error if more regions are to be kept than `capacity`.
 RegionsOutcome regions_cpu(const RegionsParams& params);
 
-// Where the regions are found on a device: all arrays of the params are the device's.
-struct RegionsPlace {
+// Further arguments of regions on a device. All arrays of RegionsParams are device memory.
+struct RegionsDevice {
   int device;
   void* stream;
-  void* scratch;     // as many bytes as regions_cuda_scratch says, aligned to 16
+  void* scratch;     // regions_cuda_scratch(...) bytes, aligned to 16
   int64_t* outcome;  // [6]: kept, reason and box of RegionsOutcome
-  int64_t most_blocks;  // of a launch; the result is the same for any number
+  int64_t most_blocks;  // in a launch; the result does not depend on it
 };
 
-// The most regions that a picture can have.
+// The largest number of regions that an image of this size can have.
 int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity);
 int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity);
 
-// Launches and does not wait. Throws std::runtime_error where CUDA does not take a launch.
-void regions_cuda(const RegionsParams& params, const RegionsPlace& place);
+// Launches the kernels and does not wait. Throws std::runtime_error if a launch fails.
+void regions_cuda(const RegionsParams& params, const RegionsDevice& device);
 
 }  // namespace carve

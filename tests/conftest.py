@@ -1,4 +1,4 @@
-"""The same surroundings for every test: no network, few threads, fixed seeds, kernels and torchvision that can run."""
+"""The same environment for every test: no network, few threads, fixed seeds, a Triton interpreter and torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# Two processes test at once on two cores: what they start computes on one thread as they do, and inductor starts none.
+# Two test processes share two cores: their subprocesses compute on one thread, too, and inductor compiles in-process.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
@@ -23,18 +23,18 @@ import torch
 
 torch.set_num_threads(1)
 
-# Triton reads it at its first import, which some test modules bring in by way of other packages.
+# Triton reads it at its first import, which may be through another package.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The same search every time, so that a red run is a change's own; `make prove` searches anew.
+# The same examples every time, so that a failure is due to a change; `make prove` searches new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("searching", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def _make_torchvision_importable() -> torch.library.Library | None:
-    """Find the torchvision of `make test`; where its compiled part does not fit this torch, give it its schemas."""
+    """Find the torchvision of `make test`; if its compiled part does not fit this torch, define its schemas."""
     sys.path.append(str(Path(sys.prefix, "torchvision")))
     try:
         importlib.import_module("torchvision")
@@ -53,13 +53,13 @@ def _make_torchvision_importable() -> torch.library.Library | None:
     return schemas
 
 
-# Kept for the length of the run: the schemas go when the library object does.
+# Kept for the whole run: the schemas are removed with the library object.
 _TORCHVISION = _make_torchvision_importable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _faithful_interpreter() -> Iterator[None]:
-    """Triton kernels that run on the CPU compute bfloat16 rightly, and answer for their alignment hints."""
+    """Triton kernels on the CPU compute bfloat16 correctly, and their alignment hints are verified."""
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -71,7 +71,7 @@ def _faithful_interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of torch's threads, until the test is over."""
+    """Sets the number of torch threads for the duration of the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
 
@@ -84,7 +84,7 @@ def _fixed_seeds() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without `-m` neither items for a GPU, the same bodies on another device, nor long proofs are selected."""
+    """Without `-m`, neither tests for a GPU nor long proofs are selected."""
     config.option.markexpr = config.option.markexpr or "not gpu and not slow"
 
 

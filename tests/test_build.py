@@ -1,4 +1,4 @@
-"""What setup.py builds, from what it finds, and what it says where it cannot; compilers are scripts here."""
+"""What setup.py builds with the tools it finds, and its messages if it cannot; compilers are scripts here."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from tests import constrain
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "carve_kernels/_C.abi3.so"
-# Stands for a compiler: writes what it was asked to the name after -o, notes it, and that each source needs carve.h.
+# Replaces a compiler: writes its arguments to the file after -o and to a log, and each source depends on carve.h.
 COMPILER = """\
-echo "$*" >> {log}; asked="$*"
+echo "$*" >> {log}; arguments="$*"
 while [ $# -gt 0 ]; do case "$1" in -o) out=$2;; -MF) depends=$2;; -c) source=$2;; esac; shift; done
-[ -z "$out" ] || printf '%s \\0GLIBC_2.17\\0' "$asked" > "$out"
+[ -z "$out" ] || printf '%s \\0GLIBC_2.17\\0' "$arguments" > "$out"
 [ -z "$depends" ] || echo "$out: $source csrc/carve.h" > "$depends"
 """
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what a build needs, as the working directory, with a library of an earlier build; no nvcc is found."""
+    """A copy of the files a build needs, as the working directory, with the library of an earlier build and no nvcc."""
     folder = tmp_path / "a tree"
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in", "Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    folder.joinpath("carve_kernels").mkdir()
-    for name in ("__init__.py", "extension.py", "py.typed"):
-        shutil.copy(ROOT / "carve_kernels" / name, folder / "carve_kernels")
+    folder.joinpath("carve_kernels/backends/native").mkdir(parents=True)
+    for name in ("__init__.py", "backends/native/extension.py", "py.typed"):
+        shutil.copy(ROOT / "carve_kernels" / name, folder / "carve_kernels" / name)
     folder.joinpath(LIBRARY).write_text("left by an earlier build")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CXX", script(tmp_path / "c++", COMPILER.format(log=tmp_path / "log")))
@@ -65,8 +65,8 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def asked(tree: Path) -> list[str]:
-    """The command lines since this was last asked."""
+def commands(tree: Path) -> list[str]:
+    """The command lines of the compiler since the last call."""
     log = tree.parent / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def setup(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def install(**environment: str) -> str:
-    """Build as an editable install does; what was said to the user."""
+    """Build like an editable install; the messages to the user."""
     done = setup("build_ext", "--inplace", **environment)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -98,12 +98,12 @@ def test_a_compiler_that_fails_is_a_reason(parts: Any, tree: Path, monkeypatch: 
     [
         ("compiler", "no C++ compiler was found"),
         ("ninja", "ninja was not found"),
-        ("torch", "torch is neither where the build runs nor in "),
+        ("torch", "torch is neither in the build environment nor in "),
         ("a newer torch", "torch 2.9.1+cpu is older than 2.10"),
         ("what a compiler needs", "FAILED"),
     ],
 )
-def test_nothing_is_compiled_for_a_gpu_in_vain(
+def test_nothing_is_compiled_for_a_gpu_without_the_rest(
     parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch, missing: str, reason: str
 ) -> None:
     monkeypatch.setenv("CUDACXX", script(tree.parent / "nvcc", f'[ "$1" = --dryrun ] || echo "$*" >> {tree}/nvcc'))
@@ -132,7 +132,7 @@ def test_no_compiler_on_the_path_is_a_reason(parts: Any, tree: Path, monkeypatch
 
 
 def test_torch_is_found_where_isolation_hides_it(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip takes the packages off sys.path; where they lie is still what sysconfig says."""
+    """pip removes the packages from sys.path, but sysconfig still names their folder."""
     package = tree / "environment/torch"
     package.mkdir(parents=True)
     package.joinpath("__init__.py").write_text("raise RuntimeError('imported')")
@@ -145,7 +145,7 @@ def test_torch_is_found_where_isolation_hides_it(parts: Any, tree: Path, monkeyp
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_torch_of_the_system_is_found_where_the_environment_sees_it(
+def test_torch_of_the_system_is_found_if_the_environment_includes_it(
     parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch, seen: bool
 ) -> None:
     tree.joinpath("pyvenv.cfg").write_text(f"home = /usr\ninclude-system-site-packages = {str(seen).lower()}\n")
@@ -155,17 +155,17 @@ def test_torch_of_the_system_is_found_where_the_environment_sees_it(
 
 
 def test_a_failed_build_installs_without_the_library(tree: Path) -> None:
-    said = install(CXX="/bin/false")
-    assert "the compiled operators are NOT built: FAILED" in said
-    assert "On a CPU: reference backend only: " in said and "times slower" in said and "pip install ." in said
+    message = install(CXX="/bin/false")
+    assert "the compiled operators are NOT built: FAILED" in message
+    assert "On a CPU: reference backend only: " in message and "times slower" in message and "pip install ." in message
     assert not tree.joinpath(LIBRARY).exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_reason(tree: Path) -> None:
     tree.joinpath("build").mkdir(exist_ok=True)
     tree.joinpath("build/extension").write_text("no folder")
-    said = install()
-    assert "the compiled operators are NOT built: build/extension cannot be written to" in said
+    message = install()
+    assert "the compiled operators are NOT built: build/extension cannot be written to" in message
     assert not tree.joinpath(LIBRARY).exists()
 
 
@@ -176,23 +176,23 @@ def test_a_build_that_is_required_fails_with_its_reason(tree: Path) -> None:
     done = setup("build_ext", "--inplace", CARVE_KERNELS_BUILD="always")
     assert done.returncode != 0 and "CARVE_KERNELS_BUILD: expected auto or required, got always" in done.stderr
     assert "the compiled operators are NOT built" not in install(CARVE_KERNELS_BUILD="required")
-    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cpu/capture/capture.cpp" in tree.joinpath(LIBRARY).read_text()
 
 
 @pytest.mark.parametrize(("nvcc", "reason"), [("", "nvcc was not found"), ("echo broken >&2; exit 3", "broken")])
 def test_without_cuda_the_rest_is_built(tree: Path, nvcc: str, reason: str) -> None:
-    said = install(CUDACXX=script(tree.parent / "nvcc", nvcc) if nvcc else "no-such-compiler")
-    assert said.count("the CUDA kernels are NOT built") == 1 and reason in said
-    assert "the compiled operators are NOT built" not in said
+    message = install(CUDACXX=script(tree.parent / "nvcc", nvcc) if nvcc else "no-such-compiler")
+    assert message.count("the CUDA kernels are NOT built") == 1 and reason in message
+    assert "the compiled operators are NOT built" not in message
     linked = tree.joinpath(LIBRARY).read_text()
-    assert "csrc/cpu/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
-    assert not any("CARVE_CUDA_ARCHITECTURES" in line and line.split()[-1] in linked for line in asked(tree))
+    assert "csrc/cpu/capture/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
+    assert not any("CARVE_CUDA_ARCHITECTURES" in line and line.split()[-1] in linked for line in commands(tree))
 
 
-def test_cuda_that_does_not_link_is_left_out(tree: Path) -> None:
+def test_cuda_kernels_that_do_not_link_are_left_out(tree: Path) -> None:
     broken = f'case "$*" in *cudart*) echo no cudart >&2; exit 1;; esac\n{COMPILER.format(log="/dev/null")}'
-    said = install(CXX=script(tree.parent / "linker", broken), CUDACXX=script(tree.parent / "nvcc", "true"))
-    assert said.count("the CUDA kernels are NOT built") == 1 and "no cudart" in said
+    message = install(CXX=script(tree.parent / "linker", broken), CUDACXX=script(tree.parent / "nvcc", "true"))
+    assert message.count("the CUDA kernels are NOT built") == 1 and "no cudart" in message
     assert "csrc/cuda" not in tree.joinpath(LIBRARY).read_text()
 
 
@@ -200,21 +200,26 @@ def test_cuda_kernels_are_linked_in(tree: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDACXX", os.environ["CXX"])
     assert "NOT built" not in install()
     linked = tree.joinpath(LIBRARY).read_text()
-    assert "csrc/cuda/capture.cu.o" in linked and "csrc/cpu/capture.cpp.o" in linked and "-lcudart_static" in linked
-    with_numbers = [line for line in asked(tree) if "-DCARVE_CUDA_ARCHITECTURES=80,90,100,120," in line]
+    assert (
+        "csrc/cuda/capture/capture.cu.o" in linked
+        and "csrc/cpu/capture/capture.cpp.o" in linked
+        and "-lcudart_static" in linked
+    )
+    with_numbers = [line for line in commands(tree) if "-DCARVE_CUDA_ARCHITECTURES=80,90,100,120," in line]
     assert len(with_numbers) == 1 and with_numbers[0].split()[-1] in linked
 
 
 def test_only_what_a_change_reaches_is_compiled_again(parts: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled() -> set[str]:
         assert parts["build"](tree / "library.so")[0] is None
-        return {re.findall(r"-c (\S+)", line)[0] for line in asked(tree) if " -c " in line}
+        return {re.findall(r"-c (\S+)", line)[0] for line in commands(tree) if " -c " in line}
 
-    sources = {path.relative_to(tree).as_posix() for path in tree.glob("csrc/cpu/*.cpp")}
+    found = [*tree.glob("csrc/cpu/**/*.cpp"), *tree.glob("csrc/bindings/*.cpp")]
+    sources = {path.relative_to(tree).as_posix() for path in found if not path.name.endswith("_cuda.cpp")}
     assert compiled() == sources
     assert compiled() == set()
-    (tree / "csrc/cpu/capture.cpp").touch()
-    assert compiled() == {"csrc/cpu/capture.cpp"}
+    (tree / "csrc/cpu/capture/capture.cpp").touch()
+    assert compiled() == {"csrc/cpu/capture/capture.cpp"}
     (tree / "library.so").write_text("not ours")
     (tree / "csrc/carve.h").touch()
     assert compiled() == sources, "every source includes the header"
@@ -228,11 +233,10 @@ def test_only_what_a_change_reaches_is_compiled_again(parts: Any, tree: Path, mo
 
 
 def through_headers(path: Path) -> str:
-    """A source, with those of our headers that it includes."""
+    """A source, with the headers of the project that it includes."""
     text = path.read_text()
-    near = [*re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
-    places = [folder / name for name in near for folder in (path.parent, ROOT / "csrc") if (folder / name).exists()]
-    return text + "".join(map(through_headers, places))
+    headers = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return text + "".join(through_headers(ROOT / "csrc" / name) for name in headers)
 
 
 def wheel(tree: Path, **environment: str) -> zipfile.ZipFile:
@@ -247,13 +251,13 @@ def test_a_wheel_with_the_library_is_for_every_python_of_the_machine(tree: Path)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         tag = platform.replace("linux", "manylinux_2_34")
         assert Path(str(made.filename)).name == f"carve_kernels-{version()}-py3-none-{tag}.whl"
-        assert "csrc/cpu/capture.cpp" in made.read(LIBRARY).decode()
+        assert "csrc/cpu/capture/capture.cpp" in made.read(LIBRARY).decode()
         assert "Root-Is-Purelib: false" in made.read(f"carve_kernels-{version()}.dist-info/WHEEL").decode()
         described = email.message_from_bytes(made.read(f"carve_kernels-{version()}.dist-info/METADATA"))
     assert described["Version"] == version() == runpy.run_path(str(ROOT / "carve_kernels/__init__.py"))["__version__"]
     page = str(described.get_payload())
     assert page.startswith("# carve_kernels") and described["Description-Content-Type"] == "text/markdown"
-    # A page of an index has no files beside it.
+    # Relative links do not work on a page of an index.
     assert re.findall(r"\]\((?!https://)[^)]*\)", page) == []
     assert re.findall(r"\]\((?!https://)[^)]*\)", (ROOT / "README.md").read_text("utf-8")) != []
 
@@ -292,26 +296,26 @@ def test_the_library_needs_no_more_than_its_tag_promises(parts: Any) -> None:
     if reason := extension.unavailable():
         pytest.skip(reason)
     read = ["readelf", "--wide", "--dynamic", "--version-info", "--dyn-syms", str(extension.LIBRARY)]
-    told = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(read, capture_output=True, text=True, check=True).stdout
     promised = parts["MANYLINUX"][parts["manylinux"](extension.LIBRARY)]
     needed = {name: set[tuple[int, ...]]() for name in promised}
-    for name, number in re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([0-9.]+)", told):
+    for name, number in re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([0-9.]+)", output):
         needed[name].add(tuple(map(int, number.split("."))))
     assert {name for name, found in needed.items() if max(found) > promised[name]} == set()
-    # Whoever loads it has torch: the place of the one it was built against is nobody's.
-    assert "libtorch_cpu.so" in told and "RPATH" not in told and "RUNPATH" not in told
-    assert "PyInit" not in told
+    # A process that loads it has imported torch, so the library has no path to the torch it was built against.
+    assert "libtorch_cpu.so" in output and "RPATH" not in output and "RUNPATH" not in output
+    assert "PyInit" not in output
 
 
 def test_an_editable_install_is_a_plain_path(tree: Path) -> None:
-    """Type checkers follow a path; they cannot run an import hook."""
+    """Type checkers follow a path but cannot run an import hook."""
     code = "from setuptools import build_meta; print(build_meta.build_editable('.'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "transitional" not in done.stderr, done.stderr
     with zipfile.ZipFile(done.stdout.splitlines()[-1]) as made:
         [name] = [name for name in made.namelist() if name.endswith(".pth")]
         assert made.read(name).decode().strip() == str(tree)
-    assert "csrc/cpu/capture.cpp" in tree.joinpath(LIBRARY).read_text()
+    assert "csrc/cpu/capture/capture.cpp" in tree.joinpath(LIBRARY).read_text()
 
 
 def test_an_sdist_holds_what_a_build_needs(tree: Path) -> None:
@@ -324,7 +328,7 @@ def test_an_sdist_holds_what_a_build_needs(tree: Path) -> None:
     assert needed <= names and LIBRARY not in names
 
 
-def test_nothing_is_asked_for_that_breaks_an_install() -> None:
+def test_requirements_do_not_break_an_install() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     [build] = re.findall(r"^requires = (\[.*\])", text, re.MULTILINE)
     assert "torch" not in build and "ninja" in build

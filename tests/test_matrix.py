@@ -1,4 +1,4 @@
-"""What `make matrix` and `make newest` find, refuse and write, with a stub in the place of Python."""
+"""What `make matrix` and `make newest` find, refuse and write, with a stub for Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.matrix.rows import ROWS, Row, chosen
 ROW = Row("3.11-2.10", "3.11", "2.10", "5.12", "3.6")
 PAGE = f"# Title\n\n{table.BEGIN}\n{table.END}\n\nAfter.\n"
 
-# An interpreter that answers as those of an environment do; FAULT names what goes wrong in it.
+# Behaves like the interpreter of an environment; FAULT selects a failure.
 STUB = """#!{python}
 import os, shutil, sys
 from pathlib import Path
@@ -59,8 +59,8 @@ def stub(path: Path, version: str = "3.11") -> Path:
 
 
 @pytest.fixture
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A root with tests to find, a stub that is Python 3.11, and a folder for what is temporary."""
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A root with test files, a stub of Python 3.11, and a folder for temporary files."""
     root = tmp_path / "root"
     for name in ("hf/test_session.py", "hf/test_engine.py", "hf/test_zoo.py", "triton/test_compile.py"):
         (root / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,56 +72,57 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return {"root": root, "logs": tmp_path / "logs", "environ": environ}
 
 
-def try_row(surroundings: dict[str, Any], row: Row = ROW, fault: str = "") -> checks.Outcome:
-    temporary = surroundings["logs"].parent / "temporary"
-    outcome = matrix.try_row(row, **{**surroundings, "environ": {**surroundings["environ"], "FAULT": fault}})
-    assert list(temporary.iterdir()) == [], "the environment is deleted whatever came of it"
+def try_row(setting: dict[str, Any], row: Row = ROW, fault: str = "") -> checks.Outcome:
+    temporary = setting["logs"].parent / "temporary"
+    outcome = matrix.try_row(row, **{**setting, "environ": {**setting["environ"], "FAULT": fault}})
+    assert list(temporary.iterdir()) == [], "the environment is deleted after every outcome"
     return outcome
 
 
-def test_a_row_that_works(surroundings: dict[str, Any]) -> None:
-    outcome = try_row(surroundings)
+def test_a_row_that_works(setting: dict[str, Any]) -> None:
+    outcome = try_row(setting)
     assert outcome.faults == [] and outcome.result == "passed"
     assert outcome.versions == {"python": "3.11", "torch": "2.10.0", "transformers": "5.12.1", "triton": "3.6.0"}
     assert outcome.cells["zoo"] == "1 of 2" and outcome.cells["sessions"] == "2 passed, 1 skipped"
     assert outcome.cells["compiled"] == "36 kernels, 0 at fault"
-    log = (surroundings["logs"] / "3.11-2.10.log").read_text()
-    for asked in ("torch==2.10.*", "transformers==5.12.*", "--no-deps triton==3.6.*", "torchvision==0.25.*"):
-        assert asked in log
+    log = (setting["logs"] / "3.11-2.10.log").read_text()
+    for requirement in ("torch==2.10.*", "transformers==5.12.*", "--no-deps triton==3.6.*", "torchvision==0.25.*"):
+        assert requirement in log
     assert "-m not gpu" in log and "test_session.py" in log and "test_engine.py" in log
 
 
-def test_pips_reason_fails_a_row(surroundings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = try_row(surroundings, fault="pip")
+def test_pips_reason_fails_a_row(setting: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = try_row(setting, fault="pip")
     reason = "Could not find it; No matching distribution found for torch==2.10.*"
     assert outcome.result == f"FAILED: does not install: {reason}"
     assert f"does not install: {reason}" in capsys.readouterr().out
 
 
-def test_a_row_that_is_known_not_to_install_is_told_and_no_failure(
-    surroundings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_a_row_that_is_known_not_to_install_is_reported_and_not_a_failure(
+    setting: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = Row("3.11-2.10", "3.11", "2.10", known="no wheel for this processor")
-    outcome = try_row(surroundings, row, fault="pip")
+    outcome = try_row(setting, row, fault="pip")
     assert outcome.faults == [] and outcome.result == "known: no wheel for this processor"
     assert "No matching distribution found" in capsys.readouterr().out
-    # Where it installs after all it is tried as any other.
-    assert try_row(surroundings, row).result == "passed"
-    assert try_row(surroundings, row, fault="zoo").result.startswith("FAILED")
+    # If it does install, it is tested like any other.
+    assert try_row(setting, row).result == "passed"
+    assert try_row(setting, row, fault="zoo").result.startswith("FAILED")
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [("zoo", "zoo: 1 failed, 2 passed"), ("spills", "compiled: 36 kernels with triton 3.6.0, 1 at")]
+    ("fault", "message"),
+    [("zoo", "zoo: 1 failed, 2 passed"), ("spills", "compiled: 36 kernels with triton 3.6.0, 1 at")],
 )
-def test_what_fails_is_named_and_the_rest_is_tried(surroundings: dict[str, Any], fault: str, told: str) -> None:
-    outcome = try_row(surroundings, fault=fault)
-    assert len(outcome.faults) == 1 and outcome.faults[0].startswith(told)
+def test_a_failure_is_named_and_the_rest_is_run(setting: dict[str, Any], fault: str, message: str) -> None:
+    outcome = try_row(setting, fault=fault)
+    assert len(outcome.faults) == 1 and outcome.faults[0].startswith(message)
     assert set(outcome.cells) == {"sessions", "zoo", "interpreted", "compiled"}
 
 
-def test_where_no_test_ran_the_row_fails(surroundings: dict[str, Any]) -> None:
-    outcome = try_row(surroundings, fault="silent")
-    assert outcome.faults == [f"{name}: it said nothing" for name in checks.TESTS]
+def test_where_no_test_ran_the_row_fails(setting: dict[str, Any]) -> None:
+    outcome = try_row(setting, fault="silent")
+    assert outcome.faults == [f"{name}: no output" for name in checks.TESTS]
     assert outcome.cells["zoo"] == "0 of 0" and outcome.cells["sessions"] == "0 passed"
 
 
@@ -151,7 +152,7 @@ def test_a_given_interpreter_is_of_the_version(tmp_path: Path) -> None:
         find_python("3.10", {"PYTHON310": str(tmp_path / "missing")})
 
 
-def test_a_reason_without_the_word_is_the_end_of_what_was_said() -> None:
+def test_a_reason_without_the_word_is_the_end_of_the_output() -> None:
     assert reason_of("one\ntwo\n\nthree\nfour\n") == "two three four"
     assert reason_of("") == "no reason was given"
 
@@ -163,7 +164,7 @@ def test_rows_are_named() -> None:
         chosen(["3.9"])
 
 
-def test_a_row_replaces_its_own_line() -> None:
+def test_a_row_replaces_its_line() -> None:
     outcome = checks.Outcome({"python": "3.11", "torch": "2.10.0"}, {"zoo": "1 of 2"}, seconds=61.4)
     first = table.line(ROW, outcome, date(2026, 1, 2))
     assert first == "| 3.11-2.10 | 3.11 | 2.10.0 | - | - | 1 of 2 | - | - | - | 61 | 2026-01-02 | passed |"
@@ -188,8 +189,10 @@ def test_a_failed_row_is_the_exit_status(
     monkeypatch.setattr(matrix, "try_row", lambda *_: checks.Outcome(faults=list(faults)))
     monkeypatch.setattr(sys, "argv", ["matrix", "3.12", "3.13"])
     assert matrix.main() == status
-    told = capsys.readouterr().out
-    assert told.endswith("0 of 2 rows passed; failed: 3.12 3.13\n" if faults else "2 of 2 rows passed; failed: none\n")
+    message = capsys.readouterr().out
+    assert message.endswith(
+        "0 of 2 rows passed; failed: 3.12 3.13\n" if faults else "2 of 2 rows passed; failed: none\n"
+    )
     assert list(table.lines_of(page.read_text())) == [row.name for row in ROWS]
 
 
@@ -200,9 +203,9 @@ def test_an_unknown_row_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "ROWS: expected some of" in capsys.readouterr().err
 
 
-def test_the_newest_is_told_apart_from_the_tested() -> None:
-    told = newest.verdict("5.25.0", "5.12", "5.24", False)
-    assert told.startswith(
+def test_the_verdict_compares_the_newest_with_the_tested() -> None:
+    message = newest.verdict("5.25.0", "5.12", "5.24", False)
+    assert message.startswith(
         "tests/hf FAIL; transformers 5.25.0 is newer than TESTED (5.12 to 5.24); it may have renamed"
     )
     assert "may be raised" in newest.verdict("6.0.0", "5.12", "5.24", True)
@@ -210,9 +213,9 @@ def test_the_newest_is_told_apart_from_the_tested() -> None:
     assert "renamed" not in newest.verdict("5.24.3", "5.12", "5.24", False)
 
 
-@pytest.mark.parametrize(("status", "told"), [(0, "tests/hf pass"), (1, "tests/hf FAIL")])
-def test_the_newest_is_tried_in_a_folder_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, told: str
+@pytest.mark.parametrize(("status", "message"), [(0, "tests/hf pass"), (1, "tests/hf FAIL")])
+def test_the_newest_is_tested_in_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, message: str
 ) -> None:
     calls: list[tuple[list[str], str]] = []
 
@@ -226,19 +229,21 @@ def test_the_newest_is_tried_in_a_folder_made_anew(
     monkeypatch.setattr(sys, "argv", ["newest", str(tmp_path / "newest"), "-n", "2"])
     assert newest.main() == status
     assert not (tmp_path / "newest" / "old").exists()
-    (install, _), (_, asked), (zoo, _), (tests, path) = calls
+    (install, _), (_, query_path), (zoo, _), (tests, path) = calls
     assert install[3] == "install" and {"transformers", "tokenizers", "huggingface-hub"} <= set(install)
     assert zoo[-1] == "tests/hf/layouts/test_zoo.py" and tests[-3:] == ["-n", "2", "tests/hf"]
-    assert path == asked == str(tmp_path / "newest")
-    said = capsys.readouterr().out
-    assert said.startswith("transformers 5.25.0\n") and f"{told}; transformers 5.25.0 is newer than TESTED" in said
+    assert path == query_path == str(tmp_path / "newest")
+    output = capsys.readouterr().out
+    assert (
+        output.startswith("transformers 5.25.0\n") and f"{message}; transformers 5.25.0 is newer than TESTED" in output
+    )
 
 
 def test_a_newest_that_does_not_install_or_import_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["newest", str(tmp_path / "newest")])
-    for refusing, told in (("install", "does not install"), ("-c", "does not import")):
+    for refusing, message in (("install", "does not install"), ("-c", "does not import")):
         monkeypatch.setattr(
             subprocess,
             "run",
@@ -247,4 +252,4 @@ def test_a_newest_that_does_not_install_or_import_fails(
             ),
         )
         assert newest.main() == 1
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out

@@ -6,13 +6,13 @@ from carve_kernels.backends.cuda.plan import FLOAT, LAYERS_AT_ONCE, MOST_BLOCKS,
 from carve_kernels.backends.native.region_buffers import most_regions
 from carve_kernels.selfcheck.work import Work
 
-# As in csrc/cuda/capture.h and capture_tile.h.
+# As in csrc/cuda/capture/capture.cuh and tile.cuh.
 _THREADS = 256
 _TILE = 32
 _AT_ONCE = 4
 _KEYS_OF_A_LANE = 4
 
-# As in csrc/cuda/regions.h and regions_rank.cu.
+# As in csrc/cuda/regions/regions.cuh and rank.cu.
 _STEPS = 8
 _DIGIT_BITS = 11
 _TILE_REGIONS = 1 << 10

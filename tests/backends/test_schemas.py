@@ -116,7 +116,7 @@ def test_capture_cpu_refuses_what_it_cannot_read() -> None:
         ({0: [query[0], query[1][:, :2]]}, "same shapes"),
         ({1: [key[0], key[1][:, :, 1:]]}, "same shapes"),
         ({1: [part.half() for part in key]}, "key: expected the dtype"),
-        ({1: [part[..., ::2] for part in key], 0: [part[..., ::2] for part in query]}, "side by side"),
+        ({1: [part[..., ::2] for part in key], 0: [part[..., ::2] for part in query]}, "expected stride 1"),
         ({1: [part.expand(-1, 2, -1, -1)[:, :1].repeat(1, 3, 1, 1) for part in key]}, "heads that divide"),
         ({2: tokens.float()}, "tokens: expected int32"),
         ({2: tokens[:1]}, "tokens: expected shape"),
@@ -175,5 +175,5 @@ def test_regions_cpu_refuses_what_it_cannot_read() -> None:
         with pytest.raises(RuntimeError, match=message):
             op(*good[:index], value, *good[index + 1 :])
     little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
-    with pytest.raises(RuntimeError, match="for 2 regions"):
+    with pytest.raises(RuntimeError, match="at least 2 rows"):
         op(*little)

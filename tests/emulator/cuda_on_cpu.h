@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU, for tests alone. Shared memory starts as NaN; warp operations need all 32 lanes;
-// threads that wait in different places, or leave while others wait, are an error. With several resident blocks all
-// their threads run together and change over at atomics and, in shuffled order, at some loads and stores.
-// It says nothing of speed, of registers, or of the order in which other blocks see plain stores without a fence; under
+// Runs CUDA kernels on the CPU, for tests only. Shared memory starts as NaN; warp operations need all 32 lanes; threads
+// that wait at different barriers, or return while others wait, are an error. The threads of all resident blocks are
+// interleaved: they switch at atomics and, in shuffled order, at some loads and stores.
+// It models neither speed nor registers, nor the order in which other blocks see plain stores without a fence; under
 // ThreadSanitizer a missing fence is a race.
 #pragma once
 
@@ -30,7 +30,7 @@ EMULATED_VECTOR(double, double)
 
 namespace emulated {
 
-// No macros: cudaLaunchConfig_t has members of the same names.
+// Not macros: cudaLaunchConfig_t has members of the same names.
 template <const dim3& (*Get)()>
 struct Index {
   template <unsigned dim3::*Part>
@@ -54,14 +54,14 @@ To bits(From value) {
   return result;
 }
 
-// Read back from memory: no compiler fuses this product or sum with another.
+// Read back from memory, so that no compiler fuses this product or sum with another.
 template <typename T>
 T rounded(T value) {
   const volatile T stored = value;
   return stored;
 }
 
-// What the lane `source(lane)` has of `value`.
+// The `value` of lane source(lane).
 template <typename T, typename Source>
 T exchange(unsigned mask, T value, Source source, const char* file, int line) {
   static_assert(sizeof(T) <= 16);
@@ -202,7 +202,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulated {
-// The call of the runtime that is to fail, counted down; none below 1.
+// The number of runtime calls until one fails; none fails if it starts at 0.
 inline int& planted_failure() {
   static int calls_left = 0;
   return calls_left;
@@ -267,7 +267,7 @@ T& block_shared() {
 
 }  // namespace carve
 
-// What the tests set and read.
+// The interface of the tests.
 extern "C" {
 __attribute__((used, visibility("default"))) inline void emulator_configure(int order, unsigned resident, unsigned seed,
                                                                             int fail) {

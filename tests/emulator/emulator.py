@@ -18,12 +18,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import carve_kernels.backends.native.schemas  # noqa: F401  (the operators' schemas must stand before their implementations register)
+import carve_kernels.backends.native.schemas  # noqa: F401  (implementations register for schemas that are defined)
 from carve_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("forward", "reverse", "shuffled")
-# As nvcc has it, a product and a sum become one operation with one rounding, where the machine has such.
+# nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
 CPU_INFO = Path("/proc/cpuinfo")
 FUSED = ["-ffp-contract=fast", "-fexpensive-optimizations"]
 if CPU_INFO.exists() and " fma " in CPU_INFO.read_text():
@@ -32,7 +32,7 @@ FLAGS = ["-std=c++17", "-O1", *FUSED, "-fPIC", "-fvisibility=hidden", "-Wall", "
 
 
 class Counters(NamedTuple):
-    """What the kernels moved since the last look."""
+    """What the kernels moved since the last reading."""
 
     read_bytes: int
     written_bytes: int
@@ -41,7 +41,13 @@ class Counters(NamedTuple):
 
 
 def sources(stage: str, root: Path = ROOT) -> list[Path]:
-    return [*sorted((root / "csrc/cuda").glob(f"{stage}*.cu")), root / f"csrc/cuda/register_{stage}.cpp"]
+    return [*sorted((root / "csrc/cuda" / stage).glob("*.cu")), root / f"csrc/bindings/{stage}_cuda.cpp"]
+
+
+def headers(root: Path = ROOT) -> list[Path]:
+    """The headers of the kernels, and those of the emulator that replace CUDA's."""
+    folders = (root / "csrc", root / "tests/emulator")
+    return sorted(path for folder in folders for kind in ("*.h", "*.cuh") for path in folder.rglob(kind))
 
 
 def compiler() -> str | None:
@@ -49,29 +55,28 @@ def compiler() -> str | None:
 
 
 def build(stage: str, root: Path = ROOT) -> Path:
-    """The library of a stage's kernels, registered for tensors on a CPU; built anew where a source has changed."""
-    headers = Path(torch.__file__).parent / "include"
-    include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}", f"-I{headers}"]
+    """The library of a stage's kernels, registered for tensors on a CPU; built again where a source has changed."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}", f"-I{torch_headers}"]
     options = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DCARVE_CUDA_KEY=CPU", *include]
     digest = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
-    for path in sorted([*(root / "csrc").glob("**/*"), *(root / "tests/backends/cuda").glob("**/*.h")]):
-        if path.suffix == ".h" or path in sources(stage, root):
-            digest.update(path.read_bytes())
+    for path in [*sources(stage, root), *headers(root)]:
+        digest.update(path.read_bytes())
     target = ROOT / "build/emulated" / f"{stage}-{digest.hexdigest()[:16]}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
-        # Of several processes that test, one compiles, and the others wait for it.
+        # One of several test processes compiles; the others wait for it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            compile_library(sources(stage, root), options, target)
+            compile_library(sources(stage, root), root, options, target)
     return target
 
 
-def compile_library(paths: list[Path], options: list[str], target: Path) -> None:
+def compile_library(paths: list[Path], root: Path, options: list[str], target: Path) -> None:
     torch_root = Path(torch.__file__).parent
     command = compiler() or "g++"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [str(Path(folder, f"{path.stem}.o")) for path in paths]
+        objects = [str(Path(folder, "-".join(path.relative_to(root).parts) + ".o")) for path in paths]
         jobs = [
             subprocess.Popen(
                 [command, *options, "-x", "c++", "-c", str(path), "-o", out], stderr=subprocess.PIPE, text=True
@@ -89,7 +94,7 @@ def compile_library(paths: list[Path], options: list[str], target: Path) -> None
 
 @functools.cache
 def library(stage: str) -> ctypes.CDLL:
-    """The library of a stage, loaded into this process: its operators serve tensors on a CPU from now on."""
+    """The library of a stage, loaded into this process: from then on its operators serve tensors on a CPU."""
     path = str(build(stage))
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
@@ -97,7 +102,7 @@ def library(stage: str) -> ctypes.CDLL:
 
 @contextmanager
 def serving(stage: str) -> Iterator[None]:
-    """Within this context the CUDA room of a stage serves tensors on a CPU."""
+    """Within this context the CUDA backend of a stage serves tensors on a CPU."""
     if compiler() is None:
         pytest.skip("no C++ compiler builds the emulator")
     library(stage)
@@ -109,7 +114,7 @@ def serving(stage: str) -> Iterator[None]:
 
 @contextmanager
 def running(stage: str, order: str = "forward", *, resident: int = 1, seed: int = 1, fail: int = 0) -> Iterator[None]:
-    """Threads run in this order, `resident` blocks at a time; the call number `fail` of CUDA's runtime fails."""
+    """Threads run in this order, `resident` blocks at a time; call number `fail` of the CUDA runtime fails."""
     configure = library(stage).emulator_configure
     configure(ORDERS.index(order), resident, seed, fail)
     try:
@@ -120,6 +125,6 @@ def running(stage: str, order: str = "forward", *, resident: int = 1, seed: int 
 
 def counters(stage: str) -> Counters:
     """What was moved since the last call of this function."""
-    found = (ctypes.c_int64 * 4)()
-    library(stage).emulator_counters(found, True)
-    return Counters(*found)
+    values = (ctypes.c_int64 * 4)()
+    library(stage).emulator_counters(values, True)
+    return Counters(*values)

@@ -1,4 +1,4 @@
-// The threads of a kernel as fibers: who runs next, who waits where, and what was read and written.
+// The threads of a kernel as fibers: scheduling, barriers and counters.
 #pragma once
 
 #include <ucontext.h>
@@ -36,7 +36,7 @@ namespace emulated {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = EMULATED_TSAN(4 *) 64 << 10;
 
-// The emulator's own data is no business of ThreadSanitizer, to which every fiber is a thread.
+// Hides the emulator's own data from ThreadSanitizer, which sees every fiber as a thread.
 struct [[maybe_unused]] Unwatched {
   EMULATED_TSAN(Unwatched() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
                 ~Unwatched() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); })
@@ -47,7 +47,7 @@ inline void acquire(char& tag) { EMULATED_TSAN(__tsan_acquire(&tag);) (void)tag;
 
 enum Order { kForward, kReverse, kShuffled };
 
-// A place where threads wait for each other: all of them at the same line, or the kernel is wrong.
+// A point at which threads wait for each other: all at the same line, or the kernel is wrong.
 struct Meeting {
   const char* file = "";
   int line = 0;
@@ -57,7 +57,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  // Two sets in turn: a lane may already write for the next exchange while others read this one's.
+  // Two sets that alternate: a lane may already write for the next exchange while others read from this one.
   alignas(16) unsigned char slots[2][kWarp][16];
 };
 
@@ -125,11 +125,11 @@ inline void go(Fiber* next) {
   swapcontext(before ? &before->context : &m.main, next ? &next->context : &m.main);
 }
 
-// The next thread that can run, each ready one once a round; none where all wait or are done.
+// The next thread that can run, each ready one once per round; null if all wait or are done.
 inline Fiber* next() {
   Machine& m = machine();
-  // Up to the end of this round, and a whole one: the next round's order may be another.
-  for (size_t looked = 0; looked < 2 * m.turns.size(); ++looked) {
+  // The rest of this round and a whole one: the next round may have another order.
+  for (size_t tried = 0; tried < 2 * m.turns.size(); ++tried) {
     if (m.turn == m.turns.size()) {
       m.turn = 0;
       if (m.order == kShuffled) std::shuffle(m.turns.begin(), m.turns.end(), m.random);
@@ -172,7 +172,7 @@ inline void meet(Meeting& meeting, const char* file, int line) {
   acquire(meeting.tags[generation & 1]);
 }
 
-// Where other blocks may be seen: another thread may come first.
+// At an access that other blocks may see: another thread may run first.
 inline void maybe_switch(unsigned one_in) {
   Unwatched unwatched;
   Machine& m = machine();
@@ -193,13 +193,13 @@ inline void run_thread() {
     fiber.done = true;
     following = ++fiber.block->done == machine().block.count() ? nullptr : next();
   }
-  // ThreadSanitizer's threads may not end unwatched.
+  // A thread must not end while it is hidden from ThreadSanitizer.
   go(following);
 }
 
-inline void start(Block& block, Fiber* const* fibers, unsigned place) {
+inline void start(Block& block, Fiber* const* fibers, unsigned number) {
   Machine& m = machine();
-  block.index = dim3(place % m.grid.x, place / m.grid.x % m.grid.y, place / m.grid.x / m.grid.y);
+  block.index = dim3(number % m.grid.x, number / m.grid.x % m.grid.y, number / m.grid.x / m.grid.y);
   block.barrier = Meeting();
   block.barrier.expected = m.block.count();
   block.warps.assign(m.block.count() / kWarp, Warp());
@@ -235,7 +235,7 @@ inline std::string stuck() {
          ", and " + std::to_string(gone) + " have left";
 }
 
-// Runs a grid; what was wrong with the kernel, or nothing.
+// Runs a grid; the error of the kernel, or an empty string.
 inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
   Unwatched unwatched;
   Machine& m = machine();
@@ -275,7 +275,7 @@ inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, std::function
     go(fiber);
     if (!m.error.empty()) break;
   }
-  // Threads that were left in the middle keep nothing that the next launch could see.
+  // Interrupted threads must not leave a state for the next launch.
   if (!m.error.empty()) m.fibers.clear();
   return m.error;
 }

@@ -1,8 +1,8 @@
-"""Plants faults in the CUDA kernels, one at a time, and sees that the checks catch each.
+"""Plants faults in the CUDA kernels, one at a time, and verifies that the checks catch each.
 
 `python -m tests.emulator.mutate --all` (or names of faults). A fault is caught where the program of its stage
-(tests/native/<stage>_cuda.cpp) gives another result than the CPU's kernels, does not end, or is stopped by a sanitizer.
-The emulator sees no memory order between blocks: a `__threadfence` that is missing is for ThreadSanitizer alone.
+(tests/emulator/<stage>_cuda.cpp) gives another result than the CPU kernels, does not end, or is stopped by a sanitizer.
+The emulator does not model memory order between blocks: only ThreadSanitizer detects a missing `__threadfence`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.emulator.emulator import ROOT, compiler
+from tests.emulator.emulator import ROOT, compiler, headers
 from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
@@ -30,10 +30,10 @@ SANITIZERS = {
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread", "-g"],
 }
-# What a program is told of how much to run; nothing: as much as it runs by itself.
+# The argument that says how much a program runs; without one it runs its default amount.
 AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"], ("capture", "results"): ["seeds"]}
 # Every type of element is compiled from the same headers; one is enough to plant faults in.
-ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("capture_float.cu", "capture_half.cu"))}
+ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("float.cu", "half.cu"))}
 
 
 class Verdict(NamedTuple):
@@ -45,13 +45,13 @@ class Verdict(NamedTuple):
 
 
 def plant(fault: Fault, root: Path) -> None:
-    """Put a fault into a copy of the sources; a pattern that is not there as often as the list says is an error."""
+    """Put a fault into a copy of the sources; ValueError where its pattern occurs another number of times."""
     path = root / "csrc/cuda" / fault.file
     text = path.read_text()
     if (count := text.count(fault.old)) != fault.count:
         raise ValueError(f"{fault.name}: expected {fault.count} of {fault.old!r} in {fault.file}, got {count}")
     pieces = text.split(fault.old)
-    path.write_text(fault.old.join(pieces[: fault.place]) + fault.new + fault.old.join(pieces[fault.place :]))
+    path.write_text(fault.old.join(pieces[: fault.occurrence]) + fault.new + fault.old.join(pieces[fault.occurrence :]))
 
 
 def copy_sources(root: Path) -> None:
@@ -60,26 +60,28 @@ def copy_sources(root: Path) -> None:
 
 
 def sources(stage: str, root: Path) -> list[Path]:
-    patterns = (f"csrc/cuda/{stage}*.cu", f"csrc/cpu/{stage}*.cpp")
+    patterns = (f"csrc/cuda/{stage}/*.cu", f"csrc/cpu/{stage}/*.cpp")
     skipped = ONE_TYPE.get(stage, ([], ()))[1]
-    found = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in skipped]
-    shared = ("csrc/cpu/isa.cpp", "tests/native/parallel.cpp", f"tests/native/{stage}_cuda.cpp")
-    return [*found, *(root / name for name in shared)]
+    kernels = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in skipped]
+    shared = ("csrc/cpu/simd/isa.cpp", "tests/native/parallel.cpp", f"tests/emulator/{stage}_cuda.cpp")
+    return [*kernels, *(root / name for name in shared)]
 
 
 def compile_one(path: Path, root: Path, options: list[str]) -> Path:
-    """An object, made once for the same text of the source, of every header and of the options."""
-    # The CPU's kernels see nothing of the device's.
-    folders = ("csrc/cpu", "csrc") if path.parent == root / "csrc/cpu" else ("csrc/cpu", "csrc", "csrc/cuda", "tests")
-    headers = [header for folder in folders for kind in ("*.h", "*.inc") for header in (root / folder).glob(kind)]
-    headers += (root / "tests").rglob("*.h") if "tests" in folders else []
-    texts = b"".join(header.read_bytes() for header in sorted(headers))
-    digest = hashlib.sha256(repr([path.name, options]).encode() + path.read_bytes() + texts)
+    """An object; compiled once for the same text of the source, its headers and the options."""
+    name = path.relative_to(root).as_posix()
+    included = [*headers(root), *sorted((root / "tests/native").glob("*.h"))]
+    if name.startswith("csrc/cpu/"):
+        # The CPU kernels include no header of the device: a fault in one does not compile them again.
+        on_cpu = {root / "csrc/carve.h", *(root / "csrc/cpu").rglob("*.h")}
+        included = [header for header in included if header in on_cpu]
+    texts = b"".join(header.read_bytes() for header in included)
+    digest = hashlib.sha256(repr([name, options]).encode() + path.read_bytes() + texts)
     target = BUILT / f"{path.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}"]
+        include = [f"-I{root / folder}" for folder in ("tests/emulator/emulated", "csrc", "tests")]
         command = [compiler() or "g++", *options, *include, "-x", "c++", "-c", str(path), "-o", str(fresh)]
         subprocess.run(command, check=True)
         os.replace(fresh, target)
@@ -96,8 +98,8 @@ def build(stage: str, check: str, root: Path) -> Path:
 
 
 @functools.cache
-def fixed_places() -> list[str]:
-    """How a program starts without random places in memory, as ThreadSanitizer wants it; nothing where it may not."""
+def fixed_addresses() -> list[str]:
+    """The prefix that starts a program without address randomization, for ThreadSanitizer; empty where not allowed."""
     command = ["setarch", "-R"]
     allowed = shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True).returncode == 0
     return command if allowed else []
@@ -106,7 +108,7 @@ def fixed_places() -> list[str]:
 def judge(
     stage: str, check: str, fault: Fault | None = None, *, limit: float = 3600.0, amount: list[str] | None = None
 ) -> Verdict:
-    """Build and run the program of a stage, with a fault or without one, for so many seconds at most."""
+    """Build and run the program of a stage, with a fault or without one, for at most `limit` seconds."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         copy_sources(root)
@@ -114,7 +116,7 @@ def judge(
             plant(fault, root)
         command = [str(build(stage, check, root)), *(AMOUNTS.get((stage, check), []) if amount is None else amount)]
         if check == "races":
-            command = [*fixed_places(), *command]
+            command = [*fixed_addresses(), *command]
         environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
         start = time.monotonic()
         try:
@@ -136,8 +138,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every fault of the list")
     parser.add_argument("names", nargs="*", help="faults by name, or parts of names")
-    wanted = parser.parse_args()
-    chosen = [fault for fault in FAULTS if wanted.all or any(name in fault.name for name in wanted.names)]
+    options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if options.all or any(name in fault.name for name in options.names)]
     if not chosen:
         parser.error("no fault is chosen: --all, or some of: " + "; ".join(fault.name for fault in FAULTS))
     missed = 0

@@ -1,10 +1,10 @@
-"""Make the environments of the table one after the other, try what each can, delete it, and write the table.
+"""Create the environments of the table one after the other, run their checks, delete them, and write the table.
 
     python3 -m tests.matrix                       all rows
     python3 -m tests.matrix 3.11-2.13 3.12        some of them; the others keep their lines
 
-Interpreters are looked for as python3.X on the path and under pyenv; PYTHON310=COMMAND names one. The output of pip and
-pytest goes to build/matrix/ROW.log. Exit status 1 where a row failed.
+Interpreters are searched as python3.X on the path and under pyenv; PYTHON310=COMMAND names one. The output of pip and
+pytest goes to build/matrix/ROW.log. Exit status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOGS = ROOT / "build" / "matrix"
 
 
 def try_row(row: Row, root: Path, logs: Path, environ: Mapping[str, str]) -> checks.Outcome:
-    """Make a row's environment, try everything in it, and delete it."""
-    outcome, begun = checks.Outcome(), time.monotonic()
+    """Create the environment of a row, run every check in it, and delete it."""
+    outcome, started = checks.Outcome(), time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{row.name}.log"
     log.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def try_row(row: Row, root: Path, logs: Path, environ: Mapping[str, str]) -> che
         else:
             print("  " + ", ".join(f"{name} {found}" for name, found in outcome.versions.items()), flush=True)
             checks.try_all(environment, outcome)
-    outcome.seconds = time.monotonic() - begun
+    outcome.seconds = time.monotonic() - started
     return outcome
 
 
@@ -64,7 +64,7 @@ def main() -> int:
         outcome = try_row(row, ROOT, LOGS, os.environ)
         print(f"  {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
         if outcome.faults:
-            print(f"  all that was said: {LOGS / row.name}.log", flush=True)
+            print(f"  the whole output: {LOGS / row.name}.log", flush=True)
             failed.append(row.name)
         page = PAGE.read_text(encoding="utf-8")
         written = table.replaced(page, {row.name: table.line(row, outcome, date.today())}, processor())

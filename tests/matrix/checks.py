@@ -1,4 +1,4 @@
-"""What is tried in an environment, and what came out of it."""
+"""The checks in an environment, and their outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMPILED = re.compile(r"^(\d+) kernels with triton \S+, (\d+) at fault$", re.MU
 
 @dataclass
 class Counts:
-    """How many tests passed, by junit's report; `kinds` has each id in brackets and whether all its tests passed."""
+    """Numbers of tests by the report of junit; `kinds` maps each id in brackets to whether all its tests passed."""
 
     passed: int = 0
     failed: int = 0
@@ -33,7 +33,7 @@ class Counts:
 
 @dataclass
 class Outcome:
-    """What a row has to say: what was installed, what was counted, and what went wrong."""
+    """The outcome of a row: installed versions, counts, and failures."""
 
     versions: dict[str, str] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
@@ -49,36 +49,36 @@ class Outcome:
 
 
 def try_all(environment: Environment, outcome: Outcome) -> None:
-    """Run every check, whether one before it has failed or not."""
+    """Run every check, also after a failed one."""
     for name, patterns in TESTS.items():
-        counts, status, said = test(environment, name, patterns)
+        counts, status, output = test(environment, name, patterns)
         outcome.cells[name] = str(counts)
         if name == "zoo":
             outcome.cells[name] = f"{sum(counts.kinds.values())} of {len(counts.kinds)}"
         if status != 0 or not counts.passed:
-            outcome.faults.append(f"{name}: {_last(said)}")
+            outcome.faults.append(f"{name}: {_last(output)}")
         print(f"  {name}: {outcome.cells[name]}", flush=True)
-    status, said = environment.run([str(environment.python), "-m", "tests.backends.triton.offline"])
-    found = _COMPILED.search(said)
-    kernels, faulty = found.groups() if found else ("0", "0")
+    status, output = environment.run([str(environment.python), "-m", "tests.backends.triton.offline"])
+    match = _COMPILED.search(output)
+    kernels, faulty = match.groups() if match else ("0", "0")
     outcome.cells["compiled"] = f"{kernels} kernels, {faulty} at fault"
     if status != 0 or kernels == "0":
-        outcome.faults.append(f"compiled: {_last(said)}")
+        outcome.faults.append(f"compiled: {_last(output)}")
     print(f"  compiled: {outcome.cells['compiled']}", flush=True)
 
 
 def test(environment: Environment, name: str, patterns: list[str]) -> tuple[Counts, int, str]:
-    """Run test files, the slow ones of the zoo too: what was counted, the exit status, what was said."""
+    """Run test files, including the slow ones of the zoo: the counts, the exit status and the output."""
     files = [str(path) for pattern in patterns for path in sorted(environment.source.glob(pattern))]
     report = environment.folder / f"{name}.xml"
     every = ["-m", "not gpu"] if name == "zoo" else []
     command = [str(environment.python), "-m", "pytest", "-q", f"--junitxml={report}", *every, *files]
-    status, said = environment.run(command)
-    return count(report), status, said
+    status, output = environment.run(command)
+    return count(report), status, output
 
 
 def count(report: Path) -> Counts:
-    """Read a report of junit; none is a report of nothing."""
+    """Read a report of junit; a missing report counts nothing."""
     counts = Counts()
     if not report.exists():
         return counts
@@ -93,5 +93,5 @@ def count(report: Path) -> Counts:
     return counts
 
 
-def _last(said: str) -> str:
-    return next((line.strip("= ") for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+def _last(output: str) -> str:
+    return next((line.strip("= ") for line in reversed(output.splitlines()) if line.strip()), "no output")

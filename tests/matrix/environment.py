@@ -1,4 +1,4 @@
-"""A Python environment of its own, with the project built in a copy of its sources."""
+"""A separate Python environment, with the project built in a copy of its sources."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 from tests.matrix.rows import Row
 
-# What the maker of an environment has set for another.
+# Variables of the calling environment that would leak into another.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TRITON_INTERPRET", "PYTEST_ADDOPTS", "MAKEFLAGS", "MFLAGS")
-LEFT_BEHIND = (".*", "__pycache__", "build", "out", "*.egg-info", "*.so")
-# nvcc takes minutes, and no row has a GPU: the CUDA kernels have proofs of their own.
+NOT_COPIED = (".*", "__pycache__", "build", "out", "*.egg-info", "*.so")
+# nvcc takes minutes and no row has a GPU; other tests prove the CUDA kernels.
 SETTINGS = {"CUDACXX": "no-such-compiler", "CARVE_KERNELS_BUILD": "required", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-# What these tests are written with; the rest of the extra [test] is for others.
+# The tools that these tests need; the rest of the extra [test] is for other tests.
 TOOLS = ("pytest", "pytest-benchmark", "hypothesis")
 LIMIT_S = 3600
 
 
 class DoesNotInstall(Exception):
-    """An environment that could not be made, with the reason of whoever refused."""
+    """An environment that could not be created, with the reason."""
 
 
 def find_python(version: str, environ: Mapping[str, str]) -> str:
-    """The interpreter of a version: that of $PYTHON310 and so on, else on the path, else pyenv's newest.
+    """The interpreter of a version: $PYTHON310 and so on, else on the path, else the newest of pyenv.
 
-    Raises DoesNotInstall where there is none.
+    Raises DoesNotInstall if there is none.
     """
     variable = f"PYTHON{version.replace('.', '')}"
     if given := environ.get(variable):
@@ -47,13 +47,13 @@ def find_python(version: str, environ: Mapping[str, str]) -> str:
 
 
 def _is(command: str, version: str) -> bool:
-    """Whether a command runs a Python of this version; pyenv's shims stand on the path and refuse to."""
-    asked = [command, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    """Whether a command runs a Python of this version; a shim of pyenv on the path may fail."""
+    query = [command, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except OSError:
         return False
-    return told.returncode == 0 and told.stdout.strip() == version
+    return answer.returncode == 0 and answer.stdout.strip() == version
 
 
 def _pyenv(environ: Mapping[str, str]) -> Path:
@@ -61,9 +61,9 @@ def _pyenv(environ: Mapping[str, str]) -> Path:
         return Path(root)
     program = shutil.which("pyenv", path=environ.get("PATH"))
     if program:
-        told = subprocess.run([program, "root"], capture_output=True, text=True)
-        if told.returncode == 0:
-            return Path(told.stdout.strip())
+        answer = subprocess.run([program, "root"], capture_output=True, text=True)
+        if answer.returncode == 0:
+            return Path(answer.stdout.strip())
     return Path(environ.get("HOME", "/"), ".pyenv")
 
 
@@ -72,7 +72,7 @@ def _numbers(name: str) -> list[int]:
 
 
 class Environment:
-    """A folder with a virtual environment and the project's sources; all that runs in it is written to a log."""
+    """A folder with a virtual environment and the sources of the project; the output of commands goes to a log."""
 
     def __init__(self, folder: Path, log: Path, environ: Mapping[str, str]) -> None:
         self.folder, self.source, self.log = folder, folder / "source", log
@@ -80,16 +80,16 @@ class Environment:
         self.variables = {name: value for name, value in environ.items() if name not in FOREIGN} | SETTINGS
 
     def install(self, row: Row, root: Path, python: str) -> None:
-        """Make the environment of a row. Raises DoesNotInstall with the reason."""
-        shutil.copytree(root, self.source, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        """Create the environment of a row. Raises DoesNotInstall with the reason."""
+        shutil.copytree(root, self.source, ignore=shutil.ignore_patterns(*NOT_COPIED))
         self._must([python, "-m", "venv", str(self.folder / "venv")])
         self.pip(row.pinned("torch"), "setuptools>=77", "wheel", "ninja")
         torch = self.versions("torch")["torch"]
         transformers = row.pinned("transformers")
         self.pip("--no-build-isolation", "-e", f"{self.source}[cli]", transformers, f"torch=={torch}", *TOOLS)
-        # torch asks for one release of Triton and works with others. On macOS and Windows there is none.
+        # torch requires one release of Triton but works with others. On macOS and Windows there is none.
         self.pip(*([] if row.triton is None else ["--no-deps"]), row.pinned("triton"))
-        # Some processors want torchvision. Its compiled part may not fit this torch, so conftest.py alone finds it.
+        # Some processors need torchvision. Its compiled part may not fit this torch, so only conftest.py finds it.
         minor = int(torch.split(".")[1]) + 15
         self.pip("--no-deps", "--target", str(self.folder / "venv" / "torchvision"), f"torchvision==0.{minor}.*")
 
@@ -97,13 +97,13 @@ class Environment:
         self._must([str(self.python), "-m", "pip", "install", "--progress-bar", "off", *arguments])
 
     def _must(self, command: Sequence[str]) -> None:
-        status, said = self.run(command)
+        status, output = self.run(command)
         if status != 0:
-            raise DoesNotInstall(reason_of(said))
+            raise DoesNotInstall(reason_of(output))
 
     def run(self, command: Sequence[str], **variables: str) -> tuple[int, str]:
-        """Run a command in the sources: its exit status, and what it said."""
-        begun = time.monotonic()
+        """Run a command in the sources: its exit status and its output."""
+        started = time.monotonic()
         try:
             done = subprocess.run(
                 command,
@@ -114,25 +114,25 @@ class Environment:
                 text=True,
                 timeout=LIMIT_S,
             )
-            status, said = done.returncode, done.stdout
+            status, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired as stopped:
-            status, said = 124, f"{_text(stopped.stdout)}\nstopped after {LIMIT_S} s"
+            status, output = 124, f"{_text(stopped.stdout)}\nstopped after {LIMIT_S} s"
         with self.log.open("a") as log:
-            log.write(f"$ {' '.join(command)}\n{said}\n[{status} after {time.monotonic() - begun:.0f} s]\n\n")
-        return status, said
+            log.write(f"$ {' '.join(command)}\n{output}\n[{status} after {time.monotonic() - started:.0f} s]\n\n")
+        return status, output
 
     def versions(self, *packages: str) -> dict[str, str]:
-        """What is installed, without what follows a plus sign."""
-        asked = f"from importlib.metadata import version as v; print(*[v(name) for name in {packages!r}])"
-        status, said = self.run([str(self.python), "-c", asked])
+        """The installed versions, without a local label after a plus sign."""
+        code = f"from importlib.metadata import version as v; print(*[v(name) for name in {packages!r}])"
+        status, output = self.run([str(self.python), "-c", code])
         if status != 0:
-            raise DoesNotInstall(reason_of(said))
-        return dict(zip(packages, (found.split("+")[0] for found in said.split()), strict=True))
+            raise DoesNotInstall(reason_of(output))
+        return dict(zip(packages, (version.split("+")[0] for version in output.split()), strict=True))
 
 
-def reason_of(said: str) -> str:
-    """What pip gives as its reason; the last lines of what does not say ERROR."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def reason_of(output: str) -> str:
+    """The reason that pip gives, or the last lines of an output without ERROR."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return "; ".join(dict.fromkeys(reasons)) or " ".join(lines[-3:]) or "no reason was given"
 

@@ -1,8 +1,8 @@
-"""Try the newest transformers of the index, with what it depends on, beside the installed torch.
+"""Test the newest transformers of the index and its dependencies with the installed torch.
 
     .venv/bin/python -m tests.matrix.newest FOLDER [OPTION OF PYTEST]...
 
-FOLDER is made anew. What it holds goes before the environment's own packages for the tests of tests/hf alone.
+FOLDER is created again. For the tests of tests/hf, its packages take precedence over those of the environment.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("transformers", "tokenizers", "huggingface-hub")
-ASKED = "from carve_kernels.hf import names; print(names.version(), *names.TESTED)"
+VERSIONS = "from carve_kernels.hf import names; print(names.version(), *names.TESTED)"
 
 
 def verdict(version: str, oldest: str, newest: str, passed: bool) -> str:
-    """What the outcome means, by the versions that the package says it was tested with."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    later = found > tuple(int(part) for part in newest.split("."))
+    """The meaning of the outcome, given the versions in TESTED."""
+    number = tuple(int(part) for part in version.split(".")[:2])
+    later = number > tuple(int(part) for part in newest.split("."))
     where = f"transformers {version} is {'newer than TESTED' if later else 'within TESTED'} ({oldest} to {newest})"
     if passed:
         return f"tests/hf pass; {where}" + ("; TESTED in carve_kernels/hf/names.py may be raised" if later else "")
@@ -39,14 +39,14 @@ def main() -> int:
         print("the newest transformers does not install", flush=True)
         return 1
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    told = subprocess.run([sys.executable, "-c", ASKED], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if told.returncode != 0:
-        print(told.stderr, "carve_kernels does not import with the newest transformers", sep="\n", flush=True)
+    query = subprocess.run([sys.executable, "-c", VERSIONS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if query.returncode != 0:
+        print(query.stderr, "carve_kernels does not import with the newest transformers", sep="\n", flush=True)
         return 1
-    version, oldest, newest = told.stdout.split()
+    version, oldest, newest = query.stdout.split()
     print(f"transformers {version}", flush=True)
     tests = [sys.executable, "-m", "pytest", "-q", *sys.argv[2:]]
-    # All of the zoo, of which the tests run a few, and then the tests.
+    # The whole zoo, of which the tests run a part, then the tests.
     runs = [[*tests, "-m", "not gpu", "tests/hf/layouts/test_zoo.py"], [*tests, "tests/hf"]]
     passed = all([subprocess.run(command, cwd=ROOT, env=environment).returncode == 0 for command in runs])
     print(verdict(version, oldest, newest, passed))

@@ -1,4 +1,4 @@
-"""Which environments there are: a Python, and the releases of torch, transformers and Triton in it."""
+"""The environments: a Python, and the releases of torch, transformers and Triton in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """An environment. None takes the newest release that this Python has; `known` says why it need not install."""
+    """An environment. None means the newest release for this Python; `known` says why it may fail to install."""
 
     name: str
     python: str
@@ -34,7 +34,7 @@ ROWS = (
 
 
 def chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names in the table's order; all of them where none is named."""
+    """The rows with these names in the order of the table; all rows if there is no name."""
     known = [row.name for row in ROWS]
     for name in names:
         if name not in known:

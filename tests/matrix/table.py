@@ -36,20 +36,20 @@ def line(row: Row, outcome: Outcome, day: date) -> str:
 
 
 def table(lines: Mapping[str, str]) -> list[str]:
-    """The whole table; lines by the name of their row."""
+    """The whole table; `lines` maps names of rows to lines."""
     missing = {row.name: _cells([row.name, row.python, *["-"] * (len(HEAD) - 3), NOT_RUN]) for row in ROWS}
     rule = _cells(["---"] * len(HEAD))
     return [_cells(list(HEAD)), rule, *(lines.get(row.name, missing[row.name]) for row in ROWS)]
 
 
 def lines_of(page: str) -> dict[str, str]:
-    """The lines of the rows that stand on a page."""
+    """The lines of the rows on a page."""
     named = ((re.match(r"\| (\S+) \|", each), each) for each in page.splitlines())
     return {match[1]: each for match, each in named if match and match[1] in {row.name for row in ROWS}}
 
 
 def replaced(page: str, lines: Mapping[str, str], machine: str) -> str:
-    """The page with these rows anew; the others stay as they were."""
+    """The page with these rows replaced."""
     if BEGIN not in page or END not in page:
         raise ValueError(f"page: expected the marks {BEGIN} and {END} around its table")
     before, rest = page.split(BEGIN, 1)

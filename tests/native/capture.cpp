@@ -1,10 +1,10 @@
-// Runs capture on odd sizes, with garbage around everything; built with sanitizers, where a read or write out of bounds
-// stops it. All the instructions of the machine give the same answer.
+// Runs capture on odd sizes, with guard pages around every array; built with sanitizers, which abort on a read or write
+// out of bounds. Every instruction set of the machine has to give the same result.
 
 #include <cstdio>
 
-#include "capture_problem.h"
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
+#include "native/capture_problem.h"
 
 namespace {
 
@@ -21,11 +21,11 @@ int check(const Shape& shape, carve::Float type) {
   for (View view : {View::kAll, View::kMask, View::kPositions}) {
     for (bool each : {false, true}) {
       carve::force_isa(0);
-      const Result plain = run<T>(shape, type, view, each, with_threads(1));
+      const Result expected = run<T>(shape, type, view, each, with_threads(1));
       for (int isa = 0; isa <= static_cast<int>(carve::best_isa()); ++isa) {
         carve::force_isa(isa);
-        const Result found = run<T>(shape, type, view, each, with_threads(2));
-        if (!close(found, plain)) ++failures;
+        const Result result = run<T>(shape, type, view, each, with_threads(2));
+        if (!close(result, expected)) ++failures;
       }
     }
   }

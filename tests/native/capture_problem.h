@@ -1,4 +1,4 @@
-// Problems of capture with garbage around everything, for the programs that run it under sanitizers.
+// Random inputs of capture between guard pages, for the programs that run it under sanitizers.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct Shape {
 
 enum class View { kAll, kMask, kPositions };
 
-// An array that ends where a page begins that nobody may read: vector and tile loads go past the sanitizer's checks.
+// An array that ends at a page without access: the sanitizers do not check vector and tile loads.
 template <typename T>
 class Guarded {
  public:
@@ -144,17 +144,17 @@ Result run(const Shape& shape, carve::Float type, View view, bool each, Capture 
   return result;
 }
 
-// Relative to the map: rooms and sets of instructions add in another order.
-bool close(const std::vector<float>& found, const std::vector<float>& wanted, float slack) {
-  for (size_t index = 0; index < wanted.size(); ++index) {
-    if (!(std::abs(found[index] - wanted[index]) <= slack * std::abs(wanted[index]) + 1e-30f)) return false;
+// Relative to each value: backends and instruction sets add in different orders.
+bool close(const std::vector<float>& result, const std::vector<float>& expected, float tolerance) {
+  for (size_t index = 0; index < expected.size(); ++index) {
+    if (!(std::abs(result[index] - expected[index]) <= tolerance * std::abs(expected[index]) + 1e-30f)) return false;
   }
   return true;
 }
 
-bool close(const Result& found, const Result& wanted) {
-  return close(found.maps, wanted.maps, 1e-4f) && close(found.mass, wanted.mass, 1e-4f) &&
-         close(found.entropy, wanted.entropy, 1e-3f);
+bool close(const Result& result, const Result& expected) {
+  return close(result.maps, expected.maps, 1e-4f) && close(result.mass, expected.mass, 1e-4f) &&
+         close(result.entropy, expected.entropy, 1e-3f);
 }
 
 }  // namespace

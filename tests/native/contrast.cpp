@@ -1,4 +1,4 @@
-// Runs the contrast on odd sizes; built with sanitizers, where a read or write out of bounds stops it.
+// Runs contrast on odd sizes; built with sanitizers, which abort on a read or write out of bounds.
 
 #include <cmath>
 #include <cstdio>

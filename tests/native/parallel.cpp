@@ -1,4 +1,4 @@
-// Threads for the kernels that are tested without torch: two, however little there is to do.
+// Threads for the kernels without torch: always two, also for little work.
 
 #include "cpu/parallel.h"
 

@@ -1,4 +1,4 @@
-// Runs the regions on odd sizes and values, against a flood fill; built with sanitizers like the contrast.
+// Compares regions with a flood fill on odd sizes and values; built with sanitizers like contrast.
 
 #include <algorithm>
 #include <cstdio>
@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "carve.h"
-#include "regions_pictures.h"
+#include "native/regions_patterns.h"
 
 namespace {
 
-// The pixels of the region around a pixel, of those that the mask has.
+// Removes the region of a pixel from the mask; its number of pixels.
 int64_t erase_region(std::vector<char>& mask, int64_t height, int64_t width, int64_t start, bool eight) {
   std::vector<int64_t> edge{start};
   mask[start] = 0;
@@ -33,7 +33,7 @@ int64_t erase_region(std::vector<char>& mask, int64_t height, int64_t width, int
 template <class T>
 bool run(int kind, int64_t height, int64_t width, double keep, int64_t top, carve::RegionsParams params) {
   const int64_t count = height * width;
-  // Exactly as large as needed: one element past the end is past the allocation.
+  // Allocated without slack: the element after the last is out of bounds.
   std::vector<T> saliency(count);
   for (int64_t index = 0; index < count; ++index) saliency[index] = pattern<T>(kind, index / width, index % width);
   params.capacity = (count + 1) / 2;
@@ -50,18 +50,18 @@ bool run(int kind, int64_t height, int64_t width, double keep, int64_t top, carv
   params.mask = mask.get();
   params.boxes = boxes.data();
   params.scores = scores.data();
-  const carve::RegionsOutcome found = carve::regions_cpu(params);
-  std::vector<char> left(mask.get(), mask.get() + count);
-  if (found.kept == 0) {
-    return found.reason != carve::Reason::kNone && std::count(left.begin(), left.end(), 1) == count;
+  const carve::RegionsOutcome result = carve::regions_cpu(params);
+  std::vector<char> remaining(mask.get(), mask.get() + count);
+  if (result.kept == 0) {
+    return result.reason != carve::Reason::kNone && std::count(remaining.begin(), remaining.end(), 1) == count;
   }
   int64_t regions = 0;
   for (int64_t pixel = 0; pixel < count; ++pixel) {
-    if (left[pixel]) regions += erase_region(left, height, width, pixel, params.connectivity == 8) > 0;
+    if (remaining[pixel]) regions += erase_region(remaining, height, width, pixel, params.connectivity == 8) > 0;
   }
   const bool ordered = params.score != carve::Score::kSum ||
-                       std::is_sorted(scores.begin(), scores.begin() + found.kept, std::greater<double>());
-  return found.reason == carve::Reason::kNone && regions == found.kept && ordered;
+                       std::is_sorted(scores.begin(), scores.begin() + result.kept, std::greater<double>());
+  return result.reason == carve::Reason::kNone && regions == result.kept && ordered;
 }
 
 }  // namespace
@@ -72,7 +72,7 @@ int main() {
                                                           {1, 40000},      {40000, 1}, {263, 257}};
   int failures = 0;
   for (const auto& [height, width] : sizes) {
-    for (int kind = 0; kind < kPictures; ++kind) {
+    for (int kind = 0; kind < kPatterns; ++kind) {
       for (int64_t connectivity : {4, 8}) {
         for (carve::Score score : {carve::Score::kSum, carve::Score::kMean, carve::Score::kMax}) {
           for (const auto& [keep, top] : {std::pair<double, int64_t>{0.2, 0}, {1.0, 1}, {1e-12, 99}, {0.5, 2}}) {

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-# As in csrc/cuda/capture.h and capture_tile.h.
+# As in csrc/cuda/capture/capture.cuh and tile.cuh.
 LAYERS_AT_ONCE = 34
 MOST_ROWS = 8
 MOST_SIZE = 256
 _SPLIT_KEYS = 64
 _MOST_SPLITS = 32
 
-# As in csrc/cuda/regions.h. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The result does
-# not depend on it.
+# As in csrc/cuda/regions/regions.cuh. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The
+# result does not depend on it.
 MOST_BLOCKS = 1024
 
 STAT = 8  # bytes of a maximum and a sum

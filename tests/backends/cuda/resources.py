@@ -1,4 +1,4 @@
-"""Registers and stack of the CUDA kernels in the extension; `python -m tests.backends.cuda.resources` rewrites the table."""
+"""Registers and stack of the CUDA kernels; `python -m tests.backends.cuda.resources` rewrites the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kernel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What ptxas gave a kernel; values that did not fit into registers would stand on the stack or in local memory."""
+    """The resources of a kernel by ptxas; values that do not fit into registers are on the stack or in local memory."""
 
     registers: int
     stack: int
@@ -33,32 +33,32 @@ class Resources(NamedTuple):
 
 
 def find_cuobjdump() -> str | None:
-    """The tool of the CUDA toolkit, or the copy that triton brings along."""
+    """The tool of the CUDA toolkit, or the copy in triton."""
     spec = importlib.util.find_spec("triton")
-    beside = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else Path()
-    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else Path()
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
 
 
 @functools.cache
 def read() -> dict[Kernel, Resources]:
     """The kernels inside the extension."""
     command = [find_cuobjdump() or "cuobjdump", "--dump-resource-usage", str(extension.LIBRARY)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[Kernel, Resources] = {}
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels: dict[Kernel, Resources] = {}
     architecture = ""
     mangled = ""
-    for line in told.splitlines():
+    for line in output.splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\w+):", line):
             mangled = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            found[_kernel(architecture, mangled)] = Resources(*map(int, match.groups()))
-    return found
+            kernels[_kernel(architecture, mangled)] = Resources(*map(int, match.groups()))
+    return kernels
 
 
 def _kernel(architecture: str, mangled: str) -> Kernel:
-    """The name without that of its unnamed namespace, into which nvcc puts where the source stood."""
+    """The name without its unnamed namespace, in which nvcc includes the path of the source."""
     inner = re.search(r"_cu_[0-9a-f]{8}(?:_\d+)?(\d+)(\w+)$", mangled)
     if inner is None:
         return Kernel(architecture, mangled, "-")
@@ -68,8 +68,8 @@ def _kernel(architecture: str, mangled: str) -> Kernel:
     return Kernel(architecture, name, arguments[1] if arguments else "-")
 
 
-def lines(found: dict[Kernel, Resources]) -> list[str]:
-    return [HEADER, *sorted(f"{' '.join(kernel)} {resources.registers}" for kernel, resources in found.items())]
+def lines(kernels: dict[Kernel, Resources]) -> list[str]:
+    return [HEADER, *sorted(f"{' '.join(kernel)} {resources.registers}" for kernel, resources in kernels.items())]
 
 
 if __name__ == "__main__":

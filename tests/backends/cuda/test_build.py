@@ -1,4 +1,4 @@
-"""The CUDA kernels in the extension: what they were compiled to, and what is said where they are not or cannot run."""
+"""The CUDA kernels in the extension: their compiled form, and the messages where they are missing or cannot run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MOST_REGISTERS = 128
 
 
 @pytest.fixture
-def inside() -> set[str]:
-    """The architectures of the kernels in the extension; a skipped test where there are none or nothing reads them."""
+def architectures() -> set[str]:
+    """The architectures of the kernels in the extension; the test is skipped if there are none, or no cuobjdump."""
     if reason := extension.unavailable():
         pytest.skip(reason)
     if not extension.architectures():
@@ -33,33 +33,33 @@ def inside() -> set[str]:
     return {f"sm_{number}" for number in extension.architectures()}
 
 
-def test_every_kernel_is_inside_for_every_architecture(inside: set[str]) -> None:
+def test_every_kernel_is_inside_for_every_architecture(architectures: set[str]) -> None:
     kernels = resources.read()
-    assert {kernel.architecture for kernel in kernels} == inside
+    assert {kernel.architecture for kernel in kernels} == architectures
     named = {kernel[1:] for kernel in kernels}
-    assert {(architecture, *kernel) for architecture in inside for kernel in named} == set(map(tuple, kernels))
+    assert {(architecture, *kernel) for architecture in architectures for kernel in named} == set(map(tuple, kernels))
     assert {"capture_stats", "capture_maps"} <= {kernel.name for kernel in kernels}
 
 
-def test_no_kernel_spills_or_has_a_stack(inside: set[str]) -> None:
+def test_no_kernel_spills_or_has_a_stack(architectures: set[str]) -> None:
     kernels = resources.read()
     assert {kernel: found for kernel, found in kernels.items() if found.stack or found.local} == {}
     assert max(found.registers for found in kernels.values()) <= MOST_REGISTERS
 
 
-def test_registers_are_those_of_the_table(inside: set[str], parts: dict[str, Any]) -> None:
+def test_registers_are_those_of_the_table(architectures: set[str], parts: dict[str, Any]) -> None:
     nvcc = parts["find_nvcc"]() or "false"
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     if "release 13.0" not in release:
         pytest.skip("the table is nvcc 13.0's")
-    table = [line for line in resources.TABLE.read_text().splitlines()[1:] if line.split()[0] in inside]
+    table = [line for line in resources.TABLE.read_text().splitlines()[1:] if line.split()[0] in architectures]
     # After a change to a kernel: python -m tests.backends.cuda.resources
     assert resources.lines(resources.read())[1:] == table
 
 
 @pytest.fixture
-def asked() -> Iterator[pytest.MonkeyPatch]:
-    """A room that has not been asked yet, and forgets what it is told here."""
+def fresh() -> Iterator[pytest.MonkeyPatch]:
+    """A backend without cached answers, before the test and after it."""
     if reason := extension.unavailable():
         pytest.skip(reason)
     caches = (cuda.unavailable, cuda.foreign, backends._why_missing)
@@ -72,9 +72,9 @@ def asked() -> Iterator[pytest.MonkeyPatch]:
 
 
 def gpus(
-    patch: pytest.MonkeyPatch, *capabilities: tuple[int, int], inside: tuple[int, ...] = (80, 90, 100, 120)
+    patch: pytest.MonkeyPatch, *capabilities: tuple[int, int], architectures: tuple[int, ...] = (80, 90, 100, 120)
 ) -> None:
-    patch.setattr(extension, "architectures", lambda: inside)
+    patch.setattr(extension, "architectures", lambda: architectures)
     patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     patch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
@@ -82,45 +82,45 @@ def gpus(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
-def test_a_gpu_whose_architecture_is_inside_serves(asked: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    gpus(asked, (7, 5), capability)
+def test_a_gpu_whose_architecture_is_inside_serves(fresh: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    gpus(fresh, (7, 5), capability)
     assert cuda.unavailable() is None and cuda.foreign(1) is None
     assert "GPU 0 is sm_75" in str(cuda.foreign(0))
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (11, 0)])
-def test_another_gpu_is_told_what_to_build(asked: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    gpus(asked, capability)
+def test_for_another_gpu_the_message_says_what_to_build(fresh: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    gpus(fresh, capability)
     number = f"{capability[0]}{capability[1]}"
-    said = str(cuda.unavailable())
-    assert f"GPU 0 is sm_{number}, and the compiled kernels are for sm_80, sm_90, sm_100, sm_120" in said
-    assert f"CARVE_KERNELS_CUDA_ARCHITECTURES={number} pip install " in said
+    message = str(cuda.unavailable())
+    assert f"GPU 0 is sm_{number}, and the compiled kernels are for sm_80, sm_90, sm_100, sm_120" in message
+    assert f"CARVE_KERNELS_CUDA_ARCHITECTURES={number} pip install " in message
 
 
-def test_a_lower_minor_version_is_another_gpu(asked: pytest.MonkeyPatch) -> None:
-    gpus(asked, (8, 6), inside=(89, 120))
+def test_a_lower_minor_version_is_another_gpu(fresh: pytest.MonkeyPatch) -> None:
+    gpus(fresh, (8, 6), architectures=(89, 120))
     assert "is sm_86" in str(cuda.unavailable())
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("architectures", "message"),
     [
         ((), "was built without CUDA kernels; pip install .* with nvcc on the path"),
         ((80,), "sees no GPU; install NVIDIA"),
     ],
 )
-def test_a_call_without_kernels_or_driver_says_what_is_missing(
-    asked: pytest.MonkeyPatch, inside: tuple[int, ...], said: str
+def test_a_call_without_kernels_or_driver_names_what_is_missing(
+    fresh: pytest.MonkeyPatch, architectures: tuple[int, ...], message: str
 ) -> None:
-    gpus(asked, inside=inside)
+    gpus(fresh, architectures=architectures)
     query = torch.ones(1, 2, 1, 32)
-    with pytest.raises(BackendUnavailable, match=said):
+    with pytest.raises(BackendUnavailable, match=message):
         capture(query, query, torch.zeros(1, 1, dtype=torch.int32), scale=1.0, backend="cuda")
 
 
-def test_the_extension_without_a_library_closes_this_room_too(asked: pytest.MonkeyPatch) -> None:
-    asked.setattr(extension, "unavailable", lambda: "it is gone")
-    assert cuda.unavailable() == "it is gone"
+def test_without_the_library_of_the_extension_this_backend_is_unavailable_too(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(extension, "unavailable", lambda: "it is missing")
+    assert cuda.unavailable() == "it is missing"
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def test_nvcc_is_sought_where_users_name_it(parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nvcc_is_searched_where_users_name_it(parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     on_path = script(tmp_path / "path/nvcc", "")
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.delenv("CUDA_HOME", raising=False)
@@ -164,7 +164,7 @@ def test_no_nvcc_and_one_that_does_not_run_are_reasons(
     assert "expected numbers such as 80;90;100;120, got 80;new" in parts["find_cuda"]()
 
 
-def test_nvcc_is_asked_for_every_architecture_and_for_its_libraries(
+def test_nvcc_compiles_for_every_architecture_and_names_its_libraries(
     parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = """[ "$1" = --dryrun ] && echo '#$ LIBRARIES=  "-L/a b/stubs" "-L/c"' >&2; true"""
@@ -175,7 +175,7 @@ def test_nvcc_is_asked_for_every_architecture_and_for_its_libraries(
         line for line in "".join(parts["statements"](tools, parts["find_cuda"]())).splitlines() if "line =" in line
     ]
     compiled = [line for line in lines if ".cu -o " in line]
-    assert len(compiled) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    assert len(compiled) == len(list((ROOT / "csrc/cuda").rglob("*.cu")))
     for line in compiled:
         assert "arch=compute_75,code=sm_75" in line and "arch=compute_90,code=compute_90" in line
     assert sum("-DCARVE_CUDA_ARCHITECTURES=75,90," in line for line in lines) == 1

@@ -1,4 +1,4 @@
-"""The CUDA kernels of capture in the emulator: any order of threads, real strides, guard bands, launches, bytes."""
+"""The CUDA kernels of capture in the emulator: thread orders, strides, guard bands, launches and bytes."""
 
 from __future__ import annotations
 
@@ -13,32 +13,15 @@ from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE
 from carve_kernels.selfcheck.cuda_work import capture_work
 from carve_kernels.types import Capture
 from tests.emulator import emulator
-from tests.support.attention import Case, planted, poisoned
+from tests.support.attention import Case, planted
+from tests.support.cuda_capture import LONG, WIDE, captured, layered, same
 from tests.support.tolerances import relative
-
-LONG = Case(batch=2, rows=3, keys=2300, tokens=83, query_heads=6, key_heads=3, size=72, gain=1.0, view="positions")
-WIDE = Case(batch=2, rows=7, keys=150, tokens=45, query_heads=20, key_heads=2, size=40, sink=True, softcap=3.0)
 
 
 @pytest.fixture(autouse=True)
 def _served() -> Iterator[None]:
     with emulator.serving("capture"):
         yield
-
-
-def captured(case: Case, heads: str = "mean") -> Capture:
-    arguments, options = planted(case)
-    return capture(*arguments, **options, heads=heads, out=poisoned(case, heads), backend="cuda")  # type: ignore[arg-type]
-
-
-def same(one: Capture, other: Capture) -> bool:
-    return all(torch.equal(part, wanted) for part, wanted in zip(one, other, strict=True))
-
-
-def layered(case: Case, layers: int, steps: int = 1) -> tuple[list[Any], Capture]:
-    problems = [planted(case.but(seed=seed))[0] for seed in range(layers)]
-    shape = (steps, layers, case.batch, case.rows)
-    return problems, Capture(*(torch.full(size, torch.nan) for size in ((*shape, case.tokens), shape, shape)))
 
 
 def run_layers(problems: list[Any], out: Capture, step: int = 0, **options: Any) -> None:
@@ -58,7 +41,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(case: Case, heads: 
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
-def test_a_batch_of_two_is_each_alone(heads: str) -> None:
+def test_a_batch_of_two_equals_each_row(heads: str) -> None:
     (query, key, tokens), options = planted(LONG)
     both = captured(LONG, heads)
     for b in range(2):
@@ -68,7 +51,7 @@ def test_a_batch_of_two_is_each_alone(heads: str) -> None:
         assert same(found, Capture(*(part_of[b : b + 1] for part_of in both)))
 
 
-def test_layers_together_are_each_alone_and_take_two_launches() -> None:
+def test_a_batch_of_layers_equals_each_layer_and_takes_two_launches() -> None:
     case = WIDE.but(sink=False, rows=2)
     problems, out = layered(case, 3, steps=2)
     options = planted(case)[1]
@@ -81,7 +64,7 @@ def test_layers_together_are_each_alone_and_take_two_launches() -> None:
     assert all(bool(part[0].isnan().all()) for part in out)
 
 
-def test_more_layers_than_fit_into_the_arguments_go_in_turns() -> None:
+def test_more_layers_than_fit_into_the_arguments_take_more_launches() -> None:
     case = Case(batch=1, rows=1, keys=9, tokens=4, query_heads=2, size=32, view="all", ragged=False)
     problems, out = layered(case, LAYERS_AT_ONCE + 2)
     emulator.counters("capture")
@@ -93,7 +76,7 @@ def test_more_layers_than_fit_into_the_arguments_go_in_turns() -> None:
         )
 
 
-def test_one_launch_where_the_sum_is_known_and_for_nothing_none() -> None:
+def test_one_launch_with_a_given_sum_and_none_without_work() -> None:
     case = Case(view="all", batch=1)
     (query, key, tokens), options = planted(case)
     logits = query @ key.repeat_interleave(3, 1).mT * options["scale"]
@@ -143,7 +126,7 @@ def test_heads_of_other_sizes(size: int, dtype: torch.dtype) -> None:
 
 
 def banded(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor of NaN with 64 sevens before and behind it in the same memory, and that memory."""
+    """A tensor of NaN between two bands of 64 sevens in the same memory, and that memory."""
     size = torch.Size(shape).numel()
     memory = torch.full((size + 128,), 7.0)
     memory[64 : 64 + size] = float("nan")
@@ -153,7 +136,7 @@ def banded(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     "case", [LONG.but(keys=130), WIDE, WIDE.but(tokens=1, rows=8, size=256), Case(keys=1, tokens=3, view="all")]
 )
-def test_nothing_is_written_beside_the_outputs(case: Case) -> None:
+def test_nothing_outside_the_outputs_is_written(case: Case) -> None:
     arguments, options = planted(case)
     shapes = ((case.batch, case.rows, case.tokens), (case.batch, case.rows), (case.batch, case.rows))
     parts = [banded(shape) for shape in shapes]
@@ -176,7 +159,7 @@ def test_keys_outside_of_the_window_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 2, 2**40])
-def test_a_step_that_there_is_not_is_not_written(step: int) -> None:
+def test_a_step_out_of_range_is_not_written(step: int) -> None:
     problems, out = layered(Case(view="all", batch=1), 2, steps=2)
     run_layers(problems, out, step=step, scale=0.1)
     assert all(bool(part.isnan().all()) for part in out)
@@ -193,20 +176,20 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_the_kernels_move_what_the_roofline_says(name: str, dtype: torch.dtype) -> None:
+def test_the_kernels_move_the_bytes_of_the_roofline(name: str, dtype: torch.dtype) -> None:
     sizes = GEOMETRIES[name]
     case = Case(batch=1, view="all", ragged=False, dtype=dtype, gain=0.0, **sizes)
     problems, out = layered(case, 2)
     emulator.counters("capture")
     run_layers(problems, out, scale=0.1)
     counted = emulator.counters("capture")
-    said = capture_work(layers=2, batch=1, element_bytes=dtype.itemsize, **sizes)
-    assert counted.launches == said.launches
-    assert counted.read_bytes == pytest.approx(said.read_bytes, rel=0.05)
-    assert counted.written_bytes == pytest.approx(said.written_bytes, rel=0.05)
+    predicted = capture_work(layers=2, batch=1, element_bytes=dtype.itemsize, **sizes)
+    assert counted.launches == predicted.launches
+    assert counted.read_bytes == pytest.approx(predicted.read_bytes, rel=0.05)
+    assert counted.written_bytes == pytest.approx(predicted.written_bytes, rel=0.05)
 
 
-def test_a_known_sum_moves_what_the_roofline_says() -> None:
+def test_a_given_sum_moves_the_bytes_of_the_roofline() -> None:
     sizes = GEOMETRIES["narrow heads"]
     case = Case(batch=1, view="all", ragged=False, gain=0.0, **sizes)
     (query, key, tokens), options = planted(case)
@@ -214,6 +197,6 @@ def test_a_known_sum_moves_what_the_roofline_says() -> None:
     emulator.counters("capture")
     capture(query, key, tokens, **options, lse=lse, backend="cuda")
     counted = emulator.counters("capture")
-    said = capture_work(layers=1, batch=1, element_bytes=4, lse=True, **sizes)
-    assert counted.launches == said.launches == 1
-    assert counted.read_bytes == pytest.approx(said.read_bytes, rel=0.05)
+    predicted = capture_work(layers=1, batch=1, element_bytes=4, lse=True, **sizes)
+    assert counted.launches == predicted.launches == 1
+    assert counted.read_bytes == pytest.approx(predicted.read_bytes, rel=0.05)

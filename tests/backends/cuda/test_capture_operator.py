@@ -1,4 +1,4 @@
-"""What the CUDA room of capture and its operator refuse, and what they say where CUDA itself refuses."""
+"""What the CUDA backend of capture and its operator refuse, and their messages when CUDA itself fails."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_capture_cuda_refuses_what_it_cannot_use() -> None:
     for changes, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*(changes.get(index, value) for index, value in enumerate(good)))
-    with pytest.raises(RuntimeError, match="room for"):
+    with pytest.raises(RuntimeError, match="out: expected at least"):
         operator("carve_kernels::cuda_build")(torch.zeros(1, dtype=torch.int64))
 
 
-def test_what_the_room_refuses_says_why() -> None:
+def test_a_refusal_of_the_backend_says_why() -> None:
     (query, key, tokens), options = planted(Case())
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
@@ -62,7 +62,7 @@ def test_what_the_room_refuses_says_why() -> None:
 @pytest.mark.parametrize(
     ("call", "name"), [(1, "cudaGetDevice"), (2, "cudaSetDevice"), (3, "capture_stats"), (4, "capture_maps")]
 )
-def test_every_refusal_of_the_runtime_is_an_error_with_its_name(call: int, name: str) -> None:
+def test_every_failed_call_of_the_runtime_is_an_error_with_its_name(call: int, name: str) -> None:
     arguments, options = planted(Case())
     with (
         emulator.running("capture", fail=call),

@@ -1,4 +1,4 @@
-"""What the CUDA room of capture allocates and converts before its launches: scratch, kept for whom, and sinks."""
+"""What the CUDA backend of capture allocates and converts before its launches: cached scratch memory, and sinks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carve_kernels import capture
-from carve_kernels.backends.cuda import capture as room
+from carve_kernels.backends.cuda import capture as cuda_capture
 from carve_kernels.backends.cuda.plan import scratch_bytes
 from carve_kernels.types import Capture, CaptureOptions
-from tests.backends.cuda.test_capture_kernels import LONG, captured, layered, same
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
+from tests.support.cuda_capture import LONG, captured, layered, same
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _served() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_the_scratch_is_as_large_as_is_said_and_nothing_of_it_is_kept(each: bool) -> None:
+def test_the_scratch_has_the_documented_size_and_no_state(each: bool) -> None:
     case = LONG.but(keys=700)
     (query, key, tokens), options = planted(case)
     heads = "each" if each else "mean"
@@ -50,44 +50,44 @@ def test_the_scratch_is_as_large_as_is_said_and_nothing_of_it_is_kept(each: bool
         )  # fmt: skip
 
 
-def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
-    room._SCRATCH.cached.clear()
+def test_scratch_from_inference_mode_serves_outside_of_it() -> None:
+    cuda_capture._SCRATCH.cached.clear()
     with torch.inference_mode():
         inside = captured(Case())
     assert same(captured(Case()), inside)
-    held = [memory.data_ptr() for memory in room._SCRATCH.cached.values()]
+    cached = [memory.data_ptr() for memory in cuda_capture._SCRATCH.cached.values()]
     captured(Case())
-    assert [memory.data_ptr() for memory in room._SCRATCH.cached.values()] == held and len(held) == 1
+    assert [memory.data_ptr() for memory in cuda_capture._SCRATCH.cached.values()] == cached and len(cached) == 1
     captured(LONG.but(view="all", batch=1))
-    assert [memory.data_ptr() for memory in room._SCRATCH.cached.values()] != held
+    assert [memory.data_ptr() for memory in cuda_capture._SCRATCH.cached.values()] != cached
 
 
-def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is replayed beside other calls, so it may not hand over in the memory that those share."""
-    made = []
-    monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or torch.zeros(size))
+def test_a_captured_graph_gets_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be replayed concurrently with other calls, so it must not use the scratch that those share."""
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size) or torch.zeros(size))
     device = torch.device("cuda", 0)
-    for capturing, sizes in ((True, [100, 100]), (False, [128])):
-        room._SCRATCH.cached.clear()
-        made.clear()
+    for capturing, expected in ((True, [100, 100]), (False, [128])):
+        cuda_capture._SCRATCH.cached.clear()
+        sizes.clear()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        first, second = room._SCRATCH.take(device, 7, 100), room._SCRATCH.take(device, 7, 100)
-        assert made == sizes and (first is second) != capturing and bool(room._SCRATCH.cached) != capturing
-    assert room._SCRATCH.take(device, 8, 100) is not first
-    room._SCRATCH.cached.clear()
+        first, second = cuda_capture._SCRATCH.take(device, 7, 100), cuda_capture._SCRATCH.take(device, 7, 100)
+        assert sizes == expected and (first is second) != capturing and bool(cuda_capture._SCRATCH.cached) != capturing
+    assert cuda_capture._SCRATCH.take(device, 8, 100) is not first
+    cuda_capture._SCRATCH.cached.clear()
 
 
 def test_threads_and_streams_do_not_share_scratch() -> None:
     device = torch.device("cpu")
-    found = [room._SCRATCH.take(device, stream, 100) for stream in (0, 7, 0)]
-    worker = threading.Thread(target=lambda: found.append(room._SCRATCH.take(device, 0, 100)))
+    scratch = [cuda_capture._SCRATCH.take(device, stream, 100) for stream in (0, 7, 0)]
+    worker = threading.Thread(target=lambda: scratch.append(cuda_capture._SCRATCH.take(device, 0, 100)))
     worker.start()
     worker.join()
-    assert found[2] is found[0] and len({memory.data_ptr() for memory in found}) == 3
+    assert scratch[2] is scratch[0] and len({memory.data_ptr() for memory in scratch}) == 3
 
 
 class Conversions(TorchDispatchMode):
-    """Counts the operators that run, but for the capture."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ class Conversions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, []), (torch.bfloat16, ["stack", "_to_copy", "unbind"])])
-def test_sinks_are_made_float32_in_two_launches_for_all_layers(dtype: torch.dtype, wanted: list[str]) -> None:
+def test_sinks_become_float32_in_two_launches_for_all_layers(dtype: torch.dtype, wanted: list[str]) -> None:
     problems, out = layered(Case(view="all", batch=1), 5)
     sinks = [torch.randn(6).to(dtype) for _ in problems]
     step = torch.tensor(0)
     with Conversions() as conversions:
-        room.forward_layers(
+        cuda_capture.forward_layers(
             [query for query, _, _ in problems], [key for _, key, _ in problems], problems[0][2], CaptureOptions(0.1),
             sink=sinks, step=step, first=0, out=out,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which NVIDIA driver is needed and which is here: what the extension tells, and what doctor says of it."""
+"""The required and the installed NVIDIA driver: the answer of the extension and the line of doctor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
-    ("found", "fits", "said"),
+    ("found", "fits", "message"),
     [
         (Driver(13000, 13010, "580.95.05"), True, "CUDA 13.0 is compiled in and needs an NVIDIA driver 580 or newer; "),
         (Driver(13000, 13010, "580.95.05"), True, "; 580.95.05 is installed, for CUDA up to 13.1"),
@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[3]
         (Driver(21040, 0, None), False, "CUDA 21.4 is compiled in and needs an NVIDIA driver for CUDA 21; "),
     ],
 )
-def test_what_is_said(found: Driver, fits: bool, said: str) -> None:
-    assert found.fits is fits and said in str(found)
+def test_the_message(found: Driver, fits: bool, message: str) -> None:
+    assert found.fits is fits and message in str(found)
 
 
-def test_the_extension_tells_the_runtime_inside() -> None:
+def test_the_extension_knows_its_cuda_runtime() -> None:
     if reason := extension.unavailable():
         pytest.skip(reason)
     found = driver.find()
@@ -55,7 +55,7 @@ def test_the_extension_tells_the_runtime_inside() -> None:
     ("text", "version"),
     [("echo 580.95.05; echo 580.95.05", "580.95.05"), ("echo broken; exit 9", None), ("true", None)],
 )
-def test_the_version_is_what_nvidia_smi_says(
+def test_the_version_is_that_of_nvidia_smi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str | None
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -66,7 +66,7 @@ def test_the_version_is_what_nvidia_smi_says(
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, str]]]:
-    """What doctor says of a machine with kernels for these architectures inside."""
+    """The lines of doctor on a machine whose kernels are for these architectures."""
     if reason := extension.unavailable():
         pytest.skip(reason)
 
@@ -87,7 +87,7 @@ def test_doctor(lines: Any) -> None:
     assert "GPU driver" not in lines((), lambda: Driver(0, 0, None))
 
 
-def test_a_library_of_an_older_package_is_told(lines: Any) -> None:
+def test_a_library_of_an_older_package_is_named(lines: Any) -> None:
     def missing() -> Driver:
         raise NotImplementedError("Could not run 'carve_kernels::cuda_versions'")
 
@@ -95,7 +95,7 @@ def test_a_library_of_an_older_package_is_told(lines: Any) -> None:
     assert works == "no" and "older than this package; build it again" in more
 
 
-def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+def test_the_table_in_the_docs_matches_the_code() -> None:
     page = (ROOT / "docs/platforms.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| CUDA (\d+) \| (\d+) or newer \|$", page, re.MULTILINE)
     assert {int(cuda): int(oldest) for cuda, oldest in rows} == OLDEST

@@ -1,4 +1,4 @@
-"""Planted faults: every pattern of the list is in the sources, and a few of the faults are planted and caught."""
+"""Planted faults: every pattern of the list is in the sources, and a few faults are planted and caught."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def right() -> Verdict:
     return judge("regions", "results", amount=[])
 
 
-def test_nothing_is_caught_where_nothing_is_planted(right: Verdict) -> None:
+def test_without_a_fault_nothing_is_caught(right: Verdict) -> None:
     assert not right.fails, right.reason
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the regions, run on a CPU: against the reference, in many orders, between guards, and counted."""
+"""The kernels of regions on a CPU: against the reference, in many thread orders, between guard bands, and counted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from tests.support.planted_maps import SALIENCIES, assert_same
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulator of CUDA needs a C++ compiler")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Any test of this file may be the first one in its process."""
+    emulator.library("regions")
+
+
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 80)),
     st.sampled_from([(1, 1), (1, 255), (1, 257), (256, 1), (2049, 1), (3, 700), (61, 83)]),
@@ -26,7 +33,7 @@ SHAPES = st.one_of(
 
 
 def spiral(side: int) -> torch.Tensor:
-    """One arm a pixel wide, from the corner to the middle: the longest way to a root."""
+    """One arm of width 1 from the corner to the middle: the longest path to a root."""
     found = torch.zeros(side, side)
     y, x, turn = 0, 0, ((0, 1), (1, 0), (0, -1), (-1, 0))
     for leg, length in enumerate([side - 1, side - 1] + [n for n in range(side - 1, 1, -2) for _ in range(2)]):
@@ -38,7 +45,7 @@ def spiral(side: int) -> torch.Tensor:
 
 
 def comb(rows: int, columns: int) -> torch.Tensor:
-    """Teeth that meet in the last row alone, so that every region is joined late."""
+    """Teeth that meet only in the last row, so that every region is joined late."""
     found = torch.zeros(rows, columns)
     found[:, ::2] = 1
     found[-1] = 1
@@ -46,7 +53,7 @@ def comb(rows: int, columns: int) -> torch.Tensor:
 
 
 def checkerboard(rows: int, columns: int) -> torch.Tensor:
-    """As many regions as there can be, of scores that often tie."""
+    """The largest number of regions, with scores that often tie."""
     found = torch.zeros(rows, columns)
     found.view(-1)[:: 2 if columns % 2 else 1] = 1
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -65,7 +72,7 @@ HARD = {
 
 
 def share_above(values: torch.Tensor) -> float:
-    """A share at which the threshold is the least positive value."""
+    """A value of `keep` for which the threshold is the least positive value."""
     return float((values > 0).double().mean()) if bool((values == 0).any()) else 1.0
 
 
@@ -100,10 +107,10 @@ def test_any_order_of_threads_finds_what_the_reference_finds(
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
-@pytest.mark.parametrize("picture", HARD)
+@pytest.mark.parametrize("image", HARD)
 @pytest.mark.parametrize("connectivity", [4, 8])
-def test_hard_pictures(picture: str, connectivity: int, order: str) -> None:
-    values = HARD[picture]
+def test_hard_images(image: str, connectivity: int, order: str) -> None:
+    values = HARD[image]
     options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
     wanted = reference.forward(values, **options)
     assert wanted.reason is None and not bool(wanted.mask.all())
@@ -139,8 +146,7 @@ def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: t
     torch.ops.carve_kernels.regions_cuda(values, *arguments.values(), scratch, *buffers)
 
 
-def test_nothing_beside_the_buffers_is_written() -> None:
-    emulator.library("regions")
+def test_nothing_outside_the_buffers_is_written() -> None:
     values = torch.randn(37, 41)
     plain = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
@@ -166,19 +172,17 @@ def test_nothing_beside_the_buffers_is_written() -> None:
         ({"connectivity": 6}, "connectivity: expected 4 or 8"),
         ({"score": 3}, "score: expected a number"),
         ({"blocks": 0}, "most_blocks: expected 1 to"),
-        ({"keep": 1.0}, "boxes: expected room for 10 regions"),
+        ({"keep": 1.0}, "boxes: expected at least 10 rows"),
     ],
 )
 def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
-    emulator.library("regions")
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
         call(values, buffers, torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8), **changes)
 
 
-def test_the_operator_refuses_little_scratch() -> None:
-    emulator.library("regions")
+def test_the_operator_refuses_too_little_scratch() -> None:
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
     scratch = torch.empty(device.scratch_bytes(4, 5, 4) + 16, dtype=torch.uint8)
@@ -196,11 +200,10 @@ def test_a_failed_launch_is_an_error_with_its_name(fail: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "top"), [((61, 83), 2), ((150, 203), 1), ((1, 900), 2)])
-def test_work_is_what_the_kernels_move(shape: tuple[int, int], top: int, dtype: torch.dtype) -> None:
+def test_the_kernels_move_the_bytes_of_the_work_count(shape: tuple[int, int], top: int, dtype: torch.dtype) -> None:
     # A smooth saliency: few regions, of long runs.
     y, x = torch.meshgrid(torch.linspace(-2, 2, shape[0]), torch.linspace(-2, 2, shape[1]), indexing="ij")
     values = torch.exp(-(y**2) - x**2).to(dtype)
-    emulator.library("regions")
     emulator.counters("regions")
     found: Regions = device.forward(values, keep=0.3, top=top)
     moved = emulator.counters("regions")

@@ -1,0 +1,54 @@
+// Checks of the regions operators' arguments, and their translation into RegionsParams.
+#pragma once
+
+#include <limits>
+
+#include "bindings/checks.h"
+#include "carve.h"
+
+namespace carve {
+
+constexpr int64_t kRegionsOutcome = 6;
+
+// `name` is the name of the operator, for messages.
+inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor& saliency, double keep, int64_t top,
+                                   int64_t floor, int64_t connectivity, int64_t score, torch::stable::Tensor& mask,
+                                   torch::stable::Tensor& boxes, torch::stable::Tensor& scores,
+                                   const torch::stable::Tensor& outcome) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(keep > 0.0 && keep <= 1.0, name, ": keep: expected a share in (0, 1], got ", keep);
+  STD_TORCH_CHECK(top >= 0 && floor >= 0 && (top == 0) != (floor == 0), name,
+                  ": top, floor: expected one of them and 0 for the other, got ", top, " and ", floor);
+  STD_TORCH_CHECK(connectivity == 4 || connectivity == 8, name, ": connectivity: expected 4 or 8, got ", connectivity);
+  STD_TORCH_CHECK(score >= 0 && score <= static_cast<int64_t>(Score::kMax), name,
+                  ": score: expected a number from 0 to 2, got ", score);
+  RegionsParams params{};
+  params.keep = keep;
+  params.top = top;
+  params.floor = floor;
+  params.connectivity = connectivity;
+  params.score = static_cast<Score>(score);
+  params.is_double = saliency.scalar_type() == ScalarType::Double;
+  check_tensor(saliency, name, "saliency", 2, params.is_double ? ScalarType::Double : ScalarType::Float);
+  check_tensor(mask, name, "mask", 2, ScalarType::Bool);
+  check_tensor(boxes, name, "boxes", 2, ScalarType::Long);
+  check_tensor(scores, name, "scores", 1, ScalarType::Double);
+  check_tensor(outcome, name, "outcome", 1, ScalarType::Long);
+  params.height = saliency.size(0);
+  params.width = saliency.size(1);
+  params.capacity = boxes.size(0);
+  STD_TORCH_CHECK(saliency.numel() <= std::numeric_limits<int32_t>::max(), name,
+                  ": saliency: expected fewer than 2^31 pixels");
+  STD_TORCH_CHECK(mask.size(0) == params.height && mask.size(1) == params.width, name,
+                  ": mask: expected the shape of saliency");
+  STD_TORCH_CHECK(boxes.size(1) == 4, name, ": boxes: expected four numbers for each region");
+  STD_TORCH_CHECK(scores.size(0) == params.capacity, name, ": scores: expected as many as boxes");
+  STD_TORCH_CHECK(outcome.size(0) == kRegionsOutcome, name, ": outcome: expected ", kRegionsOutcome, " numbers");
+  params.saliency = saliency.const_data_ptr();
+  params.mask = mask.mutable_data_ptr<bool>();
+  params.boxes = boxes.mutable_data_ptr<int64_t>();
+  params.scores = scores.mutable_data_ptr<double>();
+  return params;
+}
+
+}  // namespace carve

@@ -1,9 +1,0 @@
-#include "cuda/capture_kernels.h"
-
-namespace carve {
-
-void launch_capture_bfloat(const CaptureLaunch& launch, const CapturePlan& plan) {
-  launch_capture_of<__nv_bfloat16>(launch, plan);
-}
-
-}  // namespace carve

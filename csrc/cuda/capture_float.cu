@@ -1,9 +1,0 @@
-#include "cuda/capture_kernels.h"
-
-namespace carve {
-
-void launch_capture_float(const CaptureLaunch& launch, const CapturePlan& plan) {
-  launch_capture_of<float>(launch, plan);
-}
-
-}  // namespace carve

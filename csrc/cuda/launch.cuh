@@ -1,0 +1,52 @@
+// Host code around a kernel: every call is checked, and the caller's device is restored.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda/device.cuh"
+
+namespace carve {
+
+inline void check_cuda(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) static_cast<void>(cudaSetDevice(before_));
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+struct Launch {
+  const char* name;  // for error messages
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+template <typename... Wanted, typename... Given>
+void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = how.stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(given)...), how.name);
+}
+
+}  // namespace carve

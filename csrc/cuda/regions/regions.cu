@@ -1,0 +1,92 @@
+// Regions of a saliency on a GPU: values computed on the host, scratch memory, and the launches in their order.
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/regions/regions.cuh"
+
+namespace carve {
+namespace {
+
+// Divides the scratch memory. Buffers of greater alignment have to be taken first.
+class ScratchAllocator {
+ public:
+  explicit ScratchAllocator(void* scratch) : at_(static_cast<unsigned char*>(scratch)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* buffer = reinterpret_cast<T*>(at_);
+    at_ += count * static_cast<int64_t>(sizeof(T));
+    return buffer;
+  }
+
+ private:
+  unsigned char* at_;
+};
+
+// The position of NumPy's linear percentile among the sorted values. NumPy rounds the fraction and its complement to
+// the dtype of the saliency and interpolates from the nearer end.
+void set_threshold(const RegionsParams& p, RegionsJob& job) {
+  const double last = static_cast<double>(job.count) - 1.0;
+  const double position = last * (100.0 * (1.0 - p.keep) / 100.0);
+  job.rank = static_cast<uint32_t>(std::min(std::floor(position), last));
+  const double fraction = position - static_cast<double>(job.rank);
+  job.from_above = fraction >= 0.5;
+  job.weight = job.from_above ? 1.0 - fraction : fraction;
+}
+
+RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t most_regions) {
+  RegionsJob job{};
+  job.saliency = p.saliency;
+  job.count = static_cast<uint32_t>(p.height * p.width);
+  job.height = static_cast<uint32_t>(p.height);
+  job.width = static_cast<uint32_t>(p.width);
+  job.is_eight = p.connectivity == 8;
+  job.score = p.score;
+  job.keep = p.keep;
+  job.top = p.top;
+  job.floor = p.floor;
+  job.mask = p.mask;
+  job.boxes = p.boxes;
+  job.scores = p.scores;
+  job.outcome = device.outcome;
+  int bits = 0;
+  while (job.count >> bits != 0) ++bits;
+  job.one = std::ldexp(1.0, std::min(36, 62 - bits));
+  if (job.count > 0) set_threshold(p, job);
+
+  ScratchAllocator scratch(device.scratch);
+  job.state = scratch.take<RegionsState>(1);
+  for (Key*& keys : job.keys) keys = scratch.take<Key>(most_regions);
+  for (int32_t*& firsts : job.firsts) firsts = scratch.take<int32_t>(most_regions);
+  for (int32_t** edges : {&job.left, &job.right, &job.bottom}) *edges = scratch.take<int32_t>(most_regions);
+  job.pixels = scratch.take<uint32_t>(most_regions);
+  job.labels = scratch.take<int32_t>(job.count);
+  return job;
+}
+
+}  // namespace
+
+int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity) {
+  // 4: pixels of one colour of a checkerboard do not touch. 8: nor do those in every second row and column.
+  return connectivity == 4 ? (height * width + 1) / 2 : (height + 1) / 2 * ((width + 1) / 2);
+}
+
+int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity) {
+  constexpr int64_t kRegionBytes = 2 * (sizeof(Key) + sizeof(int32_t)) + 4 * sizeof(int32_t);
+  return static_cast<int64_t>(sizeof(RegionsState)) + kRegionBytes * count_most_regions(height, width, connectivity) +
+         static_cast<int64_t>(sizeof(int32_t)) * height * width;
+}
+
+void regions_cuda(const RegionsParams& params, const RegionsDevice& device) {
+  const DeviceGuard guard(device.device);
+  const RegionsLaunches how{static_cast<cudaStream_t>(device.stream), device.most_blocks};
+  const int64_t most_regions = count_most_regions(params.height, params.width, params.connectivity);
+  const RegionsJob job = describe(params, device, most_regions);
+  launch_select(job, params.is_double, how);
+  if (job.count == 0) return;
+  launch_label(job, params.is_double, how);
+  launch_rank(job, params.is_double, most_regions, how);
+}
+
+}  // namespace carve
