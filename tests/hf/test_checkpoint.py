@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from carve_kernels import CarveEngine, load
 from carve_kernels.hf.checkpoint import find
-from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
 from carve_kernels.hf.loading import profile_of
 from carve_kernels.models import small
 from tests.support import tiny_models
@@ -53,7 +52,6 @@ def test_an_id_is_used_where_it_lies(checkpoint: Path, snapshot: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert profile_of(REPO) == {"layers": [1]}
     assert CarveEngine(model, processor).preset.layers == (1,)
-    assert fingerprint_of_directory(snapshot) == fingerprint_of_directory(checkpoint)
 
 
 def test_a_model_that_transformers_loaded_by_its_id_has_its_profile(snapshot: Path) -> None:
@@ -190,11 +188,10 @@ def test_a_snapshot_that_came_in_part_says_what_is_missing(snapshot: Path, part:
         load(REPO)
 
 
-def test_what_the_model_does_not_need_may_be_missing(checkpoint: Path, snapshot: Path) -> None:
-    known = fingerprint_of_directory(checkpoint)
+def test_what_the_model_does_not_need_may_be_missing(snapshot: Path) -> None:
     for name in ("README.md", "pytorch_model.bin", "training.json"):
         (snapshot / name).symlink_to(Path("../../blobs", "0" * 64))
-    assert load(REPO)[0].name_or_path == str(snapshot) and fingerprint_of_directory(snapshot) == known
+    assert load(REPO)[0].name_or_path == str(snapshot)
 
 
 def test_the_network_is_never_asked(checkpoint: Path, tmp_path: Path) -> None:
