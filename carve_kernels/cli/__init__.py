@@ -50,7 +50,7 @@ class _Commands(typer.core.TyperGroup):
 
 
 @contextmanager
-def _without_extension() -> Iterator[None]:
+def _extension_warning() -> Iterator[None]:
     """Say first that the extension is not built, and keep the log from saying it again."""
     try:
         from carve_kernels.backends.native import extension
@@ -85,7 +85,7 @@ class _Command(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _without_extension():
+            with _extension_warning():
                 return super().invoke(ctx)
         except Exception as error:
             message = str(error)

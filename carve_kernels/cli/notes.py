@@ -19,7 +19,7 @@ def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:
         notes.append(f"the model's tokenizer does not know {unknown} of the {len(tokens)} tokens of the question")
     silent = [which for which, answer in _answers(result).items() if not answer.strip()]
     if silent:
-        notes.append(f"the model's {' and '.join(silent)} answer{' is' if len(silent) == 1 else 's are'} empty")
+        notes.append(f"the model returned no text in its {' and its '.join(silent)} answer")
     if (not tokens or unknown or silent) and model.name_or_path == str(small()):
         notes.append("the embedded model, small, only knows questions such as 'what digit is red'")
     return notes

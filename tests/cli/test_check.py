@@ -1,4 +1,4 @@
-"""carve-kernels check: what it prints, writes and returns, with rooms that are right, wrong and not there."""
+"""carve-kernels check: what it prints, writes and returns, with backends that are right, wrong and unavailable."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def needs_extension() -> None:
         pytest.skip(reason)
 
 
-def test_the_rooms_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> None:
+def test_the_backends_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> None:
     needs_extension()
     done = carve("check", "--device", "cpu", "--quick", "--output", tmp_path / "check.json")
     assert done.exit_code == 0, done.output
     found = report_of(tmp_path / "check.json")
     assert list(content(tmp_path)) == ["check.json"]
     assert {(entry["stage"], entry["room"]) for entry in found["checks"]} == {
-        (stage, room) for stage in ("capture", "contrast", "regions") for room in ("cpu", "reference")
+        (stage, backend) for stage in ("capture", "contrast", "regions") for backend in ("cpu", "reference")
     }
     assert len(found["checks"]) == 2 * selfcheck.count(quick=True)
     assert all(entry["right"] is True and entry["problem"] is None for entry in found["checks"])
@@ -51,7 +51,7 @@ def test_the_rooms_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> None:
     assert "predicted, not timed" in done.stdout and "median (p10 to p90)" in done.stdout
 
 
-def test_a_wrong_room_ends_with_1_and_names_the_case(
+def test_a_wrong_backend_ends_with_1_and_names_the_case(
     carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_extension()
@@ -70,23 +70,23 @@ def test_a_wrong_room_ends_with_1_and_names_the_case(
     assert [entry["case"] for entry in wrong] == [
         "sinks, softcap, window, float32", "sinks, softcap, window, bfloat16",
     ]  # fmt: skip
-    assert "wrong: capture in cpu, sinks, softcap, window, float32: maps: relative error 1.0e-02" in done.stdout
+    assert "wrong: capture, backend cpu, sinks, softcap, window, float32: maps: relative error 1.0e-02" in done.stdout
     assert "2 of 60 cases are wrong." in done.stdout
 
 
-def test_a_room_that_is_not_there_is_told(carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_backend_is_reported(carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "the extension _C.abi3.so is not built; build it")
     done = carve("check", "--device", "cpu", "--quick", "-o", tmp_path / "check.json")
     assert done.exit_code == 0, done.output
     assert "is not built; build it" in " ".join(done.stdout.replace("│", " ").split())
-    assert "No kernel serves this device: the reference alone was checked." in done.stdout
+    assert "No kernel serves this device: only the reference was checked." in done.stdout
     found = report_of(tmp_path / "check.json")
     assert {entry["room"] for entry in found["checks"]} == {"reference"}
     assert [cell["shut"] for cell in found["rooms"] if cell["room"] == "cpu"] == [cpu.unavailable()] * 3
 
 
 @pytest.mark.parametrize("words", [["--device", "cuda"], ["--device", "cuda:99"], ["--device", "nowhere"]])
-def test_a_device_that_is_not_there_is_one_line(carve: Invoke, tmp_path: Path, words: list[str]) -> None:
+def test_an_unknown_device_is_one_line(carve: Invoke, tmp_path: Path, words: list[str]) -> None:
     if torch.cuda.is_available() and words[1] == "cuda":
         pytest.skip("there is a GPU")
     done = carve("check", "-o", tmp_path / "check.json", *words)
@@ -101,14 +101,14 @@ def test_an_output_without_a_folder_is_refused_before_the_work(
     carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(selfcheck, "examine", lambda *_args, **_options: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(selfcheck, "examine", lambda *_args, **_options: pytest.fail("worked before it checked"))
     done = carve("check", "--device", "cpu", "--output", tmp_path / path)
     assert done.exit_code == 2
-    assert "is no folder; choose another --output" in done.stderr
+    assert "is not a folder; choose another --output" in done.stderr
     assert list(content(tmp_path)) == ["file"]
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError("no room"), 1)])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError("full"), 1)])
 def test_an_interrupted_check_writes_nothing(
     carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""An answer is checked, and checked not to be trivial, before anything is timed."""
+"""Checks of answers before anything is timed, also that they are not trivial."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import torch
 
 
 class WrongAnswer(RuntimeError):
-    """An opponent does not compute what it is timed for, or what it computes is too dull to tell."""
+    """An opponent gives a wrong answer, or the true answer is too flat for a check."""
 
 
 def check_truth(name: str, truth: torch.Tensor) -> None:
-    """Truth [..., N] must be finite and positive, with a peak in every row: a wrong map may equal a flat one."""
+    """Truth [..., N] must be finite and positive with a peak in every row, since a wrong map may equal a flat one."""
     if not bool(truth.isfinite().all()) or bool((truth <= 0).any()):
-        raise WrongAnswer(f"{name}: expected positive probabilities as the truth, got others")
+        raise WrongAnswer(f"{name}: expected a finite and positive truth, got other values")
     peak = float((truth.amax(-1) / truth.median(-1).values).min())
     if peak < 4:
-        raise WrongAnswer(f"{name}: expected a peak of 4 medians in every row of the truth, got {peak:.2f}: it is flat")
+        raise WrongAnswer(f"{name}: expected a peak of 4 medians in every row of the truth, got {peak:.2f}, a flat row")
 
 
 def check_maps(name: str, found: torch.Tensor, truth: torch.Tensor, *, relative: float, correlation: float) -> None:
-    """Found maps must be the truth, by the largest relative error of an element and by correlation."""
+    """Maps must equal the truth by the largest relative error of an element and by correlation."""
     if found.shape != truth.shape:
         raise WrongAnswer(f"{name}: expected maps {tuple(truth.shape)}, got {tuple(found.shape)}")
     found, truth = found.double(), truth.double()
     error = float(((found - truth).abs() / truth).max())
-    # NaN compares false with everything, so the question is what holds and not what fails.
+    # `not <=` instead of `>`, so that NaN fails.
     if not error <= relative:
         raise WrongAnswer(f"{name}: expected a relative error of at most {relative:.1e}, got {error:.1e}")
-    likeness = correlate(found, truth)
-    if not likeness >= correlation:
-        raise WrongAnswer(f"{name}: expected a correlation of at least {correlation}, got {likeness:.6f}")
+    measured = correlate(found, truth)
+    if not measured >= correlation:
+        raise WrongAnswer(f"{name}: expected a correlation of at least {correlation}, got {measured:.6f}")
 
 
 def correlate(found: torch.Tensor, truth: torch.Tensor) -> float:
