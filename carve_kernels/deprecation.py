@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -68,6 +68,11 @@ def moved_names(module: str, **names: str) -> Callable[[str], Any]:
         return getattr(importlib.import_module(names[name]), name)
 
     return find
+
+
+def with_old_keys(values: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """A record that has values under their old keys too: `with_old_keys(facts, directory="model")`."""
+    return {**values, **{old: values[new] for old, new in names.items()}}
 
 
 def moved_module(path: str) -> ModuleSpec | None:

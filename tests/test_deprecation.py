@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from carve_kernels.deprecation import MODULES, moved_names
+from carve_kernels.deprecation import MODULES, moved_names, with_old_keys
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -30,8 +30,8 @@ def test_the_warning_names_the_line_that_imports() -> None:
     code = "\nimport carve_kernels.picture\nfrom carve_kernels.files import sync\nfrom carve_kernels import schemas\n"
     result = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    told = [line for line in result.stderr.splitlines() if "DeprecationWarning" in line]
-    assert [line.split(":")[1] for line in told] == ["2", "3", "4"] and "carve_kernels.visualize now" in told[0]
+    warned = [line for line in result.stderr.splitlines() if "DeprecationWarning" in line]
+    assert [line.split(":")[1] for line in warned] == ["2", "3", "4"] and "carve_kernels.visualize now" in warned[0]
 
 
 def test_a_path_that_never_was_is_not_found() -> None:
@@ -46,3 +46,7 @@ def test_a_name_that_moved_is_found_in_its_old_module() -> None:
         assert find("View") is importlib.import_module("carve_kernels.types").View
     with pytest.raises(AttributeError, match=r"^module 'carve_kernels\.old' has no attribute 'Veiw'$"):
         find("Veiw")
+
+
+def test_a_record_has_its_old_keys_too() -> None:
+    assert with_old_keys({"new": 1, "other": 2}, old="new") == {"new": 1, "other": 2, "old": 1}

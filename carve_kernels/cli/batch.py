@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from carve_kernels.presets import Preset
     from carve_kernels.types import CarveFailure, CarveResult
 
-_SHOWN = 5
+_MOST = 5
 
 _Marks = dict[str, str | None]
 
@@ -42,7 +42,7 @@ def batch(
     images: Annotated[
         bool, typer.Option("--images", help="Write all files of run for each question, not just result.json.")
     ] = False,
-    pictures: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,
+    old_images: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,
     memory: Annotated[
         str | None,
         options.path("Folder that caches general maps and may be shared with other runs.", "--memory"),
@@ -102,7 +102,7 @@ def batch(
         store.refuse_twins(line.name for line in lines)
         store.refuse_inputs([line.name for line in lines], inputs)
         facts = _facts(model, values, dtype, attn, fit)
-        _Run(store, lines, facts, name, images or pictures, tokens).work(load)
+        _Run(store, lines, facts, name, images or old_images, tokens).work(load)
 
 
 def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class _Run:
         from carve_kernels.hf.engine.fingerprint import key_of
 
         key = key_of(format=2, question=line.text, prompt=line.prompt, truth=line.truth, **self.facts)
-        return {"fingerprint": key, "picture_digest": digest}
+        return {"fingerprint": key, "image_digest": digest}
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
         lines = [line for line in self.lines if line.name in todo]
@@ -183,12 +183,14 @@ class _Run:
                 advance()
 
     def _write(self, line: QuestionLine, result: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
+        from carve_kernels import deprecation
         from carve_kernels.cli.ask import model_facts
         from carve_kernels.cli.notes import notes_of
         from carve_kernels.cli.report import FILES, RECORD, Question, Report, record, write, write_record
         from carve_kernels.types import CarveFailure
 
-        facts: dict[str, Any] = {"id": line.id, "picture": str(line.image), **marks, "error": None}
+        facts: dict[str, Any] = {"id": line.id, "image_path": str(line.image), **marks, "error": None}
+        facts = deprecation.with_old_keys(facts, picture="image_path", picture_digest="image_digest")
         if isinstance(result, CarveFailure):
             error = {"type": type(result.error).__name__, "message": as_typed(result.error)}
             self.store.write_error(line.name, {"question": line.text, **facts, "error": error})
@@ -258,8 +260,8 @@ class _Run:
 
 
 def _first(lines: Sequence[str]) -> str:
-    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return f"{'; '.join(lines[:_SHOWN])}{more}"
+    more = f"; and {len(lines) - _MOST} more" if len(lines) > _MOST else ""
+    return f"{'; '.join(lines[:_MOST])}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

@@ -203,7 +203,7 @@ def _move(source: Path, folder: Path, names: Sequence[str], stale: Sequence[str]
     folder.mkdir(parents=True, exist_ok=True)
     others = (*names[:-1], *stale)
     if others:
-        # The last name goes first. A file that another one identifies goes before that one.
+        # The last name goes first. A file that another one identifies is removed before that one.
         for name in (names[-1], *reversed(others)):
             (folder / name).unlink(missing_ok=True)
     for name in names:

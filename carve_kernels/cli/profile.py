@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from carve_kernels.hf.profile.profile import Probe, Profile
     from carve_kernels.hf.profile.scores import Cell
 
-_SHOWN = 8
+_MOST = 8
 _COLUMNS = ("layer", "rows", "steps", "score", "departure", "entropy", "between", "within")
 _BY_BOXES = ("pointing", "by contrast", "mass")
 # Columns that a narrow screen drops, the first ones first.
@@ -146,13 +146,13 @@ def _summarise(chosen: Profile, output: Path) -> None:
     from carve_kernels.cli.tables import screen, show
 
     best = chosen.best_pointing
-    shown = list(chosen.cells[:_SHOWN])
-    if best is not None and best not in shown:
-        shown.append(best)
+    cells = list(chosen.cells[:_MOST])
+    if best is not None and best not in cells:
+        cells.append(best)
     title = f"{number_of(chosen.questions, 'question')} about {number_of(chosen.pictures, 'image')}"
     columns = ["", *_COLUMNS, *(_BY_BOXES if best is not None else ())]
     lines = []
-    for cell in shown:
+    for cell in cells:
         mark = "pick" if cell is chosen.pick else "points best" if cell is best else ""
         style = "bold" if cell is chosen.pick else ""
         lines.append([Text(text, style=style) for text in (mark, *_numbers(cell))])

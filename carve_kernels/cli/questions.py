@@ -15,7 +15,7 @@ from urllib.parse import quote
 from carve_kernels import checks
 
 _KEYS = ("id", "image", "question", "prompt", "answer")
-_SHOWN = 5
+_MOST = 5
 # Windows takes these for devices, with or without a suffix.
 _DEVICES = frozenset(
     ("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10)))
@@ -83,8 +83,8 @@ def read(path: Path) -> list[QuestionLine]:
 def refuse(path: Path, faults: Sequence[str]) -> None:
     """Raise ValueError with the first few faults of a file, each of which begins with its line."""
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_SHOWN])}{more}")
+        more = f"; and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
+        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_MOST])}{more}")
 
 
 def _escaped(letter: str) -> str:

@@ -36,8 +36,10 @@ def show(
     """Print a table; where it does not fit on the screen, drop columns of `spare`, the first ones first."""
     for count in range(len(spare) + 1):
         dropped = spare[:count]
-        shown = [index for index, column in enumerate(columns) if column not in dropped]
-        result = table(title, [columns[index] for index in shown], [[line[index] for index in shown] for line in lines])
+        visible = [index for index, column in enumerate(columns) if column not in dropped]
+        result = table(
+            title, [columns[index] for index in visible], [[line[index] for index in visible] for line in lines]
+        )
         if Measurement.get(console, console.options.update(max_width=10_000), result).maximum <= console.width:
             break
     console.print(result)

@@ -27,6 +27,7 @@ def test_writes_a_record_for_each_and_tables_of_all(ask: Ask, folder: Path, run:
     assert done.stderr == "" and "3 of 3 questions answered, 0 of them before this run" in done.stdout
 
     found = records(folder)
+    assert found["1"]["image_path"] == found["1"]["picture"] == str(folder / "1.png")
     assert found["a%2Fb"]["id"] == "a/b" and found["1"]["truth"] == "seven" and found["second"]["truth"] is None
     assert run("-i", folder / "1.png").exit_code == 0
     alone = json.loads((folder / "out/result.json").read_text())

@@ -200,6 +200,6 @@ def test_nothing_given_as_null_is_nothing(profile: Invoke, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out/carve.json").read_text())["evidence"]["boxes"] == 2
 
 
-def test_help_shows_the_lines(carve: Invoke) -> None:
-    shown = " ".join(carve("profile", "--help").stdout.replace("│", " ").split())
-    assert '"paraphrases": [text, ...]' in shown and '"box": [x0, y0, x1, y1]' in shown
+def test_help_describes_the_lines(carve: Invoke) -> None:
+    printed = " ".join(carve("profile", "--help").stdout.replace("│", " ").split())
+    assert '"paraphrases": [text, ...]' in printed and '"box": [x0, y0, x1, y1]' in printed

@@ -182,7 +182,7 @@ def test_help_and_version_are_quick() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    shown = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-m", "carve_kernels", "--version"], check=True, capture_output=True, text=True, timeout=60
     )
-    assert shown.stdout == f"carve-kernels {carve_kernels.__version__}\n"
+    assert printed.stdout == f"carve-kernels {carve_kernels.__version__}\n"

@@ -71,10 +71,10 @@ def test_a_narrow_screen_does_without_spare_columns(width: int, kept: str) -> No
     console = Console(width=width, file=io.StringIO())
     lines = [[letter * 10 for letter in "abcde"], ["x"] * 5]
     show(console, "title", list("abcde"), lines, ["d", "c", "b"])
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert {letter for letter in "abcde" if shown.count(letter) >= 10} == set(kept)
-    assert all(rich.cells.cell_len(line) <= width for line in shown.splitlines()) and "\u2026" not in shown
-    assert ("On a wider" in shown) == (len(kept) < 5)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {letter for letter in "abcde" if printed.count(letter) >= 10} == set(kept)
+    assert all(rich.cells.cell_len(line) <= width for line in printed.splitlines()) and "\u2026" not in printed
+    assert ("On a wider" in printed) == (len(kept) < 5)
 
 
 def test_the_table_of_profile_can_be_read(
@@ -94,13 +94,13 @@ def test_the_table_of_profile_can_be_read(
 
 def test_help_has_no_lines_that_end_early(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = carve("batch", "-h").stdout
-    (paragraph,) = (part for part in shown.split("\u256d")[0].split(f"\n{' ' * 80}\n") if "Each question" in part)
+    printed = carve("batch", "-h").stdout
+    (paragraph,) = (part for part in printed.split("\u256d")[0].split(f"\n{' ' * 80}\n") if "Each question" in part)
     lines = [line.strip() for line in paragraph.splitlines()]
     # The next word would not have fitted.
     for line, after in itertools.pairwise(lines):
         assert len(line) + 1 + len(after.split()[0]) > 78, lines
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert max(len(line) for line in printed.splitlines()) <= 80
 
 
 def test_without_a_terminal_long_work_prints_its_progress(
@@ -169,7 +169,7 @@ def test_shares_are_never_rounded_to_nothing_or_all() -> None:
 @pytest.mark.parametrize(
     ("keep", "text"), [(0.2, "20%"), (0.29, "29%"), (0.999, "99.9%"), (0.001, "0.1%"), (1.0, "100%")]
 )
-def test_the_share_to_keep_is_shown_as_it_was_set(keep: float, text: str) -> None:
+def test_the_share_to_keep_is_printed_as_it_was_set(keep: float, text: str) -> None:
     result: Any = SimpleNamespace(preset=Preset(keep=keep), task=SimpleNamespace(layers=(1, 2)))
     assert f"top {text} of the pixels" in _settings(result)
 
