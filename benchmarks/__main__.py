@@ -81,15 +81,15 @@ def cpu(
     total = (len(chosen) + bench_pixels.CELLS) * len(counts) + len(lengths) + 3
     with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
-        found = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance))
+        entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance))
         for count in counts:
-            found += bench_pixels.measure(side, count, budget=seconds, advance=advance)
+            entries += bench_pixels.measure(side, count, budget=seconds, advance=advance)
         torch.set_num_threads(max(counts))
-        found += bench_session.decode(shape, lengths, rounds=3 if quick else 40, advance=advance)
-        found += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
-        found += bench_capture.one_row(row_length, budget=seconds, advance=advance)
-        found += bench_capture.overhead(budget=seconds, advance=advance)
-        report["results"] = _without_goals(found) if quick else found
+        entries += bench_session.decode(shape, lengths, rounds=3 if quick else 40, advance=advance)
+        entries += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
+        entries += bench_capture.one_row(row_length, budget=seconds, advance=advance)
+        entries += bench_capture.overhead(budget=seconds, advance=advance)
+        report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 
@@ -186,17 +186,17 @@ def engine(
     with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
         bench_engine.check(shape, names)
-        found = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
-        found += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
-        found += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
-        report["results"] = _without_goals(found) if quick else found
+        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
+        entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
+        report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 
 
-def _without_goals(found: list[lines.Line]) -> list[lines.Line]:
+def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
     """Small shapes have no goals."""
-    return [{**entry, "goals": []} for entry in found]
+    return [{**entry, "goals": []} for entry in entries]
 
 
 @contextmanager

@@ -53,9 +53,9 @@ def check(shape: Shape, presets: Iterable[str]) -> None:
             _same_maps(f"{opponent}, {name}, task", result.task, task)
             _same_maps(f"{opponent}, {name}, general", result.general, general)
         release = opponents.release_task(), opponents.release_general()
-        for prompt, found, truth in zip(("task", "general"), release, (task, general), strict=True):
-            _same_tokens(f"{RELEASE}, {name}, {prompt}", found.ids, truth.ids)
-            check_maps(f"{RELEASE}, {name}, {prompt}", found.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
+        for prompt, opponent, truth in zip(("task", "general"), release, (task, general), strict=True):
+            _same_tokens(f"{RELEASE}, {name}, {prompt}", opponent.ids, truth.ids)
+            check_maps(f"{RELEASE}, {name}, {prompt}", opponent.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
         if refined_only:
             _same_tokens(f"{EAGER}, {name}, refined answer", last, refined)
 
@@ -88,7 +88,7 @@ def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: C
 
 def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]) -> list[Line]:
     """Peaks in fresh processes: of the engine above two plain answers, and of the slow opponents."""
-    found = []
+    entries = []
     for case in chosen:
         engine = engine_opponents.peak_of(engine_opponents.ENGINE, case)
         price = engine_opponents.peak_of(engine_opponents.PRICE, case, engine.refined)
@@ -107,9 +107,11 @@ def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]
             **{f"{name} - (d)": f"{(tensors - price.tensors) / MIB:.1f}" for name, tensors in peaks.items()},
         }
         goal = Goal("((a) - (d)) / one prefix", _MARGIN, most=True)
-        found.append(line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal]))
+        entries.append(
+            line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal])
+        )
         advance(f"memory of {case.preset_name}, {case.visual} visual tokens")
-    return found
+    return entries
 
 
 def has_small() -> bool:
@@ -123,11 +125,11 @@ def stages(directory: Path, *, rounds: int, advance: Callable[[str], None]) -> L
     saliency = engine(image, QUESTION).saliency
     if not bool(saliency.isfinite().all()) or float(saliency.max()) <= float(saliency.min()):
         raise WrongAnswer(f"engine: expected a saliency with a peak, got {saliency.min()} to {saliency.max()}")
-    found = [engine(image, QUESTION).seconds for _ in range(rounds)]
+    runs = [engine(image, QUESTION).seconds for _ in range(rounds)]
     advance("stages")
     return line(
         "stages of the engine: ms", {"model": directory.name}, {}, [],
-        seconds={stage: [seconds[stage] for seconds in found] for stage in found[0]},
+        seconds={stage: [seconds[stage] for seconds in runs] for stage in runs[0]},
     )  # fmt: skip
 
 
@@ -149,14 +151,14 @@ def _has_release(case: Case) -> bool:
 
 
 def _seconds(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
-    found = {
+    seconds = {
         ENGINE: fast[ENGINE],
         SECOND: fast[SECOND],
         PRICE: _sum(fast, PLAIN, REFINED),
         EAGER: _sum(slow, EAGER_TASK, EAGER_REST),
     }
-    found |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
-    return line("engine: ms", _labels(case), {}, [], seconds=found)
+    seconds |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
+    return line("engine: ms", _labels(case), {}, [], seconds=seconds)
 
 
 def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
@@ -164,15 +166,15 @@ def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list
     allowed = [0.6 * plain + refined for plain, refined in zip(fast[PLAIN], fast[REFINED], strict=True)]
     eager_to_engine = _over(_sum(slow, EAGER_TASK, EAGER_REST), slow[ENGINE])
     eager_to_sdpa = _over(slow[EAGER_TASK], slow[PLAIN])
-    found = {
+    rounds = {
         "(a) / (d)": _over(fast[ENGINE], _sum(fast, PLAIN, REFINED)),
         "second / (0.6 plain + refined)": _over(fast[SECOND], allowed),
         "(b) / (a)": eager_to_engine,
         "eager / sdpa": eager_to_sdpa,
         "(b) / (a) / (eager / sdpa)": _over(eager_to_engine, eager_to_sdpa),
     }
-    found |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
-    ratios = {name: Spread.of(values) for name, values in found.items()}
+    rounds |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
+    ratios = {name: Spread.of(values) for name, values in rounds.items()}
     return line("engine: ratios", _labels(case), ratios, _goals(case))
 
 
@@ -194,13 +196,13 @@ def _goals(case: Case) -> list[Goal]:
     return goals
 
 
-def _growth(found: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> list[Line]:
+def _growth(ratios_by_case: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> list[Line]:
     """The median of (a) / (d) of the largest image over that of the smallest; 5 % of growth is noise.
 
     The images were not timed in turns, so that their rounds are not pairs.
     """
     lines = []
-    for (preset, new_tokens), entries in found.items():
+    for (preset, new_tokens), entries in ratios_by_case.items():
         (least, small_ratios), (most, large_ratios) = min(entries), max(entries)
         if least < most:
             labels = {"preset": preset, "new tokens": new_tokens, "from": least, "to": most}
@@ -234,21 +236,21 @@ def _check_rounded(opponents: Opponents) -> Pass:
     for ids in (result.answer_ids, result.refined_ids, second.answer_ids, second.refined_ids):
         if len(ids) != opponents.case.new_tokens:
             raise WrongAnswer(f"{ENGINE}: expected answers of {opponents.case.new_tokens} tokens, got {len(ids)}")
-    found = result.task.values[0, :, 0, 0]
-    check_truth(ENGINE, found)
-    likeness = correlate(found, task.maps[:, 0])
-    if not likeness >= 0.98:
-        raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {likeness:.4f}")
+    maps = result.task.values[0, :, 0, 0]
+    check_truth(ENGINE, maps)
+    correlation = correlate(maps, task.maps[:, 0])
+    if not correlation >= 0.98:
+        raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {correlation:.4f}")
     return task
 
 
-def _same_tokens(name: str, found: Sequence[int], truth: Sequence[int]) -> None:
-    if list(found) != list(truth):
-        raise WrongAnswer(f"{name}: expected the tokens {list(truth)}, got {list(found)}")
+def _same_tokens(name: str, ids: Sequence[int], truth: Sequence[int]) -> None:
+    if list(ids) != list(truth):
+        raise WrongAnswer(f"{name}: expected the tokens {list(truth)}, got {list(ids)}")
 
 
-def _same_maps(name: str, found: AttentionMaps, truth: Pass) -> None:
-    maps = found.values[0, :, :, 0]
+def _same_maps(name: str, captured: AttentionMaps, truth: Pass) -> None:
+    maps = captured.values[0, :, :, 0]
     check_truth(name, truth.maps)
     check_maps(name, maps, truth.maps[:, : maps.shape[1]], relative=2e-4, correlation=1 - 1e-6)
 
@@ -257,8 +259,8 @@ def _sum(seconds: Mapping[str, list[float]], *names: str) -> list[float]:
     return [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)]
 
 
-def _over(found: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(found, other, strict=True)]
+def _over(seconds: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(seconds, other, strict=True)]
 
 
 def test_engine(benchmark: Any) -> None:

@@ -79,13 +79,13 @@ def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[
 
 def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
     """A session changes no token, and its maps equal eager's; in bf16, eager's own rounding moves its tokens."""
-    found = {name: run() for name, run in runs.items()}
-    plain, session, eager = found[PLAIN], found[SESSION], found.get(EAGER)
+    answers = {name: run() for name, run in runs.items()}
+    plain, session, eager = answers[PLAIN], answers[SESSION], answers.get(EAGER)
     exact = shape.dtype == "float32"
     for name in (SESSION, EAGER) if exact and eager else (SESSION,):
-        if not torch.equal(found[name].ids, plain.ids):
+        if not torch.equal(answers[name].ids, plain.ids):
             raise WrongAnswer(
-                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {found[name].ids.tolist()}"
+                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {answers[name].ids.tolist()}"
             )
     check_truth(SESSION, session.maps)
     if eager is None:
@@ -260,7 +260,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
         peaks.add_row(
             str(entry["length"]), str(entry["rows"]), f"{entry['plain']['tensors'] / MIB:.1f}",
             f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{entry['bound'] / MIB:.3f}",
-            f"{entry['eager_extra'] / MIB:.1f}" + ("" if entry["eager_measured"] else " (computed, matrices alone)"),
+            f"{entry['eager_extra'] / MIB:.1f}" + ("" if entry["eager_measured"] else " (computed, only the matrices)"),
         )  # fmt: skip
     return [prices, peaks]
 

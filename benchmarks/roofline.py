@@ -31,8 +31,8 @@ DEPTH, HIDDEN, INNER, VOCABULARY = 28, 3584, 18944, 152064
 Entry = dict[str, Any]
 
 
-class Entrant(NamedTuple):
-    """A backend or an opponent: its name, its work, and the units of the GPU that do its arithmetic."""
+class Cost(NamedTuple):
+    """The cost of a backend or an opponent: its name, its work, and the units of the GPU that do its arithmetic."""
 
     name: str
     work: Work
@@ -48,7 +48,7 @@ def decode_step(keys: int) -> Work:
     return Work(2 * (weights + cache), 0, 2 * weights + DEPTH * 4 * keys * heads * size, 0)
 
 
-def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Entrant]:
+def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Cost]:
     """Capture of several layers for a batch of one, by every backend that counts its work."""
     heads, key_heads, size = GEOMETRIES[case.geometry]
     sizes = {"layers": layers, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": case.rows}
@@ -57,67 +57,67 @@ def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator
         too_many = backend == "cuda" and case.rows > FEW_ROWS
         work = None if too_many else work_of("capture", backend, **sizes, lse=lse)
         if work is not None:
-            yield Entrant(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
+            yield Cost(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
 
 
-def opponents(case: Case, layers: int = LAYERS) -> Iterator[Entrant]:
+def opponents(case: Case, layers: int = LAYERS) -> Iterator[Cost]:
     """The opponents for the same layers; eager attention and FlashAttention over all rows of a prefill."""
-    yield Entrant("common idiom", _layers(opponent_work.idiom(case), layers))
-    yield Entrant("FlashAttention, prefill", _layers(opponent_work.flash(case), layers))
-    yield Entrant("eager, prefill", _layers(opponent_work.eager(case, case.length), layers))
+    yield Cost("common idiom", _layers(opponent_work.idiom(case), layers))
+    yield Cost("FlashAttention, prefill", _layers(opponent_work.flash(case), layers))
+    yield Cost("eager, prefill", _layers(opponent_work.eager(case, case.length), layers))
 
 
 def _layers(work: Work, layers: int) -> Work:
     return Work(*(layers * count for count in work))
 
 
-def pixels() -> Iterator[Entrant]:
+def pixels() -> Iterator[Cost]:
     work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(SIDE, SIDE))
     if work is not None:
-        yield Entrant("contrast, triton", work, UNITS["contrast", "triton"])
+        yield Cost("contrast, triton", work, UNITS["contrast", "triton"])
     work = work_of("regions", "cuda", height=SIDE, width=SIDE)
     if work is not None:
-        yield Entrant("regions, cuda", work, UNITS["regions", "cuda"])
+        yield Cost("regions, cuda", work, UNITS["regions", "cuda"])
 
 
 def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], None]) -> list[Entry]:
     """Every line of every table."""
     step = decode_step(HEADLINE_LENGTH)
     case = Case(HEADLINE, HEADLINE_LENGTH, 1, "bf16")
-    found = [_entry("decode", Entrant("the whole step", step), {}, step)]
-    for entrant in (*captures(case), *captures(case, lse=True)):
-        found.append(_entry("decode", entrant, {}, step))
-    found.append(_entry("decode", Entrant("common idiom", _layers(opponent_work.idiom(case), LAYERS)), {}, step))
-    found.append(_entry("decode", Entrant("eager attention", _layers(opponent_work.eager(case, 1), LAYERS)), {}, step))
+    entries = [_entry("decode", Cost("the whole step", step), {}, step)]
+    for cost in (*captures(case), *captures(case, lse=True)):
+        entries.append(_entry("decode", cost, {}, step))
+    entries.append(_entry("decode", Cost("common idiom", _layers(opponent_work.idiom(case), LAYERS)), {}, step))
+    entries.append(_entry("decode", Cost("eager attention", _layers(opponent_work.eager(case, 1), LAYERS)), {}, step))
     advance("decode step")
     for geometry, length, rows in product(geometries, lengths, ROWS):
         case = Case(geometry, length, rows, "bf16")
         labels = {"geometry": geometry, "S": length, "R": rows}
-        found += [_entry("capture", entrant, labels) for entrant in (*captures(case), *opponents(case))]
+        entries += [_entry("capture", cost, labels) for cost in (*captures(case), *opponents(case))]
         advance(str(case))
-    return found + [_entry("pixels", entrant, {}) for entrant in pixels()]
+    return entries + [_entry("pixels", cost, {}) for cost in pixels()]
 
 
-def _entry(table: str, entrant: Entrant, labels: dict[str, Any], step: Work | None = None) -> Entry:
+def _entry(table: str, cost: Cost, labels: dict[str, Any], step: Work | None = None) -> Entry:
     predicted = {}
     for gpu in GPUS.values():
-        host, graph = (predict(entrant.work, gpu, unit=entrant.unit, graphs=graphs) for graphs in (False, True))
+        host, graph = (predict(cost.work, gpu, unit=cost.unit, graphs=graphs) for graphs in (False, True))
         predicted[gpu.name] = {"launched": host._asdict(), "graph": graph._asdict()}
         if step is not None:
-            predicted[gpu.name]["share"] = _share(entrant, step, gpu)
+            predicted[gpu.name]["share"] = _share(cost, step, gpu)
     return {
         "table": table,
-        "way": entrant.name,
+        "way": cost.name,
         "labels": labels,
-        "work": entrant.work._asdict(),
+        "work": cost.work._asdict(),
         "predicted": predicted,
     }
 
 
-def _share(entrant: Entrant, step: Work, gpu: Gpu) -> dict[str, float]:
+def _share(cost: Cost, step: Work, gpu: Gpu) -> dict[str, float]:
     """The share of a decode step: launched by the host and in a graph, then the same without any overlap."""
     whole = predict(step, gpu).seconds
-    host, graph = (predict(entrant.work, gpu, unit=entrant.unit, graphs=graphs) for graphs in (False, True))
+    host, graph = (predict(cost.work, gpu, unit=cost.unit, graphs=graphs) for graphs in (False, True))
     return {
         "launched": host.seconds / whole,
         "graph": graph.seconds / whole,
@@ -136,9 +136,9 @@ _TITLES = {
 }
 
 
-def tables(found: list[Entry]) -> list[Table]:
+def tables(entries: list[Entry]) -> list[Table]:
     result = []
-    for title, heads, rows in _layout(found):
+    for title, heads, rows in _layout(entries):
         table = Table(title=title)
         for head in heads:
             table.add_column(head, justify="left" if head in ("name", "geometry", "backend") else "right")
@@ -164,10 +164,10 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _layout(found: list[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+def _layout(entries: list[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and rows of each table; the opponents of a capture are further columns."""
     for table, title in _TITLES.items():
-        chosen = [entry for entry in found if entry["table"] == table]
+        chosen = [entry for entry in entries if entry["table"] == table]
         if not chosen:
             continue
         work = ["MB", "MFLOP", "launches"]

@@ -89,7 +89,7 @@ class _MovedModule(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         _warn(module.__name__, self._path)
-        # The import system returns what stands in sys.modules, not the empty module that it made.
+        # The import system then returns this entry, not the empty module that it created.
         sys.modules[module.__name__] = importlib.import_module(self._path)
 
 

@@ -32,5 +32,5 @@ def usable(name: str, value: Any) -> torch.device:
 
 def available() -> list[str]:
     """The devices that torch can use here, the CPU first."""
-    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return [*found, "mps"] if torch.backends.mps.is_available() else found
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [*names, "mps"] if torch.backends.mps.is_available() else names

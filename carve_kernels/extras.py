@@ -26,8 +26,8 @@ def requirement(package: str) -> str:
         lines = metadata.requires("carve-kernels") or []
     except metadata.PackageNotFoundError:
         lines = []
-    found = (re.match(rf"({re.escape(package)}[^\w.;-][^;]*)", line) for line in lines)
-    return next((match[1].strip() for match in found if match), package)
+    matches = (re.match(rf"({re.escape(package)}[^\w.;-][^;]*)", line) for line in lines)
+    return next((match[1].strip() for match in matches if match), package)
 
 
 @contextmanager

@@ -18,19 +18,19 @@ def check_truth(name: str, truth: torch.Tensor) -> None:
         raise WrongAnswer(f"{name}: expected a peak of 4 medians in every row of the truth, got {peak:.2f}, a flat row")
 
 
-def check_maps(name: str, found: torch.Tensor, truth: torch.Tensor, *, relative: float, correlation: float) -> None:
+def check_maps(name: str, maps: torch.Tensor, truth: torch.Tensor, *, relative: float, correlation: float) -> None:
     """Maps must equal the truth by the largest relative error of an element and by correlation."""
-    if found.shape != truth.shape:
-        raise WrongAnswer(f"{name}: expected maps {tuple(truth.shape)}, got {tuple(found.shape)}")
-    found, truth = found.double(), truth.double()
-    error = float(((found - truth).abs() / truth).max())
+    if maps.shape != truth.shape:
+        raise WrongAnswer(f"{name}: expected maps {tuple(truth.shape)}, got {tuple(maps.shape)}")
+    maps, truth = maps.double(), truth.double()
+    error = float(((maps - truth).abs() / truth).max())
     # `not <=` instead of `>`, so that NaN fails.
     if not error <= relative:
         raise WrongAnswer(f"{name}: expected a relative error of at most {relative:.1e}, got {error:.1e}")
-    measured = correlate(found, truth)
+    measured = correlate(maps, truth)
     if not measured >= correlation:
         raise WrongAnswer(f"{name}: expected a correlation of at least {correlation}, got {measured:.6f}")
 
 
-def correlate(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([found.double().flatten(), truth.double().flatten()]))[0, 1])
+def correlate(maps: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([maps.double().flatten(), truth.double().flatten()]))[0, 1])

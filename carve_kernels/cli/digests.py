@@ -12,17 +12,17 @@ _WEIGHTS = (".safetensors", ".bin")
 
 def file_digest(path: Path) -> str | None:
     """The content of a file, read in blocks; None where it cannot be read."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         # A device or a pipe has no end.
         if not path.is_file():
             return None
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                found.update(block)
+                digest.update(block)
     except OSError:
         return None
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -32,12 +32,12 @@ def checkpoint_digest(folder: Path) -> str:
     weights that are replaced by others of the same size and time are not noticed. The carve.json is left out, since a
     caller may use another profile.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     # A snapshot in the hub cache is made of links, some of which may be broken.
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         if path.suffix in _WEIGHTS:
             facts = path.stat()
-            found.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         elif path.suffix in _TEXTS and path.name != "carve.json":
-            found.update(f"{path.name} {file_digest(path)}\n".encode())
-    return found.hexdigest()
+            digest.update(f"{path.name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()

@@ -61,7 +61,7 @@ FitOption = Annotated[
     str | None,
     option(
         "pad puts an image on a canvas that the model sees in full, where its processor would crop the image. "
-        "Default: the processor's own way.",
+        "Default: as the processor does.",
         "--fit",
         "Method",
     ),
@@ -194,8 +194,8 @@ def check_fit(fit: str | None) -> None:
     from carve_kernels.hf.layouts.letterbox import FITS
 
     if fit is not None:
-        # None stands for an absent option and cannot be typed.
-        checks.choice("fit", fit, [known for known in FITS if known is not None])
+        # None means that the option is absent; it cannot be typed.
+        checks.choice("fit", fit, [name for name in FITS if name is not None])
 
 
 def pixel_limit(max_image_pixels: int | None) -> int:

@@ -95,17 +95,17 @@ def _question(text: str, number: int, folder: Path) -> QuestionLine:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise TypeError(f"expected a JSON object, got {checks.describe(values)}")
-    known = {key: values[key] for key in _KEYS if values.get(key) is not None}
-    id = known.get("id", number)
+    fields = {key: values[key] for key in _KEYS if values.get(key) is not None}
+    id = fields.get("id", number)
     if isinstance(id, bool) or not isinstance(id, (str, int)):
         raise TypeError(f"id: expected a text or a number, got {checks.describe(id)}")
     question = QuestionLine(
         id=checks.text("id", str(id)),
         line=number,
-        image=folder / _path("image", known.get("image")),
-        text=_text("question", known.get("question")),
-        prompt=_text("prompt", known["prompt"]) if "prompt" in known else None,
-        truth=_text("answer", known["answer"]) if "answer" in known else None,
+        image=folder / _path("image", fields.get("image")),
+        text=_text("question", fields.get("question")),
+        prompt=_text("prompt", fields["prompt"]) if "prompt" in fields else None,
+        truth=_text("answer", fields["answer"]) if "answer" in fields else None,
         extra={key: value for key, value in values.items() if key not in _KEYS},
     )
     if len(_text("id", question.id)) > _LONGEST or len(question.name) > _LONGEST:

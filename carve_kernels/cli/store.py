@@ -34,7 +34,7 @@ class Store:
 
         A folder that stays empty is removed. Raises OSError if the folder cannot be made or is in use by another run.
         """
-        made = [path for path in (self._results, *self._results.parents) if not path.exists()]
+        created = [path for path in (self._results, *self._results.parents) if not path.exists()]
         try:
             self._results.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -53,7 +53,7 @@ class Store:
                     shutil.rmtree(self._temporary, ignore_errors=True)
         finally:
             with suppress(OSError):
-                for path in made:
+                for path in created:
                     path.rmdir()
 
     def refuse_twins(self, names: Iterable[str]) -> None:
@@ -91,7 +91,7 @@ class Store:
     def has(self, name: str, marks: Mapping[str, str | None], images: bool) -> bool:
         """Whether this very question was answered without an error, and its images are there if they are wanted.
 
-        A mark of None is not known now and not compared: an answer outlives the file of its image.
+        A mark of None is unknown and not compared: an answer outlives the file of its image.
         """
         record = self.read(name)
         return (
