@@ -1,6 +1,6 @@
-"""`python -m benchmarks capture | cpu | session | engine`: answers checked, opponents timed in turns, tables, JSON.
+"""`python -m benchmarks capture | cpu | session | engine`: check answers, time opponents in turns, print tables.
 
-`python -m benchmarks roofline` predicts for GPUs and times nothing.
+`python -m benchmarks roofline` predicts times on GPUs and measures nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import bench_capture, bench_cpu, bench_engine, bench_session, cases, lines, machine
+from benchmarks import bench_capture, bench_engine, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
-from benchmarks.answers import WrongAnswer
-from benchmarks.models import Shape
+from benchmarks.support import cases, lines, machine
+from benchmarks.support.answers import WrongAnswer
+from benchmarks.support.models import Shape
 from carve_kernels.models import small
 from carve_kernels.selfcheck.roofline import GPUS
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
-Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: shows that it works, measures nothing.")]
-Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number there as JSON.")]
-Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables there.")]
+Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: a test of the benchmark, not a measurement.")]
+Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number to this JSON file.")]
+Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables to this file.")]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
@@ -42,13 +43,15 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its 
 def capture(
     quick: Quick = False,
     full: Annotated[bool, typer.Option(help="Go up to 32768 keys.")] = False,
-    geometry: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.GEOMETRIES)}; all.")] = None,
+    geometry: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(cases.GEOMETRIES)}; all by default.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=3)] = 31,
     budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """One call of capture beside eager attention, today's idiom, the best of plain torch and a read of the keys."""
+    """One call of capture against eager attention, the common idiom, the best of plain torch and a read of the keys."""
     chosen = list(cases.standard(_geometries(geometry), cases.FULL_LENGTHS if full else cases.LENGTHS))
     if quick:
         chosen, rounds = cases.QUICK, 3
@@ -60,21 +63,33 @@ def capture(
 @app.command()
 def cpu(
     quick: Quick = False,
-    cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: what the goals name.")] = "all",
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, again and again; 1 and 2.")] = None,
+    cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: the cells with goals.")] = "all",
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
     markdown: Markdown = None,
 ) -> None:
-    """The CPU room against its goals: capture, contrast, regions, a model with a session, the price of a call."""
+    """The CPU backend against its goals: capture, contrast, regions, a model with a session, the cost of a call."""
     _check_output("--markdown", markdown)
     counts, lengths = threads or [1, 2], [128] if quick else [2048, 8192]
-    chosen = bench_cpu.cases_of(cells, quick)
-    seconds = bench_cpu.budget_of(cells, quick) if budget is None else budget
-    total = bench_cpu.total(chosen, counts, lengths)
+    chosen = bench_capture.HEADLINE if cells == "headline" else bench_capture.all_cases()
+    # All cells take ten minutes.
+    seconds = (1.0 if cells == "headline" else 0.6) if budget is None else budget
+    side, shape, row_length = 1024, Shape(28, 1024, "bfloat16"), 2048
+    if quick:
+        chosen, seconds, side, shape, row_length = bench_capture.QUICK_GOALS, 0.0, 64, Shape(2, 256, "bfloat16"), 256
+    total = (len(chosen) + bench_pixels.CELLS) * len(counts) + len(lengths) + 3
     with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
-        report["results"] = bench_cpu.measure(chosen, counts, lengths, quick=quick, budget=seconds, advance=advance)
+        entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance))
+        for count in counts:
+            entries += bench_pixels.measure(side, count, budget=seconds, advance=advance)
+        torch.set_num_threads(max(counts))
+        entries += bench_session.decode(shape, lengths, rounds=3 if quick else 40, advance=advance)
+        entries += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
+        entries += bench_capture.one_row(row_length, budget=seconds, advance=advance)
+        entries += bench_capture.overhead(budget=seconds, advance=advance)
+        report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 
@@ -85,15 +100,15 @@ def session(
     layers: Layers = 28,
     hidden: Hidden = 1024,
     dtype: Dtype = "bfloat16",
-    length: Annotated[list[int] | None, typer.Option(min=64, help="Tokens of the prompt, for seconds; 2048.")] = None,
-    memory: Annotated[list[int] | None, typer.Option(min=64, help="The same, for memory; 2048 and 8192.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Prompt tokens of the timings; 2048.")] = None,
+    memory: Annotated[list[int] | None, typer.Option(min=64, help="The same for memory; 2048 and 8192.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """A session in a whole random model of Qwen2.5-VL's shape: seconds and peak memory."""
+    """A session in a whole random model with the shape of Qwen2.5-VL: seconds and peak memory."""
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
@@ -108,12 +123,16 @@ def session(
 
 @app.command()
 def roofline(
-    geometry: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.GEOMETRIES)}; all.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=64, help="Keys, again and again; 512 to 32768.")] = None,
+    geometry: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(cases.GEOMETRIES)}; all by default.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Keys, may be repeated; 512 to 32768.")] = None,
     output: Output = None,
-    markdown: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a choice of the tables there.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write some of the tables to this file.")
+    ] = None,
 ) -> None:
-    """Predicted, not timed: what the GPU rooms move and compute, what that takes at least, and the bound."""
+    """Predicted, not timed: traffic and arithmetic of the GPU backends, the least time they take, and the bound."""
     _check_output("--markdown", markdown)
     chosen, lengths = _geometries(geometry), length or list(rooflines.LENGTHS)
     total = 1 + len(chosen) * len(lengths) * len(rooflines.ROWS)
@@ -131,17 +150,17 @@ def engine(
     hidden: Hidden = 1024,
     dtype: Dtype = "bfloat16",
     visual: Annotated[list[int] | None, typer.Option(min=16, help="Visual tokens, squares; 256, 1024, 2304.")] = None,
-    new_tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of an answer; 8 and 32.")] = None,
+    new_tokens: Annotated[list[int] | None, typer.Option(min=2, help="New tokens of an answer; 8 and 32.")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="paper, release; both.")] = None,
-    part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What is measured.")] = "all",
+    part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What to measure.")] = "all",
     rounds: Annotated[int, typer.Option(min=3)] = 5,
-    slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of what runs under eager.")] = 3,
+    slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the opponents with eager.")] = 3,
     model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
     threads: Threads = None,
     output: Output = None,
     markdown: Markdown = None,
 ) -> None:
-    """One look by the engine against three calls under eager, the release's procedure and two plain answers."""
+    """An engine call against three calls with eager, the release's procedure and two plain answers."""
     _check_output("--markdown", markdown)
     shape, sizes, counts = (
         Shape(layers, hidden, dtype, *bench_engine.TOWER),
@@ -152,35 +171,39 @@ def engine(
         shape, sizes, counts, rounds, slow_rounds = Shape(2, 256, dtype), (16, 64), (2,), 3, 1
     for tokens in sizes:
         if math.isqrt(tokens) ** 2 != tokens:
-            raise typer.BadParameter(f"--visual: expected squares, as 256 or 1024, got {tokens}")
+            raise typer.BadParameter(f"--visual: expected square numbers such as 256, got {tokens}")
     names = preset or bench_engine.PRESETS
     chosen = bench_engine.cases(shape, names, sizes, counts)
-    weighed = bench_engine.cases(shape, names, sizes, counts[:1])
+    memory_cases = bench_engine.cases(shape, names, sizes, counts[:1])
     if quick:
-        weighed = weighed[:1]
+        memory_cases = memory_cases[:1]
     directory = model or (small() if bench_engine.has_small() else None)
     if part == "memory":
         chosen, directory = [], None
     elif part == "seconds":
-        weighed = []
-    total = len(chosen) + len(weighed) + (directory is not None)
+        memory_cases = []
+    total = len(chosen) + len(memory_cases) + (directory is not None)
     with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
         bench_engine.check(shape, names)
-        found = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
-        found += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
-        found += bench_engine.memory(weighed, slow=not quick, advance=advance)
-        # Small shapes have no goals.
-        report["results"] = [{**entry, "goals": []} for entry in found] if quick else found
+        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
+        entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
+        report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
+
+
+def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
+    """Small shapes have no goals."""
+    return [{**entry, "goals": []} for entry in entries]
 
 
 @contextmanager
 def _reporting(
     name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
 ) -> Iterator[dict[str, Any]]:
-    """Hands out a report to fill, prints it and writes it; a wrong answer ends the command with what is wrong."""
+    """Yields a report to fill, then prints and writes it; a wrong answer ends the command with an error."""
     _check_output("--output", output)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -189,9 +212,9 @@ def _reporting(
     try:
         yield report
     except WrongAnswer as error:
-        typer.echo(f"nothing is timed, since an answer is wrong: {error}", err=True)
+        typer.echo(f"nothing was timed, since an answer is wrong: {error}", err=True)
         raise typer.Exit(1) from error
-    # A file or a pipe has no width of its own, and the default of 80 would break every cell.
+    # A file or a pipe has no width, and the default of 80 would break every cell.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(report["command"])
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
@@ -210,7 +233,7 @@ def _geometries(named: list[str] | None) -> list[str]:
 
 def _check_output(option: str, path: Path | None) -> None:
     if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{option}: {path.parent} is no directory")
+        raise typer.BadParameter(f"{option}: {path.parent} is not a directory")
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""capture beside the ways that people take today, and beside a plain read of the keys: the floor.
+"""capture against the usual ways to the same maps, and against a plain read of the keys, the lower bound.
 
-`python -m benchmarks capture` gives the table; `pytest benchmarks/bench_capture.py` the same runs one by one.
+`python -m benchmarks capture` times every opponent, `python -m benchmarks cpu` the CPU backend against its goals;
+`pytest benchmarks/bench_capture.py` times the runs one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -13,84 +16,114 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.answers import check_maps, check_truth
-from benchmarks.cases import Case, Problem, problem, standard, truth
-from benchmarks.timing import Flush, Run, Spread, paired, ratio, warm
-from carve_kernels import BackendUnavailable, capture
+from benchmarks.support.answers import WrongAnswer, check_maps, check_truth
+from benchmarks.support.cases import DTYPES, FULL_LENGTHS, GEOMETRIES, Case, Problem, problem, standard, truth
+from benchmarks.support.lines import Goal, Line, line, over
+from benchmarks.support.machine import describe, last_level_cache
+from benchmarks.support.timing import Before, Flush, Run, Spread, no_preparation, paired, ratio, warm
+from carve_kernels import BackendUnavailable, capture, contrast
 from carve_kernels.backends import BACKENDS, resolve
 from carve_kernels.types import CaptureOptions
 
 AUTO, EAGER, REPEAT, FOLDED, READ = "capture", "(a) eager", "(b) repeat", "(c) folded", "(f) read"
+SDPA = "sdpa prefill"
 # The longest sequence whose [S, S] probabilities are computed.
 EAGER_LENGTH = 2048
 
+ROWS = (1, 8, 32)
+QUICK_GOALS = [Case("smolvlm", 512, rows, "bf16") for rows in (1, 8)]
+HEADLINE = [
+    *(Case("qwen2.5-vl-7b", length, 1, "bf16") for length in (2048, 8192, 32768)),
+    Case("qwen2.5-vl-7b", 8192, 32, "bf16"),
+    Case("qwen2.5-vl-7b", 8192, 1, "fp32"),
+    *(Case(geometry, 8192, 1, "bf16") for geometry in GEOMETRIES if geometry != "qwen2.5-vl-7b"),
+]
+# Seconds of a call above which an opponent is left out; (c) and (f) never are.
+SLOW = 2.0
+# Seconds of a call below which the keys are still cached from the call before.
+SHORT = 0.02
 
-def eager(given: Problem) -> torch.Tensor:
-    """The probabilities of all rows, as eager attention returns them, then a slice."""
-    length, rows = given.key.shape[2], given.query.shape[2]
-    key = given.key.repeat_interleave(given.group, 1)
-    scores = (given.queries @ key.mT * given.scale).masked_fill_(_future(length), -torch.inf)
+
+def eager(inputs: Problem) -> torch.Tensor:
+    """The probabilities of all rows, as eager attention returns them, sliced."""
+    length, rows = inputs.key.shape[2], inputs.query.shape[2]
+    key = inputs.key.repeat_interleave(inputs.group, 1)
+    scores = (inputs.queries @ key.mT * inputs.scale).masked_fill_(_future(length), -torch.inf)
     probabilities = scores.softmax(-1, dtype=torch.float32).to(key.dtype)
-    return probabilities[:, :, length - rows :, given.tokens[0]].mean(1, dtype=torch.float32)
+    return probabilities[:, :, length - rows :, inputs.tokens[0]].mean(1, dtype=torch.float32)
 
 
-def repeat(given: Problem) -> torch.Tensor:
-    """The chosen rows only, with the keys repeated over the heads: the idiom of today's code."""
-    key = given.key.repeat_interleave(given.group, 1)
-    scores = _hide(given.query @ key.mT * given.scale, given)
-    return scores.softmax(-1, dtype=torch.float32)[..., given.tokens[0]].mean(1)
+def repeat(inputs: Problem) -> torch.Tensor:
+    """Only the chosen rows, with the keys repeated over the heads: the common idiom."""
+    key = inputs.key.repeat_interleave(inputs.group, 1)
+    scores = _hide(inputs.query @ key.mT * inputs.scale, inputs)
+    return scores.softmax(-1, dtype=torch.float32)[..., inputs.tokens[0]].mean(1)
 
 
-def folded(given: Problem) -> torch.Tensor:
-    """The heads of a group as rows of one product, the mean before the gather: the best of plain torch."""
-    batch, heads, rows, size = given.query.shape
-    query = given.query.reshape(batch, given.key.shape[1], given.group * rows, size) * given.scale
-    scores = _hide((query @ given.key.mT).view(batch, heads, rows, -1), given)
-    return scores.softmax(-1, dtype=torch.float32).mean(1)[..., given.tokens[0]]
+def folded(inputs: Problem) -> torch.Tensor:
+    """The heads of a group as rows of one product, the mean before the gather: the fastest in plain torch."""
+    batch, heads, rows, size = inputs.query.shape
+    query = inputs.query.reshape(batch, inputs.key.shape[1], inputs.group * rows, size) * inputs.scale
+    scores = _hide((query @ inputs.key.mT).view(batch, heads, rows, -1), inputs)
+    return scores.softmax(-1, dtype=torch.float32).mean(1)[..., inputs.tokens[0]]
 
 
-def read(given: Problem) -> torch.Tensor:
-    return given.key.view(torch.float32).sum()
+def read(inputs: Problem) -> torch.Tensor:
+    return inputs.key.view(torch.float32).sum()
 
 
-def opponents(given: Problem) -> dict[str, Run]:
-    """Every way to the maps [1, R, N] that can serve here."""
-    runs: dict[str, Run] = {AUTO: lambda: capture(given.query, given.key, given.tokens, **given.options).maps}
-    options = CaptureOptions(**given.options)
-    for room in BACKENDS:
+_WAYS = {
+    EAGER: eager,
+    REPEAT: repeat,
+    FOLDED: folded,
+    READ: read,
+}
+
+
+def opponents(inputs: Problem) -> dict[str, Run]:
+    """Every opponent that works here; each returns the maps [1, R, N]."""
+    runs: dict[str, Run] = {AUTO: lambda: capture(inputs.query, inputs.key, inputs.tokens, **inputs.options).maps}
+    options = CaptureOptions(**inputs.options)
+    options = CaptureOptions(**inputs.options)
+    options = CaptureOptions(**inputs.options)
+    for backend in BACKENDS:
         try:
-            resolve("capture", room, given.query.device, given.query, given.key, given.tokens, options)
+            resolve("capture", backend, inputs.query.device, inputs.query, inputs.key, inputs.tokens, options)
         except BackendUnavailable:
             continue
-        runs[f"{AUTO} {room}"] = _room(given, room)
+        runs[f"{AUTO} {backend}"] = _with_backend(inputs, backend)
     ways: dict[str, Callable[[Problem], torch.Tensor]] = {REPEAT: repeat, FOLDED: folded}
-    if given.key.shape[2] <= EAGER_LENGTH:
+    if inputs.key.shape[2] <= EAGER_LENGTH:
         ways = {EAGER: eager, **ways}
-    return runs | {name: _way(way, given) for name, way in ways.items()}
+    return runs | {name: _way(way, inputs) for name, way in ways.items()}
 
 
 def checked(case: Case) -> tuple[Problem, dict[str, Run]]:
-    """The inputs of a case and its opponents, whose answers are right."""
-    given = problem(case)
-    expected = truth(given)
+    """The inputs of a case and its opponents, after their answers were checked."""
+    inputs = problem(case)
+    expected = truth(inputs)
     check_truth(str(case), expected)
-    runs = opponents(given)
+    runs = opponents(inputs)
     for name, run in runs.items():
-        # Plain torch rounds scores, and eager its probabilities, to bf16; a room computes in float32 in any case.
-        rounded = case.dtype == "bf16" and not name.startswith(AUTO)
-        bounds = {"relative": 0.1, "correlation": 0.999} if rounded else {"relative": 1e-4, "correlation": 1 - 1e-6}
-        check_maps(f"{name}, {case}", run(), expected, **bounds)
-    return given, {**runs, READ: _way(read, given)}
+        _check(name, case, run(), expected)
+    return inputs, {**runs, READ: _way(read, inputs)}
+
+
+def _check(name: str, case: Case, found: torch.Tensor, expected: torch.Tensor) -> None:
+    # Plain torch rounds scores, and eager its probabilities, to bf16; a backend always computes in float32.
+    rounded = case.dtype == "bf16" and not name.startswith(AUTO)
+    bounds = {"relative": 0.1, "correlation": 0.999} if rounded else {"relative": 1e-4, "correlation": 1 - 1e-6}
+    check_maps(f"{name}, {case}", found, expected, **bounds)
 
 
 def measure(
     cases: Iterable[Case], *, rounds: int, budget: float, advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Cold and warm seconds of every opponent in every case, and the ratios that count, each round by round."""
+    """Cold and warm seconds of every opponent in every case, and their ratios to capture, round by round."""
     flush = Flush()
     results = []
     for case in cases:
-        given, runs = checked(case)
+        inputs, runs = checked(case)
         for caches, before in (("cold", flush), ("warm", warm)):
             seconds = paired(runs, rounds=rounds, before=before, budget=budget)
             others = [name for name in seconds if name != AUTO]
@@ -98,7 +131,7 @@ def measure(
                 {
                     **case._asdict(),
                     "caches": caches,
-                    "key_bytes": given.key.numel() * given.key.element_size(),
+                    "key_bytes": inputs.key.numel() * inputs.key.element_size(),
                     "seconds": {name: Spread.of(values)._asdict() for name, values in seconds.items()},
                     "ratio_to_capture": {name: ratio(seconds, name, AUTO)._asdict() for name in others},
                 }
@@ -107,41 +140,226 @@ def measure(
     return results
 
 
+class KeyCopies:
+    """Copies of the keys, together larger than the last-level cache; each call reads the least recently read one."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.keys: list[torch.Tensor] = []
+        self.turn = 0
+
+    def fill(self, key: torch.Tensor) -> None:
+        size = key.numel() * key.element_size()
+        count = max(2, 1 + last_level_cache() * 5 // 4 // size)
+        if self._memory.numel() < count * size:
+            self._memory = torch.empty(count * size, dtype=torch.uint8)
+        self.keys = list(self._memory[: count * size].view(key.dtype).view(count, *key.shape))
+        for copy in self.keys:
+            copy.copy_(key)
+        self.turn = 0
+
+    def __call__(self, _run: Run) -> None:
+        self.turn = (self.turn + 1) % len(self.keys)
+
+
+def all_cases() -> list[Case]:
+    return [Case(*cell) for cell in product(GEOMETRIES, FULL_LENGTHS, ROWS, DTYPES)]
+
+
+def measure_goals(
+    cases: Iterable[Case], threads: Iterable[int], *, budget: float, advance: Callable[[str], None]
+) -> Iterator[Line]:
+    """The CPU backend against its goals. Cases with the same keys share them; answers are checked before timing."""
+    copies = KeyCopies()
+    shared: dict[tuple[str, int, str], list[int]] = {}
+    for case in cases:
+        shared.setdefault((case.geometry, case.length, case.dtype), []).append(case.rows)
+    for (geometry, length, dtype), counts in shared.items():
+        whole = problem(Case(geometry, length, max(counts), dtype))
+        expected = truth(whole)
+        copies.fill(whole.key)
+        for rows in counts:
+            case, inputs = Case(geometry, length, rows, dtype), _last(whole, rows)
+            check_truth(str(case), expected[:, -rows:])
+            for count in threads:
+                torch.set_num_threads(count)
+                yield from _goal_lines(case, inputs, expected[:, -rows:], copies, count, budget)
+                advance(f"{case}, {count} threads")
+
+
+def _last(inputs: Problem, rows: int) -> Problem:
+    """The same keys with only the last rows as queries; a single row sees all keys."""
+    if inputs.positions is None or inputs.hidden is None or rows == 1:
+        return replace(inputs, query=inputs.query[:, :, -rows:], positions=None, hidden=None)
+    positions, hidden = inputs.positions[:, -rows:], inputs.hidden[-rows:]
+    return replace(inputs, query=inputs.query[:, :, -rows:], positions=positions, hidden=hidden)
+
+
+def _goal_lines(
+    case: Case, inputs: Problem, expected: torch.Tensor, copies: KeyCopies, threads: int, budget: float
+) -> Iterator[Line]:
+    # Dense keys: on a slice of a longer cache torch's product, unlike capture, is up to twenty times slower.
+    cold = [replace(inputs, key=key) for key in copies.keys]
+    cached = cold[:1]
+
+    def runs(problems: list[Problem]) -> dict[str, Run]:
+        def current() -> Problem:
+            return problems[copies.turn % len(problems)]
+
+        def run_capture() -> torch.Tensor:
+            now = current()
+            return capture(now.query, now.key, now.tokens, **now.options).maps
+
+        return {AUTO: run_capture} | {name: (lambda way=way: way(current())) for name, way in _WAYS.items()}
+
+    slow = []
+    for name, run in runs(cached).items():
+        # Eager always computes all rows.
+        if name == READ or (name == EAGER and (case.length > EAGER_LENGTH or case.rows > 1)):
+            continue
+        start = time.perf_counter()
+        found = run()
+        took = time.perf_counter() - start
+        _check(name, case, found, expected)
+        if name in (EAGER, REPEAT) and took < SLOW:
+            slow.append((name, took))
+    for caches, problems in (("warm", cached), ("cold", cold)):
+        ways = runs(problems)
+        before: Before = warm if caches == "warm" else copies
+        quick = {name: ways[name] for name in (AUTO, FOLDED, READ)}
+        seconds = paired(quick, rounds=301, before=before, budget=budget)
+        ratios = over(seconds, AUTO)
+        for name, took in slow:
+            pause = before if caches == "cold" or took < SHORT else _only(ways[AUTO])
+            pair = paired({AUTO: ways[AUTO], name: ways[name]}, rounds=31, before=pause, budget=budget / 4)
+            seconds[name], ratios = pair[name], ratios | over(pair, AUTO)
+        labels = {
+            "geometry": case.geometry,
+            "S": case.length,
+            "R": case.rows,
+            "dtype": case.dtype,
+            "threads": threads,
+            "caches": caches,
+        }
+        yield line("capture: ms, and times capture", labels, ratios, _goals(case), seconds=seconds)
+
+
+def _only(warmed: Run) -> Before:
+    """Warm calls before one opponent; the other one takes longer than the caches hold its keys.
+
+    A last level that holds what the second one evicts has the keys again after three calls, not after one.
+    """
+
+    def prepare(run: Run) -> None:
+        for _ in range(3 if run is warmed else 0):
+            warm(run)
+
+    return prepare
+
+
+def _goals(case: Case) -> list[Goal]:
+    if case == Case("qwen2.5-vl-7b", 32768, 1, "bf16"):
+        return [Goal(READ, 0.7), Goal(FOLDED, 3), Goal(REPEAT, 50)]
+    if case == Case("qwen2.5-vl-7b", 8192, 32, "bf16"):
+        return [Goal(FOLDED, 6 if describe()["instructions"] == "amx" else 3)]
+    return [Goal(FOLDED, 1.0), Goal(FOLDED, 0.9, at="p10")]
+
+
+def one_row(length: int, *, budget: float, advance: Callable[[str], None]) -> Iterator[Line]:
+    """One captured row of a layer of the 7B against the attention of all rows of that layer."""
+    case = Case("qwen2.5-vl-7b", length, 1, "bf16")
+    inputs = problem(case)
+    inputs = replace(inputs, key=inputs.key.contiguous())
+    _check(AUTO, case, capture(inputs.query, inputs.key, inputs.tokens, **inputs.options).maps, truth(inputs))
+    key = inputs.key.repeat_interleave(inputs.group, 1)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    runs: dict[str, Run] = {
+        AUTO: lambda: capture(inputs.query, inputs.key, inputs.tokens, **inputs.options),
+        SDPA: lambda: attend(inputs.queries, key, key, is_causal=True, scale=inputs.scale),
+    }
+    seconds = paired(runs, rounds=51, before=warm, budget=2 * budget)
+    labels = {"geometry": case.geometry, "S": length, "R": 1, "dtype": case.dtype, "threads": torch.get_num_threads()}
+    goals = [Goal(AUTO, 0.003, most=True)]
+    yield line(
+        "one row: ms, and times the sdpa prefill of its layer",
+        labels,
+        {AUTO: ratio(seconds, AUTO, SDPA)},
+        goals,
+        seconds=seconds,
+    )
+    advance("one row")
+
+
+def overhead(*, budget: float, advance: Callable[[str], None], calls: int = 200) -> Iterator[Line]:
+    """Microseconds of a call with next to no work."""
+    query, key = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 4, 16)
+    tokens = torch.arange(4, dtype=torch.int32)[None]
+    task, general = torch.rand(1, 1, 4), torch.rand(1, 1, 4)
+    out = (torch.empty(1, 1, 4), torch.empty(1, 1), torch.empty(1, 1))
+    operator = torch.ops.carve_kernels.capture_cpu
+    expected = capture(query, key, tokens, scale=0.25).maps
+    runs: dict[str, tuple[Run, float]] = {
+        "torch.ops capture_cpu": (
+            lambda: operator([query], [key], tokens, None, None, [], None, 0.25, 0.0, 0, False, None, 0, *out),
+            10.0,
+        ),
+        "capture": (lambda: capture(query, key, tokens, scale=0.25), 30.0),
+        "contrast": (lambda: contrast(task, general, (2, 2), (4, 4)), 30.0),
+    }
+    runs["torch.ops capture_cpu"][0]()
+    if not torch.equal(out[0], expected):
+        raise WrongAnswer("torch.ops capture_cpu: expected the maps of capture, got others")
+    repeated = {name: _repeated(run, calls) for name, (run, _) in runs.items()}
+    seconds = paired(repeated, rounds=101, before=no_preparation, budget=budget)
+    for name, (_, limit) in runs.items():
+        spread = Spread.of([1e6 * one / calls for one in seconds[name]])
+        yield line("call overhead", {"call": name}, {"us": spread}, [Goal("us", limit, most=True)])
+    advance("call overhead")
+
+
+def _repeated(run: Run, calls: int) -> Run:
+    def run_all() -> None:
+        for _ in range(calls):
+            run()
+
+    return run_all
+
+
 def tables(results: list[dict[str, Any]]) -> list[Table]:
-    """Median milliseconds, and how many times the time of capture each opponent takes: median (p10-p90)."""
-    found = []
+    """Median milliseconds, and the ratio to the time of capture: median (p10-p90)."""
+    result = []
     for caches in ("cold", "warm"):
-        lines = [result for result in results if result["caches"] == caches]
-        names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
+        entries = [entry for entry in results if entry["caches"] == caches]
+        names = list(dict.fromkeys(name for entry in entries for name in entry["seconds"]))
         table = Table(title=f"capture, caches {caches}: ms, and times capture")
         for heading in ("geometry", "S", "R", "dtype", *names):
             table.add_column(heading, justify="left" if heading == "geometry" else "right")
-        for line in lines:
-            cells = [_cell(line, name) for name in names]
-            table.add_row(line["geometry"], str(line["length"]), str(line["rows"]), line["dtype"], *cells)
-        found.append(table)
-    return found
+        for entry in entries:
+            cells = [_cell(entry, name) for name in names]
+            table.add_row(entry["geometry"], str(entry["length"]), str(entry["rows"]), entry["dtype"], *cells)
+        result.append(table)
+    return result
 
 
-def _cell(line: dict[str, Any], name: str) -> str:
-    if name not in line["seconds"]:
+def _cell(entry: dict[str, Any], name: str) -> str:
+    if name not in entry["seconds"]:
         return "-"
-    cell = f"{1e3 * line['seconds'][name]['median']:.3g}"
-    if name in line["ratio_to_capture"]:
-        cell += f"\nx {Spread(**line['ratio_to_capture'][name]).show()}"
+    cell = f"{1e3 * entry['seconds'][name]['median']:.3g}"
+    if name in entry["ratio_to_capture"]:
+        cell += f"\nx {Spread(**entry['ratio_to_capture'][name]).show()}"
     return cell
 
 
-def _hide(scores: torch.Tensor, given: Problem) -> torch.Tensor:
-    return scores if given.hidden is None else scores.masked_fill_(given.hidden, -torch.inf)
+def _hide(scores: torch.Tensor, inputs: Problem) -> torch.Tensor:
+    return scores if inputs.hidden is None else scores.masked_fill_(inputs.hidden, -torch.inf)
 
 
-def _way(way: Callable[[Problem], torch.Tensor], given: Problem) -> Run:
-    return lambda: way(given)
+def _way(way: Callable[[Problem], torch.Tensor], inputs: Problem) -> Run:
+    return lambda: way(inputs)
 
 
-def _room(given: Problem, room: str) -> Run:
-    return lambda: capture(given.query, given.key, given.tokens, **given.options, backend=room).maps
+def _with_backend(inputs: Problem, backend: str) -> Run:
+    return lambda: capture(inputs.query, inputs.key, inputs.tokens, **inputs.options, backend=backend).maps
 
 
 # A model builds its causal mask once for all layers.
@@ -154,7 +372,7 @@ _checked_once = lru_cache(maxsize=1)(checked)
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    names = (AUTO, *(f"{AUTO} {room}" for room in BACKENDS), EAGER, REPEAT, FOLDED, READ)
+    names = (AUTO, *(f"{AUTO} {backend}" for backend in BACKENDS), EAGER, REPEAT, FOLDED, READ)
     pairs = list(product(standard(("qwen2.5-vl-7b",)), names))
     metafunc.parametrize(("case", "opponent"), pairs, ids=[f"{case} {name}" for case, name in pairs])
 

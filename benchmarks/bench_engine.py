@@ -1,6 +1,6 @@
-"""The price of one look: the engine beside three calls under eager, the release's procedure and two plain answers.
+"""The cost of an engine call against three calls with eager, the release's procedure and two plain answers.
 
-`python -m benchmarks engine` gives the tables; `pytest benchmarks/bench_engine.py` times the embedded model's engine.
+`python -m benchmarks engine` prints the tables; `pytest benchmarks/bench_engine.py` times the embedded model's engine.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import one_look_memory
-from benchmarks.answers import WrongAnswer, check_maps, check_truth, correlate
-from benchmarks.lines import Goal, Line, line
-from benchmarks.models import Shape, noise
-from benchmarks.one_look import QUESTION, Case, Counted, Look, Ways, Work
-from benchmarks.timing import Spread, as_it_comes, paired
+from benchmarks.support import engine_opponents
+from benchmarks.support.answers import WrongAnswer, check_maps, check_truth, correlate
+from benchmarks.support.engine_opponents import QUESTION, Case, Counted, Opponents, Pass, Work
+from benchmarks.support.lines import Goal, Line, line
+from benchmarks.support.models import Shape, noise
+from benchmarks.support.timing import Spread, no_preparation, paired
 from carve_kernels import CarveEngine, load
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.models import small
@@ -23,12 +23,12 @@ from carve_kernels.models import small
 ENGINE, SECOND = "(a) engine", "second question"
 EAGER, RELEASE, PRICE = "(b) eager", "(c) release", "(d) plain + refined"
 PLAIN, REFINED, EAGER_TASK, EAGER_REST = "plain", "refined", "eager task", "eager rest"
-# A picture small enough for a check in float32, large enough for a map with a peak.
+# An image small enough for a check in float32, large enough for a map with a peak.
 CHECK_VISUAL, CHECK_TOKENS = 256, 3
 # Layers and width of Qwen2.5-VL's tower at a quarter of its width; the language model has 1024 of the 7B's 3584.
 TOWER = 32, 320
 VISUAL, NEW_TOKENS, PRESETS = (256, 1024, 2304), (8, 32), ("paper", "release")
-# The release's procedure takes minutes at 1024 tokens: beyond it, and beyond 8 new ones, it is not waited for.
+# The release's procedure takes minutes at 1024 tokens: with more, or with more than 8 new tokens, it is left out.
 RELEASE_VISUAL, RELEASE_TOKENS = 1024, 8
 MIB = 2**20
 _MARGIN = 1.01
@@ -39,39 +39,47 @@ def cases(shape: Shape, presets: Iterable[str], visual: Iterable[int], new_token
 
 
 def check(shape: Shape, presets: Iterable[str]) -> None:
-    """In float32 all ways give the same tokens and maps; the question that comes second as well."""
+    """In float32 all opponents give the same tokens and maps, also for the second question about an image."""
     for name in presets:
-        ways = Ways(Case(shape._replace(dtype="float32"), name, CHECK_VISUAL, CHECK_TOKENS))
-        alone = ways.case.preset.images == "refined"
-        engine, second, task, general = ways.seen, ways.second(), ways.eager_task(), ways.eager_general()
-        plain, last = ways.plain(), ways.last(task, general)
-        for way, result in ((ENGINE, engine), (SECOND, second)):
-            _same_tokens(f"{way}, {name}, plain answer", result.answer_ids, plain)
-            _same_tokens(f"{way}, {name}, refined answer", result.refined_ids, ways.answer_refined() if alone else last)
-            _same_maps(f"{way}, {name}, task", result.task, task)
-            _same_maps(f"{way}, {name}, general", result.general, general)
-        for way, found, truth in (("task", ways.release_task(), task), ("general", ways.release_general(), general)):
-            _same_tokens(f"{RELEASE}, {name}, {way}", found.ids, truth.ids)
-            check_maps(f"{RELEASE}, {name}, {way}", found.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
-        if alone:
-            _same_tokens(f"{EAGER}, {name}, refined answer", last, ways.answer_refined())
+        opponents = Opponents(Case(shape._replace(dtype="float32"), name, CHECK_VISUAL, CHECK_TOKENS))
+        engine, second = opponents.result, opponents.second()
+        task, general = opponents.eager_task(), opponents.eager_general()
+        plain, last = opponents.plain(), opponents.last(task, general)
+        refined_only = opponents.case.preset.images == "refined"
+        refined = opponents.answer_refined() if refined_only else last
+        for opponent, result in ((ENGINE, engine), (SECOND, second)):
+            _same_tokens(f"{opponent}, {name}, plain answer", result.answer_ids, plain)
+            _same_tokens(f"{opponent}, {name}, refined answer", result.refined_ids, refined)
+            _same_maps(f"{opponent}, {name}, task", result.task, task)
+            _same_maps(f"{opponent}, {name}, general", result.general, general)
+        release = opponents.release_task(), opponents.release_general()
+        for prompt, opponent, truth in zip(("task", "general"), release, (task, general), strict=True):
+            _same_tokens(f"{RELEASE}, {name}, {prompt}", opponent.ids, truth.ids)
+            check_maps(f"{RELEASE}, {name}, {prompt}", opponent.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
+        if refined_only:
+            _same_tokens(f"{EAGER}, {name}, refined answer", last, refined)
 
 
 def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: Callable[[str], None]) -> list[Line]:
-    """Seconds of all ways against the goals, and the work they do, a line for each case."""
+    """Seconds of all opponents against the goals, and their work, a line for each case."""
     timed, compared, worked = [], [], []
     growth: dict[tuple[str, int], list[tuple[int, list[float]]]] = {}
     for case in chosen:
-        ways = Ways(case)
-        look = _check_rounded(ways)
-        runs = {ENGINE: ways.engine, SECOND: ways.second, PLAIN: ways.plain, REFINED: ways.answer_refined}
+        opponents = Opponents(case)
+        task = _check_rounded(opponents)
+        runs = {
+            ENGINE: opponents.engine,
+            SECOND: opponents.second,
+            PLAIN: opponents.plain,
+            REFINED: opponents.answer_refined,
+        }
         fast = {name: Counted(case, run) for name, run in runs.items()}
-        slow = {name: Counted(case, run) for name, run in _slow(ways, look).items()}
-        seconds = paired(fast, rounds=rounds, before=as_it_comes)
-        seconds_slow = paired(slow, rounds=slow_rounds, before=as_it_comes, warm_up=False)
+        slow = {name: Counted(case, run) for name, run in _slow(opponents, task).items()}
+        seconds = paired(fast, rounds=rounds, before=no_preparation)
+        seconds_slow = paired(slow, rounds=slow_rounds, before=no_preparation, warm_up=False)
         timed.append(_seconds(case, seconds, seconds_slow))
         compared.append(_ratios(case, seconds, seconds_slow))
-        worked.append(_work(ways, {name: run.work for name, run in (fast | slow).items()}))
+        worked.append(_work(opponents, {name: run.work for name, run in (fast | slow).items()}))
         ratios = _over(seconds[ENGINE], _sum(seconds, PLAIN, REFINED))
         growth.setdefault((case.preset_name, case.new_tokens), []).append((case.visual, ratios))
         advance(f"{case.preset_name}, {case.visual} visual tokens, {case.new_tokens} new")
@@ -79,15 +87,15 @@ def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: C
 
 
 def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]) -> list[Line]:
-    """Peaks in fresh processes: what the engine takes above two plain answers, and what the slow ways take."""
-    found = []
+    """Peaks in fresh processes: of the engine above two plain answers, and of the slow opponents."""
+    entries = []
     for case in chosen:
-        engine = one_look_memory.peak(one_look_memory.ENGINE, case)
-        price = one_look_memory.peak(one_look_memory.PRICE, case, engine.refined)
-        others = {EAGER: one_look_memory.EAGER} if slow else {}
-        if slow and _is_waited_for(case):
-            others[RELEASE] = one_look_memory.RELEASE
-        peaks = {name: one_look_memory.peak(what, case, engine.refined).tensors for name, what in others.items()}
+        engine = engine_opponents.peak_of(engine_opponents.ENGINE, case)
+        price = engine_opponents.peak_of(engine_opponents.PRICE, case, engine.refined)
+        others = {EAGER: engine_opponents.EAGER} if slow else {}
+        if slow and _has_release(case):
+            others[RELEASE] = engine_opponents.RELEASE
+        peaks = {name: engine_opponents.peak_of(what, case, engine.refined).tensors for name, what in others.items()}
         extra, bound = engine.tensors - price.tensors, case.prefix_bytes
         share = extra / bound
         labels = {
@@ -99,9 +107,11 @@ def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]
             **{f"{name} - (d)": f"{(tensors - price.tensors) / MIB:.1f}" for name, tensors in peaks.items()},
         }
         goal = Goal("((a) - (d)) / one prefix", _MARGIN, most=True)
-        found.append(line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal]))
+        entries.append(
+            line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal])
+        )
         advance(f"memory of {case.preset_name}, {case.visual} visual tokens")
-    return found
+    return entries
 
 
 def has_small() -> bool:
@@ -109,63 +119,63 @@ def has_small() -> bool:
 
 
 def stages(directory: Path, *, rounds: int, advance: Callable[[str], None]) -> Line:
-    """Seconds of each stage of CarveEngine on a checkpoint, without its memory."""
+    """Seconds of each stage of CarveEngine on a checkpoint, without its cache."""
     engine = CarveEngine(*load(directory), memory=False)
-    picture = noise(336)
-    saliency = engine(picture, QUESTION).saliency
+    image = noise(336)
+    saliency = engine(image, QUESTION).saliency
     if not bool(saliency.isfinite().all()) or float(saliency.max()) <= float(saliency.min()):
         raise WrongAnswer(f"engine: expected a saliency with a peak, got {saliency.min()} to {saliency.max()}")
-    found = [engine(picture, QUESTION).seconds for _ in range(rounds)]
+    runs = [engine(image, QUESTION).seconds for _ in range(rounds)]
     advance("stages")
     return line(
         "stages of the engine: ms", {"model": directory.name}, {}, [],
-        seconds={stage: [seconds[stage] for seconds in found] for stage in found[0]},
+        seconds={stage: [seconds[stage] for seconds in runs] for stage in runs[0]},
     )  # fmt: skip
 
 
-def _slow(ways: Ways, task: Look) -> dict[str, Callable[[], Any]]:
-    """The ways under eager, with what they are compared with; `task` is what `eager_task` gives."""
+def _slow(opponents: Opponents, task: Pass) -> dict[str, Callable[[], Any]]:
+    """The opponents with eager, and those that they are compared with; `task` is the result of `eager_task`."""
 
     def rest() -> None:
-        ways.last(task, ways.eager_general())
+        opponents.last(task, opponents.eager_general())
 
     def release() -> None:
-        ways.last(ways.release_task(), ways.release_general())
+        opponents.last(opponents.release_task(), opponents.release_general())
 
-    runs = {ENGINE: ways.engine, PLAIN: ways.plain, EAGER_TASK: ways.eager_task, EAGER_REST: rest}
-    return runs | ({RELEASE: release} if _is_waited_for(ways.case) else {})
+    runs = {ENGINE: opponents.engine, PLAIN: opponents.plain, EAGER_TASK: opponents.eager_task, EAGER_REST: rest}
+    return runs | ({RELEASE: release} if _has_release(opponents.case) else {})
 
 
-def _is_waited_for(case: Case) -> bool:
+def _has_release(case: Case) -> bool:
     return case.visual <= RELEASE_VISUAL and case.new_tokens <= RELEASE_TOKENS
 
 
 def _seconds(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
-    found = {
+    seconds = {
         ENGINE: fast[ENGINE],
         SECOND: fast[SECOND],
         PRICE: _sum(fast, PLAIN, REFINED),
         EAGER: _sum(slow, EAGER_TASK, EAGER_REST),
     }
-    found |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
-    return line("one look: ms", _labels(case), {}, [], seconds=found)
+    seconds |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
+    return line("engine: ms", _labels(case), {}, [], seconds=seconds)
 
 
 def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
-    """Round by round; what runs under eager is compared with the rounds of the engine that it took turns with."""
+    """Round by round; opponents with eager are compared with the engine's rounds that were timed in turns with them."""
     allowed = [0.6 * plain + refined for plain, refined in zip(fast[PLAIN], fast[REFINED], strict=True)]
     eager_to_engine = _over(_sum(slow, EAGER_TASK, EAGER_REST), slow[ENGINE])
     eager_to_sdpa = _over(slow[EAGER_TASK], slow[PLAIN])
-    found = {
+    rounds = {
         "(a) / (d)": _over(fast[ENGINE], _sum(fast, PLAIN, REFINED)),
         "second / (0.6 plain + refined)": _over(fast[SECOND], allowed),
         "(b) / (a)": eager_to_engine,
         "eager / sdpa": eager_to_sdpa,
         "(b) / (a) / (eager / sdpa)": _over(eager_to_engine, eager_to_sdpa),
     }
-    found |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
-    ratios = {name: Spread.of(values) for name, values in found.items()}
-    return line("one look: ratios", _labels(case), ratios, _goals(case))
+    rounds |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
+    ratios = {name: Spread.of(values) for name, values in rounds.items()}
+    return line("engine: ratios", _labels(case), ratios, _goals(case))
 
 
 def _labels(case: Case) -> dict[str, Any]:
@@ -186,13 +196,13 @@ def _goals(case: Case) -> list[Goal]:
     return goals
 
 
-def _growth(found: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> list[Line]:
-    """The median of (a) / (d) of the largest picture over that of the smallest; 5 % of growth is their noise.
+def _growth(ratios_by_case: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> list[Line]:
+    """The median of (a) / (d) of the largest image over that of the smallest; 5 % of growth is noise.
 
-    The pictures took no turns with each other, so that their rounds are no pairs.
+    The images were not timed in turns, so that their rounds are not pairs.
     """
     lines = []
-    for (preset, new_tokens), entries in found.items():
+    for (preset, new_tokens), entries in ratios_by_case.items():
         (least, small_ratios), (most, large_ratios) = min(entries), max(entries)
         if least < most:
             labels = {"preset": preset, "new tokens": new_tokens, "from": least, "to": most}
@@ -203,44 +213,44 @@ def _growth(found: Mapping[tuple[str, int], list[tuple[int, list[float]]]]) -> l
     return lines
 
 
-def _work(ways: Ways, done: Mapping[str, Work | None]) -> Line:
-    """Language-model tokens and calls of the vision tower of each way, and what the engine keeps of a picture."""
+def _work(opponents: Opponents, done: Mapping[str, Work | None]) -> Line:
+    """Language-model tokens and vision-tower calls of each opponent, and the engine's cache of an image."""
     parts = {
         ENGINE: (ENGINE,), SECOND: (SECOND,), EAGER: (EAGER_TASK, EAGER_REST), RELEASE: (RELEASE,),
         PRICE: (PLAIN, REFINED),
     }  # fmt: skip
-    case = ways.case
+    case = opponents.case
     labels = _labels(case)
     for name, counted in parts.items():
         works = [work for part in counted if (work := done.get(part)) is not None]
         if works:
-            labels[name] = f"{sum(work.tokens for work in works)} + {sum(work.pictures for work in works)}"
-    held = ways.remembering.memory.held()
-    labels["kept: MiB"] = f"{(held.prefix_bytes + held.maps_bytes) / MIB:.1f}"
+            labels[name] = f"{sum(work.tokens for work in works)} + {sum(work.images for work in works)}"
+    cached = opponents.caching_engine.memory.held()
+    labels["cached: MiB"] = f"{(cached.prefix_bytes + cached.maps_bytes) / MIB:.1f}"
     return line("work: tokens of the language model + calls of the vision tower", labels, {}, [])
 
 
-def _check_rounded(ways: Ways) -> Look:
-    """As it is timed: as many tokens as asked for; in bfloat16 eager itself wanders off, its first maps are alike."""
-    result, task, second = ways.seen, ways.eager_task(), ways.second()
+def _check_rounded(opponents: Opponents) -> Pass:
+    """In the timed dtype: the number of tokens and the first maps; in bfloat16, eager's rounding moves later ones."""
+    result, task, second = opponents.result, opponents.eager_task(), opponents.second()
     for ids in (result.answer_ids, result.refined_ids, second.answer_ids, second.refined_ids):
-        if len(ids) != ways.case.new_tokens:
-            raise WrongAnswer(f"{ENGINE}: expected answers of {ways.case.new_tokens} tokens, got {len(ids)}")
-    found = result.task.values[0, :, 0, 0]
-    check_truth(ENGINE, found)
-    likeness = correlate(found, task.maps[:, 0])
-    if not likeness >= 0.98:
-        raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {likeness:.4f}")
+        if len(ids) != opponents.case.new_tokens:
+            raise WrongAnswer(f"{ENGINE}: expected answers of {opponents.case.new_tokens} tokens, got {len(ids)}")
+    maps = result.task.values[0, :, 0, 0]
+    check_truth(ENGINE, maps)
+    correlation = correlate(maps, task.maps[:, 0])
+    if not correlation >= 0.98:
+        raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {correlation:.4f}")
     return task
 
 
-def _same_tokens(name: str, found: Sequence[int], truth: Sequence[int]) -> None:
-    if list(found) != list(truth):
-        raise WrongAnswer(f"{name}: expected the tokens {list(truth)}, got {list(found)}")
+def _same_tokens(name: str, ids: Sequence[int], truth: Sequence[int]) -> None:
+    if list(ids) != list(truth):
+        raise WrongAnswer(f"{name}: expected the tokens {list(truth)}, got {list(ids)}")
 
 
-def _same_maps(name: str, found: AttentionMaps, truth: Look) -> None:
-    maps = found.values[0, :, :, 0]
+def _same_maps(name: str, captured: AttentionMaps, truth: Pass) -> None:
+    maps = captured.values[0, :, :, 0]
     check_truth(name, truth.maps)
     check_maps(name, maps, truth.maps[:, : maps.shape[1]], relative=2e-4, correlation=1 - 1e-6)
 
@@ -249,8 +259,8 @@ def _sum(seconds: Mapping[str, list[float]], *names: str) -> list[float]:
     return [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)]
 
 
-def _over(found: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(found, other, strict=True)]
+def _over(seconds: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(seconds, other, strict=True)]
 
 
 def test_engine(benchmark: Any) -> None:

@@ -1,43 +1,51 @@
-"""The price of a session in a whole model: seconds beside a plain `generate`, and peak memory.
+"""The cost of a session in a whole model: seconds against a plain `generate`, decode steps, peak memory.
 
-`python -m benchmarks session` gives the tables; `pytest benchmarks/bench_session.py` times the runs one by one, on a
+`python -m benchmarks session` prints the tables; `pytest benchmarks/bench_session.py` times the runs one by one, on a
 smaller model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from rich.table import Table
 
-from benchmarks.answers import WrongAnswer, check_maps, check_truth
-from benchmarks.machine import kilobytes
-from benchmarks.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
-from benchmarks.models import Shape, prompt, random_model
-from benchmarks.timing import Spread, as_it_comes, paired, ratio
+from benchmarks.support.answers import WrongAnswer, check_maps, check_truth
+from benchmarks.support.lines import Goal, Line, line
+from benchmarks.support.machine import kilobytes
+from benchmarks.support.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
+from benchmarks.support.models import VISUAL_SHARE, Shape, prompt, random_model
+from benchmarks.support.timing import Spread, no_preparation, paired, ratio
 from carve_kernels import capture_attention
+from carve_kernels.hf.session.recording import Record
 
 LAYERS = "paper"
+CAPTURES, PREFILL = "captures", "prefill"
+# Goals of a decode step, by the number of keys.
+_STEP_GOALS = {2048: 1.02, 8192: 1.05}
 # Long enough for a map with a peak, short enough for a check in float32.
 CHECK_LENGTH = 256
-# Above this share of the free memory, eager's matrices are computed and not allocated.
+# Above this share of the free memory, the size of eager's matrices is computed instead of measured.
 MEMORY_SHARE = 0.5
 MIB = 2**20
 
 
 class Answer(NamedTuple):
-    """New tokens [T], and the maps [L, T, N], empty where the way gives none."""
+    """New tokens [T], and the maps [L, T, N], empty where there are none."""
 
     ids: torch.Tensor
     maps: torch.Tensor
 
 
 def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[[], Answer]]:
-    """The same `generate` with a dynamic cache: plain under sdpa, in a session, under eager with output_attentions."""
+    """`generate` with a dynamic cache: plain with sdpa, in a session, and with eager and output_attentions."""
     model, other = random_model(shape, "sdpa"), random_model(shape, "eager")
     other.load_state_dict(model.state_dict(), assign=True)
     inputs = prompt(length, shape.dtype)
@@ -70,26 +78,26 @@ def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[
 
 
 def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
-    """The session changes no token, and its maps are eager's; in bf16 eager itself rounds and wanders off."""
-    found = {name: run() for name, run in runs.items()}
-    plain, session, eager = found[PLAIN], found[SESSION], found.get(EAGER)
+    """A session changes no token, and its maps equal eager's; in bf16, eager's own rounding moves its tokens."""
+    answers = {name: run() for name, run in runs.items()}
+    plain, session, eager = answers[PLAIN], answers[SESSION], answers.get(EAGER)
     exact = shape.dtype == "float32"
     for name in (SESSION, EAGER) if exact and eager else (SESSION,):
-        if not torch.equal(found[name].ids, plain.ids):
+        if not torch.equal(answers[name].ids, plain.ids):
             raise WrongAnswer(
-                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {found[name].ids.tolist()}"
+                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {answers[name].ids.tolist()}"
             )
     check_truth(SESSION, session.maps)
     if eager is None:
         return
-    # Once their tokens part, the steps behind have other questions.
+    # After the first different token, the steps have different inputs.
     steps = int((session.ids == eager.ids).long().cumprod(0).sum()) + 1
     bounds = {"relative": 2e-4, "correlation": 1 - 1e-6} if exact else {"relative": math.inf, "correlation": 0.98}
     check_maps(SESSION, session.maps[:, :steps], eager.maps[:, :steps], **bounds)
 
 
 def price(shape: Shape, lengths: Iterable[int], new_tokens: int, *, rounds: int, advance: Callable[[str], None]) -> Any:
-    """Seconds of each way, prefill alone and with decoding, after a check in float32 and one as it is timed."""
+    """Seconds of each opponent, for the prefill and with decoding, after checks in float32 and in the timed dtype."""
     exact = shape._replace(dtype="float32")
     check(exact, opponents(exact, CHECK_LENGTH, new_tokens))
     results = []
@@ -99,7 +107,7 @@ def price(shape: Shape, lengths: Iterable[int], new_tokens: int, *, rounds: int,
             if not _eager_fits(shape, length):
                 del runs[EAGER]
             check(shape, runs)
-            seconds = paired(runs, rounds=rounds, before=as_it_comes)
+            seconds = paired(runs, rounds=rounds, before=no_preparation)
             results.append(
                 {
                     "length": length,
@@ -115,7 +123,7 @@ def price(shape: Shape, lengths: Iterable[int], new_tokens: int, *, rounds: int,
 
 
 def memory(shape: Shape, lengths: Iterable[int], *, rows: int, advance: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Peaks of a prefill, plain, in a session and under eager, each in a process of its own."""
+    """Peaks of a prefill, plain, in a session and with eager, each in a new process."""
     results = []
     for length in lengths:
         plain = peak_in_fresh_process(PLAIN, shape, length, rows)
@@ -137,21 +145,122 @@ def memory(shape: Shape, lengths: Iterable[int], *, rows: int, advance: Callable
     return results
 
 
+class Decoder:
+    """A model with a cache of random keys and values; each call is one decode step."""
+
+    def __init__(self, model: Any, shape: Shape, length: int) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.length = model, length
+        self.cache = DynamicCache(config=model.config.get_text_config())
+        random = torch.Generator().manual_seed(length)
+        size = model.config.get_text_config().hidden_size // shape.heads
+        for layer in range(shape.layers):
+            keys, values = torch.randn(2, 1, shape.key_heads, length, size, generator=random).bfloat16()
+            self.cache.update(keys, values, layer)
+
+    def __call__(self) -> torch.Tensor:
+        position = torch.full((3, 1, 1), self.length)
+        self.length += 1
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.full((1, 1), 7), position_ids=position, past_key_values=self.cache, use_cache=True
+            )
+        return output.logits
+
+
+def decode(shape: Shape, lengths: Iterable[int], *, rounds: int, advance: Callable[[str], None]) -> Iterator[Line]:
+    """A step with six captured layers against the same step without, in turns."""
+    model, other = random_model(shape, "sdpa"), random_model(shape, "sdpa")
+    other.load_state_dict(model.state_dict(), assign=True)
+    for length in lengths:
+        plain, captured = Decoder(model, shape, length), Decoder(other, shape, length)
+        tokens = list(range(length // 10, length // 10 + int(VISUAL_SHARE * length)))
+        with capture_attention(other, layers="paper", tokens=tokens, max_steps=rounds + 8) as session:
+            for _ in range(3):
+                if not torch.equal(plain(), captured()):
+                    raise WrongAnswer(f"{SESSION}, S={length}: expected the logits of {PLAIN}, got others")
+            maps = session.maps.values[0, :, :, 0]
+            if maps.shape[:2] != (len(session.layers), 3):
+                raise WrongAnswer(f"{SESSION}: expected 3 steps of each layer, got {tuple(maps.shape)}")
+            check_truth(SESSION, maps)
+            seconds = paired({PLAIN: plain, SESSION: captured}, rounds=rounds, before=no_preparation)
+        count = len(session.layers)
+        labels = {"layers": shape.layers, "captured": count, "S": length, "threads": torch.get_num_threads()}
+        goals = [Goal(SESSION, _STEP_GOALS[length], most=True)] if length in _STEP_GOALS else []
+        yield line(
+            "decode step: ms, and times plain",
+            labels,
+            {SESSION: ratio(seconds, SESSION, PLAIN)},
+            goals,
+            seconds=seconds,
+        )
+        advance(f"decode step, S={length}")
+
+
+def prefill(shape: Shape, length: int, *, rounds: int, advance: Callable[[str], None]) -> Iterator[Line]:
+    """The total time of the captures in a prefill, as a share of it."""
+    model = random_model(shape, "sdpa")
+    inputs = prompt(length, shape.dtype)
+    with torch.no_grad(), capture_attention(model, layers="paper") as session, _summed() as spent:
+
+        def run() -> None:
+            model(**inputs, use_cache=True, logits_to_keep=1)
+
+        run()
+        check_truth(PREFILL, session.maps.values[0, :, :, 0])
+        spent.clear()
+        whole: list[float] = []
+        sums: list[float] = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            run()
+            whole.append(time.perf_counter() - start)
+            sums.append(sum(spent))
+            spent.clear()
+    seconds = {CAPTURES: sums, PREFILL: whole}
+    labels = {"layers": shape.layers, "S": length, "threads": torch.get_num_threads()}
+    goals = [Goal(CAPTURES, 0.002, most=True)]
+    yield line(
+        "captures of a prefill: ms, and times the prefill",
+        labels,
+        {CAPTURES: ratio(seconds, CAPTURES, PREFILL)},
+        goals,
+        seconds=seconds,
+    )
+    advance(f"prefill, S={length}")
+
+
+@contextmanager
+def _summed() -> Iterator[list[float]]:
+    """Seconds of each call of a session in a captured layer: the gather of the rows and the kernel."""
+    spent: list[float] = []
+    record = Record.record
+
+    def timed(*args: Any) -> None:
+        start = time.perf_counter()
+        record(*args)
+        spent.append(time.perf_counter() - start)
+
+    with patch.object(Record, "record", timed):
+        yield spent
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     prices = Table("S", "new tokens", *(PLAIN, SESSION, EAGER), title="generate: s, and times plain")
-    for line in results["price"]:
-        cells = [_cell(line, name) for name in (PLAIN, SESSION, EAGER)]
-        prices.add_row(str(line["length"]), str(line["new_tokens"]), *cells)
+    for entry in results["price"]:
+        cells = [_cell(entry, name) for name in (PLAIN, SESSION, EAGER)]
+        prices.add_row(str(entry["length"]), str(entry["new_tokens"]), *cells)
     peaks = Table(
         "S", "rows", "plain", "session: + tensors", "+ resident", "rows x heads x S x 4", "eager: + tensors",
         title="peak memory of a prefill: MiB",
     )  # fmt: skip
-    for line in results["memory"]:
-        extra = line["session_extra"]
+    for entry in results["memory"]:
+        extra = entry["session_extra"]
         peaks.add_row(
-            str(line["length"]), str(line["rows"]), f"{line['plain']['tensors'] / MIB:.1f}",
-            f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{line['bound'] / MIB:.3f}",
-            f"{line['eager_extra'] / MIB:.1f}" + ("" if line["eager_measured"] else " (computed, matrices alone)"),
+            str(entry["length"]), str(entry["rows"]), f"{entry['plain']['tensors'] / MIB:.1f}",
+            f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{entry['bound'] / MIB:.3f}",
+            f"{entry['eager_extra'] / MIB:.1f}" + ("" if entry["eager_measured"] else " (computed, only the matrices)"),
         )  # fmt: skip
     return [prices, peaks]
 
@@ -160,12 +269,12 @@ def _eager_fits(shape: Shape, length: int) -> bool:
     return eager_bytes(shape, length) < MEMORY_SHARE * kilobytes("/proc/meminfo", "MemAvailable")
 
 
-def _cell(line: dict[str, Any], name: str) -> str:
-    if name not in line["seconds"]:
+def _cell(entry: dict[str, Any], name: str) -> str:
+    if name not in entry["seconds"]:
         return "does not fit"
-    cell = Spread(**line["seconds"][name]).show()
-    if name in line["ratio_to_plain"]:
-        cell += f"\nx {Spread(**line['ratio_to_plain'][name]).show(digits=4)}"
+    cell = Spread(**entry["seconds"][name]).show()
+    if name in entry["ratio_to_plain"]:
+        cell += f"\nx {Spread(**entry['ratio_to_plain'][name]).show(digits=4)}"
     return cell
 
 

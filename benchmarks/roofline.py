@@ -1,4 +1,4 @@
-"""What the GPU rooms cost at least, beside eager attention, today's idiom and FlashAttention: predicted, not timed.
+"""The least cost of the GPU backends against eager attention, the common idiom and FlashAttention: predicted.
 
 Six captured layers of Qwen2.5-VL-7B at 4096 keys are the headline; `python -m benchmarks roofline` gives the tables.
 """
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from benchmarks import opponents
-from benchmarks.cases import GEOMETRIES, VISUAL_SHARE, Case
+from benchmarks import opponent_work
+from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
 from carve_kernels.selfcheck.roofline import GPUS, UNITS, Gpu, Unit, predict, work_of
 from carve_kernels.selfcheck.work import Work
 
@@ -20,9 +20,9 @@ LAYERS = 6
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROWS = (1, 8, 32)
 HEADLINE, HEADLINE_LENGTH = "qwen2.5-vl-7b", 4096
-# The CUDA room serves so many rows at most.
+# The CUDA backend serves at most so many rows.
 FEW_ROWS = 8
-# Maps of a picture of 1024 x 1024 pixels on a grid of 32 x 32 tokens, six layers and eight steps.
+# Maps of an image of 1024 x 1024 pixels on a grid of 32 x 32 tokens, six layers and eight steps.
 GRID, STEPS, SIDE = 32, 8, 1024
 
 # The language model of Qwen2.5-VL-7B, 7.6 B parameters with the table of embeddings, of which a step reads one row.
@@ -31,8 +31,8 @@ DEPTH, HIDDEN, INNER, VOCABULARY = 28, 3584, 18944, 152064
 Entry = dict[str, Any]
 
 
-class Way(NamedTuple):
-    """One way to an answer: its name, its work, and the units of the GPU that do its arithmetic."""
+class Cost(NamedTuple):
+    """The cost of a backend or an opponent: its name, its work, and the units of the GPU that do its arithmetic."""
 
     name: str
     work: Work
@@ -40,7 +40,7 @@ class Way(NamedTuple):
 
 
 def decode_step(keys: int) -> Work:
-    """One decode step of the model in bf16: weights and cache once, launches free: the fastest step there can be."""
+    """One decode step of the model in bf16: weights and cache read once, launches free: the fastest possible step."""
     heads, key_heads, size = GEOMETRIES[HEADLINE]
     projections = 2 * HIDDEN * heads * size + 2 * HIDDEN * key_heads * size
     weights = DEPTH * (projections + 3 * HIDDEN * INNER) + VOCABULARY * HIDDEN
@@ -48,78 +48,85 @@ def decode_step(keys: int) -> Work:
     return Work(2 * (weights + cache), 0, 2 * weights + DEPTH * 4 * keys * heads * size, 0)
 
 
-def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Way]:
-    """Capture of several layers of a batch of one, by every room that counts its work."""
+def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Cost]:
+    """Capture of several layers for a batch of one, by every backend that counts its work."""
     heads, key_heads, size = GEOMETRIES[case.geometry]
     sizes = {"layers": layers, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": case.rows}
     sizes |= {"keys": case.length, "size": size, "tokens": int(VISUAL_SHARE * case.length), "element_bytes": 2}
-    for room in ("cuda", "triton"):
-        work = None if room == "cuda" and case.rows > FEW_ROWS else work_of("capture", room, **sizes, lse=lse)
+    for backend in ("cuda", "triton"):
+        too_many = backend == "cuda" and case.rows > FEW_ROWS
+        work = None if too_many else work_of("capture", backend, **sizes, lse=lse)
         if work is not None:
-            yield Way(f"capture, {room}{', with lse' if lse else ''}", work, UNITS["capture", room])
+            yield Cost(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
 
 
-def others(case: Case, layers: int = LAYERS) -> Iterator[Way]:
-    """The same layers by those who take other roads; eager attention and FlashAttention over all rows of a prefill."""
-    yield Way("today's idiom", _layers(opponents.idiom(case), layers))
-    yield Way("FlashAttention, prefill", _layers(opponents.flash(case), layers))
-    yield Way("eager, prefill", _layers(opponents.eager(case, case.length), layers))
+def opponents(case: Case, layers: int = LAYERS) -> Iterator[Cost]:
+    """The opponents for the same layers; eager attention and FlashAttention over all rows of a prefill."""
+    yield Cost("common idiom", _layers(opponent_work.idiom(case), layers))
+    yield Cost("FlashAttention, prefill", _layers(opponent_work.flash(case), layers))
+    yield Cost("eager, prefill", _layers(opponent_work.eager(case, case.length), layers))
 
 
 def _layers(work: Work, layers: int) -> Work:
     return Work(*(layers * count for count in work))
 
 
-def pixels() -> Iterator[Way]:
+def pixels() -> Iterator[Cost]:
     work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(SIDE, SIDE))
     if work is not None:
-        yield Way("contrast, triton", work, UNITS["contrast", "triton"])
+        yield Cost("contrast, triton", work, UNITS["contrast", "triton"])
     work = work_of("regions", "cuda", height=SIDE, width=SIDE)
     if work is not None:
-        yield Way("regions, cuda", work, UNITS["regions", "cuda"])
+        yield Cost("regions, cuda", work, UNITS["regions", "cuda"])
 
 
 def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], None]) -> list[Entry]:
     """Every line of every table."""
     step = decode_step(HEADLINE_LENGTH)
     case = Case(HEADLINE, HEADLINE_LENGTH, 1, "bf16")
-    found = [_entry("decode", Way("the whole step", step), {}, step)]
-    for way in (*captures(case), *captures(case, lse=True)):
-        found.append(_entry("decode", way, {}, step))
-    found.append(_entry("decode", Way("today's idiom", _layers(opponents.idiom(case), LAYERS)), {}, step))
-    found.append(_entry("decode", Way("eager attention", _layers(opponents.eager(case, 1), LAYERS)), {}, step))
+    entries = [_entry("decode", Cost("the whole step", step), {}, step)]
+    for cost in (*captures(case), *captures(case, lse=True)):
+        entries.append(_entry("decode", cost, {}, step))
+    entries.append(_entry("decode", Cost("common idiom", _layers(opponent_work.idiom(case), LAYERS)), {}, step))
+    entries.append(_entry("decode", Cost("eager attention", _layers(opponent_work.eager(case, 1), LAYERS)), {}, step))
     advance("decode step")
     for geometry, length, rows in product(geometries, lengths, ROWS):
         case = Case(geometry, length, rows, "bf16")
         labels = {"geometry": geometry, "S": length, "R": rows}
-        found += [_entry("capture", way, labels) for way in (*captures(case), *others(case))]
+        entries += [_entry("capture", cost, labels) for cost in (*captures(case), *opponents(case))]
         advance(str(case))
-    return found + [_entry("pixels", way, {}) for way in pixels()]
+    return entries + [_entry("pixels", cost, {}) for cost in pixels()]
 
 
-def _entry(table: str, way: Way, labels: dict[str, Any], step: Work | None = None) -> Entry:
+def _entry(table: str, cost: Cost, labels: dict[str, Any], step: Work | None = None) -> Entry:
     predicted = {}
     for gpu in GPUS.values():
-        host, graph = (predict(way.work, gpu, unit=way.unit, graphs=graphs) for graphs in (False, True))
+        host, graph = (predict(cost.work, gpu, unit=cost.unit, graphs=graphs) for graphs in (False, True))
         predicted[gpu.name] = {"launched": host._asdict(), "graph": graph._asdict()}
         if step is not None:
-            predicted[gpu.name]["share"] = _share(way, step, gpu)
-    return {"table": table, "way": way.name, "labels": labels, "work": way.work._asdict(), "predicted": predicted}
-
-
-def _share(way: Way, step: Work, gpu: Gpu) -> dict[str, float]:
-    """Of a decode step: launched by the host and in a graph, then the same with nothing overlapping anything."""
-    whole = predict(step, gpu).seconds
-    host, graph = (predict(way.work, gpu, unit=way.unit, graphs=graphs) for graphs in (False, True))
+            predicted[gpu.name]["share"] = _share(cost, step, gpu)
     return {
-        "launched": host.seconds / whole,
-        "graph": graph.seconds / whole,
-        "launched apart": (host.memory + host.arithmetic + host.launch) / whole,
-        "graph apart": (graph.memory + graph.arithmetic + graph.launch) / whole,
+        "table": table,
+        "way": cost.name,
+        "labels": labels,
+        "work": cost.work._asdict(),
+        "predicted": predicted,
     }
 
 
-# The lengths that a page shows of a geometry; 8192 where none is named.
+def _share(cost: Cost, step: Work, gpu: Gpu) -> dict[str, float]:
+    """The share of a decode step: launched by the host and in a graph, then the same without any overlap."""
+    whole = predict(step, gpu).seconds
+    host, graph = (predict(cost.work, gpu, unit=cost.unit, graphs=graphs) for graphs in (False, True))
+    return {
+        "launched": host.seconds / whole,
+        "graph": graph.seconds / whole,
+        "launched, no overlap": (host.memory + host.arithmetic + host.launch) / whole,
+        "graph, no overlap": (graph.memory + graph.arithmetic + graph.launch) / whole,
+    }
+
+
+# The lengths that the docs show for a geometry; 8192 for the others.
 _CHOSEN = {HEADLINE: (512, HEADLINE_LENGTH, 32768)}
 
 _TITLES = {
@@ -129,27 +136,27 @@ _TITLES = {
 }
 
 
-def tables(found: list[Entry]) -> list[Table]:
-    shown = []
-    for title, heads, rows in _laid_out(found):
+def tables(entries: list[Entry]) -> list[Table]:
+    result = []
+    for title, heads, rows in _layout(entries):
         table = Table(title=title)
         for head in heads:
-            table.add_column(head, justify="left" if head in ("way", "geometry", "room") else "right")
+            table.add_column(head, justify="left" if head in ("name", "geometry", "backend") else "right")
         for row in rows:
             table.add_row(*row)
-        shown.append(table)
-    return shown
+        result.append(table)
+    return result
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A choice of lines: the headline's geometry at three lengths, the others at one."""
+    """A choice of lines: the geometry of the headline at three lengths, the others at one."""
     chosen = [
         entry
         for entry in report["results"]
         if entry["table"] != "capture" or entry["labels"]["S"] in _CHOSEN.get(entry["labels"]["geometry"], (8192,))
     ]
     parts = []
-    for title, heads, rows in _laid_out(chosen):
+    for title, heads, rows in _layout(chosen):
         body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(
             f"### {title[0].upper()}{title[1:]}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n{body}\n"
@@ -157,20 +164,20 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _laid_out(found: list[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and rows of each table; a capture has its opponents in columns beside it."""
+def _layout(entries: list[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headings and rows of each table; the opponents of a capture are further columns."""
     for table, title in _TITLES.items():
-        chosen = [entry for entry in found if entry["table"] == table]
+        chosen = [entry for entry in entries if entry["table"] == table]
         if not chosen:
             continue
         work = ["MB", "MFLOP", "launches"]
         if table == "capture":
-            beside = list(dict.fromkeys(entry["way"] for entry in chosen if not entry["way"].startswith("capture")))
-            times = [f"{name}: {' / '.join(GPUS)}" for name in beside]
-            heads = ["geometry", "S", "R", "room", *work, *(f"{name}, us" for name in GPUS), *times]
-            yield title, heads, list(_captured(chosen, beside))
+            others = list(dict.fromkeys(entry["way"] for entry in chosen if not entry["way"].startswith("capture")))
+            times = [f"{name}: {' / '.join(GPUS)}" for name in others]
+            heads = ["geometry", "S", "R", "backend", *work, *(f"{name}, us" for name in GPUS), *times]
+            yield title, heads, list(_captured(chosen, others))
         else:
-            heads = ["way", *work, *(f"{name}, us" for name in GPUS)]
+            heads = ["name", *work, *(f"{name}, us" for name in GPUS)]
             yield (
                 title,
                 heads,
@@ -178,15 +185,15 @@ def _laid_out(found: list[Entry]) -> Iterator[tuple[str, list[str], list[list[st
             )
 
 
-def _captured(chosen: list[Entry], beside: list[str]) -> Iterator[list[str]]:
+def _captured(chosen: list[Entry], others: list[str]) -> Iterator[list[str]]:
     by_labels: dict[tuple[Any, ...], dict[str, Entry]] = {}
     for entry in chosen:
         by_labels.setdefault(tuple(entry["labels"].values()), {})[entry["way"]] = entry
     for labels, ways in by_labels.items():
         for name, entry in ways.items():
-            if name not in beside:
+            if name not in others:
                 cells = map(_cell, entry["predicted"].values())
-                times = [" / ".join(_times(ways[other], entry, gpu) for gpu in GPUS) for other in beside]
+                times = [" / ".join(_times(ways[other], entry, gpu) for gpu in GPUS) for other in others]
                 yield [*map(str, labels), name.removeprefix("capture, "), *_counts(entry), *cells, *times]
 
 
@@ -204,7 +211,7 @@ def _figure(value: float) -> str:
 
 
 def _cell(predicted: dict[str, Any]) -> str:
-    """Time and bound with launches by the host, then in a graph where that helps, and the share of a step."""
+    """Time and bound with launches by the host, then in a graph if that is faster, and the share of a step."""
     host, graph = predicted["launched"], predicted["graph"]
     text = f"{_figure(1e6 * host['seconds'])} {host['bound']}"
     if graph["seconds"] < host["seconds"]:

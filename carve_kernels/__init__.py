@@ -1,11 +1,12 @@
-"""Attention maps of vision-language models at FlashAttention speed, and CARVE on top of them.
+"""Attention maps of vision-language models beside fast attention, and CARVE on top of them.
 
-Every public name is loaded when it is first used: the package and its operators need torch and numpy alone.
+Each public name is loaded on first use: `import carve_kernels` and its operators need only torch and numpy.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.0"
 
-# A submodule of the package itself must not share a name with a key: once loaded, it would take the name's place.
+# A submodule of the package must not have the name of a key: once loaded, it would replace that name.
 _SOURCES = {
     "AttentionMaps": "maps",
     "BackendUnavailable": "checks",
@@ -79,3 +80,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _MovedModules:
+    """Finds modules by their old paths; asked last, for what no other finder knows."""
+
+    @staticmethod
+    def find_spec(name: str, _path: Any = None, _target: Any = None) -> Any:
+        if not name.startswith("carve_kernels."):
+            return None
+        from carve_kernels.deprecation import moved_module
+
+        return moved_module(name)
+
+
+sys.meta_path.append(_MovedModules)

@@ -1,4 +1,4 @@
-"""The command `carve-kernels`, which is `python -m carve_kernels` too."""
+"""The command `carve-kernels`, also `python -m carve_kernels`."""
 
 import sys
 
@@ -6,7 +6,7 @@ from carve_kernels.extras import needed_by
 
 
 def main() -> None:
-    """Run the command line, or say what it needs to run."""
+    """Run the command line, or say which package it lacks."""
     try:
         with needed_by("carve-kernels"):
             from carve_kernels.cli import app

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever stops the writing, and that replace nobody else's."""
+"""Files that are written completely or not at all, and that do not replace the files of other programs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that other processes see as it was, or whole; after a return it survives a loss of power.
+    """Replace a file in one step: other processes see the old or the new one. It survives a loss of power.
 
-    Raises OSError, and leaves what was there, if the data cannot be written.
+    Raises OSError, and keeps the old file, if the data cannot be written.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -28,24 +28,24 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def refuse_foreign(name: str, path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ValueError if anything but a file of ours stands at a path; `is_ours` looks at what is in a file."""
-    # What a link leads to would stay, but the link would go.
+    """Raise ValueError if a path exists and is not a file of ours; `is_ours` looks at the content of a file."""
+    # The target of a link would stay, but the link would be lost.
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_ours(path)):
         raise ValueError(
-            f"{name}: {path} is there and was not written by this version of carve_kernels, or was changed since, so "
-            f"it is not replaced; choose another {name}, or move it away"
+            f"{name}: {path} exists and was not written by this version of carve_kernels, or was changed since, so it "
+            f"is not replaced; choose another {name}, or move it away"
         )
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk: a file may be whole there while its new name is not."""
-    # Windows puts nothing on the disk that was opened for reading, and keeps names by itself.
+    """Write a file, or the names in a folder, to the disk: a file may reach it before its new name does."""
+    # Windows cannot sync what was opened for reading, and writes names by itself.
     if os.name != "posix":
         return
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # A folder that may be written to need not be one that may be read.
+        # A folder may be writable but not readable.
         return
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which extra of the install brings a package, and the error that says so where the package is missing."""
+"""The extra that installs each optional package, and the error that names it where the package is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-# By the name of the module: what pip calls it, and the extra.
+# By module: its name for pip, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "hf"),
     "huggingface_hub": ("huggingface-hub", "hf"),
@@ -21,20 +21,20 @@ EXTRAS = {
 
 
 def requirement(package: str) -> str:
-    """A package with the versions that the install asks for; its name alone where they are not known."""
+    """A package with the versions that this package requires; just its name if they are not known."""
     try:
         lines = metadata.requires("carve-kernels") or []
     except metadata.PackageNotFoundError:
         lines = []
-    found = (re.match(rf"({re.escape(package)}[^\w.;-][^;]*)", line) for line in lines)
-    return next((match[1].strip() for match in found if match), package)
+    matches = (re.match(rf"({re.escape(package)}[^\w.;-][^;]*)", line) for line in lines)
+    return next((match[1].strip() for match in matches if match), package)
 
 
 @contextmanager
 def needed_by(what: str) -> Iterator[None]:
-    """Within, the import of a package that is missing raises an ImportError that names the extra.
+    """Turn the import error of a missing package into one that names its extra.
 
-    Of a torchvision that does not fit torch it says so: transformers calls whatever it then cannot import missing.
+    A torchvision that does not fit torch is named as the cause: transformers reports other modules as missing then.
     """
     try:
         yield

@@ -9,16 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    bench_capture,
-    bench_engine,
-    bench_session,
-    cases,
-    cpu_capture,
-    cpu_pixels,
-    one_look,
-    timing,
-)
+from benchmarks import bench_capture, bench_engine, bench_pixels, bench_session
+from benchmarks.support import cases, engine_opponents, timing
 from carve_kernels.types import Capture
 from tests.support.bench import run
 
@@ -28,9 +20,9 @@ def untimed(*_args: object, **_options: object) -> None:
 
 
 def test_wrong_regions_stop_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = cpu_pixels.regions
-    monkeypatch.setattr(cpu_capture, "measure", lambda *_args, **_options: iter(()))
-    monkeypatch.setattr(cpu_pixels, "regions", lambda *args, **options: honest(*args, **{**options, "keep": 0.3}))
+    honest = bench_pixels.regions
+    monkeypatch.setattr(bench_capture, "measure_goals", lambda *_args, **_options: iter(()))
+    monkeypatch.setattr(bench_pixels, "regions", lambda *args, **options: honest(*args, **{**options, "keep": 0.3}))
     result = run("cpu")
     assert result.exit_code == 1
     assert "mask" in result.output
@@ -46,7 +38,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_room_stops_capture(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_backend_stops_capture(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = bench_capture.capture
 
     def broken(*args: Any, **options: Any) -> Capture:
@@ -58,13 +50,13 @@ def test_a_wrong_room_stops_capture(fault: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench_capture, "paired", untimed)
     result = run("capture")
     assert result.exit_code == 1
-    assert "nothing is timed" in result.output
+    assert "nothing was timed" in result.output
 
 
 def test_a_wrong_opponent_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def averaged(given: cases.Problem) -> torch.Tensor:
-        query = given.query.unflatten(1, (-1, given.group)).mean(2, keepdim=True).expand(-1, -1, given.group, -1, -1)
-        return honest(dataclasses.replace(given, query=query.flatten(1, 2)))
+    def averaged(inputs: cases.Problem) -> torch.Tensor:
+        query = inputs.query.unflatten(1, (-1, inputs.group)).mean(2, keepdim=True).expand(-1, -1, inputs.group, -1, -1)
+        return honest(dataclasses.replace(inputs, query=query.flatten(1, 2)))
 
     honest = bench_capture.folded
     monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
@@ -77,7 +69,7 @@ def test_a_wrong_opponent_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_flat_truth_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
-    monkeypatch.setattr(bench_capture, "truth", lambda given: torch.full((1, 1, given.tokens.shape[1]), 1e-3))
+    monkeypatch.setattr(bench_capture, "truth", lambda inputs: torch.full((1, 1, inputs.tokens.shape[1]), 1e-3))
     monkeypatch.setattr(bench_capture, "paired", untimed)
     result = run("capture")
     assert result.exit_code == 1
@@ -89,7 +81,7 @@ def test_wrong_maps_stop_session(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     plant(monkeypatch, lambda answer: answer._replace(maps=FAULTS[fault](answer.maps)))
     result = run("session")
     assert result.exit_code == 1
-    assert "nothing is timed" in result.output
+    assert "nothing was timed" in result.output
 
 
 def test_another_token_stops_session(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +103,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
     monkeypatch.setattr(bench_session, "paired", untimed)
 
 
-LIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+WRONG_ANSWERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "another map": ("engine", lambda found: with_maps(found, "task", lambda maps: maps * 1.01), "task"),
     "the general map rolled": (
         "engine",
@@ -120,20 +112,20 @@ LIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     ),
     "another answer": ("engine", lambda found: dataclasses.replace(found, answer_ids=(9, 9, 9, 9)), "plain answer"),
     "another refined answer": ("second", lambda found: dataclasses.replace(found, refined_ids=(9,)), "refined answer"),
-    "another map by eager": ("eager_task", lambda look: look._replace(maps=look.maps.flip(-1)), "task"),
-    "other tokens of the release": ("release_general", lambda look: look._replace(ids=[1]), "(c) release"),
+    "another map by eager": ("eager_task", lambda found: found._replace(maps=found.maps.flip(-1)), "task"),
+    "other tokens of the release": ("release_general", lambda found: found._replace(ids=[1]), "(c) release"),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_of_one_way_stops_engine(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, fault, word = LIES[lie]
-    honest = getattr(one_look.Ways, name)
-    monkeypatch.setattr(one_look.Ways, name, lambda ways: fault(honest(ways)))
+@pytest.mark.parametrize("wrong", WRONG_ANSWERS)
+def test_a_wrong_answer_of_one_opponent_stops_engine(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, fault, word = WRONG_ANSWERS[wrong]
+    honest = getattr(engine_opponents.Opponents, name)
+    monkeypatch.setattr(engine_opponents.Opponents, name, lambda opponents: fault(honest(opponents)))
     monkeypatch.setattr(bench_engine, "paired", untimed)
     result = run("engine", "--part", "seconds", "--preset", "paper")
     assert result.exit_code == 1
-    assert "nothing is timed" in result.output and word in result.output
+    assert "nothing was timed" in result.output and word in result.output
 
 
 def with_maps(found: Any, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

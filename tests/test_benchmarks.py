@@ -11,26 +11,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import (
-    bench_capture,
-    bench_engine,
-    bench_session,
-    cases,
-    cpu_capture,
-    lines,
-    memory,
-    one_look_memory,
-    timing,
-)
+from benchmarks import bench_capture, bench_engine, bench_session
 from benchmarks.__main__ import app
-from benchmarks.models import Shape
+from benchmarks.support import cases, engine_opponents, lines, memory, timing
+from benchmarks.support.models import Shape
 from tests.support import tiny_models
 from tests.support.bench import run
 
 
 def report_of(path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is no JSON")
+        pytest.fail(f"{constant} is not JSON")
 
     found: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
     assert found["machine"]["threads"] == 1
@@ -57,7 +48,7 @@ def test_session_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.
 
     def mostly_here(module: str, task: dict[str, Any]) -> Any:
         # A process takes seconds to import torch: one shows that it works.
-        return fresh(module, task) if task["what"] == memory.SESSION else memory.measured(task)._asdict()
+        return fresh(module, task) if task["what"] == memory.SESSION else memory.measure_here(task)._asdict()
 
     monkeypatch.setattr(memory, "in_fresh_process", mostly_here)
     result = run("session", "--output", str(tmp_path / "session.json"))
@@ -69,9 +60,11 @@ def test_session_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.
     assert peaks["eager_measured"] and peaks["bound"] == 2 * 128 * 4
 
 
-def test_engine_reports_every_way_against_its_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_reports_every_opponent_against_its_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # test_session_reports starts processes; these would take as long again.
-    monkeypatch.setattr(one_look_memory, "in_fresh_process", lambda _, task: one_look_memory.measured(task)._asdict())
+    monkeypatch.setattr(
+        engine_opponents, "in_fresh_process", lambda _, task: engine_opponents.measure_here(task)._asdict()
+    )
     checkpoint = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "checkpoint")
     files = tmp_path / "engine.json", tmp_path / "engine.md"
     words = ("--model", str(checkpoint), "--output", str(files[0]), "--markdown", str(files[1]))
@@ -82,10 +75,10 @@ def test_engine_reports_every_way_against_its_goals(tmp_path: Path, monkeypatch:
         found.setdefault(line["table"].partition(":")[0], []).append(line)
     cells = [(preset, visual) for preset in ("paper", "release") for visual in (16, 64)]
     names = {"(a) engine", "second question", "(b) eager", "(c) release", "(d) plain + refined"}
-    labels = [line["labels"] for line in found["one look"]]
+    labels = [line["labels"] for line in found["engine"]]
     assert [(each["preset"], each["visual tokens"]) for each in labels] == cells * 2
-    assert all(set(line["seconds"]) == names for line in found["one look"][:4])
-    assert {"(a) / (d)", "(b) / (a)", "(c) / (a)", "eager / sdpa"} <= set(found["one look"][4]["ratios"])
+    assert all(set(line["seconds"]) == names for line in found["engine"][:4])
+    assert {"(a) / (d)", "(b) / (a)", "(c) / (a)", "eager / sdpa"} <= set(found["engine"][4]["ratios"])
     assert [line["labels"]["to"] for line in found["growth with the visual tokens"]] == [64, 64]
     assert not any(line["goals"] for lines in found.values() for line in lines)
     for line in found["work"]:
@@ -93,7 +86,7 @@ def test_engine_reports_every_way_against_its_goals(tmp_path: Path, monkeypatch:
     (peaks,) = found["peak memory"]
     assert peaks["ratios"]["((a) - (d)) / one prefix"]["median"] > 0
     assert {"task", "general", "answer"} <= set(found["stages of the engine"][0]["seconds"])
-    assert "### one look: ratios" in files[1].read_text()
+    assert "### engine: ratios" in files[1].read_text()
 
 
 def test_growth_is_of_medians() -> None:
@@ -104,20 +97,20 @@ def test_growth_is_of_medians() -> None:
 
 
 def check_work(labels: dict[str, Any]) -> None:
-    """One look at a picture a question; a picture that is known costs the refined one alone."""
+    """The engine encodes an image once; the second question about it only encodes the refined one."""
     work = {name: tuple(map(int, cell.split(" + "))) for name, cell in labels.items() if " + " in str(cell)}
-    tokens, pictures = ({name: counts[place] for name, counts in work.items()} for place in (0, 1))
+    tokens, images = ({name: counts[index] for name, counts in work.items()} for index in (0, 1))
     two = labels["preset"] == "release"
-    assert pictures["(a) engine"] == pictures["(d) plain + refined"] == 2
-    assert pictures["second question"] == 1
-    # Two looks and the last question, which under `release` shows both pictures; one call encodes both.
-    assert pictures["(b) eager"] == 3 and pictures["(c) release"] == 2 * labels["new tokens"] + 1
+    assert images["(a) engine"] == images["(d) plain + refined"] == 2
+    assert images["second question"] == 1
+    # Two prompts and the second pass, which under `release` has both images; one call encodes both.
+    assert images["(b) eager"] == 3 and images["(c) release"] == 2 * labels["new tokens"] + 1
     assert tokens["second question"] < tokens["(a) engine"] - labels["visual tokens"]
     assert tokens["(a) engine"] < tokens["(d) plain + refined"] + labels["visual tokens"] // (1 if two else 2) + 32
 
 
 def test_cpu_reports_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_capture, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(bench_capture, "last_level_cache", lambda: 2**20)
     files = tmp_path / "cpu.json", tmp_path / "cpu.md"
     result = run("cpu", "--output", str(files[0]), "--markdown", str(files[1]))
     assert result.exit_code == 0, result.output
@@ -134,19 +127,19 @@ def test_cpu_reports_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(f"### {line['table']}" in files[1].read_text() for line in report["results"])
 
 
-def test_a_cold_call_reads_what_was_read_longest_ago(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_capture, "last_level_cache", lambda: 2**16)
-    turns = cpu_capture.Turns()
+def test_a_cold_call_reads_the_least_recently_read_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_capture, "last_level_cache", lambda: 2**16)
+    copies = bench_capture.KeyCopies()
     key = torch.randn(1, 2, 8, 64)
-    turns.fill(key)
-    assert sum(copy.nbytes for copy in turns.keys) > 2**16
-    assert len({copy.data_ptr() for copy in turns.keys}) == len(turns.keys)
-    assert all(torch.equal(copy, key) for copy in turns.keys)
+    copies.fill(key)
+    assert sum(copy.nbytes for copy in copies.keys) > 2**16
+    assert len({copy.data_ptr() for copy in copies.keys}) == len(copies.keys)
+    assert all(torch.equal(copy, key) for copy in copies.keys)
     order = []
-    for _ in range(len(turns.keys) + 1):
-        turns(lambda: None)
-        order.append(turns.turn)
-    assert order == [*range(1, len(turns.keys)), 0, 1]
+    for _ in range(len(copies.keys) + 1):
+        copies(lambda: None)
+        order.append(copies.turn)
+    assert order == [*range(1, len(copies.keys)), 0, 1]
 
 
 @pytest.mark.parametrize(("value", "most", "met"), [(2.0, False, True), (1.9, False, False), (2.1, True, False)])
@@ -157,7 +150,7 @@ def test_a_goal_is_met_or_missed(value: float, most: bool, met: bool) -> None:
     assert goal == {"goal": f"way {'<=' if most else '>='} 2", "met": met}
 
 
-def test_visual_tokens_that_are_no_square_are_refused() -> None:
+def test_visual_tokens_must_be_squares() -> None:
     result = CliRunner().invoke(app, ["engine", "--visual", "200"])
     assert result.exit_code == 2
 
@@ -168,7 +161,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
 
 
 class Once:
-    """Stands for the fixture of pytest-benchmark."""
+    """Replaces the fixture of pytest-benchmark."""
 
     group = ""
 
@@ -186,7 +179,7 @@ def test_the_forms_for_pytest_run() -> None:
 def test_rounds_are_paired_and_the_budget_ends_them() -> None:
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "ABC"}
-    seconds = timing.paired(runs, rounds=9, before=timing.as_it_comes, budget=0.0, least=2)
+    seconds = timing.paired(runs, rounds=9, before=timing.no_preparation, budget=0.0, least=2)
     assert "".join(order) == "ABC" * 3
     assert [len(values) for values in seconds.values()] == [2, 2, 2]
     assert timing.ratio({"A": [2.0, 9.0], "B": [1.0, 3.0]}, "A", "B").median == 2.5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.memory import allocations, peak_of_tensors
+from benchmarks.support.memory import allocations, peak_of_tensors
 from carve_kernels import capture_attention
 from tests.support import tiny_models
 

@@ -12,7 +12,6 @@ import typer
 import typer.core
 
 from carve_kernels import __version__
-from carve_kernels.backends.native import extension
 from carve_kernels.cli.batch import batch
 from carve_kernels.cli.check import check
 from carve_kernels.cli.demo import demo
@@ -21,12 +20,12 @@ from carve_kernels.cli.output import INTERRUPTED, TYPED, advised, clock, exit_co
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
 
-# What an error may begin with: an argument, or a place in one.
+# What an error may begin with: an argument, or an element of one.
 _ARGUMENT = re.compile(r"(?P<name>\w+)(\[\d+\])*(='(?P<value>[^']*)')?: ")
 
 
 class _Commands(typer.core.TyperGroup):
-    """Ends every command alike: an expected error is one line, `--debug` shows where it came from."""
+    """Ends every command in the same way: an expected error is one line; `--debug` shows its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         clock.start()
@@ -35,13 +34,12 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _without_extension():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # Whoever closed the pipe has read enough, and typer ends without a word.
+            # The reader of the pipe has enough, and typer ends silently.
             raise
         except Exception as error:
             code = exit_code(error)
@@ -52,56 +50,63 @@ class _Commands(typer.core.TyperGroup):
 
 
 @contextmanager
-def _without_extension() -> Iterator[None]:
-    """Say first of all that the extension is not built, and do not let the log say so again."""
-    reason = extension.not_built()
+def _extension_warning() -> Iterator[None]:
+    """Say first that the extension is not built, and keep the log from saying it again."""
+    try:
+        from carve_kernels.backends.native import extension
+    # Without torch, the command says so itself.
+    except ImportError:
+        reason = None
+    else:
+        reason = extension.not_built()
     if reason is None:
         yield
         return
     note(f"on a CPU: {extension.SLOWER}; {reason}")
     log = logging.getLogger("carve_kernels")
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_new(record: logging.LogRecord) -> bool:
         return reason not in record.getMessage()
 
-    log.addFilter(is_news)
+    log.addFilter(is_new)
     try:
         yield
     finally:
-        log.removeFilter(is_news)
+        log.removeFilter(is_new)
 
 
 class _Command(typer.core.TyperCommand):
-    """Names an argument in an error as it was typed: `model:` is `--model:` here."""
+    """Names an argument in an error as the user typed it: `model:` becomes `--model:`."""
 
     def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
-        # A paragraph's lines would end where they do in the source.
+        # Otherwise the lines of a paragraph would end where they do in the source.
         paragraphs = (" ".join(paragraph.split()) for paragraph in (help or "").split("\n\n"))
         super().__init__(*args, help="\n\n".join(paragraphs), **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _extension_warning():
+                return super().invoke(ctx)
         except Exception as error:
             message = str(error)
-            told = advised(self._named(ctx, message))
-            if told != message:
-                error.args = (told,)
+            text = advised(self._named(ctx, message))
+            if text != message:
+                error.args = (text,)
                 if isinstance(error, ImportError):
-                    # It prints this, and not its arguments.
-                    error.msg = told
+                    # An ImportError prints this, not its arguments.
+                    error.msg = text
             raise
 
     def _named(self, ctx: Any, message: str) -> str:
-        found = _ARGUMENT.match(message)
-        option = found and self._typed(ctx, found["name"])
-        if not found or not option:
+        match = _ARGUMENT.match(message)
+        option = match and self._typed(ctx, match["name"])
+        if not match or not option:
             return message
-        value = f" {found['value']}" if found["value"] else ""
-        return f"{option}{value}: {message[found.end() :]}"
+        value = f" {match['value']}" if match["value"] else ""
+        return f"{option}{value}: {message[match.end() :]}"
 
     def _typed(self, ctx: Any, name: str) -> str | None:
-        """The option of an argument, None if it was not typed: what was not stands elsewhere, as in a carve.json."""
+        """The option of an argument; None if it was not typed but came from elsewhere, such as a carve.json."""
         options = {parameter.name: parameter.opts[0] for parameter in self.params}
         name = name if name in options else TYPED.get(name, name)
         source = ctx.get_parameter_source(name)

@@ -1,13 +1,11 @@
-"""carve-kernels batch: a file of questions about many images; what is done stays done, whatever stops it."""
+"""carve-kernels batch: a file of questions about many images; a stopped run is continued by the next one."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,13 +14,12 @@ from carve_kernels.cli import options
 from carve_kernels.cli.output import INTERRUPTED, as_typed, clock, counted, fail, note, number_of, versions
 
 if TYPE_CHECKING:
-    from carve_kernels.cli.questions import Asked
+    from carve_kernels.cli.questions import QuestionLine
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.engine.result import CarveFailure, CarveResult
     from carve_kernels.presets import Preset
 
-_SHOWN = 5
-_BLOCK = 2**20
+_MOST = 5
 
 _Marks = dict[str, str | None]
 
@@ -38,19 +35,20 @@ def batch(
             "--model",
             "-m",
             show_default=False,
-            help=f"{options.MODEL} Default: small, which knows demo's scenes alone.",
+            help=f"{options.MODEL} Default: small, which only knows the scenes of demo.",
         ),
     ] = None,
     output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/batch",
-    pictures: Annotated[
-        bool, typer.Option("--pictures", help="For each question all that run writes, not result.json alone.")
+    images: Annotated[
+        bool, typer.Option("--images", help="Write all files of run for each question, not just result.json.")
     ] = False,
+    old_images: Annotated[bool, typer.Option("--pictures", hidden=True)] = False,
     memory: Annotated[
         str | None,
-        options.path("Folder of general maps, kept for other runs and shared with them.", "--memory"),
+        options.path("Folder that caches general maps and may be shared with other runs.", "--memory"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Most tokens in the cache at once. Default: what memory allows.")
+        int | None, typer.Option("--tokens", help="Most tokens in the KV cache at once. Default: as memory allows.")
     ] = None,
     preset: options.PresetOption = None,
     layers: options.LayersOption = None,
@@ -68,41 +66,28 @@ def batch(
     allow_pickle: options.AllowPickleOption = False,
     max_image_pixels: options.MaxImagePixelsOption = None,
 ) -> None:
-    """Ask a local checkpoint many questions about many images, and go on where an earlier run stopped.
+    """Ask a local checkpoint many questions about many images, and continue where an earlier run stopped.
 
-    Each question has a folder, named by its id (its line where it has none), with result.json; results.jsonl has all
-    of them in the end. A question is done again if it, its image, the checkpoint or the settings are others, or if it
-    failed. Exit code 1: some questions failed, their result.json says why.
+    Each question has a folder with a result.json, named by its id or else its line; results.jsonl has all of them at
+    the end. A question is answered again if it, its image, the checkpoint or the settings changed, or if it failed.
+    Exit code 1: some questions failed; their result.json gives the reason.
     """
     from carve_kernels import checks
     from carve_kernels.cli.questions import read
     from carve_kernels.cli.store import Store
-    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
     from carve_kernels.hf.loading import SMALL
 
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
     folder, questions = checks.path("output", output), checks.path("input", input)
     if memory is not None and os.path.isfile(checks.path("memory", memory)):
-        raise NotADirectoryError(f"memory: {memory} is no folder; choose another --memory")
-    asked = read(questions)
+        raise NotADirectoryError(f"memory: {memory} is not a folder; choose another --memory")
+    lines = read(questions)
     if model is None:
         model = SMALL
-        note("no --model: the embedded model is asked, which knows the scenes of carve-kernels demo alone")
-    name, settings = options.preset_of(
-        model,
-        preset,
-        layers=layers,
-        rows=rows,
-        steps=steps,
-        keep=keep,
-        top=top,
-        lam=lam,
-        max_new_tokens=max_new_tokens,
-    )
-    limit = (
-        MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
-    )
+        note("no --model: the embedded model answers, which only knows the scenes of carve-kernels demo")
+    name, values = options.build_preset(model, preset, layers, rows, steps, keep, top, lam, max_new_tokens)
+    limit = options.pixel_limit(max_image_pixels)
     if tokens is not None:
         checks.integer("tokens", tokens, low=1)
 
@@ -110,24 +95,24 @@ def batch(
         from carve_kernels.hf.engine.engine import CarveEngine
 
         loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
-        return CarveEngine(*loaded, preset=settings, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
+        return CarveEngine(*loaded, preset=values, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
 
-    inputs = {"--input": [questions, *(each.picture for each in asked)], "--preset": options.preset_files(preset)}
+    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": options.preset_files(preset)}
     with Store(folder).opened() as store:
-        store.refuse_twins(each.name for each in asked)
-        store.refuse_inputs([each.name for each in asked], inputs)
-        facts = _facts(model, settings, dtype, attn, fit)
-        _Run(store, asked, facts, name, pictures, tokens).work(load)
+        store.refuse_twins(line.name for line in lines)
+        store.refuse_inputs([line.name for line in lines], inputs)
+        facts = _facts(model, values, dtype, attn, fit)
+        _Run(store, lines, facts, name, images or old_images, tokens).work(load)
 
 
 def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
-    """All that answers depend on but the questions and the images."""
-    from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
+    """What answers depend on besides questions and images."""
+    from carve_kernels.cli.digests import checkpoint_digest
     from carve_kernels.hf.loading import find
 
     folder = find(model).folder
-    known = fingerprint_of_directory(folder) if folder.is_dir() else None
-    return {"model": known, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
+    digest = checkpoint_digest(folder) if folder.is_dir() else None
+    return {"model": digest, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
 
 
 @dataclass
@@ -135,16 +120,16 @@ class _Run:
     """One run of the command over its questions."""
 
     store: Store
-    asked: list[Asked]
+    lines: list[QuestionLine]
     facts: Mapping[str, Any]
-    name: str
-    pictures: bool
+    preset: str
+    images: bool
     tokens: int | None
     done: int = 0
 
     def work(self, load: Any) -> None:
-        """Answer what is not answered yet, write the tables, say how it went."""
-        from carve_kernels.cli.looking import quiet
+        """Answer what is not answered yet, write the tables, print a summary."""
+        from carve_kernels.cli.ask import quiet
 
         start = time.perf_counter()
         try:
@@ -155,78 +140,75 @@ class _Run:
                     self._answer(load(), todo)
             self._finish(len(todo), time.perf_counter() - start)
         except KeyboardInterrupt:
-            fail(f"interrupted; {self._kept()}")
+            fail(f"interrupted; {self._progress()}")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise type(error)(f"{error}; {self._kept()}") from error
+            raise type(error)(f"{error}; {self._progress()}") from error
 
     def _todo(self) -> dict[str, _Marks]:
-        """The marks of what is not answered yet."""
-        found = {}
-        digests: dict[Path, str | None] = {}
-        for asked in self.asked:
-            if asked.picture not in digests:
-                digests[asked.picture] = _digest(asked.picture)
-            marks = self._marks(asked, digests[asked.picture])
-            if self.store.has(asked.name, marks, self.pictures):
+        """The marks of the questions that are not answered yet, by name."""
+        from carve_kernels.cli.digests import file_digest
+
+        todo = {}
+        digests = {image: file_digest(image) for image in {line.image for line in self.lines}}
+        for line in self.lines:
+            marks = self._marks(line, digests[line.image])
+            if self.store.has(line.name, marks, self.images):
                 self.done += 1
             else:
-                found[asked.name] = marks
-        return found
+                todo[line.name] = marks
+        return todo
 
-    def _marks(self, asked: Asked, digest: str | None) -> _Marks:
-        """What tells an answer to this question under these settings from any other, by the keys of its record."""
+    def _marks(self, line: QuestionLine, digest: str | None) -> _Marks:
+        """What tells an answer to this question under these settings from others, by the keys of its record."""
         from carve_kernels.hf.engine.fingerprint import key_of
 
-        asking = key_of(format=2, question=asked.text, prompt=asked.prompt, truth=asked.truth, **self.facts)
-        return {"fingerprint": asking, "picture_digest": digest}
+        key = key_of(format=2, question=line.text, prompt=line.prompt, truth=line.truth, **self.facts)
+        return {"fingerprint": key, "image_digest": digest}
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
-        waiting = [asked for asked in self.asked if asked.name in todo]
+        lines = [line for line in self.lines if line.name in todo]
         columns: dict[str, list[Any]] = {
-            "images": [asked.picture for asked in waiting],
-            "questions": [asked.text for asked in waiting],
-            "prompts": [asked.prompt for asked in waiting],
+            "images": [line.image for line in lines],
+            "questions": [line.text for line in lines],
+            "prompts": [line.prompt for line in lines],
         }
-        outcomes = engine.stream(**columns, tokens=self.tokens)
-        with counted(len(self.asked), len(self.asked) - len(todo), "questions") as advance:
-            for asked, outcome in zip(waiting, outcomes, strict=True):
-                self._write(asked, outcome, engine, todo[asked.name])
+        results = engine.stream(**columns, tokens=self.tokens)
+        with counted(len(self.lines), self.done, "questions") as advance:
+            for line, result in zip(lines, results, strict=True):
+                self._write(line, result, engine, todo[line.name])
                 self.done += 1
                 advance()
 
-    def _write(self, asked: Asked, outcome: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
-        from carve_kernels.cli.looking import facts_of
+    def _write(self, line: QuestionLine, result: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
+        from carve_kernels import deprecation
+        from carve_kernels.cli.ask import model_facts
         from carve_kernels.cli.notes import notes_of
-        from carve_kernels.cli.report import FILES, RECORD, Look, Question, record, write, write_record
+        from carve_kernels.cli.report import FILES, RECORD, Question, Report, record, write, write_record
         from carve_kernels.hf.engine.result import CarveFailure
 
-        facts: dict[str, Any] = {
-            "id": asked.id,
-            "picture": str(asked.picture),
-            **marks,
-            "error": None,
-        }
-        if isinstance(outcome, CarveFailure):
-            error = {"type": type(outcome.error).__name__, "message": as_typed(outcome.error)}
-            self.store.write_error(asked.name, {"question": asked.text, **facts, "error": error})
+        facts: dict[str, Any] = {"id": line.id, "image_path": str(line.image), **marks, "error": None}
+        facts = deprecation.with_old_keys(facts, picture="image_path", picture_digest="image_digest")
+        if isinstance(result, CarveFailure):
+            error = {"type": type(result.error).__name__, "message": as_typed(result.error)}
+            self.store.write_error(line.name, {"question": line.text, **facts, "error": error})
             return
-        question = Question(outcome.image, asked.text, asked.truth, facts)
-        notes = {self.name: notes_of(outcome, engine.model, engine.processor)}
-        seconds = {"load": 0.0, "look": sum(outcome.seconds.values()), "total": sum(outcome.seconds.values())}
-        seen = Look(question, facts_of(engine.model), {self.name: outcome}, notes, seconds)
-        if self.pictures:
-            self.store.write(asked.name, FILES, lambda folder: write(folder, seen))
+        question = Question(result.image, line.text, line.truth, facts)
+        notes = {self.preset: notes_of(result, engine.model, engine.processor)}
+        seconds = {"load": 0.0, "look": sum(result.seconds.values()), "total": sum(result.seconds.values())}
+        report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
+        if self.images:
+            self.store.write(line.name, FILES, lambda folder: write(folder, report))
         else:
-            self.store.write(asked.name, (RECORD,), lambda folder: write_record(folder, record(seen)))
+            self.store.write(line.name, (RECORD,), lambda folder: write_record(folder, record(report)))
 
     def _finish(self, done: int, seconds: float) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        rows = [self._row(asked) for asked in self.asked]
+        rows = [self._row(line) for line in self.lines]
         failed = [row for row in rows if row["error"] is not None]
         summary = {
             "questions": len(rows),
@@ -240,65 +222,49 @@ class _Run:
         }
         self.store.write_tables(rows, summary)
         total = number_of(len(rows), "question")
-        told = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
+        counts = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
         if summary["right"] is not None:
-            told += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
+            counts += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
         console = Console()
         rate = f"; {done / seconds:.2f} a second" if done else ""
-        console.print(Text(f"{told}; {clock.seconds():.1f} s{rate}"), soft_wrap=True)
+        console.print(Text(f"{counts}; {clock.seconds():.1f} s{rate}"), soft_wrap=True)
         console.print(Text(f"{self.store.folder}/: results.jsonl, summary.json"), soft_wrap=True)
         unseen = [row.get("unseen") or 0.0 for row in rows]
-        warning = options.outside(max(unseen))
+        warning = options.unseen_warning(max(unseen))
         if warning is not None:
-            count = sum(options.outside(share) is not None for share in unseen)
-            told = f"in {count} of {number_of(len(rows), 'question')} up to {warning}"
-            console.print(Text(told, style="yellow"), soft_wrap=True)
-        noted = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
-        if noted:
-            note(_first(noted))
+            count = sum(options.unseen_warning(share) is not None for share in unseen)
+            console.print(Text(f"in {count} of {total} up to {warning}", style="yellow"), soft_wrap=True)
+        notes = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
+        if notes:
+            note(_first(notes))
         if failed:
-            told = _first([f"line {row['line']}: {row['error']['message']}" for row in failed])
-            fail(f"{len(failed)} of {total} failed: {told}")
+            reasons = _first([f"line {row['line']}: {row['error']['message']}" for row in failed])
+            fail(f"{len(failed)} of {total} failed: {reasons}")
             raise typer.Exit(1)
 
-    def _row(self, asked: Asked) -> dict[str, Any]:
-        """The line of a question in the table."""
+    def _row(self, line: QuestionLine) -> dict[str, Any]:
+        """The row of a question in the table."""
         lost: dict[str, Any] = {"error": {"type": "FileNotFoundError", "message": "its result.json is gone"}}
-        values = self.store.read(asked.name) or lost
-        given = {"id": asked.id, "line": asked.line, "image": str(asked.picture), "question": asked.text}
+        values = self.store.read(line.name) or lost
+        row = {"id": line.id, "line": line.line, "image": str(line.image), "question": line.text}
         if values.get("error") is not None:
-            return {**given, "error": values["error"]}
+            return {**row, "error": values["error"]}
         (numbers,) = values["presets"].values()
-        kept = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason", "notes")
-        return {**given, **{key: numbers.get(key) for key in kept}, "error": None}
+        keys = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason", "notes")
+        return {**row, **{key: numbers.get(key) for key in keys}, "error": None}
 
-    def _kept(self) -> str:
-        done = f"{self.done} of {number_of(len(self.asked), 'question')}"
-        told = "is done and stays" if len(self.asked) == 1 else "are done and stay"
-        return f"{done} {told} in {self.store.folder}; run it again to go on"
-
-
-def _digest(picture: Path) -> str | None:
-    """The content of an image file, None where it cannot be read."""
-    found = hashlib.sha256()
-    try:
-        # A device or a pipe has no end.
-        if not picture.is_file():
-            return None
-        with picture.open("rb") as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
-    except OSError:
-        return None
-    return found.hexdigest()
+    def _progress(self) -> str:
+        done = f"{self.done} of {number_of(len(self.lines), 'question')}"
+        verb = "is" if len(self.lines) == 1 else "are"
+        return f"{done} {verb} done, in {self.store.folder}; run the command again to continue"
 
 
 def _first(lines: Sequence[str]) -> str:
-    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return f"{'; '.join(lines[:_SHOWN])}{more}"
+    more = f"; and {len(lines) - _MOST} more" if len(lines) > _MOST else ""
+    return f"{'; '.join(lines[:_MOST])}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:
-    """How many answers are right, None where no true answer is known."""
-    known = [row[key] for row in rows if row.get(key) is not None]
-    return sum(known) if known else None
+    """How many answers are right; None where no true answer is known."""
+    verdicts = [row[key] for row in rows if row.get(key) is not None]
+    return sum(verdicts) if verdicts else None

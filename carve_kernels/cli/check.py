@@ -1,4 +1,4 @@
-"""carve-kernels check: every kernel on a device against the reference, then its time beside the predicted one."""
+"""carve-kernels check: every kernel of a device against the reference, and its time against the predicted one."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from rich.table import Table
 from rich.text import Text
 
 from carve_kernels.cli.options import device_of, path
-from carve_kernels.cli.output import one_line, results, stages, versions
+from carve_kernels.cli.output import one_line, replace_files, stages, versions
 from carve_kernels.cli.tables import Cell, screen, show, table
 
 _KIND = "carve_kernels.check"
-_TIMED = ("stage", "backend", "case", "measured, us", "in a graph", "host's call", "predicted, not timed", "times that")
+_TIMED = ("stage", "backend", "case", "measured, us", "in a graph", "call on the host", "predicted, not timed", "ratio")
 
 
 def check(
     device: Annotated[str, typer.Option("--device", help="auto, cuda, cuda:1, cpu, ...")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few and small problems: seconds, and no real timing.")
+        bool, typer.Option("--quick", help="Few and small problems: takes seconds, and its times mean nothing.")
     ] = False,
     output: Annotated[str, path("JSON file with every case, error and time.", "--output", "-o")] = "check.json",
 ) -> None:
-    """Check every kernel that serves a device against the reference, time it, and write a report to send back."""
+    """Check every kernel of a device against the reference, time it, and write a report to share."""
     from carve_kernels import checks
     from carve_kernels.cli.ours import is_json
 
     file = checks.path("output", output).absolute()
     if not file.parent.is_dir():
-        raise ValueError(f"output: {file.parent} is no folder; choose another --output")
+        raise ValueError(f"output: {file.parent} is not a folder; choose another --output")
     chosen = device_of(device)
-    with results(file.parent, [file.name], is_json(_KIND)) as folder:
+    with replace_files(file.parent, [file.name], is_json(_KIND)) as folder:
         from carve_kernels import selfcheck
 
         with stages(selfcheck.count(quick=quick)) as announce:
-            found = selfcheck.examine(chosen, quick=quick, announce=announce)
-        report = {"format": f"{_KIND}/2", "quick": quick, "machine": _machine(chosen), **found}
+            results = selfcheck.examine(chosen, quick=quick, announce=announce)
+        report = {"format": f"{_KIND}/1", "quick": quick, "machine": _machine(chosen), **results}
         text = json.dumps(report, indent=1, allow_nan=False)
         (folder / file.name).write_text(text + "\n", encoding="utf-8")
     wrong = _show(report)
@@ -49,22 +49,22 @@ def check(
 
 
 def _show(report: dict[str, Any]) -> list[str]:
-    """Print what was found; the cases that are wrong."""
+    """Print a report; return the cases that are wrong."""
     console = screen()
     machine = report["machine"]
     console.print(Text(f"{machine['device']}: {machine['name']}", style="bold"))
     console.print(_cells(report))
     if report["timings"]:
-        title = "Timed behind flushed caches: median (p10 to p90)"
-        show(console, title, _TIMED, _times(report), ("host's call", "in a graph", "times that"))
+        title = "Timed with flushed caches: median (p10 to p90)"
+        show(console, title, _TIMED, _times(report), ("call on the host", "in a graph", "ratio"))
     if machine["device"].startswith("cuda") and report["gpu"] is None:
-        console.print("No prediction: neither the name nor the memory of this GPU tells its rates.")
-    if all(entry["backend"] == "reference" for entry in report["checks"]):
-        console.print(Text("No kernel serves this device: the reference alone was checked.", style="yellow"))
+        console.print("No prediction: the rates of this GPU are not known, neither by its name nor by its memory.")
+    if all(entry["room"] == "reference" for entry in report["checks"]):
+        console.print(Text("No kernel serves this device: only the reference was checked.", style="yellow"))
     wrong = []
     for entry in report["checks"]:
         if entry["right"] is False:
-            line = f"wrong: {entry['stage']} in {entry['backend']}, {entry['case']}: {one_line(entry['problem'])}"
+            line = f"wrong: {entry['stage']}, backend {entry['room']}, {entry['case']}: {one_line(entry['problem'])}"
             console.print(Text(line, style="bold red"), soft_wrap=True)
             wrong.append(line)
     right = sum(entry["right"] is True for entry in report["checks"])
@@ -74,13 +74,13 @@ def _show(report: dict[str, Any]) -> list[str]:
 
 
 def _cells(report: dict[str, Any]) -> Table:
-    """A row for each stage and backend: the right cases, and the one closest to its limit; or why none ran."""
+    """A row for each stage and backend: how many cases are right, and the one closest to its limit; or why none ran."""
     lines: list[Sequence[Cell]] = []
-    for cell in report["backends"]:
-        stage, backend = cell["stage"], cell["backend"]
-        entries = [entry for entry in report["checks"] if (entry["stage"], entry["backend"]) == (stage, backend)]
-        if cell["unavailable"] is not None:
-            lines.append((stage, backend, "-", "all", one_line(cell["unavailable"])))
+    for cell in report["rooms"]:
+        stage, backend = cell["stage"], cell["room"]
+        entries = [entry for entry in report["checks"] if (entry["stage"], entry["room"]) == (stage, backend)]
+        if cell["shut"] is not None:
+            lines.append((stage, backend, "-", "all", one_line(cell["shut"])))
             continue
         judged = [entry for entry in entries if entry["right"] is not None]
         right = [entry for entry in judged if entry["right"]]
@@ -89,8 +89,8 @@ def _cells(report: dict[str, Any]) -> Table:
         if shares:
             share, entry = max(shares, key=lambda pair: pair[0])
             closest = f"{entry['error']:.1e} of {entry['allowed']:.1e} ({share:.0%}): {entry['case']}"
-        shown = Text(f"{len(right)} of {len(judged)}", style="green" if len(right) == len(judged) else "bold red")
-        lines.append((stage, backend, shown, str(len(entries) - len(judged)), closest))
+        count = Text(f"{len(right)} of {len(judged)}", style="green" if len(right) == len(judged) else "bold red")
+        lines.append((stage, backend, count, str(len(entries) - len(judged)), closest))
     columns = ("stage", "backend", "right", "not served", "closest")
     return table("Checked against the reference in float64", columns, lines)
 
@@ -104,7 +104,7 @@ def _times(report: dict[str, Any]) -> list[Sequence[Cell]]:
             predicted = f"{_figure(1e6 * least['seconds'])} {least['bound']}"
             ratio = f"{entry['seconds']['median'] / least['seconds']:.3g}"
         spreads = (_spread(entry[name]) for name in ("seconds", "graph", "host"))
-        lines.append((entry["stage"], entry["backend"], entry["case"], *spreads, predicted, ratio))
+        lines.append((entry["stage"], entry["room"], entry["case"], *spreads, predicted, ratio))
     return lines
 
 
@@ -120,7 +120,7 @@ def _figure(value: float) -> str:
 
 
 def _machine(device: Any) -> dict[str, Any]:
-    """What the numbers were found on."""
+    """The machine that the numbers belong to."""
     import torch
 
     facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""carve-kernels demo: the embedded model looks at an embedded scene."""
+"""carve-kernels demo: the embedded model answers a question about an embedded scene."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import typer
 
 from carve_kernels.cli import options
 
-# A scene of the test split that the model answers wrongly as it is, and rightly once its own profile has carved it.
+# A scene of the test split whose plain answer is wrong and whose refined answer, with the profile, is right.
 SEED, LEVEL = 18, 4
 
 
 def demo(
     output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/demo",
-    scene: Annotated[int, typer.Option("--scene", min=0, help="Seed of the scene; any number draws another.")] = SEED,
+    scene: Annotated[
+        int, typer.Option("--scene", min=0, help="Seed of the scene; each number draws another one.")
+    ] = SEED,
     level: Annotated[
         int, typer.Option("--level", min=1, max=4, help="How crowded: 1 has 2 large digits, 4 has 8.")
     ] = LEVEL,
 ) -> None:
-    """Look into the embedded small model: one scene, carved by the model's own profile and by the paper's preset."""
+    """Show CARVE on the embedded small model: one scene, with the profile of the model and with the preset paper."""
     from carve_kernels import checks
-    from carve_kernels.cli.looking import look
+    from carve_kernels.cli.ask import ask
     from carve_kernels.cli.report import Question
     from carve_kernels.hf.loading import load, preset_beside
     from carve_kernels.models import small
@@ -35,12 +37,12 @@ def demo(
         "scene": {"seed": scene, "level": level, "split": "test", "box": list(drawn.box), "general": drawn.general}
     }
     profile = preset_beside(small()) or Preset.paper()
-    # The words are the model's own, since it knows no others; everything else is the paper's.
+    # Prompts that the model knows; everything else is as in the paper.
     paper = Preset.paper(
         general_prompt=profile.general_prompt, suffix=profile.suffix, max_new_tokens=profile.max_new_tokens
     )
     with _one_thread():
-        look(
+        ask(
             checks.path("output", output),
             Question(drawn.image, drawn.question, drawn.answer, facts),
             {"profile": profile, "paper": paper},
@@ -50,7 +52,7 @@ def demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On a busy machine, threads of a model this small wait for each other: 40 s with two, 0.5 s with one."""
+    """On a busy machine, threads of such a small model wait for each other: 40 s with two, 0.5 s with one."""
     import torch
 
     threads = torch.get_num_threads()

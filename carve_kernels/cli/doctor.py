@@ -1,4 +1,4 @@
-"""carve-kernels doctor: what is here, what works, and how to mend what does not."""
+"""carve-kernels doctor: which versions are installed, what works, and how to fix what does not."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ Line = tuple[str, Text, str]
 
 
 def doctor() -> None:
-    """Say which versions, rooms, devices and processors work here, and how to mend what does not."""
+    """Say which versions, backends, devices and processors work here, and how to fix what does not."""
     console = screen()
     console.print(table("Versions", ("package", "version"), _versions()))
-    rooms = {(stage, room): why for stage, room, why in _rooms()}
-    console.print(table("Rooms", ("stage", "room", "serves", "why not, and how to mend it"), _cells(rooms)))
+    backends = {(stage, backend): why for stage, backend, why in _backends()}
+    columns = ("stage", "backend", "works", "why not, and how to fix it")
+    console.print(table("Backends", columns, _backend_rows(backends)))
     transformers = why_not("transformers", "AutoProcessor")
-    trials = list(_trials()) if rooms and transformers is None else []
+    trials = list(_trials()) if backends and transformers is None else []
     tried = [(name, _yes(why is None), why or more) for name, more, why in trials]
     lines = [*_machine(), *_models(transformers), *tried]
     console.print(table("Machine and models", ("what", "works", "more"), lines))
-    broken = [f"{stage} in the reference room" for (stage, room), why in rooms.items() if room == "reference" and why]
+    broken = [
+        f"{stage} by the reference backend" for (stage, name), why in backends.items() if name == "reference" and why
+    ]
     broken += ["transformers"] if transformers else []
     broken += [name for name, _, why in trials if why]
-    broken += [] if rooms else ["torch"]
+    broken += [] if backends else ["torch"]
     if broken:
-        console.print(Text(f"Needs mending: {', '.join(broken)}.", style="bold red"))
+        console.print(Text(f"To fix: {', '.join(broken)}.", style="bold red"))
         raise typer.Exit(1)
     console.print(Text("Ready.", style="bold green"))
 
@@ -46,7 +49,7 @@ def why_not(module: str, name: str | None = None) -> str | None:
         loaded = importlib.import_module(module)
         if name is not None:
             getattr(loaded, name)
-    # A library that does not fit another fails in ways of its own.
+    # Incompatible libraries raise errors of any kind.
     except Exception as error:
         return one_line(error)
     return None
@@ -58,32 +61,32 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.system()} {platform.machine()}"
 
 
-def _rooms() -> Iterator[tuple[str, str, str | None]]:
-    """Each stage and room, and why it does not serve, found out by giving it a small job."""
+def _backends() -> Iterator[tuple[str, str, str | None]]:
+    """Each stage and backend, and why it does not work, by running a small problem."""
     if why_not("torch"):
         return
     from carve_kernels.backends import BACKENDS, STAGES
 
     for stage in STAGES:
-        for room in BACKENDS:
-            yield stage, room, _try(stage, room)
+        for backend in BACKENDS:
+            yield stage, backend, _try(stage, backend)
 
 
-def _try(stage: str, room: str) -> str | None:
+def _try(stage: str, backend: str) -> str | None:
     import torch
 
-    device = "cuda" if room in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
     try:
-        work = getattr(importlib.import_module(f"carve_kernels.ops.{stage}"), stage)
-        arguments, options = _job(stage, device)
-        work(*arguments, **options, backend=room)
-    # Whatever goes wrong in a room is what a doctor is asked for.
+        operator = getattr(importlib.import_module(f"carve_kernels.ops.{stage}"), stage)
+        arguments, options = _problem(stage, device)
+        operator(*arguments, **options, backend=backend)
+    # Any error of a backend is an answer here.
     except Exception as error:
-        return one_line(error).removeprefix(f"backend={room!r}: {room} cannot serve {stage}: ")
+        return one_line(error).removeprefix(f"backend={backend!r}: {backend} cannot serve {stage}: ")
     return None
 
 
-def _job(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
+def _problem(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     import torch
 
     ramp = torch.arange(12.0, device=device)
@@ -95,22 +98,22 @@ def _job(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     return [ramp.view(3, 4)], {"keep": 0.4, "top": 2}
 
 
-def _cells(rooms: dict[tuple[str, str], str | None]) -> Iterator[tuple[str, str, Text, str]]:
+def _backend_rows(backends: dict[tuple[str, str], str | None]) -> Iterator[tuple[str, str, Text, str]]:
     orders: dict[str, tuple[str, ...]] = {}
-    if rooms:
+    if backends:
         import torch
 
         from carve_kernels.backends import PREFERRED
 
         orders = {"a CPU": PREFERRED["cpu"]} | ({"a GPU": PREFERRED["cuda"]} if torch.cuda.is_available() else {})
-    serving = {cell for cell, why in rooms.items() if why is None}
-    for (stage, room), why in rooms.items():
-        takes = [
-            where
-            for where, order in orders.items()
-            if room == next((other for other in (*order, "reference") if (stage, other) in serving), None)
+    working = {cell for cell, why in backends.items() if why is None}
+    for (stage, backend), why in backends.items():
+        devices = [
+            device
+            for device, order in orders.items()
+            if backend == next((other for other in (*order, "reference") if (stage, other) in working), None)
         ]
-        yield stage, room, _yes(why is None), why or (f"auto takes it on {' and '.join(takes)}" if takes else "")
+        yield stage, backend, _yes(why is None), why or (f"auto uses it on {' and '.join(devices)}" if devices else "")
 
 
 def _machine() -> Iterator[Line]:
@@ -126,19 +129,19 @@ def _machine() -> Iterator[Line]:
 
     missing = cpu.unavailable()
     yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
-    inside = () if missing else extension.architectures()
-    more = ", ".join(f"sm_{number}" for number in inside) or "none; build with nvcc on the path or in CUDACXX"
-    yield "CUDA kernels", _yes(bool(inside)), more
-    if inside:
+    architectures = () if missing else extension.architectures()
+    more = ", ".join(f"sm_{number}" for number in architectures) or "none; build with nvcc on the path or in CUDACXX"
+    yield "CUDA kernels", _yes(bool(architectures)), more
+    if architectures:
         try:
-            found = driver.find()
+            gpu_driver = driver.find()
         except RuntimeError:
             yield "GPU driver", _yes(False), "unknown: the extension is older than this package; build it again"
         else:
-            yield "GPU driver", _yes(found.fits), str(found)
+            yield "GPU driver", _yes(gpu_driver.fits), str(gpu_driver)
     yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield "GPU", _yes(bool(names)), ", ".join(names) or "none that torch sees; the CPU serves"
+    yield "GPU", _yes(bool(names)), ", ".join(names) or "torch finds none; the CPU is used"
 
 
 def _models(transformers: str | None) -> Iterator[Line]:
@@ -151,39 +154,38 @@ def _models(transformers: str | None) -> Iterator[Line]:
     if torchvision is None:
         yield "torchvision", _yes(True), ""
     elif torchvision == "missing":
-        yield "torchvision", _yes(False), "missing; many processors do without it: pip install torchvision"
+        yield "torchvision", _yes(False), "missing; many processors work without it: pip install torchvision"
     else:
-        mend = "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
-        yield "torchvision", _yes(False), f"does not fit torch and breaks transformers ({torchvision}); {mend}"
+        fix = "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
+        yield "torchvision", _yes(False), f"does not fit torch and breaks transformers ({torchvision}); {fix}"
     if transformers is None and why_not("torch") is None:
         yield from _processors(torchvision)
 
 
 def _trials() -> Iterator[tuple[str, str, str | None]]:
-    """What people do with transformers, done once: (name, what it was, why it does not work or None)."""
-    from carve_kernels.cli.looking import quiet
+    """Typical uses of transformers, each tried once: (name, what was tried, why it fails or None)."""
+    from carve_kernels.cli.ask import quiet
 
     with quiet():
         for name, trial in (("contract with transformers", _contract), ("session", _session), ("engine", _engine)):
             try:
                 more, why = trial()
-            # Whatever goes wrong there is what a doctor is asked for.
+            # Any error of a trial is an answer here.
             except Exception as error:
                 more, why = "", one_line(error)
             yield name, more, why
 
 
 def _contract() -> tuple[str, str | None]:
-    """What is relied on in transformers, and whether this version was tested."""
+    """Whether transformers is as this package expects it, and whether its version was tested."""
     from carve_kernels.hf import names
-    from carve_kernels.hf.session import contract
 
-    results = contract.results()
+    results = names.contract()
     failed = [f"{check}: {why}" for check, why in results.items() if why is not None]
     tested = "tested" if names.is_tested() else "not tested"
-    said = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
-    said += f", {names.TESTED[0]} to {names.TESTED[1]} are"
-    return said, f"{said}; {'; '.join(failed)}; install one of those: {names.install_command()}" if failed else None
+    text = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
+    text += f", {names.TESTED[0]} to {names.TESTED[1]} are"
+    return text, f"{text}; {'; '.join(failed)}; install one of those: {names.mend()}" if failed else None
 
 
 @cache
@@ -217,15 +219,16 @@ def _engine() -> tuple[str, str | None]:
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
-    from carve_kernels.hf import names, processors
+    from carve_kernels.hf import names, processor_names
+    from carve_kernels.hf.layouts import FAMILIES
 
-    for family in names.FAMILIES:
+    for family in FAMILIES:
         limit = ""
         try:
-            name = processors.processor_class(family)
+            name = processor_names.processor_class(family)
             why = why_not("transformers", name)
             kind = None if why else getattr(importlib.import_module("transformers"), name)
-            if kind is not None and torchvision and processors.video_parts(kind):
+            if kind is not None and torchvision and processor_names.video_parts(kind):
                 limit = "images work without torchvision, videos need it: pip install torchvision"
         except names.UpstreamChanged as error:
             why = one_line(error.what)

@@ -1,4 +1,4 @@
-"""What a user should know of a result that is no error: what the model did not read, or did not say."""
+"""Notes on a result that is not an error: what the model could not read, or did not answer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from carve_kernels.models import small
 
 
 def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:
-    """A sentence for each, without a full stop."""
-    found = []
+    """A sentence for each note, without a full stop."""
+    notes = []
     tokens = processor.tokenizer.tokenize(result.question)
     unknown = tokens.count(processor.tokenizer.unk_token) if tokens else 0
     if not tokens:
-        found.append("the model's tokenizer reads nothing in the question")
+        notes.append("the model's tokenizer finds no tokens in the question")
     elif unknown:
-        found.append(f"the model's tokenizer does not know {unknown} of the {len(tokens)} tokens of the question")
+        notes.append(f"the model's tokenizer does not know {unknown} of the {len(tokens)} tokens of the question")
     silent = [which for which, answer in _answers(result).items() if not answer.strip()]
     if silent:
-        found.append(f"the model gave no words in its {' and its '.join(silent)} answer")
+        notes.append(f"the model returned no text in its {' and its '.join(silent)} answer")
     if (not tokens or unknown or silent) and model.name_or_path == str(small()):
-        found.append("the embedded model, small, knows questions such as 'what digit is red' alone")
-    return found
+        notes.append("the embedded model, small, only knows questions such as 'what digit is red'")
+    return notes
 
 
 def percent(share: float) -> str:
-    """A share that is more than nothing and less than everything never reads as either."""
+    """A share as text; one that is more than 0 and less than 1 is never rounded to either."""
     if 0 < share < 0.005:
         return "less than 1%"
     return f"{min(share, 0.99) if share < 1 else share:.0%}"

@@ -1,4 +1,4 @@
-"""Options that run, batch and profile share, and what their texts mean."""
+"""Options that run, batch and profile share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -20,36 +20,38 @@ def option(text: str, name: str, panel: str, **settings: Any) -> Any:
 
 
 def path(text: str, *names: str) -> Any:
-    """The option of a path, as the text that was typed: a Path would make another text of a URL, and of no text "."."""
+    """The option of a path, as the text that was typed: Path would change a URL, and turn an empty text into "."."""
     return typer.Option(*names, help=text, metavar="<path>")
 
 
 MODEL = (
-    "Checkpoint directory, small (the embedded model), or the id of a model in the local hub cache, such as Org/Name: "
-    "nothing is downloaded."
+    "Checkpoint directory, small (the embedded model), or the id of a model in the local hub cache, such as Org/Name. "
+    "Nothing is downloaded."
 )
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL)]
 PresetOption = Annotated[
     str | None,
     option(
-        "paper, release, or a JSON file such as carve.json, where every parameter is open. "
+        "paper, release, or a JSON file such as carve.json, which can set every parameter. "
         "Default: the model's carve.json, or paper.",
         "--preset",
         "Method",
     ),
 ]
 LayersOption = Annotated[
-    str | None, option("Layers that are read: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
+    str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
 ]
 RowsOption = Annotated[
     str | None,
     option(
-        "Tokens that look: last, 4 (the last four), question, word:red, text:the red cat, or -3 (the third last).",
+        "Captured query rows: last, 4 (the last four), question, word:red, text:the red cat, or -3 (the third last).",
         "--rows",
         "Method",
     ),
 ]
-StepsOption = Annotated[str | None, option("Steps of the answer: t_start, t_end or t_full.", "--steps", "Method")]
+StepsOption = Annotated[
+    str | None, option("Decode steps of the answer: t_start, t_end or t_full.", "--steps", "Method")
+]
 KeepOption = Annotated[float | None, option("Share of the pixels to keep, 0 to 1.", "--keep", "Method")]
 TopOption = Annotated[int | None, option("Regions to keep at most.", "--top", "Method")]
 LamOption = Annotated[
@@ -58,8 +60,8 @@ LamOption = Annotated[
 FitOption = Annotated[
     str | None,
     option(
-        "pad lays images on a canvas that the model sees whole, where its processor would cut some away. "
-        "Default: as the processor does it.",
+        "pad puts an image on a canvas that the model sees in full, where its processor would crop the image. "
+        "Default: as the processor does.",
         "--fit",
         "Method",
     ),
@@ -68,7 +70,7 @@ MaxNewTokensOption = Annotated[int | None, option("Longest answer, in tokens.", 
 DtypeOption = Annotated[
     str,
     option(
-        "auto, float32, bfloat16, float16, float64. auto is the checkpoint's, but float32 instead of float16 on a CPU.",
+        "auto, float32, bfloat16, float16, float64. auto is that of the checkpoint, or float32 for float16 on a CPU.",
         "--dtype",
         "Machine",
     ),
@@ -78,10 +80,10 @@ AttentionOption = Annotated[
     str | None, option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
 ]
 BackendOption = Annotated[
-    str, option("Room: auto, reference, cpu, triton or cuda; see doctor.", "--backend", "Machine")
+    str, option("auto, reference, cpu, triton or cuda; doctor lists which of them work.", "--backend", "Machine")
 ]
 AllowPickleOption = Annotated[
-    bool, option("Load pickle weights, which can run code of whoever wrote them.", "--allow-pickle", "Machine")
+    bool, option("Load pickle weights, which can run arbitrary code.", "--allow-pickle", "Machine")
 ]
 MaxImagePixelsOption = Annotated[
     int | None,
@@ -89,20 +91,19 @@ MaxImagePixelsOption = Annotated[
 ]
 
 
-def preset_of(
+def build_preset(
     model: str,
     preset: str | None,
-    *,
-    layers: str | None,
-    rows: str | None,
-    steps: str | None,
-    keep: float | None,
-    top: int | None,
-    lam: str | None,
-    max_new_tokens: int | None,
+    layers: str | None = None,
+    rows: str | None = None,
+    steps: str | None = None,
+    keep: float | None = None,
+    top: int | None = None,
+    lam: str | None = None,
+    max_new_tokens: int | None = None,
 ) -> tuple[str, Preset]:
-    """The name and the values that the options of the method mean for this checkpoint."""
-    chosen: dict[str, Any] = {
+    """The name and the values of the preset that the options mean for this checkpoint."""
+    options: dict[str, Any] = {
         "layers": None if layers is None else parse_layers(layers),
         "rows": None if rows is None else parse_rows(rows),
         "steps": steps,
@@ -112,14 +113,14 @@ def preset_of(
         "max_new_tokens": max_new_tokens,
     }
     name, base = _base(preset, model)
-    changes = {key: value for key, value in chosen.items() if value is not None}
+    changes = {key: value for key, value in options.items() if value is not None}
     if top is not None:
         changes["floor"] = None
     return name, dataclasses.replace(base, **changes)
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
-    """ "20-25", "3,5", "-1" or the name of a choice of layers."""
+    """Layers from "20-25", "3,5", "-1" or the name of a choice of layers."""
     if text in ("paper", "release"):
         return text
     numbers: list[int] = []
@@ -129,16 +130,16 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
             raise ValueError(f"layers: expected 20-25, or 3,5, or -1, or paper, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"layers: expected a range that rises, got {part.strip()!r}")
+            raise ValueError(f"layers: expected an ascending range, got {part.strip()!r}")
         numbers += range(first, last + 1)
     return tuple(numbers)
 
 
 def parse_rows(text: str) -> str | int | tuple[Any, ...]:
-    """ "last", "question", "4" for the last four, "word:red", "text:the red cat", or positions "-3,-2"."""
-    kind, colon, said = text.partition(":")
+    """Rows from "last", "question", "4" (the last four), "word:red", "text:the red cat", or positions "-3,-2"."""
+    kind, colon, value = text.partition(":")
     if colon and kind in ("word", "text"):
-        return (kind, said)
+        return (kind, value)
     if text in ("last", "question"):
         return text
     try:
@@ -170,14 +171,14 @@ def _base(preset: str | None, model: str) -> tuple[str, Preset]:
 
 
 def preset_files(preset: str | None) -> list[Path]:
-    """The file of --preset, where it is one."""
+    """The file that --preset names, if it names one."""
     from carve_kernels import checks
 
     return [checks.path("preset", preset)] if preset is not None and preset.endswith(".json") else []
 
 
 def device_of(name: str) -> Any:
-    """The device of a name, where auto is the first GPU, or the CPU without one."""
+    """The device of a name; auto is the first GPU, or the CPU."""
     import torch
 
     from carve_kernels.devices import usable
@@ -188,27 +189,35 @@ def device_of(name: str) -> Any:
 
 
 def check_fit(fit: str | None) -> None:
-    """Raises ValueError for a way to fit images that there is not, before any model is loaded."""
+    """Raise ValueError for an unknown --fit, before any model is loaded."""
     from carve_kernels import checks
     from carve_kernels.hf.layouts.letterbox import FITS
 
     if fit is not None:
-        # Without the option there is none, and nobody types that.
-        checks.choice("fit", fit, [known for known in FITS if known is not None])
+        # None means that the option is absent; it cannot be typed.
+        checks.choice("fit", fit, [name for name in FITS if name is not None])
 
 
-def outside(share: float) -> str | None:
-    """What to say of a share of an image that the model was not shown, None where it is next to nothing."""
+def pixel_limit(max_image_pixels: int | None) -> int:
+    """The value of --max-image-pixels, or its default."""
+    from carve_kernels import checks
+    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+
+    return MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
+
+
+def unseen_warning(share: float) -> str | None:
+    """A warning of the share of an image that the model did not see; None where it is negligible."""
     from carve_kernels.cli.notes import percent
 
     if share <= 0.005:
         return None
-    told = percent(share).replace("%", " %")
-    return f"{told} of the image was outside the model's view (centre crop); --fit pad shows it whole"
+    text = percent(share).replace("%", " %")
+    return f"{text} of the image was outside the model's view (centre crop); --fit pad shows it whole"
 
 
 def check_machine(dtype: str, backend: str) -> str:
-    """The dtype's own name, such as float16 for fp16; ValueError for a dtype or a room that there is not."""
+    """The full name of a dtype, such as float16 for fp16; ValueError for an unknown dtype or backend."""
     from carve_kernels import checks
     from carve_kernels.backends import BACKENDS
     from carve_kernels.hf.loading import dtype_of

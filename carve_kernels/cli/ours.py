@@ -1,4 +1,4 @@
-"""Which files the commands wrote themselves: these a later run replaces, anybody else's it does not."""
+"""Which files the commands wrote: a later run replaces these and no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEAD = 200
 
 
 def png_info(**texts: str) -> PngInfo:
-    """What every PNG is saved with, and is known by; and more texts."""
+    """The mark that every PNG is saved with, and more texts."""
     info = PngInfo()
     for key, text in {"Software": _SOFTWARE, **texts}.items():
         info.add_text(key, text)
@@ -26,17 +26,17 @@ def png_info(**texts: str) -> PngInfo:
 
 
 def png_texts(path: Path) -> Mapping[Any, Any] | None:
-    """The texts of a PNG that was saved with `png_info`, None of any other file."""
+    """The texts of a PNG that was saved with `png_info`; None for any other file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info if image.info.get("Software") == _SOFTWARE else None
-    # A damaged file ends Pillow's decoders in errors of many kinds.
+    # Pillow's decoders raise many kinds of errors for a damaged file.
     except Exception:
         return None
 
 
 def is_json(kind: str) -> IsOurs:
-    """Tells whether a file is JSON whose first key says that it is of this kind; the rest of it may be damaged."""
+    """A test whether a file is JSON whose first key names this kind; the rest of it may be damaged."""
     begins = re.compile(rf'\s*\{{\s*"format": "{re.escape(kind)}/'.encode())
 
     def check(path: Path) -> bool:
@@ -50,9 +50,9 @@ def is_json(kind: str) -> IsOurs:
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
-    """Raise ValueError for an output that is an input under any name: a link, or other capitals where these are equal.
+    """Raise ValueError for an output that is also an input, by any name: a link, or other capitals on some systems.
 
-    `inputs` are paths by the option that they were given with.
+    `inputs` are paths by their option.
     """
     known = {}
     for option, paths in inputs.items():
@@ -63,6 +63,6 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]])
     for path in outputs:
         with suppress(OSError):
             facts = path.stat()
-            if (facts.st_dev, facts.st_ino) in known:
-                option = known[facts.st_dev, facts.st_ino]
-                raise ValueError(f"output: {path} is what {option} reads and is not replaced; choose another --output")
+            source = known.get((facts.st_dev, facts.st_ino))
+            if source is not None:
+                raise ValueError(f"output: {path} is an input ({source}) and is not replaced; choose another --output")

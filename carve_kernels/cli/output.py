@@ -1,4 +1,4 @@
-"""What every command shares: folders filled all or nothing, errors in one line, a bar over the stages, versions."""
+"""What every command shares: output files, errors in one line, progress bars, versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,9 +30,9 @@ from rich.text import Text
 
 from carve_kernels.atomic_write import refuse_foreign, sync
 
-# What users type, by what it is called where it is checked.
+# The names that users type, by the names under which they are checked.
 TYPED = {"text": "question", "images": "image"}
-# What users type, by what a message advises whoever calls from Python.
+# What users type, by what a message advises callers from Python.
 _ADVICE = {
     "raise max_image_pixels": "raise --max-image-pixels",
     "pass allow_pickle=True": "pass --allow-pickle",
@@ -43,24 +43,24 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 TEMPORARY = ".carve-"
-# Seconds.
-_EVERY = 30.0
+# Seconds between two lines of progress without a terminal.
+_INTERVAL = 30.0
 PACKAGES = ("torch", "transformers", "triton", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "safetensors")
 
 Announce = Callable[[str], None]
 
 
 class _Clock:
-    """How long the command has been at work, the import of its libraries included."""
+    """Seconds since the command started, the import of its libraries included."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
 
     def seconds(self) -> float:
-        return time.perf_counter() - self._began
+        return time.perf_counter() - self._start
 
 
 clock = _Clock()
@@ -68,7 +68,7 @@ clock = _Clock()
 
 @contextmanager
 def printable() -> Iterator[None]:
-    """Within, characters that the terminal's encoding lacks are printed as escapes: they are no reason to fail."""
+    """Print characters that the terminal's encoding lacks as escapes, rather than fail."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -88,7 +88,7 @@ def fail(message: object) -> None:
 
 
 def note(message: str) -> None:
-    """One yellow line on stderr: something that a user may not have meant."""
+    """One yellow line on stderr: something that the user may not expect."""
     Console(stderr=True).print(Text(message, style="yellow"), soft_wrap=True)
 
 
@@ -98,30 +98,30 @@ def number_of(count: int, what: str) -> str:
 
 
 def one_line(message: object) -> str:
-    """A text without line breaks, and without anything else that would steer a terminal."""
+    """A text without line breaks and other control characters of a terminal."""
     text = str(message)
     if not text and isinstance(message, Exception):
-        # Where there is no memory, Python says no more.
+        # A MemoryError has no message.
         text = type(message).__name__
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def advised(message: str) -> str:
-    """A message that advises options where it did arguments."""
+    """A message with options in place of the arguments that it advises."""
     for argument, option in _ADVICE.items():
         message = message.replace(argument, option)
     return message
 
 
 def as_typed(error: Exception) -> str:
-    """An error about a line of questions in one line; it begins with the key that stands in the file."""
+    """An error about a line of questions, in one line that begins with the key in the file."""
     message = advised(one_line(error))
     name, colon, rest = message.partition(":")
     return f"{TYPED[name]}:{rest}" if colon and name in TYPED else message
 
 
 def exit_code(error: Exception) -> int | None:
-    """2 for an argument that does not fit, 1 for anything else that can be expected, None for a fault of ours."""
+    """2 for a bad argument, 1 for another expected error, None for a bug of this package."""
     if isinstance(error, (ValueError, TypeError)):
         return 2
     if isinstance(error, (ImportError, OSError, MemoryError)):
@@ -139,8 +139,8 @@ def versions() -> dict[str, str | None]:
     """The version of Python and of each package, None where it is missing."""
     from carve_kernels import __version__
 
-    own = {"carve_kernels": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    return {**own, **{package: _version(package) for package in PACKAGES}}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"carve_kernels": __version__, "python": python, **{name: _version(name) for name in PACKAGES}}
 
 
 @cache
@@ -152,28 +152,28 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def results(
+def replace_files(
     folder: Path,
     names: Sequence[str],
     is_ours: Callable[[Path], bool],
     within: Path | None = None,
     stale: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """A temporary folder; at the end its files, called `names`, move into `folder` all together, or none does.
+    """A temporary folder; at the end its files, called `names`, replace those in `folder`, and files `stale` go.
 
-    Files called `stale` go when they come. The last of `names` is there with all others that belong to it, or not at
-    all, even if the process is killed. The temporary folder is made in `within`, on the same file system as `folder`,
-    or in the first folder above that is there.
+    While files are exchanged, the last of `names` is missing: where it is there, all others that belong to it are,
+    even if the process was killed. The temporary folder is made in `within`, on the same file system as `folder`, or
+    in the first existing folder above.
 
-    Raises OSError at once if that cannot work, so that nobody waits for a model in vain, and ValueError if it would
-    replace a file that is not one of ours.
+    Raises OSError at once, before a model is loaded, if that cannot work, and ValueError if it would replace a file
+    that is not one of ours.
     """
     folder = folder.absolute()
     base = within or next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not base.is_dir():
-        raise NotADirectoryError(f"output: {base} is no folder; choose another --output")
-    places = [folder / name for name in (*names, *stale)]
-    refuse_taken(places, is_ours)
+        raise NotADirectoryError(f"output: {base} is not a folder; choose another --output")
+    paths = [folder / name for name in (*names, *stale)]
+    refuse_taken(paths, is_ours)
     try:
         # On the same file system as `folder`, so that a move is a renaming.
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=base))
@@ -181,84 +181,70 @@ def results(
         raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
     try:
         yield temporary
-        # Somebody may have put them there in the meantime.
-        refuse_taken(places, is_ours)
-        _move(temporary, folder, names, stale)
+        # Other programs may have put files there in the meantime.
+        refuse_taken(paths, is_ours)
+        _move(temporary, folder, names, [name for name in stale if (folder / name).exists()])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_taken(places: Iterable[Path], is_ours: Callable[[Path], bool]) -> None:
-    """Raise IsADirectoryError or ValueError for a place where a folder stands, or a file that is not one of ours."""
-    for place in places:
-        if place.is_dir():
-            raise IsADirectoryError(f"output: {place} is a folder; choose another --output")
-        refuse_foreign("output", place, is_ours)
+def refuse_taken(paths: Iterable[Path], is_ours: Callable[[Path], bool]) -> None:
+    """Raise IsADirectoryError or ValueError for a path of a folder, or of a file that is not one of ours."""
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"output: {path} is a folder; choose another --output")
+        refuse_foreign("output", path, is_ours)
 
 
 def _move(source: Path, folder: Path, names: Sequence[str], stale: Sequence[str]) -> None:
-    before = source / "before"
-    before.mkdir()
     # A name may reach the disk before what it names.
     for name in names:
         sync(source / name)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # What one file says of another goes after it.
-        for name in (*reversed(names), *reversed(stale)):
-            if os.path.lexists(folder / name):
-                os.replace(folder / name, before / name)
-        for name in names:
-            os.replace(source / name, folder / name)
-        sync(folder)
-    except BaseException:
-        for name in reversed(names):
-            if not (source / name).exists():
-                (folder / name).unlink(missing_ok=True)
-        for name in (*stale, *names):
-            if os.path.lexists(before / name):
-                os.replace(before / name, folder / name)
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    others = (*names[:-1], *stale)
+    if others:
+        # The last name goes first. A file that another one identifies is removed before that one.
+        for name in (names[-1], *reversed(others)):
+            (folder / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(source / name, folder / name)
+    sync(folder)
 
 
 @contextmanager
 def stages(total: int) -> Iterator[Announce]:
-    """A bar on stderr over so many stages; what it yields is called with a text when a stage begins."""
+    """A bar on stderr over `total` stages; call what it yields with a text when a stage begins."""
     columns = SpinnerColumn("line"), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
-        begun = 0
-        tell = _teller(console)
+        started = 0
+        print_line = _printer(console)
 
         def announce(text: str) -> None:
-            nonlocal begun
-            progress.update(bar, completed=begun, description=text)
-            begun += 1
-            tell(f"{begun} of {total}: {text}")
+            nonlocal started
+            progress.update(bar, completed=started, description=text)
+            started += 1
+            print_line(f"{started} of {total}: {text}")
 
         yield announce
 
 
-def _teller(console: Console) -> Callable[[str], None]:
-    """Prints how far the work is where there is no terminal for a bar, no more often than anybody would look."""
+def _printer(console: Console) -> Callable[[str], None]:
+    """Prints lines of progress where there is no terminal for a bar, at most one in each interval."""
     last = time.perf_counter()
 
-    def tell(text: str) -> None:
+    def print_line(text: str) -> None:
         nonlocal last
-        if not console.is_terminal and time.perf_counter() - last >= _EVERY:
+        if not console.is_terminal and time.perf_counter() - last >= _INTERVAL:
             last = time.perf_counter()
             console.print(Text(text), soft_wrap=True)
 
-    return tell
+    return print_line
 
 
 class _Rate(ProgressColumn):
-    """How many a second, or how many seconds each, of late."""
+    """The recent rate: so many a second, or so many seconds each."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -269,7 +255,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr over so many things, with their rate and the time left; what it yields is called after each."""
+    """A bar on stderr over `total` items with their rate and the time left; call what it yields after each item."""
     columns = (
         *(SpinnerColumn("line"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}")),
         *(_Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
@@ -277,12 +263,12 @@ def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(text, total=total, completed=done)
-        tell = _teller(console)
+        print_line = _printer(console)
 
         def advance() -> None:
             nonlocal done
             progress.advance(bar)
             done += 1
-            tell(f"{done} of {total} {text}")
+            print_line(f"{done} of {total} {text}")
 
         yield advance

@@ -1,4 +1,4 @@
-"""carve-kernels profile: which rows and layers of a checkpoint see the question, written as a carve.json."""
+"""carve-kernels profile: which rows and layers of a checkpoint react to the question, written as a carve.json."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import as_typed, number_of, results, stages, versions
+from carve_kernels.cli.output import as_typed, number_of, replace_files, stages, versions
 
 if TYPE_CHECKING:
-    from carve_kernels.cli.questions import Asked
+    from carve_kernels.cli.questions import QuestionLine
     from carve_kernels.hf.profile.profile import Probe, Profile
     from carve_kernels.hf.profile.scores import Cell
 
-_SHOWN = 8
+_MOST = 8
 _COLUMNS = ("layer", "rows", "steps", "score", "departure", "entropy", "between", "within")
 _BY_BOXES = ("pointing", "by contrast", "mass")
-# What a narrow screen does without, the first ones first.
+# Columns that a narrow screen drops, the first ones first.
 _SPARE = ("mass", "within", "between", "departure", "entropy", "by contrast")
 
 
@@ -27,20 +27,20 @@ def profile(
         str,
         options.path(
             # rich would take a list of names for its markup.
-            'Lines of JSON: {"image": path, "question": text}; if you have them, "paraphrases": \\[text, ...] and '
-            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are reported and choose nothing.',
+            'Lines of JSON: {"image": path, "question": text}; optional: "paraphrases": \\[text, ...] and '
+            '"box": \\[x0, y0, x1, y1] in pixels. Boxes are only reported; they do not affect the choice.',
             "--input",
             "-i",
         ),
     ],
     output: Annotated[
-        str, options.path("The carve.json: for --preset, or for the checkpoint's own folder.", "--output", "-o")
+        str, options.path("The carve.json: for --preset, or for the folder of the checkpoint.", "--output", "-o")
     ] = "out/carve.json",
     preset: options.PresetOption = None,
     rows: Annotated[
         list[str] | None,
         options.option(
-            "Candidates, again and again: last, question, 4 (the last four), word:red, text:TEXT, -3 (the third last). "
+            "Candidates: last, question, 4 (the last four), word:red, text:TEXT, -3 (the third last); may be repeated. "
             "Default: last, question, and each of the last words.",
             "--rows",
             "Method",
@@ -48,7 +48,7 @@ def profile(
     ] = None,
     steps: Annotated[
         list[str] | None,
-        options.option("Of t_start, t_end, t_full, again and again. Default: all.", "--steps", "Method"),
+        options.option("t_start, t_end or t_full; may be repeated. Default: all.", "--steps", "Method"),
     ] = None,
     max_new_tokens: options.MaxNewTokensOption = None,
     fit: options.FitOption = None,
@@ -59,38 +59,34 @@ def profile(
     allow_pickle: options.AllowPickleOption = False,
     max_image_pixels: options.MaxImagePixelsOption = None,
 ) -> None:
-    """Choose the layer and the rows of a checkpoint whose maps follow the question, on questions of your own.
+    """Choose the layer and the rows of a checkpoint whose maps react most to the question, on your questions.
 
-    Each picture is looked at for the general instruction, every question and its other wordings, with all layers
-    captured. What run, batch and CarveEngine need stands in the written file, and how it was chosen under "evidence".
+    For each image, all layers are captured for the general prompt, each question and its paraphrases. The written file
+    holds what run, batch and CarveEngine need, and under "evidence" how it was chosen.
     """
     from carve_kernels import checks
-    from carve_kernels.cli.looking import facts_of, quiet
+    from carve_kernels.cli.ask import model_facts, quiet
     from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.questions import read, refuse
     from carve_kernels.hf import profile as profiling
-    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
     from carve_kernels.presets import STEPS
 
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
     file, questions = checks.path("output", output), checks.path("input", input)
-    limit = (
-        MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
-    )
+    limit = options.pixel_limit(max_image_pixels)
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
-    unchanged = dict.fromkeys(("layers", "rows", "steps", "keep", "top", "lam"))
-    _, base = options.preset_of(model, preset, max_new_tokens=max_new_tokens, **unchanged)
-    asked = read(questions)
-    inputs = {"--input": [questions, *(line.picture for line in asked)], "--preset": options.preset_files(preset)}
+    _, base = options.build_preset(model, preset, max_new_tokens=max_new_tokens)
+    lines = read(questions)
+    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": options.preset_files(preset)}
     refuse_inputs([file], inputs)
-    probes = _probes(questions, asked, limit)
-    pictures = len({probe.image for probe in probes})
-    with results(file.parent, [file.name], profiling.is_saved) as folder, quiet(), stages(2 + pictures) as announce:
+    probes = _probes(questions, lines, limit)
+    total = 2 + len({probe.image for probe in probes})
+    with replace_files(file.parent, [file.name], profiling.is_saved) as folder, quiet(), stages(total) as announce:
         announce("loading the model")
         loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
         try:
-            found = profiling.profile(
+            chosen = profiling.profile(
                 loaded,
                 processor,
                 probes,
@@ -101,86 +97,83 @@ def profile(
                 max_image_pixels=limit,
                 fit=fit,
                 on_progress=lambda stage, done, total: announce(
-                    "writing" if stage == "done" else f"picture {done + 1} of {total}"
+                    "writing" if stage == "done" else f"image {done + 1} of {total}"
                 ),
             )
         except profiling.BadProbes as error:
-            refuse(questions, [f"line {asked[place].line}: {as_typed(fault)}" for place, fault in error.faults])
+            refuse(questions, [f"line {lines[index].line}: {as_typed(fault)}" for index, fault in error.faults])
             raise
-        found.save(folder / file.name, model=facts_of(loaded), versions=versions())
-    _summarise(found, file)
+        chosen.save(folder / file.name, model=model_facts(loaded), versions=versions())
+    _summarise(chosen, file)
 
 
-def _probes(path: Path, asked: Sequence[Asked], max_image_pixels: int) -> list[Probe]:
-    """The questions with their wordings and boxes; ValueError names the bad lines by their numbers."""
+def _probes(path: Path, lines: Sequence[QuestionLine], max_image_pixels: int) -> list[Probe]:
+    """The questions with their paraphrases and boxes; ValueError names the bad lines by their numbers."""
     from carve_kernels.cli.questions import refuse
     from carve_kernels.hf.inputs import open_image
 
     probes: list[Probe] = []
     faults: list[str] = []
     opened: set[Path] = set()
-    for line in asked:
+    for line in lines:
         try:
             probes.append(_probe(line))
-            if line.picture not in opened:
-                open_image(line.picture, max_image_pixels)
-                opened.add(line.picture)
+            if line.image not in opened:
+                open_image(line.image, max_image_pixels)
+                opened.add(line.image)
         except (TypeError, ValueError, OSError) as error:
             faults.append(f"line {line.line}: {as_typed(error)}")
     refuse(path, faults)
     return probes
 
 
-def _probe(line: Asked) -> Probe:
+def _probe(line: QuestionLine) -> Probe:
     from carve_kernels.hf.profile.profile import Probe
 
     extra: dict[str, Any] = {key: value for key, value in line.extra.items() if value is not None}
     if line.prompt is not None:
-        raise ValueError("prompt: expected none, since other wordings of the question need the template's prompt")
+        raise ValueError("prompt: expected none, since paraphrases of the question need the prompt of the template")
     if "box" in extra and "boxes" in extra:
         raise ValueError("box: expected box or boxes, got both")
     boxes: Any = [extra["box"]] if "box" in extra else extra.get("boxes", [])
-    return Probe(line.picture, line.text, extra.get("paraphrases", ()), boxes)
+    return Probe(line.image, line.text, extra.get("paraphrases", ()), boxes)
 
 
-def _summarise(found: Profile, output: Path) -> None:
-    """Print the best cells, the pick first, and the one that points best where boxes tell."""
+def _summarise(chosen: Profile, output: Path) -> None:
+    """Print the best cells, the pick first, and with boxes the cell that points best."""
     from rich.text import Text
 
     from carve_kernels.cli.tables import screen, show
 
-    best = found.best_pointing
-    shown = list(found.cells[:_SHOWN])
-    if best is not None and best not in shown:
-        shown.append(best)
-    title = f"{number_of(found.questions, 'question')} about {number_of(found.images, 'image')}"
+    best = chosen.best_pointing
+    cells = list(chosen.cells[:_MOST])
+    if best is not None and best not in cells:
+        cells.append(best)
+    title = f"{number_of(chosen.questions, 'question')} about {number_of(chosen.images, 'image')}"
     columns = ["", *_COLUMNS, *(_BY_BOXES if best is not None else ())]
     lines = []
-    for cell in shown:
-        mark = "pick" if cell is found.pick else "points best" if cell is best else ""
-        style = "bold" if cell is found.pick else ""
+    for cell in cells:
+        mark = "pick" if cell is chosen.pick else "points best" if cell is best else ""
+        style = "bold" if cell is chosen.pick else ""
         lines.append([Text(text, style=style) for text in (mark, *_numbers(cell))])
     console = screen()
     show(console, title, columns, lines, [name for name in _SPARE if name in columns])
     if best is not None:
-        console.print(Text(f"the boxes ({found.boxes}) chose nothing: the pick points at {_share(found.pick, best)}"))
-    if found.doubt is not None:
-        console.print(Text(found.doubt, style="yellow"))
+        pointing = f"the pick points at {chosen.pick.pointing:.1%}, the best cell at {best.pointing:.1%}"
+        console.print(Text(f"the boxes ({chosen.boxes}) did not affect the choice: {pointing}"))
+    if chosen.doubt is not None:
+        console.print(Text(chosen.doubt, style="yellow"))
     console.print(Text(str(output)), soft_wrap=True)
 
 
 def _numbers(cell: Cell) -> list[str]:
-    known = [cell.score, cell.departure, cell.entropy, cell.between, cell.within]
-    known += [value for value in (cell.pointing, cell.contrast_pointing, cell.mass) if value is not None]
-    return [str(cell.layer), _rows(cell.rows), cell.steps, *(f"{value:.3f}" for value in known)]
+    values = [cell.score, cell.departure, cell.entropy, cell.between, cell.within]
+    values += [value for value in (cell.pointing, cell.contrast_pointing, cell.mass) if value is not None]
+    return [str(cell.layer), _rows(cell.rows), cell.steps, *(f"{value:.3f}" for value in values)]
 
 
 def _rows(rows: Any) -> str:
-    """Rows as --rows takes them."""
+    """Rows in the form of --rows."""
     if not isinstance(rows, tuple):
         return str(rows)
     return ":".join(rows) if isinstance(rows[0], str) else ",".join(map(str, rows))
-
-
-def _share(pick: Cell, best: Cell) -> str:
-    return f"{pick.pointing:.1%}, the best cell at {best.pointing:.1%}"

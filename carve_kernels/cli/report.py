@@ -1,8 +1,7 @@
-"""What was seen, for people and for programs: the panel, the JSON, the files, the table on the terminal."""
+"""The results of one question, for people and for programs: panel, record, files, table on the terminal."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from rich.text import Text
 
+from carve_kernels.cli.digests import file_digest
 from carve_kernels.cli.notes import percent
 from carve_kernels.cli.ours import is_json, png_info, png_texts
 from carve_kernels.cli.output import clock, note, number_of, one_line, versions
@@ -24,7 +24,7 @@ from carve_kernels.maps import AttentionMaps, is_saved
 from carve_kernels.visualize import Scale, Tile, kept, overlay, panel, saliency_image
 
 RECORD = "result.json"
-# In the order in which they appear: where the record is, everything is.
+# In the order in which they are written: where the record is, all of them are.
 FILES = ("panel.png", "saliency.png", "saliency.npy", "image.png", "refined.png", "maps.safetensors", RECORD)
 
 _KIND = "carve_kernels.result"
@@ -34,7 +34,7 @@ _STYLES = {None: "", True: "green", False: "red"}
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about which image, and, where they are known, the right answer and more facts for the record."""
+    """A question about an image, the true answer if it is known, and more facts for the record."""
 
     image: Image.Image
     text: str
@@ -43,33 +43,33 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the engine saw and answered under each preset, what to know of it, and what it was asked with."""
+class Report:
+    """A question with its results and notes by preset, the facts of the model, and the seconds of each part."""
 
-    asked: Question
+    question: Question
     model: Mapping[str, Any]
-    by_preset: Mapping[str, CarveResult]
+    results: Mapping[str, CarveResult]
     notes: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float]
 
 
-def write(folder: Path, seen: Look) -> None:
-    """Write every file of FILES: the panel and the JSON hold all presets, the other files belong to the first."""
-    first = next(iter(seen.by_preset.values()))
-    rows = [_row(name, result, seen) for name, result in seen.by_preset.items()]
-    _panel(rows, seen).save(folder / "panel.png", pnginfo=png_info())
+def write(folder: Path, report: Report) -> None:
+    """Write every file of FILES: panel and record show all presets, the other files the first one."""
+    first = next(iter(report.results.values()))
+    rows = [_row(name, result, report) for name, result in report.results.items()]
+    _panel(rows, report).save(folder / "panel.png", pnginfo=png_info())
     numpy.save(folder / "saliency.npy", first.saliency.cpu().numpy().astype(numpy.float32))
-    # An array has no room for a mark of its own.
-    beside = png_info(**{"saliency.npy": _digest(folder / "saliency.npy")})
-    saliency_image(first.saliency).save(folder / "saliency.png", pnginfo=beside)
-    write_record(folder, record(seen))
+    # An array cannot hold a mark, so the image beside it identifies it.
+    mark = png_info(**{"saliency.npy": file_digest(folder / "saliency.npy") or ""})
+    saliency_image(first.saliency).save(folder / "saliency.png", pnginfo=mark)
+    write_record(folder, record(report))
     first.image.save(folder / "image.png", pnginfo=png_info())
     first.refined.save(folder / "refined.png", pnginfo=png_info())
     first.task.save(folder / "maps.safetensors")
 
 
 def write_record(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write result.json alone."""
+    """Write result.json."""
     text = json.dumps({"format": f"{_KIND}/1", **values}, indent=2, allow_nan=False)
     (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
 
@@ -80,69 +80,66 @@ def is_ours(path: Path) -> bool:
         return png_texts(path) is not None
     if path.suffix == ".npy":
         texts = png_texts(path.with_suffix(".png"))
-        return texts is not None and texts.get(path.name) == _digest(path)
+        return texts is not None and texts.get(path.name) == file_digest(path)
     return is_saved(path) if path.suffix == ".safetensors" else is_json(_KIND)(path)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def record(seen: Look) -> dict[str, Any]:
-    """Every number of a look, ready for JSON."""
-    asked = seen.asked
-    first = next(iter(seen.by_preset.values()))
+def record(report: Report) -> dict[str, Any]:
+    """Every number of a report, ready for JSON."""
+    question = report.question
+    first = next(iter(report.results.values()))
     return {
-        "question": asked.text,
-        "truth": asked.truth,
-        "image": {"width": asked.image.width, "height": asked.image.height},
-        **asked.facts,
+        "question": question.text,
+        "truth": question.truth,
+        "image": {"width": question.image.width, "height": question.image.height},
+        **question.facts,
         "complexity": first.complexity,
-        "model": dict(seen.model),
+        "model": dict(report.model),
         "presets": {
-            name: {**_numbers(result, asked.truth), "notes": list(seen.notes[name])}
-            for name, result in seen.by_preset.items()
+            name: {**_numbers(result, question.truth), "notes": list(report.notes[name])}
+            for name, result in report.results.items()
         },
-        "seconds": dict(seen.seconds),
+        "seconds": dict(report.seconds),
         "versions": versions(),
     }
 
 
-def summarise(seen: Look, folder: Path, seconds: Mapping[str, float]) -> None:
-    """Print the answers under each preset, where time went, where the files are, and what to know of the answers."""
+def summarise(report: Report, folder: Path, seconds: Mapping[str, float]) -> None:
+    """Print the answers under each preset, the seconds of each part, the files, and the notes."""
+    truth = report.question.truth
     lines = [
         (
             name,
-            _answer(result.answer, seen.asked.truth),
-            _answer(result.refined_answer, seen.asked.truth),
+            _answer(result.answer, truth),
+            _answer(result.refined_answer, truth),
             result.reason or f"{percent(_share(result))} of the image",
             f"{_average(result.entropy):.2f}",
             f"{sum(result.seconds.values()):.1f}",
         )
-        for name, result in seen.by_preset.items()
+        for name, result in report.results.items()
     ]
-    columns = ("", "plain answer", "refined answer", "kept", "entropy", "seconds")
+    columns = ("", "plain answer", "refined answer", "selected", "entropy", "seconds")
     console = screen()
-    console.print(table(Text(seen.asked.text), columns, lines))
-    if seen.asked.truth is not None:
-        console.print(Text(f"true answer: {seen.asked.truth}"))
+    console.print(table(Text(report.question.text), columns, lines))
+    if truth is not None:
+        console.print(Text(f"true answer: {truth}"))
     console.print(Text(_times(seconds)))
     console.print(Text(f"{folder}/: {', '.join(FILES)}"), soft_wrap=True)
-    several = len(seen.by_preset) > 1
-    for name, notes in seen.notes.items():
+    several = len(report.results) > 1
+    for name, notes in report.notes.items():
         for text in notes:
             note(f"{name}: {text}" if several else text)
 
 
 def _times(seconds: Mapping[str, float]) -> str:
-    """The time of each part, and of the whole command."""
-    parts = {"libraries": "imports", "model": "load", "answers": "look", "files": "write"}
-    told = ", ".join(f"{part} {seconds[key]:.1f} s" for part, key in parts.items())
-    return f"{told}; all {clock.seconds():.1f} s"
+    """The seconds of each part, and of the whole command."""
+    keys = {"libraries": "imports", "model": "load", "answers": "look", "files": "write"}
+    parts = ", ".join(f"{name} {seconds[key]:.1f} s" for name, key in keys.items())
+    return f"{parts}; all {clock.seconds():.1f} s"
 
 
 def is_right(answer: str, truth: str | None) -> bool | None:
-    """Whether an answer is the true one, None where nobody knows."""
+    """Whether an answer is the true one; None where that is not known."""
     return None if truth is None else answer.strip().casefold() == truth.strip().casefold()
 
 
@@ -178,19 +175,19 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
     }
 
 
-def _panel(rows: list[list[Tile]], seen: Look) -> Image.Image:
-    model = seen.model
-    truth = "" if seen.asked.truth is None else f"; the true answer is {_quoted(seen.asked.truth)}"
+def _panel(rows: list[list[Tile]], report: Report) -> Image.Image:
+    model, question = report.model, report.question
+    truth = "" if question.truth is None else f"; the true answer is {_quoted(question.truth)}"
     facts = (
         f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
-        f"attention {model['attention']}; image {seen.asked.image.width} x {seen.asked.image.height}; "
-        f"loaded in {seen.seconds['load']:.1f} s, answered in {seen.seconds['look']:.1f} s"
+        f"attention {model['attention']}; image {question.image.width} x {question.image.height}; "
+        f"loaded in {report.seconds['load']:.1f} s, answered in {report.seconds['look']:.1f} s"
     )
-    return panel(rows, title=f"{_quoted(seen.asked.text)}{truth}", caption=facts)
+    return panel(rows, title=f"{_quoted(question.text)}{truth}", caption=facts)
 
 
-def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
-    preset, layout, truth = result.preset, result.layout, seen.asked.truth
+def _row(name: str, result: CarveResult, report: Report) -> list[Tile]:
+    preset, layout, truth = result.preset, result.layout, report.question.truth
     task, general = (_grid(maps, preset.steps) for maps in (result.task, result.general))
     share = "of the attention per token"
     grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
@@ -199,25 +196,25 @@ def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
     if result.reason is None:
         x0, y0, x1, y1 = result.box
         count = len(result.boxes)
-        found = f"{number_of(count, 'region')}, {percent(_share(result))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
+        selected = f"{number_of(count, 'region')}, {percent(_share(result))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
     else:
-        found = f"the whole image: {result.reason}"
+        selected = f"the whole image: {result.reason}"
     return [
         Tile(
             result.image,
             f"{name.capitalize()}\nPlain answer: {_verdict(result.answer, truth)}",
-            "\n".join([_settings(result), *seen.notes[name]]),
+            "\n".join([_settings(result), *report.notes[name]]),
         ),
         Tile(
             overlay(result.image, task, box=box),
-            "Where it looks for the question",
+            "Attention for the question",
             f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, "
             f"mass {_average(_mass(result.task, preset.steps)):.3f}{grey}",
             _scale(100 * task, "%", share),
         ),
         Tile(
             overlay(result.image, general, box=box),
-            "Where it looks in general",
+            "Attention for the general prompt",
             f"{_quoted(preset.general_prompt)}\nmass {_average(_mass(result.general, preset.steps)):.3f}{grey}",
             _scale(100 * general, "%", share),
         ),
@@ -227,7 +224,7 @@ def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
             f"question / (general + lambda)\nlambda: {lam}",
             _scale(result.saliency, "", "contrast"),
         ),
-        Tile(kept(result.image, result.regions), "Kept", found),
+        Tile(kept(result.image, result.regions), "Selected", selected),
         Tile(
             result.refined,
             f"Refined answer: {_verdict(result.refined_answer, truth)}",
@@ -238,13 +235,13 @@ def _row(name: str, result: CarveResult, seen: Look) -> list[Tile]:
 
 
 def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
-    """The ends of a map with two digits, and a sign behind them."""
+    """The lowest and highest value of a map with two digits, each followed by a sign."""
     low, high = (f"{end:.2g}{sign}" if end < 10 else f"{end:.0f}{sign}" for end in map(float, values.aminmax()))
     return Scale(low, high, unit)
 
 
 def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The mean over rows and over the steps that are read: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
+    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
     end = maps.last_step(0) + 1
     start, stop = {"t_start": (0, 1), "t_end": (end - 1, end), "t_full": (0, end)}[steps]
     valid = maps.valid[0, :, start:stop].flatten(1)
@@ -273,12 +270,12 @@ def _share(result: CarveResult) -> float:
 
 def _settings(result: CarveResult) -> str:
     preset = result.preset
-    kept = f"top {100 * preset.keep:g}% of the pixels"
-    return f"{_span(result.task.layers)}; {_looking(preset.rows)}; {preset.steps}; {kept}"
+    selected = f"top {100 * preset.keep:g}% of the pixels"
+    return f"{_span(result.task.layers)}; {_rows(preset.rows)}; {preset.steps}; {selected}"
 
 
-def _looking(rows: str | int | tuple[Any, ...]) -> str:
-    """Which tokens look."""
+def _rows(rows: str | int | tuple[Any, ...]) -> str:
+    """The query rows in words."""
     if isinstance(rows, int):
         return f"last {number_of(rows, 'token')}"
     if isinstance(rows, tuple):
@@ -290,8 +287,8 @@ def _span(layers: tuple[int, ...]) -> str:
     first, last = layers[0], layers[-1]
     if first == last:
         return f"layer {first}"
-    run = layers == tuple(range(first, last + 1))
-    return f"layers {first} to {last}" if run else f"layers {', '.join(map(str, layers))}"
+    is_range = layers == tuple(range(first, last + 1))
+    return f"layers {first} to {last}" if is_range else f"layers {', '.join(map(str, layers))}"
 
 
 def _verdict(answer: str, truth: str | None) -> str:
@@ -299,12 +296,12 @@ def _verdict(answer: str, truth: str | None) -> str:
 
 
 def _answer(answer: str, truth: str | None) -> Text:
-    # Plain quotes, which every terminal has.
+    # Straight quotes, which every terminal has.
     return Text(f'"{_short(answer)}"{_VERDICTS[is_right(answer, truth)]}', style=_STYLES[is_right(answer, truth)])
 
 
 def _quoted(text: str) -> str:
-    """A text for the panel, isolated: one that is read from right to left turns nothing around it."""
+    """A text for the panel, isolated: right-to-left text does not reorder what is around it."""
     return f"\u201c\u2068{_short(text)}\u2069\u201d"
 
 

@@ -1,4 +1,4 @@
-"""carve-kernels run: any checkpoint of a supported family on this machine looks at any image."""
+"""carve-kernels run: ask any local checkpoint of a supported family about one image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from carve_kernels.cli import options
 def run(
     model: options.ModelOption,
     image: Annotated[str, options.path("Image file.", "--image", "-i")],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="The question about it.")],
     output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/run",
     preset: options.PresetOption = None,
     layers: options.LayersOption = None,
@@ -35,39 +35,29 @@ def run(
     from rich.text import Text
 
     from carve_kernels import checks
-    from carve_kernels.cli.looking import look
+    from carve_kernels.cli.ask import ask
     from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.cli.report import FILES, Question
-    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, open_image
+    from carve_kernels.hf.inputs import open_image
 
     checks.text("question", question)
     dtype = options.check_machine(dtype, backend)
     options.check_fit(fit)
     folder = checks.path("output", output)
-    name, settings = options.preset_of(
-        model,
-        preset,
-        layers=layers,
-        rows=rows,
-        steps=steps,
-        keep=keep,
-        top=top,
-        lam=lam,
-        max_new_tokens=max_new_tokens,
-    )
-    limit = MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels
+    name, values = options.build_preset(model, preset, layers, rows, steps, keep, top, lam, max_new_tokens)
+    limit = options.pixel_limit(max_image_pixels)
     opened = open_image(image, limit)
     inputs = {"--image": [checks.path("image", image)], "--preset": options.preset_files(preset)}
     refuse_inputs((folder / file for file in FILES), inputs)
-    seen = look(
+    report = ask(
         folder,
         Question(opened, question),
-        {name: settings},
+        {name: values},
         lambda: options.load_model(model, dtype, options.device_of(device), attn, allow_pickle),
         backend=backend,
         max_image_pixels=limit,
         fit=fit,
     )
-    told = options.outside(seen.by_preset[name].unseen)
-    if told is not None:
-        Console().print(Text(told, style="yellow"), soft_wrap=True)
+    warning = options.unseen_warning(report.results[name].unseen)
+    if warning is not None:
+        Console().print(Text(warning, style="yellow"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The embedded small model and the scenes that it was trained on."""
+"""The embedded small model and its training scenes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Scenes of coloured digits among clutter: the world that the embedded small model lives in.
+"""Scenes of coloured digits among clutter: the training and test data of the embedded small model.
 
-A scene is a function of (seed, level, split) alone. Its true picture is 384 x 384 while the model sees 96 x 96, so
-that a crop of the picture shows more than the model saw. Levels go from 2 large digits to 8 of one patch's size.
+A scene depends only on (seed, level, split). Its image is 384 x 384 while the model sees 96 x 96, so that a crop shows
+details that the model did not see. Levels range from 2 large digits to 8 of the size of a patch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Level:
-    """How crowded a scene is: digits, their height in pixels, letters, strokes, strength of the texture."""
+    """The content of a scene: digits, their height in pixels, letters, strokes, strength of the texture."""
 
     digits: int
     height: tuple[int, int]
@@ -68,7 +68,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, a question with its one-word answer, the general answer, and where everything is."""
+    """An image, a question with its one-word answer, the general answer, and the boxes of the digits."""
 
     image: Image.Image
     question: str
@@ -105,7 +105,7 @@ def _stamp(rng: np.random.Generator, glyph: np.ndarray, height: int, tilt: float
 
 
 def _muted(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A clutter colour: a palette colour mixed into a grey, so that it never passes for the colour itself."""
+    """A clutter colour: a palette colour mixed into a grey, so that it differs from the colour itself."""
     grey = rng.uniform(70, 190)
     share = rng.uniform(0.0, 0.35)
     tint = PALETTE[COLOURS[rng.integers(len(COLOURS))]]
@@ -122,40 +122,40 @@ def _background(rng: np.random.Generator, texture: int) -> Image.Image:
     return Image.fromarray(np.minimum(np.asarray(coarse), 255 - texture) + grain)
 
 
-def _free(box: Box, taken: list[Box], margin: int) -> bool:
+def _is_free(box: Box, others: list[Box], margin: int) -> bool:
     x0, y0, x1, y1 = box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
-    return all(x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0 for other in taken)
+    return all(x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0 for other in others)
 
 
-def _place(rng: np.random.Generator, size: tuple[int, int], taken: list[Box], margin: int) -> Box | None:
-    """A random box of this size clear of the taken ones, or None after many tries."""
+def _place(rng: np.random.Generator, size: tuple[int, int], others: list[Box], margin: int) -> Box | None:
+    """A random box of this size that does not overlap the others, or None after many tries."""
     for _ in range(200):
         x, y = (int(rng.integers(2, SIZE - side - 1)) for side in size)
         box = (x, y, x + size[0], y + size[1])
-        if _free(box, taken, margin):
+        if _is_free(box, others, margin):
             return box
     return None
 
 
 def _digits(rng: np.random.Generator, level: Level, split: Split) -> list[tuple[Placed, Image.Image]]:
-    """The digits of a scene with their masks; starts over when the last ones find no room."""
+    """The digits of a scene with their masks; starts again when the last ones do not fit."""
     while True:
         colours = rng.permutation(len(COLOURS))[: level.digits]
-        found: list[tuple[Placed, Image.Image]] = []
+        placed_masks: list[tuple[Placed, Image.Image]] = []
         for colour in colours:
             digit = int(rng.integers(10))
             kind = "handwriting" if rng.random() < 0.5 else "digits"
             mask = _stamp(rng, _pick(rng, kind, split, digit), int(rng.integers(*level.height)), 10)
-            box = _place(rng, mask.size, [placed.box for placed, _ in found], 4)
+            box = _place(rng, mask.size, [placed.box for placed, _ in placed_masks], 4)
             if box is None:
                 break
-            found.append((Placed(digit, COLOURS[colour], box), mask))
-        if len(found) == level.digits:
-            return found
+            placed_masks.append((Placed(digit, COLOURS[colour], box), mask))
+        if len(placed_masks) == level.digits:
+            return placed_masks
 
 
 def draw_scene(seed: int, level: int, *, split: Split = "train") -> Scene:
-    """Draw the scene of this seed and level; `split="test"` uses fonts and handwriting that training never saw."""
+    """Draw the scene of this seed and level; `split="test"` uses fonts and handwriting held out from training."""
     if level not in _LEVELS:
         raise ValueError(f"level: expected one of {LEVELS}, got {level!r}")
     if split not in ("train", "test"):
@@ -170,12 +170,12 @@ def draw_scene(seed: int, level: int, *, split: Split = "train") -> Scene:
         canvas.line(ends, fill=_muted(rng), width=int(rng.integers(1, 6)))
 
     digits = _digits(rng, plan, split)
-    taken = [placed.box for placed, _ in digits]
+    boxes = [placed.box for placed, _ in digits]
     for _ in range(int(rng.integers(plan.letters // 2, plan.letters + 1))):
         letter = _stamp(rng, _pick(rng, "letters", split), int(rng.integers(*plan.height)), 25)
-        box = _place(rng, letter.size, taken, 2)
+        box = _place(rng, letter.size, boxes, 2)
         if box is not None:
-            taken.append(box)
+            boxes.append(box)
             image.paste(_muted(rng), box, letter)
     for placed, mask in digits:
         jitter = rng.integers(-14, 15, 3)
@@ -183,7 +183,7 @@ def draw_scene(seed: int, level: int, *, split: Split = "train") -> Scene:
         image.paste((red, green, blue), placed.box, mask)
 
     placed_digits = tuple(placed for placed, _ in digits)
-    asked = placed_digits[rng.integers(len(placed_digits))]
+    target = placed_digits[rng.integers(len(placed_digits))]
     order = rng.permutation(len(placed_digits))
     general = " ".join(f"{placed_digits[i].colour} {DIGITS[placed_digits[i].digit]}" for i in order)
-    return Scene(image, f"what digit is {asked.colour}", DIGITS[asked.digit], general, asked.box, placed_digits)
+    return Scene(image, f"what digit is {target.colour}", DIGITS[target.digit], general, target.box, placed_digits)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 SIDE = 40
-# Letters that pass for a digit in some font are left out.
+# Letters that look like a digit in some font are left out.
 LETTERS = "ACEFHJKLMNPRTUVWXYadefhkmnrtwxy"
 TRAIN_FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
@@ -55,7 +55,7 @@ def build_atlas(path: Path) -> None:
     bordered = np.pad((written.images * 15.9).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
     arrays["handwriting"] = bordered
     arrays["handwriting_value"] = written.target.astype(np.uint8)
-    # The set lists its writers in order, so the tail holds writers that training has hardly seen.
+    # The set is ordered by writer, so its tail has writers that are rare in training.
     arrays["handwriting_test"] = np.arange(len(bordered)) >= len(bordered) * 4 // 5
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)

@@ -1,4 +1,4 @@
-"""Training batches: views with small shifts and changes of light, patch targets, packed questions and answers."""
+"""Training batches: views with small shifts and changes of brightness, patch targets, packed questions and answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIFT = 4
 
 @dataclass
 class Batch:
-    """Pictures [B, M, 3, 96, 96]; digit and colour of each patch; suffix and its next words [B, SUFFIX]."""
+    """Images [B, M, 3, 96, 96]; digit and colour of each patch; suffix and its next words [B, SUFFIX]."""
 
     pixels: Tensor
     patch_digit: Tensor
@@ -32,7 +32,7 @@ class Batch:
 
 
 def _patch_targets(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Digit (10 = nothing) and colour of each patch; patches that hold only an edge of a digit are ignored."""
+    """Digit (10 = nothing) and colour of each patch; patches with only an edge of a digit are ignored."""
     count = len(labels)
     digit = np.full((count, GRID, GRID), NOTHING)
     colour = np.full((count, GRID, GRID), IGNORE)
@@ -53,7 +53,7 @@ def _patch_targets(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack(rng: np.random.Generator, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Questions about some digits [n, 7] and the general list of all, with the word that follows each place."""
+    """Questions about some digits [n, 7] and the general list of all, with the next word at each position."""
     suffix, target = np.zeros(SUFFIX, int), np.full(SUFFIX, IGNORE)
     ask = [ID["what"], ID["digit"], ID["is"]]
     for turn, row in enumerate(rng.permutation(len(whole))[:QUESTIONS]):
@@ -79,11 +79,11 @@ class Sampler:
         self.views, self.labels = views, labels
         self.rng = np.random.default_rng(seed)
 
-    def _take(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Views [n, 96, 96, 3] in [-1, 1] and their labels, shifted and lit at random."""
-        count, place = len(chosen), np.arange(IMAGE)
+    def _load(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Views [n, 96, 96, 3] in [-1, 1] and their labels, with random shifts and brightness."""
+        count, positions = len(chosen), np.arange(IMAGE)
         shift = self.rng.integers(-SHIFT, SHIFT + 1, (count, 2))
-        xs, ys = (np.clip(place + shift[:, axis, None], 0, IMAGE - 1) for axis in (0, 1))
+        xs, ys = (np.clip(positions + shift[:, axis, None], 0, IMAGE - 1) for axis in (0, 1))
         pixels = self.views[chosen[:, None, None], ys[:, :, None], xs[:, None, :]].astype(np.float32)
         light = self.rng.uniform(0.85, 1.1, (count, 1, 1, 1)) * self.rng.uniform(0.95, 1.05, (count, 1, 1, 3))
         pixels = np.clip(pixels * light.astype(np.float32), 0, 255) / 127.5 - 1
@@ -95,18 +95,17 @@ class Sampler:
         labels[..., 2:6] = inside
         return pixels, labels
 
-    def batch(self, size: int, pictures: int = 1) -> Batch:
-        """`size` prompts of one picture, or of the whole view and a crop of the same scene."""
-        if pictures == 1:
+    def batch(self, size: int, images: int = 1) -> Batch:
+        """`size` prompts with one image, or with the whole view and a crop of the same scene."""
+        if images == 1:
             chosen = self.rng.integers(0, len(self.views), size)
         else:
             first = self.rng.integers(0, len(self.views) // VIEWS_PER_SCENE, size) * VIEWS_PER_SCENE
             chosen = np.stack([first, first + self.rng.integers(1, VIEWS_PER_SCENE, size)], 1).ravel()
-        pixels, labels = self._take(chosen)
+        pixels, labels = self._load(chosen)
         digit, colour = _patch_targets(labels)
-        asked = labels[::pictures]
-        packed = [_pack(self.rng, row[row[:, 6] == WHOLE]) for row in asked]
-        shaped = torch.from_numpy(pixels).permute(0, 3, 1, 2).reshape(size, pictures, 3, IMAGE, IMAGE)
+        packed = [_pack(self.rng, row[row[:, 6] == WHOLE]) for row in labels[::images]]
+        shaped = torch.from_numpy(pixels).permute(0, 3, 1, 2).reshape(size, images, 3, IMAGE, IMAGE)
         return Batch(
             shaped,
             torch.from_numpy(digit).reshape(size, -1),

@@ -1,4 +1,4 @@
-"""The model card, written from the measured numbers, so that it cannot say anything else."""
+"""The model card, written from the measured numbers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ pipeline_tag: image-text-to-text
 A genuine `LlavaForConditionalGeneration` of 1.74 M parameters (CLIP tower 3 x 128, Llama 5 x 128, patch 8, 12 x 12
 visual tokens, word-level tokenizer), trained from scratch on a CPU by `examples/small_vlm/reproduce.py`. It answers
 "what digit is red" with one word and "describe the image" with a list of colours and digits, and nothing else. It
-exists to show and to test attention capture and CARVE on real, trained weights; it is no general model.
+exists to show and to test attention capture and CARVE on real, trained weights; it is not a general model.
 
 **Data.** Drawn scenes (`carve_kernels.models.scenes`): digits in distinct colours, half rendered from fonts (DejaVu,
 STIX, Computer Modern, Pillow's own), half from scikit-learn's handwriting; letters, strokes and textured noise around
-them. Level 1 has 2 large digits, level 4 has 8 digits of one patch's size. The true picture is 384 x 384, the model
+them. Level 1 has 2 large digits, level 4 has 8 digits of one patch's size. The original image is 384 x 384, the model
 sees 96 x 96. Five fonts and the last fifth of the handwriting are held out for the test scenes.
 
 **Recipe.** One seed, one thread, bfloat16. Stage 1 ({stage1:g} minutes) classifies the projected patches against the
 language model's own embeddings of digit and colour words. Stage 2 ({stage2:g} minutes) answers up to six questions and
-lists the scene behind one picture, stage 1's loss kept at a lower weight. Crops as CARVE makes them are among the
-training views. The prompt ends with the colour word, so that the last row is the word that looks.
+lists the scene of one image, with stage 1's loss at a lower weight. Crops as CARVE makes them are among the training
+views. The prompt ends with the colour word, so that the last query row is the word whose attention is captured.
 """
 
 ACCURACY = """
@@ -43,12 +43,12 @@ exported fp16 weights, run in float32.
 """
 
 MAPS = """
-## Where the rows look
+## Where the rows attend
 
 `pointing`: the best token is one of the asked digit's. `mass`: share of the map on these tokens. `iou`: of the best
-tokens, as many as the digit has, with the digit's. `entropy`: H / ln N. `visual share`: attention that goes to the
-picture at all. `t_start` is the prompt's last word, `t_end` the last word of the answer. The contrast of these tables
-has lam = "mean".
+tokens, as many as the digit has, with the digit's. `entropy`: H / ln N. `visual share`: the share of attention on the
+image. `t_start` is the prompt's last word, `t_end` the last word of the answer. The contrast of these tables has
+lam = "mean".
 """
 
 
@@ -77,7 +77,7 @@ def _verdict(result: dict[str, Any]) -> str:
     return (
         f"{judgement} Over all levels: contrast {100 * contrast:.1f} %, raw {100 * raw:.1f} %, difference {gap:+.1f} "
         f"points (standard error about {spread:.1f}, as if the two were independent). "
-        "The larger lam is beside the general map, the closer contrast comes to the raw map.\n"
+        "The larger lam is relative to the general map, the closer contrast is to the raw map.\n"
     )
 
 

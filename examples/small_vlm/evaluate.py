@@ -18,7 +18,7 @@ import torch
 from card import write_card
 from model import GRID
 from PIL import Image
-from reader import Look, Reader, box_tokens
+from reader import Answers, Reader, box_tokens
 from torch import Tensor
 
 from carve_kernels import Preset, carve, zoom
@@ -27,18 +27,18 @@ from carve_kernels.models.scenes import DIGITS, GENERAL, LEVELS, SIZE, Box, Scen
 VALIDATION_SEED = 10_000_000
 MINUTES = (22.0, 45.0)
 STEPS = {"t_start": 0, "t_end": 1}
-# A square refined image loses nothing to the processor's centre crop; twice the view's side is enough for it.
+# The processor's centre crop cuts nothing from a square refined image; twice the side of the view is enough.
 SQUARE = (192, 192)
 START = Preset.paper(layers=(0,), steps="t_start", keep=0.1, top=1, size=SQUARE, general_prompt=GENERAL)
 
 
 @dataclass
-class Seen:
-    """Scenes with what the model answers and where it looks."""
+class Sample:
+    """Scenes with the answers of the model and their maps."""
 
     scenes: list[Scene]
-    task: Look
-    general: Look
+    task: Answers
+    general: Answers
 
     @property
     def right(self) -> list[bool]:
@@ -46,23 +46,24 @@ class Seen:
         return [word == scene.answer for word, scene in zip(self.task.words, self.scenes, strict=True)]
 
 
-def see(reader: Reader, level: int, count: int, split: Split, seed: int) -> Seen:
-    """Draw the scenes of a level and ask the plain question and the general instruction."""
+def ask(reader: Reader, level: int, count: int, split: Split, seed: int) -> Sample:
+    """Draw the scenes of a level and ask its question and the general prompt."""
     scenes = [draw_scene(seed + index, level, split=split) for index in range(count)]
     images = [scene.image for scene in scenes]
-    return Seen(scenes, reader.look(images, [s.question for s in scenes], 4), reader.look(images, None, 20))
+    task = reader.answer_with_maps(images, [scene.question for scene in scenes], 4)
+    return Sample(scenes, task, reader.answer_with_maps(images, None, 20))
 
 
-def refine(seen: Seen, index: int, kind: str, preset: Preset) -> Image.Image:
-    """The refined image of one scene; a flat map in the other's place leaves the raw or the general map alone."""
-    layers = list(preset.layers_of(seen.task.maps.shape[1]))
-    task, general = seen.task.maps[index, layers], seen.general.maps[index, layers]
+def refine(sample: Sample, index: int, kind: str, preset: Preset) -> Image.Image:
+    """The refined image of one scene; a flat map in place of the other one gives the raw or the general map."""
+    layers = list(preset.layers_of(sample.task.maps.shape[1]))
+    task, general = sample.task.maps[index, layers], sample.general.maps[index, layers]
     pairs = {
         "contrast": (task, general),
         "raw": (task, torch.ones_like(task)),
         "general": (general, torch.ones_like(general)),
     }
-    return carve(seen.scenes[index].image, *pairs[kind], grid=(GRID, GRID), preset=preset).refined
+    return carve(sample.scenes[index].image, *pairs[kind], grid=(GRID, GRID), preset=preset).refined
 
 
 def known_box(scene: Scene, place: np.random.Generator | None) -> Box:
@@ -76,20 +77,20 @@ def known_box(scene: Scene, place: np.random.Generator | None) -> Box:
     return left, top, left + side, top + side
 
 
-def share_right(reader: Reader, seen: Seen, images: list[Image.Image]) -> float:
-    """Accuracy of the questions of the scenes, asked of other images."""
-    words = reader.answer(images, [scene.question for scene in seen.scenes])
-    return float(np.mean([word == scene.answer for word, scene in zip(words, seen.scenes, strict=True)]))
+def share_right(reader: Reader, sample: Sample, images: list[Image.Image]) -> float:
+    """Accuracy of the questions of the scenes, about other images."""
+    words = reader.answer(images, [scene.question for scene in sample.scenes])
+    return float(np.mean([word == scene.answer for word, scene in zip(words, sample.scenes, strict=True)]))
 
 
-def accuracy(reader: Reader, seen: Seen, kind: str, preset: Preset) -> float:
+def accuracy(reader: Reader, sample: Sample, kind: str, preset: Preset) -> float:
     """Accuracy after the crop from one kind of map."""
-    return share_right(reader, seen, [refine(seen, index, kind, preset) for index in range(len(seen.scenes))])
+    return share_right(reader, sample, [refine(sample, index, kind, preset) for index in range(len(sample.scenes))])
 
 
 def choose(reader: Reader, count: int) -> tuple[Preset, list[dict[str, Any]]]:
     """The profile with the best mean accuracy on validation scenes, one group of parameters after the other."""
-    crowds = [see(reader, level, count, "train", VALIDATION_SEED) for level in LEVELS]
+    crowds = [ask(reader, level, count, "train", VALIDATION_SEED) for level in LEVELS]
     depth = crowds[0].task.maps.shape[1]
     tried: list[dict[str, Any]] = []
     groups = [
@@ -109,28 +110,28 @@ def choose(reader: Reader, count: int) -> tuple[Preset, list[dict[str, Any]]]:
     return replace(best, max_new_tokens=16), tried
 
 
-def described(seen: Seen) -> float:
+def described(sample: Sample) -> float:
     """Share of the digits that the general list names with the right colour."""
     shares = []
-    for text, scene in zip(seen.general.texts, seen.scenes, strict=True):
+    for text, scene in zip(sample.general.texts, sample.scenes, strict=True):
         shares.append(np.mean([f"{placed.colour} {DIGITS[placed.digit]}" in text for placed in scene.digits]))
     return float(np.mean(shares))
 
 
-def crops(reader: Reader, seen: Seen, profile: Preset) -> dict[str, float]:
+def crops(reader: Reader, sample: Sample, profile: Preset) -> dict[str, float]:
     """Accuracy plain and after every kind of crop."""
     place = np.random.default_rng(0)
-    found = {"plain": float(np.mean(seen.right)), "described": described(seen)}
+    found = {"plain": float(np.mean(sample.right)), "described": described(sample)}
     for kind in ("raw", "contrast", "general"):
-        found[kind] = accuracy(reader, seen, kind, profile)
-    found["contrast, lam mean"] = accuracy(reader, seen, "contrast", replace(profile, lam="mean"))
+        found[kind] = accuracy(reader, sample, kind, profile)
+    found["contrast, lam mean"] = accuracy(reader, sample, "contrast", replace(profile, lam="mean"))
     for name, generator in (("random", place), ("perfect", None)):
-        images = [zoom(s.image, None, known_box(s, generator), size=(SIZE, SIZE)) for s in seen.scenes]
-        found[name] = share_right(reader, seen, images)
+        images = [zoom(s.image, None, known_box(s, generator), size=(SIZE, SIZE)) for s in sample.scenes]
+        found[name] = share_right(reader, sample, images)
     for steps in STEPS:
         paper = Preset.paper(steps=steps, general_prompt=GENERAL)
         for kind in ("contrast", "raw"):
-            found[f"paper {steps} {kind}"] = accuracy(reader, seen, kind, paper)
+            found[f"paper {steps} {kind}"] = accuracy(reader, sample, kind, paper)
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -140,13 +141,13 @@ def entropy(maps: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1) / math.log(maps.shape[-1])
 
 
-def pointing(seen: Seen) -> list[dict[str, float]]:
+def pointing(sample: Sample) -> list[dict[str, float]]:
     """By layer and step, of raw map and contrast: best token in the box, mass in it, IoU of the top tokens."""
-    inside = torch.from_numpy(np.stack([box_tokens(scene.box) for scene in seen.scenes]))
+    inside = torch.from_numpy(np.stack([box_tokens(scene.box) for scene in sample.scenes]))
     rows = []
     for steps, step in STEPS.items():
-        for layer in range(seen.task.maps.shape[1]):
-            raw, general = seen.task.maps[:, layer, step], seen.general.maps[:, layer, step]
+        for layer in range(sample.task.maps.shape[1]):
+            raw, general = sample.task.maps[:, layer, step], sample.general.maps[:, layer, step]
             row: dict[str, Any] = {"steps": steps, "layer": layer}
             for name, map_ in (("raw", raw), ("contrast", raw / (general + general.mean(-1, keepdim=True)))):
                 rank = map_.argsort(-1, descending=True).argsort(-1)
@@ -174,9 +175,9 @@ def evaluate(
         "accuracy": {}, "maps": {},
     }  # fmt: skip
     for level in LEVELS:
-        seen = see(reader, level, samples, "test", 0)
-        result["accuracy"][str(level)] = crops(reader, seen, profile)
-        result["maps"][str(level)] = pointing(seen)
+        sample = ask(reader, level, samples, "test", 0)
+        result["accuracy"][str(level)] = crops(reader, sample, profile)
+        result["maps"][str(level)] = pointing(sample)
         log(f"level {level}: {json.dumps(result['accuracy'][str(level)])}")
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     write_card(folder, result, minutes)

@@ -1,4 +1,4 @@
-"""The training forward: several questions behind one picture prefix, in bfloat16, compiled block by block.
+"""The training forward: several questions after one image prefix, in bfloat16, compiled block by block.
 
 It runs the weights of the transformers model and equals its forward (the smoke mode checks that); only the packing, the
 block mask and the attention differ, which is where the time goes on a CPU.
@@ -40,22 +40,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def tower_block(layer: Any, hidden: Tensor) -> Tensor:
     """One CLIP layer."""
-    mine = layer.self_attn
+    attention = layer.self_attn
     x = layer.layer_norm1(hidden)
-    mixed = _attend(_heads(mine.q_proj(x)), _heads(mine.k_proj(x)), _heads(mine.v_proj(x)), None)
-    hidden = hidden + mine.out_proj(mixed)
+    mixed = _attend(_heads(attention.q_proj(x)), _heads(attention.k_proj(x)), _heads(attention.v_proj(x)), None)
+    hidden = hidden + attention.out_proj(mixed)
     x = layer.mlp.fc1(layer.layer_norm2(hidden))
     return hidden + layer.mlp.fc2(x * torch.sigmoid(1.702 * x))
 
 
 def text_block(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, first: int) -> Tensor:
     """One Llama layer for the rows from `first` on; the last layer needs no row of the prefix."""
-    mine = layer.self_attn
+    attention = layer.self_attn
     x = F.rms_norm(hidden, (WIDTH,), layer.input_layernorm.weight, 1e-6)
-    query = _rotate(_heads(mine.q_proj(x[:, first:])), cos[first:], sin[first:])
-    key = _rotate(_heads(mine.k_proj(x)), cos, sin)
-    mixed = _attend(query, key, _heads(mine.v_proj(x)), mask[first:])
-    hidden = hidden[:, first:] + mine.o_proj(mixed)
+    query = _rotate(_heads(attention.q_proj(x[:, first:])), cos[first:], sin[first:])
+    key = _rotate(_heads(attention.k_proj(x)), cos, sin)
+    mixed = _attend(query, key, _heads(attention.v_proj(x)), mask[first:])
+    hidden = hidden[:, first:] + attention.o_proj(mixed)
     x = F.rms_norm(hidden, (WIDTH,), layer.post_attention_layernorm.weight, 1e-6)
     return hidden + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
 
@@ -71,31 +71,31 @@ class Runner:
         self.text_block = torch.compile(text_block, dynamic=False) if compiled else text_block
         self._plans: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def see(self, pixels: Tensor) -> Tensor:
-        """The projected patches [B, GRID * GRID, WIDTH] of pictures [B, 3, 96, 96]."""
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The projected patches [B, GRID * GRID, WIDTH] of images [B, 3, 96, 96]."""
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
         for layer in self.tower.encoder.layers:
             hidden = self.tower_block(layer, hidden)
         return self.projector(hidden[:, 1:])
 
     def _plan(self, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotations and additive mask of a prefix followed by branches that do not see one another."""
+        """Rotations and additive mask of a prefix followed by branches that do not attend to each other."""
         if prefix not in self._plans:
             lengths = [QUESTION_WIDTH] * QUESTIONS + [GENERAL_WIDTH]
             branch = torch.cat([torch.zeros(prefix)] + [torch.full((n,), i + 1.0) for i, n in enumerate(lengths)])
             position = torch.cat([torch.arange(prefix)] + [prefix + torch.arange(n) for n in lengths])
             order = torch.arange(len(branch))
-            seen = ((branch == 0) | (branch == branch[:, None])) & (order <= order[:, None])
-            mask = torch.zeros(seen.shape).masked_fill(~seen, -1e4)
+            visible = ((branch == 0) | (branch == branch[:, None])) & (order <= order[:, None])
+            mask = torch.zeros(visible.shape).masked_fill(~visible, -1e4)
             cos, sin = self.language.rotary_emb(torch.zeros(1), position[None])
             self._plans[prefix] = (cos[0], sin[0], mask)
         return self._plans[prefix]
 
     def answer(self, patches: Tensor, suffix: Tensor) -> Tensor:
-        """Logits [B, SUFFIX, words] of packed suffixes [B, SUFFIX] behind the patches of one or more pictures."""
+        """Logits [B, SUFFIX, words] of packed suffixes [B, SUFFIX] after the patches of one or more images."""
         embed = self.language.embed_tokens
-        begin = embed(torch.full((len(suffix), 1), ID["<bos>"]))
-        hidden = torch.cat([begin, patches, embed(suffix)], 1)
+        start = embed(torch.full((len(suffix), 1), ID["<bos>"]))
+        hidden = torch.cat([start, patches, embed(suffix)], 1)
         prefix = hidden.shape[1] - SUFFIX
         cos, sin, mask = self._plan(prefix)
         for layer in self.language.layers[:-1]:

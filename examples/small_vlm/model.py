@@ -21,7 +21,7 @@ from transformers import (
 from carve_kernels.models.scenes import COLOURS, DIGITS
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-# "nothing" is what the patches of the background are classified as.
+# "nothing" is the class of background patches.
 WORDS = (*SPECIAL, "nothing", "what", "digit", "is", "describe", "the", "image", *DIGITS, *COLOURS)
 ID = {word: number for number, word in enumerate(WORDS)}
 IMAGE, PATCH, WIDTH, HEADS = 96, 8, 128, 4
@@ -51,7 +51,7 @@ def _positions() -> torch.Tensor:
 
 @torch.no_grad()
 def _initialise(model: LlavaForConditionalGeneration) -> None:
-    """Unit-scale weights; keys start as queries, so that equal content and near places attend to each other at once."""
+    """Unit-scale weights; keys start as queries, so that equal content and near positions attend to each other."""
     unit = WIDTH**-0.5
     for name, weight in model.named_parameters():
         if weight.ndim < 2 or "position_embedding" in name:
@@ -98,12 +98,12 @@ def build_processor() -> LlavaProcessor:
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=["<image>"], padding_side="left", model_max_length=1024,
     )  # fmt: skip
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     return LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
         chat_template=TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
 

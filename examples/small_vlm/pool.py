@@ -1,7 +1,7 @@
-"""The pool of training views: scenes drawn once, seen whole and through crops, stored as uint8 shards.
+"""The pool of training views: scenes drawn once, whole and through crops, stored as uint8 shards.
 
 A crop is made as CARVE makes one: a bumpy saliency on the token grid, its top pixels or one region of them as a mask,
-black outside (or not), the mask's bounding box magnified to the model's view. So refined images are no surprise.
+black outside (or not), the mask's bounding box magnified to the model's view: refined images look like training views.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LEVEL_SHARE = (0.15, 0.2, 0.3, 0.35)
 ABSENT, WHOLE, PARTIAL = 0, 1, 2
 
 
-def _look(image: Image.Image, box: scenes.Box, stretch: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the processor shows of a box of the picture, with scale and shift (x, y) from pixels to the view."""
+def _view(image: Image.Image, box: scenes.Box, stretch: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A box of the image as the processor shows it, with scale and shift (x, y) from pixels to the view."""
     extent = np.array([box[2] - box[0], box[3] - box[1]])
     scale = np.full(2, VIEW) / (extent if stretch else extent.min())
     size = np.maximum(VIEW, np.rint(extent * scale).astype(int))
@@ -54,7 +54,7 @@ def _mask(rng: np.random.Generator, target: scenes.Box) -> np.ndarray:
 
 
 def _crop(rng: np.random.Generator, scene: scenes.Scene) -> tuple[Image.Image, np.ndarray, scenes.Box]:
-    """The picture, the mask of what may be seen and the box of a crop; half of the crops are black outside the mask."""
+    """Image, mask of visible pixels and box of a crop; half of the crops are black outside the mask."""
     mask = _mask(rng, scene.digits[rng.integers(len(scene.digits))].box)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
@@ -69,26 +69,26 @@ def view_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One view [96, 96, 3] and its digits [8, 7]: digit, colour, x0, y0, x1, y1 in the view, state.
 
-    A crop that is not square loses its ends to the processor's centre crop; `stretch` makes it square instead.
+    The processor's centre crop cuts the ends of a crop that is not square; `stretch` makes it square instead.
     """
-    image, seen, box = scene.image, np.ones((scenes.SIZE, scenes.SIZE), bool), (0, 0, scenes.SIZE, scenes.SIZE)
+    image, visible, box = scene.image, np.ones((scenes.SIZE, scenes.SIZE), bool), (0, 0, scenes.SIZE, scenes.SIZE)
     if not whole:
-        image, seen, box = _crop(rng, scene)
-    view, scale, shift = _look(image, box, stretch)
+        image, visible, box = _crop(rng, scene)
+    view, scale, shift = _view(image, box, stretch)
     labels = np.zeros((SLOTS, 7), np.float32)
     for slot, placed in enumerate(scene.digits):
         x0, y0, x1, y1 = placed.box
         corners = np.array([x0, y0, x1, y1]) * np.tile(scale, 2) + np.tile(shift, 2)
         inside = np.clip(corners, 0, VIEW)
         area = (inside[2] - inside[0]) * (inside[3] - inside[1]) / ((x1 - x0) * (y1 - y0) * scale.prod())
-        shown = area * seen[y0:y1, x0:x1].mean()
-        state = WHOLE if shown > 0.9 else PARTIAL if shown > 0.02 else ABSENT
+        share = area * visible[y0:y1, x0:x1].mean()
+        state = WHOLE if share > 0.9 else PARTIAL if share > 0.02 else ABSENT
         labels[slot] = (placed.digit, scenes.COLOURS.index(placed.colour), *inside, state)
     return view, labels
 
 
 def draw_shard(path: Path, number: int, scene_count: int, stretch: bool) -> None:
-    """Draw one shard: every scene once whole, then through crops that hold at least one whole digit."""
+    """Draw one shard: every scene once whole, then through crops with at least one whole digit."""
     rng = np.random.default_rng([7, number])
     views, labels = [], []
     for index in range(scene_count):
@@ -111,12 +111,12 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def first_stage(shards: int) -> int:
-    """How many shards serve stage 1; the others, which hold stretched crops, come in with stage 2."""
+    """The number of shards for stage 1; the others, with stretched crops, are added in stage 2."""
     return (2 * shards + 2) // 3
 
 
 def draw_pool(folder: Path, shards: int, scene_count: int, advance: Callable[[], None] = lambda: None) -> None:
-    """Draw the shards that are missing."""
+    """Draw the missing shards."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(shards):
         path = _path(folder, number)

@@ -1,8 +1,8 @@
-"""Draw scenes with two questions each, as `carve-kernels profile` and `carve-kernels batch` read them.
+"""Draw scenes with two questions each, the input of `carve-kernels profile` and `carve-kernels batch`.
 
     python examples/small_vlm/questions.py --output DIR
 
-The seeds lie behind those of training, validation and test, and the glyphs are those that training never drew.
+The seeds are larger than those of training, validation and test, and the glyphs are held out from training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUESTIONS = 2
 
 
 def main() -> None:
-    """Write the pictures and, when they are all there, questions.jsonl."""
+    """Write the images, then questions.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=25, help="scenes a level")

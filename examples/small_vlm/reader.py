@@ -1,4 +1,4 @@
-"""Asking an exported model in batches, with the attention of the rows that CARVE reads."""
+"""Questions to an exported model in batches, with the attention of the rows that CARVE uses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CHUNK = 50
 
 
 @dataclass
-class Look:
-    """Answers [n], and maps [n, L, 2, N]: step 0 is the prompt's last row, 1 the last answer word's."""
+class Answers:
+    """Texts [n], and maps [n, L, 2, N]: step 0 is the prompt's last row, 1 the last answer word's."""
 
     texts: list[str]
     maps: Tensor
@@ -31,7 +31,7 @@ class Look:
 
 
 class Reader:
-    """An exported model in float32 with eager attention, whose maps are the definition."""
+    """An exported model in float32 with eager attention, the definition of the maps."""
 
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
@@ -69,19 +69,19 @@ class Reader:
         picked = [layer.mean(1)[batch, rows][..., :prompt][..., tokens] for layer in attention]
         return sequence[:, prompt:], torch.stack(picked, 1)
 
-    def look(self, images: list[Image.Image], questions: list[str] | None, limit: int) -> Look:
-        """Ask with maps; None asks for the general description."""
+    def answer_with_maps(self, images: list[Image.Image], questions: list[str] | None, limit: int) -> Answers:
+        """Answers with maps; without questions, those to the general prompt."""
         texts = questions or [GENERAL] * len(images)
-        found, maps = [], []
+        decoded, maps = [], []
         for at in range(0, len(images), CHUNK):
-            answers, part = self._rows(self._inputs(images[at : at + CHUNK], texts[at : at + CHUNK]), limit)
-            found += self.processor.batch_decode(answers, skip_special_tokens=True)
-            maps.append(part)
-        return Look(found, torch.cat(maps))
+            answers, chunk = self._rows(self._inputs(images[at : at + CHUNK], texts[at : at + CHUNK]), limit)
+            decoded += self.processor.batch_decode(answers, skip_special_tokens=True)
+            maps.append(chunk)
+        return Answers(decoded, torch.cat(maps))
 
 
 def box_tokens(box: Box) -> np.ndarray:
-    """The tokens [GRID * GRID] of a box: cells of which it covers a quarter, or that hold a quarter of it."""
+    """The tokens [GRID * GRID] of a box: cells that it covers by a quarter, or that contain a quarter of it."""
     cell = SIZE / GRID
     low = np.arange(GRID) * cell
     wide = np.clip(np.minimum(low + cell, box[2]) - np.maximum(low, box[0]), 0, None)

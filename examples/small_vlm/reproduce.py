@@ -1,8 +1,8 @@
-"""Make the embedded small model from nothing: glyph atlas, scenes, two stages of training, export, evaluation.
+"""Build the embedded small model from scratch: glyph atlas, scenes, two stages of training, export, evaluation.
 
     python examples/small_vlm/reproduce.py --output DIR
 
-A second call with the same DIR goes on where the first one stopped. `--smoke` runs every step in seconds.
+A second call with the same DIR continues where the first one stopped. `--smoke` runs every step in seconds.
 """
 
 from __future__ import annotations

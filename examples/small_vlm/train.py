@@ -1,7 +1,8 @@
 """The two stages of the recipe.
 
 Stage 1 classifies the projected patches against the language model's own embeddings of digit and colour words; without
-it question answering stays at chance. Stage 2 answers packed questions and lists the scene, stage 1's loss kept beside.
+it question answering stays at chance. Stage 2 answers packed questions and lists the scene; stage
+1's loss stays with a lower weight.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WARM_UP = 0.02
 
 @dataclass
 class State:
-    """What a checkpoint holds besides weights and optimizer."""
+    """The progress in a checkpoint, besides weights and optimizer."""
 
     stage: int = 1
     seconds: float = 0.0
@@ -50,12 +51,12 @@ def patch_loss(runner: Runner, patches: Tensor, batch: Batch) -> tuple[Tensor, f
 
 def answer_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, float]:
     """Loss of the answers and, at a lower weight, of the general list; and the share of answers that are right."""
-    asked, told = logits.float().split([SUFFIX - GENERAL_WIDTH, GENERAL_WIDTH], 1)
-    answer, story = batch.target.split([SUFFIX - GENERAL_WIDTH, GENERAL_WIDTH], 1)
-    place = (answer != IGNORE) & (answer != ID["<eos>"])
-    right = (asked.argmax(-1) == answer)[place].float().mean().item()
-    loss = F.cross_entropy(asked.flatten(0, 1), answer.flatten(), ignore_index=IGNORE)
-    return loss + 0.3 * F.cross_entropy(told.flatten(0, 1), story.flatten(), ignore_index=IGNORE), right
+    question, listing = logits.float().split([SUFFIX - GENERAL_WIDTH, GENERAL_WIDTH], 1)
+    answer, listed = batch.target.split([SUFFIX - GENERAL_WIDTH, GENERAL_WIDTH], 1)
+    is_answer = (answer != IGNORE) & (answer != ID["<eos>"])
+    right = (question.argmax(-1) == answer)[is_answer].float().mean().item()
+    loss = F.cross_entropy(question.flatten(0, 1), answer.flatten(), ignore_index=IGNORE)
+    return loss + 0.3 * F.cross_entropy(listing.flatten(0, 1), listed.flatten(), ignore_index=IGNORE), right
 
 
 def rate(progress: float, peak: float) -> float:
@@ -74,7 +75,7 @@ def save(path: Path, model: Any, optimizer: torch.optim.Optimizer, state: State)
 
 
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
-    """Restore a checkpoint, or begin."""
+    """Restore a checkpoint, or start."""
     if not path.exists():
         return State()
     stored = torch.load(path, weights_only=True)
@@ -84,7 +85,7 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
 
 
 def make_optimizer(model: Any) -> torch.optim.Optimizer:
-    """AdamW, with decay on the matrices alone."""
+    """AdamW, with weight decay on the matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
@@ -93,10 +94,10 @@ def make_optimizer(model: Any) -> torch.optim.Optimizer:
 
 def _step(runner: Runner, sampler: Sampler, stage: int, number: int) -> tuple[Tensor, float, float]:
     """Loss, share of patches right and share of answers right of one batch."""
-    pictures = 2 if stage == 2 and number % PAIR_EVERY == PAIR_EVERY - 1 else 1
-    batch = sampler.batch(BATCH // pictures, pictures)
+    images = 2 if stage == 2 and number % PAIR_EVERY == PAIR_EVERY - 1 else 1
+    batch = sampler.batch(BATCH // images, images)
     with torch.autocast("cpu", torch.bfloat16):
-        patches = runner.see(batch.pixels.flatten(0, 1))
+        patches = runner.encode(batch.pixels.flatten(0, 1))
         loss, patch_right = patch_loss(runner, patches, batch)
         if stage == 1:
             return loss, patch_right, 0.0
@@ -118,8 +119,8 @@ def run_stage(
     checkpoint: Path,
     on_step: Callable[[float, str], None],
 ) -> None:
-    """Train one stage for its minutes, over interruptions."""
-    begun, saved, patch_mean, answer_mean = time.monotonic() - state.seconds, time.monotonic(), 0.0, 0.0
+    """Train one stage for its minutes, also across interruptions."""
+    start, saved, patch_mean, answer_mean = time.monotonic() - state.seconds, time.monotonic(), 0.0, 0.0
     while state.seconds < minutes * 60:
         for group in optimizer.param_groups:
             group["lr"] = rate(state.seconds / (minutes * 60), peak)
@@ -129,7 +130,7 @@ def run_stage(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state.step += 1
-        state.seconds = time.monotonic() - begun
+        state.seconds = time.monotonic() - start
         patch_mean += 0.02 * (patch_right - patch_mean)
         answer_mean += 0.02 * (answer_right - answer_mean)
         if state.step % 100 == 0:

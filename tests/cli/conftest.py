@@ -1,4 +1,4 @@
-"""A tiny random checkpoint on disk, pictures, the command line in this process, and what `batch` writes."""
+"""A tiny random checkpoint on disk, images, the command line in this process, and the files that `batch` writes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "wide.png"
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "wide.png"
     tiny_models.picture(160, 96).save(path)
     return path
 
@@ -44,15 +44,15 @@ def carve() -> Invoke:
 
 
 @pytest.fixture
-def run(carve: Invoke, checkpoint: Path, picture_file: Path, tmp_path: Path) -> Invoke:
-    """`run` with good arguments and tmp_path/out; what a test gives comes after them and wins."""
-    words = ("run", "-m", checkpoint, "-i", picture_file, "-q", QUESTION, "-o", tmp_path / "out", *QUICK)
+def run(carve: Invoke, checkpoint: Path, image_file: Path, tmp_path: Path) -> Invoke:
+    """`run` with good arguments and tmp_path/out; arguments of a test come after them and win."""
+    words = ("run", "-m", checkpoint, "-i", image_file, "-q", QUESTION, "-o", tmp_path / "out", *QUICK)
     return lambda *more: carve(*words, *more)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures, 1.png and 2.png."""
+    """Two images, 1.png and 2.png."""
     for seed, size in ((1, (160, 96)), (2, (96, 120))):
         tiny_models.picture(*size, seed).save(tmp_path / f"{seed}.png")
     return tmp_path
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ask(carve: Invoke, checkpoint: Path, folder: Path) -> Ask:
-    """`batch` over these lines into `out`; what a test gives comes after good arguments and wins."""
+    """`batch` over these lines into `out`; arguments of a test come after good ones and win."""
 
     def run(lines: list[Any], *more: object) -> Result:
         path = folder / "questions.jsonl"
@@ -71,17 +71,17 @@ def ask(carve: Invoke, checkpoint: Path, folder: Path) -> Ask:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Every file in a folder and below, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def records(folder: Path) -> dict[str, Any]:
-    found = (folder / "out/results").glob("*/result.json")
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
+    paths = (folder / "out/results").glob("*/result.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
 def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files the records are and when they were written."""
+    """The inodes of the records and the times when they were written."""
     facts = {path.parent.name: path.stat() for path in (folder / "out/results").glob("*/result.json")}
     return {name: (each.st_ino, each.st_mtime_ns) for name, each in facts.items()}
 

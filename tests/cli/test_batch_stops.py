@@ -1,4 +1,4 @@
-"""carve-kernels batch: how it stops, before any work and in the middle of it."""
+"""carve-kernels batch: how it stops, before and during its work."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support import tiny_models
     ("lines", "more", "message"),
     [
         ([LINES[0], "{", "{}"], (), "line 2: Expecting"),
-        ([LINES[1], LINES[1]], (), "line 2: id: 'second' stands on line 1 already"),
-        ([], (), "holds no questions"),
+        ([LINES[1], LINES[1]], (), "line 2: id: 'second' is also the id of line 1"),
+        ([], (), "has no questions"),
         (LINES, ("--layers", "two"), "layers: expected 20-25"),
         (LINES, ("--tokens", "0"), "tokens: expected an integer of at least 1"),
         (LINES, ("--max-image-pixels", "0"), "--max-image-pixels: expected an integer of at least 1"),
@@ -66,14 +66,14 @@ def test_two_runs_do_not_share_a_folder(ask: Ask, folder: Path) -> None:
     held = os.open(folder / "out", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     done = ask(LINES)
-    assert done.exit_code == 1 and "another run is at work in" in done.stderr
+    assert done.exit_code == 1 and "is in use by another run" in done.stderr
     assert records(folder) == {}
     os.close(held)
     assert ask(LINES).exit_code == 0
 
 
 @pytest.mark.parametrize("place", ["cli.store.Store.write", "hf.engine.CarveEngine.answer", "cli.report.write_record"])
-def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half_written(
+def test_ctrl_c_keeps_finished_results_and_leaves_no_unfinished_ones(
     ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     import carve_kernels.cli.report
@@ -96,7 +96,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_half_written(
         patched.setattr(owner, name, interrupt)
         done = ask(LINES, "--tokens", 1)
     assert done.exit_code == 130, done.output
-    assert done.stderr.startswith("error: interrupted; 1 of 3 questions are done and stay in ")
+    assert done.stderr.startswith("error: interrupted; 1 of 3 questions are done, in ")
     assert list(content(folder / "out")) == ["results/1/result.json"]
     before = written(folder)
     assert ask(LINES).exit_code == 0
@@ -115,14 +115,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_up(ask: Ask, folder: Path) -> None:
-    """The second answer, of a larger picture, cannot be written."""
+    """The second answer, about a larger image, cannot be written."""
     tiny_models.picture(400, 300, 2).save(folder / "2.png")
     with files_of_at_most(400_000):
-        done = ask(LINES, "--pictures", "--tokens", 1)
+        done = ask(LINES, "--images", "--tokens", 1)
     assert done.exit_code == 1, done.output
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "File too large" in line and "1 of 3 questions are done and stay in" in line and "run it again" in line
+    assert "File too large" in line and "1 of 3 questions are done, in" in line and "run the command again" in line
     assert sorted(content(folder / "out")) == sorted(f"results/1/{name}" for name in FILES)
     before = written(folder)
-    assert ask(LINES, "--pictures").exit_code == 0
+    assert ask(LINES, "--images").exit_code == 0
     assert written(folder)["1"] == before["1"] and len(table(folder)) == 3

@@ -1,4 +1,4 @@
-"""carve-kernels demo: on a tiny stand-in in this process, and with the embedded model in a process of its own."""
+"""carve-kernels demo: with a tiny stand-in in this process, and with the embedded model in a new process."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_profile_and_paper_side_by_side(carve: Invoke, stand_in: Path, tmp_path:
     assert done.exit_code == 0, done.output
     folder = tmp_path / "out"
     assert sorted(content(folder)) == sorted(FILES)
-    seen = json.loads((folder / "result.json").read_text())
+    record = json.loads((folder / "result.json").read_text())
     drawn = draw_scene(3, 2, split="test")
-    assert (seen["question"], seen["truth"]) == (drawn.question, drawn.answer)
-    assert seen["scene"]["box"] == list(drawn.box)
-    profile, paper = seen["presets"]["profile"], seen["presets"]["paper"]
+    assert (record["question"], record["truth"]) == (drawn.question, drawn.answer)
+    assert record["scene"]["box"] == list(drawn.box)
+    profile, paper = record["presets"]["profile"], record["presets"]["paper"]
     assert profile["layers"] == [0]
     assert paper["layers"] == [3]
     assert paper["preset"] == {"preset": "paper", "max_new_tokens": 2, "general_prompt": "describe"}
@@ -56,7 +56,7 @@ def test_an_output_that_cannot_be_written(carve: Invoke, stand_in: Path, tmp_pat
     (tmp_path / "file").write_text("")
     done = carve("demo", "-o", tmp_path / "file")
     assert done.exit_code == 1
-    assert "file is no folder" in done.stderr
+    assert "file is not a folder" in done.stderr
 
 
 def test_the_embedded_model(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert sorted(content(tmp_path)) == sorted(f"demo/{name}" for name in FILES)
-    seen = json.loads((tmp_path / "demo/result.json").read_text())
-    assert not seen["presets"]["profile"]["right"]
-    assert seen["presets"]["profile"]["refined_right"]
-    assert seen["presets"]["profile"]["views"][0]["grid"] == [12, 12]
+    record = json.loads((tmp_path / "demo/result.json").read_text())
+    assert not record["presets"]["profile"]["right"]
+    assert record["presets"]["profile"]["refined_right"]
+    assert record["presets"]["profile"]["views"][0]["grid"] == [12, 12]
     assert Image.open(tmp_path / "demo/saliency.png").size == (384, 384)

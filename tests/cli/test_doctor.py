@@ -34,7 +34,7 @@ def test_here_everything_needed_works(carve: Invoke, monkeypatch: pytest.MonkeyP
         assert word in done.stdout, word
 
 
-def test_the_architectures_inside_are_shown(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_architectures_are_printed(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     if reason := extension.unavailable():
         pytest.skip(reason)
@@ -44,7 +44,7 @@ def test_the_architectures_inside_are_shown(carve: Invoke, monkeypatch: pytest.M
     assert re.search(r"CUDA kernels .* no .* none; build with nvcc on the path or in CUDACXX", carve("doctor").stdout)
 
 
-def test_a_broken_reference_room_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_reference_backend_is_reported(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **settings: Any) -> None:
         raise RuntimeError("scipy does\nnot fit")
 
@@ -53,7 +53,7 @@ def test_a_broken_reference_room_is_told(carve: Invoke, monkeypatch: pytest.Monk
     done = carve("doctor")
     assert done.exit_code == 1
     assert "scipy does not fit" in done.stdout
-    assert "Needs mending: regions in the reference room." in done.stdout
+    assert "To fix: regions by the reference backend." in done.stdout
 
 
 def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_what_a_session_and_an_engine_do_is_tried(carve: Invoke, monkeypatch: py
     assert "session, engine." in done.stdout.splitlines()[-1]
 
 
-def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_contract_is_reported(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     from carve_kernels.hf import caches, names
 
     monkeypatch.setenv("COLUMNS", "300")
@@ -83,7 +83,7 @@ def test_a_broken_contract_is_told(carve: Invoke, monkeypatch: pytest.MonkeyPatc
     assert done.exit_code == 1
     assert "of 13 checks hold; 5.99.0 is not tested, 5.12 to 5.24 are; cache on the second step" in done.stdout
     assert "pip install 'transformers>=5.12,<=5.24.99'" in done.stdout
-    assert "Needs mending: contract with transformers" in done.stdout
+    assert "To fix: contract with transformers" in done.stdout
 
 
 def doctor_with(preparation: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ def test_transformers_missing() -> None:
     done = doctor_with("sys.modules['transformers'] = None")
     assert done.returncode == 1, done.stderr
     assert "pip install 'transformers" in done.stdout
-    assert "Needs mending: transformers." in done.stdout
+    assert "To fix: transformers." in done.stdout
     assert done.stderr == ""
 
 

@@ -1,4 +1,4 @@
-"""`--fit pad` in run, batch and profile, and what they say of images that the model did not see whole."""
+"""`--fit pad` in run, batch and profile, and their warnings of images that the model did not see in full."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.cli.options import outside
+from carve_kernels.cli.options import unseen_warning
 from tests.cli.conftest import LINES, QUESTION, Ask, Invoke, records, table, written
 
 WARNING = "40 % of the image was outside the model's view (centre crop); --fit pad shows it whole"
 
 
-def test_a_share_is_never_told_as_all_or_nothing() -> None:
-    told = [outside(share) for share in (0.0, 0.005, 0.0051, 0.4, 0.9985, 0.99999, 1.0)]
-    assert told[:2] == [None, None] and told[3] == WARNING
-    assert [text and text.split(" %")[0] for text in told[2:]] == ["1", "40", "99", "99", "100"]
+def test_a_share_is_never_rounded_to_all_or_nothing() -> None:
+    warnings = [unseen_warning(share) for share in (0.0, 0.005, 0.0051, 0.4, 0.9985, 0.99999, 1.0)]
+    assert warnings[:2] == [None, None] and warnings[3] == WARNING
+    assert [text and text.split(" %")[0] for text in warnings[2:]] == ["1", "40", "99", "99", "100"]
 
 
 def numbers(values: Any) -> Any:
@@ -80,11 +80,9 @@ def test_profile_can_point_at_what_a_crop_hides(carve: Invoke, checkpoint: Path,
 
 
 @pytest.mark.parametrize("command", ["run", "batch", "profile"])
-def test_another_fit_is_refused_at_once(carve: Invoke, picture_file: Path, tmp_path: Path, command: str) -> None:
+def test_another_fit_is_refused_at_once(carve: Invoke, image_file: Path, tmp_path: Path, command: str) -> None:
     more = ("-q", QUESTION) if command == "run" else ()
-    outcome = carve(
-        command, "-m", tmp_path / "none", "-i", picture_file, "-o", tmp_path / "out", *more, "--fit", "crop"
-    )
+    outcome = carve(command, "-m", tmp_path / "none", "-i", image_file, "-o", tmp_path / "out", *more, "--fit", "crop")
     assert outcome.exit_code == 2
     assert "--fit: expected 'pad', got" in " ".join(outcome.stderr.split())
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What --model takes, in every command that has it: a directory, small, an id of the local hub cache."""
+"""--model in every command that has it: a directory, small, an id of the local hub cache."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_run_small_wherever_it_is_called(
 
 
 def test_batch_by_an_id_goes_on_where_the_directory_stopped(ask: Ask, snapshot: Path, folder: Path) -> None:
-    """It is the same checkpoint, whatever it is called."""
-    assert ask(LINES[:2]).exit_code == 0
+    """It is the same checkpoint, by its path and by its id."""
+    assert ask(LINES[:2], "--model", snapshot).exit_code == 0
     before = written(folder)
     done = ask(LINES, "--model", REPO)
     assert done.exit_code == 0, done.output
@@ -77,14 +77,14 @@ def test_profile_by_an_id(carve: Invoke, snapshot: Path, folder: Path) -> None:
         ("", "--model: expected a string"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_one_line(
-    carve: Invoke, snapshot: Path, folder: Path, picture_file: Path, command: str, name: str, message: str
+def test_an_unknown_name_is_one_line(
+    carve: Invoke, snapshot: Path, folder: Path, image_file: Path, command: str, name: str, message: str
 ) -> None:
     (snapshot / "model.safetensors").unlink()
     (folder / "questions.jsonl").write_text(json.dumps(LINES[0]) + "\n")
-    asked = ("-i", picture_file, "-q", QUESTION) if command == "run" else ("-i", folder / "questions.jsonl")
+    words = ("-i", image_file, "-q", QUESTION) if command == "run" else ("-i", folder / "questions.jsonl")
     before = content(folder)
-    done = carve(command, "--model", name, *asked, "-o", folder / "out", *(QUICK[:2]))
+    done = carve(command, "--model", name, *words, "-o", folder / "out", *(QUICK[:2]))
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: --model: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert content(folder) == before
@@ -93,7 +93,7 @@ def test_a_name_that_leads_nowhere_is_one_line(
 def test_an_argument_is_named_as_it_was_typed(run: Invoke, checkpoint: Path, tmp_path: Path) -> None:
     done = run("--max-image-pixels", 0)
     assert done.stderr == "error: --max-image-pixels: expected an integer of at least 1, got int 0\n"
-    # What stands in a file was not typed, but the file's owner was.
+    # A value in a file was not typed, but the folder of the file was.
     Path(shutil.copytree(checkpoint, tmp_path / "copy"), "carve.json").write_text('{"keep": 7}')
     done = run("--model", tmp_path / "copy")
     assert done.exit_code == 2 and done.stderr.startswith("error: --model: "), done.output

@@ -1,4 +1,4 @@
-"""What a command writes never replaces what it reads, nor a file that somebody else wrote; its own it does replace."""
+"""A command never replaces its inputs or the files of others; it does replace files that the commands wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import tiny_models
 
 @pytest.fixture
 def before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused is refused before a model is loaded."""
+    """Refusals come before a model is loaded."""
     monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
 
 
@@ -68,7 +68,7 @@ def test_an_image_of_the_questions_is_never_an_output_of_batch(ask: Ask, folder:
     place = folder / "out/results/2/refined.png"
     place.parent.mkdir(parents=True)
     os.link(folder / "1.png", place)
-    for more in ((), ("--pictures",)):
+    for more in ((), ("--images",)):
         done = ask([LINES[0], {"image": "2.png", "question": QUESTION}], *more)
         assert done.exit_code == 2 and done.stderr.startswith("error: --output: "), done.output
     assert place.read_bytes() == (folder / "1.png").read_bytes()
@@ -77,7 +77,7 @@ def test_an_image_of_the_questions_is_never_an_output_of_batch(ask: Ask, folder:
 @early
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content_of", ["text", "array", "same kind", "link"])
-def test_a_file_of_somebody_else_is_not_replaced(
+def test_a_file_of_another_program_is_not_replaced(
     run: Invoke, ask: Ask, folder: Path, name: str, content_of: str
 ) -> None:
     for command, place in ((run, folder / "out"), (ask, folder / "out/results/1")):
@@ -88,11 +88,11 @@ def test_a_file_of_somebody_else_is_not_replaced(
         elif content_of == "same kind" and path.suffix == ".png":
             Image.new("RGB", (3, 3)).save(path)
         elif content_of == "same kind":
-            path.write_text(json.dumps({"format": "somebody.else/1", "presets": {}, "versions": {}}))
+            path.write_text(json.dumps({"format": "another.program/1", "presets": {}, "versions": {}}))
         else:
             path.write_bytes(b"mine" if content_of == "text" else b"\x93NUMPY\x01\x00")
         before = content(folder / "out")
-        done = command() if command is run else ask(LINES[:1], "--pictures")
+        done = command() if command is run else ask(LINES[:1], "--images")
         assert done.exit_code == 2 and done.stderr.startswith("error: --output: "), done.output
         assert str(path) in done.stderr and content(folder / "out") == before
         assert path.is_symlink() == (content_of == "link")
@@ -101,7 +101,7 @@ def test_a_file_of_somebody_else_is_not_replaced(
 
 @early
 @pytest.mark.parametrize("name", ["results.jsonl", "summary.json"])
-def test_tables_of_somebody_else_are_not_replaced(ask: Ask, folder: Path, name: str) -> None:
+def test_tables_of_another_program_are_not_replaced(ask: Ask, folder: Path, name: str) -> None:
     (folder / "out").mkdir()
     (folder / "out" / name).write_text(json.dumps(LINES[0]))
     done = ask(LINES)
@@ -122,7 +122,7 @@ def test_results_of_another_version_are_not_called_foreign(run: Invoke, ask: Ask
         assert (folder / place / "result.json").read_text() == old
 
 
-def test_batch_takes_away_nobody_elses_hidden_files(ask: Ask, folder: Path) -> None:
+def test_batch_removes_no_hidden_files_of_others(ask: Ask, folder: Path) -> None:
     kept = [".batch-settings/mine", ".carve-notes/mine", ".results.jsonl.swp", ".summary.json.bak"]
     for name in kept:
         (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -131,13 +131,13 @@ def test_batch_takes_away_nobody_elses_hidden_files(ask: Ask, folder: Path) -> N
     assert {name: (folder / "out" / name).read_text() for name in kept} == dict.fromkeys(kept, "mine")
 
 
-def test_what_a_command_wrote_itself_it_replaces(run: Invoke, ask: Ask, folder: Path) -> None:
+def test_a_command_replaces_what_the_commands_wrote(run: Invoke, ask: Ask, folder: Path) -> None:
     for question in ("hello", QUESTION):
         assert run("-q", question, "-o", folder / "out/results/1").exit_code == 0
         assert json.loads((folder / "out/results/1/result.json").read_text())["question"] == question
     assert ask(LINES[:1]).exit_code == 0
-    assert ask(LINES[:1], "--pictures").exit_code == 0
-    # Whoever draws into a panel, or changes the numbers, has a file of their own.
+    assert ask(LINES[:1], "--images").exit_code == 0
+    # A panel or an array that was edited belongs to the user.
     place = folder / "out/results/1"
     Image.open(place / "panel.png").convert("L").save(place / "panel.png")
     before = content(folder)
@@ -178,7 +178,7 @@ def test_profile_replaces_what_it_wrote_unless_it_was_changed(carve: Invoke, che
 
 
 def test_check_replaces_no_other_file(carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "examine", lambda *_args, **_options: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(selfcheck, "examine", lambda *_args, **_options: pytest.fail("worked before it checked"))
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path / "notes.txt", "/dev/null"):
         done = carve("check", "--device", "cpu", "-o", path)
@@ -198,7 +198,7 @@ def test_maps_replace_maps_alone(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == data
     for _ in range(2):
         maps.save(tmp_path / "maps.safetensors")
-    # Whole or not, it was ours.
+    # Damaged, but one of ours.
     os.truncate(tmp_path / "maps.safetensors", (tmp_path / "maps.safetensors").stat().st_size - 1)
     maps.save(tmp_path / "maps.safetensors")
     assert AttentionMaps.load(tmp_path / "maps.safetensors").layers == (0,)

@@ -1,4 +1,4 @@
-"""What other systems lack, taken away here: folders that cannot be opened, locks, modules and encodings of Linux."""
+"""Without what other systems lack: folders that can be opened, locks, modules and encodings of Linux."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("like_windows")
-def test_batch_goes_on_where_it_stopped(ask: Ask, folder: Path) -> None:
+def test_batch_continues_where_it_stopped(ask: Ask, folder: Path) -> None:
     assert ask(LINES[:2]).exit_code == 0
     before = written(folder)
-    done = ask(LINES, "--pictures", "--memory", folder / "memory")
+    done = ask(LINES, "--images", "--memory", folder / "memory")
     assert done.exit_code == 0, done.output
-    again = ask(LINES, "--pictures")
+    again = ask(LINES, "--images")
     assert again.exit_code == 0 and "3 of them before this run" in again.stdout
     assert set(before) < set(written(folder)) and not [name for name in content(folder / "out") if "batch-" in name]
 
@@ -60,7 +60,7 @@ def test_run_profile_and_memory(run: Invoke, carve: Invoke, checkpoint: Path, fo
     Memory(folder / "maps")
 
 
-def test_two_ids_that_a_system_takes_for_one(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ids_that_are_one_name_on_a_system(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twins = [{**LINES[0], "id": "Left"}, {**LINES[1], "id": "left"}]
     assert ask(twins).exit_code == 0
     exists = Path.exists
@@ -91,7 +91,7 @@ def test_every_module_imports_without_what_only_linux_has() -> None:
         import carve_kernels
 
         for module in pkgutil.walk_packages(carve_kernels.__path__, "carve_kernels."):
-            # Nobody imports Triton's kernels where there is no Triton, and the library of operators is no module.
+            # Triton's kernels are not imported without Triton, and the library of operators is not a module.
             if not module.name.startswith("carve_kernels.backends.triton.") and module.name[-2:] not in ("__", "_C"):
                 importlib.import_module(module.name)
         assert "reference" in carve_kernels.explain()
@@ -102,7 +102,7 @@ def test_every_module_imports_without_what_only_linux_has() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path in SOURCES])
 def test_texts_have_an_encoding_and_no_system_is_taken_for_granted(path: Path) -> None:
-    """Elsewhere the encoding of a file is the user's own, and these names of `os` are missing."""
+    """On other systems the default encoding varies, and these names of `os` are missing."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))

@@ -1,4 +1,4 @@
-"""carve-kernels profile: what it writes, who reads it, and what goes wrong before and during the work."""
+"""carve-kernels profile: the file that it writes, its readers, and errors before and during the work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def profile(carve: Invoke, checkpoint: Path, questions: Path, tmp_path: Path) -> Invoke:
-    """`profile` with good arguments and tmp_path/out/carve.json; what a test gives comes after them and wins."""
+    """`profile` with good arguments and tmp_path/out/carve.json; arguments of a test come after them and win."""
     words = ("profile", "-m", checkpoint, "-i", questions, "-o", tmp_path / "out/carve.json", "--max-new-tokens", 2)
     return lambda *more: carve(*words, *more)
 
@@ -55,7 +55,7 @@ def test_writes_a_preset_with_its_evidence(profile: Invoke, tmp_path: Path) -> N
     assert list(chosen.layers) == [evidence["pick"]["layer"]] and chosen.max_new_tokens == 2
     # Four layers; the last token at three steps, the question, and four words one by one.
     assert len(evidence["cells"]) == 4 * (3 + 1 + 4)
-    assert "pick" in done.stdout and "the boxes (2) chose nothing" in done.stdout and done.stderr == ""
+    assert "pick" in done.stdout and "the boxes (2) did not affect the choice" in done.stdout and done.stderr == ""
 
 
 def test_run_reads_what_was_written(profile: Invoke, run: Invoke, checkpoint: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_run_reads_what_was_written(profile: Invoke, run: Invoke, checkpoint: Pa
         assert Preset.from_dict(found[1]["preset"]) == Preset.from_dict(expected)
 
 
-def test_without_boxes_nothing_is_said_of_pointing(profile: Invoke, tmp_path: Path) -> None:
+def test_without_boxes_there_is_no_pointing(profile: Invoke, tmp_path: Path) -> None:
     written(tmp_path, [{key: line[key] for key in ("image", "question")} for line in LINES])
     done = profile("--steps", "t_start")
     assert done.exit_code == 0, done.output
@@ -101,7 +101,7 @@ def test_bad_lines_are_named_before_the_work(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
 ) -> None:
     monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     path = written(tmp_path, [*LINES, line])
     before = content(tmp_path)
     done = profile("-i", path)
@@ -114,7 +114,7 @@ def test_bad_lines_are_named_before_the_work(
     ("words", "code", "message"),
     [
         (["-i", "missing.jsonl"], 2, "missing.jsonl cannot be read"),
-        (["-m", "missing"], 2, "--model: 'missing' is not a directory"),
+        (["-m", "missing"], 2, "--model: 'missing' is no directory"),
         (["--rows", "first"], 2, "rows: expected last, 4, question"),
         (["--rows", "-90"], 2, "rows: expected "),
         (["--rows", "question", "--steps", "t_end"], 2, "rows: expected 'last' beside steps"),
@@ -123,7 +123,7 @@ def test_bad_lines_are_named_before_the_work(
         (["--preset", "mine"], 2, "preset: expected one of 'paper', 'release'"),
         (["--dtype", "float8"], 2, "--dtype: "),
         (["--max-image-pixels", "100"], 2, "line 1: image: "),
-        (["-o", "a.png/carve.json"], 1, "a.png is no folder"),
+        (["-o", "a.png/carve.json"], 1, "a.png is not a folder"),
         (["-o", "folder"], 1, "folder is a folder"),
     ],
 )
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    "place", ["hf.row_maps.CandidateReader.read", "hf.profile.json.dumps", "cli.output.os.replace"]
+    "place", ["carve_kernels.hf.profile.candidate_maps.CandidateReader.read", "json.dumps", "os.replace"]
 )
 def test_an_interruption_leaves_what_was_there(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -152,7 +152,7 @@ def test_an_interruption_leaves_what_was_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"carve_kernels.{place}", interrupt)
+        patch.setattr(place, interrupt)
         done = profile("--steps", "t_start")
     assert done.exit_code == 130
     assert done.stderr == "error: interrupted; nothing was written\n"
@@ -165,10 +165,10 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     script = Path(__file__).resolve().parents[2] / "examples/small_vlm/questions.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--output", str(tmp_path / "drawn"), "--scenes", "1"])
     runpy.run_path(str(script), run_name="__main__")
-    asked = read(tmp_path / "drawn/questions.jsonl")
-    assert len(asked) == 4 * 2 and len({line.picture for line in asked}) == 4
-    assert all(line.picture.is_file() and len(line.extra["box"]) == 4 for line in asked)
-    assert all(asked[place].text != asked[place + 1].text for place in range(0, 8, 2))
+    lines = read(tmp_path / "drawn/questions.jsonl")
+    assert len(lines) == 4 * 2 and len({line.image for line in lines}) == 4
+    assert all(line.image.is_file() and len(line.extra["box"]) == 4 for line in lines)
+    assert all(lines[index].text != lines[index + 1].text for index in range(0, 8, 2))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_lines_that_only_the_processor_refuses_are_named_before_the_model_runs(
     profile: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
 ) -> None:
     monkeypatch.setattr(
-        "carve_kernels.hf.profile.candidate_maps.CandidateReader.read", lambda *args: pytest.fail("looked")
+        "carve_kernels.hf.profile.candidate_maps.CandidateReader.read", lambda *args: pytest.fail("ran the model")
     )
     done = profile("-i", written(tmp_path, [*LINES, line]))
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
@@ -200,6 +200,6 @@ def test_nothing_given_as_null_is_nothing(profile: Invoke, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out/carve.json").read_text())["evidence"]["boxes"] == 2
 
 
-def test_help_shows_the_lines(carve: Invoke) -> None:
-    shown = " ".join(carve("profile", "--help").stdout.replace("│", " ").split())
-    assert '"paraphrases": [text, ...]' in shown and '"box": [x0, y0, x1, y1]' in shown
+def test_help_describes_the_lines(carve: Invoke) -> None:
+    printed = " ".join(carve("profile", "--help").stdout.replace("│", " ").split())
+    assert '"paraphrases": [text, ...]' in printed and '"box": [x0, y0, x1, y1]' in printed

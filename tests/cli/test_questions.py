@@ -1,4 +1,4 @@
-"""Files of questions: what a line may hold, and how bad ones are named."""
+"""Files of questions: the keys of a line, and how bad lines are named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.cli.questions import Asked, read
+from carve_kernels.cli.questions import QuestionLine, read
 
 
 def written(folder: Path, *lines: Any) -> Path:
@@ -29,9 +29,9 @@ def test_lines_become_questions(tmp_path: Path) -> None:
         '{"image": "c/d.png", "question": "who", "id": "x", "prompt": null}\r',
     )
     assert read(path) == [
-        Asked("1", 1, tmp_path / "a.png", "what\u2028is red", None, None, {}),
-        Asked("7", 3, Path("/b.png"), "why", "<image> why", "so", {"box": [1, 2, 3, 4]}),
-        Asked("x", 4, tmp_path / "c/d.png", "who", None, None, {}),
+        QuestionLine("1", 1, tmp_path / "a.png", "what\u2028is red", None, None, {}),
+        QuestionLine("7", 3, Path("/b.png"), "why", "<image> why", "so", {"box": [1, 2, 3, 4]}),
+        QuestionLine("x", 4, tmp_path / "c/d.png", "who", None, None, {}),
     ]
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read(path)[0].id == "1"
@@ -58,8 +58,8 @@ GOOD = {"image": "a.png", "question": "what"}
         ({**GOOD, "id": ["x"]}, "line 2: id: expected a text or a number"),
         ({**GOOD, "id": ""}, "line 2: id: expected a string with"),
         ({**GOOD, "id": "\u00e9" * 100}, "line 2: id: expected at most 200 characters"),
-        ({**GOOD, "id": "1"}, "line 2: id: '1' stands on line 1 already"),
-        ({**GOOD, "id": 1}, "line 2: id: '1' stands on line 1 already"),
+        ({**GOOD, "id": "1"}, "line 2: id: '1' is also the id of line 1"),
+        ({**GOOD, "id": 1}, "line 2: id: '1' is also the id of line 1"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
@@ -69,7 +69,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems name files in UTF-8 whatever the locale")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always name files in UTF-8")
 def test_a_path_that_the_locale_cannot_spell_is_named_with_its_line(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD, {**GOOD, "id": "\u732b", "image": "\u732b/x.png"})
     program = (
@@ -89,8 +89,8 @@ def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
         read(written(tmp_path, *["{}"] * 9))
 
 
-def test_files_that_hold_no_questions(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no questions"):
+def test_files_without_questions(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no questions"):
         read(written(tmp_path, "", " "))
     with pytest.raises(ValueError, match=r"missing\.jsonl cannot be read"):
         read(tmp_path / "missing.jsonl")
@@ -104,7 +104,7 @@ def test_files_that_hold_no_questions(tmp_path: Path) -> None:
 def test_names_are_safe_and_differ() -> None:
     ids = ["a", "A/b", "A%2Fb", "..", ".", ".hidden", "a b", "\u00fcber", "/etc/passwd", "x\\y", "a:b", "a\nb", "%2E."]
     ids += ["a.", "a ", "a%20", "con", "CON", "Nul.txt", "com1", "com1.", "%63on", "console", "lpt", "aux .b"]
-    names = [Asked(each, 1, Path("p"), "q", None, None, {}).name for each in ids]
+    names = [QuestionLine(each, 1, Path("p"), "q", None, None, {}).name for each in ids]
     assert len(set(names)) == len(ids) and names[0] == "a" and names[6] == "a b"
     for name in names:
         assert not name.startswith(".") and not name.endswith((".", " "))

@@ -1,4 +1,4 @@
-"""carve-kernels run on tiny checkpoints: what it writes, what its options do, how it fails."""
+"""carve-kernels run on tiny checkpoints: its files and its options."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def result_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_writes_every_file(run: Invoke, tmp_path: Path, picture_file: Path) -> None:
+def test_writes_every_file(run: Invoke, tmp_path: Path, image_file: Path) -> None:
     done = run()
     assert done.exit_code == 0, done.output
     folder = tmp_path / "out"
     assert sorted(content(tmp_path)) == sorted(f"out/{name}" for name in FILES)
 
-    seen = result_of(folder)
-    assert seen["question"] == QUESTION
-    assert seen["truth"] is None
-    assert seen["image"] == {"width": 160, "height": 96}
-    assert seen["model"]["type"] == "llava"
-    assert {"torch", "transformers", "carve_kernels", "python"} <= set(seen["versions"])
-    (numbers,) = seen["presets"].values()
+    record = result_of(folder)
+    assert record["question"] == QUESTION
+    assert record["truth"] is None
+    assert record["image"] == {"width": 160, "height": 96}
+    assert record["model"]["type"] == "llava"
+    assert {"torch", "transformers", "carve_kernels", "python"} <= set(record["versions"])
+    (numbers,) = record["presets"].values()
     assert numbers["layers"] == [1, 2]
     assert set(numbers["entropy"]) == set(numbers["mass"]["task"]) == {"1", "2"}
     assert all(0 < value < 1 for value in (*numbers["entropy"].values(), *numbers["mass"]["general"].values()))
@@ -49,7 +49,7 @@ def test_writes_every_file(run: Invoke, tmp_path: Path, picture_file: Path) -> N
     assert saliency.dtype == numpy.float32
     assert numbers["saliency"]["high"] == saliency.max() > 0
     assert Image.open(folder / "saliency.png").size == Image.open(folder / "image.png").size == (160, 96)
-    assert Image.open(folder / "image.png").tobytes() == Image.open(picture_file).tobytes()
+    assert Image.open(folder / "image.png").tobytes() == Image.open(image_file).tobytes()
     refined = Image.open(folder / "refined.png")
     assert refined.size == tuple(numbers["refined"].values())
     assert Image.open(folder / "panel.png").width > 6 * 320
@@ -61,13 +61,13 @@ def test_writes_every_file(run: Invoke, tmp_path: Path, picture_file: Path) -> N
     assert done.stderr == ""
 
 
-def test_equals_the_engine(run: Invoke, tmp_path: Path, checkpoint: Path, picture_file: Path) -> None:
+def test_equals_the_engine(run: Invoke, tmp_path: Path, checkpoint: Path, image_file: Path) -> None:
     assert run("--rows", "word:red", "--steps", "t_start").exit_code == 0
     engine = carve_kernels.CarveEngine(
         *carve_kernels.load(checkpoint),
         preset=carve_kernels.Preset(layers=(1, 2), rows=("word", "red"), steps="t_start", max_new_tokens=2),
     )
-    expected = engine(picture_file, QUESTION)
+    expected = engine(image_file, QUESTION)
     (numbers,) = result_of(tmp_path / "out")["presets"].values()
     assert numbers["answer_ids"] == list(expected.answer_ids)
     assert numbers["refined_ids"] == list(expected.refined_ids)
@@ -123,7 +123,7 @@ def test_dtype_and_attention(run: Invoke, tmp_path: Path) -> None:
     assert result_of(tmp_path / "out")["model"]["dtype"] == "bfloat16"
 
 
-def test_qwen_on_a_flat_image_keeps_the_whole(run: Invoke, tmp_path: Path) -> None:
+def test_qwen_keeps_a_flat_image_whole(run: Invoke, tmp_path: Path) -> None:
     folder = tiny_models.save(*tiny_models.tiny_qwen2_5_vl(), tmp_path / "qwen")
     Image.new("RGB", (1, 1), "white").save(tmp_path / "one.png")
     done = run("-m", folder)
@@ -164,13 +164,13 @@ def test_parsing() -> None:
     assert parse_lam("1e-8") == 1e-8
 
 
-def test_rows_of_a_text(run: Invoke, tmp_path: Path, checkpoint: Path, picture_file: Path) -> None:
+def test_rows_of_a_text(run: Invoke, tmp_path: Path, checkpoint: Path, image_file: Path) -> None:
     assert run("--rows", "text:digit is red").exit_code == 0
     engine = carve_kernels.CarveEngine(
         *carve_kernels.load(checkpoint),
         preset=carve_kernels.Preset(layers=(1, 2), rows=("text", "digit is red"), max_new_tokens=2),
     )
-    expected = engine(picture_file, QUESTION)
+    expected = engine(image_file, QUESTION)
     assert numpy.array_equal(numpy.load(tmp_path / "out/saliency.npy"), expected.saliency.numpy())
     assert "; text 'digit is red'; " in report._settings(expected)
 
@@ -182,7 +182,7 @@ def test_help_and_version_are_quick() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    shown = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-m", "carve_kernels", "--version"], check=True, capture_output=True, text=True, timeout=60
     )
-    assert shown.stdout == f"carve-kernels {carve_kernels.__version__}\n"
+    assert printed.stdout == f"carve-kernels {carve_kernels.__version__}\n"

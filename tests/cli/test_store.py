@@ -1,13 +1,12 @@
-"""The folder of batch: whatever kills a run, a record that stands there has the pictures of its own answer."""
+"""The folder of batch: a record always has the images of its own answer, even after a run was killed."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import itertools
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +50,22 @@ def answer_of(path: Path) -> str:
     return AttentionMaps.load(path).dtype if path.suffix == ".safetensors" else path.read_text()
 
 
-def killed(store: Store, answer: str, files: Sequence[str], moves: int) -> bool:
-    """Write in a process that is gone behind so many moves of files; whether it was."""
+def killed(store: Store, answer: str, files: Sequence[str], steps: int) -> bool:
+    """Write in a process that is killed after so many removals and moves of files; False if it ended before."""
     if process := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
     done = itertools.count(1)
-    move = os.replace
 
-    def stop(source: Any, target: Any) -> None:
-        if next(done) > moves:
-            os._exit(9)
-        move(source, target)
+    def limited(step: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            if next(done) > steps:
+                os._exit(9)
+            step(*args, **options)
+
+        return run
 
     try:
-        output.os.replace = stop  # type: ignore[attr-defined]
+        os.replace, os.unlink = limited(os.replace), limited(os.unlink)
         write(store, answer, files)
     finally:
         os._exit(0)
@@ -72,31 +73,31 @@ def killed(store: Store, answer: str, files: Sequence[str], moves: int) -> bool:
 
 @pytest.mark.parametrize("first", [FILES, (RECORD,)])
 @pytest.mark.parametrize("second", [FILES, (RECORD,)])
-def test_a_kill_mixes_no_two_answers(tmp_path: Path, first: Sequence[str], second: Sequence[str]) -> None:
-    for moves in range(40):
-        folder = tmp_path / str(moves)
+def test_a_kill_never_mixes_two_answers(tmp_path: Path, first: Sequence[str], second: Sequence[str]) -> None:
+    for steps in range(40):
+        folder = tmp_path / str(steps)
         with Store(folder).opened() as store:
             write(store, "old", first)
-            died = killed(store, "new", second, moves)
+            died = killed(store, "new", second, steps)
         with Store(folder).opened() as store:
             there = folder / "results/1"
             for answer, files in (("old", first), ("new", second)):
-                if store.has("1", {"fingerprint": answer}, pictures=False):
+                if store.has("1", {"fingerprint": answer}, images=False):
                     assert {path.name for path in there.iterdir()} == set(files)
                     assert all(answer_of(there / name) == answer for name in files if name != RECORD)
-                    assert answer == "new" or moves == 0
-            # The next run does what is missing, and leaves nothing beside it.
+                    assert answer == "new" or steps == 0
+            # The next run writes what is missing, and leaves nothing else.
             write(store, "new", second)
-            assert store.has("1", {"fingerprint": "new"}, pictures=second is FILES)
+            assert store.has("1", {"fingerprint": "new"}, images=second is FILES)
         assert {path.name for path in folder.iterdir()} == {"results"}
         if not died:
             break
-    assert moves >= len(second) and not died
+    assert steps >= len(second) and not died
 
 
-def test_an_error_in_the_middle_brings_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_middle_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     move = os.replace
-    for moves in range(2 * len(FILES)):
+    for moves in range(len(FILES)):
         with Store(tmp_path / str(moves)).opened() as store:
             write(store, "old", FILES)
             done = itertools.count()
@@ -109,13 +110,13 @@ def test_an_error_in_the_middle_brings_back_what_was_there(tmp_path: Path, monke
             with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
                 patched.setattr(os, "replace", fail)
                 write(store, "new", FILES)
-        there = tmp_path / str(moves) / "results/1"
-        assert json.loads((there / RECORD).read_text())["fingerprint"] == "old"
-        assert all(answer_of(there / name) == "old" for name in FILES if name != RECORD)
+            assert store.read("1") is None
+            write(store, "new", FILES)
+            assert store.has("1", {"fingerprint": "new"}, images=True)
 
 
-def test_what_another_command_is_writing_stays(tmp_path: Path) -> None:
-    with output.results(tmp_path, ["carve.json"], lambda path: False) as beside:
+def test_unfinished_files_of_another_command_stay(tmp_path: Path) -> None:
+    with output.replace_files(tmp_path, ["carve.json"], lambda path: False) as beside:
         with Store(tmp_path).opened() as store:
             write(store, "old", FILES)
         (beside / "carve.json").write_text("{}")
@@ -129,4 +130,4 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fcntl.flock", refuse)
     with Store(tmp_path).opened() as store:
         write(store, "old", FILES)
-        assert store.has("1", {"fingerprint": "old"}, pictures=True)
+        assert store.has("1", {"fingerprint": "old"}, images=True)

@@ -1,4 +1,4 @@
-"""What is printed where: any encoding, any width, a closed pipe, no terminal; and what to know of a result."""
+"""Output on any terminal: encodings, widths, a closed pipe, none at all; and the notes on a result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from carve_kernels.presets import Preset
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
 
 
-def test_an_encoding_that_lacks_a_character_is_no_error(checkpoint: Path, picture_file: Path, tmp_path: Path) -> None:
-    words = ["-m", checkpoint, "-i", picture_file, "-q", "\u732b\u5728\u54ea\u91cc", "-o", tmp_path / "out", *QUICK]
+def test_an_encoding_that_lacks_a_character_is_no_error(checkpoint: Path, image_file: Path, tmp_path: Path) -> None:
+    words = ["-m", checkpoint, "-i", image_file, "-q", "\u732b\u5728\u54ea\u91cc", "-o", tmp_path / "out", *QUICK]
     done = CliRunner(charset="ascii").invoke(app, ["run", *map(str, words)])
     assert done.exit_code == 0, (done.output, done.exception)
     assert "\\u732b" in done.stdout
@@ -47,7 +47,7 @@ def test_a_name_with_broken_bytes_is_printed(run: Invoke, tmp_path: Path) -> Non
     assert "\\udcff" in done.stdout
 
 
-def test_streams_are_as_they_were_behind_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_restored_after_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
     with output.printable():
@@ -61,7 +61,7 @@ def test_a_closed_pipe_is_no_error_of_ours(run: Invoke, tmp_path: Path, monkeypa
     def closed(*_args: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("carve_kernels.cli.looking.summarise", closed)
+    monkeypatch.setattr("carve_kernels.cli.ask.summarise", closed)
     done = run()
     assert done.exit_code == 1 and done.stderr == "" and (tmp_path / "out/result.json").is_file()
 
@@ -71,10 +71,10 @@ def test_a_narrow_screen_does_without_spare_columns(width: int, kept: str) -> No
     console = Console(width=width, file=io.StringIO())
     lines = [[letter * 10 for letter in "abcde"], ["x"] * 5]
     show(console, "title", list("abcde"), lines, ["d", "c", "b"])
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert {letter for letter in "abcde" if shown.count(letter) >= 10} == set(kept)
-    assert all(rich.cells.cell_len(line) <= width for line in shown.splitlines()) and "\u2026" not in shown
-    assert ("On a wider" in shown) == (len(kept) < 5)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {letter for letter in "abcde" if printed.count(letter) >= 10} == set(kept)
+    assert all(rich.cells.cell_len(line) <= width for line in printed.splitlines()) and "\u2026" not in printed
+    assert ("On a wider" in printed) == (len(kept) < 5)
 
 
 def test_the_table_of_profile_can_be_read(
@@ -88,29 +88,31 @@ def test_the_table_of_profile_can_be_read(
     done = carve("profile", "-m", checkpoint, "-i", folder / "questions.jsonl", *words)
     assert done.exit_code == 0, done.output
     title, _, heads = done.stdout.splitlines()[:3]
-    assert title.strip() == "1 question about 1 picture" and "t_start" in done.stdout
+    assert title.strip() == "1 question about 1 image" and "t_start" in done.stdout
     assert all(name in heads for name in ("layer", "rows", "steps", "score", "pointing"))
 
 
 def test_help_has_no_lines_that_end_early(carve: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = carve("batch", "-h").stdout
-    (paragraph,) = (part for part in shown.split("\u256d")[0].split(f"\n{' ' * 80}\n") if "Each question" in part)
+    printed = carve("batch", "-h").stdout
+    (paragraph,) = (part for part in printed.split("\u256d")[0].split(f"\n{' ' * 80}\n") if "Each question" in part)
     lines = [line.strip() for line in paragraph.splitlines()]
     # The next word would not have fitted.
     for line, after in itertools.pairwise(lines):
         assert len(line) + 1 + len(after.split()[0]) > 78, lines
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert max(len(line) for line in printed.splitlines()) <= 80
 
 
-def test_without_a_terminal_long_work_tells_where_it_is(ask: Ask, run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_EVERY", 0.0)
+def test_without_a_terminal_long_work_prints_its_progress(
+    ask: Ask, run: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_INTERVAL", 0.0)
     assert "1 of 6: loading the model" in run().stderr
-    told = ask(LINES).stderr
-    assert "1 of 3 questions" in told and "3 of 3 questions" in told
+    printed = ask(LINES).stderr
+    assert "1 of 3 questions" in printed and "3 of 3 questions" in printed
 
 
-def test_the_whole_time_is_told(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_time_is_printed(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     # A command that began a day ago.
     monkeypatch.setattr(output.clock, "seconds", lambda: 86_400.0)
     line = next(line for line in run().stdout.splitlines() if "all" in line)
@@ -121,7 +123,7 @@ def test_the_whole_time_is_told(run: Invoke, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def altered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the engine's results are changed to."""
+    """Changes to the engine's results."""
     changes: dict[str, Any] = {}
     answer = CarveEngine.answer
 
@@ -132,21 +134,21 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return changes
 
 
-def test_no_words_are_told_of(run: Invoke, ask: Ask, folder: Path, altered: dict[str, Any]) -> None:
+def test_an_empty_answer_is_noted(run: Invoke, ask: Ask, folder: Path, altered: dict[str, Any]) -> None:
     altered.update(unseen=0.0)
     plain = Image.open(folder / "out/panel.png").height if run().exit_code == 0 else 0
     altered.update(answer="", refined_answer=" ")
     done = run()
-    assert done.exit_code == 0 and done.stderr == "the model gave no words in its plain and its refined answer\n"
+    assert done.exit_code == 0 and done.stderr == "the model returned no text in its plain and its refined answer\n"
     (numbers,) = json.loads((folder / "out/result.json").read_text())["presets"].values()
     assert [f"{note}\n" for note in numbers["notes"]] == [done.stderr]
     assert Image.open(folder / "out/panel.png").height > plain > 0
     altered.update(answer="red")
     assert ask(LINES[:1]).exit_code == 0
-    assert table(folder)[0]["notes"] == ["the model gave no words in its refined answer"]
+    assert table(folder)[0]["notes"] == ["the model returned no text in its refined answer"]
 
 
-def test_what_the_model_did_not_see_is_told(run: Invoke, folder: Path, altered: dict[str, Any]) -> None:
+def test_what_the_model_did_not_see_is_printed(run: Invoke, folder: Path, altered: dict[str, Any]) -> None:
     altered.update(unseen=0.4)
     done = run()
     assert done.exit_code == 0 and "40 % of the image was outside the model's view" in done.stdout
@@ -154,10 +156,10 @@ def test_what_the_model_did_not_see_is_told(run: Invoke, folder: Path, altered: 
     assert numbers["unseen"] == 0.4 and not numbers["notes"]
 
 
-def test_words_that_the_embedded_model_does_not_know(carve: Invoke, picture_file: Path, tmp_path: Path) -> None:
-    for question, told in (("is there a cat", "3 of the 4 tokens"),):
-        done = carve("run", "-m", "small", "-i", picture_file, "-q", question, "-o", tmp_path / "out")
-        assert done.exit_code == 0 and told in done.stderr and "'what digit is red'" in done.stderr, done.output
+def test_words_that_the_embedded_model_does_not_know(carve: Invoke, image_file: Path, tmp_path: Path) -> None:
+    for question, count in (("is there a cat", "3 of the 4 tokens"),):
+        done = carve("run", "-m", "small", "-i", image_file, "-q", question, "-o", tmp_path / "out")
+        assert done.exit_code == 0 and count in done.stderr and "'what digit is red'" in done.stderr, done.output
 
 
 def test_shares_are_never_rounded_to_nothing_or_all() -> None:
@@ -165,11 +167,11 @@ def test_shares_are_never_rounded_to_nothing_or_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "told"), [(0.2, "20%"), (0.29, "29%"), (0.999, "99.9%"), (0.001, "0.1%"), (1.0, "100%")]
+    ("keep", "text"), [(0.2, "20%"), (0.29, "29%"), (0.999, "99.9%"), (0.001, "0.1%"), (1.0, "100%")]
 )
-def test_what_to_keep_is_told_as_it_was_set(keep: float, told: str) -> None:
+def test_the_share_to_keep_is_printed_as_it_was_set(keep: float, text: str) -> None:
     result: Any = SimpleNamespace(preset=Preset(keep=keep), task=SimpleNamespace(layers=(1, 2)))
-    assert f"top {told} of the pixels" in _settings(result)
+    assert f"top {text} of the pixels" in _settings(result)
 
 
 @pytest.mark.parametrize("key", ["keeep", "Layers", "general_promt"])

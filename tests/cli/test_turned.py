@@ -1,4 +1,4 @@
-"""Photos of every orientation through `run` and `batch`: what they write is upright and stays so."""
+"""Photos of every orientation through `run` and `batch`: they write upright images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cli.conftest import QUESTION, Ask, Invoke, records
 from tests.support.families import tagged_photo
 
 
-def test_what_run_has_written_is_seen_as_the_photo_was(run: Invoke, tmp_path: Path) -> None:
+def test_the_image_of_run_equals_the_upright_photo(run: Invoke, tmp_path: Path) -> None:
     photo = tagged_photo(tmp_path / "photo.jpg", 3)
     with Image.open(photo) as stored:
         upright = ImageOps.exif_transpose(stored)

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carve_kernels import CarveEngine, load
-from carve_kernels.hf.engine.fingerprint import fingerprint_of_directory
 from carve_kernels.hf.loading import find, profile_of
 from carve_kernels.models import small
 from tests.support import tiny_models
@@ -52,7 +51,6 @@ def test_a_checkpoint_in_the_hub_cache(checkpoint: Path, snapshot: Path) -> None
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert profile_of(REPO) == {"layers": [1]}
     assert CarveEngine(model, processor).preset.layers == (1,)
-    assert fingerprint_of_directory(snapshot) == fingerprint_of_directory(checkpoint)
 
 
 def test_a_model_loaded_by_transformers_has_its_profile(snapshot: Path) -> None:
@@ -189,11 +187,10 @@ def test_an_incomplete_snapshot_names_the_missing_file(snapshot: Path, case: str
         load(REPO)
 
 
-def test_unneeded_files_may_be_missing(checkpoint: Path, snapshot: Path) -> None:
-    expected = fingerprint_of_directory(checkpoint)
+def test_unneeded_files_may_be_missing(snapshot: Path) -> None:
     for name in ("README.md", "pytorch_model.bin", "training.json"):
         (snapshot / name).symlink_to(Path("../../blobs", "0" * 64))
-    assert load(REPO)[0].name_or_path == str(snapshot) and fingerprint_of_directory(snapshot) == expected
+    assert load(REPO)[0].name_or_path == str(snapshot)
 
 
 def test_the_network_is_never_used(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small pictures with questions for the embedded model, as `carve-kernels batch` reads them."""
+"""Small images with questions for the embedded model, as `carve-kernels batch` reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from carve_kernels.models.scenes import draw_scene
 
 
 def write_questions(folder: Path, count: int) -> Path:
-    """`count` pictures and a questions.jsonl of them, with the true answers."""
+    """`count` images and a questions.jsonl of them, with the true answers."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for seed in range(count):

@@ -1,6 +1,6 @@
-"""A soak: thousands of pictures through the embedded model, and the memory of the process on the way.
+"""A soak test: the memory of the process while the embedded model answers thousands of questions.
 
-python -m tests.long.soak --pictures 2000
+python -m tests.long.soak --images 2000
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from carve_kernels.models.scenes import draw_scene
 
 MEBIBYTE = 2**20
 MARKS = (100, 1000, 2000)
-# What memory may grow from the first mark on: the general maps of 2,000 pictures are 8 MiB.
+# Allowed growth after the first mark, in MiB: the general maps of 2,000 images are 8 MiB.
 ALLOWED = 32
 
 
@@ -32,7 +32,7 @@ def resident() -> float:
 
 
 def soak(marks: Sequence[int]) -> Iterator[float]:
-    """Memory after so many pictures, the last mark being all of them."""
+    """Memory after each of these numbers of images."""
     engine = CarveEngine(*load(small(), dtype="float32"))
     scenes, same = itertools.tee(draw_scene(seed, 1 + seed % 4, split="test") for seed in range(marks[-1]))
     outcomes = engine.stream((scene.image for scene in scenes), (scene.question for scene in same))
@@ -46,14 +46,14 @@ def soak(marks: Sequence[int]) -> Iterator[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=MARKS[-1])
-    count = parser.parse_args().pictures
+    parser.add_argument("--images", "--pictures", type=int, default=MARKS[-1])
+    count = parser.parse_args().images
     # On a busy machine, threads of a model this small wait for each other.
     torch.set_num_threads(1)
     marks = [mark for mark in MARKS if mark < count] + [count]
     found = []
     for mark, size in zip(marks, soak(marks), strict=True):
-        print(f"{mark} pictures: {size:.0f} MiB", flush=True)
+        print(f"{mark} images: {size:.0f} MiB", flush=True)
         found.append(size)
     if found[-1] - found[0] > ALLOWED:
         raise SystemExit(f"memory grew by {found[-1] - found[0]:.0f} MiB, {ALLOWED} are allowed")

@@ -1,4 +1,4 @@
-"""The long proofs in small: the same code, fewer pictures."""
+"""Short versions of the long tests: the same code with fewer images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tests.long.soak import soak
 
 
 def test_killed_runs_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    (found,) = prove(tmp_path, pictures=8, kills=1)
+    (found,) = prove(tmp_path, images=8, kills=1)
     assert 0 < found < 8
 
 
 def test_memory_is_flat() -> None:
     first, last = soak((32, 64))
-    # The pictures, masks and saliencies of 32 questions are 40 MiB; allocators take a while to settle.
+    # The images, masks and saliencies of 32 questions are 40 MiB; allocators take a while to settle.
     assert last - first < 24

@@ -1,4 +1,4 @@
-"""The embedded small model: what is shipped, how well it reads, its scenes, and the recipe in its smoke mode."""
+"""The embedded small model: its files, its accuracy, its scenes, and the recipe in smoke mode."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def loaded() -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(small(), local_files_only=True)
 
 
-def _prompt(processor: Any, text: str, pictures: int = 1) -> str:
-    content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+def _prompt(processor: Any, text: str, images: int = 1) -> str:
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -92,7 +92,7 @@ def test_describes_with_pairs_of_colour_and_digit(loaded: tuple[Any, Any]) -> No
 
 @pytest.mark.parametrize("level", scenes.LEVELS)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_scenes_are_deterministic_and_boxes_hold_their_digits(level: int, split: scenes.Split) -> None:
+def test_scenes_are_deterministic_and_boxes_contain_their_digits(level: int, split: scenes.Split) -> None:
     for seed in range(5):
         scene, again = (scenes.draw_scene(seed, level, split=split) for _ in range(2))
         assert scene.image.tobytes() == again.image.tobytes()
@@ -102,13 +102,13 @@ def test_scenes_are_deterministic_and_boxes_hold_their_digits(level: int, split:
             x0, y0, x1, y1 = placed.box
             near = (abs(pixels - scenes.PALETTE[placed.colour]) <= 20).all(-1)
             assert near[y0:y1, x0:x1].mean() > 0.04, (seed, placed)
-        asked = next(placed for placed in scene.digits if placed.box == scene.box)
-        assert scene.question == f"what digit is {asked.colour}" and scene.answer == scenes.DIGITS[asked.digit]
+        target = next(placed for placed in scene.digits if placed.box == scene.box)
+        assert scene.question == f"what digit is {target.colour}" and scene.answer == scenes.DIGITS[target.digit]
 
 
 def test_scenes_of_other_seeds_levels_and_splits_differ() -> None:
-    pictures = [(0, 1, "train"), (1, 1, "train"), (0, 2, "train"), (0, 1, "test")]
-    drawn = {scenes.draw_scene(seed, level, split=split).image.tobytes() for seed, level, split in pictures}
+    keys = [(0, 1, "train"), (1, 1, "train"), (0, 2, "train"), (0, 1, "test")]
+    drawn = {scenes.draw_scene(seed, level, split=split).image.tobytes() for seed, level, split in keys}
     assert len(drawn) == 4
 
 

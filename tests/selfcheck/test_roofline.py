@@ -12,9 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import bench_capture, opponents, roofline
+from benchmarks import bench_capture, roofline
+from benchmarks import opponent_work as opponents
 from benchmarks.__main__ import app
-from benchmarks.cases import GEOMETRIES, Case, problem
+from benchmarks.support.cases import GEOMETRIES, Case, problem
 from carve_kernels import selfcheck
 from carve_kernels.selfcheck.roofline import GPUS, GRAPH_LAUNCH, LAUNCH, UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.selfcheck.work import Work

@@ -1,4 +1,4 @@
-"""What the benchmarks' tests share: their command line, small and on one thread."""
+"""The command line of the benchmarks, with small shapes and one thread."""
 
 from __future__ import annotations
 

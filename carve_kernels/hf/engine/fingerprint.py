@@ -1,14 +1,12 @@
-"""What a result depends on, as hashes: the image, the model in memory, a checkpoint on disk."""
+"""What a result depends on, as hashes: the image, and the model in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,12 +18,6 @@ from carve_kernels.hf.model import code_on, input_device, is_spread, unwrap
 SAMPLES = 4096
 """Elements of each tensor that the fingerprint of a model reads one by one; of a smaller tensor it reads all."""
 
-# Of each tensor of a safetensors file, and of a whole file of pickles.
-_BLOCK, _BLOCKS, _BLOCKS_OF_PICKLE = 4096, 4, 4096
-# As safetensors has it.
-_LONGEST_HEADER = 100_000_000
-_TEXTS = (".json", ".jinja", ".txt", ".model")
-_WEIGHTS = (".safetensors", ".bin")
 _SUMMED = 64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _GOLDEN = 0.6180339887498949
@@ -103,57 +95,8 @@ def fingerprint(model: Any, processor: Any) -> str:
     )
 
 
-def fingerprint_of_directory(folder: str | os.PathLike[str]) -> str:
-    """A checkpoint directory without loading it: its text files whole, blocks of every tensor of its weights.
-
-    The directory's own carve.json is no part of it, since a caller may use another profile.
-    """
-    facts = {}
-    # A snapshot in the hub cache is made of links, of which some may lead nowhere.
-    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        if path.suffix in _TEXTS and path.name != "carve.json":
-            facts[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif path.suffix in _WEIGHTS:
-            facts[path.name] = _of_weights(path)
-    return key_of(files=facts)
-
-
-def _of_weights(path: Path) -> str:
-    """The size of a file and a sample of it: of safetensors the header, and of each tensor its own blocks."""
-    size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start, length, blocks in _tensors(file) or [(0, size, _BLOCKS_OF_PICKLE)]:
-            if length <= blocks * _BLOCK:
-                file.seek(start)
-                found.update(file.read(length))
-                continue
-            for index in range(blocks):
-                file.seek(start + index * (length - _BLOCK) // (blocks - 1))
-                found.update(file.read(_BLOCK))
-    return found.hexdigest()
-
-
-def _tensors(file: BinaryIO) -> list[tuple[int, int, int]]:
-    """Where the header and the tensors of a safetensors file lie: (start, length, blocks); none of another file."""
-    try:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER:
-            return []
-        header = json.loads(file.read(length))
-        places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-        start, size = 8 + length, os.fstat(file.fileno()).st_size
-        if not all(0 <= first <= last <= size - start for first, last in places):
-            return []
-        tensors = [(start + int(first), int(last) - int(first), _BLOCKS) for first, last in places]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        return []
-    # The header is read whole.
-    return [(0, start, start), *tensors]
-
-
-def _portable(config: Any) -> dict[str, Any]:
-    """A configuration without the directory and the library version that it came from."""
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
     return _without(config.to_dict(), ("_name_or_path", "transformers_version"))
 
 

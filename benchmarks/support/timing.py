@@ -1,4 +1,4 @@
-"""Paired timing in one process: opponents take turns, so that a noisy neighbour hits all of them alike."""
+"""Paired timing in one process: opponents take turns, so that noise affects all of them alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Before = Callable[[Run], Any]
 
 
 class Flush:
-    """Empties the caches by a read of more than the last level holds; calls are timed cold behind it."""
+    """Flushes the caches by reading more than the last level holds, so that the next call is cold."""
 
     def __init__(self) -> None:
-        # Ones, since untouched zeros are all the same page of memory.
+        # Ones: untouched zeros share one page of memory.
         self._buffer = torch.ones(last_level_cache() * 5 // 4 // 4)
 
     def __call__(self, _run: Run) -> None:
@@ -27,12 +27,12 @@ class Flush:
 
 
 def warm(run: Run) -> None:
-    """Before a warm call: the same call, so that its data are where it left them and not where an opponent did."""
+    """Before a warm call: the same call, so that the caches hold its data and not an opponent's."""
     run()
 
 
-def as_it_comes(_run: Run) -> None:
-    """Before a call that is far longer than any cache remembers: nothing."""
+def no_preparation(_run: Run) -> None:
+    """Before a call that is so long that the state of the caches does not matter: nothing."""
 
 
 def paired(
@@ -69,5 +69,5 @@ def paired(
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, other: str) -> Spread:
-    """How many times longer `name` takes than `other`, round by round."""
+    """The time of `name` divided by that of `other`, round by round."""
     return Spread.of([a / b for a, b in zip(seconds[name], seconds[other], strict=True)])

@@ -1,9 +1,9 @@
-"""Peak memory of one forward, counted twice in a fresh process.
+"""Peak memory of one forward, measured twice in a fresh process.
 
-`tensors` is exact: the largest sum of what torch had allocated at one time, from the memory events of its profiler, and
-so small enough a ruler for the scratch of one row. `resident` is what the system saw: VmHWM, reset before the forward
-where the system lets it be. It holds the scratch of libraries as well, and is a few MB uncertain. getrusage's ru_maxrss
-would not do: a process inherits in it the peak of the one that started it.
+`tensors` is exact: the largest total of torch's allocations at one time, from the memory events of its profiler; it
+resolves even the scratch of one row. `resident` is the system's VmHWM, reset before the forward where that is allowed;
+it includes the scratch of libraries and varies by a few MB. getrusage's ru_maxrss is no use: a process inherits the
+peak of its parent.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.machine import kilobytes
-from benchmarks.models import Shape, prompt, random_model
+from benchmarks.support.machine import kilobytes
+from benchmarks.support.models import Shape, prompt, random_model
 
 PLAIN, SESSION, EAGER = "plain", "session", "eager"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _STATUS = "/proc/self/status"
-# Freed blocks go back to the system at once, or the order of allocations would show in the peak.
+# Freed blocks return to the system at once; otherwise the peak would depend on the order of allocations.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 class Peak(NamedTuple):
-    """Bytes above what stood before the forward, the weights above all."""
+    """Bytes above those before the forward (mostly the weights)."""
 
     tensors: int
     resident: int
@@ -40,26 +40,26 @@ class Peak(NamedTuple):
 def peak_in_fresh_process(what: str, shape: Shape, length: int, rows: int) -> Peak:
     """Peak of one prefill with a cache: plain sdpa, the same in a session, or eager with output_attentions."""
     task = {"what": what, "shape": shape._asdict(), "length": length, "rows": rows}
-    return Peak(**in_fresh_process("benchmarks.memory", task))
+    return Peak(**in_fresh_process("benchmarks.support.memory", task))
 
 
 def in_fresh_process(module: str, task: dict[str, Any]) -> Any:
-    """What a module prints as its last line, as JSON, when it is run with this task."""
+    """The last line, as JSON, that a module prints when it is run with this task."""
     command = [sys.executable, "-m", module, json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | _MALLOC, capture_output=True, text=True)
     if done.returncode:
         reason = "killed, most likely for memory" if done.returncode == -9 else done.stderr[-2000:]
-        raise RuntimeError(f"memory of {task}: the process that measures it failed: {reason}")
+        raise RuntimeError(f"memory of {task}: its process failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_of_tensors(run: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator held at one time during a call, beyond what stood before."""
+    """The most bytes of torch's CPU allocator at one time during a call, above those before it."""
     return max(event["Total Allocated"] for event in allocator_events(run))
 
 
 def allocations(run: Callable[[], Any]) -> int:
-    """How often a call asked torch's CPU allocator for memory."""
+    """The number of allocations of torch's CPU allocator during a call."""
     return sum(event["Bytes"] > 0 for event in allocator_events(run))
 
 
@@ -75,7 +75,7 @@ def allocator_events(run: Callable[[], Any]) -> list[dict[str, int]]:
 
 
 def eager_bytes(shape: Shape, length: int) -> int:
-    """What output_attentions alone keeps: one [S, S] matrix a head and layer."""
+    """The size of the matrices of output_attentions: [S, S] for each head and layer."""
     return shape.layers * shape.heads * length**2 * getattr(torch, shape.dtype).itemsize
 
 
@@ -88,7 +88,7 @@ def peak_resident(run: Callable[[], Any]) -> int:
 
 
 def forward(what: str, shape: Shape, rows: int) -> Callable[[int], None]:
-    """A prefill of so many tokens as `generate` does it."""
+    """A prefill of so many tokens, as in `generate`."""
     from carve_kernels import capture_attention
 
     model = random_model(shape, "eager" if what == EAGER else "sdpa")
@@ -101,7 +101,7 @@ def forward(what: str, shape: Shape, rows: int) -> Callable[[int], None]:
     return run
 
 
-def measured(task: dict[str, Any]) -> Peak:
+def measure_here(task: dict[str, Any]) -> Peak:
     run = forward(task["what"], Shape(**task["shape"]), task["rows"])
     run(64)
     resident = peak_resident(lambda: run(task["length"]))
@@ -109,4 +109,4 @@ def measured(task: dict[str, Any]) -> Peak:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(json.loads(sys.argv[1]))._asdict()))
+    print(json.dumps(measure_here(json.loads(sys.argv[1]))._asdict()))

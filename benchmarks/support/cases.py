@@ -1,4 +1,4 @@
-"""The shapes that are measured, and inputs for them whose answer is not flat."""
+"""The measured shapes, and inputs for them whose answer has a peak."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GEOMETRIES = {
 
 
 class Case(NamedTuple):
-    """One line of the table of capture."""
+    """A line of the table of capture."""
 
     geometry: str
     length: int
@@ -53,7 +53,7 @@ def standard(geometries: Iterable[str] = GEOMETRIES, lengths: Iterable[int] = LE
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of capture as a model has them.
+    """Inputs of capture with the layouts of a model.
 
     =========  ======  ==============  ==============================================================
     name       dtype   shape           meaning
@@ -63,7 +63,7 @@ class Problem:
     key        float   [1, KV, S, D]   the filled part of a larger cache
     tokens     int32   [1, N]          the visual tokens
     positions  int64   [1, R] or None  last key that a row sees; None where one row sees all
-    hidden     bool    [R, S] or None  the same as a mask of what is not seen, for plain torch
+    hidden     bool    [R, S] or None  the same as a mask of hidden keys, for plain torch
     =========  ======  ==============  ==============================================================
     """
 
@@ -90,7 +90,7 @@ def problem(case: Case, seed: int = 0) -> Problem:
     random = torch.Generator().manual_seed(seed)
     visual = int(VISUAL_SHARE * length)
     first = (length - visual) // 2
-    # A direction that all queries share and that the keys of one spot answer: a peak in every row and head.
+    # Queries share a direction with the keys of one spot: a peak in every row and head.
     common = torch.nn.functional.normalize(torch.randn(size, generator=random), dim=0) * size**0.5
     projection = torch.randn(1, length, heads, size, generator=random).add_(common)
     cache = torch.randn(1, key_heads, length + 256, size, generator=random)

@@ -1,4 +1,4 @@
-"""Lines of a table that hold a measurement against its goals, for the terminal, for JSON and for Markdown."""
+"""Table lines of measurements with goals, for the terminal, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from benchmarks.timing import Spread, ratio
+from benchmarks.support.timing import Spread, ratio
 
 Line = dict[str, Any]
 
 
 class Goal(NamedTuple):
-    """What a ratio of a line must reach at least, or must not pass, in the median or at a percentile."""
+    """The least value of a ratio, or with `most` the largest, in the median or at a percentile."""
 
     ratio: str
     limit: float
@@ -26,8 +26,8 @@ class Goal(NamedTuple):
         )
 
     def met(self, spread: Mapping[str, float]) -> bool:
-        found = spread[self.at]
-        return found <= self.limit if self.most else found >= self.limit
+        value = spread[self.at]
+        return value <= self.limit if self.most else value >= self.limit
 
 
 def line(
@@ -38,59 +38,59 @@ def line(
     *,
     seconds: Mapping[str, list[float]] | None = None,
 ) -> Line:
-    """One line: what it is, seconds of each way, ratios, and each goal with whether it was met."""
+    """One line: labels, seconds of each opponent, ratios, and whether each goal was met."""
     spreads = {name: spread._asdict() for name, spread in ratios.items()}
-    held = [goal for goal in goals if goal.ratio in spreads]
+    judged = [goal for goal in goals if goal.ratio in spreads]
     return {
         "table": table,
         "labels": dict(labels),
         "seconds": {name: Spread.of(values)._asdict() for name, values in (seconds or {}).items()},
         "ratios": spreads,
-        "goals": [{"goal": goal.show(), "met": goal.met(spreads[goal.ratio])} for goal in held],
+        "goals": [{"goal": goal.show(), "met": goal.met(spreads[goal.ratio])} for goal in judged],
     }
 
 
-def over(seconds: Mapping[str, list[float]], own: str) -> dict[str, Spread]:
-    """How many times the time of `own` every other way takes."""
-    return {name: ratio(seconds, name, own) for name in seconds if name != own}
+def over(seconds: Mapping[str, list[float]], base: str) -> dict[str, Spread]:
+    """The time of every other opponent divided by that of `base`."""
+    return {name: ratio(seconds, name, base) for name in seconds if name != base}
 
 
 def tables(lines: list[Line]) -> list[Table]:
-    found = []
-    for title, heads, rows in _laid_out(lines, "\n"):
+    result = []
+    for title, heads, rows in _layout(lines, "\n"):
         table = Table(title=title)
         for head in heads:
             table.add_column(head, justify="left" if head == "goals" else "right")
         for row in rows:
             table.add_row(*row)
-        found.append(table)
-    return found
+        result.append(table)
+    return result
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The tables of a report as Markdown, with machine and command in front."""
+    """The tables of a report as Markdown, after its command and machine."""
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     parts = [f"Command: `{report['command']}`\n\nMachine: {machine}.\n"]
-    for title, heads, rows in _laid_out(report["results"], "<br>"):
+    for title, heads, rows in _layout(report["results"], "<br>"):
         body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(f"### {title}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n{body}\n")
     return "\n".join(parts)
 
 
-def _laid_out(lines: list[Line], newline: str) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _layout(lines: list[Line], newline: str) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and rows of each table: labels, medians in ms, ratios as median (p10-p90), goals."""
     for title in dict.fromkeys(entry["table"] for entry in lines):
         chosen = [entry for entry in lines if entry["table"] == title]
-        labels, ways = _names(chosen, "labels"), _names(chosen, "seconds", "ratios")
+        labels, opponents = _names(chosen, "labels"), _names(chosen, "seconds", "ratios")
         rows = [
             [
                 *(str(entry["labels"].get(name, "-")) for name in labels),
-                *(_cell(entry, name, newline) for name in ways),
+                *(_cell(entry, name, newline) for name in opponents),
                 newline.join(f"{goal['goal']}: {'met' if goal['met'] else 'MISSED'}" for goal in entry["goals"]) or "-",
             ]
             for entry in chosen
         ]
-        yield title, [*labels, *ways, "goals"], rows
+        yield title, [*labels, *opponents, "goals"], rows
 
 
 def _names(lines: list[Line], *parts: str) -> list[str]:
@@ -98,9 +98,9 @@ def _names(lines: list[Line], *parts: str) -> list[str]:
 
 
 def _cell(entry: Line, name: str, newline: str) -> str:
-    found = []
+    parts = []
     if name in entry["seconds"]:
-        found.append(f"{1e3 * entry['seconds'][name]['median']:.3g}")
+        parts.append(f"{1e3 * entry['seconds'][name]['median']:.3g}")
     if name in entry["ratios"]:
-        found.append(("x " if found else "") + Spread(**entry["ratios"][name]).show(digits=4))
-    return newline.join(found) or "-"
+        parts.append(("x " if parts else "") + Spread(**entry["ratios"][name]).show(digits=4))
+    return newline.join(parts) or "-"

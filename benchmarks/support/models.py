@@ -1,4 +1,4 @@
-"""A random model in the shape of Qwen2.5-VL, a processor whose words are its ids, and prompts for it."""
+"""A random model with the shape of Qwen2.5-VL, a processor with a word for each id, and prompts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _TEMPLATE = (
 
 
 class Shape(NamedTuple):
-    """Size of a model; a group of four query heads shares a key head, the head size is that of the 7B.
+    """Size of a model; groups of four query heads share a key head, and the head size is that of the 7B.
 
-    The default tower costs next to nothing: what a session or a call costs is the language model's.
+    The default vision tower is tiny, so that costs are those of the language model.
     """
 
     layers: int
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 
 def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
-    """Weights of a size that keeps activations near 1, attention peaked and greedy answers varied."""
+    """Weights that keep activations near 1, attention peaked and greedy answers varied."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -64,7 +64,7 @@ def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
         "eos_token_id": _EOS,
         "pad_token_id": 0,
     }
-    # As Qwen2.5-VL's own: windows, and every eighth layer over the whole picture.
+    # As in Qwen2.5-VL: windows, and every eighth layer over the whole image.
     vision = {
         "depth": shape.tower_layers,
         "hidden_size": shape.tower_hidden,
@@ -104,16 +104,16 @@ def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
 
 
 def prompt(length: int, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of `length` tokens, four fifths of them visual: a text, one picture of noise, a text."""
+    """Inputs of `length` tokens, four fifths of them visual: a text, an image of noise, a text."""
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, int((VISUAL_SHARE * length) ** 0.5))
     columns = int(VISUAL_SHARE * length) // rows
     visual = rows * columns
     before = (length - visual) // 2
     text = torch.randint(1, _START, (length - visual - 2,), generator=generator)
-    picture = torch.full((visual + 2,), _IMAGE)
-    picture[0], picture[-1] = _START, _END
-    ids = torch.cat([text[:before], picture, text[before:]])[None]
+    image = torch.full((visual + 2,), _IMAGE)
+    image[0], image[-1] = _START, _END
+    ids = torch.cat([text[:before], image, text[before:]])[None]
     patches = torch.randn(visual * MERGE**2, PATCH_VALUES, generator=generator)
     return {
         "input_ids": ids,
@@ -125,33 +125,33 @@ def prompt(length: int, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def processor(texts: list[str]) -> Any:
-    """Qwen2.5-VL's processor of pictures, and a tokenizer with a word for each id, those of the texts first."""
+    """Qwen2.5-VL's image processor, and a tokenizer with a word for each id, those of the texts first."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    class ImageInputs(Qwen2_5_VLProcessor):
-        """Without the part for videos, which wants torchvision."""
+    class ImageProcessor(Qwen2_5_VLProcessor):
+        """Without the part for videos, which needs torchvision."""
 
         @classmethod
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
 
-    given = ["<pad>", "<|im_start|>", *_MARKS]
-    said = sorted({word for text in (*texts, _FRAME) for word in text.split()})
-    words = [*given[:2], *said, *(f"word{number}" for number in range(VOCABULARY))][:_START]
+    special = ["<pad>", "<|im_start|>"]
+    texts_words = sorted({word for text in (*texts, _FRAME) for word in text.split()})
+    words = [*special, *texts_words, *(f"word{number}" for number in range(VOCABULARY))][:_START]
     vocabulary = {word: number for number, word in enumerate([*words, *_MARKS])}
     model = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token=_MARKS[-1], extra_special_tokens=[given[1], *_MARKS[:-1]]
+        tokenizer_object=model, pad_token="<pad>", eos_token=_MARKS[-1], extra_special_tokens=[special[1], *_MARKS[:-1]]
     )
-    # Pictures of benchmarks have the number of pixels that they are asked for.
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": (MERGE * PATCH) ** 2, "longest_edge": 2**31})
-    return ImageInputs(pictures, tokenizer, None, chat_template=_TEMPLATE)
+    # Never resize: benchmarks choose the number of pixels themselves.
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": (MERGE * PATCH) ** 2, "longest_edge": 2**31})
+    return ImageProcessor(images, tokenizer, None, chat_template=_TEMPLATE)
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
-    """A square picture of noise in 8 x 8 blocks."""
+    """A square image of noise in 8 x 8 blocks."""
     blocks = torch.randint(0, 256, (side // 8, side // 8, 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(blocks.byte().numpy()).resize((side, side), Image.Resampling.NEAREST)

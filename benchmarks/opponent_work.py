@@ -1,4 +1,4 @@
-"""What the ways beside capture move and compute: their own operators run on tensors without memory, and are counted."""
+"""Traffic and arithmetic of the opponents of capture, counted while their operators run on meta tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_capture
-from benchmarks.cases import DTYPES, GEOMETRIES, VISUAL_SHARE, Case, Problem
+from benchmarks.support.cases import DTYPES, GEOMETRIES, VISUAL_SHARE, Case, Problem
 from carve_kernels.selfcheck.work import Work
 
 _ATEN = torch.ops.aten
-# Allocations, and the shape of what is dense already.
+# Allocations, and views of dense tensors.
 _FREE = {_ATEN.empty.memory_format, _ATEN.empty_like.default, _ATEN._unsafe_view.default}
 
 
 def counted(run: Callable[[], Any]) -> Work:
     """The work of plain torch: every operator a launch that reads its inputs once and writes its outputs once.
 
-    Views are free. What an operator reads a second time (a softmax its row) is left to the caches, and so is an
-    axis of stride 0: the opponent is given the best of it.
+    Views are free. Repeated reads within an operator (of a row by a softmax) and along an axis of stride 0 are left to
+    the caches: the count favours the opponent.
     """
     with FlopCounterMode(display=False) as operations, _Traffic() as traffic:
         run()
@@ -38,7 +38,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func not in _FREE:
-            # A gather reads what it picks.
+            # A gather reads only the elements that it picks.
             read = (args[1:], result) if func is _ATEN.index.Tensor else (args, kwargs)
             self.read_bytes += sum(map(_bytes, tree_iter(read)))
             self.written_bytes += sum(map(_bytes, tree_iter(result)))
@@ -56,18 +56,18 @@ def _bytes(value: Any) -> int:
 
 
 def idiom(case: Case) -> Work:
-    """Maps of the chosen rows of a layer by today's idiom: repeat K, q @ K^T, softmax, gather, mean."""
+    """Maps of the chosen rows of a layer by the common idiom: repeat K, q @ K^T, softmax, gather, mean."""
     return counted(lambda: bench_capture.repeat(_without_memory(case)))
 
 
 def eager(case: Case, queries: int) -> Work:
-    """Eager attention of a layer over so many query rows, and the maps sliced from the probabilities it hands out."""
-    given = _without_memory(case._replace(rows=queries))
-    mask = torch.empty(1, 1, queries, case.length, dtype=given.query.dtype, device="meta")
+    """Eager attention of a layer over so many query rows, and maps sliced from its probabilities."""
+    inputs = _without_memory(case._replace(rows=queries))
+    mask = torch.empty(1, 1, queries, case.length, dtype=inputs.query.dtype, device="meta")
 
     def run() -> None:
-        _, probabilities = eager_attention(given.query, given.key, torch.empty_like(given.key), mask, given.scale)
-        probabilities[:, :, -case.rows :][..., given.tokens[0]].mean(1, dtype=torch.float32)
+        _, probabilities = eager_attention(inputs.query, inputs.key, torch.empty_like(inputs.key), mask, inputs.scale)
+        probabilities[:, :, -case.rows :][..., inputs.tokens[0]].mean(1, dtype=torch.float32)
 
     return counted(run)
 
@@ -75,7 +75,7 @@ def eager(case: Case, queries: int) -> Work:
 def eager_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the modeling files of transformers do under `eager`, operator by operator."""
+    """The eager attention of transformers, operator by operator."""
     batch, heads, _, size = query.shape
     key, value = (
         part[:, :, None].expand(-1, -1, heads // part.shape[1], -1, -1).reshape(batch, heads, -1, size)

@@ -1,8 +1,13 @@
-"""Ways to the same answers: the engine's one look, plain calls under eager, the release's procedure, the bare price."""
+"""Opponents with the same answers: the engine, calls with eager, the release's procedure, two plain answers.
+
+Their peak memory is measured in fresh processes; see `memory` for the method.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,16 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from benchmarks.models import MERGE, PATCH, Shape, noise, processor, random_model
+from benchmarks.support.memory import in_fresh_process, peak_of_tensors, peak_resident
+from benchmarks.support.models import MERGE, PATCH, Shape, noise, processor, random_model
 from carve_kernels import CarveEngine, Preset, carve
+from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
-from carve_kernels.hf.engine.result import CarveResult
 
 FIRST, QUESTION = "what digit is blue", "what digit is red"
+ENGINE, EAGER, RELEASE, PRICE = "engine", "eager", "release", "price"
 
 
-class Look(NamedTuple):
+class Pass(NamedTuple):
     """New tokens [T], and maps [L, T, N] of the last rows."""
 
     ids: list[int]
@@ -31,7 +38,7 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A picture of so many visual tokens, answers of so many tokens, a preset's steps, prompts and last question."""
+    """An image of so many visual tokens, answers of so many new tokens, and a preset."""
 
     shape: Shape
     preset_name: str
@@ -44,15 +51,15 @@ class Case:
 
     @cached_property
     def preset(self) -> Preset:
-        # Layers as the paper's share of the depth (20 to 25 of 28 for both presets), and a picture of any size.
+        # The paper's share of the layers (20 to 25 of 28) for both presets, and an image of any size.
         return replace(
             Preset.of(self.preset_name), layers="paper", max_new_tokens=self.new_tokens, max_pixels=self.side**2
         )
 
     @property
     def prefix_bytes(self) -> int:
-        """Keys and values of the prompt up to the last token of the picture."""
-        ids = self.inputs([self.picture], QUESTION)["input_ids"][0]
+        """Bytes of the keys and values of the prompt up to the last image token."""
+        ids = self.inputs([self.image], QUESTION)["input_ids"][0]
         length = int((ids == self.processor.image_token_id).nonzero()[-1]) + 1
         model = self.model.config.get_text_config()
         size = model.hidden_size // model.num_attention_heads
@@ -60,7 +67,7 @@ class Case:
         return length * width * getattr(torch, self.shape.dtype).itemsize
 
     @cached_property
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         return noise(self.side)
 
     @cached_property
@@ -76,7 +83,7 @@ class Case:
 
     @property
     def eager(self) -> Any:
-        """The same weights, which attend by eager."""
+        """The same weights with eager attention."""
         return _eager(self.shape)
 
     def inputs(self, images: list[Image.Image], text: str) -> Any:
@@ -84,8 +91,8 @@ class Case:
         return prepare(self.processor, images, prompt, None, self.preset.max_pixels)
 
 
-class Ways:
-    """The opponents on one case. `refined`, the engine's refined picture, is shown by all of them."""
+class Opponents:
+    """The opponents on one case. All of them use `refined`, the refined image of the engine."""
 
     def __init__(self, case: Case, refined: Image.Image | None = None) -> None:
         self.case = case
@@ -93,69 +100,69 @@ class Ways:
             self.refined = refined
 
     @cached_property
-    def seen(self) -> CarveResult:
-        """What the engine says of the case."""
+    def result(self) -> CarveResult:
+        """The result of the engine."""
         return self.engine()
 
     @cached_property
     def refined(self) -> Image.Image:
-        # In bfloat16 rounding may move a region by a pixel, and then the ways would show different numbers of tokens.
-        return self.seen.refined
+        # In bfloat16, rounding may move a region by a pixel, which would change the number of tokens.
+        return self.result.refined
 
     @cached_property
-    def remembering(self) -> CarveEngine:
-        """An engine that was asked another question about the picture before."""
+    def caching_engine(self) -> CarveEngine:
+        """An engine that has answered another question about the image."""
         engine = CarveEngine(self.case.model, self.case.processor, preset=self.case.preset)
-        engine(self.case.picture, FIRST)
+        engine(self.case.image, FIRST)
         return engine
 
     def engine(self) -> CarveResult:
-        """(a) The first question on a picture."""
-        return self._forgetful(self.case.picture, QUESTION)
+        """(a) The first question about an image."""
+        return self._uncached_engine(self.case.image, QUESTION)
 
     def second(self) -> CarveResult:
-        """The second question on a picture."""
-        return self.remembering(self.case.picture, QUESTION)
+        """The second question about an image."""
+        return self.caching_engine(self.case.image, QUESTION)
 
     def plain(self) -> list[int]:
-        """(d) The plain answer on the original under sdpa."""
-        return _generate(self.case.model, self.case.inputs([self.case.picture], QUESTION), self.case.new_tokens)
+        """(d) The plain answer on the original with sdpa."""
+        return _generate(self.case.model, self.case.inputs([self.case.image], QUESTION), self.case.new_tokens)
 
     def answer_refined(self) -> list[int]:
-        """(d) The plain answer on the refined picture under sdpa."""
+        """(d) The plain answer on the refined image with sdpa."""
         return _generate(self.case.model, self.case.inputs([self.refined], QUESTION), self.case.new_tokens)
 
-    def eager_task(self) -> Look:
-        """(b) The question under eager with output_attentions."""
-        return self._eager_look(QUESTION)
+    def eager_task(self) -> Pass:
+        """(b) The question with eager and output_attentions."""
+        return self._eager_pass(QUESTION)
 
-    def eager_general(self) -> Look:
-        """(b) The general instruction under eager with output_attentions."""
-        return self._eager_look(self.case.preset.general_prompt)
+    def eager_general(self) -> Pass:
+        """(b) The general prompt with eager and output_attentions."""
+        return self._eager_pass(self.case.preset.general_prompt)
 
-    def last(self, task: Look, general: Look) -> list[int]:
-        """(b), (c) Contrast, regions and zoom from the maps, and the last question under eager."""
+    def last(self, task: Pass, general: Pass) -> list[int]:
+        """(b), (c) Contrast, regions and zoom from the maps, then the second pass with eager."""
         case = self.case
         side = math.isqrt(case.visual)
-        carve(case.picture, task.maps, general.maps, grid=(side, side), preset=case.preset)
-        shown = [self.refined] if case.preset.images == "refined" else [case.picture, self.refined]
-        return _generate(case.eager, case.inputs(shown, QUESTION), case.new_tokens)
+        carve(case.image, task.maps, general.maps, grid=(side, side), preset=case.preset)
+        images = [self.refined] if case.preset.images == "refined" else [case.image, self.refined]
+        return _generate(case.eager, case.inputs(images, QUESTION), case.new_tokens)
 
-    def release_task(self) -> Look:
-        """(c) The question as the release asks it."""
+    def release_task(self) -> Pass:
+        """(c) The question by the procedure of the release."""
         return self._without_cache(QUESTION)
 
-    def release_general(self) -> Look:
-        """(c) The general instruction as the release asks it."""
+    def release_general(self) -> Pass:
+        """(c) The general prompt by the procedure of the release."""
         return self._without_cache(self.case.preset.general_prompt)
 
     @cached_property
-    def _forgetful(self) -> CarveEngine:
+    def _uncached_engine(self) -> CarveEngine:
         return CarveEngine(self.case.model, self.case.processor, preset=self.case.preset, memory=False)
 
-    def _eager_look(self, text: str) -> Look:
+    def _eager_pass(self, text: str) -> Pass:
         case = self.case
-        inputs = case.inputs([case.picture], text)
+        inputs = case.inputs([case.image], text)
         with torch.no_grad():
             output = case.eager.generate(
                 **inputs, do_sample=False, max_new_tokens=case.new_tokens, return_dict_in_generate=True,
@@ -163,12 +170,12 @@ class Ways:
             )  # fmt: skip
         length = inputs["input_ids"].shape[1]
         maps = [self._last_rows(inputs, attentions) for attentions in output.attentions]
-        return Look(output.sequences[0, length:].tolist(), torch.stack(maps, 1))
+        return Pass(output.sequences[0, length:].tolist(), torch.stack(maps, 1))
 
-    def _without_cache(self, text: str) -> Look:
-        """Every token runs the whole prompt again, the picture's tower included, under eager with all attentions."""
+    def _without_cache(self, text: str) -> Pass:
+        """Each new token runs the whole prompt again, vision tower included, with eager and output_attentions."""
         case = self.case
-        inputs = dict(case.inputs([case.picture], text))
+        inputs = dict(case.inputs([case.image], text))
         length = inputs["input_ids"].shape[1]
         maps = []
         for _ in range(case.new_tokens):
@@ -179,7 +186,7 @@ class Ways:
             added = {"input_ids": token, "attention_mask": torch.ones_like(token)}
             for name, more in (added | {"mm_token_type_ids": torch.zeros_like(token)}).items():
                 inputs[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
-        return Look(inputs["input_ids"][0, length:].tolist(), torch.stack(maps, 1))
+        return Pass(inputs["input_ids"][0, length:].tolist(), torch.stack(maps, 1))
 
     def _last_rows(self, inputs: Any, attentions: Any) -> torch.Tensor:
         """Head means of the last row at the visual tokens: [L, N]."""
@@ -189,14 +196,14 @@ class Ways:
 
 
 class Work(NamedTuple):
-    """Tokens that the first layer of the language model was given, and calls of the vision tower."""
+    """Tokens through the first layer of the language model, and calls of the vision tower."""
 
     tokens: int
-    pictures: int
+    images: int
 
 
 class Counted:
-    """A way whose first call also counts its work, by two hooks."""
+    """An opponent whose first call also counts its work."""
 
     def __init__(self, case: Case, run: Callable[[], Any]) -> None:
         self._case, self._run = case, run
@@ -211,7 +218,7 @@ class Counted:
             self._run()
 
 
-# Cases of one shape share a model, which takes seconds to fill; of two shapes only one fits beside the caches.
+# Cases of one shape share a model, which takes seconds to fill; memory holds one shape only.
 @lru_cache(maxsize=1)
 def _sdpa(shape: Shape) -> Any:
     return random_model(shape, "sdpa")
@@ -232,18 +239,18 @@ def _counted(model: Any) -> Iterator[list[int]]:
         states = args[0] if args else kwargs["hidden_states"]
         counts[0] += states.shape[0] * states.shape[1]
 
-    def pictures(_args: Any, _kwargs: Any) -> None:
+    def images(_args: Any, _kwargs: Any) -> None:
         counts[1] += 1
 
-    with _watched(decoder_layers(model)[0], tokens), _watched(model.model.visual, pictures):
+    with _watched(decoder_layers(model)[0], tokens), _watched(model.model.visual, images):
         yield counts
 
 
 @contextmanager
 def _watched(module: Any, before: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Call `before(args, kwargs)` at each forward of a module, by way of its class.
+    """Call `before(args, kwargs)` at each forward of a module, through its class.
 
-    Hooks and code of another package keep prompts apart, so it says that it is written beside that forward.
+    Tree decoding is not used with hooks or code of another package, so the wrapper claims the module of the forward.
     """
     kind, forward = type(module), type(module).forward
 
@@ -252,8 +259,8 @@ def _watched(module: Any, before: Callable[[Any, Any], None]) -> Iterator[None]:
             before(args, kwargs)
         return forward(self, *args, **kwargs)
 
-    inside = {"__name__": forward.__module__}
-    kind.forward = wraps(forward)(FunctionType(watching.__code__, inside, closure=watching.__closure__))
+    namespace = {"__name__": forward.__module__}
+    kind.forward = wraps(forward)(FunctionType(watching.__code__, namespace, closure=watching.__closure__))
     try:
         yield
     finally:
@@ -264,3 +271,48 @@ def _generate(model: Any, inputs: Any, new_tokens: int) -> list[int]:
     with torch.no_grad():
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Peak(NamedTuple):
+    """Bytes above those before the call (mostly the weights), and the size of the refined image."""
+
+    tensors: int
+    resident: int
+    refined: tuple[int, int]
+
+
+def peak_of(what: str, case: Case, refined: tuple[int, int] | None = None) -> Peak:
+    """The peak of one opponent; `refined` is the size of the refined image, which the engine determines itself."""
+    task = {
+        "what": what, "shape": case.shape._asdict(), "preset": case.preset_name, "visual": case.visual,
+        "new_tokens": case.new_tokens, "refined": refined,
+    }  # fmt: skip
+    peak = in_fresh_process("benchmarks.support.engine_opponents", task)
+    return Peak(peak["tensors"], peak["resident"], tuple(peak["refined"]))
+
+
+def _run(what: str, opponents: Opponents) -> Callable[[], Any]:
+    return {
+        ENGINE: opponents.engine,
+        EAGER: lambda: opponents.last(opponents.eager_task(), opponents.eager_general()),
+        RELEASE: lambda: opponents.last(opponents.release_task(), opponents.release_general()),
+        PRICE: lambda: (opponents.plain(), opponents.answer_refined()),
+    }[what]
+
+
+def measure_here(task: dict[str, Any]) -> Peak:
+    """The peak of one opponent in this process."""
+    size = task["refined"]
+    case = Case(Shape(**task["shape"]), task["preset"], task["visual"], task["new_tokens"])
+    opponents = Opponents(case, None if size is None else noise(max(size)).resize(size))
+    run = _run(task["what"], opponents)
+    # Created before any question.
+    _ = case.processor, case.model, task["what"] in (EAGER, RELEASE) and case.eager
+    # In this order, since libraries load some parts in the first call.
+    tensors = peak_of_tensors(run)
+    resident = peak_resident(run)
+    return Peak(tensors, resident, tuple(size or opponents.refined.size))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(json.loads(sys.argv[1]))._asdict()))

@@ -1,4 +1,4 @@
-"""contrast and regions at 1024 x 1024 on a CPU, against the release's steps; see `python -m benchmarks cpu`."""
+"""contrast and regions at 1024 x 1024 on a CPU against the steps of the release; see `python -m benchmarks cpu`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.answers import WrongAnswer, check_maps
-from benchmarks.lines import Goal, Line, line, over
-from benchmarks.timing import Run, paired, warm
+from benchmarks.support.answers import WrongAnswer, check_maps
+from benchmarks.support.lines import Goal, Line, line, over
+from benchmarks.support.timing import Run, paired, warm
 from carve_kernels import contrast, regions
 
 LAYERS, STEPS, GRID = 6, 8, 32
@@ -19,6 +19,8 @@ KEEP, FLOOR = 0.2, 3
 CONTRAST, RELEASE, TORCH, FILL = "contrast", "(d) release", "torch", "(f) fill"
 REGIONS, STEPS_OF_RELEASE = "regions", "(e) release"
 LAM = 1e-8
+# Cells of `measure`: one for contrast, two for regions.
+CELLS = 3
 
 Found = tuple[numpy.ndarray, list[list[int]]]
 
@@ -33,30 +35,30 @@ def maps(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def resized_by_pillow(task: torch.Tensor, general: torch.Tensor, side: int) -> torch.Tensor:
-    """The release's way: the ratio of every layer and step becomes a picture of its own."""
+    """The release's procedure: the ratio of each layer and step is resized as an image."""
     saliency = numpy.zeros((side, side), dtype=numpy.float64)
     ratios = (task / (general + LAM)).unflatten(-1, (GRID, GRID)).numpy()
     for layer in range(LAYERS):
         for step in range(STEPS):
-            picture = Image.fromarray(ratios[layer, step])
-            saliency += (step + 1) * numpy.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+            ratio = Image.fromarray(ratios[layer, step])
+            saliency += (step + 1) * numpy.asarray(ratio.resize((side, side), Image.Resampling.BILINEAR))
     return torch.from_numpy(saliency)
 
 
 def composed(task: torch.Tensor, general: torch.Tensor, side: int) -> torch.Tensor:
-    """The best of plain torch: summed on the grid, then one upsampling."""
+    """The fastest in plain torch: a sum on the grid, then one upsampling."""
     fused = torch.einsum("ltn,t->n", task / (general + LAM), torch.arange(1.0, STEPS + 1)).view(1, 1, GRID, GRID)
     return torch.nn.functional.interpolate(fused, (side, side), mode="bilinear", antialias=True)[0, 0]
 
 
 def cut(saliency: numpy.ndarray) -> Found:
-    """The release's steps: percentile, labels, sums, the best of them, their mask and boxes."""
+    """The release's steps: percentile, labels, sums, the best regions, their mask and boxes."""
     labels, count = ndimage.label(saliency >= numpy.percentile(saliency, 100 * (1 - KEEP)))
     sums = ndimage.sum(saliency, labels, range(1, count + 1))
-    kept = numpy.argsort(sums)[::-1][: max(FLOOR, int(count * KEEP))] + 1
-    mask = numpy.isin(labels, kept)
-    found = ndimage.find_objects(labels)
-    boxes = [[x.start, y.start, x.stop, y.stop] for y, x in (found[label - 1] for label in kept)]
+    selected = numpy.argsort(sums)[::-1][: max(FLOOR, int(count * KEEP))] + 1
+    mask = numpy.isin(labels, selected)
+    slices = ndimage.find_objects(labels)
+    boxes = [[x.start, y.start, x.stop, y.stop] for y, x in (slices[label - 1] for label in selected)]
     return mask, boxes
 
 
@@ -89,11 +91,7 @@ def _contrast(side: int, threads: int, budget: float) -> Line:
         {name: run for name, run in runs.items() if name != RELEASE}, rounds=301, before=warm, budget=budget
     )
     pair = paired({name: runs[name] for name in (CONTRAST, RELEASE)}, rounds=15, before=warm, budget=2 * budget)
-    goals = [
-        Goal(RELEASE, 100),
-        Goal(TORCH, 3),
-        Goal(FILL, 0.25),
-    ]
+    goals = [Goal(RELEASE, 100), Goal(TORCH, 3), Goal(FILL, 0.25)]
     labels = {"maps": f"{LAYERS} x {STEPS} x {GRID**2}", "pixels": f"{side} x {side}", "threads": threads}
     ratios = over(seconds, CONTRAST) | over(pair, CONTRAST)
     return line("contrast: ms, and times contrast", labels, ratios, goals, seconds={**seconds, RELEASE: pair[RELEASE]})
@@ -110,7 +108,7 @@ def _regions(name: str, saliency: torch.Tensor, threads: int, budget: float) -> 
         raise WrongAnswer(f"{STEPS_OF_RELEASE}, {name}: expected a mask with an inside and an outside, got one of them")
     if not numpy.array_equal(found.mask.numpy(), mask):
         raise WrongAnswer(f"{REGIONS}, {name}: expected the mask of {STEPS_OF_RELEASE}, got another")
-    # Equal sums stand in an order of their own here and there.
+    # Regions of equal sums may be ordered differently.
     if sorted(found.boxes.tolist()) != sorted(boxes):
         raise WrongAnswer(f"{REGIONS}, {name}: expected the boxes of {STEPS_OF_RELEASE}, got others")
     seconds = paired(runs, rounds=101, before=warm, budget=2 * budget)

@@ -1,4 +1,4 @@
-"""What demo and run share: load a model, look at one image under one or more presets, write what was seen."""
+"""What demo and run share: load a model, ask about one image under each preset, write and print the results."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from pathlib import Path
 from typing import Any
 
 from carve_kernels.cli.notes import notes_of
-from carve_kernels.cli.output import Announce, clock, results, stages
-from carve_kernels.cli.report import FILES, Look, Question, is_ours, summarise, write
+from carve_kernels.cli.output import Announce, clock, replace_files, stages
+from carve_kernels.cli.report import FILES, Question, Report, is_ours, summarise, write
 from carve_kernels.hf import names
 from carve_kernels.hf.engine.engine import CarveEngine
 from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
 
-_TEXTS = {
-    "task": "looking for the question",
-    "general": "looking at the whole",
+_STAGES = {
+    "task": "first pass, question",
+    "general": "first pass, general prompt",
     "carve": "contrast, regions, zoom",
-    "answer": "asking again",
+    "answer": "second pass",
 }
 
 
-def look(
+def ask(
     output: Path,
-    asked: Question,
+    question: Question,
     presets: Mapping[str, Preset],
     load: Callable[[], tuple[Any, Any]],
     **options: Any,
-) -> Look:
-    """Fill the folder `output` with everything seen under each preset, the first one's in full, and print a summary.
+) -> Report:
+    """Write the results of each preset into the folder `output`, those of the first one in full; print a summary.
 
     `options` are the engine's: backend, max_image_pixels, fit.
     """
     imported = clock.seconds()
-    with results(output, FILES, is_ours) as folder, quiet(), stages(2 + 4 * len(presets)) as announce:
+    total = 2 + len(_STAGES) * len(presets)
+    with replace_files(output, FILES, is_ours) as folder, quiet(), stages(total) as announce:
         announce("loading the model")
         model, processor = load()
         loaded = clock.seconds()
-        found = {}
+        results = {}
         for name, preset in presets.items():
             engine = CarveEngine(model, processor, preset=preset, **options)
-            found[name] = engine(asked.image, asked.text, on_progress=_announcer(announce, name))
+            results[name] = engine(question.image, question.text, on_progress=_announcer(announce, name))
         announce("writing")
-        looked = clock.seconds()
-        notes = {name: notes_of(result, model, processor) for name, result in found.items()}
-        seconds = {"imports": imported, "load": loaded - imported, "look": looked - loaded, "total": looked}
-        seen = Look(asked, facts_of(model), found, notes, seconds)
-        write(folder, seen)
-    summarise(seen, output, {**seconds, "write": clock.seconds() - looked})
-    return seen
+        answered = clock.seconds()
+        notes = {name: notes_of(result, model, processor) for name, result in results.items()}
+        seconds = {"imports": imported, "load": loaded - imported, "look": answered - loaded, "total": answered}
+        report = Report(question, model_facts(model), results, notes, seconds)
+        write(folder, report)
+    summarise(report, output, {**seconds, "write": clock.seconds() - answered})
+    return report
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the bars and the advice of transformers off the terminal."""
+    """Keep the progress bars and the advice of transformers off the terminal."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -70,15 +71,15 @@ def quiet() -> Iterator[None]:
 
 
 def _announcer(announce: Announce, name: str) -> Callable[[str, int, int], None]:
-    def report(stage: str, done: int, total: int) -> None:
-        if stage in _TEXTS:
-            announce(f"{name}: {_TEXTS[stage]}")
+    def on_progress(stage: str, done: int, total: int) -> None:
+        if stage in _STAGES:
+            announce(f"{name}: {_STAGES[stage]}")
 
-    return report
+    return on_progress
 
 
-def facts_of(model: Any) -> dict[str, Any]:
-    """What a record says of a model."""
+def model_facts(model: Any) -> dict[str, Any]:
+    """The description of a model in a record."""
     return {
         "directory": model.name_or_path,
         "type": model.config.model_type,
