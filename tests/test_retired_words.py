@@ -22,8 +22,8 @@ PLACES = ("carve_kernels", "csrc", "docs", "examples", "tests", "README.md", "Ma
 SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inc", ".md", ".toml", ".cff", ".svg"}
 ITSELF = {"retired_words.txt", "test_retired_words.py"}
 # Public names that are kept: an option of `batch`, and what `deprecation` registers.
-_KEPT = re.compile(r"--pictures\b|.*\b(?:deprecation\.\w+|renamed|moved)\(.*")
-_ALIAS = re.compile(r"[\"'][\w.]+[\"']")
+_KEPT = re.compile(r"--pictures\b|.*\b(?:deprecation\.\w+|renamed|moved_names|moved_module)\(.*")
+_ALIAS = re.compile(r"[\"'][\w.]+[\"']|carve_kernels\.[\w.]+|from carve_kernels import \w+")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _COMMENT = re.compile(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"|/\*.*?\*/', re.DOTALL)
