@@ -143,16 +143,16 @@ def test_commands_exist(
         assert result.returncode == 0, result.stderr
     elif words[0] == "carve-kernels":
         assert len(words) == 1 or words[1] in COMMANDS
-        shown = options_of("carve_kernels", words[1:2], capsys)
-        assert all(option in shown for option in options)
+        printed = options_of("carve_kernels", words[1:2], capsys)
+        assert all(option in printed for option in options)
     elif words[:3] == ["python", "-m", "pytest"]:
         markers = {marker.split(":")[0] for marker in request.config.getini("markers")}
         assert words[3] == "-m" and words[4] in markers and not options
     elif words[:2] == ["python", "-m"] and ".test_" in words[2]:
         assert '__name__ == "__main__"' in (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8")
     elif words[:2] == ["python", "-m"]:
-        shown = options_of(words[2], [word for word in words[3:4] if not word.startswith("-")], capsys)
-        assert all(option in shown for option in options)
+        printed = options_of(words[2], [word for word in words[3:4] if not word.startswith("-")], capsys)
+        assert all(option in printed for option in options)
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:
@@ -177,9 +177,12 @@ def test_the_presets_of_the_docs_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     paper, release = carve_kernels.Preset.paper(), carve_kernels.Preset.release()
     cells = {row.split("|")[1].strip(): row.split("|")[2:4] for row in page.splitlines() if row.startswith("| ")}
-    assert f"top {paper.keep:.0%}".replace("%", " %") in cells["kept pixels"][0]
-    assert f"top {release.keep:.0%}".replace("%", " %") in cells["kept pixels"][1]
-    assert f"best {paper.top}" in cells["kept regions"][0] and f"at least {release.floor}" in cells["kept regions"][1]
+    assert f"top {paper.keep:.0%}".replace("%", " %") in cells["selected pixels"][0]
+    assert f"top {release.keep:.0%}".replace("%", " %") in cells["selected pixels"][1]
+    assert (
+        f"best {paper.top}" in cells["selected regions"][0]
+        and f"at least {release.floor}" in cells["selected regions"][1]
+    )
     assert paper.lam == "mean" and '"mean"' in cells["lam"][0]
     assert f"{release.lam:g}".replace("e-08", "e-8") == cells["lam"][1].strip()
     assert f'"{release.suffix}"' in cells["suffix of every prompt"][1] and paper.suffix == ""
