@@ -159,10 +159,18 @@ def test_commands_exist(
         assert words[0] in {"pip", "tail", "nohup"} and shutil.which(words[0])
 
 
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere() -> None:
     for path in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
+        for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                file, _, anchor = target.partition("#")
+                page = path.parent / file if file else path
+                assert page.exists() and (not anchor or anchor in anchors(page)), f"{path.name}: {target}"
 
 
 def test_the_families_of_the_docs_are_those_of_the_code() -> None:
