@@ -1,4 +1,4 @@
-"""docs/refusals.md says what the code refuses: neither has an error that the other does not know."""
+"""docs/refusals.md and the code refuse the same: neither has an error that the other lacks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from carve_kernels.hf.session import generate_guard
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "carve_kernels"
-# What loads and keeps files, what reads arguments alone, and what is tried on models of its own.
-ELSEWHERE = {"loading.py", "checkpoint.py", "memory.py", "batch.py", "engine.py", "contract.py", "looking.py"}
-# Names that a message begins with by a variable.
+# Files that load and store, check arguments only, or use models of their own.
+ELSEWHERE = {
+    "hf/engine/batching.py",
+    "hf/engine/cache.py",
+    "hf/engine/engine.py",
+    "hf/engine/passes.py",
+    "hf/loading.py",
+    "hf/session/contract.py",
+}
+# Arguments whose name in the message is a variable.
 SPELLED = {
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
     "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
@@ -34,23 +41,23 @@ class Refusal(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of a table; each of its arguments, errors and files is in one refusal at least."""
+    """A row of a table; each of its arguments, errors and files is in at least one refusal."""
 
     arguments: frozenset[str]
     errors: frozenset[str]
     files: frozenset[str]
 
-    def holds(self, refusal: Refusal) -> bool:
+    def has(self, refusal: Refusal) -> bool:
         return refusal.argument in self.arguments and refusal.error in self.errors and refusal.file in self.files
 
 
-def beginning(node: ast.expr) -> str:
-    """The text that a message begins with."""
+def first_text(node: ast.expr) -> str:
+    """The constant text at the start of a message."""
     if isinstance(node, ast.BinOp):
-        return beginning(node.left)
+        return first_text(node.left)
     if isinstance(node, ast.JoinedStr):
         first = node.values[0]
-        return beginning(first) if isinstance(first, ast.Constant) else "{}"
+        return first_text(first) if isinstance(first, ast.Constant) else "{}"
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
@@ -59,14 +66,14 @@ def raised(path: Path) -> Iterator[Refusal]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _ERRORS:
             continue
-        found = _LEADING.match(beginning(node.args[0])) if node.args else None
-        if found is not None:
-            yield Refusal(found[1], node.func.id, file)
+        match = _LEADING.match(first_text(node.args[0])) if node.args else None
+        if match is not None:
+            yield Refusal(match[1], node.func.id, file)
     for name in SPELLED.get(file, ()):
         yield Refusal(name, "ValueError", file)
 
 
-def written() -> Iterator[Row]:
+def documented() -> Iterator[Row]:
     for line in (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.replace("\\_", "_").split(" | ")]
         if line.startswith("| ") and cells[0] not in ("| refused", "| ---"):
@@ -76,19 +83,20 @@ def written() -> Iterator[Row]:
 
 
 CODE = {refusal for path in sorted((PACKAGE / "hf").rglob("*.py")) for refusal in raised(path)}
-# Functions that are told the name of the argument, which no message of theirs spells.
-TOLD = {
+# Functions that get the name of the argument as a parameter, so no message of theirs has it.
+PASSED = {
     *(Refusal(name, "ValueError", "ops/zoom.py") for name in ("image", "images")),
     Refusal("output", "ValueError", "cli/ours.py"),
-    *(Refusal(name, "ValueError", "files.py") for name in ("output", "path")),
+    Refusal("layers", "RuntimeError", "maps.py"),
+    *(Refusal(name, "ValueError", "atomic_write.py") for name in ("output", "path")),
 }
-# What any function refuses: an argument of another kind, or none of a list.
+# What any function refuses: an argument of another type, or an empty list.
 PLAIN = {
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("probes", "TypeError", "hf/profile/profile.py"),
     Refusal("probes", "ValueError", "hf/profile/profile.py"),
 }
-ROWS = list(written())
+ROWS = list(documented())
 
 
 def test_the_tables_are_read() -> None:
@@ -96,13 +104,18 @@ def test_the_tables_are_read() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join(sorted(row.arguments)))
-def test_what_a_row_says_is_in_the_code(row: Row) -> None:
-    found = {refusal for refusal in CODE | TOLD if row.holds(refusal)}
-    assert {refusal.argument for refusal in found} == row.arguments
-    assert {refusal.error for refusal in found} == row.errors
-    assert {refusal.file for refusal in found} == row.files
+def test_each_row_is_in_the_code(row: Row) -> None:
+    matching = {refusal for refusal in CODE | PASSED if row.has(refusal)}
+    assert {refusal.argument for refusal in matching} == row.arguments
+    assert {refusal.error for refusal in matching} == row.errors
+    assert {refusal.file for refusal in matching} == row.files
 
 
-def test_what_the_code_refuses_is_in_a_row() -> None:
-    missing = {refusal for refusal in CODE - PLAIN if not any(row.holds(refusal) for row in ROWS)}
-    assert {refusal for refusal in missing if Path(refusal.file).name not in ELSEWHERE} == set()
+def test_each_refusal_of_the_code_is_in_a_row() -> None:
+    missing = {refusal for refusal in CODE - PLAIN if not any(row.has(refusal) for row in ROWS)}
+    assert {refusal for refusal in missing if refusal.file not in ELSEWHERE} == set()
+
+
+@pytest.mark.parametrize("file", sorted({*ELSEWHERE, *SPELLED, *(refusal.file for refusal in PASSED | PLAIN)}))
+def test_each_named_file_exists(file: str) -> None:
+    assert (PACKAGE / file).is_file()

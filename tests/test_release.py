@@ -1,4 +1,4 @@
-"""What a release says of itself: one version everywhere, a changelog, a citation that tools can read."""
+"""A release: one version everywhere, a changelog, a citation that tools can read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 def test_one_version_everywhere() -> None:
     (project,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     entries = re.findall(r"^## (\S+)", CHANGES, re.MULTILINE)
+    if entries[0] == "Unreleased":
+        del entries[0]
     assert entries[0] == project == carve_kernels.__version__ and "0.1.0" in entries
     assert entries == sorted(entries, key=lambda entry: [int(part) for part in entry.split(".")], reverse=True)
     assert set(re.findall(r"^### (.+)$", CHANGES, re.MULTILINE)) <= KINDS
@@ -28,14 +30,15 @@ def test_one_version_everywhere() -> None:
 
 def test_the_citation_is_valid() -> None:
     """Against the Citation File Format 1.2.0: what it requires, and no key that it does not know."""
-    told = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert told["cff-version"] == "1.2.0" and told["type"] == "software" and told["message"] and told["title"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert citation["message"] and citation["title"]
     known = {"cff-version", "message", "type", "title", "abstract", "authors", "version", "license", "keywords"}
-    assert set(told) <= known | {"references", "date-released", "doi", "url", "repository-code", "identifiers"}
-    assert told["version"] == carve_kernels.__version__ and told["license"] == "Apache-2.0"
-    (paper,) = told["references"]
+    assert set(citation) <= known | {"references", "date-released", "doi", "url", "repository-code", "identifiers"}
+    assert citation["version"] == carve_kernels.__version__ and citation["license"] == "Apache-2.0"
+    (paper,) = citation["references"]
     assert {"type", "title", "authors"} <= set(paper) and "2509.06461" in paper["doi"] and paper["year"] == 2025
-    for author in (*told["authors"], *paper["authors"]):
+    for author in (*citation["authors"], *paper["authors"]):
         assert set(author) in ({"name"}, {"family-names", "given-names"})
 
 

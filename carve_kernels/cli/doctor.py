@@ -179,13 +179,14 @@ def _trials() -> Iterator[tuple[str, str, str | None]]:
 def _contract() -> tuple[str, str | None]:
     """Whether transformers is as this package expects it, and whether its version was tested."""
     from carve_kernels.hf import names
+    from carve_kernels.hf.session import contract
 
-    results = names.contract()
+    results = contract.results()
     failed = [f"{check}: {why}" for check, why in results.items() if why is not None]
     tested = "tested" if names.is_tested() else "not tested"
     text = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
     text += f", {names.TESTED[0]} to {names.TESTED[1]} are"
-    return text, f"{text}; {'; '.join(failed)}; install one of those: {names.mend()}" if failed else None
+    return text, f"{text}; {'; '.join(failed)}; install one of those: {names.install_command()}" if failed else None
 
 
 @cache
@@ -219,16 +220,15 @@ def _engine() -> tuple[str, str | None]:
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
-    from carve_kernels.hf import names, processor_names
-    from carve_kernels.hf.layouts import FAMILIES
+    from carve_kernels.hf import names, processors
 
-    for family in FAMILIES:
+    for family in names.FAMILIES:
         limit = ""
         try:
-            name = processor_names.processor_class(family)
+            name = processors.processor_class(family)
             why = why_not("transformers", name)
             kind = None if why else getattr(importlib.import_module("transformers"), name)
-            if kind is not None and torchvision and processor_names.video_parts(kind):
+            if kind is not None and torchvision and processors.video_parts(kind):
                 limit = "images work without torchvision, videos need it: pip install torchvision"
         except names.UpstreamChanged as error:
             why = one_line(error.what)

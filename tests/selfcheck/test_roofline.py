@@ -20,7 +20,7 @@ from carve_kernels import selfcheck
 from carve_kernels.selfcheck.roofline import GPUS, GRAPH_LAUNCH, LAUNCH, UNITS, Gpu, gpu_of, predict, work_of
 from carve_kernels.selfcheck.work import Work
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+PAGE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "predicted.md"
 GPU = Gpu("one", bandwidth=1e12, matrix=1e14, vector=1e13)
 CASE = Case("smolvlm", 96, 3, "bf16")
 

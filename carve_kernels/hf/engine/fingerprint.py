@@ -95,8 +95,8 @@ def fingerprint(model: Any, processor: Any) -> str:
     )
 
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+def _portable(config: Any) -> dict[str, Any]:
+    """A configuration without the directory and the library version that it came from."""
     return _without(config.to_dict(), ("_name_or_path", "transformers_version"))
 
 
