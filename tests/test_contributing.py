@@ -19,7 +19,8 @@ import carve_kernels
 from carve_kernels import backends, ops
 from carve_kernels.backends import reference
 from carve_kernels.hf.inputs import build_prompt
-from carve_kernels.hf.layouts import FAMILIES, centre_crop
+from carve_kernels.hf.layouts import centre_crop
+from carve_kernels.hf.names import FAMILIES
 from tests.support.families import family, inputs_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -88,9 +88,11 @@ def zoom(
 
 def to_rgb(name: str, image: Any) -> Image:
     """Check an image and convert it to 8-bit RGB: transparency on white, 16 bits scaled to 8; RGB unchanged."""
-    with extras.needed_by("zoom"):
+    try:
         from PIL import Image
-
+    except ModuleNotFoundError:
+        with extras.needed_by("zoom"):
+            raise
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: expected a PIL image, got {checks.describe(image)}")
     if min(image.size) < 1:

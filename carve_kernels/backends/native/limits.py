@@ -19,7 +19,7 @@ def capture_limit(query: torch.Tensor, key: torch.Tensor, out: Capture | None) -
         return "query has no heads; use backend='reference'"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "query or key requires a gradient, which this backend does not compute; use backend='reference'"
-    if out is not None and any(tensor.dtype != torch.float32 for tensor in out):
+    if out is not None and {out.maps.dtype, out.mass.dtype, out.entropy.dtype} != {torch.float32}:
         return "out is float64, this backend writes torch.float32; use backend='reference'"
     return None
 
