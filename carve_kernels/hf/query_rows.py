@@ -170,5 +170,7 @@ class _Finder:
                 f"rows: expected a {self._kind} after the image, got {self._text!r}, which is before it and cannot "
                 "attend to it"
             )
-        shown = text.replace(IMAGE, "")[-200:]
-        raise ValueError(f"rows: expected a {self._kind} of the prompt, got {self._text!r}; the prompt reads {shown!r}")
+        excerpt = text.replace(IMAGE, "")[-200:]
+        raise ValueError(
+            f"rows: expected a {self._kind} of the prompt, got {self._text!r}; the prompt reads {excerpt!r}"
+        )
