@@ -112,7 +112,7 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[st
     closes = [first for first, _ in _spans(text, turns.close, begin, tokenizer)]
     for candidates, wanted in ((ends, turns.call + turns.answer), (closes, turns.close)):
         if candidates:
-            stop = candidates[0] if _marked(wanted, marks) else _last_before_mark(text, begin, candidates, marks)
+            stop = candidates[0] if _has_mark(wanted, marks) else _last_before_mark(text, begin, candidates, marks)
             _refuse_two(text[begin:stop], turns, tokenizer)
             return begin, stop
     calling = (turns.call + turns.answer).strip()
@@ -125,12 +125,12 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[st
 def _begin(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str]) -> int:
     """Where the user's last text begins."""
     nexts = _spans(text, turns.turn, start, tokenizer)
-    if turns.answer.strip() and not _marked(turns.turn, marks):
+    if turns.answer.strip() and not _has_mark(turns.turn, marks):
         # A user's next text follows an answer, and may contain what looks like the start of another one.
         last = max(nexts, default=(0, 0))[0]
         answered = max((stop for _, stop in _calls(text, start, turns, tokenizer) if stop <= last), default=len(text))
         nexts = [span for span in nexts if span[0] >= answered][:1]
-    if _marked(turns.again, marks):
+    if _has_mark(turns.again, marks):
         nexts += _spans(text, turns.again, start, tokenizer)
     return _skip_space(text, max(nexts)[1]) if nexts else _skip_lead(text, start, turns.lead, tokenizer)
 
@@ -151,7 +151,7 @@ def _refuse_two(question: str, turns: Turns, tokenizer: Any) -> None:
             )
 
 
-def _marked(wanted: str, marks: set[str]) -> bool:
+def _has_mark(wanted: str, marks: set[str]) -> bool:
     return any(mark in wanted for mark in marks)
 
 
