@@ -3,9 +3,9 @@
 1. Model access. `loading` finds a checkpoint and loads it, `processors` its processor. `model` finds the decoder, the
    layers and the devices of a model, and foreign code in its forward. `names` and `caches` spell the private names of
    transformers. `inputs` opens images and builds prompts; `image_features` runs each image through the processor and
-   the vision tower once. `query_rows` finds the captured rows of a prompt (`spelling`: tokens as text, `turns`: chat
-   templates). `attention_patch` wraps attention functions; `layer_batch` captures the layers of a forward and assembles
-   the maps. `tensors` reads weights of any kind for checksums.
+   the vision tower once. `query_rows` finds the captured rows of a prompt by its `prompt_text` and the processor's
+   `chat_templates`. `attention_patch` wraps attention functions; `layer_batch` captures the layers of a forward and
+   assembles the maps. `tensors` reads weights of any kind for checksums.
 2. `layouts`: where visual tokens are and which part of an image each covers. A module per kind of layout;
    `letterbox` pads images that a processor would crop.
 3. `session`: `capture_attention`. `session` installs the hooks, `forward_tracker` decides to which prompt a forward

@@ -14,6 +14,7 @@ import torch
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
 from carve_kernels.backends.reference.capture import entropy
+from carve_kernels.hf.caches import version_of
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture, VisualLayout
 
@@ -66,13 +67,6 @@ class LayerBatch:
             self.query, self.key, self.tokens, self.mask, self.positions, self.sink, self.scale, self.softcap,
             self.window or 0, step, self.first, backend, *out,
         )  # fmt: skip
-
-
-def version_of(value: Any) -> int | None:
-    """How often a tensor was written to; None where that is not counted, and for a value that is not a tensor."""
-    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
-        return None
-    return value._version
 
 
 def new_buffers(shape: tuple[int, int, int, int], tokens: int, device: torch.device) -> Capture:

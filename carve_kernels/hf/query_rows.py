@@ -9,9 +9,9 @@ import numpy
 import torch
 
 from carve_kernels import checks
+from carve_kernels.hf.chat_templates import last_call, last_question, turns_of
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.spelling import IMAGE, PromptText, find_last, special_tokens, spellings
-from carve_kernels.hf.turns import last_call, last_question, turns_of
+from carve_kernels.hf.prompt_text import IMAGE, PromptText, find_last, special_tokens, spellings
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
 
@@ -92,7 +92,7 @@ def resolve_rows(
 
 
 def general_rows(rows: RowsSpec) -> RowsSpec:
-    """The rows of the general instruction, which need not contain a question's word or text: its own question's."""
+    """The rows of the general instruction: its own text instead of a word or text of the question."""
     return "question" if isinstance(rows, tuple) and rows[0] in ("word", "text") else rows
 
 

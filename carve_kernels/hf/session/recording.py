@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.caches import Reach
-from carve_kernels.hf.layer_batch import UNCAPTURED, LayerBatch, assemble, new_buffers, version_of
+from carve_kernels.hf.caches import Reach, version_of
+from carve_kernels.hf.layer_batch import UNCAPTURED, LayerBatch, assemble, new_buffers
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.maps import AttentionMaps

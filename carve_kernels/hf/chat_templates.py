@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.spelling import find_written, special_tokens, spellings, unknown_of
+from carve_kernels.hf.prompt_text import find_written, special_tokens, spellings, unknown_of
 
 # Texts that no template contains.
 _FIRST, _ANSWER, _SECOND = "carvefirstquestion", "carvefirstanswer", "carvesecondquestion"

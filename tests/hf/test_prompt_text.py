@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carve_kernels.hf.prompt_text import PromptText, find_last
 from carve_kernels.hf.query_rows import resolve_rows
-from carve_kernels.hf.spelling import PromptText, find_last
 from tests.support.generation_kinds import IMAGE, KINDS, Prompted, processor_of_kind, tokenizer_of_kind, user
 
 SPELLING = [kind for kind in KINDS if kind != "word-piece"]
