@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from carve_kernels import checks
-from carve_kernels.hf.chat_templates import last_call, last_question, turns_of
+from carve_kernels.hf.chat_templates import last_generation_prompt, last_question, turns_of
 from carve_kernels.hf.names import templates_of
 from carve_kernels.hf.prompt_text import IMAGE, PromptText, find_last, special_tokens, spellings
 
@@ -157,7 +157,7 @@ class _Finder:
     def _span(self, prompt: PromptText) -> list[int]:
         """The tokens of the last occurrence after the first image; in a generation prompt only if there is no other."""
         text, first = prompt.text, prompt.first
-        call = last_call(text, first, self._turns, self._tokenizer)
+        call = last_generation_prompt(text, first, self._turns, self._tokenizer)
         masked = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
         forms = [form for form in spellings(self._tokenizer, self._text) if IMAGE not in form]
         for searched in dict.fromkeys((masked, text)):
