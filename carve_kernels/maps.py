@@ -198,9 +198,11 @@ def assemble(
 
 def encode(maps: AttentionMaps, **facts: str) -> bytes:
     """Maps as the bytes of a safetensors file with a checksum and more `facts` in its metadata."""
-    with extras.needed_by("AttentionMaps.save"):
+    try:
         from safetensors.torch import save
-
+    except ModuleNotFoundError:
+        with extras.needed_by("AttentionMaps.save"):
+            raise
     header = {
         "format": _FORMAT,
         "layers": list(maps.layers),
@@ -218,10 +220,12 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
 
     Raises ValueError for another file or a damaged one.
     """
-    with extras.needed_by("AttentionMaps.load"):
+    try:
         from safetensors import SafetensorError
         from safetensors.torch import load
-
+    except ModuleNotFoundError:
+        with extras.needed_by("AttentionMaps.load"):
+            raise
     try:
         tensors = load(data)
         facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})

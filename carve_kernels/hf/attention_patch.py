@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
+from carve_kernels.hf.model import version_of
 from carve_kernels.hf.names import Attention, own_entry, set_entry
 from carve_kernels.types import Capture
 
@@ -131,10 +132,3 @@ class LayerBatch:
             self.query, self.key, self.tokens, self.mask, self.positions, self.sink, self.scale, self.softcap,
             self.window or 0, step, self.first, backend, *out,
         )  # fmt: skip
-
-
-def version_of(value: Any) -> int | None:
-    """How often a tensor was written to; None where that is not counted, and for a value that is not a tensor."""
-    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
-        return None
-    return value._version

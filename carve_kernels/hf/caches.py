@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from carve_kernels.hf import names
+from carve_kernels.hf.model import version_of
 
 # Newer name first.
 _CACHES = ("cache", "past_key_values")
@@ -122,19 +123,16 @@ def key_state(cache: Any, module: Any, before: KeyState | None = None) -> KeySta
     """
     layer = _layer(cache, module)
     keys, packed = getattr(layer, "keys", None), getattr(layer, "_quantized_keys", None)
-    if before is not None and packed is None and before.tensor() is keys and before.version == _version(keys):
+    if before is not None and packed is None and before.tensor() is keys and before.version == version_of(keys):
         return before
     others = [*(packed if isinstance(packed, (tuple, list)) else (packed,)), getattr(layer, "_pending_beam_idx", None)]
     located = [_address(each) for each in others if isinstance(each, torch.Tensor)]
     addresses, references = tuple(each for each, _ in located), tuple(each for _, each in located)
     if isinstance(keys, torch.Tensor) and keys.ndim == 4:
         address, reference = _address(keys)
-        return KeyState(address, _version(keys), keys.shape[2], addresses, (reference, *references), weakref.ref(keys))
+        references = (reference, *references)
+        return KeyState(address, version_of(keys), keys.shape[2], addresses, references, weakref.ref(keys))
     return KeyState((0, 0), None, 0, addresses, references, lambda: None) if located else None
-
-
-def _version(tensor: Any) -> int | None:
-    return None if not isinstance(tensor, torch.Tensor) or tensor.is_inference() else tensor._version
 
 
 def _address(tensor: torch.Tensor) -> tuple[tuple[int, int], Any]:

@@ -163,8 +163,8 @@ def _family(checkpoint: Checkpoint) -> str:
 
 
 def _check_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
-    """from_pretrained names neither the broken file nor a missing shard's index."""
-    folder, fix = checkpoint.folder, checkpoint.fix_missing
+    """Refuse pickles, and name the missing or truncated file, which from_pretrained does not."""
+    folder = checkpoint.folder
     if _has_only_pickles(folder):
         if allow_pickle:
             return
@@ -173,23 +173,16 @@ def _check_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
             "them to safetensors, or pass allow_pickle=True if you trust their author"
         )
     index = folder / _INDEX
-    if (folder / _SINGLE).is_file():
-        shards = [_SINGLE]
-    elif index.is_file():
-        shards = sorted(set(_json_object("model", index).get("weight_map", {}).values()))
-    else:
-        raise ValueError(f"model: {folder} has no weights, neither {_SINGLE} nor {_INDEX}; {fix}")
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing or not shards:
-        raise ValueError(f"model: {index} lists weights that are missing: {', '.join(missing) or 'no file'}; {fix}")
-    for name in shards:
+    shards = {_SINGLE}
+    if index.is_file() and not (folder / _SINGLE).is_file():
+        shards = set(_json_object("model", index).get("weight_map", {}).values())
+    for file in sorted(folder / name for name in shards):
         try:
-            with safe_open(folder / name, framework="pt"):
+            with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"model: {folder / name} is not a complete safetensors file ({error}); {checkpoint.fix_broken}"
-            ) from error
+            fix = checkpoint.fix_broken if file.is_file() else checkpoint.fix_missing
+            raise ValueError(f"model: {file} is missing or not a complete safetensors file ({error}); {fix}") from error
 
 
 def _has_only_pickles(folder: Path) -> bool:

@@ -196,7 +196,7 @@ def code_on(model: nn.Module) -> str | None:
     ):
         for hook in hooks.values():
             if not _is_harmless(hook):
-                return f"a {kind} on all modules, {_named(hook)}, runs in it"
+                return f"a {kind} on all modules, {_qualified_name(hook)}, runs in it"
     by_class: dict[type[nn.Module], str | None] = {}
     for name, module in _modules(model):
         if type(module) not in by_class:
@@ -207,7 +207,7 @@ def code_on(model: nn.Module) -> str | None:
     return _replaced_functions({each for kind in by_class for each in kind.__mro__})
 
 
-def strangers(code: Any) -> set[str]:
+def _unknown_packages(code: Any) -> set[str]:
     """The packages of a callable that are not known to process tokens separately."""
     return {_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN
 
@@ -265,27 +265,27 @@ def _on_module(module: nn.Module) -> str | None:
     for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
         for hook in hooks.values():
             if not _is_harmless(hook):
-                return f"has a {kind}, {_named(hook)}"
-    if "forward" in module.__dict__ and not _is_moved_by_accelerate(module):
-        return f"has a replaced forward, {_named(module.__dict__['forward'])}"
+                return f"has a {kind}, {_qualified_name(hook)}"
+    if "forward" in module.__dict__ and not _is_accelerate_forward(module):
+        return f"has a replaced forward, {_qualified_name(module.__dict__['forward'])}"
     for key, value in module.__dict__.items():
-        if callable(value) and strangers(value):
-            return f"holds code of {_listed(strangers(value))}, {key!r}"
+        if callable(value) and _unknown_packages(value):
+            return f"holds code of {_join(_unknown_packages(value))}, {key!r}"
     return None
 
 
 def _replaced_methods(kind: type[nn.Module]) -> str | None:
     """The first method between a call and the forward of a class that an unknown package replaced."""
     for method in _CALLS:
-        packages = strangers(inspect.getattr_static(kind, method))
+        packages = _unknown_packages(inspect.getattr_static(kind, method))
         if packages:
-            return f"runs a {method} of {_listed(packages)}, {kind.__name__}"
+            return f"runs a {method} of {_join(packages)}, {kind.__name__}"
     owner = _forward_owner(kind)
     packages = {
         path.split(".")[0] for path in (owner.__module__, *map(_path, _callables_in(owner.__dict__["forward"])))
     }
     known = packages <= {"carve_kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS}
-    return None if known else f"runs a forward of {_listed(packages)}, {kind.__name__}"
+    return None if known else f"runs a forward of {_join(packages)}, {kind.__name__}"
 
 
 def _replaced_functions(kinds: set[type]) -> str | None:
@@ -306,11 +306,11 @@ def _replaced_functions(kinds: set[type]) -> str | None:
             if path.split(".")[0] not in _KNOWN:
                 return f"{where} was replaced by code of {path}"
             if isinstance(each, types.FunctionType) and path.startswith(_FILES):
-                todo += [(f"{path}.{name}", called) for name, called in _called(each)]
+                todo += [(f"{path}.{name}", called) for name, called in _called_by(each)]
     return None
 
 
-def _called(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _called_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The functions that a function may call by a global name, transformers' attention functions included."""
     codes = [function.__code__]
     while codes:
@@ -354,7 +354,7 @@ def _path(code: Any) -> str:
     return str((code if isinstance(code, type) else type(code)).__module__)
 
 
-def _listed(packages: set[str]) -> str:
+def _join(packages: set[str]) -> str:
     return " and ".join(sorted(packages))
 
 
@@ -362,7 +362,7 @@ def _is_harmless(hook: Any) -> bool:
     return all(_path(each).startswith(_HARMLESS) for each in _callables_in(hook))
 
 
-def _named(code: Any) -> str:
+def _qualified_name(code: Any) -> str:
     each = next(_callables_in(code))
     return f"{_path(each)}.{getattr(each, '__qualname__', type(each).__name__)}"
 
@@ -372,7 +372,7 @@ def _hooks_of_accelerate(module: nn.Module) -> tuple[Any, ...]:
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
-def _is_moved_by_accelerate(module: nn.Module) -> bool:
+def _is_accelerate_forward(module: nn.Module) -> bool:
     """Whether a module's forward was replaced by accelerate, only to move weights and inputs."""
     forward, before = module.__dict__["forward"], module.__dict__.get("_old_forward")
     hooks = _hooks_of_accelerate(module)
@@ -399,3 +399,10 @@ def _is_weight_only(tensor: torch.Tensor) -> bool:
     attribute = _WEIGHT_ONLY_TENSORS[kind.__name__]
     # A missing attribute is not the same as None.
     return attribute is None or getattr(tensor, attribute, attribute) is None
+
+
+def version_of(value: Any) -> int | None:
+    """How often a tensor was written to; None where that is not counted, and for other values."""
+    if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return value._version

@@ -110,9 +110,9 @@ def signature_of(model: nn.Module) -> inspect.Signature:
 
 def rows_kept(model: Any, given: Mapping[str, Any]) -> int | None:
     """How many last rows run through layers that reuse other layers' keys; None: all. Known in: 5.20 to 5.24."""
-    kept = given.get("logits_to_keep")
+    count = given.get("logits_to_keep")
     shares = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
-    return kept if shares and isinstance(kept, int) and kept > 0 else None
+    return count if shares and isinstance(count, int) and count > 0 else None
 
 
 def full_mask(attention_mask: Any) -> Any:

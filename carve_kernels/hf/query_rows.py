@@ -9,9 +9,9 @@ import numpy
 import torch
 
 from carve_kernels import checks
+from carve_kernels.hf.chat_templates import last_generation_prompt, last_question, turns_of
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.spelling import IMAGE, PromptText, find_last, special_tokens, spellings
-from carve_kernels.hf.turns import last_call, last_question, turns_of
+from carve_kernels.hf.prompt_text import IMAGE, PromptText, find_last, special_tokens, spellings
 
 RowsSpec = str | int | Sequence[int] | tuple[str, str]
 
@@ -92,7 +92,7 @@ def resolve_rows(
 
 
 def general_rows(rows: RowsSpec) -> RowsSpec:
-    """The rows of the general instruction, which need not contain a question's word or text: its own question's."""
+    """The rows of the general instruction: its own text instead of a word or text of the question."""
     return "question" if isinstance(rows, tuple) and rows[0] in ("word", "text") else rows
 
 
@@ -157,7 +157,7 @@ class _Finder:
     def _span(self, prompt: PromptText) -> list[int]:
         """The tokens of the last occurrence after the first image; in a generation prompt only if there is no other."""
         text, first = prompt.text, prompt.first
-        call = last_call(text, first, self._turns, self._tokenizer)
+        call = last_generation_prompt(text, first, self._turns, self._tokenizer)
         masked = text if call is None else text[: call[0]] + IMAGE * (call[1] - call[0]) + text[call[1] :]
         forms = [form for form in spellings(self._tokenizer, self._text) if IMAGE not in form]
         for searched in dict.fromkeys((masked, text)):
@@ -170,5 +170,7 @@ class _Finder:
                 f"rows: expected a {self._kind} after the image, got {self._text!r}, which is before it and cannot "
                 "attend to it"
             )
-        shown = text.replace(IMAGE, "")[-200:]
-        raise ValueError(f"rows: expected a {self._kind} of the prompt, got {self._text!r}; the prompt reads {shown!r}")
+        excerpt = text.replace(IMAGE, "")[-200:]
+        raise ValueError(
+            f"rows: expected a {self._kind} of the prompt, got {self._text!r}; the prompt reads {excerpt!r}"
+        )

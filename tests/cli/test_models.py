@@ -72,7 +72,7 @@ def test_profile_by_an_id(carve: Invoke, snapshot: Path, folder: Path) -> None:
     ("name", "message"),
     [
         ("Org/Other", "--model: 'Org/Other' is not a directory, and the local hub cache has no main revision"),
-        (REPO, "model.safetensors.index.json; download it with: hf download Org/Tiny"),
+        (REPO, "download it with: hf download Org/Tiny"),
         ("./Org/Tiny", "--model: expected a checkpoint directory, ./Org/Tiny is missing"),
         ("", "--model: expected a string"),
     ],

@@ -165,10 +165,10 @@ def one_of_two_shards(snapshot: Path) -> None:
 
 INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing yet": (lambda snapshot: [file.unlink() for file in snapshot.iterdir()], r"has no config\.json"),
-    "no weights": (absent("model.safetensors"), r"has no weights, neither model\.safetensors nor"),
-    "a link to nothing": (dangling("model.safetensors"), r"has no weights, neither model\.safetensors nor"),
-    "a shard": (one_of_two_shards, r"weights that are missing: model-00002-of-00002\.safetensors"),
-    "half a file": (half_of_the_weights, r"model\.safetensors is not a complete safetensors file"),
+    "no weights": (absent("model.safetensors"), r"model\.safetensors is missing or not"),
+    "a link to nothing": (dangling("model.safetensors"), r"model\.safetensors is missing or not"),
+    "a shard": (one_of_two_shards, r"model-00002-of-00002\.safetensors is missing or not"),
+    "half a file": (half_of_the_weights, r"model\.safetensors is missing or not a complete safetensors file"),
     "no processor": (absent("processor_config.json"), "processor"),
     "no tokenizer": (absent("tokenizer.json", "tokenizer_config.json"), "processor in .* cannot be loaded"),
 }

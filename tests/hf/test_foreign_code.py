@@ -175,7 +175,7 @@ def wrap(function: Any) -> Any:
     return wrapper
 
 
-def wrap_in_transformers(function: Any) -> Any:
+def decorate(function: Any) -> Any:
     """A decorator of transformers around a function."""
     return functools.wraps(function)(as_written_in("transformers.utils.generic", wrap(function)))
 
@@ -217,7 +217,7 @@ def entry(model: Any, patch: pytest.MonkeyPatch) -> None:
 # A part of the message, and the change.
 REPLACED: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
     "forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward")),
-    "inner forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", lambda f: wrap_in_transformers(wrap(f)))),
+    "inner forward": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", lambda f: decorate(wrap(f)))),
     "descriptor": ("mlp' runs a forward", put(f"{LLAMA}:LlamaMLP", "forward", Bound)),
     "call of a class": ("mlp' runs a __call__", put(f"{LLAMA}:LlamaMLP", "__call__")),
     "call of all modules": ("runs a __call__", put("torch.nn:Module", "__call__")),
@@ -248,7 +248,7 @@ def test_replaced_code_rules_out_tree_decoding(what: str, monkeypatch: pytest.Mo
 
 
 ALLOWED: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
-    "decorator of transformers": put(f"{LLAMA}:LlamaMLP", "forward", wrap_in_transformers),
+    "decorator of transformers": put(f"{LLAMA}:LlamaMLP", "forward", decorate),
     "function of torch": activation(torch.tanh),
     "function of torch in Python": activation(nn.functional.silu),
     "partial": activation(functools.partial(nn.functional.gelu, approximate="tanh")),

@@ -94,8 +94,8 @@ BUILDS_MODELS = {
 def code_of(path: Path) -> str:
     """A file without its comments; docstrings count."""
     with tokenize.open(path) as file:
-        kept = [token.string for token in tokenize.generate_tokens(file.readline) if token.type != tokenize.COMMENT]
-    return " ".join(kept).replace(' . get ( "', '.get("')
+        code = [token.string for token in tokenize.generate_tokens(file.readline) if token.type != tokenize.COMMENT]
+    return " ".join(code).replace(' . get ( "', '.get("')
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -145,19 +145,19 @@ def test_an_incompatible_torchvision_is_named() -> None:
     [
         ("Qwen2VLProcessor", {}),
         ("LlavaOnevisionProcessor", {"num_image_tokens": 5}),
-        # Their part for videos is not the last one.
+        # The video part is not the last one.
         ("LlavaNextVideoProcessor", {"patch_size": 14}),
         ("VideoLlavaProcessor", {"patch_size": 14}),
     ],
 )
-def test_any_class_does_without(name: str, settings: dict[str, Any]) -> None:
+def test_any_processor_class_works_without_its_video_part(name: str, settings: dict[str, Any]) -> None:
     complete = getattr(transformers, name)
     (part,) = video_parts(complete)
-    _, whole = tiny_models.tiny_qwen2_vl()
-    alone = without_videos(complete)
-    assert set(alone.get_attributes()) == set(complete.get_attributes()) - {part}
-    parts = [getattr(whole, each) for each in alone.get_attributes()]
-    made = alone.from_args_and_dict(parts, settings)
-    assert all(getattr(made, each) is getattr(whole, each) for each in alone.get_attributes())
-    assert not hasattr(made, part) and all(getattr(made, key) == value for key, value in settings.items())
-    assert isinstance(made, complete) and made.to_dict()["processor_class"] == name
+    _, original = tiny_models.tiny_qwen2_vl()
+    images_only = without_videos(complete)
+    assert set(images_only.get_attributes()) == set(complete.get_attributes()) - {part}
+    parts = [getattr(original, each) for each in images_only.get_attributes()]
+    processor = images_only.from_args_and_dict(parts, settings)
+    assert all(getattr(processor, each) is getattr(original, each) for each in images_only.get_attributes())
+    assert not hasattr(processor, part) and all(getattr(processor, key) == value for key, value in settings.items())
+    assert isinstance(processor, complete) and processor.to_dict()["processor_class"] == name

@@ -72,14 +72,14 @@ def test_the_last_rows_of_a_right_padded_batch() -> None:
         model(**inputs)
     lengths = inputs["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) == 3
-    with capture_attention(model, layers="all") as alone, torch.no_grad():
+    with capture_attention(model, layers="all") as single, torch.no_grad():
         for b, length in enumerate(lengths):
             model(
                 input_ids=inputs["input_ids"][b : b + 1, :length],
                 attention_mask=inputs["attention_mask"][b : b + 1, :length],
                 pixel_values=inputs["pixel_values"][b : b + 1],
             )
-            assert torch.allclose(session.maps.values[b, :, 0, 1], alone.maps.values[0, :, 0, 0], rtol=1e-4, atol=1e-7)
+            assert torch.allclose(session.maps.values[b, :, 0, 1], single.maps.values[0, :, 0, 0], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", [[55], [-1, 57, -3], (58, 56)])
@@ -209,14 +209,14 @@ def test_a_session_finds_the_question_and_its_words_in_any_tokens(kind: str) -> 
         return session.maps.values[0, :, 0]
 
     start = prompted.text.index(text)
-    for rows, shown in [
+    for rows, spelled in [
         ("question", text),
         (("word", "cat"), "cat"),
         (("word", "猫"), "猫"),
         (("text", "猫 OF"), "猫 of"),
     ]:
-        place = start + text.rindex(shown)
-        columns = prompted.columns(place, place + len(shown))
+        place = start + text.rindex(spelled)
+        columns = prompted.columns(place, place + len(spelled))
         # White space between the image and the question may be separate tokens.
         wider = [[*range(columns[0] - more, columns[0]), *columns] for more in range(3 if rows == "question" else 1)]
         found = maps(rows)[:, 0]

@@ -1,4 +1,4 @@
-"""Conversations with tiny models in any order, beside what eager attention says of each forward: the maps' oracle."""
+"""Conversations with tiny models, and the expected maps of each forward from eager attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-VOCABULARY, IMAGE, PICTURE_TOKENS, LAYERS, WINDOW = 40, 39, 4, 3, 9
+VOCABULARY, IMAGE, IMAGE_TOKENS, LAYERS, WINDOW = 40, 39, 4, 3, 9
 KINDS = ("llama", "mistral")
 MASKS = ("none", "2d", "bool", "additive", "biased")
 CACHES = ("own", "dynamic", "static", "no cache")
@@ -18,7 +18,7 @@ CAPACITY = 40
 
 @cache
 def model_of(kind: str, implementation: str) -> Any:
-    """A LLaVA of three text layers, full attention (llama) or a sliding window (mistral), and pictures of 4 tokens."""
+    """A LLaVA of three text layers, full attention (llama) or a sliding window (mistral), and 4 tokens per image."""
     import transformers
 
     text = {
@@ -37,7 +37,7 @@ def model_of(kind: str, implementation: str) -> Any:
             else transformers.MistralConfig(**text, sliding_window=WINDOW)
         ),
         image_token_index=IMAGE,
-        image_seq_length=PICTURE_TOKENS,
+        image_seq_length=IMAGE_TOKENS,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ def model_of(kind: str, implementation: str) -> Any:
 
 @dataclass
 class Prompt:
-    """Ids [B, S] with P pictures a row, columns [B, P * 4] of their tokens, pixels, what is no padding."""
+    """Ids [B, S] with P images a row, columns [B, P * 4] of their tokens, pixels, and the columns without padding."""
 
     ids: torch.Tensor
     columns: torch.Tensor
@@ -62,28 +62,28 @@ class Prompt:
     attended: torch.Tensor
 
 
-def prompt_of(seed: int, batch: int, before: int, behind: int, pads: list[int], side: str) -> Prompt:
-    """A random prompt; row b has `pads[b]` columns of padding on a side."""
+def prompt_of(seed: int, batch: int, before: int, after: int, pads: list[int], side: str) -> Prompt:
+    """A random prompt; row b has `pads[b]` columns of padding on one side."""
     generator = torch.Generator().manual_seed(seed)
     width, rows, columns, attended = max(pads), [], [], []
     for pad in pads:
-        text = torch.randint(1, IMAGE, (before + behind + width - pad,), generator=generator).tolist()
+        text = torch.randint(1, IMAGE, (before + after + width - pad,), generator=generator).tolist()
         left = pad if side == "left" else 0
-        row = [0] * left + text[:before] + [IMAGE] * PICTURE_TOKENS + text[before:]
-        row += [0] * (before + behind + PICTURE_TOKENS + width - len(row))
+        row = [0] * left + text[:before] + [IMAGE] * IMAGE_TOKENS + text[before:]
+        row += [0] * (before + after + IMAGE_TOKENS + width - len(row))
         rows.append(row)
-        columns.append(list(range(left + before, left + before + PICTURE_TOKENS)))
-        real = before + behind + PICTURE_TOKENS + width - pad
-        attended.append([left <= column < left + real for column in range(len(row))])
+        columns.append(list(range(left + before, left + before + IMAGE_TOKENS)))
+        length = before + after + IMAGE_TOKENS + width - pad
+        attended.append([left <= column < left + length for column in range(len(row))])
     pixels = torch.randn(batch, 1, 3, 28, 28, generator=generator)
     return Prompt(torch.tensor(rows), torch.tensor(columns), pixels, torch.tensor(attended))
 
 
 @dataclass
 class Conversation:
-    """A prompt and the tokens behind it; `keys` are, by layer, the columns of the keys that its cache still holds.
+    """A prompt and its new tokens; `keys` are the columns of the keys in its cache, by layer.
 
-    `truths` are eager's maps [B, L, N] of the steps so far. `broken` says why the session cannot know it any more.
+    `expected` are eager's maps [B, L, N] of the steps so far. `broken` says why the session must refuse it.
     """
 
     prompt: Prompt
@@ -91,9 +91,9 @@ class Conversation:
     cached: bool = True
     ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     keys: list[list[int]] = field(default_factory=lambda: [[] for _ in range(LAYERS)])
-    truths: list[torch.Tensor] = field(default_factory=list)
+    expected: list[torch.Tensor] = field(default_factory=list)
     broken: str | None = None
-    # Whether its steps so far may have gone over to a repetition of it.
+    # Whether its steps so far may have moved to a repetition of it.
     loose: bool = False
 
     def attended(self) -> torch.Tensor:
@@ -110,12 +110,12 @@ def new_cache(name: str, model: Any) -> Any:
 
 
 def additive(mask: torch.Tensor) -> torch.Tensor:
-    """A bool mask as what eager adds."""
+    """A bool mask as an additive one."""
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def mask_of(name: str, talk: Conversation, new: int, keys: int) -> torch.Tensor | None:
-    """The mask of a forward of `new` tokens over `keys` keys, the last of which a buffer has not written yet."""
+    """The mask of a forward of `new` tokens over `keys` keys, the last of which may be unwritten."""
     if name == "none":
         return None
     attended = talk.attended()
@@ -123,40 +123,40 @@ def mask_of(name: str, talk: Conversation, new: int, keys: int) -> torch.Tensor 
         return attended.long()
     total = attended.shape[1]
     causal = torch.arange(keys) <= torch.arange(total - new, total)[:, None]
-    seen = causal & torch.nn.functional.pad(attended, (0, keys - total))[:, None, None]
+    visible = causal & torch.nn.functional.pad(attended, (0, keys - total))[:, None, None]
     if name == "bool":
-        return seen
-    mask = additive(seen)
+        return visible
+    mask = additive(visible)
     if name == "biased":
         for row, columns in enumerate(talk.prompt.columns):
             mask[row, ..., columns] += 2.0
     return mask
 
 
-def truth_of(model: Any, talk: Conversation, arguments: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-    """Eager's maps [B, L, N] of rows [B] of a forward, whose cache is left alone; 0 at keys that are gone."""
-    own = copy.deepcopy(talk.cache)
+def expected_maps(model: Any, talk: Conversation, arguments: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+    """Eager's maps [B, L, N] of rows [B] of a forward, with a copy of its cache; 0 at missing keys."""
+    cache = copy.deepcopy(talk.cache)
     mask = arguments.get("attention_mask")
-    given = {**arguments, "past_key_values": own, "output_attentions": True, "return_dict": True}
+    given = {**arguments, "past_key_values": cache, "output_attentions": True, "return_dict": True}
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:
         given["attention_mask"] = additive(mask)
     with torch.no_grad():
         attentions = model(**given).attentions
-    return gathered(attentions, talk, rows)
+    return gather_maps(attentions, talk, rows)
 
 
-def gathered(attentions: Any, talk: Conversation, rows: torch.Tensor) -> torch.Tensor:
+def gather_maps(attentions: Any, talk: Conversation, rows: torch.Tensor) -> torch.Tensor:
+    """The maps [B, L, N] of rows [B] in attentions of all layers."""
     batch = rows.shape[0]
-    found = torch.zeros(batch, LAYERS, talk.prompt.columns.shape[1])
+    maps = torch.zeros(batch, LAYERS, talk.prompt.columns.shape[1])
     for layer, attention in enumerate(attentions):
         columns = talk.keys[layer]
         keys = attention.shape[-1]
-        # A sliding cache hands over its last keys, a buffer more than there are.
-        shown = columns[-keys:]
-        index = {column: place for place, column in enumerate(shown)}
+        # A sliding cache passes its last keys, a static one more keys than there are tokens.
+        index = {column: number for number, column in enumerate(columns[-keys:])}
         for row in range(batch):
             line = attention[row, :, rows[row]].mean(0)
-            for place, column in enumerate(talk.prompt.columns[row].tolist()):
+            for number, column in enumerate(talk.prompt.columns[row].tolist()):
                 if column in index:
-                    found[row, layer, place] = line[index[column]]
-    return found
+                    maps[row, layer, number] = line[index[column]]
+    return maps

@@ -1,4 +1,4 @@
-"""Tiny random models with real processors, built in memory in a second: what the tests look into."""
+"""Tiny random models with real processors, built in memory in a second."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ QWEN_TEMPLATE = (
 )
 
 
-def mend_torchvision() -> torch.library.Library | None:
-    """Define the two schemas that torchvision's wheel misses beside a CPU build of torch; keep what comes back alive.
+def fix_torchvision() -> torch.library.Library | None:
+    """Define two schemas that torchvision's wheel lacks with a CPU build of torch; keep the result alive.
 
-    transformers imports torchvision wherever it is installed, so this must come before its first use.
+    transformers imports torchvision if it is installed, so this must run before its first use.
     """
     if find_spec("torchvision") is None:
         return None
@@ -57,7 +57,7 @@ def mend_torchvision() -> torch.library.Library | None:
     return None
 
 
-SCHEMAS = mend_torchvision()
+SCHEMAS = fix_torchvision()
 
 
 def tiny_llava(seed: int = 0, strategy: str = "default", **image_settings: Any) -> tuple[Any, Any]:
@@ -121,7 +121,7 @@ def tiny_qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
 
 
 def tiny_llama(seed: int = 0) -> Any:
-    """A text model alone."""
+    """A text-only model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(pad="<pad>", bos="<s>", eos="</s>", others=())
@@ -130,7 +130,7 @@ def tiny_llama(seed: int = 0) -> Any:
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise in 8 x 8 blocks, so that no two places look alike at any resolution."""
+    """Noise in 8 x 8 blocks, so that no two regions are alike at any resolution."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (max(1, height // 8), max(1, width // 8), 3), generator=generator).byte()
     return Image.fromarray(blocks.numpy()).resize((width, height), Image.Resampling.NEAREST)
@@ -155,7 +155,7 @@ def inputs_for(processor: Any, images: list[Any], texts: list[str], padding_side
 
 
 def save(model: Any, processor: Any, directory: str | Path) -> Path:
-    """Write a checkpoint directory: safetensors and everything of the processor."""
+    """Write a checkpoint directory: safetensors and the files of the processor."""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return Path(directory)

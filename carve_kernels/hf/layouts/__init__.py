@@ -27,13 +27,14 @@ from carve_kernels.types import Size, View, VisualLayout
 class Kind(Protocol):
     """What the module of a kind of layout provides.
 
-    `ENTRY` is the entry of the processor's output with one item per image. `settings` yields (name, found, expected)
-    for each setting of the processor that must agree with the model's config. `views` returns, for each image, how many
-    tokens it has in the prompt and its views, with tokens counted from the image's first. `canvas` returns the smallest
-    canvas of an image that the processor does not crop, as (size, top, left).
+    `ENTRY` is the entry of the processor's output with one item per image, and `SHAPE` its shape. `settings` yields
+    (name, found, expected) for each setting of the processor that must agree with the model's config. `views` returns,
+    for each image, how many tokens it has in the prompt and its views, with tokens counted from the image's first.
+    `canvas` returns the smallest canvas of an image that the processor does not crop, as (size, top, left).
     """
 
     ENTRY: str
+    SHAPE: str
 
     def settings(self, config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]: ...
 
@@ -82,7 +83,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     sizes = _sizes_by_row(images, len(is_image))
     flat = [size for row in sizes for size in row]
-    parts = iter(kind.views(config, processor, _entry(inputs, kind.ENTRY, len(flat)), flat))
+    parts = iter(kind.views(config, processor, _entry(inputs, kind, len(flat)), flat))
     views = tuple(
         _place(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(parts, len(sizes[number]))))
         for number, row in enumerate(is_image)
@@ -122,11 +123,14 @@ def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
     return Canvas(*check_processor(model, processor).canvas(unwrap(model).config, processor, size))
 
 
-def _entry(inputs: Any, name: str, images: int) -> torch.Tensor:
+def _entry(inputs: Any, kind: Kind, images: int) -> torch.Tensor:
     """An entry of the processor's output with one item per image."""
-    entry: torch.Tensor | None = inputs.get(name)
+    entry: torch.Tensor | None = inputs.get(kind.ENTRY)
     if entry is None:
-        raise ValueError(f"inputs: expected {name!r} from the processor, got {', '.join(sorted(inputs)) or 'nothing'}")
+        returned = ", ".join(sorted(inputs)) or "nothing"
+        raise ValueError(f"inputs: expected {kind.ENTRY!r} from the processor, got {returned}")
+    if entry.ndim != kind.SHAPE.count(",") + 1:
+        raise ValueError(f"inputs: expected {kind.ENTRY} of shape {kind.SHAPE}, got {list(entry.shape)}")
     if len(entry) != images:
         raise ValueError(
             f"images: the inputs hold {len(entry)} image(s), got {images}; give every image of the prompts in order, "

@@ -11,7 +11,7 @@ import torch
 
 from carve_kernels.types import Box, Size, View
 
-ENTRY = "pixel_values"
+ENTRY, SHAPE = "pixel_values", "[images, 3, H, W]"
 
 # The number of class tokens that a vision tower puts before its patches.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -43,8 +43,6 @@ def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    if entry.ndim != 4:
-        raise ValueError(f"inputs: expected pixel_values of shape [images, 3, H, W], got {list(entry.shape)}")
     patch = _patch(config)
     pixels = entry.shape[-2], entry.shape[-1]
     grid = pixels[0] // patch[0], pixels[1] // patch[1]
@@ -53,7 +51,7 @@ def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -
     tokens = torch.arange(lead, lead + count)
     image_processor = processor.image_processor
     for size in sizes:
-        expected = _cropped(image_processor, _resized(image_processor, _padded(image_processor, size)))
+        expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
         if expected != pixels:
             raise ValueError(
                 f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
@@ -74,7 +72,7 @@ def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
             f"fit: expected None, got 'pad': {type(image_processor).__name__} does not resize (do_resize), so it crops "
             f"{size[0]} x {size[1]} pixels on any canvas; shrink the image, or let it resize"
         )
-    resized = _resized(image_processor, (max(size), max(size)))
+    resized = _resized_size(image_processor, (max(size), max(size)))
     scale = max(Fraction(size[axis], _visible_length(image_processor, resized, patch, axis)) for axis in (0, 1))
     sides = [ceil(scale * side) for side in resized]
     while True:
@@ -104,16 +102,16 @@ def _extra_tokens(processor: Any) -> int:
 
 def _visible_length(image_processor: Any, resized: Size, patch: Size, axis: int) -> int:
     """The number of pixels of a side of the resized image that patches cover."""
-    cropped = _cropped(image_processor, resized)[axis]
+    cropped = _cropped_size(image_processor, resized)[axis]
     start = _crop_start(image_processor, resized[axis] - cropped)
     return min(start + cropped // patch[axis] * patch[axis], resized[axis]) - max(0, start)
 
 
 def _box(image_processor: Any, size: Size, patch: Size) -> Box:
     """The part of the original that the patches cover; it reaches outside of a padded original."""
-    padded = _padded(image_processor, size)
-    resized = _resized(image_processor, padded)
-    cropped = _cropped(image_processor, resized)
+    padded = _padded_size(image_processor, size)
+    resized = _resized_size(image_processor, padded)
+    cropped = _cropped_size(image_processor, resized)
     spans = []
     for axis in (0, 1):
         start = _crop_start(image_processor, resized[axis] - cropped[axis])
@@ -125,7 +123,7 @@ def _box(image_processor: Any, size: Size, patch: Size) -> Box:
     return left, top, right, bottom
 
 
-def _padded(image_processor: Any, size: Size) -> Size:
+def _padded_size(image_processor: Any, size: Size) -> Size:
     if not getattr(image_processor, "do_pad", False):
         return size
     if not hasattr(image_processor, "pad_to_square"):
@@ -133,14 +131,14 @@ def _padded(image_processor: Any, size: Size) -> Size:
     return max(size), max(size)
 
 
-def _cropped(image_processor: Any, resized: Size) -> Size:
+def _cropped_size(image_processor: Any, resized: Size) -> Size:
     if not getattr(image_processor, "do_center_crop", False):
         return resized
     crop = dict(image_processor.crop_size)
     return crop["height"], crop["width"]
 
 
-def _resized(image_processor: Any, size: Size) -> Size:
+def _resized_size(image_processor: Any, size: Size) -> Size:
     if not getattr(image_processor, "do_resize", True):
         return size
     target = dict(image_processor.size)

@@ -34,7 +34,7 @@ class Letterbox:
         """`layout_of` the inputs of one padded image, in pixels of the image itself."""
         canvas = self._canvas(image)
         layout = layout_of(self._model, self._processor, inputs, [canvas.size])
-        views = tuple(replace(view, box=_shifted(view.box, canvas)) for view in layout.views[0])
+        views = tuple(replace(view, box=_shift(view.box, canvas)) for view in layout.views[0])
         return VisualLayout((views,), (((image.height, image.width),),))
 
     @classmethod
@@ -60,7 +60,7 @@ class Letterbox:
         return canvas
 
 
-def _shifted(box: Box, canvas: Canvas) -> Box:
+def _shift(box: Box, canvas: Canvas) -> Box:
     """A box on the canvas, in pixels of the image."""
     left, top, right, bottom = box
     return left - canvas.left, top - canvas.top, right - canvas.left, bottom - canvas.top

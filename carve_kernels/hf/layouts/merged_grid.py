@@ -9,7 +9,7 @@ import torch
 
 from carve_kernels.types import Size, View
 
-ENTRY = "image_grid_thw"
+ENTRY, SHAPE = "image_grid_thw", "[images, 3]"
 
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -21,6 +21,7 @@ from torch import nn
 from carve_kernels.checks import UpstreamChanged
 from carve_kernels.hf import caches, names, processors
 from carve_kernels.hf.attention_patch import PATCHES, RECORDERS
+from carve_kernels.hf.model import attention_modules
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
 _PROMPT, _IMAGE, _VIDEO, _START, _END = 5, 60, 61, 62, 63
@@ -165,7 +166,7 @@ def cache_on_the_second_step(models: Models) -> None:
     _expect("keys of a cropped cache", None if cropped is None else cropped.keys, _PROMPT - 1)
     same = keys is not None and cropped is not None and cropped.same_storage(keys)
     _expect("the same storage of a cropped cache", same, True)
-    _expect("keys of a static cache", caches.reach(_static(models.text), attention), caches.Reach(None, _PROMPT))
+    _expect("keys of a static cache", caches.reach(_static_cache(models.text), attention), caches.Reach(None, _PROMPT))
 
 
 def attention_lookup(models: Models) -> None:
@@ -182,7 +183,7 @@ def scale_and_mask(models: Models) -> None:
     """An attention function gets its scale, and under sdpa padding as a bool mask [B, 1, S, S]."""
     calls: list[tuple[names.AttentionOptions, Any]] = []
     padded = {**models.prompt, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
-    with _watched(models.text, "sdpa", lambda query, key, mask, options: calls.append((options, mask))):
+    with _watch_attention(models.text, "sdpa", lambda query, key, mask, options: calls.append((options, mask))):
         models.text(**padded)
     options, mask = calls[0]
     _expect("scale", round(options.scale, 6), round(_HEAD_SIZE**-0.5, 6))
@@ -192,8 +193,6 @@ def scale_and_mask(models: Models) -> None:
 
 def decoder_and_attention(models: Models) -> None:
     """The text decoder can be found, and an attention module in each of its layers."""
-    from carve_kernels.hf.model import attention_modules
-
     for model in (models.text, models.vision):
         _expect(f"layers with attention in {type(model).__name__}", list(attention_modules(model)), [0, 1])
 
@@ -244,7 +243,7 @@ def image_features(models: Models) -> None:
                 return
         raise ValueError("its forward takes no image features")
     text = _without_pixels(models.question)
-    _close("logits", models.vision(**text, **features).logits, models.vision(**models.question).logits)
+    _expect_close("logits", models.vision(**text, **features).logits, models.vision(**models.question).logits)
 
 
 def map_of_a_forward(models: Models) -> None:
@@ -254,7 +253,7 @@ def map_of_a_forward(models: Models) -> None:
     with capture_attention(models.vision, layers=[0, 1], backend="reference") as session:
         models.vision(**models.question)
     for layer, expected in enumerate(_eager_attentions(models)):
-        _close(f"map of layer {layer}", session.maps.values[0, layer, 0, 0], expected)
+        _expect_close(f"map of layer {layer}", session.maps.values[0, layer, 0, 0], expected)
 
 
 def maps_of_generate(models: Models) -> None:
@@ -264,7 +263,7 @@ def maps_of_generate(models: Models) -> None:
     with capture_attention(models.vision, layers=[1], backend="reference") as session:
         _generate(models.vision, models.question, 3)
     _expect("steps", session.maps.steps, (0, 1, 2))
-    _close("map of the prompt", session.maps.values[0, 0, 0, 0], _eager_attentions(models)[1])
+    _expect_close("map of the prompt", session.maps.values[0, 0, 0, 0], _eager_attentions(models)[1])
 
 
 def compiled_calls(models: Models) -> None:
@@ -277,9 +276,8 @@ def compiled_calls(models: Models) -> None:
 CHECKS: dict[str, Callable[[Models], None]] = {
     check.__name__.replace("_", " "): check
     for check in (
-        cache_on_the_second_step, attention_lookup, eager_lookup, scale_and_mask, decoder_and_attention,
-        image_token, processor_parts, custom_decoding, stored_positions, image_features,
-        map_of_a_forward, maps_of_generate,
+        cache_on_the_second_step, attention_lookup, eager_lookup, scale_and_mask, decoder_and_attention, image_token,
+        processor_parts, custom_decoding, stored_positions, image_features, map_of_a_forward, maps_of_generate,
         compiled_calls,
     )
 }  # fmt: skip
@@ -326,15 +324,13 @@ def _counts(given: dict[str, Any]) -> dict[str, int]:
     return {"new": given["input_ids"].shape[1], "cached": int(caches.cached_tokens(caches.cache_of(given)))}
 
 
-def _static(model: Any) -> Any:
+def _static_cache(model: Any) -> Any:
     from transformers import StaticCache
 
     return StaticCache(config=model.config, max_cache_len=_PROMPT)
 
 
 def _attention(model: Any) -> list[nn.Module]:
-    from carve_kernels.hf.model import attention_modules
-
     return list(attention_modules(model).values())
 
 
@@ -349,7 +345,7 @@ class _Watcher:
 
 
 @contextmanager
-def _watched(model: Any, implementation: str, watch: Callable[..., None]) -> Iterator[None]:
+def _watch_attention(model: Any, implementation: str, watch: Callable[..., None]) -> Iterator[None]:
     """Call `watch(query, key, mask, options)` at each attention of a model's text layers."""
     with ExitStack() as stack:
         stack.callback(names.set_implementation, model, "sdpa")
@@ -366,7 +362,9 @@ def _watched(model: Any, implementation: str, watch: Callable[..., None]) -> Ite
 
 def _calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[Any]:
     calls: list[Any] = []
-    with _watched(model, implementation, lambda query, key, *_: calls.append((list(query.shape), list(key.shape)))):
+    with _watch_attention(
+        model, implementation, lambda query, key, *_: calls.append((list(query.shape), list(key.shape)))
+    ):
         model(**inputs)
     return calls
 
@@ -393,7 +391,7 @@ def _expect(what: str, actual: Any, expected: Any) -> None:
         raise ValueError(f"{what}: expected {expected}, got {actual}")
 
 
-def _close(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+def _expect_close(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = float((actual - expected).abs().max() / expected.abs().max())
     if not error <= _TOLERANCE:
         raise ValueError(f"{what}: differs by {error:.1e} of its maximum, expected at most {_TOLERANCE:.0e}")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import LayerBatch, version_of
+from carve_kernels.hf.attention_patch import LayerBatch
 from carve_kernels.hf.caches import Reach
+from carve_kernels.hf.model import version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble, new_buffers

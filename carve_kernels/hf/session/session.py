@@ -55,7 +55,7 @@ def capture_attention(
     =========  =========================================================================================================
     argument   meaning
     =========  =========================================================================================================
-    model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are looked through
+    model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are unwrapped
     layers     numbers (negative ones count from the end), a range, one number, "paper" or "all"
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
                "question": mean over the user's last text after the image; ("word", WORD): mean over the tokens of its

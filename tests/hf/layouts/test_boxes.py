@@ -1,4 +1,4 @@
-"""The box of a centre crop: a planted square, found in the pixels that the model sees, is where it was put."""
+"""The box of a centre crop: a square in the image is position at its position in the pixels of the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GEOMETRIES = {
         CLIPImageProcessorPil,
         {"size": {"height": 84, "width": 84}, "do_center_crop": False},
     ),
-    "crop larger than the picture": (
+    "crop larger than the image": (
         CLIPImageProcessorPil,
         {"size": {"shortest_edge": 61}, "crop_size": {"height": 84, "width": 210}},
     ),
@@ -60,7 +60,7 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize(("width", "height"), [(336, 168), (167, 301)])
-def test_box_lands_on_a_planted_square(llava: tuple[Any, Any], name: str, width: int, height: int) -> None:
+def test_the_box_maps_a_square_to_its_position(llava: tuple[Any, Any], name: str, width: int, height: int) -> None:
     model, processor = llava
     make, settings = GEOMETRIES[name]
     image_processor = make(**settings)
@@ -71,30 +71,30 @@ def test_box_lands_on_a_planted_square(llava: tuple[Any, Any], name: str, width:
     view = _view_of(model, processor, image_processor, pixels, image)
 
     rows, columns = view.grid
-    seen = _bright_centre(pixels[0, 0, : rows * 14, : columns * 14])
+    bright = _bright_centre(pixels[0, 0, : rows * 14, : columns * 14])
     left, top, right, bottom = view.box
-    found = left + seen[0] / (columns * 14) * (right - left), top + seen[1] / (rows * 14) * (bottom - top)
-    # In pixels of the resized picture, or of the original where those are larger.
+    position = left + bright[0] / (columns * 14) * (right - left), top + bright[1] / (rows * 14) * (bottom - top)
+    # In pixels of the resized image, or of the original if those are larger.
     tolerance = 0.25 * max((right - left) / (columns * 14), (bottom - top) / (rows * 14), 1)
-    assert abs(found[0] - centre[0]) < tolerance
-    assert abs(found[1] - centre[1]) < tolerance
+    assert abs(position[0] - centre[0]) < tolerance
+    assert abs(position[1] - centre[1]) < tolerance
 
 
-def test_llava_on_a_wide_image_sees_the_centre_and_a_stretched_map_misses(llava: tuple[Any, Any]) -> None:
+def test_llava_crops_the_centre_of_a_wide_image(llava: tuple[Any, Any]) -> None:
     model, processor = llava
     image = Image.new("RGB", (336, 168))
     ImageDraw.Draw(image).rectangle([230, 20, 249, 39], fill="white")
     inputs = tiny_models.inputs_for(processor, [image], ["x"])
     view = layout_of(model, processor, inputs, [image]).views[0][0]
     assert (view.grid, view.box) == ((6, 6), (84, 0, 252, 168))
-    seen = _bright_centre(inputs["pixel_values"][0, 0])
-    assert 230 <= 84 + seen[0] / 84 * 168 <= 250
-    stretched = seen[0] / 84 * 336
+    bright = _bright_centre(inputs["pixel_values"][0, 0])
+    assert 230 <= 84 + bright[0] / 84 * 168 <= 250
+    stretched = bright[0] / 84 * 336
     assert not 230 <= stretched <= 250
 
 
 def _view_of(model: Any, processor: Any, image_processor: Any, pixels: torch.Tensor, image: Image.Image) -> View:
-    """The view of a prompt that the given image processor would have led to."""
+    """The view under the given image processor."""
     count = (pixels.shape[-2] // 14) * (pixels.shape[-1] // 14)
     inputs = {"input_ids": torch.full((1, count), model.config.image_token_id), "pixel_values": pixels}
     whole = type(processor)(
@@ -108,7 +108,7 @@ def _view_of(model: Any, processor: Any, image_processor: Any, pixels: torch.Ten
 
 
 def _bright_centre(channel: torch.Tensor) -> tuple[float, float]:
-    """Centre of mass (x, y) of what is brighter than half-way, in pixels of the channel."""
+    """Centre of mass (x, y) of the bright pixels."""
     weight = (channel - (channel.amax() + channel.amin()) / 2).clamp_min(0)
     rows, columns = (torch.arange(length) + 0.5 for length in channel.shape)
     return float((weight.sum(0) * columns).sum() / weight.sum()), float((weight.sum(1) * rows).sum() / weight.sum())

@@ -1,4 +1,4 @@
-"""Layouts: the positions are the image tokens, the grids are the processor's, the boxes land on what was planted."""
+"""Layouts: positions of the image tokens, grids of the processor, and boxes that contain the planted square."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from carve_kernels.hf.profile.profile import Probe, profile
 from tests.support import tiny_models
 
 TEXTS = ["what digit is red", "x", "Write a general description of the image."]
-PICTURES = [tiny_models.picture(120, 60), tiny_models.picture(90, 151, 1), tiny_models.picture(201, 200, 2)]
+IMAGES = [tiny_models.picture(120, 60), tiny_models.picture(90, 151, 1), tiny_models.picture(201, 200, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def family(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_tokens_are_the_image_tokens_of_each_row(family: tuple[Any, Any], side: str) -> None:
     model, processor = family
-    inputs = tiny_models.inputs_for(processor, PICTURES, TEXTS, padding_side=side)
-    layout = layout_of(model, processor, inputs, PICTURES)
+    inputs = tiny_models.inputs_for(processor, IMAGES, TEXTS, padding_side=side)
+    layout = layout_of(model, processor, inputs, IMAGES)
     assert layout.sizes == (((60, 120),), ((151, 90),), ((200, 201),))
     positions = image_token_positions(model, inputs["input_ids"])
     for row, (view,) in enumerate(layout.views):
@@ -63,7 +63,7 @@ def test_qwen_grid_is_the_processors_and_covers_the_whole_image(
 
 def test_several_images_in_a_row_and_rows_of_unequal_count(family: tuple[Any, Any]) -> None:
     model, processor = family
-    rows = [[PICTURES[0], PICTURES[1]], [PICTURES[2]]]
+    rows = [[IMAGES[0], IMAGES[1]], [IMAGES[2]]]
     inputs = tiny_models.inputs_for(processor, rows, TEXTS[:2])
     layout = layout_of(model, processor, inputs, rows)
     assert [[view.image for view in row] for row in layout.views] == [[0, 1], [0]]
@@ -72,34 +72,34 @@ def test_several_images_in_a_row_and_rows_of_unequal_count(family: tuple[Any, An
         assert torch.equal(torch.cat([view.tokens for view in views]).long(), expected)
 
 
-def test_two_images_side_by_side_are_told_apart_by_their_grids(llava: tuple[Any, Any]) -> None:
+def test_two_adjacent_images_are_separated_by_their_grids(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    inputs = processor(images=PICTURES[:2], text=["<image><image> x"], return_tensors="pt")
-    first, second = layout_of(model, processor, inputs, PICTURES[:2]).views[0]
+    inputs = processor(images=IMAGES[:2], text=["<image><image> x"], return_tensors="pt")
+    first, second = layout_of(model, processor, inputs, IMAGES[:2]).views[0]
     assert first.tokens[-1] + 1 == second.tokens[0]
     assert first.box != second.box
 
 
 def test_a_row_without_image_has_no_views(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    inputs = tiny_models.inputs_for(processor, [[PICTURES[0]], []], TEXTS[:2])
-    layout = layout_of(model, processor, inputs, [[PICTURES[0]], []])
+    inputs = tiny_models.inputs_for(processor, [[IMAGES[0]], []], TEXTS[:2])
+    layout = layout_of(model, processor, inputs, [[IMAGES[0]], []])
     assert [len(row) for row in layout.views] == [1, 0]
     assert layout.tokens().shape == (2, 36)
 
 
 def test_images_as_sizes_as_one_image_and_under_a_wrapper(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    inputs = tiny_models.inputs_for(processor, PICTURES[:1], ["x"])
-    expected = layout_of(model, processor, inputs, [[PICTURES[0]]]).views[0][0]
-    for images in (PICTURES[0], (60, 120), [(60, 120)], [[(60, 120)]]):
+    inputs = tiny_models.inputs_for(processor, IMAGES[:1], ["x"])
+    expected = layout_of(model, processor, inputs, [[IMAGES[0]]]).views[0][0]
+    for images in (IMAGES[0], (60, 120), [(60, 120)], [[(60, 120)]]):
         view = layout_of(torch.nn.DataParallel(model), processor, inputs, images).views[0][0]
         assert view.box == expected.box
         assert torch.equal(view.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_picture_that_may_have_been_turned_is_refused(family: tuple[Any, Any], orientation: int) -> None:
+def test_an_image_with_an_exif_orientation_is_refused(family: tuple[Any, Any], orientation: int) -> None:
     model, processor = family
     tagged = tiny_models.picture(120, 60)
     tagged.getexif()[0x0112] = orientation
@@ -108,56 +108,54 @@ def test_a_picture_that_may_have_been_turned_is_refused(family: tuple[Any, Any],
         layout_of(model, processor, inputs, [tagged])
     stored = layout_of(model, processor, inputs, [(60, 120)])
     upright = ImageOps.exif_transpose(tagged)
-    turned = layout_of(model, processor, tiny_models.inputs_for(processor, [upright], ["x"]), [upright])
-    assert (stored.sizes, turned.sizes) == ((((60, 120),),), (((upright.height, upright.width),),))
+    rotated = layout_of(model, processor, tiny_models.inputs_for(processor, [upright], ["x"]), [upright])
+    assert (stored.sizes, rotated.sizes) == ((((60, 120),),), (((upright.height, upright.width),),))
 
 
-@pytest.mark.parametrize("notes", [{}, {0x0112: 1}, {0x0112: 0}, {0x0112: 9}, {0x0131: "camera"}])
-def test_notes_that_turn_nothing_are_no_matter(llava: tuple[Any, Any], notes: dict[int, Any]) -> None:
+@pytest.mark.parametrize("tags", [{}, {0x0112: 1}, {0x0112: 0}, {0x0112: 9}, {0x0131: "camera"}])
+def test_other_exif_tags_are_ignored(llava: tuple[Any, Any], tags: dict[int, Any]) -> None:
     model, processor = llava
     image = tiny_models.picture(120, 60)
-    image.getexif().update(notes)
+    image.getexif().update(tags)
     assert layout_of(model, processor, tiny_models.inputs_for(processor, [image], ["x"]), [image]).sizes == (
         ((60, 120),),
     )
 
 
-def test_a_file_that_its_decoder_turns_has_the_size_that_the_processor_saw(
-    llava: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_a_file_that_its_decoder_rotates_has_the_rotated_size(llava: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = llava
     exif = Image.Exif()
     exif[0x0112] = 6
-    tiny_models.picture(120, 60).save(tmp_path / "turned.tiff", exif=exif)
-    with Image.open(tmp_path / "turned.tiff") as image, Image.open(tmp_path / "turned.tiff") as again:
+    tiny_models.picture(120, 60).save(tmp_path / "rotated.tiff", exif=exif)
+    with Image.open(tmp_path / "rotated.tiff") as image, Image.open(tmp_path / "rotated.tiff") as other:
         inputs = tiny_models.inputs_for(processor, [image], ["x"])
-        for each in (image, again):
+        for each in (image, other):
             layout = layout_of(model, processor, inputs, [each])
             assert (layout.sizes, layout.views[0][0].box) == ((((120, 60),),), (0, 30, 60, 90))
 
 
-@pytest.mark.parametrize("place", [(0, 0), (1, 3), (3, 1), (2, 5)])
-def test_each_token_shows_its_own_place(family: tuple[Any, Any], place: tuple[int, int]) -> None:
+@pytest.mark.parametrize("cell_index", [(0, 0), (1, 3), (3, 1), (2, 5)])
+def test_each_token_covers_its_cell(family: tuple[Any, Any], cell_index: tuple[int, int]) -> None:
     model, processor = family
     image = tiny_models.picture(168, 112)
     inputs = tiny_models.inputs_for(processor, [image], ["x"])
     view = layout_of(model, processor, inputs, [image]).views[0][0]
     (rows, columns), (left, top, right, bottom) = view.grid, view.box
     cell = (right - left) / columns, (bottom - top) / rows
-    corner = left + place[1] * cell[0], top + place[0] * cell[1]
+    corner = left + cell_index[1] * cell[0], top + cell_index[0] * cell[1]
     changed = image.copy()
     ImageDraw.Draw(changed).rectangle(
         [corner[0] + 2, corner[1] + 2, corner[0] + cell[0] - 3, corner[1] + cell[1] - 3], fill="white"
     )
     before, after = (_embedded(model, tiny_models.inputs_for(processor, [each], ["x"])) for each in (image, changed))
-    moved = (after - before)[0, view.tokens.long()].norm(dim=-1)
-    assert int(moved.argmax()) == place[0] * columns + place[1]
+    change = (after - before)[0, view.tokens.long()].norm(dim=-1)
+    assert int(change.argmax()) == cell_index[0] * columns + cell_index[1]
 
 
-def test_class_token_is_in_no_view() -> None:
+def test_the_class_token_is_in_no_view() -> None:
     model, processor = tiny_models.tiny_llava(strategy="full")
-    inputs = tiny_models.inputs_for(processor, PICTURES, TEXTS)
-    for row, (view,) in enumerate(layout_of(model, processor, inputs, PICTURES).views):
+    inputs = tiny_models.inputs_for(processor, IMAGES, TEXTS)
+    for row, (view,) in enumerate(layout_of(model, processor, inputs, IMAGES).views):
         marked = (inputs["input_ids"][row] == model.config.image_token_id).nonzero().flatten()
         assert len(marked) == 37
         assert torch.equal(view.tokens.long(), marked[1:])
@@ -167,42 +165,42 @@ def test_no_image_in_the_prompt(family: tuple[Any, Any]) -> None:
     model, processor = family
     inputs = processor(text=["what digit is red"], return_tensors="pt")
     with pytest.raises(ValueError, match="no image token in the prompt"):
-        layout_of(model, processor, inputs, [PICTURES[0]])
+        layout_of(model, processor, inputs, [IMAGES[0]])
 
 
 def test_images_that_do_not_match_the_inputs(family: tuple[Any, Any]) -> None:
     model, processor = family
-    two = tiny_models.inputs_for(processor, [PICTURES[:2]], ["x"])
+    two = tiny_models.inputs_for(processor, [IMAGES[:2]], ["x"])
     with pytest.raises(ValueError, match=r"hold 2 image.*got 1; give every image .*view\.image"):
-        layout_of(model, processor, two, [PICTURES[0]])
-    rows = tiny_models.inputs_for(processor, [PICTURES[:2], PICTURES[2:]], TEXTS[:2])
+        layout_of(model, processor, two, [IMAGES[0]])
+    rows = tiny_models.inputs_for(processor, [IMAGES[:2], IMAGES[2:]], TEXTS[:2])
     with pytest.raises(ValueError, match=r"row 0 has 2 image.*got 1; give the images of each row"):
-        layout_of(model, processor, rows, [PICTURES[:1], PICTURES[1:]])
+        layout_of(model, processor, rows, [IMAGES[:1], IMAGES[1:]])
     with pytest.raises(ValueError, match=r"each of the 2 row.*got 3"):
-        layout_of(model, processor, rows, PICTURES)
+        layout_of(model, processor, rows, IMAGES)
 
 
 @pytest.mark.parametrize("keep", [20, 1])
-def test_a_prompt_that_was_cut_off(family: tuple[Any, Any], keep: int) -> None:
+def test_a_truncated_prompt(family: tuple[Any, Any], keep: int) -> None:
     model, processor = family
-    inputs = tiny_models.inputs_for(processor, [PICTURES[2]], ["x"])
+    inputs = tiny_models.inputs_for(processor, [IMAGES[2]], ["x"])
     needs = int((inputs["input_ids"] == model.config.image_token_id).sum())
     end = int((inputs["input_ids"] == model.config.image_token_id).nonzero()[0, 1]) + keep
     inputs["input_ids"] = inputs["input_ids"][:, :end]
     with pytest.raises(
         ValueError, match=f"row 0 has {keep} image tokens, its grid of . x . needs {needs}; .*truncated"
     ):
-        layout_of(model, processor, inputs, [PICTURES[2]])
+        layout_of(model, processor, inputs, [IMAGES[2]])
 
 
 def test_one_token_too_many(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    inputs = tiny_models.inputs_for(processor, [PICTURES[0]], ["x"])
+    inputs = tiny_models.inputs_for(processor, [IMAGES[0]], ["x"])
     extra = torch.full((1, 1), model.config.image_token_id)
     first = int((inputs["input_ids"] == model.config.image_token_id).nonzero()[0, 1])
     inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :first], extra, inputs["input_ids"][:, first:]], dim=1)
     with pytest.raises(ValueError, match=r"37 image tokens.*6 x 6 needs 36"):
-        layout_of(model, processor, inputs, [PICTURES[0]])
+        layout_of(model, processor, inputs, [IMAGES[0]])
 
 
 FAULTS = [
@@ -218,60 +216,60 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "settings"), FAULTS)
-def test_settings_of_a_processor_that_do_not_fit_the_model_are_named(name: str, settings: dict[str, Any]) -> None:
+def test_settings_of_a_processor_that_disagree_with_the_model(name: str, settings: dict[str, Any]) -> None:
     model, processor = tiny_models.tiny_llava()
-    inputs = tiny_models.inputs_for(processor, [PICTURES[0]], ["x"])
+    inputs = tiny_models.inputs_for(processor, [IMAGES[0]], ["x"])
     for key, value in settings.items():
         setattr(processor, key, value)
     with pytest.raises(ValueError, match=f"^processor: {name}"):
-        layout_of(model, processor, inputs, [PICTURES[0]])
-    # Nothing runs, the processor neither.
+        layout_of(model, processor, inputs, [IMAGES[0]])
+    # Neither the model nor the processor runs.
     processor.image_processor, model.forward = None, None
     with pytest.raises(ValueError, match=f"^processor: {name}"):
-        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+        CarveEngine(model, processor, preset={"layers": [1]})(IMAGES[0], "x")
     with pytest.raises(ValueError, match=f"^processor: {name}"):
-        profile(model, processor, [Probe(PICTURES[0], "x")], preset={"layers": [1]})
+        profile(model, processor, [Probe(IMAGES[0], "x")], preset={"layers": [1]})
 
 
 @pytest.mark.parametrize("name", ["patch_size", "merge_size"])
-def test_settings_of_an_image_processor_that_do_not_fit_the_model_are_named(name: str) -> None:
+def test_settings_of_an_image_processor_that_disagree_with_the_model(name: str) -> None:
     model, processor = tiny_models.tiny_qwen2_5_vl()
     setattr(processor.image_processor, name, 28)
     with pytest.raises(ValueError, match=rf"^processor: image_processor\.{name} is 28"):
-        CarveEngine(model, processor, preset={"layers": [1]})(PICTURES[0], "x")
+        CarveEngine(model, processor, preset={"layers": [1]})(IMAGES[0], "x")
 
 
-def test_an_old_processor_that_counts_right_by_itself_is_taken(llava: tuple[Any, Any]) -> None:
+def test_an_old_processor_that_counts_correctly_is_accepted(llava: tuple[Any, Any]) -> None:
     model, processor = llava
     older = copy.copy(processor)
     older.vision_feature_select_strategy, older.num_additional_image_tokens = None, 0
-    expected, found = (tiny_models.inputs_for(each, [PICTURES[0]], ["x"]) for each in (processor, older))
+    expected, found = (tiny_models.inputs_for(each, [IMAGES[0]], ["x"]) for each in (processor, older))
     assert torch.equal(expected["input_ids"], found["input_ids"])
-    views = [layout_of(model, each, found, [PICTURES[0]]).views[0][0] for each in (processor, older)]
+    views = [layout_of(model, each, found, [IMAGES[0]]).views[0][0] for each in (processor, older)]
     assert torch.equal(views[0].tokens, views[1].tokens) and views[0].box == views[1].box
 
 
-def test_inputs_that_are_not_what_a_processor_returns(family: tuple[Any, Any]) -> None:
+def test_inputs_that_lack_an_entry(family: tuple[Any, Any]) -> None:
     model, processor = family
-    inputs = dict(tiny_models.inputs_for(processor, [PICTURES[0]], ["x"]))
+    inputs = dict(tiny_models.inputs_for(processor, [IMAGES[0]], ["x"]))
     with pytest.raises(ValueError, match="video"):
-        layout_of(model, processor, {**inputs, "pixel_values_videos": torch.zeros(1)}, [PICTURES[0]])
+        layout_of(model, processor, {**inputs, "pixel_values_videos": torch.zeros(1)}, [IMAGES[0]])
     del inputs["pixel_values"]
     inputs.pop("image_grid_thw", None)
     with pytest.raises(ValueError, match=r"expected '(pixel_values|image_grid_thw)' from the processor, got attention"):
-        layout_of(model, processor, inputs, [PICTURES[0]])
+        layout_of(model, processor, inputs, [IMAGES[0]])
 
 
 @pytest.mark.parametrize("images", ["x.png", None, 3])
 def test_images_of_a_wrong_type(llava: tuple[Any, Any], images: Any) -> None:
     model, processor = llava
     with pytest.raises(TypeError, match="images: expected"):
-        layout_of(model, processor, tiny_models.inputs_for(processor, [PICTURES[0]], ["x"]), images)
+        layout_of(model, processor, tiny_models.inputs_for(processor, [IMAGES[0]], ["x"]), images)
 
 
-def test_settings_that_did_not_make_the_inputs(llava: tuple[Any, Any]) -> None:
+def test_settings_that_differ_from_those_of_the_inputs(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    inputs = tiny_models.inputs_for(processor, [PICTURES[0]], ["x"])
+    inputs = tiny_models.inputs_for(processor, [IMAGES[0]], ["x"])
     unknown: dict[str, Any] = {
         r"84 x 84, but .* make 70 x 70": {"crop_size": {"height": 70, "width": 70}},
         "the size .* is not supported": {"size": {"max_height": 84, "max_width": 84}},
@@ -280,23 +278,23 @@ def test_settings_that_did_not_make_the_inputs(llava: tuple[Any, Any]) -> None:
     for message, settings in unknown.items():
         other = tiny_models.tiny_llava(**settings)[1]
         with pytest.raises(ValueError, match=message):
-            layout_of(model, other, inputs, [PICTURES[0]])
+            layout_of(model, other, inputs, [IMAGES[0]])
     with pytest.raises(ValueError, match=r"pixel_values of shape \[images, 3, H, W\]"):
-        layout_of(model, processor, {**inputs, "pixel_values": torch.zeros(4, 588)}, [PICTURES[0]])
+        layout_of(model, processor, {**inputs, "pixel_values": torch.zeros(4, 588)}, [IMAGES[0]])
 
 
-def test_unsupported_family_names_the_supported_ones() -> None:
+def test_an_unsupported_family() -> None:
     inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
     with pytest.raises(ValueError, match="llava, qwen2_5_vl, qwen2_vl, got 'llama'"):
         layout_of(tiny_models.tiny_llama(), None, inputs, [(3, 3)])
 
 
 def _embedded(model: Any, inputs: Any) -> torch.Tensor:
-    """What the text decoder is given."""
-    seen = []
+    """The inputs of the text decoder."""
+    embeds = []
     hook = model.model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        lambda _, args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     with hook, torch.no_grad():
         model(**inputs)
-    return seen[0]
+    return embeds[0]

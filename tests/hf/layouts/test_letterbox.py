@@ -1,4 +1,4 @@
-"""fit="pad" cuts nothing away and keeps maps in the image's own pixels; without it a result says what was unseen."""
+"""fit="pad" crops nothing and keeps maps in pixels of the image; without it, a result has the share that is unseen."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def layout(boxes: list[Any], width: int, height: int) -> VisualLayout:
 )
 @example([(0, 0, 5, 4), (5, 0, 9, 4)], 9, 4)
 @example([], 3, 2)
-def test_unseen_is_the_share_of_pixels_that_no_box_covers(boxes: list[Any], width: int, height: int) -> None:
+def test_unseen_is_the_share_of_uncovered_pixels(boxes: list[Any], width: int, height: int) -> None:
     covered = torch.zeros(height, width, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
         covered[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)] = True
@@ -55,18 +55,18 @@ def test_unseen_is_the_share_of_pixels_that_no_box_covers(boxes: list[Any], widt
 
 
 @given(st.tuples(edges, edges), st.integers(1, 20), st.integers(1, 20))
-def test_unseen_is_exact_between_pixels_and_zero_where_all_is_seen(
+def test_unseen_is_exact_between_pixels_and_zero_if_all_is_covered(
     ends: tuple[float, float], width: int, height: int
 ) -> None:
     first, end = sorted(ends)
-    seen = max(0.0, min(end, width) - max(first, 0.0)) if first < end else 0.0
-    found = layout([(first, -1.5, end, height + 0.25)] if first < end else [], width, height).unseen()
-    assert found == pytest.approx(1 - seen / width, rel=1e-9, abs=1e-12)
+    covered = max(0.0, min(end, width) - max(first, 0.0)) if first < end else 0.0
+    unseen = layout([(first, -1.5, end, height + 0.25)] if first < end else [], width, height).unseen()
+    assert unseen == pytest.approx(1 - covered / width, rel=1e-9, abs=1e-12)
     middle = min(max(end, 0.0), width)
     assert layout([(-3.0, 0, middle, height), (middle, 0, width, height)], width, height).unseen() == 0.0
 
 
-def test_unseen_counts_the_views_of_one_image_alone() -> None:
+def test_unseen_counts_the_views_of_one_image_only() -> None:
     token = torch.zeros(1, dtype=torch.int32)
     views = (View(token, (1, 1), (0, 0, 5, 4), 0), View(token, (1, 1), (0, 0, 2, 10), 1))
     both = VisualLayout((views,), (((4, 10), (10, 2)),))
@@ -74,7 +74,7 @@ def test_unseen_counts_the_views_of_one_image_alone() -> None:
 
 
 @pytest.mark.parametrize(("size", "share"), [((640, 384), 0.4), ((384, 640), 0.4), ((90, 90), 0.0), ((84, 252), 2 / 3)])
-def test_a_result_says_what_a_centre_crop_hides(size: tuple[int, int], share: float) -> None:
+def test_unseen_of_a_centre_crop(size: tuple[int, int], share: float) -> None:
     result = CarveEngine(*family("llava"), preset=QUICK)(tiny_models.picture(*size), QUESTION)
     assert result.unseen == pytest.approx(share, rel=1e-12)
     assert CarveEngine(*family("qwen2_vl"), preset=QUICK)(tiny_models.picture(*size), QUESTION).unseen == 0.0
@@ -84,7 +84,7 @@ def test_a_result_says_what_a_centre_crop_hides(size: tuple[int, int], share: fl
 @given(st.sampled_from(sorted(SHAPES)), st.integers(1, 400), st.integers(1, 400))
 @example("clip", 640, 384)
 @example("rest of a patch", 1, 400)
-def test_a_canvas_shows_the_whole_image_and_hardly_more(name: str, width: int, height: int) -> None:
+def test_the_canvas_is_the_smallest_that_shows_the_whole_image(name: str, width: int, height: int) -> None:
     model, processor = family("llava")
     image_processor = CLIPImageProcessorPil(**{"size": {"shortest_edge": 84}, **CROP, **SHAPES[name]})
     whole = type(processor)(
@@ -98,10 +98,10 @@ def test_a_canvas_shows_the_whole_image_and_hardly_more(name: str, width: int, h
     left, top, right, bottom = layout_of(model, whole, inputs, [canvas.size]).views[0][0].box
     assert left <= canvas.left and canvas.left + width <= right
     assert top <= canvas.top and canvas.top + height <= bottom
-    # In one direction there is no room to spare, but for what a canvas of whole pixels needs.
-    seen = min(right, canvas.size[1]) - max(left, 0), min(bottom, canvas.size[0]) - max(top, 0)
-    assert canvas.size == (height, width) or min(seen[0] - width, seen[1] - height) <= 4
-    # The picture lies in the middle of what is seen.
+    # In one direction there is no margin, except for whole pixels.
+    visible = min(right, canvas.size[1]) - max(left, 0), min(bottom, canvas.size[0]) - max(top, 0)
+    assert canvas.size == (height, width) or min(visible[0] - width, visible[1] - height) <= 4
+    # The image is centred in the visible part.
     for first, end, start, length in (
         (max(left, 0), min(right, canvas.size[1]), canvas.left, width),
         (max(top, 0), min(bottom, canvas.size[0]), canvas.top, height),
@@ -112,7 +112,7 @@ def test_a_canvas_shows_the_whole_image_and_hardly_more(name: str, width: int, h
 CROP = {"crop_size": {"height": 84, "width": 84}}
 
 
-def by_hand(image: Image.Image, processor: Any) -> tuple[Image.Image, int, int]:
+def pad_to_square(image: Image.Image, processor: Any) -> tuple[Image.Image, int, int]:
     """LLaVA's own expand2square."""
     side = max(image.size)
     colour = tuple(int(255 * channel) for channel in processor.image_processor.image_mean)
@@ -123,17 +123,17 @@ def by_hand(image: Image.Image, processor: Any) -> tuple[Image.Image, int, int]:
 
 
 @pytest.mark.parametrize("size", [(200, 120), (90, 161)])
-def test_pad_equals_capturing_the_letterboxed_image_by_hand(size: tuple[int, int]) -> None:
+def test_pad_equals_capturing_a_padded_image(size: tuple[int, int]) -> None:
     model, processor = family("llava")
     image = tiny_models.picture(*size, 5)
     result = CarveEngine(model, processor, preset=QUICK, fit="pad")(image, QUESTION)
-    square, left, top = by_hand(image, processor)
-    found = {}
+    square, left, top = pad_to_square(image, processor)
+    captured = {}
     for name, text in (("task", QUESTION), ("general", QUICK.general_prompt)):
         inputs = prepare(processor, [square], build_prompt(processor, text))
         with capture_attention(model, layers=(1, 2), processor=processor) as session:
             output = generate(model, inputs, steps=2)
-        found[name] = session.maps
+        captured[name] = session.maps
         maps = getattr(result, name)
         torch.testing.assert_close(maps.values, session.maps.values, rtol=1e-4, atol=1e-6)
         if name == "task":
@@ -143,47 +143,47 @@ def test_pad_equals_capturing_the_letterboxed_image_by_hand(size: tuple[int, int
     view = result.task.layout.views[0][0]
     assert result.task.layout.sizes == (((size[1], size[0]),),)
     assert view.box == (-left, -top, max(size) - left, max(size) - top)
-    # The contrast of the whole canvas, cut to the image: the regions are those of the image's own pixels.
-    task, general = (found[name].values[0].mean(2) for name in ("task", "general"))
+    # The saliency of the whole canvas, cropped to the image; regions are in pixels of the image.
+    task, general = (captured[name].values[0].mean(2) for name in ("task", "general"))
     canvas = carve(square, task, general, grid=view.grid, preset=QUICK)
     expected = canvas.saliency[top : top + size[1], left : left + size[0]]
     torch.testing.assert_close(result.saliency, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     x0, y0, x1, y1 = result.box
     assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
     assert float(result.mask.float().mean()) <= QUICK.keep + 0.05
-    # The second look sees the refined image on a canvas as well.
-    again = prepare(processor, [by_hand(result.refined, processor)[0]], build_prompt(processor, QUESTION))
-    last = generate(model, again, steps=2).sequences[0, again["input_ids"].shape[1] :].tolist()
+    # The second pass pads the refined image as well.
+    second = prepare(processor, [pad_to_square(result.refined, processor)[0]], build_prompt(processor, QUESTION))
+    last = generate(model, second, steps=2).sequences[0, second["input_ids"].shape[1] :].tolist()
     assert list(result.refined_ids) == last
 
 
-def test_two_pictures_of_the_release_are_both_letterboxed() -> None:
+def test_both_images_of_the_release_preset_are_padded() -> None:
     model, processor = family("llava")
     preset = Preset.release(layers=(1, 2), max_new_tokens=2)
     result = CarveEngine(model, processor, preset=preset, fit="pad")(WIDE, QUESTION)
     assert result.refined.size != result.image.size
-    shown = [by_hand(image, processor)[0] for image in (result.image, result.refined)]
-    inputs = prepare(processor, shown, build_prompt(processor, QUESTION + preset.suffix, 2))
+    padded = [pad_to_square(image, processor)[0] for image in (result.image, result.refined)]
+    inputs = prepare(processor, padded, build_prompt(processor, QUESTION + preset.suffix, 2))
     last = generate(model, inputs, steps=2).sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert list(result.refined_ids) == last
 
 
 @pytest.mark.parametrize("fit", [None, "pad"])
 @pytest.mark.parametrize("corner", [(8, 8), (170, 90)])
-def test_each_token_stands_on_its_own_pixels(fit: str | None, corner: tuple[int, int]) -> None:
-    """What changes in the model's view, when a spot of the image changes, is the token whose cell holds the spot."""
+def test_each_token_covers_its_pixels(fit: str | None, corner: tuple[int, int]) -> None:
+    """If a spot of the image changes, the token changes whose cell contains the spot."""
     model, processor = family("llava")
     changed = WIDE.copy()
     changed.paste("white", (*corner, corner[0] + 10, corner[1] + 10))
     engine = CarveEngine(model, processor, preset=QUICK, memory=False, fit=fit)
     requests = [engine.request(image, QUESTION) for image in (WIDE, changed)]
     before, after = (request.entries["pixel_values"][0].unfold(1, 14, 14).unfold(2, 14, 14) for request in requests)
-    moved = (after - before).abs().sum((0, 3, 4))
+    change = (after - before).abs().sum((0, 3, 4))
     view = requests[0].task.layout.views[0][0]
     if fit is None:
-        assert float(moved.max()) == 0 and requests[0].task.layout.unseen() == pytest.approx(0.4)
+        assert float(change.max()) == 0 and requests[0].task.layout.unseen() == pytest.approx(0.4)
         return
-    row, column = divmod(int(moved.argmax()), view.grid[1])
+    row, column = divmod(int(change.argmax()), view.grid[1])
     left, top, right, bottom = view.box
     x = left + (column + 0.5) * (right - left) / view.grid[1]
     y = top + (row + 0.5) * (bottom - top) / view.grid[0]
@@ -192,7 +192,7 @@ def test_each_token_stands_on_its_own_pixels(fit: str | None, corner: tuple[int,
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_pad_changes_nothing_where_all_is_seen(name: str) -> None:
+def test_pad_changes_nothing_without_a_crop(name: str) -> None:
     model, processor = family(name)
     image = tiny_models.picture(120, 120) if name == "llava" else WIDE
     plain, padded = (CarveEngine(model, processor, preset=QUICK, fit=fit)(image, QUESTION) for fit in (None, "pad"))
@@ -200,15 +200,15 @@ def test_pad_changes_nothing_where_all_is_seen(name: str) -> None:
     assert plain.task.layout.views[0][0].box == padded.task.layout.views[0][0].box and plain.unseen == 0.0
 
 
-def test_a_processor_that_pads_by_itself_needs_no_fit() -> None:
+def test_a_processor_that_pads_needs_no_fit() -> None:
     model, processor = tiny_models.tiny_llava()
     processor.image_processor = LlavaImageProcessorPil(size={"shortest_edge": 84}, do_pad=True, **CROP)
-    own, padded = (CarveEngine(model, processor, preset=QUICK, fit=fit)(WIDE, QUESTION) for fit in (None, "pad"))
-    assert own.unseen == 0.0 and own.task.layout.views[0][0].box == (0, -40, 200, 160)
-    assert torch.equal(own.saliency, padded.saliency) and own.saliency.shape == (120, 200)
+    plain, padded = (CarveEngine(model, processor, preset=QUICK, fit=fit)(WIDE, QUESTION) for fit in (None, "pad"))
+    assert plain.unseen == 0.0 and plain.task.layout.views[0][0].box == (0, -40, 200, 160)
+    assert torch.equal(plain.saliency, padded.saliency) and plain.saliency.shape == (120, 200)
 
 
-def test_fits_share_no_memory() -> None:
+def test_maps_of_different_fits_are_cached_separately() -> None:
     model, processor = family("llava")
     plain, padded = (
         CarveEngine(model, processor, preset=QUICK, fit=fit, memory=False)(WIDE, QUESTION) for fit in (None, "pad")
@@ -224,12 +224,12 @@ def test_fits_share_no_memory() -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "PAD", True, "", 1])
-def test_other_fits_are_refused(fit: Any) -> None:
+def test_invalid_fits_are_refused(fit: Any) -> None:
     with pytest.raises(ValueError, match=r"^fit: expected one of None, 'pad'"):
         CarveEngine(*family("llava"), preset=QUICK, fit=fit)
 
 
-def test_a_canvas_that_cannot_be_is_refused_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_canvas_is_refused_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_models.tiny_llava()
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(ValueError, match=r"^fit: .*max_image_pixels"):

@@ -1,4 +1,4 @@
-"""A decode step belongs to the cache that its prompt was read into, and to the pictures of that prompt."""
+"""A decode step belongs to the prompt of its cache, and to the images of that prompt."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def step(model: Any, cache: Any, token: int = 7) -> None:
         model(input_ids=torch.tensor([[token]]), past_key_values=cache)
 
 
-def alone(model: Any, prompt: Prompt, tokens: list[int], cache: str = "own") -> AttentionMaps:
-    """The maps of a prompt and the tokens behind it in a session of their own."""
+def single(model: Any, prompt: Prompt, tokens: list[int], cache: str = "own") -> AttentionMaps:
+    """The maps of a prompt and its new tokens in a separate session."""
     with capture_attention(model, layers="all") as session:
-        held = read(model, prompt, new_cache(cache, model))
+        filled = read(model, prompt, new_cache(cache, model))
         for token in tokens:
-            step(model, held, token)
+            step(model, filled, token)
     return session.maps
 
 
@@ -52,14 +52,13 @@ def test_a_step_follows_its_cache(cache: str, lengths: tuple[int, int]) -> None:
     model = model_of("llama", "sdpa")
     prompts = [prompt_of(seed, 1, 2, length, [0], "left") for seed, length in enumerate(lengths)]
     with capture_attention(model, layers="all") as session:
-        held = [read(model, prompt, new_cache(cache, model)) for prompt in prompts]
+        filled = [read(model, prompt, new_cache(cache, model)) for prompt in prompts]
         for token, number in ((7, 0), (8, 1), (9, 0)):
-            step(model, held[number], token)
-            same(session.maps, alone(model, prompts[number], [7, 9][: 1 + token // 9] if number == 0 else [8], cache))
+            step(model, filled[number], token)
+            same(session.maps, single(model, prompts[number], [7, 9][: 1 + token // 9] if number == 0 else [8], cache))
 
 
-def test_a_prompt_in_the_place_of_another() -> None:
-    """A static cache that is emptied holds a new prompt; one that is cropped goes back."""
+def test_a_static_cache_is_reset_for_another_prompt() -> None:
     model = model_of("llama", "sdpa")
     first, second = (prompt_of(seed, 1, 2, 3, [0], "left") for seed in (1, 2))
     cache = new_cache("static", model)
@@ -69,30 +68,30 @@ def test_a_prompt_in_the_place_of_another() -> None:
         cache.reset()
         read(model, second, cache)
         step(model, cache, 8)
-        same(session.maps, alone(model, second, [8]))
+        same(session.maps, single(model, second, [8]))
 
 
 @pytest.mark.parametrize("cache", ["own", "static"])
-def test_a_cropped_cache_goes_back(cache: str) -> None:
+def test_a_cropped_cache_continues_from_there(cache: str) -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(3, 1, 2, 3, [0], "left")
     with capture_attention(model, layers="all") as session:
-        held = read(model, prompt, new_cache(cache, model))
+        filled = read(model, prompt, new_cache(cache, model))
         for token in (7, 8, 9):
-            step(model, held, token)
-        if not hasattr(held.layers[0], "crop"):
+            step(model, filled, token)
+        if not hasattr(filled.layers[0], "crop"):
             pytest.skip("static caches of this transformers cannot be cropped")
-        held.crop(-2)
-        step(model, held, 10)
-        same(session.maps, alone(model, prompt, [7, 10]))
-        # Into the prompt, behind its picture: the rest is a prompt of its own.
-        held.crop(-4)
+        filled.crop(-2)
+        step(model, filled, 10)
+        same(session.maps, single(model, prompt, [7, 10]))
+        # Cropped into the prompt, after its image: what follows makes a new prompt.
+        filled.crop(-4)
         with torch.no_grad():
-            model(input_ids=torch.tensor([[11, 12]]), past_key_values=held)
+            model(input_ids=torch.tensor([[11, 12]]), past_key_values=filled)
     ids = torch.cat([prompt.ids[:, :-2], torch.tensor([[11, 12]])], 1)
-    same(session.maps, alone(model, Prompt(ids, prompt.columns, prompt.pixels, prompt.attended), []))
+    same(session.maps, single(model, Prompt(ids, prompt.columns, prompt.pixels, prompt.attended), []))
 
 
-def test_one_more_token_under_another_picture_is_another_prompt() -> None:
+def test_one_more_token_with_another_image_is_another_prompt() -> None:
     model, inputs = family("llava")[0], dict(inputs_of("llava", 1))
     longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[70]])], 1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
@@ -103,7 +102,7 @@ def test_one_more_token_under_another_picture_is_another_prompt() -> None:
         model(**inputs, use_cache=False)
         model(**{**longer, "pixel_values": inputs["pixel_values"].flip(-1)}, use_cache=False)
         assert session.maps.steps == (0,)
-        # Changed in its place, it is another picture as well.
+        # An image that is changed in place is another image, too.
         pixels = inputs["pixel_values"].clone()
         model(**{**inputs, "pixel_values": pixels}, use_cache=False)
         pixels.mul_(-1)
@@ -113,17 +112,17 @@ def test_one_more_token_under_another_picture_is_another_prompt() -> None:
 
 def evict(cache: Any, layers: Any) -> None:
     for layer in layers:
-        held = cache.layers[layer]
-        left = [place for place in range(held.keys.shape[2]) if place != 3]
-        held.keys, held.values = held.keys[:, :, left], held.values[:, :, left]
+        of_layer = cache.layers[layer]
+        rest = [index for index in range(of_layer.keys.shape[2]) if index != 3]
+        of_layer.keys, of_layer.values = of_layer.keys[:, :, rest], of_layer.values[:, :, rest]
 
 
 @pytest.mark.parametrize("layers", [[1], [0], range(LAYERS)], ids=["one", "the first", "all"])
-@pytest.mark.parametrize("tokens", [None, "told"])
+@pytest.mark.parametrize("tokens", [None, "given"])
 def test_evicted_keys(layers: Any, tokens: str | None) -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(4, 1, 2, 3, [0], "left")
-    told = None if tokens is None else prompt.columns
-    with capture_attention(model, layers="all", tokens=told) as session:
+    columns = None if tokens is None else prompt.columns
+    with capture_attention(model, layers="all", tokens=columns) as session:
         cache = read(model, prompt)
         before = session.maps
         evict(cache, layers)
@@ -134,7 +133,7 @@ def test_evicted_keys(layers: Any, tokens: str | None) -> None:
 
 
 def test_keys_evicted_inside_the_forward() -> None:
-    """As a hook on the attention does that compresses the cache behind each layer."""
+    """As a hook does that compresses the cache after each layer."""
     model, prompt = model_of("llama", "sdpa"), prompt_of(4, 1, 2, 3, [0], "left")
     cache = new_cache("dynamic", model)
     attention = model.model.language_model.layers[1].self_attn
@@ -149,7 +148,7 @@ def test_keys_evicted_inside_the_forward() -> None:
             print(session.maps)
 
 
-def test_rows_of_the_batch_change_places() -> None:
+def test_rows_of_the_batch_are_reordered() -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(5, 2, 2, 3, [0, 1], "left")
     with capture_attention(model, layers="all"), torch.no_grad():
         cache = read(model, prompt, attention_mask=prompt.attended.long())
@@ -159,15 +158,15 @@ def test_rows_of_the_batch_change_places() -> None:
 
 
 def test_tokens_dropped_inside_the_forward() -> None:
-    """As FastV does behind a layer: fewer rows come to the next ones."""
+    """As FastV does after a layer: later layers get fewer rows."""
     model, prompt = model_of("llama", "sdpa"), prompt_of(6, 1, 2, 3, [0], "left")
 
     def drop(_module: Any, args: Any, kwargs: Any) -> Any:
-        kept = {**kwargs, "position_embeddings": tuple(part[:, :7] for part in kwargs["position_embeddings"])}
-        return (args[0][:, :7], *args[1:]), kept
+        shorter = {**kwargs, "position_embeddings": tuple(each[:, :7] for each in kwargs["position_embeddings"])}
+        return (args[0][:, :7], *args[1:]), shorter
 
-    behind = model.model.language_model.layers[1:]
-    hooks = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in behind]
+    later = model.model.language_model.layers[1:]
+    hooks = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in later]
     try:
         with (
             capture_attention(model, layers="all") as session,
@@ -184,14 +183,14 @@ def test_tokens_dropped_inside_the_forward() -> None:
             hook.remove()
 
 
-def test_a_copied_cache_is_not_known() -> None:
+def test_a_copied_cache_is_unknown() -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(7, 1, 2, 3, [0], "left")
     with capture_attention(model, layers="all"), pytest.raises(ValueError, match=r"^tokens: "):
         step(model, copy.deepcopy(read(model, prompt)))
-    # Who says where the tokens are is believed, and generate says what the prompt is.
+    # Given tokens are used, and generate knows the prompt.
     with capture_attention(model, layers="all", tokens=prompt.columns) as session:
         step(model, copy.deepcopy(read(model, prompt)))
-    same_values = alone(model, prompt, [7]).values[:, :, 1:]
+    same_values = single(model, prompt, [7]).values[:, :, 1:]
     assert session.maps.steps == (0,) and torch.allclose(session.maps.values, same_values, rtol=1e-4, atol=1e-7)
     ids = torch.cat([prompt.ids, torch.tensor([[7]])], 1)
     with torch.no_grad():
@@ -201,7 +200,7 @@ def test_a_copied_cache_is_not_known() -> None:
         assert torch.allclose(session.maps.values, same_values, rtol=1e-4, atol=1e-7)
 
 
-def test_generate_is_told_another_prompt_than_the_cache_holds() -> None:
+def test_generate_gets_another_prompt_than_the_cache() -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(7, 1, 2, 3, [0], "left")
     ids = torch.cat([prompt.ids, torch.tensor([[7, 8]])], 1)
     ids[0, 0] += 1
@@ -240,13 +239,13 @@ def test_the_last_chunk_of_a_prompt_is_one_token() -> None:
         pytest.skip("this transformers reads images in chunks wrongly")
     with capture_attention(model, layers="all") as session:
         generate(model, inputs, steps=3)
-    whole = session.maps
+    expected = session.maps
     with capture_attention(model, layers="all") as session:
         generate(model, inputs, steps=3, prefill_chunk_size=length - 1)
-    same(session.maps, whole)
+    same(session.maps, expected)
 
 
-def test_ids_whose_tensor_is_used_again() -> None:
+def test_a_tensor_of_ids_is_reused() -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
     ids = prompt.ids.clone()
     with capture_attention(model, layers="all") as session, torch.no_grad():
@@ -258,7 +257,7 @@ def test_ids_whose_tensor_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["data", "numpy", "list"])
-def test_pixels_that_change_uncounted_are_other_pixels(kind: str) -> None:
+def test_pixels_changed_without_a_version_counter(kind: str) -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
     longer = torch.cat([prompt.ids, torch.tensor([[7]])], 1)
     pixels = torch.from_numpy(prompt.pixels.flatten(0, 1).numpy().copy())
@@ -274,32 +273,32 @@ def test_pixels_that_change_uncounted_are_other_pixels(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_keys_that_a_hook_writes_to_behind_their_attention(cache: str, mode: Any) -> None:
+def test_a_hook_writes_to_keys_after_their_attention(cache: str, mode: Any) -> None:
     """Each layer is captured from the keys that it attended to, or refused."""
     model, prompt = model_of("llama", "sdpa"), prompt_of(4, 1, 2, 3, [0], "left")
-    expected = alone(model, prompt, [])
-    held = new_cache(cache, model)
+    expected = single(model, prompt, [])
+    filled = new_cache(cache, model)
     attention = model.model.language_model.layers[1].self_attn
 
     def write(*_: Any) -> None:
-        held.layers[1].keys.mul_(1.5)
+        filled.layers[1].keys.mul_(1.5)
 
     hook = attention.register_forward_hook(write)
     try:
         with mode(), capture_attention(model, layers=[1, 2]) as session:
-            given = {"input_ids": prompt.ids, "pixel_values": prompt.pixels.flatten(0, 1), "past_key_values": held}
+            given = {"input_ids": prompt.ids, "pixel_values": prompt.pixels.flatten(0, 1), "past_key_values": filled}
             try:
                 model(**given)
-                found = session.maps.values
+                values = session.maps.values
             except ValueError as error:
                 assert str(error).startswith("cache: ")
                 return
-        assert torch.allclose(found[:, 0], expected.values[:, 1], rtol=1e-4, atol=1e-7)
+        assert torch.allclose(values[:, 0], expected.values[:, 1], rtol=1e-4, atol=1e-7)
     finally:
         hook.remove()
 
 
-def test_a_static_cache_that_is_filled_anew_where_nothing_counts() -> None:
+def test_a_static_cache_is_refilled_without_a_version_counter() -> None:
     model = model_of("llama", "sdpa")
     first, second = (prompt_of(seed, 1, 2, 3, [0], "left") for seed in (1, 2))
     cache = new_cache("static", model)
@@ -313,7 +312,7 @@ def test_a_static_cache_that_is_filled_anew_where_nothing_counts() -> None:
 
 
 class Closed:
-    """A cache of somebody's own, whose keys nobody can see from outside."""
+    """A foreign cache, whose keys cannot be read."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -324,7 +323,7 @@ class Closed:
         return getattr(self._inner, name)
 
 
-def test_a_cache_whose_keys_cannot_be_seen() -> None:
+def test_a_cache_with_unreadable_keys() -> None:
     model, prompt = model_of("llama", "sdpa"), prompt_of(9, 1, 2, 3, [0], "left")
     cache = Closed(new_cache("dynamic", model))
     with capture_attention(model, layers="all") as session:
@@ -339,7 +338,7 @@ def test_a_cache_whose_keys_cannot_be_seen() -> None:
     ("name", "value"),
     [("num_beams", 2), ("guidance_scale", 1.5), ("prompt_lookup_num_tokens", 2), ("num_return_sequences", 2)],
 )
-def test_settings_of_the_models_own_config_hold_beside_another(name: str, value: Any, where: str) -> None:
+def test_settings_of_the_models_config_and_of_a_given_one(name: str, value: Any, where: str) -> None:
     from transformers import GenerationConfig
 
     model, prompt = copy.deepcopy(model_of("llama", "sdpa")), prompt_of(9, 1, 2, 3, [0], "left")
@@ -351,7 +350,7 @@ def test_settings_of_the_models_own_config_hold_beside_another(name: str, value:
         )
 
 
-def test_the_models_own_end_token_holds_beside_a_given_config() -> None:
+def test_the_models_end_token_holds_with_a_given_config() -> None:
     from transformers import GenerationConfig
 
     model, prompt = copy.deepcopy(model_of("llama", "sdpa")), prompt_of(9, 2, 2, 3, [0, 0], "left")
@@ -364,7 +363,7 @@ def test_the_models_own_end_token_holds_beside_a_given_config() -> None:
 
 
 def test_positions_of_another_prompt() -> None:
-    """Qwen-VL notes where a prompt's positions end: a step of an earlier one would go on from another's."""
+    """Qwen-VL stores where a prompt's positions end; a step of an earlier prompt would continue from them."""
     model, processor = family("qwen2_5_vl")
     wide, small = (inputs_for(processor, [picture(*size)], ["what digit is red"]) for size in ((224, 56), (84, 84)))
     with torch.no_grad(), capture_attention(model, layers=[1]) as session:
@@ -376,7 +375,7 @@ def test_positions_of_another_prompt() -> None:
         assert session.maps.steps == (0,)
 
 
-def test_rows_of_a_quantised_cache_change_places() -> None:
+def test_rows_of_a_quantised_cache_are_reordered() -> None:
     transformers = pytest.importorskip("transformers")
     model, prompt = model_of("llama", "sdpa"), prompt_of(5, 2, 2, 3, [0, 1], "left")
     try:

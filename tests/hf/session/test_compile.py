@@ -1,4 +1,4 @@
-"""Compiled models and wrappers: one full graph, no recompilation by step, the same maps."""
+"""Compiled models and wrappers: one full graph, no recompilation per step, the same maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DECODED = 5
 
 
 class Counting:
-    """A compiler backend that counts graphs and the captures in them, and runs them as they are."""
+    """A compiler backend that counts graphs and captures, and runs the graphs unchanged."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -29,16 +29,16 @@ class Counting:
 
 
 def decode(prefill: Any, step: Any, inputs: Any, cache: Any) -> torch.Tensor:
-    """A prefill by one callable and greedy steps by another; the logits of all."""
+    """A prefill by one callable, greedy steps by another; all logits."""
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         logits = [prefill(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]]
-        for place in range(DECODED):
+        for index in range(DECODED):
             output = step(
                 input_ids=logits[-1].argmax(-1)[:, None],
                 past_key_values=cache,
                 use_cache=True,
-                position_ids=torch.tensor([[length + place]]),
+                position_ids=torch.tensor([[length + index]]),
             )
             logits.append(output.logits[:, -1])
     return torch.stack(logits, 1)
@@ -50,7 +50,7 @@ def static(model: Any) -> StaticCache:
 
 # aot_eager is inductor without its C++, which takes a minute to compile.
 @pytest.mark.parametrize("backend", ["counting", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_decode_step_is_one_graph_whatever_the_step(backend: str) -> None:
+def test_a_decode_step_is_one_graph_at_any_step(backend: str) -> None:
     torch._dynamo.reset()
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     counting = Counting()
@@ -68,10 +68,10 @@ def test_a_decode_step_is_one_graph_whatever_the_step(backend: str) -> None:
     assert bool(captured.maps.valid.all())
     assert torch.allclose(captured.maps.values, session.maps.values, rtol=2e-4, atol=1e-7)
     counting.graphs = 0
-    with capture_attention(compiled, layers=[1, 2]) as again:
+    with capture_attention(compiled, layers=[1, 2]) as repeated:
         decode(model, compiled, inputs, static(model))
     assert counting.graphs == 0
-    assert torch.equal(again.maps.values, captured.maps.values)
+    assert torch.equal(repeated.maps.values, captured.maps.values)
     assert torch.equal(decode(model, compiled, inputs, static(model)), plain)
 
 
@@ -117,7 +117,7 @@ def test_generate_that_compiles_by_itself() -> None:
 
 
 class Wrapped(torch.nn.Module):
-    """As DistributedDataParallel wraps: the model is its `module`."""
+    """Wraps like DistributedDataParallel: the model is its `module`."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Wrapped(torch.nn.Module):
 
 
 class Adapter(torch.nn.Module):
-    """As PEFT wraps: `forward` of the inner model is called past its hooks, `generate` is handed on."""
+    """Wraps like PEFT: calls `forward` of the inner model without its hooks, and its `generate`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Adapter(torch.nn.Module):
 
 
 @pytest.mark.parametrize("wrapper", [Wrapped, Adapter])
-def test_wrappers_are_looked_through(wrapper: Any) -> None:
+def test_wrappers_are_unwrapped(wrapper: Any) -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 3)
     with torch.no_grad(), capture_attention(model, layers="all") as session:
         model(**inputs)

@@ -1,4 +1,4 @@
-"""A mask is read for what it is: what it hides is hidden, and one that does more than that is refused."""
+"""Masks: hidden keys are hidden in the maps, and masks that do more are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def forward(model: Any, prompt: Prompt, mask: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("value", [2.0, -2.0, 1e-3, -1e4, float("inf"), float("nan")])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_additive_mask_that_steers(prompt: Prompt, implementation: str, value: float) -> None:
+def test_an_additive_mask_with_a_bias(prompt: Prompt, implementation: str, value: float) -> None:
     model, mask = model_of("llama", implementation), additive(causal(prompt.ids.shape[1]))
     mask[..., -1, 3] = value
     ran: list[int] = []
@@ -44,7 +44,7 @@ def test_an_additive_mask_that_steers(prompt: Prompt, implementation: str, value
         with capture_attention(model, layers="all"), pytest.raises(ValueError, match=r"^attention_mask: "):
             forward(model, prompt, mask)
         assert not ran
-        # Prepared masks come by the kind of the layer.
+        # Prepared masks are passed by layer type.
         with capture_attention(model, layers="all"), pytest.raises(ValueError, match=r"^attention_mask: "):
             forward(model, prompt, {"full_attention": mask})  # type: ignore[arg-type]
     finally:
@@ -54,15 +54,15 @@ def test_an_additive_mask_that_steers(prompt: Prompt, implementation: str, value
 @pytest.mark.parametrize("hidden", [LOWEST, float("-inf"), LOWEST / 1.5])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_an_additive_mask_that_hides(prompt: Prompt, implementation: str, hidden: float) -> None:
-    model, seen = model_of("llama", implementation), causal(prompt.ids.shape[1])
-    seen[..., 4:, 3] = False
+    model, visible = model_of("llama", implementation), causal(prompt.ids.shape[1])
+    visible[..., 4:, 3] = False
     with capture_attention(model, layers="all") as session:
-        forward(model, prompt, torch.zeros(seen.shape).masked_fill(~seen, hidden))
+        forward(model, prompt, torch.zeros(visible.shape).masked_fill(~visible, hidden))
     with torch.no_grad():
         output = model_of("llama", "eager")(
             input_ids=prompt.ids,
             pixel_values=prompt.pixels.flatten(0, 1),
-            attention_mask=additive(seen),
+            attention_mask=additive(visible),
             output_attentions=True,
         )
     for layer, attention in enumerate(output.attentions):
@@ -73,7 +73,7 @@ def test_an_additive_mask_that_hides(prompt: Prompt, implementation: str, hidden
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_bias_that_the_model_makes_itself(prompt: Prompt, implementation: str) -> None:
-    """It comes to the attention alone, so the forward is under way; no map is left of it."""
+    """Only the attention gets it, so the forward has begun; it leaves no map."""
     model = model_of("llama", implementation)
     layer = model.model.language_model.layers[1]
 
@@ -108,7 +108,7 @@ def test_a_bool_mask_that_is_added(prompt: Prompt) -> None:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A LLaVA under a flash name, whose function keeps the samples of a packed row apart by their positions."""
+    """A LLaVA under a flash name, whose function separates the samples of a packed row by their positions."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def stub(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **options: Any) -> Any:
@@ -153,7 +153,7 @@ def test_packed_rows(flash: Any) -> None:
             ones = torch.ones_like(inputs["input_ids"])
             with capture_attention(flash, layers="all"), pytest.raises(ValueError, match=f"^{name}: "):
                 flash(**given, attention_mask=ones)
-        # One prompt that begins behind zero is one prompt all the same.
+        # One prompt may begin at a position other than zero.
         with capture_attention(flash, layers="all") as session:
             flash(
                 **{**inputs_of("llava", 1), "position_ids": torch.arange(inputs["input_ids"].shape[1] // 2)[None] + 3}
@@ -161,20 +161,20 @@ def test_packed_rows(flash: Any) -> None:
         assert session.maps.steps == (0,)
 
 
-def test_packed_rows_that_come_as_a_mask_are_kept_apart() -> None:
+def test_packed_rows_separated_by_a_mask() -> None:
     model, inputs = family("llava")[0], packed()
     with capture_attention(model, layers="all") as session, torch.no_grad():
         model(**inputs, use_cache=False)
     half = session.maps.values.shape[-1] // 2
-    alone = inputs_of("llava", 1)
+    one = inputs_of("llava", 1)
     with capture_attention(model, layers="all") as single, torch.no_grad():
-        model(**alone)
+        model(**one)
     assert not session.maps.values[..., :half].any()
     assert torch.allclose(session.maps.values[..., half:], single.maps.values, rtol=1e-3, atol=1e-6)
 
 
-def test_what_is_no_padding_by_a_prepared_mask() -> None:
-    """The last row of a window, or of a mask of the user's own, does not see all of the prompt."""
+def test_padding_in_a_prepared_mask() -> None:
+    """The last row of a window, or of a given mask, does not see the whole prompt."""
     for kind, mask in (("mistral", None), ("llama", "own")):
         model, long = model_of(kind, "sdpa"), prompt_of(1, 1, 8, 9, [0], "left")
         length = long.ids.shape[1]
@@ -188,14 +188,14 @@ def test_what_is_no_padding_by_a_prepared_mask() -> None:
                     model.generate(**given, cache_implementation="static", max_new_tokens=1, do_sample=False)
                 else:
                     model(**given)
-            found = session.maps.values[:, :, 0]
+            values = session.maps.values[:, :, 0]
             with torch.no_grad():
                 eager = {**given, "attention_mask": additive(given["attention_mask"])} if mask else given
-                told = model_of(kind, "eager")(**eager, output_attentions=True).attentions
+                attentions = model_of(kind, "eager")(**eager, output_attentions=True).attentions
             columns = rows if isinstance(rows, list) else list(range(length - rows, length))
-            for layer, attention in enumerate(told):
+            for layer, attention in enumerate(attentions):
                 expected = attention[0][:, columns][..., long.columns[0]].mean(0)
-                assert torch.allclose(found[0, layer], expected, rtol=1e-4, atol=1e-7)
+                assert torch.allclose(values[0, layer], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_mask_of_one_row_serves_all(prompt: Prompt) -> None:
@@ -218,25 +218,25 @@ def test_a_block_mask_hides_by_its_blocks() -> None:
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, keys = torch.tensor([[0, 200, 255]]), 256
-    # The second block of rows sees the second block of keys alone.
+    # The second block of rows sees only the second block of keys.
     mask = BlockMask.from_kv_blocks(
         torch.tensor([[[1, 1]]], dtype=torch.int32),
         torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32),
         mask_mod=lambda batch, head, row, key: row >= key,
     )
-    seen = visibility("flex_attention", mask, rows, 256, keys, causal=True, window=None).mask
-    assert seen is not None
-    assert [line.nonzero()[:, 0].tolist() for line in seen[0, 0]] == [[0], [*range(128, 201)], [*range(128, 256)]]
+    visible = visibility("flex_attention", mask, rows, 256, keys, causal=True, window=None).mask
+    assert visible is not None
+    assert [line.nonzero()[:, 0].tolist() for line in visible[0, 0]] == [[0], [*range(128, 201)], [*range(128, 256)]]
 
 
-def test_a_window_without_a_mask_under_a_name_that_masks_nothing() -> None:
+def test_a_window_without_a_mask_under_an_unknown_name() -> None:
     rows = torch.tensor([[9]])
     with pytest.raises(ValueError, match=r"^attention_mask: "):
         visibility("mine", None, rows, 10, 10, causal=True, window=4)
     assert visibility("flash_attention_2", None, rows, 10, 10, causal=True, window=4).window == 4
 
 
-def test_a_step_that_is_refused_leaves_the_maps_before_it(prompt: Prompt) -> None:
+def test_a_refused_step_leaves_the_earlier_maps(prompt: Prompt) -> None:
     model, length = model_of("llama", "sdpa"), prompt.ids.shape[1]
     with capture_attention(model, layers="all") as session, torch.no_grad():
         cache = model(input_ids=prompt.ids, pixel_values=prompt.pixels.flatten(0, 1)).past_key_values

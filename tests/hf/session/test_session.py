@@ -1,4 +1,4 @@
-"""Sessions on real model classes: maps are eager's, logits are untouched, the model is left as it was."""
+"""Sessions on real model classes: maps equal eager's, logits do not change, and the model is restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ("llava", "qwen2_5_vl", "qwen2_vl")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_maps_are_eagers_and_logits_are_untouched(
+def test_maps_equal_eagers_and_logits_do_not_change(
     using: Any, name: str, batch: int, implementation: str, cache: str
 ) -> None:
     model, inputs = family(name)[0], inputs_of(name, batch)
@@ -31,7 +31,7 @@ def test_maps_are_eagers_and_logits_are_untouched(
     assert state(model) == before
 
     assert torch.equal(captured.sequences, plain.sequences)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(captured.logits, plain.logits, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(captured.logits, plain.logits, strict=True))
     sequences, expected = eager(name, batch, cache)
     truth = exact(name, batch)
     assert torch.equal(sequences, plain.sequences)
@@ -43,9 +43,9 @@ def test_maps_are_eagers_and_logits_are_untouched(
     top = expected.amax(-1, keepdim=True)
     assert float(top.min()) > 1.5 / expected.shape[-1] * float(maps.mass.min()) > 0
     assert bool(((values - expected).abs() <= 1e-5 * top).all())
-    real = truth > 0
-    mine, theirs = (((part.double() - truth).abs() / truth)[real].max() for part in (values, expected))
-    assert float(mine) <= max(1.5 * float(theirs), 3e-5)
+    nonzero = truth > 0
+    error, of_eager = (((maps.double() - truth).abs() / truth)[nonzero].max() for maps in (values, expected))
+    assert float(error) <= max(1.5 * float(of_eager), 3e-5)
     for row, columns in enumerate(visual(model, inputs)):
         assert maps.tokens[row, : len(columns)].tolist() == columns.tolist()
         assert bool((maps.tokens[row, len(columns) :] == -1).all()) and not values[row, ..., len(columns) :].any()
@@ -76,14 +76,14 @@ def test_flex_attention() -> None:
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_flash_names_by_a_stub(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    """The flash names get a 2-D mask or None, and a window: what FlashAttention would do is written out here."""
+    """The flash names get a 2-D mask or None, and a window; the stub does what FlashAttention would."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    seen: list[Any] = []
+    dimensions: list[Any] = []
     maps: dict[int, list[torch.Tensor]] = {}
 
     def stub(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **options: Any) -> Any:
-        seen.append(None if attention_mask is None else attention_mask.ndim)
+        dimensions.append(None if attention_mask is None else attention_mask.ndim)
         batch, heads, length, _ = query.shape
         keys = key.shape[2]
         row = torch.arange(length)[:, None] + keys - length
@@ -114,7 +114,7 @@ def test_flash_names_by_a_stub(monkeypatch: pytest.MonkeyPatch, window: int | No
         inputs = inputs_of("llava", batch)
         with capture_attention(model, layers="all") as session:
             generate(model, inputs)
-        assert None in seen if batch == 1 else 2 in seen
+        assert None in dimensions if batch == 1 else 2 in dimensions
         columns = visual(model, inputs)
         for layer, step, b in [(layer, step, b) for layer in range(4) for step in range(STEPS) for b in range(batch)]:
             expected = maps[layer][step][b][:, columns[b]].mean(0)
@@ -129,7 +129,7 @@ def _pass_window(monkeypatch: pytest.MonkeyPatch, module: Any, window: int) -> N
     monkeypatch.setattr(module, "forward", lambda *args, **kwargs: forward(*args, sliding_window=window, **kwargs))
 
 
-def test_a_row_that_has_ended_has_no_maps() -> None:
+def test_a_finished_row_has_no_maps() -> None:
     model = tiny_llava()[0]
     inputs = inputs_of("llava", 3)
     answers = generate(model, inputs).sequences[:, -STEPS:]
@@ -139,7 +139,7 @@ def test_a_row_that_has_ended_has_no_maps() -> None:
     with capture_attention(model, layers="all") as session:
         generate(model, inputs)
     maps = session.maps
-    # Step t has new token t as its row: token 1 is the end, so the last row is token 0, at step 1.
+    # The row of step t is new token t. Token 1 is the end token, so the last row is token 0, at step 1.
     assert maps.valid[:, 0, :, 0].tolist() == [[True] * STEPS, [True, True, False, False, False], [True] * STEPS]
     assert [maps.last_step(b) for b in range(3)] == [STEPS - 1, 1, STEPS - 1]
     assert not maps.values[1, :, 2:].any() and not maps.mass[1, :, 2:].any()
@@ -169,14 +169,14 @@ def test_a_second_turn() -> None:
         more = torch.tensor([[70, 71, 72]])
         model(input_ids=more, past_key_values=output.past_key_values, use_cache=True)
     ids = torch.cat([inputs["input_ids"], more], 1)
-    with capture_attention(model, layers="all") as whole, torch.no_grad():
+    with capture_attention(model, layers="all") as single, torch.no_grad():
         model(input_ids=ids, pixel_values=inputs["pixel_values"])
     assert session.maps.steps == (0,)
-    assert torch.allclose(session.maps.values, whole.maps.values, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(session.maps.values, single.maps.values, rtol=1e-4, atol=1e-7)
 
 
-def chunks_are_right(model: Any, inputs: Any, size: int) -> None:
-    """Skips where transformers itself fails, or answers otherwise, when a prompt with an image comes in chunks."""
+def skip_without_chunks(model: Any, inputs: Any, size: int) -> None:
+    """Skip the test if transformers fails, or answers differently, with an image prompt in chunks."""
     plain = generate(model, inputs, steps=1)
     try:
         chunked = generate(model, inputs, steps=1, prefill_chunk_size=size)
@@ -187,11 +187,11 @@ def chunks_are_right(model: Any, inputs: Any, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_chunks_whose_first_holds_no_image(name: str) -> None:
+def test_the_first_chunk_has_no_image(name: str) -> None:
     model, inputs = family(name)[0], inputs_of(name, 1)
     start = int(visual(model, inputs)[0][0])
     assert start > 3
-    chunks_are_right(model, inputs, start - 1)
+    skip_without_chunks(model, inputs, start - 1)
     with capture_attention(model, layers="all") as session:
         generate(model, inputs, prefill_chunk_size=start - 1)
     assert torch.allclose(session.maps.values[:, :, :, 0], eager(name, 1, "dynamic")[1], rtol=1e-4, atol=1e-7)
@@ -205,7 +205,7 @@ def test_buffers_grow_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(session.maps.values[:, :, :, 0], eager("llava", 3, "dynamic")[1], rtol=1e-4, atol=1e-7)
 
 
-def test_max_steps_bounds_what_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_max_steps_limits_the_record(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     with capture_attention(model, layers="all", max_steps=STEPS):
         generate(model, inputs)
@@ -227,10 +227,10 @@ def test_on_layer_is_called_inside_the_forward() -> None:
     order: list[str] = []
     hook = decoder_hook(model, 2, order)
 
-    def on_layer(layer: int, step: int, found: Any) -> None:
+    def on_layer(layer: int, step: int, capture: Any) -> None:
         calls.append((layer, step))
         order.append(f"map of {layer}")
-        last.append(found.maps.clone())
+        last.append(capture.maps.clone())
 
     try:
         with capture_attention(model, layers=[1, 2], on_layer=on_layer) as session:

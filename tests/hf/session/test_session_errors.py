@@ -1,4 +1,4 @@
-"""What a session refuses, when it says so, and that nothing is changed by then."""
+"""What a session refuses, when it raises, and that the model has not changed by then."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_refused_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [np.arange(1, 3), np.array([-3, 2]), torch.tensor([1, 2]), range(1, 3), (1, 2)])
-def test_layers_come_as_numbers_of_any_kind(layers: Any) -> None:
+def test_layers_of_any_integer_type(layers: Any) -> None:
     model = family("llava")[0]
     assert capture_attention(model, layers=layers).layers == (1, 2)
     assert capture_attention(model, layers=layers[0]).layers == (1,)
@@ -64,7 +64,7 @@ def test_layers_come_as_numbers_of_any_kind(layers: Any) -> None:
 
 
 @pytest.mark.parametrize("tokens", [np.arange(5, 9), torch.arange(5, 9), range(5, 9), [5, 6, 7, 8]])
-def test_tokens_come_as_numbers_of_any_kind(tokens: Any) -> None:
+def test_tokens_of_any_integer_type(tokens: Any) -> None:
     with capture_attention(family("llava")[0], layers=[0], tokens=tokens) as session:
         generate(family("llava")[0], inputs_of("llava", 1), steps=1)
     assert session.maps.tokens.tolist() == [[5, 6, 7, 8]]
@@ -79,20 +79,20 @@ def test_a_row_without_tokens_has_no_map() -> None:
 
 
 def test_a_model_is_not_copied_inside_a_session() -> None:
-    """What stands on it is bound to it: the copy's generate would run the model itself."""
+    """The copy's generate would run the original model."""
     model = family("llava")[0]
-    copies = (copy.deepcopy, pickle.dumps, lambda part: torch.save(part, io.BytesIO()))
+    copies = (copy.deepcopy, pickle.dumps, lambda module: torch.save(module, io.BytesIO()))
     before = state(model)
     with capture_attention(model, layers=[0]):
-        for copied in copies:
-            for part in (model, model.model.language_model):
+        for duplicate in copies:
+            for module in (model, model.model.language_model):
                 with pytest.raises(TypeError, match=r"^model: "):
-                    copied(part)
+                    duplicate(module)
     assert state(model) == before
     assert generate(copy.deepcopy(model), inputs_of("llava", 1)).sequences.shape[0] == 1
 
 
-def test_no_model() -> None:
+def test_other_objects_are_refused() -> None:
     with pytest.raises(TypeError, match="model: expected a transformers model"):
         capture_attention("llava")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: expected a transformers model"):
@@ -115,7 +115,7 @@ IN_THE_FORWARD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lookup": ("prompt_lookup_num_tokens: expected None", {}, {"prompt_lookup_num_tokens": 3}),
     "guidance": ("guidance_scale: expected 1 inside capture_attention, got 1.5", {}, {"guidance_scale": 1.5}),
     "assistant": ("assistant_model: expected None", {}, {"assistant_model": object()}),
-    "tokens behind the prompt": ("tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
+    "tokens beyond the prompt": ("tokens: expected columns below the prompt's 60 tokens, got 66", {"tokens": [66]}, {}),
     "tokens of another batch": ("tokens: expected 1 or 3 rows", {"tokens": torch.zeros(2, 4).int()}, {}),
 }  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_refused_before_the_model_runs(name: str) -> None:
     assert not ran and state(model) == before
 
 
-def test_a_generation_config_may_ask_for_beams() -> None:
+def test_beams_in_the_generation_config() -> None:
     model = tiny_llava()[0]
     model.generation_config.num_beams = 3
     with pytest.raises(ValueError, match="num_beams"), capture_attention(model, layers=[0]):
@@ -195,7 +195,7 @@ def test_truncated_and_miscounted_images() -> None:
         capture_attention(model, layers=[0], tokens=layout),
         torch.no_grad(),
     ):
-        model(**{key: part[:, :20] if part.ndim == 2 else part for key, part in inputs.items()})
+        model(**{name: value[:, :20] if value.ndim == 2 else value for name, value in inputs.items()})
 
 
 def test_maps_before_a_forward_and_a_session_twice() -> None:
@@ -206,7 +206,7 @@ def test_maps_before_a_forward_and_a_session_twice() -> None:
         session.__enter__()
 
 
-def test_an_implementation_switched_inside_is_noticed() -> None:
+def test_an_implementation_switched_inside_the_session() -> None:
     model = tiny_llava()[0]
     with capture_attention(model, layers=[0]) as session:
         model.set_attn_implementation({"text_config": "eager"})
@@ -215,23 +215,23 @@ def test_an_implementation_switched_inside_is_noticed() -> None:
             _ = session.maps
 
 
-def test_a_foreign_entry_put_in_meanwhile_is_left_alone() -> None:
+def test_an_entry_replaced_meanwhile_is_left_alone() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = tiny_llava()[0]
 
-    def theirs(*args: Any, **kwargs: Any) -> Any:
+    def other(*args: Any, **kwargs: Any) -> Any:
         return ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"](*args, **kwargs)
 
     try:
         with capture_attention(model, layers=[0]):
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = other
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is other
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def test_a_generation_config_in_second_place_is_read_too() -> None:
+def test_a_positional_generation_config() -> None:
     from transformers import GenerationConfig
 
     model, inputs = family("llava")[0], dict(inputs_of("llava", 1))
@@ -250,7 +250,7 @@ def test_a_forward_of_another_thread_does_not_replace_a_record() -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     errors: list[Exception] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
             generate(model, inputs, steps=1)
         except RuntimeError as error:
@@ -259,22 +259,22 @@ def test_a_forward_of_another_thread_does_not_replace_a_record() -> None:
     with capture_attention(model, layers=[0]) as session, torch.no_grad():
         model(**inputs)
         before = session.maps
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=run)
         thread.start()
         thread.join()
         assert "captures another thread" in str(errors[0])
         assert torch.equal(session.maps.values, before.values)
 
 
-def named_as_in_another_library(model: Any) -> None:
+def with_a_known_name(model: Any) -> None:
     model.model.language_model.layers[2].cross_attn = nn.Linear(2, 2)
 
 
-def of_a_class_of_somebodys(model: Any) -> None:
+def with_an_unknown_class(model: Any) -> None:
     model.model.language_model.layers[2].gate = type("GatedCrossAttentionBlock", (nn.Identity,), {})()
 
 
-def said_by_the_config(model: Any) -> None:
+def by_the_config(model: Any) -> None:
     model.config.text_config.cross_attention_layers = [2]
 
 
@@ -282,20 +282,20 @@ def virtual_tokens(model: Any) -> None:
     model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
 
 
-OTHERWISE: list[Callable[[Any], None]] = [
-    named_as_in_another_library, of_a_class_of_somebodys, said_by_the_config, virtual_tokens,
+NO_SELF_ATTENTION: list[Callable[[Any], None]] = [
+    with_a_known_name, with_an_unknown_class, by_the_config, virtual_tokens,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", OTHERWISE)
-def test_a_model_that_sees_the_image_otherwise_is_refused_everywhere(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("change", NO_SELF_ATTENTION)
+def test_a_model_without_self_attention_to_the_image_is_refused_everywhere(change: Callable[[Any], None]) -> None:
     model, processor = tiny_llava()
     inputs = inputs_of("llava", 1)
     change(model)
-    around = nn.DataParallel(model)
+    wrapper = nn.DataParallel(model)
     for refused in (
         lambda: capture_attention(model, layers=[1]),
-        lambda: capture_attention(around, layers=[1]),
+        lambda: capture_attention(wrapper, layers=[1]),
         lambda: CarveEngine(model, processor),
         lambda: layout_of(model, processor, inputs, PICTURES[:1]),
         lambda: profile(model, processor, [Probe(PICTURES[0], "what")]),
@@ -323,7 +323,7 @@ def test_mllama_is_refused_by_name() -> None:
             refused()
 
 
-def test_a_generate_past_the_model_is_refused_before_its_text_decoder_runs() -> None:
+def test_a_generate_that_bypasses_the_model_is_refused_before_its_decoder_runs() -> None:
     model, inputs, columns = build("blip_2")
     ran: list[int] = []
     model.language_model.model.decoder.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
@@ -334,7 +334,7 @@ def test_a_generate_past_the_model_is_refused_before_its_text_decoder_runs() -> 
     ):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert not ran
-    # A forward of its own, and a session on the language model inside of it, are followed.
+    # A forward of the model, and a session on its language model, are captured.
     with capture_attention(model, layers=[1], tokens=columns) as session, torch.no_grad():
         model(**inputs)
     expected = session.maps.values[0, 0, 0]

@@ -1,4 +1,4 @@
-"""Sessions beside each other, in threads, and interrupted: nothing is mixed up, and the model is left as it was."""
+"""Several sessions, threads and interruptions: nothing is mixed up, and the model is restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.families import STEPS, eager, family, generate, inputs_of, st
 from tests.support.tiny_models import tiny_llava
 
 
-def test_a_part_of_the_model_that_is_called_alone_changes_nothing() -> None:
+def test_a_call_of_a_submodule_is_not_recorded() -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
     with capture_attention(model, layers="all") as session, torch.no_grad():
         model(**inputs)
@@ -40,7 +40,7 @@ def test_nested_sessions_on_one_model_end_in_any_order() -> None:
     assert torch.allclose(second.maps.values[:, 1, :, 0], expected[:, 3, :2], rtol=1e-4, atol=1e-7)
 
 
-def test_two_models_that_share_a_config_stay_apart() -> None:
+def test_two_models_that_share_a_config_are_not_mixed_up() -> None:
     from transformers import LlavaForConditionalGeneration
 
     one = tiny_llava()[0]
@@ -62,34 +62,34 @@ def test_two_models_that_share_a_config_stay_apart() -> None:
 def test_two_threads_with_a_model_each() -> None:
     names = ("llava", "qwen2_5_vl")
     expected = {name: eager(name, 3, "dynamic")[1] for name in names}
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    maps: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     start = threading.Barrier(2)
 
-    def work(name: str) -> None:
+    def capture(name: str) -> None:
         start.wait()
         for _ in range(4):
             with capture_attention(family(name)[0], layers="all") as session:
                 generate(family(name)[0], inputs_of(name, 3))
-            found[name].append(session.maps.values[:, :, :, 0])
+            maps[name].append(session.maps.values[:, :, :, 0])
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    threads = [threading.Thread(target=capture, args=(name,)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for name in names:
-        assert len(found[name]) == 4
-        assert all(torch.allclose(part, expected[name], rtol=1e-4, atol=1e-7) for part in found[name])
+        assert len(maps[name]) == 4
+        assert all(torch.allclose(each, expected[name], rtol=1e-4, atol=1e-7) for each in maps[name])
 
 
-def test_two_threads_on_one_model_are_told_apart() -> None:
+def test_a_second_thread_on_one_model_is_refused() -> None:
     model, inputs = tiny_llava()[0], inputs_of("llava", 1)
     errors: list[Exception] = []
 
-    def run(work: Any) -> None:
+    def run(call: Any) -> None:
         def guarded() -> None:
             try:
-                work()
+                call()
             except Exception as error:
                 errors.append(error)
 
@@ -98,7 +98,7 @@ def test_two_threads_on_one_model_are_told_apart() -> None:
         thread.join()
 
     with capture_attention(model, layers=[0]) as session, torch.no_grad():
-        # A worker that generates while the main thread holds the session is how streamers are used.
+        # Streamers generate in a worker thread while the main thread has the session.
         run(lambda: generate(model, inputs))
         assert not errors and session.maps.steps == tuple(range(STEPS))
         run(lambda: capture_attention(model, layers=[0]).__enter__())
@@ -111,7 +111,7 @@ def test_two_threads_on_one_model_are_told_apart() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_interrupted_generation_leaves_the_model_as_it_was(
+def test_the_model_is_restored_after_an_interruption(
     using: Any, implementation: str, error: type[BaseException]
 ) -> None:
     model, inputs = family("llava")[0], inputs_of("llava", 1)
@@ -129,7 +129,7 @@ def test_an_interrupted_generation_leaves_the_model_as_it_was(
         generate(model, inputs)
     hook.remove()
     assert state(model) == before
-    # The steps before the third are whole.
+    # The steps before the third are complete.
     assert torch.allclose(
         session.maps.values[:, :, :, 0], eager("llava", 1, "dynamic")[1][:, :, :2], rtol=1e-4, atol=1e-7
     )

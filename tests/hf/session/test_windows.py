@@ -1,4 +1,4 @@
-"""Soft caps, sinks and sliding windows of real model classes: the session's maps are eager's at every step."""
+"""Softcaps, sinks and sliding windows of real model classes: the maps equal eager's at every step."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def model_of(name: str) -> Any:
     }[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **options)).eval()
+        instance = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **options)).eval()
         with torch.no_grad():
-            for key, parameter in made.named_parameters():
+            for key, parameter in instance.named_parameters():
                 if "q_proj.weight" in key or "k_proj.weight" in key or "sinks" in key:
                     parameter.normal_(0, 0.3)
-    made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
-    return made
+    instance.generation_config.eos_token_id, instance.generation_config.pad_token_id = None, 0
+    return instance
 
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [("gemma2", "eager"), ("gemma3", "sdpa"), ("gemma3", "eager"), ("gpt_oss", "eager"), ("mistral", "sdpa")],
 )
-def test_maps_are_eagers_and_what_a_window_has_lost_is_missing(name: str, implementation: str) -> None:
+def test_maps_equal_eagers_and_are_missing_outside_of_a_window(name: str, implementation: str) -> None:
     model = model_of(name)
     ids = torch.randint(5, 90, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -63,11 +63,11 @@ def test_maps_are_eagers_and_what_a_window_has_lost_is_missing(name: str, implem
     missing = 0
     for step, layers in enumerate(output.attentions):
         for layer, attention in enumerate(layers):
-            # A sliding cache hands over its last keys only.
+            # A sliding cache passes only its last keys.
             columns = torch.tensor(TOKENS) - (LENGTH + step - attention.shape[-1])
             expected = attention[:, :, -1][..., columns.clamp(min=0)].mean(1) * (columns >= 0)
-            found, valid = session.maps.values[:, layer, step, 0], session.maps.valid[:, layer, step, 0]
+            values, valid = session.maps.values[:, layer, step, 0], session.maps.valid[:, layer, step, 0]
             assert torch.equal(valid, expected.sum(-1) > 0)
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+            assert torch.allclose(values, expected, rtol=1e-4, atol=1e-7)
             missing += int((~valid).sum())
     assert missing > 0 and bool(session.maps.valid.any())

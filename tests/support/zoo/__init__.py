@@ -1,4 +1,4 @@
-"""Tiny random models of the real vision-language classes of transformers, each with inputs made by hand.
+"""Tiny random models of the real vision-language classes of transformers, each with handwritten inputs.
 
-No processor, no tokenizer and no torchvision: the inputs are what a processor would hand over.
+No processor, no tokenizer and no torchvision: the inputs are what a processor would return.
 """

@@ -1,4 +1,4 @@
-"""Kinds whose picture is one grid of a fixed or a given size, row by row, and the kinds that read videos alone."""
+"""Kinds whose image is one grid of a fixed or a given size, row by row, and kinds for videos only."""
 
 from __future__ import annotations
 
@@ -8,28 +8,41 @@ from typing import Any
 import torch
 import transformers
 
-from tests.support.zoo.kinds import BREAK, END, IMAGE, START, VIDEO, VOCABULARY, Made, config, kind, made, text, vision
+from tests.support.zoo.kinds import (
+    BREAK,
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    VOCABULARY,
+    Example,
+    config,
+    example,
+    kind,
+    text,
+    vision,
+)
 
 CLIP = {"model_type": "clip_vision_model"}
 SIGLIP = {"model_type": "siglip_vision_model"}
 LLAMA = {"model_type": "llama"}
 QWEN2 = {"model_type": "qwen2"}
-# Windows that hold the whole prompt.
+# Windows larger than the prompt.
 WINDOWS: dict[str, Any] = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 
 
-def picture(size: int = 56) -> dict[str, torch.Tensor]:
+def pixels(size: int = 56) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(1, 3, size, size)}
 
 
-def sized_picture() -> dict[str, torch.Tensor]:
+def pixels_with_size() -> dict[str, torch.Tensor]:
     """4 x 6 patches of 14 pixels."""
     return {"pixel_values": torch.randn(1, 3, 56, 84), "image_sizes": torch.tensor([[56, 84]])}
 
 
 @kind("LlavaForConditionalGeneration")
-def llava() -> Made:
+def llava() -> Example:
     settings = config(
         "llava",
         vision_config=vision(**CLIP),
@@ -37,11 +50,11 @@ def llava() -> Made:
         image_token_index=IMAGE,
         image_seq_length=16,
     )
-    return made(settings, 16, picture())
+    return example(settings, 16, pixels())
 
 
 @kind("LlavaForConditionalGeneration")
-def pixtral() -> Made:
+def pixtral() -> Example:
     settings = config(
         "llava",
         vision_config=vision(model_type="pixtral", head_dim=16, image_size=112),
@@ -52,11 +65,11 @@ def pixtral() -> Made:
         image_seq_length=1,
     )
     settings.text_config.sliding_window = None
-    return made(settings, 24, sized_picture(), row=6)
+    return example(settings, 24, pixels_with_size(), row=6)
 
 
 @kind("VipLlavaForConditionalGeneration")
-def vipllava() -> Made:
+def vipllava() -> Example:
     settings = config(
         "vipllava",
         vision_config=vision(num_hidden_layers=3, **CLIP),
@@ -65,11 +78,11 @@ def vipllava() -> Made:
         image_seq_length=16,
         vision_feature_layers=[-2, -1],
     )
-    return made(settings, 16, picture())
+    return example(settings, 16, pixels())
 
 
 @kind("Gemma3ForConditionalGeneration")
-def gemma3() -> Made:
+def gemma3() -> Example:
     settings = config(
         "gemma3",
         vision_config=vision(**SIGLIP),
@@ -79,10 +92,10 @@ def gemma3() -> Made:
         boi_token_index=START,
         eoi_token_index=END,
     )
-    return made(settings, 4, picture(), start=START, end=END, types="token_type_ids")
+    return example(settings, 4, pixels(), start=START, end=END, types="token_type_ids")
 
 
-def gemma4_picture() -> dict[str, torch.Tensor]:
+def gemma4_pixels() -> dict[str, torch.Tensor]:
     """4 x 6 patches, merged 2 by 2."""
     places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(4), indexing="xy"), -1).reshape(1, -1, 2)
     return {"pixel_values": torch.rand(1, 24, 3 * 14 * 14), "image_position_ids": places}
@@ -105,7 +118,7 @@ GEMMA4_IDS = {
 
 
 @kind("Gemma4ForConditionalGeneration")
-def gemma4() -> Made:
+def gemma4() -> Example:
     language = text(
         head_dim=16,
         hidden_size_per_layer_input=0,
@@ -115,12 +128,12 @@ def gemma4() -> Made:
         **WINDOWS,
     )
     settings = config("gemma4", vision_config=GEMMA4_TOWER, text_config=language, **GEMMA4_IDS)
-    return made(settings, 6, gemma4_picture(), start=START, end=END, types="mm_token_type_ids")
+    return example(settings, 6, gemma4_pixels(), start=START, end=END, types="mm_token_type_ids")
 
 
 @kind("Gemma4ForConditionalGeneration")
-def gemma4_e() -> Made:
-    """As E2B: some layers use the keys of others, full layers have larger heads, each layer has an input of its own."""
+def gemma4_e() -> Example:
+    """As E2B: some layers reuse the keys of others, full layers have larger heads, each layer has a separate input."""
     language = text(
         num_hidden_layers=6,
         head_dim=16,
@@ -132,11 +145,11 @@ def gemma4_e() -> Made:
         vocab_size_per_layer_input=VOCABULARY,
     )
     settings = config("gemma4", vision_config=GEMMA4_TOWER, text_config=language, **GEMMA4_IDS)
-    return made(settings, 6, gemma4_picture(), start=START, end=END, types="mm_token_type_ids")
+    return example(settings, 6, gemma4_pixels(), start=START, end=END, types="mm_token_type_ids")
 
 
 @kind("Gemma4UnifiedForConditionalGeneration")
-def gemma4_unified() -> Made:
+def gemma4_unified() -> Example:
     tower = {
         "patch_size": 14,
         "pooling_kernel_size": 2,
@@ -148,11 +161,11 @@ def gemma4_unified() -> Made:
     settings = config("gemma4_unified", vision_config=tower, text_config=language, **GEMMA4_IDS)
     places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(2), indexing="xy"), -1).reshape(1, -1, 2)
     pixels = {"pixel_values": torch.rand(1, 6, 3 * 28 * 28), "image_position_ids": places}
-    return made(settings, 6, pixels, start=START, end=END, types="mm_token_type_ids")
+    return example(settings, 6, pixels, start=START, end=END, types="mm_token_type_ids")
 
 
 @kind("PaliGemmaForConditionalGeneration")
-def paligemma() -> Made:
+def paligemma() -> Example:
     settings = config(
         "paligemma",
         vision_config=vision(vision_use_head=False, projection_dim=64, num_image_tokens=16, **SIGLIP),
@@ -161,14 +174,14 @@ def paligemma() -> Made:
         projection_dim=64,
         hidden_size=64,
     )
-    # The whole prompt is a prefix that sees itself both ways.
-    found = made(settings, 16, picture(), before=())
+    # The whole prompt is a bidirectional prefix.
+    found = example(settings, 16, pixels(), before=())
     found.inputs["token_type_ids"] = torch.zeros_like(found.inputs["input_ids"])
     return found
 
 
 @kind("Mistral3ForConditionalGeneration")
-def mistral3() -> Made:
+def mistral3() -> Example:
     settings = config(
         "mistral3",
         vision_config=vision(model_type="pixtral", head_dim=16, image_size=112),
@@ -177,11 +190,11 @@ def mistral3() -> Made:
         spatial_merge_size=2,
     )
     settings.text_config.sliding_window = None
-    return made(settings, 6, sized_picture(), row=3)
+    return example(settings, 6, pixels_with_size(), row=3)
 
 
 @kind("LightOnOcrForConditionalGeneration")
-def lighton_ocr() -> Made:
+def lighton_ocr() -> Example:
     settings = config(
         "lighton_ocr",
         vision_config=vision(model_type="pixtral", head_dim=16, image_size=112),
@@ -189,22 +202,22 @@ def lighton_ocr() -> Made:
         image_token_id=IMAGE,
         spatial_merge_size=2,
     )
-    return made(settings, 6, sized_picture())
+    return example(settings, 6, pixels_with_size())
 
 
 @kind("DeepseekVLForConditionalGeneration")
-def deepseek_vl() -> Made:
+def deepseek_vl() -> Example:
     settings = config(
         "deepseek_vl",
         vision_config=vision(vision_use_head=False, **SIGLIP),
         text_config=text(**LLAMA),
         image_token_id=IMAGE,
     )
-    return made(settings, 16, picture())
+    return example(settings, 16, pixels())
 
 
 @kind("GotOcr2ForConditionalGeneration")
-def got_ocr2() -> Made:
+def got_ocr2() -> Example:
     tower = {
         "hidden_size": 32,
         "output_channels": 16,
@@ -219,11 +232,11 @@ def got_ocr2() -> Made:
     settings = config(
         "got_ocr2", vision_config=tower, text_config=text(**QWEN2), image_token_index=IMAGE, image_seq_length=16
     )
-    return made(settings, 16, picture(256))
+    return example(settings, 16, pixels(256))
 
 
 @kind("JanusForConditionalGeneration")
-def janus() -> Made:
+def janus() -> Example:
     tower = vision(intermediate_size=None, projection_dim=64, num_image_tokens=16, mlp_ratio=2.0)
     codes = {
         "embed_dim": 8,
@@ -237,11 +250,11 @@ def janus() -> Made:
         "image_token_embed_dim": 64,
     }
     settings = config("janus", vision_config=tower, vq_config=codes, text_config=text(**LLAMA), image_token_id=IMAGE)
-    return made(settings, 16, picture())
+    return example(settings, 16, pixels())
 
 
 @kind("FuyuForCausalLM")
-def fuyu() -> Made:
+def fuyu() -> Example:
     """No vision tower: patches are tokens of the text model."""
     language = text(
         model_type="persimmon",
@@ -251,12 +264,12 @@ def fuyu() -> Made:
     settings = config("fuyu", text_config=language, hidden_size=64, image_size=56, patch_size=14, image_token_id=IMAGE)
     named = inspect.signature(transformers.FuyuForCausalLM.forward).parameters
     patches = "pixel_values" if "pixel_values" in named else "image_patches"
-    return made(settings, 6, {patches: torch.randn(1, 6, 3 * 14 * 14)}, before=())
+    return example(settings, 6, {patches: torch.randn(1, 6, 3 * 14 * 14)}, before=())
 
 
 @kind("ChameleonForConditionalGeneration")
-def chameleon() -> Made:
-    """Pictures become codes of the vocabulary."""
+def chameleon() -> Example:
+    """Images become codes of the vocabulary."""
     letters = [(first, second) for first in "ABCD" for second in "ABCD"]
     words = {f"IMGIMG{first}{second}Z": 310 + place for place, (first, second) in enumerate(letters)}
     codes = {
@@ -275,11 +288,11 @@ def chameleon() -> Made:
         vocabulary_map={**words, "<image>": IMAGE},
         image_token_id=IMAGE,
     )
-    return made(settings, 16, picture(16))
+    return example(settings, 16, pixels(16))
 
 
 @kind("Emu3ForConditionalGeneration")
-def emu3() -> Made:
+def emu3() -> Example:
     codes = {
         "codebook_size": 32,
         "embed_dim": 4,
@@ -295,11 +308,11 @@ def emu3() -> Made:
     words = {f"<|visual token {code:06d}|>": 310 + code for code in range(32)}
     words |= {"<|extra_200|>": BREAK, "<image>": IMAGE}
     settings = config("emu3", text_config=text(), vq_config=codes, vocabulary_map=words, image_token_id=IMAGE)
-    return made(settings, 8 * 9, {**picture(16), "image_sizes": torch.tensor([[16, 16]])})
+    return example(settings, 8 * 9, {**pixels(16), "image_sizes": torch.tensor([[16, 16]])})
 
 
 @kind("LlavaNextVideoForConditionalGeneration")
-def llava_next_video() -> Made:
+def llava_next_video() -> Example:
     settings = config(
         "llava_next_video",
         vision_config=vision(**CLIP),
@@ -310,11 +323,11 @@ def llava_next_video() -> Made:
         video_seq_length=4,
         image_grid_pinpoints=PINPOINTS,
     )
-    return made(settings, 3 * 4, {"pixel_values_videos": torch.randn(1, 3, 3, 56, 56)}, token=VIDEO)
+    return example(settings, 3 * 4, {"pixel_values_videos": torch.randn(1, 3, 3, 56, 56)}, token=VIDEO)
 
 
 @kind("VideoLlavaForConditionalGeneration")
-def video_llava() -> Made:
+def video_llava() -> Example:
     settings = config(
         "video_llava",
         vision_config=vision(**CLIP),
@@ -324,4 +337,4 @@ def video_llava() -> Made:
         image_seq_length=16,
         video_seq_length=8 * 17,
     )
-    return made(settings, 8 * 17, {"pixel_values_videos": torch.randn(1, 8, 3, 56, 56)}, token=VIDEO)
+    return example(settings, 8 * 17, {"pixel_values_videos": torch.randn(1, 8, 3, 56, 56)}, token=VIDEO)

@@ -1,4 +1,4 @@
-"""Kinds whose picture is one grid of merged patches: Qwen and its kin."""
+"""Kinds whose image is one grid of merged patches: Qwen and similar models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.support.zoo.kinds import END, IMAGE, START, VIDEO, Made, config, kind, made, text, vision
+from tests.support.zoo.kinds import END, IMAGE, START, VIDEO, Example, config, example, kind, text, vision
 
 HEIGHT, WIDTH, MERGE = 4, 6, 2
 GRID = torch.tensor([[1, HEIGHT, WIDTH]])
@@ -87,18 +87,18 @@ def mrope(*section: int, **more: Any) -> dict[str, Any]:
 
 
 def patches(*shape: int) -> dict[str, torch.Tensor]:
-    """A picture as its processor hands it over: one row of numbers a patch, and the size of the grid."""
+    """An image as its processor returns it: a row of numbers per patch, and the size of the grid."""
     return {"pixel_values": torch.randn(HEIGHT * WIDTH, *shape), "image_grid_thw": GRID}
 
 
-def grid_of(settings: Any, *shape: int, types: str | None = "mm_token_type_ids") -> Made:
+def grid_of(settings: Any, *shape: int, types: str | None = "mm_token_type_ids") -> Example:
     count = HEIGHT * WIDTH // MERGE**2
-    return made(settings, count, patches(*shape), start=START, end=END, types=types)
+    return example(settings, count, patches(*shape), start=START, end=END, types=types)
 
 
 def qwen(
     model_type: str, tower: dict[str, Any], language: dict[str, Any], size: int, ids: dict[str, int] = QWEN_IDS
-) -> Made:
+) -> Example:
     settings = config(
         model_type, text_config=language, vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO, **ids
     )
@@ -106,40 +106,40 @@ def qwen(
 
 
 @kind("Qwen2VLForConditionalGeneration")
-def qwen2_vl() -> Made:
+def qwen2_vl() -> Example:
     tower = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     return qwen("qwen2_vl", tower, text(rope_parameters=mrope()), 3 * 2 * 14 * 14)
 
 
 @kind("Qwen2_5_VLForConditionalGeneration")
-def qwen2_5_vl() -> Made:
+def qwen2_5_vl() -> Example:
     return qwen("qwen2_5_vl", QWEN2_5_TOWER, text(rope_parameters=mrope()), 3 * 2 * 14 * 14)
 
 
 @kind("Qwen3VLForConditionalGeneration")
-def qwen3_vl() -> Made:
+def qwen3_vl() -> Example:
     return qwen("qwen3_vl", DEEPSTACK, text(head_dim=16, rope_parameters=mrope()), 3 * 2 * 16 * 16)
 
 
 @kind("Qwen3VLMoeForConditionalGeneration")
-def qwen3_vl_moe() -> Made:
+def qwen3_vl_moe() -> Example:
     language = text(head_dim=16, rope_parameters=mrope(), num_local_experts=4, **EXPERTS)
     return qwen("qwen3_vl_moe", DEEPSTACK, language, 3 * 2 * 16 * 16)
 
 
 @kind("Qwen3_5ForConditionalGeneration")
-def qwen3_5() -> Made:
+def qwen3_5() -> Example:
     return qwen("qwen3_5", QWEN3_TOWER, text(**HYBRID), 3 * 2 * 16 * 16)
 
 
 @kind("Qwen3_5MoeForConditionalGeneration")
-def qwen3_5_moe() -> Made:
+def qwen3_5_moe() -> Example:
     language = text(shared_expert_intermediate_size=32, **EXPERTS, **HYBRID)
     return qwen("qwen3_5_moe", QWEN3_TOWER, language, 3 * 2 * 16 * 16)
 
 
 @kind("Qwen4ExpForConditionalGeneration", since="5.17")
-def qwen4_exp() -> Made:
+def qwen4_exp() -> Example:
     language = text(
         shared_expert_intermediate_size=32,
         ngram_vocab_size_base=200,
@@ -158,13 +158,13 @@ def qwen4_exp() -> Made:
 
 
 @kind("Glm4vForConditionalGeneration")
-def glm4v() -> Made:
+def glm4v() -> Example:
     language = text(rope_parameters=mrope(1, 1, 2, partial_rotary_factor=0.5))
     return qwen("glm4v", GLM_TOWER, language, 3 * 2 * 14 * 14, GLM_IDS)
 
 
 @kind("Glm4vMoeForConditionalGeneration")
-def glm4v_moe() -> Made:
+def glm4v_moe() -> Example:
     language = text(
         head_dim=16,
         moe_intermediate_size=32,
@@ -177,19 +177,19 @@ def glm4v_moe() -> Made:
 
 
 @kind("Glm46VForConditionalGeneration")
-def glm46v() -> Made:
+def glm46v() -> Example:
     language = text(model_type="glm4v_text", rope_parameters=mrope(1, 1, 2, partial_rotary_factor=0.5))
     return qwen("glm46v", {**GLM_TOWER, "model_type": "glm4v_vision"}, language, 3 * 2 * 14 * 14, GLM_IDS)
 
 
 @kind("GlmOcrForConditionalGeneration")
-def glm_ocr() -> Made:
+def glm_ocr() -> Example:
     language = text(head_dim=16, rope_parameters=mrope(1, 1, 2, partial_rotary_factor=0.5))
     return qwen("glm_ocr", GLM_TOWER, language, 3 * 2 * 14 * 14, GLM_IDS)
 
 
 @kind("Ernie4_5_VLMoeForConditionalGeneration")
-def ernie4_5_vl_moe() -> Made:
+def ernie4_5_vl_moe() -> Example:
     tower = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14}
     language = text(
         moe_intermediate_size=[32, 16],
@@ -203,7 +203,7 @@ def ernie4_5_vl_moe() -> Made:
 
 
 @kind("PaddleOCRVLForConditionalGeneration")
-def paddleocr_vl() -> Made:
+def paddleocr_vl() -> Example:
     settings = config(
         "paddleocr_vl",
         text_config=text(head_dim=16, rope_parameters=mrope()),
@@ -216,7 +216,7 @@ def paddleocr_vl() -> Made:
 
 
 @kind("VideoLlama3ForConditionalGeneration")
-def video_llama_3() -> Made:
+def video_llama_3() -> Example:
     settings = config(
         "video_llama_3",
         text_config=text(model_type="qwen2"),
@@ -225,11 +225,11 @@ def video_llama_3() -> Made:
         video_token_id=VIDEO,
     )
     pixels = patches(3 * 14 * 14) | {"image_merge_sizes": torch.tensor([MERGE])}
-    return made(settings, HEIGHT * WIDTH // MERGE**2, pixels)
+    return example(settings, HEIGHT * WIDTH // MERGE**2, pixels)
 
 
 @kind("Exaone4_5_ForConditionalGeneration")
-def exaone4_5() -> Made:
+def exaone4_5() -> Example:
     settings = config(
         "exaone4_5",
         text_config=text(model_type="exaone4", sliding_window=16, sliding_window_pattern=2),
@@ -241,7 +241,7 @@ def exaone4_5() -> Made:
 
 
 @kind("HyperCLOVAXVisionV2ForConditionalGeneration", since="5.20")
-def hyperclovax_vision_v2() -> Made:
+def hyperclovax_vision_v2() -> Example:
     settings = config(
         "hyperclovax_vision_v2",
         text_config=text(head_dim=16, attention_multiplier=0.25),
@@ -253,13 +253,13 @@ def hyperclovax_vision_v2() -> Made:
 
 
 @kind("Cosmos3EdgeForConditionalGeneration", since="5.17")
-def cosmos3_edge() -> Made:
+def cosmos3_edge() -> Example:
     tower = vision(image_size=None, patch_size=16, num_patches=64)
     return qwen("cosmos3_edge", tower, text(head_dim=16, rope_parameters=mrope()), 3 * 16 * 16)
 
 
 @kind("Kimi_K25ForConditionalGeneration", since="5.17")
-def kimi_k25() -> Made:
+def kimi_k25() -> Example:
     language = text(
         model_type="deepseek_v3",
         num_key_value_heads=4,
@@ -289,7 +289,7 @@ def kimi_k25() -> Made:
 
 
 @kind("Lfm3VlForConditionalGeneration", since="5.23")
-def lfm3_vl() -> Made:
+def lfm3_vl() -> Example:
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -313,7 +313,7 @@ def lfm3_vl() -> Made:
 
 
 @kind("MiniMaxM3SparseForConditionalGeneration")
-def minimax_m3_vl() -> Made:
+def minimax_m3_vl() -> Example:
     language = text(
         head_dim=16,
         rotary_dim=8,
@@ -335,11 +335,11 @@ def minimax_m3_vl() -> Made:
         projector_hidden_size=64,
         merged_hidden_size=256,
     )
-    return made(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
+    return example(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
 
 
 @kind("MuseGlimmerForConditionalGeneration", since="5.17")
-def muse_glimmer() -> Made:
+def muse_glimmer() -> Example:
     tower = vision(
         image_size=None,
         pos_emb_height=8,
@@ -362,12 +362,12 @@ def muse_glimmer() -> Made:
         out_hidden_size=128,
         projector_hidden_size=64,
     )
-    return made(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
+    return example(settings, HEIGHT * WIDTH // MERGE**2, patches(3 * 2 * 14 * 14))
 
 
 @kind("HunYuanVLForConditionalGeneration", since="5.17")
-def hunyuan_vl() -> Made:
-    """A newline behind each row, and one token before and behind the whole, all with the image's id."""
+def hunyuan_vl() -> Example:
+    """A newline after each row, and a token before and after the image, all with the id of the image token."""
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -400,11 +400,13 @@ def hunyuan_vl() -> Made:
         image_end_token_id=END,
         image_newline_token_id=304,
     )
-    return made(settings, 2 + HEIGHT // MERGE * (WIDTH // MERGE + 1), patches(3 * 16 * 16), types="mm_token_type_ids")
+    return example(
+        settings, 2 + HEIGHT // MERGE * (WIDTH // MERGE + 1), patches(3 * 16 * 16), types="mm_token_type_ids"
+    )
 
 
 @kind("Qwen2_5OmniThinkerForConditionalGeneration")
-def qwen2_5_omni_thinker() -> Made:
+def qwen2_5_omni_thinker() -> Example:
     from transformers import Qwen2_5OmniThinkerConfig
 
     settings = Qwen2_5OmniThinkerConfig(
@@ -421,7 +423,7 @@ def qwen2_5_omni_thinker() -> Made:
 
 
 @kind("Qwen3OmniMoeThinkerForConditionalGeneration")
-def qwen3_omni_moe_thinker() -> Made:
+def qwen3_omni_moe_thinker() -> Example:
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
 
     settings = Qwen3OmniMoeThinkerConfig(

@@ -1,4 +1,4 @@
-"""What a kind of model in the zoo is, the list of all of them, and how one is built."""
+"""The kinds of models in the zoo, and how to build one."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-# One vocabulary for all: the token of a picture and of a video, what may stand around them, what ends a row.
+# One vocabulary for all kinds: image and video tokens, tokens around them, and the end of a row of patches.
 IMAGE, VIDEO, START, END, BREAK = 300, 301, 302, 303, 304
 VOCABULARY = 400
 FILES = ("grids", "fixed", "tiles", "queries")
 
 
-class Made(NamedTuple):
+class Example(NamedTuple):
     config: Any
     inputs: dict[str, torch.Tensor]
     columns: list[int]
 
 
 class Kind(NamedTuple):
-    """A model class, since which tested version it is there, and what a session is known to do with it.
+    """A model class, the first tested version that has it, and what a session does with it.
 
-    `refused` and `generate_refused` are words of the error that a session raises; None where its maps equal eager's.
-    `broken_in` names a release in which the class itself fails with a picture.
+    `refused` and `generate_refused` match the error that a session raises; None if its maps equal eager's. `broken_in`
+    names a release in which the class itself fails with an image.
     """
 
     name: str
     class_name: str
-    make: Callable[[], Made]
+    make: Callable[[], Example]
     since: str
     refused: str | None
     generate_refused: str | None
@@ -51,10 +51,10 @@ def kind(
     refused: str | None = None,
     generate_refused: str | None = None,
     broken_in: str | None = None,
-) -> Callable[[Callable[[], Made]], Callable[[], Made]]:
-    """Add a function that makes a config, inputs and the image tokens' columns to the zoo, under its own name."""
+) -> Callable[[Callable[[], Example]], Callable[[], Example]]:
+    """Add a function that returns a config, inputs and columns of image tokens to the zoo, under its name."""
 
-    def add(make: Callable[[], Made]) -> Callable[[], Made]:
+    def add(make: Callable[[], Example]) -> Callable[[], Example]:
         name = make.__name__
         _KINDS[name] = Kind(name, class_name, make, since, refused, generate_refused or refused, broken_in)
         return make
@@ -63,19 +63,19 @@ def kind(
 
 
 def kinds() -> dict[str, Kind]:
-    """Every kind by its name, whether the installed version has its class or not."""
+    """All kinds by name, including those whose class the installed version lacks."""
     for file in FILES:
         import_module(f"tests.support.zoo.{file}")
     return _KINDS
 
 
 def build(name: str, seed: int = 0) -> tuple[Any, dict[str, torch.Tensor], list[int]]:
-    """The model under sdpa in float32, its inputs, and where its image tokens stand; the same ones every time."""
-    chosen = kinds()[name]
+    """The model under sdpa in float32, its inputs, and the columns of its image tokens; deterministic."""
+    selected = kinds()[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config, inputs, columns = chosen.make()
-        model = getattr(transformers, chosen.class_name)(config).float().eval()
+        config, inputs, columns = selected.make()
+        model = getattr(transformers, selected.class_name)(config).float().eval()
     set_text_attention(model, "sdpa")
     _fill(model, name, seed)
     settings = model.generation_config
@@ -84,13 +84,13 @@ def build(name: str, seed: int = 0) -> tuple[Any, dict[str, torch.Tensor], list[
 
 
 def set_text_attention(model: Any, implementation: str) -> None:
-    """Switch the text model alone: another implementation in the vision tower would give other features."""
+    """Switch the text model only: another implementation in the vision tower would change the features."""
     name = "text_config" if "text_config" in model.config.sub_configs else ""
     model.set_attn_implementation({name: implementation})
 
 
 def text(**settings: Any) -> dict[str, Any]:
-    """The settings of a text model of four layers; None takes one away."""
+    """The settings of a text model of four layers; None removes one."""
     common = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -107,7 +107,7 @@ def text(**settings: Any) -> dict[str, Any]:
 
 
 def vision(**settings: Any) -> dict[str, Any]:
-    """The settings of a vision tower with 4 x 4 patches; None takes one away."""
+    """The settings of a vision tower with 4 x 4 patches; None removes one."""
     common = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -123,7 +123,7 @@ def config(model_type: str, **settings: Any) -> Any:
     return transformers.CONFIG_MAPPING[model_type](**settings)
 
 
-def made(
+def example(
     settings: Any,
     count: int,
     pixels: dict[str, torch.Tensor],
@@ -134,8 +134,8 @@ def made(
     token: int = IMAGE,
     row: int | None = None,
     types: str | None = None,
-) -> Made:
-    """A prompt with `count` image tokens and a break behind each `row` of them; the input named `types` marks them."""
+) -> Example:
+    """A prompt with `count` image tokens and a break after each `row` of them; the input named `types` marks them."""
     ids = [*before, *([] if start is None else [start])]
     columns: list[int] = []
     for _ in range(1 if row is None else count // row):
@@ -146,11 +146,11 @@ def made(
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **pixels}
     if types is not None:
         inputs[types] = (tokens == token).int()
-    return Made(settings, inputs, columns)
+    return Example(settings, inputs, columns)
 
 
 def _fill(model: Any, name: str, seed: int) -> None:
-    """Weights that keep activations near 1 and attention peaked, so that a wrong map is far from the right one."""
+    """Weights that keep activations near 1 and attention peaked, so that a wrong map is far off."""
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -161,6 +161,6 @@ def _fill(model: Any, name: str, seed: int) -> None:
         scale = (parameter.shape[-1] if parameter.ndim == 3 else math.prod(parameter.shape[1:])) ** -0.5
         if "embed_tokens" in parameter_name or "wte" in parameter_name:
             scale = 1.0
-        elif any(part in parameter_name for part in (".q_proj", ".k_proj", "qkv", "query_key_value")):
+        elif any(name in parameter_name for name in (".q_proj", ".k_proj", "qkv", "query_key_value")):
             scale *= 1.5
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)

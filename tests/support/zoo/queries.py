@@ -1,4 +1,4 @@
-"""Kinds whose image tokens are no places: learned queries, cross-attention, an encoder and a decoder."""
+"""Kinds whose image tokens have no position: learned queries, cross-attention, encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.support.zoo.fixed import LLAMA, QWEN2, picture
-from tests.support.zoo.kinds import IMAGE, VOCABULARY, Made, config, kind, made, text, vision
+from tests.support.zoo.fixed import LLAMA, QWEN2, pixels
+from tests.support.zoo.kinds import IMAGE, VOCABULARY, Example, config, example, kind, text, vision
 
 QFORMER = {
     "hidden_size": 32,
@@ -16,12 +16,12 @@ QFORMER = {
     "intermediate_size": 64,
     "encoder_hidden_size": 32,
 }
-# Their generate calls the language model past the model that a session follows.
+# Their generate calls the language model directly, not the model that a session follows.
 OWN_GENERATE = "^model: .*open the session on that one"
 
 
 @kind("Idefics2ForConditionalGeneration")
-def idefics2() -> Made:
+def idefics2() -> Example:
     resampler = {
         "hidden_size": 64,
         "resampler_n_latents": 4,
@@ -39,11 +39,11 @@ def idefics2() -> Made:
     )
     settings.text_config.sliding_window = None
     pixels = {"pixel_values": torch.randn(1, 1, 3, 56, 56), "pixel_attention_mask": torch.ones(1, 1, 56, 56).bool()}
-    return made(settings, 4, pixels)
+    return example(settings, 4, pixels)
 
 
 @kind("AriaForConditionalGeneration")
-def aria() -> Made:
+def aria() -> Example:
     settings = config(
         "aria",
         vision_config=vision(model_type="idefics3_vision"),
@@ -51,11 +51,11 @@ def aria() -> Made:
         image_token_index=IMAGE,
         projector_patch_to_query_dict={16: 8},
     )
-    return made(settings, 8, {**picture(), "pixel_mask": torch.ones(1, 56, 56).bool()})
+    return example(settings, 8, {**pixels(), "pixel_mask": torch.ones(1, 56, 56).bool()})
 
 
 @kind("Blip2ForConditionalGeneration", generate_refused=OWN_GENERATE)
-def blip_2() -> Made:
+def blip_2() -> Example:
     language = {
         "model_type": "opt",
         "word_embed_proj_dim": 64,
@@ -70,10 +70,10 @@ def blip_2() -> Made:
         num_query_tokens=8,
         image_token_index=IMAGE,
     )
-    return made(settings, 8, picture(), before=())
+    return example(settings, 8, pixels(), before=())
 
 
-def instructblip(model_type: str, token: str, count: int, pixels: torch.Tensor) -> Made:
+def instructblip(model_type: str, token: str, count: int, pixels: torch.Tensor) -> Example:
     settings = config(
         model_type,
         vision_config=vision(),
@@ -82,23 +82,23 @@ def instructblip(model_type: str, token: str, count: int, pixels: torch.Tensor) 
         num_query_tokens=8,
         **{token: IMAGE},
     )
-    found = made(settings, count, {"pixel_values": pixels}, before=())
+    found = example(settings, count, {"pixel_values": pixels}, before=())
     found.inputs["qformer_input_ids"] = torch.tensor([[1, 5, 6, 7]])
     return found
 
 
 @kind("InstructBlipForConditionalGeneration", generate_refused=OWN_GENERATE)
-def instructblip_image() -> Made:
+def instructblip_image() -> Example:
     return instructblip("instructblip", "image_token_index", 8, torch.randn(1, 3, 56, 56))
 
 
 @kind("InstructBlipVideoForConditionalGeneration", generate_refused=OWN_GENERATE)
-def instructblip_video() -> Made:
+def instructblip_video() -> Example:
     return instructblip("instructblipvideo", "video_token_index", 4 * 8, torch.randn(1, 4, 3, 56, 56))
 
 
 @kind("DeepseekOcr2ForConditionalGeneration")
-def deepseek_ocr2() -> Made:
+def deepseek_ocr2() -> Example:
     tower = {
         "hidden_size": 32,
         "output_channels": 16,
@@ -127,12 +127,12 @@ def deepseek_ocr2() -> Made:
         text_config=language,
         image_token_id=IMAGE,
     )
-    return made(settings, 145, picture(256))
+    return example(settings, 145, pixels(256))
 
 
 @kind("MllamaForConditionalGeneration", refused="^model: .*MllamaForConditionalGeneration.*cross-attention")
-def mllama() -> Made:
-    """One placeholder in the prompt; layers 1 and 3 attend to the picture by cross-attention, which is no map."""
+def mllama() -> Example:
+    """One placeholder in the prompt; layers 1 and 3 attend to the image by cross-attention."""
     tower = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -157,14 +157,14 @@ def mllama() -> Made:
         "aspect_ratio_ids": torch.tensor([[6]]),
         "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
     }
-    found = made(settings, 1, pixels)
+    found = example(settings, 1, pixels)
     length = found.inputs["input_ids"].shape[1]
     found.inputs["cross_attention_mask"] = torch.ones(1, length, 1, 4, dtype=torch.long)
     return found
 
 
 @kind("Florence2ForConditionalGeneration", refused="an encoder and a decoder")
-def florence2() -> Made:
+def florence2() -> Example:
     tower = {
         "depths": [1, 1],
         "patch_size": [7, 3],
@@ -192,4 +192,4 @@ def florence2() -> Made:
         "max_position_embeddings": 256,
     }
     settings = config("florence2", vision_config=tower, text_config=language, image_token_id=IMAGE)
-    return made(settings, 65, picture(64))
+    return example(settings, 65, pixels(64))

@@ -1,12 +1,25 @@
-"""Kinds whose picture is cut into tiles or crops, mostly with one view of the whole."""
+"""Kinds whose image is split into tiles or crops, mostly with one view of the whole image."""
 
 from __future__ import annotations
 
 import torch
 
-from tests.support.zoo.fixed import CLIP, LLAMA, PINPOINTS, QWEN2, SIGLIP, WINDOWS, picture
+from tests.support.zoo.fixed import CLIP, LLAMA, PINPOINTS, QWEN2, SIGLIP, WINDOWS, pixels
 from tests.support.zoo.grids import HYBRID
-from tests.support.zoo.kinds import BREAK, END, IMAGE, START, VIDEO, VOCABULARY, Made, config, kind, made, text, vision
+from tests.support.zoo.kinds import (
+    BREAK,
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    VOCABULARY,
+    Example,
+    config,
+    example,
+    kind,
+    text,
+    vision,
+)
 
 
 def crops(count: int) -> dict[str, torch.Tensor]:
@@ -14,16 +27,16 @@ def crops(count: int) -> dict[str, torch.Tensor]:
 
 
 def base_and_tiles() -> dict[str, torch.Tensor]:
-    """A picture of 112 x 90: the whole, then 2 x 2 tiles, of which the padding is cut away again."""
+    """An image of 112 x 90: the whole, then 2 x 2 tiles, whose padding is removed again."""
     return {"pixel_values": torch.randn(1, 5, 3, 56, 56), "image_sizes": torch.tensor([[112, 90]])}
 
 
-# The whole's 4 x 4, then 8 rows of 6 with a newline each.
+# 4 x 4 of the whole image, then 8 rows of 6 with a newline each.
 BASE_AND_TILES = 16 + 8 * 6 + 8
 
 
 @kind("LlavaNextForConditionalGeneration")
-def llava_next() -> Made:
+def llava_next() -> Example:
     settings = config(
         "llava_next",
         vision_config=vision(**CLIP),
@@ -32,11 +45,11 @@ def llava_next() -> Made:
         image_seq_length=16,
         image_grid_pinpoints=PINPOINTS,
     )
-    return made(settings, BASE_AND_TILES, base_and_tiles())
+    return example(settings, BASE_AND_TILES, base_and_tiles())
 
 
 @kind("LlavaOnevisionForConditionalGeneration")
-def llava_onevision() -> Made:
+def llava_onevision() -> Example:
     settings = config(
         "llava_onevision",
         vision_config=vision(vision_use_head=False, **SIGLIP),
@@ -45,11 +58,11 @@ def llava_onevision() -> Made:
         video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
     )
-    return made(settings, BASE_AND_TILES, base_and_tiles())
+    return example(settings, BASE_AND_TILES, base_and_tiles())
 
 
 @kind("Granite4VisionForConditionalGeneration")
-def granite4_vision() -> Made:
+def granite4_vision() -> Example:
     """Windows of 4 x 4 patches become 2 x 2 learned queries, so that every side is half as long."""
     queries = {
         "model_type": "blip_2_qformer",
@@ -73,11 +86,11 @@ def granite4_vision() -> Made:
         spatial_target_layers=[1, 2],
         qformer_config=queries,
     )
-    return made(settings, 4 + 4 * 4 + 4, base_and_tiles())
+    return example(settings, 4 + 4 * 4 + 4, base_and_tiles())
 
 
 @kind("InternVLForConditionalGeneration")
-def internvl() -> Made:
+def internvl() -> Example:
     settings = config(
         "internvl",
         vision_config=vision(image_size=[56, 56], patch_size=[14, 14]),
@@ -85,11 +98,11 @@ def internvl() -> Made:
         image_token_id=IMAGE,
         image_seq_length=4,
     )
-    return made(settings, 3 * 4, crops(3), start=START, end=END)
+    return example(settings, 3 * 4, crops(3), start=START, end=END)
 
 
 @kind("QianfanOCRForConditionalGeneration")
-def qianfan_ocr() -> Made:
+def qianfan_ocr() -> Example:
     settings = config(
         "qianfan_ocr",
         vision_config=vision(image_size=[56, 56], patch_size=[14, 14]),
@@ -97,11 +110,11 @@ def qianfan_ocr() -> Made:
         image_token_id=IMAGE,
         image_seq_length=4,
     )
-    return made(settings, 3 * 4, crops(3), start=START, end=END)
+    return example(settings, 3 * 4, crops(3), start=START, end=END)
 
 
-def idefics(model_type: str) -> Made:
-    """As many tokens a tile as pixels a patch: SmolVLM takes one for the other in 5.20."""
+def idefics(model_type: str) -> Example:
+    """As many tokens per tile as pixels per patch: SmolVLM confuses them in 5.20."""
     settings = config(
         model_type,
         vision_config=vision(image_size=16, patch_size=4),
@@ -110,21 +123,21 @@ def idefics(model_type: str) -> Made:
         scale_factor=2,
     )
     pixels = {"pixel_values": torch.randn(1, 3, 3, 16, 16), "pixel_attention_mask": torch.ones(1, 3, 16, 16).bool()}
-    return made(settings, 3 * 4, pixels, row=4)
+    return example(settings, 3 * 4, pixels, row=4)
 
 
 @kind("Idefics3ForConditionalGeneration")
-def idefics3() -> Made:
+def idefics3() -> Example:
     return idefics("idefics3")
 
 
 @kind("SmolVLMForConditionalGeneration")
-def smolvlm() -> Made:
+def smolvlm() -> Example:
     return idefics("smolvlm")
 
 
 @kind("AyaVisionForConditionalGeneration")
-def aya_vision() -> Made:
+def aya_vision() -> Example:
     settings = config(
         "aya_vision",
         vision_config=vision(vision_use_head=False, **SIGLIP),
@@ -132,11 +145,11 @@ def aya_vision() -> Made:
         image_token_index=IMAGE,
         downsample_factor=2,
     )
-    return made(settings, 2 * 4, crops(2), start=START, end=END)
+    return example(settings, 2 * 4, crops(2), start=START, end=END)
 
 
 @kind("Cohere2VisionForConditionalGeneration")
-def cohere2_vision() -> Made:
+def cohere2_vision() -> Example:
     settings = config(
         "cohere2_vision",
         vision_config=vision(vision_use_head=False, **SIGLIP),
@@ -145,11 +158,11 @@ def cohere2_vision() -> Made:
         downsample_factor=2,
         alignment_intermediate_size=64,
     )
-    return made(settings, 2 * 4, crops(2), start=START, end=END)
+    return example(settings, 2 * 4, crops(2), start=START, end=END)
 
 
 @kind("Ovis2ForConditionalGeneration")
-def ovis2() -> Made:
+def ovis2() -> Example:
     settings = config(
         "ovis2",
         vision_config=vision(vocab_size=40, hidden_stride=1, num_visual_indicator_tokens=5),
@@ -159,11 +172,11 @@ def ovis2() -> Made:
         vocab_size=VOCABULARY,
         hidden_size=64,
     )
-    return made(settings, 16, picture(), start=305, end=306)
+    return example(settings, 16, pixels(), start=305, end=306)
 
 
 @kind("Llama4ForConditionalGeneration", broken_in="5.24.0")
-def llama4() -> Made:
+def llama4() -> Example:
     tower = vision(
         intermediate_size=128,
         vision_output_dim=64,
@@ -188,11 +201,11 @@ def llama4() -> Made:
         boi_token_index=START,
         eoi_token_index=END,
     )
-    return made(settings, 4, picture(), start=START, end=END)
+    return example(settings, 4, pixels(), start=START, end=END)
 
 
 @kind("Molmo2ForConditionalGeneration", since="5.20")
-def molmo2() -> Made:
+def molmo2() -> Example:
     """One crop of 4 x 4 patches, pooled 2 by 2."""
     tower = {
         **vision(image_size=[56, 56], num_hidden_layers=3),
@@ -229,11 +242,11 @@ def molmo2() -> Made:
         "image_grids": torch.tensor([[2, 2, 0, 0]]),
         "image_num_crops": torch.tensor([1]),
     }
-    return made(settings, 4, pixels, start=START, end=END)
+    return example(settings, 4, pixels, start=START, end=END)
 
 
 @kind("Lfm2VlForConditionalGeneration")
-def lfm2_vl() -> Made:
+def lfm2_vl() -> Example:
     tower = vision(
         model_type="siglip2_vision_model", image_size=None, patch_size=16, num_patches=16, vision_use_head=False
     )
@@ -251,14 +264,14 @@ def lfm2_vl() -> Made:
         "spatial_shapes": torch.tensor([[4, 6]]),
         "pixel_attention_mask": torch.ones(1, 24, dtype=torch.long),
     }
-    return made(settings, 6, pixels)
+    return example(settings, 6, pixels)
 
 
 MINICPM_PIXELS = 64 * 14
 MINICPM_TOWER = vision(num_hidden_layers=3, insert_layer_id=1)
 
 
-def minicpm(model_type: str, **ids: int) -> Made:
+def minicpm(model_type: str, **ids: int) -> Example:
     settings = config(
         model_type,
         text_config=text(model_type="qwen3_5_text", **HYBRID),
@@ -272,23 +285,23 @@ def minicpm(model_type: str, **ids: int) -> Made:
     )
     pixels = {"pixel_values": torch.randn(1, 3, 14, MINICPM_PIXELS), "target_sizes": torch.tensor([[8, 8]])}
     if not ids:
-        return made(settings, 4, pixels)
-    return made(settings, 4, pixels, start=START, end=END, types="mm_token_type_ids")
+        return example(settings, 4, pixels)
+    return example(settings, 4, pixels, start=START, end=END, types="mm_token_type_ids")
 
 
 @kind("MiniCPMV4_6ForConditionalGeneration")
-def minicpmv4_6() -> Made:
+def minicpmv4_6() -> Example:
     return minicpm("minicpmv4_6")
 
 
 @kind("MiniCPMV4_7ForConditionalGeneration", since="5.20")
-def minicpmv4_7() -> Made:
+def minicpmv4_7() -> Example:
     ids = {"image_start_id": START, "image_end_id": END, "slice_start_id": 305, "slice_end_id": 306}
     return minicpm("minicpmv4_7", newline_id=BREAK, **ids)
 
 
 @kind("Phi4MultimodalForCausalLM")
-def phi4_multimodal() -> Made:
+def phi4_multimodal() -> Example:
     """Two crops, each of 2 rows of 2 with a newline, and a separator between them."""
     sound = {
         "hidden_size": 32,
@@ -308,11 +321,11 @@ def phi4_multimodal() -> Made:
         audio_config=sound,
     )
     settings.sliding_window = None
-    # The config of its text model is its own, so the tower follows where that is switched: eager in both.
+    # The text model shares the config, so the tower switches with it: eager in both.
     settings.vision_config._attn_implementation = "eager"
     pixels = {
         "image_pixel_values": torch.randn(1, 2, 3, 56, 56),
         "image_sizes": torch.tensor([[56, 56]]),
         "image_attention_mask": torch.ones(1, 2, 4, 4),
     }
-    return made(settings, 2 * 6 + 1, pixels)
+    return example(settings, 2 * 6 + 1, pixels)

@@ -66,8 +66,8 @@ def spellings(tokenizer: Any, text: str, unknown: bool = False) -> Iterator[str]
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     known = [id for id in ids if id != unknown_id]
     # Unknown tokens alone may be any text.
-    if len(known) == len(ids) or (unknown and _decoded(tokenizer, known).strip()):
-        written = _decoded(tokenizer, ids).strip()
+    if len(known) == len(ids) or (unknown and _decode(tokenizer, known).strip()):
+        written = _decode(tokenizer, ids).strip()
         if written and written != text:
             yield written
 
@@ -135,11 +135,11 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[bytes]:
     """The bytes of each token, by the first spelling of tokens that agrees with the tokenizer's decoding."""
     distinct = sorted(set(ids))
     tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(distinct)]
-    expected = _normalized(_decoded(tokenizer, ids))
+    expected = _normalize(_decode(tokenizer, ids))
     for spell in (_byte_level, _sentence_piece, _words(".,?!"), _words("")):
         spelled = dict(zip(distinct, map(spell, tokens), strict=True))
         pieces = [spelled[id] for id in ids]
-        if _normalized(b"".join(pieces).decode("utf-8", "replace")) == expected:
+        if _normalize(b"".join(pieces).decode("utf-8", "replace")) == expected:
             return pieces
     raise ValueError(
         f"processor: expected a tokenizer that decodes tokens one by one, got {type(tokenizer).__name__}, which does "
@@ -168,12 +168,12 @@ def _words(close: str) -> Callable[[str], bytes]:
     return spell
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
-def _normalized(text: str) -> str:
+def _normalize(text: str) -> str:
     """A text without what decoders differ in: replacement characters, and the space before the first word."""
     return text.replace("\ufffd", "").lstrip(" ")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.spelling import find_written, special_tokens, spellings, unknown_of
+from carve_kernels.hf.prompt_text import find_written, special_tokens, spellings, unknown_of
 
 # Texts that no template contains.
 _FIRST, _ANSWER, _SECOND = "carvefirstquestion", "carvefirstanswer", "carvesecondquestion"
@@ -18,20 +18,20 @@ _PROBES = re.compile("|".join((_FIRST, _ANSWER, _SECOND)), re.IGNORECASE)
 class Turns(NamedTuple):
     """What a template writes around the user's texts.
 
-    =======  =======================================================================
-    name     meaning
-    =======  =======================================================================
-    lead     between the image and the user's text; its white space counts as the user's
-    call     after the user's text, with the generation prompt
-    close    after the user's text, without a generation prompt
-    answer   between the user's text and an answer
-    turn     between an answer and the user's next text
-    again    between two consecutive texts of the user
-    =======  =======================================================================
+    =================  =================================================================================
+    name               meaning
+    =================  =================================================================================
+    lead               between the image and the user's text; its white space counts as the user's
+    generation_prompt  after the user's text, with add_generation_prompt
+    close              after the user's text, without it
+    answer             between the user's text and an answer
+    turn               between an answer and the user's next text
+    again              between two consecutive texts of the user
+    =================  =================================================================================
     """
 
     lead: str
-    call: str
+    generation_prompt: str
     close: str
     answer: str
     turn: str
@@ -50,9 +50,9 @@ def turns_of(processor: Any) -> list[Turns]:
     return [turns for turns in probed if turns is not None]
 
 
-def last_call(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int] | None:
+def last_generation_prompt(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int] | None:
     """The span of the last generation prompt after `start`."""
-    return max((span for each in turns for span in _calls(text, start, each, tokenizer)), default=None)
+    return max((span for each in turns for span in _generation_prompts(text, start, each, tokenizer)), default=None)
 
 
 def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> tuple[int, int]:
@@ -84,7 +84,9 @@ def _last_text(text: str, start: int, turns: list[Turns], tokenizer: Any, marks:
         if span is not None:
             return span
     for each in turns:
-        parts = [(part, start) for wanted in (each.call, each.close, each.answer) for part in wanted.split()]
+        parts = [
+            (part, start) for wanted in (each.generation_prompt, each.close, each.answer) for part in wanted.split()
+        ]
         # If the template marks the end of a text, a text that began has lost its end.
         parts += [(part, 0) for part in each.turn.split() if each.close.strip()]
         # An unknown token may have been the template's.
@@ -92,8 +94,9 @@ def _last_text(text: str, start: int, turns: list[Turns], tokenizer: Any, marks:
         for part, first in parts:
             if _spans(text, part, first, tokenizer):
                 raise ValueError(
-                    f"rows: expected the chat template's {(each.call or each.close)!r} after the question, the prompt "
-                    f"has only {part!r}; build it by apply_chat_template, or use rows=('text', TEXT)"
+                    f"rows: expected the chat template's {(each.generation_prompt or each.close)!r} after the "
+                    f"question, the prompt has only {part!r}; build it by apply_chat_template, or use "
+                    "rows=('text', TEXT)"
                 )
         _refuse_two(text[start:], each, tokenizer)
     return start, len(text)
@@ -101,22 +104,22 @@ def _last_text(text: str, start: int, turns: list[Turns], tokenizer: Any, marks:
 
 def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str]) -> tuple[int, int] | None:
     """The span of the user's last text; None if the prompt was not built by this template."""
-    calls = _calls(text, start, turns, tokenizer)
-    if len({first for first, _ in calls}) > 1 and not turns.turn.strip():
+    prompts = _generation_prompts(text, start, turns, tokenizer)
+    if len({first for first, _ in prompts}) > 1 and not turns.turn.strip():
         raise ValueError(
             "rows: expected one generation prompt after the image, since the chat template does not mark where a "
-            f"user's next text begins, got {turns.call!r} twice; use rows=('text', TEXT)"
+            f"user's next text begins, got {turns.generation_prompt!r} twice; use rows=('text', TEXT)"
         )
     begin = _begin(text, start, turns, tokenizer, marks)
-    ends = [first for first, _ in calls if first >= begin]
+    ends = [first for first, _ in prompts if first >= begin]
     closes = [first for first, _ in _spans(text, turns.close, begin, tokenizer)]
-    for candidates, wanted in ((ends, turns.call + turns.answer), (closes, turns.close)):
+    for candidates, wanted in ((ends, turns.generation_prompt + turns.answer), (closes, turns.close)):
         if candidates:
-            stop = candidates[0] if _marked(wanted, marks) else _last_before_mark(text, begin, candidates, marks)
+            stop = candidates[0] if _has_mark(wanted, marks) else _last_before_mark(text, begin, candidates, marks)
             _refuse_two(text[begin:stop], turns, tokenizer)
             return begin, stop
-    calling = (turns.call + turns.answer).strip()
-    if turns.close.strip() or (calling and not calls):
+    expected = (turns.generation_prompt + turns.answer).strip()
+    if turns.close.strip() or (expected and not prompts):
         return None
     _refuse_two(text[begin:], turns, tokenizer)
     return begin, len(text)
@@ -125,12 +128,14 @@ def _question(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[st
 def _begin(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str]) -> int:
     """Where the user's last text begins."""
     nexts = _spans(text, turns.turn, start, tokenizer)
-    if turns.answer.strip() and not _marked(turns.turn, marks):
+    if turns.answer.strip() and not _has_mark(turns.turn, marks):
         # A user's next text follows an answer, and may contain what looks like the start of another one.
         last = max(nexts, default=(0, 0))[0]
-        answered = max((stop for _, stop in _calls(text, start, turns, tokenizer) if stop <= last), default=len(text))
+        answered = max(
+            (stop for _, stop in _generation_prompts(text, start, turns, tokenizer) if stop <= last), default=len(text)
+        )
         nexts = [span for span in nexts if span[0] >= answered][:1]
-    if _marked(turns.again, marks):
+    if _has_mark(turns.again, marks):
         nexts += _spans(text, turns.again, start, tokenizer)
     return _skip_space(text, max(nexts)[1]) if nexts else _skip_lead(text, start, turns.lead, tokenizer)
 
@@ -151,12 +156,14 @@ def _refuse_two(question: str, turns: Turns, tokenizer: Any) -> None:
             )
 
 
-def _marked(wanted: str, marks: set[str]) -> bool:
+def _has_mark(wanted: str, marks: set[str]) -> bool:
     return any(mark in wanted for mark in marks)
 
 
-def _calls(text: str, start: int, turns: Turns, tokenizer: Any) -> list[tuple[int, int]]:
-    return sorted(_spans(text, turns.call, start, tokenizer) + _spans(text, turns.answer, start, tokenizer))
+def _generation_prompts(text: str, start: int, turns: Turns, tokenizer: Any) -> list[tuple[int, int]]:
+    return sorted(
+        _spans(text, turns.generation_prompt, start, tokenizer) + _spans(text, turns.answer, start, tokenizer)
+    )
 
 
 def _skip_lead(text: str, start: int, lead: str, tokenizer: Any) -> int:
@@ -186,16 +193,16 @@ def _spans(text: str, wanted: str, start: int, tokenizer: Any) -> list[tuple[int
 def _probe(owner: Any, template: str, image: str | None, first: _Form, later: _Form) -> Turns | None:
     """The turns of one template, from its renderings of texts that it cannot contain; None if it rewrites them."""
     question = ("user", first(_FIRST))
-    called, closed = (_around(owner, template, [question], call) for call in (True, False))
-    if called is None or closed is None:
+    prompted, closed = (_around(owner, template, [question], added) for added in (True, False))
+    if prompted is None or closed is None:
         return None
     # Some templates take a user's texts in parts, but answers as strings.
     answers = [("assistant", form(_ANSWER)) for form in (str, later)]
     longer = (_around(owner, template, [question, answer, ("user", later(_SECOND))]) for answer in answers)
     _, answer, turn, _ = next(filter(None, longer), ("", "", "", ""))
     _, again, _ = _around(owner, template, [question, ("user", later(_SECOND))]) or ("", "", "")
-    lead = called[0].rpartition(image)[2] if image and image in called[0] else ""
-    return Turns(lead, called[1], closed[1], answer, turn, again)
+    lead = prompted[0].rpartition(image)[2] if image and image in prompted[0] else ""
+    return Turns(lead, prompted[1], closed[1], answer, turn, again)
 
 
 def _in_parts(text: str) -> list[dict[str, str]]:
@@ -206,11 +213,15 @@ def _with_image(text: str) -> list[dict[str, str]]:
     return [{"type": "image"}, *_in_parts(text)]
 
 
-def _around(owner: Any, template: str, messages: list[tuple[str, Any]], call: bool = False) -> list[str] | None:
+def _around(
+    owner: Any, template: str, messages: list[tuple[str, Any]], add_generation_prompt: bool = False
+) -> list[str] | None:
     """What a template writes before, between and after texts; None if it refuses or rewrites them."""
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
-        rendered = owner.apply_chat_template(chat, chat_template=template, add_generation_prompt=call, tokenize=False)
+        rendered = owner.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
     except Exception:
         # Templates refuse unsupported messages by errors of many kinds.
         return None

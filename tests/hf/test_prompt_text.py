@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carve_kernels.hf.prompt_text import PromptText, find_last
 from carve_kernels.hf.query_rows import resolve_rows
-from carve_kernels.hf.spelling import PromptText, find_last
 from tests.support.generation_kinds import IMAGE, KINDS, Prompted, processor_of_kind, tokenizer_of_kind, user
 
 SPELLING = [kind for kind in KINDS if kind != "word-piece"]
@@ -24,25 +24,25 @@ def found(processor: Any, rows: tuple[str, str], text: str, call: bool = True) -
     return prompted, resolve_rows(rows, prompted.ids, prompted.attended, prompted.tokens, processor).columns[0].tolist()
 
 
-def are_those_of(prompted: Prompted, columns: list[int], start: int, shown: str, tokenizer: Any) -> None:
-    expected = prompted.columns(start, start + len(shown))
+def are_those_of(prompted: Prompted, columns: list[int], start: int, spelled: str, tokenizer: Any) -> None:
+    expected = prompted.columns(start, start + len(spelled))
     if columns != expected:
         # Some tokenizers give all bytes of unknown characters the offsets of all of these.
         assert set(columns) < set(expected)
-        assert tokenizer.decode(prompted.ids[0, columns]).strip() == unicodedata.normalize("NFKC", shown)
+        assert tokenizer.decode(prompted.ids[0, columns]).strip() == unicodedata.normalize("NFKC", spelled)
 
 
-def is_at(kind: str, rows: tuple[str, str], text: str, shown: str, template: str = "llava") -> None:
-    """The columns are those of the last occurrence of `shown` in the user's text."""
+def is_at(kind: str, rows: tuple[str, str], text: str, spelled: str, template: str = "llava") -> None:
+    """The columns are those of the last occurrence of `spelled` in the user's text."""
     processor = processor_of_kind(kind, template)
     prompted, columns = found(processor, rows, text)
-    start = prompted.text.rindex(text) + text.rindex(shown)
-    are_those_of(prompted, columns, start, shown, processor.tokenizer)
+    start = prompted.text.rindex(text) + text.rindex(spelled)
+    are_those_of(prompted, columns, start, spelled, processor.tokenizer)
 
 
 @pytest.mark.parametrize("kind", SPELLING)
 @pytest.mark.parametrize(
-    ("shown", "before", "after"),
+    ("spelled", "before", "after"),
     [
         ("猫", "一只", "在"),
         ("猫", "is ", " a cat"),
@@ -63,12 +63,12 @@ def is_at(kind: str, rows: tuple[str, str], text: str, shown: str, template: str
         ("e", "is ", " h\u00e9r\u00e9 but not e\u0301 th\u00e9r\u00e9"),
     ],
 )
-def test_a_whole_word_is_found(kind: str, shown: str, before: str, after: str) -> None:
+def test_a_whole_word_is_found(kind: str, spelled: str, before: str, after: str) -> None:
     processor = processor_of_kind(kind, "llava")
-    for wanted in {shown, shown.rstrip("\ufe0f")}:
-        prompted, columns = found(processor, ("word", wanted), before + shown + after)
-        start = prompted.text.rindex(before + shown + after) + len(before)
-        are_those_of(prompted, columns, start, shown, processor.tokenizer)
+    for wanted in {spelled, spelled.rstrip("\ufe0f")}:
+        prompted, columns = found(processor, ("word", wanted), before + spelled + after)
+        start = prompted.text.rindex(before + spelled + after) + len(before)
+        are_those_of(prompted, columns, start, spelled, processor.tokenizer)
 
 
 @pytest.mark.parametrize("kind", SPELLING)
@@ -81,10 +81,10 @@ def test_case_and_the_form_of_accents_may_differ(kind: str) -> None:
     start = prompted.text.index("Red")
     assert columns == prompted.columns(start, start + 3)
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
-    for shown in (composed, decomposed):
+    for spelled in (composed, decomposed):
         for wanted in (composed, decomposed):
-            is_at(kind, ("word", wanted), f"un {shown} noir", shown)
-            is_at(kind, ("text", wanted), f"un {shown}s noir", shown)
+            is_at(kind, ("word", wanted), f"un {spelled} noir", spelled)
+            is_at(kind, ("text", wanted), f"un {spelled}s noir", spelled)
     is_at(kind, ("text", "the cat\tis"), "where the  cat \n is", "the  cat \n is")
 
 
@@ -198,8 +198,8 @@ def test_exactly_the_named_text_is_found(before: str, wanted: str, after: str, k
         return
     columns = rows.columns[0].tolist()
     assert columns == list(range(columns[0], columns[-1] + 1)) and not torch.isin(rows.columns, prompted.tokens).any()
-    shown = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, columns])).casefold()
-    assert unicodedata.normalize("NFKC", wanted).casefold() in shown
+    spelled = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, columns])).casefold()
+    assert unicodedata.normalize("NFKC", wanted).casefold() in spelled
     # Without the first or the last token the text is incomplete.
     for fewer in (columns[1:], columns[:-1]):
         less = unicodedata.normalize("NFKC", tokenizer.decode(prompted.ids[0, fewer])) if fewer else ""
