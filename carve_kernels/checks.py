@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -162,3 +162,10 @@ def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return f"of at most {high}"
     return f"from {low} to {high}"
+
+
+def is_many(value: Any) -> bool:
+    """Whether this is a list or an ordered iterable of values; arrays and open files are not."""
+    single = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Set)
+    is_single = isinstance(value, single) or hasattr(value, "shape") or hasattr(value, "read")
+    return isinstance(value, Iterable) and not is_single

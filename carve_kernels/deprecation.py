@@ -19,15 +19,16 @@ MODULES = {
     "files": "atomic_write",
     "hf.backbone": "hf.model",
     "hf.batch": "hf.engine.batching",
+    "hf.checkpoint": "hf.loading",
     "hf.contract": "hf.session.contract",
     "hf.evidence": "hf.profile.scores",
     "hf.identity": "hf.engine.fingerprint",
     "hf.letterbox": "hf.layouts.letterbox",
     "hf.memory": "hf.engine.cache",
-    "hf.pictures": "hf.image_features",
+    "hf.pictures": "hf.inputs",
     "hf.prompts": "hf.inputs",
     "hf.record": "hf.session.recording",
-    "hf.requests": "hf.engine.requests",
+    "hf.requests": "hf.engine.passes",
     "hf.row_maps": "hf.profile.candidate_maps",
     "hf.rows": "hf.query_rows",
     "picture": "visualize",
@@ -56,6 +57,16 @@ def renamed(**names: str) -> Callable[[_Function], _Function]:
         return cast(_Function, call)
 
     return decorate
+
+
+def renamed_attribute(old: str, new: str) -> property:
+    """A property that reads an attribute by its old name: `size = renamed_attribute("size", "shape")`."""
+
+    def get(instance: Any) -> Any:
+        _warn(f"{type(instance).__name__}.{old}", new)
+        return getattr(instance, new)
+
+    return property(get)
 
 
 def moved_names(module: str, **names: str) -> Callable[[str], Any]:

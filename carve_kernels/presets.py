@@ -15,6 +15,8 @@ from carve_kernels.ops.zoom import RESAMPLE, SIZES, colour
 from carve_kernels.types import NORMALIZE, SCORES, Size
 
 STEPS = ("t_start", "t_end", "t_full")
+FITS = (None, "pad")
+"""How an image can be shown to a processor that crops: as it does, or padded on a canvas that is shown whole."""
 IMAGES = ("refined", "original+refined")
 
 

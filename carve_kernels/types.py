@@ -7,14 +7,19 @@ T steps, N visual tokens, GH GW grid, H W pixels. A size is (height, width); a b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 
+from carve_kernels import deprecation
+
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
+RowsSpec = str | int | Sequence[int] | tuple[str, str]
+"""Which rows of a prompt are captured; see `capture_attention`."""
 ViewKind = Literal["base", "tile", "crop", "frame"]
 
 # In the orders of carve::Normalize and carve::Score.
@@ -144,3 +149,8 @@ class Regions:
     scores: torch.Tensor
     box: tuple[int, int, int, int]
     reason: str | None = None
+
+
+__getattr__ = deprecation.moved_names(
+    __name__, CarveResult="carve_kernels.hf.engine.result", CarveFailure="carve_kernels.hf.engine.result"
+)

@@ -191,7 +191,7 @@ def device_of(name: str) -> Any:
 def check_fit(fit: str | None) -> None:
     """Raise ValueError for an unknown --fit, before any model is loaded."""
     from carve_kernels import checks
-    from carve_kernels.hf.layouts.letterbox import FITS
+    from carve_kernels.presets import FITS
 
     if fit is not None:
         # None means that the option is absent; it cannot be typed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,6 @@ _PIXELS = "pixel"
 _SEPARATE = ({"pixel_values"}, {"pixel_values", "image_grid_thw"})
 
 PrepareImage = Callable[[Image.Image], Image.Image]
-
-
-def is_many(value: Any) -> bool:
-    """Whether this is a list or an ordered iterable of values; arrays and open files are not."""
-    single = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping, Set)
-    is_single = isinstance(value, single) or hasattr(value, "shape") or hasattr(value, "read")
-    return isinstance(value, Iterable) and not is_single
 
 
 def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

@@ -12,8 +12,7 @@ from carve_kernels import checks
 from carve_kernels.hf.chat_templates import last_generation_prompt, last_question, turns_of
 from carve_kernels.hf.names import templates_of
 from carve_kernels.hf.prompt_text import IMAGE, PromptText, find_last, special_tokens, spellings
-
-RowsSpec = str | int | Sequence[int] | tuple[str, str]
+from carve_kernels.types import RowsSpec
 
 
 class Rows(NamedTuple):

@@ -8,9 +8,8 @@ from typing import Any
 
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
 from carve_kernels.hf.inputs import ImageFeatures
-from carve_kernels.hf.query_rows import RowsSpec
 from carve_kernels.maps import AttentionMaps
-from carve_kernels.types import VisualLayout
+from carve_kernels.types import RowsSpec, VisualLayout
 
 
 @dataclass(frozen=True)

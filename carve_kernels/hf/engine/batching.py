@@ -17,8 +17,6 @@ from carve_kernels import checks
 from carve_kernels.checks import BackendUnavailable, UpstreamChanged
 from carve_kernels.hf.engine.passes import Request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
-from carve_kernels.hf.inputs import is_many
-from carve_kernels.hf.model import input_device
 
 Result = CarveResult | CarveFailure
 OnResult = Callable[[Result, int, int | None], None]
@@ -38,7 +36,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 class Engine(Protocol):
     """What a batch needs of an engine."""
 
-    model: Any
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def bytes_per_token(self) -> int: ...
@@ -131,12 +130,12 @@ def _available_in_cgroup() -> int | None:
 def _token_limit(engine: Engine, tokens: int | None) -> int:
     if tokens is not None:
         return checks.integer("tokens", tokens, low=1)
-    return max(1, free_bytes(input_device(engine.model)) // _SHARE // engine.bytes_per_token)
+    return max(1, free_bytes(engine.device) // _SHARE // engine.bytes_per_token)
 
 
 def _is_many(name: str, value: Any) -> bool:
     """Whether an argument has one value for each question, or one for all of them."""
-    if is_many(value):
+    if checks.is_many(value):
         return True
     if isinstance(value, (str, os.PathLike, Image.Image)) or (value is None and name == "prompts"):
         return False

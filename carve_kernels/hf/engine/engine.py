@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
+import torch
 from PIL import Image
 
-from carve_kernels import checks
+from carve_kernels import checks, deprecation
 from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
@@ -17,12 +18,11 @@ from carve_kernels.hf.engine import batching
 from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Request, Setup, first_pass, make_request, second_pass
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
-from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, is_many
-from carve_kernels.hf.layouts.letterbox import FITS
+from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 from carve_kernels.hf.loading import preset_of
-from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, text_backbone, unwrap
+from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, input_device, text_backbone, unwrap
 from carve_kernels.hf.session import contract
-from carve_kernels.presets import Preset
+from carve_kernels.presets import FITS, Preset
 
 ImageSource = str | os.PathLike[str] | Image.Image
 Many = list[Any] | tuple[Any, ...]
@@ -126,7 +126,7 @@ class CarveEngine:
     def __call__(
         self, image: Any, question: Any, prompt: Any = None, on_progress: Callable[..., None] | None = None
     ) -> CarveResult | list[CarveResult | CarveFailure]:
-        if is_many(image) or is_many(question):
+        if checks.is_many(image) or checks.is_many(question):
             return batching.answer_all(self, image, question, prompt, on_progress)
         report = on_progress or (lambda stage, done, total: None)
         request = self.request(image, question, prompt)
@@ -153,6 +153,13 @@ class CarveEngine:
     def sequential_reason(self) -> str | None:
         """Why prompts are decoded one by one on this model, or None where tree decoding is possible."""
         return sequential_reason(self.model)
+
+    apart = deprecation.renamed_attribute("apart", "sequential_reason")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's inputs."""
+        return input_device(self.model)
 
     @property
     def bytes_per_token(self) -> int:

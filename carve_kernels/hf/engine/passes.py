@@ -21,11 +21,11 @@ from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, op
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
 from carve_kernels.hf.model import image_token_positions, input_device, unwrap
-from carve_kernels.hf.query_rows import RowsSpec, general_rows
+from carve_kernels.hf.query_rows import general_rows
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import CarveOutcome, carve_views
 from carve_kernels.presets import Preset
-from carve_kernels.types import VisualLayout
+from carve_kernels.types import RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
@@ -303,7 +303,7 @@ def make_request(
     original = open_image(image, max_image_pixels)
     letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
     image_inputs = ImageInputs(
-        processor, input_device(model), preset.max_pixels, None if letterbox is None else letterbox.laid
+        processor, input_device(model), preset.max_pixels, None if letterbox is None else letterbox.pad
     )
 
     def locate(text: str) -> tuple[Prompt, ImageFeatures]:

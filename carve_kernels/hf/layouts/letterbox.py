@@ -9,9 +9,8 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.hf.layouts import Canvas, canvas_of, layout_of
+from carve_kernels.presets import FITS
 from carve_kernels.types import Box, VisualLayout
-
-FITS = (None, "pad")
 
 
 class Letterbox:
@@ -20,7 +19,7 @@ class Letterbox:
     def __init__(self, model: Any, processor: Any, max_image_pixels: int) -> None:
         self._model, self._processor, self._limit = model, processor, max_image_pixels
 
-    def laid(self, image: Image.Image) -> Image.Image:
+    def pad(self, image: Image.Image) -> Image.Image:
         """The image centred on its canvas of the processor's mean colour; the image itself if it is not cropped."""
         canvas = self._canvas(image)
         height, width = canvas.size

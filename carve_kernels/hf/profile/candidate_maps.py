@@ -15,10 +15,10 @@ from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, pr
 from carve_kernels.hf.layouts.letterbox import Letterbox
 from carve_kernels.hf.model import attention_modules, input_device
 from carve_kernels.hf.profile.scores import Choice
-from carve_kernels.hf.query_rows import RowsSpec, check_rows, general_rows, resolve_rows, tokenizer_of
+from carve_kernels.hf.query_rows import check_rows, general_rows, resolve_rows, tokenizer_of
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
-from carve_kernels.types import View
+from carve_kernels.types import RowsSpec, View
 
 # Prompts of one image in one batch: with more, their keys cost more than the forwards that they save.
 MAX_BATCH = 16
@@ -78,7 +78,7 @@ class CandidateReader:
             self._processor,
             input_device(self._model),
             self._preset.max_pixels,
-            None if self._letterbox is None else self._letterbox.laid,
+            None if self._letterbox is None else self._letterbox.pad,
         )
         prefixes: dict[tuple[int, ...], PrefixCache | None] = {}
         # Created for each image: hooks come and go.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from carve_kernels import checks
+from carve_kernels import checks, deprecation
 from carve_kernels.atomic_write import refuse_foreign, write_whole
 from carve_kernels.backends import BACKENDS
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
@@ -22,12 +22,11 @@ from carve_kernels.hf.loading import preset_of
 from carve_kernels.hf.model import check_decoder, check_steady, unwrap
 from carve_kernels.hf.profile.candidate_maps import CandidateMaps, CandidateReader
 from carve_kernels.hf.profile.scores import SCORE, Cell, Choice, Tally, tokens_of
-from carve_kernels.hf.query_rows import RowsSpec
 from carve_kernels.hf.session import contract
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.pipeline import pair
 from carve_kernels.presets import STEPS, Preset
-from carve_kernels.types import Box, View
+from carve_kernels.types import Box, RowsSpec, View
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -83,6 +82,8 @@ class Profile:
     boxes: int
     doubt: str | None = None
 
+    pictures = deprecation.renamed_attribute("pictures", "images")
+
     @property
     def pick(self) -> Cell:
         return self.cells[0]
@@ -108,7 +109,7 @@ class Profile:
             **facts,
             "cells": [cell.to_dict() for cell in self.cells],
         }
-        return {**self.preset.to_dict(), "evidence": evidence}
+        return {**self.preset.to_dict(), "evidence": deprecation.with_old_keys(evidence, pictures="images")}
 
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
         """Write the carve.json, whole or not at all, in place of one that was saved there before.
@@ -290,7 +291,7 @@ def _check(
             ]
             if _image_key(probe) not in prepared:
                 image = open_image(probe.image, max_image_pixels)
-                image = image if letterbox is None else letterbox.laid(image)
+                image = image if letterbox is None else letterbox.pad(image)
                 prepare(processor, [image], prompts[0], None, preset.max_pixels)
                 prepared.add(_image_key(probe))
         except (TypeError, ValueError) as error:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from carve_kernels.hf.query_rows import RowsSpec
-from carve_kernels.types import Box, View
+from carve_kernels.types import Box, RowsSpec, View
 
 SCORE = "(1 - exp(-departure)) * (1 - entropy) * (between - within)"
 

@@ -14,12 +14,12 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
 from carve_kernels.hf.model import decoder_layers, image_token_positions
-from carve_kernels.hf.query_rows import RowsSpec, resolve_rows
+from carve_kernels.hf.query_rows import resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.generate_guard import Generation, end_tokens
 from carve_kernels.hf.session.recording import OnLayer, Record
-from carve_kernels.types import VisualLayout
+from carve_kernels.types import RowsSpec, VisualLayout
 
 _LAST_COLUMN = 2**31 - 1
 

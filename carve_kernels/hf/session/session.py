@@ -22,14 +22,14 @@ from carve_kernels.hf.model import (
     unwrap,
     wrappers,
 )
-from carve_kernels.hf.query_rows import RowsSpec, check_rows, tokenizer_of
+from carve_kernels.hf.query_rows import check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
 from carve_kernels.hf.session.forward_tracker import ForwardTracker
 from carve_kernels.hf.session.generate_guard import join, leave
 from carve_kernels.hf.session.recording import OnLayer
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import layers_of
-from carve_kernels.types import VisualLayout
+from carve_kernels.types import RowsSpec, VisualLayout
 
 
 def capture_attention(
