@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "carve_kernels"
 # Files that load and store, check arguments only, or use models of their own.
 ELSEWHERE = {
-    "hf/checkpoint.py",
     "hf/engine/batching.py",
     "hf/engine/cache.py",
     "hf/engine/engine.py",
@@ -28,7 +27,7 @@ ELSEWHERE = {
 # Arguments whose name in the message is a variable.
 SPELLED = {
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
-    "hf/attention_patch.py": {"position_ids", *names._SEGMENTS},
+    "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
     "hf/session/forward_tracker.py": set(names._BESIDE),
 }
 _LEADING = re.compile(r"([a-z_]+)(\[[^\]]*\])?: ")
@@ -88,6 +87,7 @@ CODE = {refusal for path in sorted((PACKAGE / "hf").rglob("*.py")) for refusal i
 PASSED = {
     *(Refusal(name, "ValueError", "ops/zoom.py") for name in ("image", "images")),
     Refusal("output", "ValueError", "cli/ours.py"),
+    Refusal("layers", "RuntimeError", "maps.py"),
     *(Refusal(name, "ValueError", "atomic_write.py") for name in ("output", "path")),
 }
 # What any function refuses: an argument of another type, or an empty list.
