@@ -19,7 +19,6 @@ import carve_kernels
 from carve_kernels import backends, ops
 from carve_kernels.backends import reference
 from carve_kernels.hf.inputs import build_prompt
-from carve_kernels.hf.layouts import centre_crop
 from carve_kernels.hf.names import FAMILIES
 from tests.support.families import family, inputs_of
 
@@ -55,6 +54,15 @@ def add_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddFil
             delattr(package, name)
     for cached in (backends._module, backends._package):
         cached.cache_clear()
+
+
+def name_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add a name to BACKENDS; modules that have imported it already get the longer tuple too."""
+    old, new = backends.BACKENDS, (*backends.BACKENDS, name)
+    for module in [module for path, module in sys.modules.items() if path.startswith("carve_kernels")]:
+        if vars(module).get("BACKENDS") is old:
+            monkeypatch.setattr(module, "BACKENDS", new)
+    monkeypatch.setattr(backends, "_CHOICES", ("auto", *new))
 
 
 @pytest.mark.parametrize("title", ["Add a backend", "Add a stage", "Add a model family"])
@@ -95,8 +103,7 @@ def test_a_backend_is_added_in_six_steps(add_file: AddFile, monkeypatch: pytest.
     )
     add_file(backends, "toy/capture.py", "from carve_kernels.backends.reference.capture import forward, supports")
     # 3
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "toy"))
-    monkeypatch.setattr(backends, "_CHOICES", ("auto", *backends.BACKENDS))
+    name_backend("toy", monkeypatch)
     # 4
     for stage, reason in {"contrast": None, "capture": None, "regions": "not written"}.items():
         monkeypatch.setitem(backends.SUPPORT[stage], "toy", reason)
@@ -132,8 +139,7 @@ def test_a_session_captures_with_an_added_backend(add_file: AddFile, monkeypatch
             return capture.forward(*args, **options)
         """,
     )
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "toy"))
-    monkeypatch.setattr(backends, "_CHOICES", ("auto", *backends.BACKENDS))
+    name_backend("toy", monkeypatch)
     monkeypatch.setitem(backends.SUPPORT["capture"], "toy", None)
     model, maps = family("llava")[0], {}
     for name in ("reference", "toy"):
@@ -205,7 +211,7 @@ def test_a_model_family_is_added_in_six_steps(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"^model: expected a model_type of llava.*, got 'toy_llava'"):
         carve_kernels.layout_of(model, processor, inputs, [image])
     # 2 and 4; 3 and 5 are for families that differ more.
-    monkeypatch.setitem(FAMILIES, "toy_llava", centre_crop.KIND)
+    monkeypatch.setitem(FAMILIES, "toy_llava", "centre_crop")
     # 6
     layout = carve_kernels.layout_of(model, processor, inputs, [image])
     assert [view.grid for view in layout.views[0]] == [(6, 6)]
