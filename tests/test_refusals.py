@@ -28,7 +28,7 @@ ELSEWHERE = {
 SPELLED = {
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
     "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
-    "hf/session/forward_tracker.py": set(names._BESIDE),
+    "hf/session/forward_tracker.py": set(names._CALLBACKS),
 }
 _LEADING = re.compile(r"([a-z_]+)(\[[^\]]*\])?: ")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError")

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -280,6 +277,9 @@ def locate(name: str | os.PathLike[str]) -> Path | None:
         return path
     if not isinstance(name, str) or not _is_id(name):
         return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         # No file is required: the loader needs only some of a repository's files.
         return Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
@@ -288,6 +288,9 @@ def locate(name: str | os.PathLike[str]) -> Path | None:
 
 
 def _is_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

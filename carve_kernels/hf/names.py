@@ -44,10 +44,10 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
-_STEPS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
+_OVERRIDABLE = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
 _DECODING = ("logits_processor", "stopping_criteria")
 # Arguments of `generate` that may call the model themselves.
-_BESIDE = (*_DECODING, "prefix_allowed_tokens_fn", "custom_generate", "streamer")
+_CALLBACKS = (*_DECODING, "prefix_allowed_tokens_fn", "custom_generate", "streamer")
 _PROMPTS = ("inputs_embeds", "inputs", "input_ids")
 
 Attention = Callable[..., Any]
@@ -429,9 +429,9 @@ def prompt_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     return next((found for name in _PROMPTS if isinstance(found := given.get(name), torch.Tensor)), None)
 
 
-def beside_generate(given: Mapping[str, Any]) -> str | None:
+def callback_in(given: Mapping[str, Any]) -> str | None:
     """The first argument of `generate` that may call the model itself, or None. Known in: 5.12 to 5.24."""
-    return next((name for name in _BESIDE if given.get(name)), None)
+    return next((name for name in _CALLBACKS if given.get(name)), None)
 
 
 def has_own_generate(model: Any) -> bool:
@@ -439,8 +439,8 @@ def has_own_generate(model: Any) -> bool:
     if not isinstance(model, GenerationMixin):
         return hasattr(model, "generate")
     kind = type(model)
-    own = [name for name in _STEPS if not getattr(kind, name).__module__.startswith("transformers.")]
-    replaced = [name for name in ("generate", *_STEPS) if name in model.__dict__]
+    own = [name for name in _OVERRIDABLE if not getattr(kind, name).__module__.startswith("transformers.")]
+    replaced = [name for name in ("generate", *_OVERRIDABLE) if name in model.__dict__]
     return kind.generate is not GenerationMixin.generate or bool(own or replaced)
 
 

@@ -112,7 +112,7 @@ class GenerateGuard:
             None if prompt is None or prompt.is_floating_point() else prompt,
             None if prompt is None else prompt.shape[1],
             mask if isinstance(mask := given.get("attention_mask"), torch.Tensor) and mask.ndim == 2 else None,
-            names.beside_generate(given),
+            names.callback_in(given),
         )
 
     def _with_hooks(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,14 +57,8 @@ class World:
     """One session on a model, an eager twin for the expected maps, and the conversations in the session."""
 
     def __init__(self, draw: Any, session: Any, model: Any, kind: str, batch: int, fixed: Prompt | None) -> None:
-        self.draw, self.session, self.model, self.kind, self.batch, self.fixed = (
-            draw,
-            session,
-            model,
-            kind,
-            batch,
-            given,
-        )
+        self.draw, self.session, self.model = draw, session, model
+        self.kind, self.batch, self.fixed = kind, batch, fixed
         self.twin = model_of(kind, "eager")
         self.talks: list[Conversation] = []
         self.refused = self.right = 0
