@@ -15,5 +15,5 @@ def entropy(maps: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 tensors beside those of a device are kept: on the device, or on the CPU for MPS, which has none."""
+    """The device for float64 results of tensors on a device: the same one, or the CPU for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

@@ -95,13 +95,13 @@ def explain() -> str:
         lines.append(f"backend='auto' on {where} tensors: {picks}")
         for stage in STAGES:
             if any((stage, name) in BEST_FOR for name in order[stage]):
-                tried = (_described(stage, name, missing[stage, name] is not None) for name in order[stage])
+                tried = (_describe(stage, name, missing[stage, name] is not None) for name in order[stage])
                 lines.append(f"  {stage}: {', then '.join(tried)}")
     lines.append("A backend requested by name says which arguments it does not serve; auto uses the next one.")
     return "\n".join(lines)
 
 
-def _described(stage: str, backend: str, is_missing: bool) -> str:
+def _describe(stage: str, backend: str, is_missing: bool) -> str:
     remarks = [BEST_FOR.get((stage, backend), ""), "does not serve here" if is_missing else ""]
     remark = "; ".join(filter(None, remarks))
     return f"{backend} ({remark})" if remark else backend

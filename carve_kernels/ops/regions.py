@@ -29,8 +29,8 @@ def regions(
         threshold = numpy.percentile(saliency, 100 * (1 - keep))        # linear, in the saliency's own dtype
         labels, count = scipy.ndimage.label(saliency >= threshold)      # 4- or 8-connected
         scores = scipy.ndimage.sum(saliency, labels, range(1, count + 1))
-        kept = scores.argsort()[::-1][: top or max(floor, int(count * keep))]
-        mask = numpy.isin(labels, kept + 1)
+        selected = scores.argsort()[::-1][: top or max(floor, int(count * keep))]
+        mask = numpy.isin(labels, selected + 1)
 
     ============  ==================  ======  ===================================================================
     name          dtype               shape   meaning
@@ -65,7 +65,7 @@ def regions(
     checks.choice("score", score, SCORES)
     options = {"keep": keep, "top": top, "floor": floor, "connectivity": connectivity, "score": score}
     result: Regions = resolve("regions", backend, saliency.device, saliency, **options).forward(saliency, **options)
-    # For a value that is not finite every backend gives no region, so NaN is only looked for then.
+    # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")
     if is_checked and result.reason is not None and bool(saliency.isnan().any()):
         raise ValueError(f"saliency: expected no NaN, got {int(saliency.isnan().sum())} in {checks.describe(saliency)}")

@@ -35,7 +35,7 @@ def examine(device: torch.device, *, quick: bool, announce: Callable[[str], None
     """Check and time all backends on a device; `announce` is called with a text before each trial.
 
     Returns {"backends": why a backend cannot serve a stage, or None; "checks": one entry for each trial and backend;
-    "timings": one for each timed trial and backend; "gpu": the rates behind the predictions, or None}. An entry of
+    "timings": one for each timed trial and backend; "gpu": the rates used for the predictions, or None}. An entry of
     "checks" is right, wrong (with the problem), or neither where the backend does not serve such arguments.
     """
     backends = (*PREFERRED.get(device.type, ()), "reference")

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from carve_kernels.backends.cuda import foreign
+from carve_kernels.backends.cuda import foreign, stream_of
 from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
-from carve_kernels.backends.cuda.stream import stream_of
 from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, same_shapes
 from carve_kernels.types import Capture, CaptureOptions
 

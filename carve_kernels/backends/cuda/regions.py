@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from carve_kernels.backends.cuda import foreign
+from carve_kernels.backends.cuda import foreign, stream_of
 from carve_kernels.backends.cuda.plan import MOST_BLOCKS
-from carve_kernels.backends.cuda.stream import stream_of
 from carve_kernels.backends.native import region_buffers
 from carve_kernels.types import SCORES, Regions
 

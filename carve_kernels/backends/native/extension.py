@@ -15,7 +15,7 @@ _MOST_ARCHITECTURES = 16
 
 
 def not_built() -> str | None:
-    """That there is no library, and the command that builds it, or None; works without torch."""
+    """That there is no library, and the command that builds it, or None."""
     return None if LIBRARY.exists() else f"the extension {LIBRARY.name} is not built; {_fix()}"
 
 

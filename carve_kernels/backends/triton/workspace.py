@@ -1,4 +1,4 @@
-"""Scratch between the launches of one call: cached and grown, so that the steady state allocates nothing."""
+"""Scratch between the launches of one call: cached and doubled, so that the steady state allocates nothing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Workspace(threading.local):
         owner = (device, _stream(device))
         buffers = self._cached.get(owner)
         if buffers is None or buffers[0].numel() < floats or buffers[1].numel() < tickets:
-            grown = (0, 0) if buffers is None else (2 * buffers[0].numel(), 2 * buffers[1].numel())
-            buffers = self._cached[owner] = _allocate(device, max(floats, grown[0]), max(tickets, grown[1]))
+            doubled = (0, 0) if buffers is None else (2 * buffers[0].numel(), 2 * buffers[1].numel())
+            buffers = self._cached[owner] = _allocate(device, max(floats, doubled[0]), max(tickets, doubled[1]))
         return buffers
 
 

@@ -24,8 +24,8 @@ from triton.runtime import interpreter, jit
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
 
-_MENDED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
-SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _MENDED}
+_FIXED = ("create_dot", "cast_impl", "binary_op", "unary_op", "create_fma")
+SHIPPED: dict[str, Callable[..., Any]] = {name: getattr(Builder, name) for name in _FIXED}
 SHIPPED["apply_impl"] = interpreter.ReduceOps.apply_impl
 SHIPPED["_init_args_hst"] = interpreter.GridExecutor._init_args_hst
 SHIPPED["_patch_lang_tensor"] = interpreter._patch_lang_tensor
@@ -188,7 +188,7 @@ def overflows_are_errors() -> Iterator[None]:
 def as_shipped() -> Iterator[None]:
     """The interpreter's bfloat16, inside `faithful`."""
     with contextlib.ExitStack() as stack:
-        for name in _MENDED:
+        for name in _FIXED:
             stack.enter_context(mock.patch.object(Builder, name, SHIPPED[name]))
         yield
 

@@ -129,8 +129,8 @@ def test_scratch_is_cached_and_grows() -> None:
     assert floats.dtype == torch.float32 and len(floats) >= 100
     assert tickets.dtype == torch.int32 and len(tickets) >= 3 and not tickets.any()
     assert all(mine is theirs for mine, theirs in zip(scratch.take(CPU, 7, 1), (floats, tickets), strict=True))
-    grown, more = scratch.take(CPU, 101, 2)
-    assert len(grown) >= 200 and len(more) >= 3 and grown is not floats
+    larger, more = scratch.take(CPU, 101, 2)
+    assert len(larger) >= 200 and len(more) >= 3 and larger is not floats
 
 
 def test_threads_and_streams_do_not_share_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
