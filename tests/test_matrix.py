@@ -62,9 +62,9 @@ def stub(path: Path, version: str = "3.11") -> Path:
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A root with test files, a stub of Python 3.11, and a folder for temporary files."""
     root = tmp_path / "root"
-    for name in ("hf/test_session.py", "hf/test_engine.py", "hf/test_zoo.py", "triton/test_compile.py"):
-        (root / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "tests" / name).touch()
+    for name in ("session/test_session.py", "engine/test_engine.py", "layouts/test_zoo.py"):
+        (root / "tests/hf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "tests/hf" / name).touch()
     (root / "build").mkdir()
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))

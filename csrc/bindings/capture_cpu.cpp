@@ -1,4 +1,4 @@
-// Capture, registered through torch's stable ABI; the schemas are in carve_kernels/backends/native/schemas.py.
+// Capture on a CPU, registered through torch's stable ABI; the schemas are in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,4 @@
-// Contrast, registered through torch's stable ABI; its schema is in
-// carve_kernels/backends/native/schemas.py.
+// Contrast, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
 
 #include <limits>
 #include <vector>

@@ -1,5 +1,6 @@
-// Compares the CUDA kernels of capture in the emulator with the CPU kernels, on odd sizes, with guard pages around every
-// array and in several orders of threads; built with sanitizers, which abort on accesses out of bounds and on races.
+// Compares the CUDA kernels of capture in the emulator with the CPU kernels, on odd sizes, with guard pages around
+// every array and in several orders of threads; built with sanitizers, which abort on accesses out of bounds and on
+// races.
 
 #include <cstdio>
 #include <cstring>

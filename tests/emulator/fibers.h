@@ -1,6 +1,7 @@
 // The threads of a kernel as fibers: scheduling, barriers and counters.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -29,6 +30,12 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #define EMULATED_TSAN(...) __VA_ARGS__
 #else
 #define EMULATED_TSAN(...)
+#endif
+
+// _longjmp switches without the system call of swapcontext. The sanitizers do not follow it to another stack, and the
+// checked one of _FORTIFY_SOURCE refuses to.
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__) && !defined(_FORTIFY_SOURCE)
+#define EMULATED_LONGJMP 1
 #endif
 
 namespace emulated {
@@ -72,6 +79,8 @@ struct Block {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf resume;
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Block* block = nullptr;
   dim3 index;
@@ -100,6 +109,7 @@ struct Machine {
   size_t turn = 0;
   Fiber* current = nullptr;
   ucontext_t main;
+  jmp_buf main_resume;
   std::mt19937 random;
   std::string error;
   char fence = 0;
@@ -112,6 +122,19 @@ inline Machine& machine() {
 }
 inline Fiber& me() { return *machine().current; }
 
+inline void switch_fibers(Fiber* before, Fiber* next) {
+  Machine& m = machine();
+#ifdef EMULATED_LONGJMP
+  if (_setjmp(before ? before->resume : m.main_resume) != 0) return;
+  if (next == nullptr) _longjmp(m.main_resume, 1);
+  if (next->started) _longjmp(next->resume, 1);
+  next->started = true;
+  setcontext(&next->context);
+#else
+  swapcontext(before ? &before->context : &m.main, next ? &next->context : &m.main);
+#endif
+}
+
 inline void go(Fiber* next) {
   Machine& m = machine();
   Fiber* before = m.current;
@@ -122,7 +145,7 @@ inline void go(Fiber* next) {
     m.current = next;
   }
   EMULATED_TSAN(__tsan_switch_to_fiber(next ? next->thread : m.main_thread, 1);)
-  swapcontext(before ? &before->context : &m.main, next ? &next->context : &m.main);
+  switch_fibers(before, next);
 }
 
 // The next thread that can run, each ready one once per round; null if all wait or are done.
@@ -214,6 +237,7 @@ inline void start(Block& block, Fiber* const* fibers, unsigned number) {
     fiber.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
     fiber.at = nullptr;
     fiber.done = false;
+    fiber.started = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;

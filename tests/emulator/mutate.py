@@ -24,7 +24,7 @@ from tests.emulator.emulator import ROOT, compiler, headers
 from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
-FLAGS = ["-std=c++17", "-O1", "-w", "-D_GLIBCXX_ASSERTIONS", "-pthread", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-pthread", "-ffp-contract=off"]
 SANITIZERS = {
     "results": [],
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

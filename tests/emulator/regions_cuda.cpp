@@ -44,8 +44,8 @@ bool run(int kind, carve::RegionsParams params, int64_t most_blocks) {
   params.capacity = carve::count_most_regions(params.height, params.width, params.connectivity);
   Buffers expected(params);
   const carve::RegionsOutcome outcome = carve::regions_cpu(expected.fill(params));
-  expected.outcome = {outcome.kept, static_cast<int64_t>(outcome.reason), outcome.box[0], outcome.box[1], outcome.box[2],
-                    outcome.box[3]};
+  expected.outcome = {outcome.kept, static_cast<int64_t>(outcome.reason)};
+  expected.outcome.insert(expected.outcome.end(), outcome.box, outcome.box + 4);
   Buffers result(params);
   const int64_t bytes = carve::regions_cuda_scratch(params.height, params.width, params.connectivity);
   const std::unique_ptr<unsigned char[]> scratch(new unsigned char[bytes]);

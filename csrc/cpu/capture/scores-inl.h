@@ -1,5 +1,5 @@
 // Scores by broadcast products: a panel of keys is transposed once and then multiplied by every query row.
-// Each score is one chain of fused products in the order of the elements, for any blocking of keys and rows.
+// Each score is one chain of multiply-adds in the order of the elements, for any blocking of keys and rows.
 
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 static_assert(kKeyTile % kPanel == 0 && kChunk % kKeyTile == 0);

@@ -68,7 +68,7 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
 }  // namespace
 
 int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity) {
-  // 4: pixels of one colour of a checkerboard do not touch. 8: nor do those in every second row and column.
+  // No two touch: with 4, the pixels of one colour of a checkerboard; with 8, those in every second row and column.
   return connectivity == 4 ? (height * width + 1) / 2 : (height + 1) / 2 * ((width + 1) / 2);
 }
 
