@@ -6,11 +6,11 @@ import numpy
 from PIL import Image
 
 from carve_kernels.complexity import complexity
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 
 def test_busy_and_coloured_images_are_more_complex() -> None:
-    plain, busy = Image.new("RGB", (200, 100), "white"), picture(200, 100, 3)
+    plain, busy = Image.new("RGB", (200, 100), "white"), make_image(200, 100, 3)
     assert complexity(plain) == {"edges": 0.0, "colours": 0.0}
     assert complexity(busy)["edges"] > 0.05 and complexity(busy)["colours"] > 0.7
     assert complexity(busy.convert("L"))["colours"] == 0.0

@@ -92,7 +92,10 @@ def readable(path: Path) -> str:
     """The text of a file without the public names that are kept."""
     lines = path.read_text(encoding="utf-8").replace("\\n", "  ").split("\n")
     alias = "deprecation" in path.name
-    return "\n".join(_KEPT.sub("", _ALIAS.sub("", line) if alias else line) for line in lines)
+    # The brackets of a kept line stay, so that the file can still be split into tokens.
+    return "\n".join(
+        _KEPT.sub(lambda kept: re.sub(r"\w+", "x", kept[0]), _ALIAS.sub("", line) if alias else line) for line in lines
+    )
 
 
 def found_in(path: Path, name: str, tables: Tables) -> Iterator[Found]:

@@ -59,7 +59,7 @@ def _show(report: dict[str, Any]) -> list[str]:
         show(console, title, _TIMED, _times(report), ("call on the host", "in a graph", "ratio"))
     if machine["device"].startswith("cuda") and report["gpu"] is None:
         console.print("No prediction: the rates of this GPU are not known, neither by its name nor by its memory.")
-    if all(entry["room"] == "reference" for entry in report["checks"]):
+    if all(entry["backend"] == "reference" for entry in report["checks"]):
         console.print(Text("No kernel serves this device: only the reference was checked.", style="yellow"))
     wrong = []
     for entry in report["checks"]:
@@ -76,11 +76,11 @@ def _show(report: dict[str, Any]) -> list[str]:
 def _cells(report: dict[str, Any]) -> Table:
     """A row for each stage and backend: how many cases are right, and the one closest to its limit; or why none ran."""
     lines: list[Sequence[Cell]] = []
-    for cell in report["rooms"]:
-        stage, backend = cell["stage"], cell["room"]
-        entries = [entry for entry in report["checks"] if (entry["stage"], entry["room"]) == (stage, backend)]
-        if cell["shut"] is not None:
-            lines.append((stage, backend, "-", "all", one_line(cell["shut"])))
+    for cell in report["backends"]:
+        stage, backend = cell["stage"], cell["backend"]
+        entries = [entry for entry in report["checks"] if (entry["stage"], entry["backend"]) == (stage, backend)]
+        if cell["unavailable"] is not None:
+            lines.append((stage, backend, "-", "all", one_line(cell["unavailable"])))
             continue
         judged = [entry for entry in entries if entry["right"] is not None]
         right = [entry for entry in judged if entry["right"]]
@@ -104,7 +104,7 @@ def _times(report: dict[str, Any]) -> list[Sequence[Cell]]:
             predicted = f"{_figure(1e6 * least['seconds'])} {least['bound']}"
             ratio = f"{entry['seconds']['median'] / least['seconds']:.3g}"
         spreads = (_spread(entry[name]) for name in ("seconds", "graph", "host"))
-        lines.append((entry["stage"], entry["room"], entry["case"], *spreads, predicted, ratio))
+        lines.append((entry["stage"], entry["backend"], entry["case"], *spreads, predicted, ratio))
     return lines
 
 

@@ -309,7 +309,7 @@ def windows(config: Any) -> list[int | None] | None:
     return [config.sliding_window if each == "sliding_attention" else None for each in types]
 
 
-def tree_obstacle(model: Any, config: Any) -> str | None:
+def tree_reason(model: Any, config: Any) -> str | None:
     """Why a model's class or text config rules out tree decoding, or None. Known in: 5.12 to 5.24."""
     others = sorted({each for each in types_of_layers(config) or () if each not in _SOFTMAX})
     if others:
@@ -472,7 +472,7 @@ def has_virtual_tokens(module: Any) -> bool:
     return any(getattr(peft, "is_prompt_learning", False) for peft in getattr(module, "peft_config", {}).values())
 
 
-def adapter_obstacle(module: Any) -> str | None:
+def adapter_reason(module: Any) -> str | None:
     """Why a module's adapters rule out tree decoding, or None. Known in: PEFT 0.21."""
     if has_virtual_tokens(module):
         return "its adapter prepends virtual tokens to the prompt"

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images") / "wide.png"
-    tiny_models.picture(160, 96).save(path)
+    tiny_models.make_image(160, 96).save(path)
     return path
 
 
@@ -54,7 +54,7 @@ def run(carve: Invoke, checkpoint: Path, image_file: Path, tmp_path: Path) -> In
 def folder(tmp_path: Path) -> Path:
     """Two images, 1.png and 2.png."""
     for seed, size in ((1, (160, 96)), (2, (96, 120))):
-        tiny_models.picture(*size, seed).save(tmp_path / f"{seed}.png")
+        tiny_models.make_image(*size, seed).save(tmp_path / f"{seed}.png")
     return tmp_path
 
 

@@ -27,7 +27,7 @@ def test_writes_a_record_for_each_and_tables_of_all(ask: Ask, folder: Path, run:
     assert done.stderr == "" and "3 of 3 questions answered, 0 of them before this run" in done.stdout
 
     found = records(folder)
-    assert found["1"]["image_path"] == found["1"]["picture"] == str(folder / "1.png")
+    assert found["1"]["image_path"] == str(folder / "1.png")
     assert found["a%2Fb"]["id"] == "a/b" and found["1"]["truth"] == "seven" and found["second"]["truth"] is None
     assert run("-i", folder / "1.png").exit_code == 0
     alone = json.loads((folder / "out/result.json").read_text())
@@ -59,7 +59,7 @@ def test_what_is_done_is_not_done_again(ask: Ask, folder: Path, monkeypatch: pyt
 
 
 def change_image(folder: Path) -> None:
-    tiny_models.picture(96, 120, 5).save(folder / "2.png")
+    tiny_models.make_image(96, 120, 5).save(folder / "2.png")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_bad_images_are_records_and_are_tried_again(ask: Ask, folder: Path) -> N
     assert "answer" not in table(folder)[1]
 
     before = written(folder)
-    tiny_models.picture(60, 60, 4).save(folder / "missing.png")
-    tiny_models.picture(60, 60, 4).save(folder / "broken.png")
+    tiny_models.make_image(60, 60, 4).save(folder / "missing.png")
+    tiny_models.make_image(60, 60, 4).save(folder / "broken.png")
     done = ask(lines[:4])
     assert done.exit_code == 0, done.output
     after = written(folder)
@@ -173,7 +173,7 @@ def test_the_bar_counts_and_names_the_rate(ask: Ask, monkeypatch: pytest.MonkeyP
 
 
 def test_the_old_name_of_images_works(ask: Ask, folder: Path) -> None:
-    assert ask(LINES[:1], "--pictures").exit_code == 0
+    assert ask(LINES[:1], "--images").exit_code == 0
     assert sorted(content(folder / "out/results/1")) == sorted(FILES)
 
 

@@ -116,7 +116,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_disk_that_fills_up(ask: Ask, folder: Path) -> None:
     """The second answer, about a larger image, cannot be written."""
-    tiny_models.picture(400, 300, 2).save(folder / "2.png")
+    tiny_models.make_image(400, 300, 2).save(folder / "2.png")
     with files_of_at_most(400_000):
         done = ask(LINES, "--images", "--tokens", 1)
     assert done.exit_code == 1, done.output

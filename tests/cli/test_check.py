@@ -37,13 +37,13 @@ def test_the_backends_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     found = report_of(tmp_path / "check.json")
     assert list(content(tmp_path)) == ["check.json"]
-    assert {(entry["stage"], entry["room"]) for entry in found["checks"]} == {
+    assert {(entry["stage"], entry["backend"]) for entry in found["checks"]} == {
         (stage, backend) for stage in ("capture", "contrast", "regions") for backend in ("cpu", "reference")
     }
     assert len(found["checks"]) == 2 * selfcheck.count(quick=True)
     assert all(entry["right"] is True and entry["problem"] is None for entry in found["checks"])
     assert f"All {len(found['checks'])} cases are right." in done.stdout
-    assert {entry["room"] for entry in found["timings"]} == {"cpu", "reference"}
+    assert {entry["backend"] for entry in found["timings"]} == {"cpu", "reference"}
     assert all(entry["seconds"]["median"] > 0 and entry["predicted"] is None for entry in found["timings"])
     machine = found["machine"]
     assert machine["device"] == "cpu" and machine["versions"]["torch"] and machine["threads"] >= 1
@@ -81,8 +81,8 @@ def test_an_unavailable_backend_is_reported(carve: Invoke, tmp_path: Path, monke
     assert "is not built; build it" in " ".join(done.stdout.replace("│", " ").split())
     assert "No kernel serves this device: only the reference was checked." in done.stdout
     found = report_of(tmp_path / "check.json")
-    assert {entry["room"] for entry in found["checks"]} == {"reference"}
-    assert [cell["shut"] for cell in found["rooms"] if cell["room"] == "cpu"] == [cpu.unavailable()] * 3
+    assert {entry["backend"] for entry in found["checks"]} == {"reference"}
+    assert [cell["unavailable"] for cell in found["backends"] if cell["backend"] == "cpu"] == [cpu.unavailable()] * 3
 
 
 @pytest.mark.parametrize("words", [["--device", "cuda"], ["--device", "cuda:99"], ["--device", "nowhere"]])

@@ -152,7 +152,7 @@ def test_a_command_replaces_what_the_commands_wrote(run: Invoke, ask: Ask, folde
 @early
 @pytest.mark.parametrize("given", ["questions.jsonl", "a.png", "preset.json", "mine.json", "linked.json"])
 def test_profile_replaces_no_other_file(carve: Invoke, checkpoint: Path, tmp_path: Path, given: str) -> None:
-    tiny_models.picture(96, 96).save(tmp_path / "a.png")
+    tiny_models.make_image(96, 96).save(tmp_path / "a.png")
     (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "a.png", "question": QUESTION}))
     for name in ("preset.json", "mine.json"):
         (tmp_path / name).write_text('{"keep": 0.3}')
@@ -165,7 +165,7 @@ def test_profile_replaces_no_other_file(carve: Invoke, checkpoint: Path, tmp_pat
 
 
 def test_profile_replaces_what_it_wrote_unless_it_was_changed(carve: Invoke, checkpoint: Path, tmp_path: Path) -> None:
-    tiny_models.picture(96, 96).save(tmp_path / "a.png")
+    tiny_models.make_image(96, 96).save(tmp_path / "a.png")
     (tmp_path / "questions.jsonl").write_text(json.dumps({"image": "a.png", "question": QUESTION}))
     path = tmp_path / "carve.json"
     quick = ("--rows", "last", "--steps", "t_start", *QUICK[:2])

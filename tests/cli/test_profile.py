@@ -25,7 +25,7 @@ LINES = [
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     for number, name in enumerate("ab"):
-        tiny_models.picture(160, 96, number).save(tmp_path / f"{name}.png")
+        tiny_models.make_image(160, 96, number).save(tmp_path / f"{name}.png")
     return written(tmp_path, LINES)
 
 
@@ -49,7 +49,7 @@ def test_writes_a_preset_with_its_evidence(profile: Invoke, tmp_path: Path) -> N
     assert set(content(tmp_path)) - set(before) == {"out/carve.json"}
     values = json.loads((tmp_path / "out/carve.json").read_text())
     evidence = values["evidence"]
-    assert (evidence["questions"], evidence["pictures"], evidence["boxes"]) == (3, 2, 2)
+    assert (evidence["questions"], evidence["images"], evidence["boxes"]) == (3, 2, 2)
     assert evidence["model"]["type"] == "llava" and "torch" in evidence["versions"]
     chosen = Preset.from_dict(values)
     assert list(chosen.layers) == [evidence["pick"]["layer"]] and chosen.max_new_tokens == 2

@@ -21,10 +21,10 @@ from carve_kernels.hf.decoding import sequential_reason
 from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
 from carve_kernels.hf.profile.candidate_maps import CandidateReader
 from tests.support.families import as_written_in, family, watched
-from tests.support.tiny_models import inputs_for, picture, prompts_for, tiny_llava
+from tests.support.tiny_models import inputs_for, make_image, prompts_for, tiny_llava
 
 QUESTION, OTHER = "what digit is red", "where is the square"
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 PRESET = Preset.paper(layers=(1, 2), max_new_tokens=4)
 UP = "model.language_model.layers.1.mlp.up_proj"
 
@@ -365,7 +365,7 @@ def test_questions_in_a_batch_have_their_own_answers_and_maps(change: Callable[[
         assert float((result.task.values - maps).abs().max()) <= 1e-5 * float(maps.max())
 
 
-def test_hooks_are_looked_for_at_each_answer() -> None:
+def test_hooks_are_found_at_each_answer() -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESET)
     before = engine(PHOTO, QUESTION)
@@ -379,7 +379,7 @@ def test_hooks_are_looked_for_at_each_answer() -> None:
     assert torch.equal(engine(PHOTO, QUESTION).general.values, before.general.values)
 
 
-def test_a_reader_of_rows_looks_for_hooks_at_each_image() -> None:
+def test_a_candidate_reader_finds_hooks_at_each_image() -> None:
     model, processor = tiny_llava()
     reader = CandidateReader(model, processor, PRESET, ["last"], ["t_start"], "auto")
     with ExitStack() as stack:

@@ -10,9 +10,9 @@ import torch
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
 from tests.support.families import FAMILIES, family
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
-PHOTO, OTHER = picture(240, 160, 1), picture(100, 180, 2)
+PHOTO, OTHER = make_image(240, 160, 1), make_image(100, 180, 2)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, processor: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB, prompts hold their images, and bad ones are named."""
+"""Images of every kind become upright RGB, prompts hold their images, and bad ones are named."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_orientation_is_taken_away_wherever_pillow_finds_it(key: str) -> None
         "XML:com.adobe.xmp": xmp,
         "xmp": xmp.encode(),
     }
-    image = tiny_models.picture(40, 24)
+    image = tiny_models.make_image(40, 24)
     image.info[key] = values[key]
     opened = open_image(image)
     assert opened.tobytes() == image.transpose(Image.Transpose.ROTATE_180).tobytes()
@@ -94,7 +94,7 @@ def test_an_orientation_is_taken_away_wherever_pillow_finds_it(key: str) -> None
 
 
 def test_the_given_image_is_not_changed() -> None:
-    image = tiny_models.picture(8, 8)
+    image = tiny_models.make_image(8, 8)
     opened = open_image(image)
     opened.putpixel((0, 0), (1, 2, 3))
     assert image.getpixel((0, 0)) != (1, 2, 3)
@@ -108,7 +108,7 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("words")
     with pytest.raises(ValueError, match=r"words\.png cannot be read as an image"):
         open_image(tmp_path / "words.png")
-    tiny_models.picture(64, 64).save(tmp_path / "whole.png")
+    tiny_models.make_image(64, 64).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
     with pytest.raises(ValueError, match=r"half\.png cannot be read as an image"):
         open_image(tmp_path / "half.png")
@@ -120,7 +120,7 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
 def test_damaged_files_give_an_image_or_the_named_error(tmp_path: Path, suffix: str) -> None:
-    tiny_models.picture(48, 40).save(tmp_path / f"whole.{suffix}")
+    tiny_models.make_image(48, 40).save(tmp_path / f"whole.{suffix}")
     whole = (tmp_path / f"whole.{suffix}").read_bytes()
     damaged = tmp_path / f"damaged.{suffix}"
     generator = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def test_a_path_need_not_be_unicode(tmp_path: Path) -> None:
         folder.mkdir()
     except OSError:
         pytest.skip("this file system takes Unicode alone")
-    tiny_models.picture(8, 8).save(folder / "photo.png")
+    tiny_models.make_image(8, 8).save(folder / "photo.png")
     assert open_image(folder / "photo.png").size == (8, 8)
     Memory(folder / "maps")
     assert (folder / "maps").is_dir()
@@ -162,7 +162,7 @@ def test_too_many_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (50, 3), (3, 50), (1, 150)])
-def test_tiny_pictures_work(family: tuple[Any, Any], size: tuple[int, int]) -> None:
+def test_tiny_images_work(family: tuple[Any, Any], size: tuple[int, int]) -> None:
     model, processor = family
     image = open_image(Image.new("RGB", size, "red"))
     inputs = prepare(processor, [image], build_prompt(processor, "x"))
@@ -248,9 +248,9 @@ def test_templates_that_cannot_be_used_are_refused(llava: tuple[Any, Any], templ
 def test_halves_of_characters_are_refused_by_name(llava: tuple[Any, Any], half: str) -> None:
     engine = CarveEngine(*llava, preset={"layers": [1]})
     with pytest.raises(ValueError, match=r"^question: "):
-        engine(tiny_models.picture(60, 60), half)
+        engine(tiny_models.make_image(60, 60), half)
     with pytest.raises(ValueError, match=r"^prompt: "):
-        engine(tiny_models.picture(60, 60), "x", f"<image>{half}")
+        engine(tiny_models.make_image(60, 60), "x", f"<image>{half}")
     with pytest.raises(ValueError, match=r"^text: "):
         build_prompt(llava[1], half)
     for name in ("general_prompt", "suffix"):
@@ -273,7 +273,7 @@ def test_bad_texts(llava: tuple[Any, Any]) -> None:
 
 def test_images_must_fit_the_prompt(family: tuple[Any, Any]) -> None:
     processor = family[1]
-    image = tiny_models.picture(60, 60)
+    image = tiny_models.make_image(60, 60)
     with pytest.raises(ValueError, match=r"the prompt has 1 image\(s\), got 2"):
         prepare(processor, [image, image], build_prompt(processor, "x"))
     with pytest.raises(ValueError, match=r"the prompt has 0 image\(s\), got 1"):
@@ -283,7 +283,7 @@ def test_images_must_fit_the_prompt(family: tuple[Any, Any]) -> None:
 
 def test_inputs_are_those_of_the_processor(family: tuple[Any, Any]) -> None:
     processor = family[1]
-    image = tiny_models.picture(90, 60)
+    image = tiny_models.make_image(90, 60)
     inputs = prepare(processor, [image], build_prompt(processor, "x"), device="cpu")
     expected = tiny_models.inputs_for(processor, [image], ["x"])
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
@@ -292,7 +292,7 @@ def test_inputs_are_those_of_the_processor(family: tuple[Any, Any]) -> None:
 def test_max_pixels_bounds_the_grid_and_leaves_the_processor_alone() -> None:
     _, processor = tiny_models.tiny_qwen2_5_vl()
     before = dict(processor.image_processor.size)
-    image = tiny_models.picture(400, 200)
+    image = tiny_models.make_image(400, 200)
     prompt = build_prompt(processor, "x")
     for limit in (56 * 56 * 4, 28 * 28):
         _, rows, columns = prepare(processor, [image], prompt, max_pixels=limit)["image_grid_thw"][0].tolist()
@@ -308,7 +308,7 @@ def test_max_pixels_bounds_the_grid_and_leaves_the_processor_alone() -> None:
 @pytest.mark.parametrize("style", ["size", "attributes"])
 @pytest.mark.parametrize("make", [tiny_models.tiny_qwen2_vl, tiny_models.tiny_qwen2_5_vl])
 def test_the_smaller_of_two_bounds_holds(make: Any, style: str) -> None:
-    image, (_, processor) = tiny_models.picture(400, 200), make()
+    image, (_, processor) = tiny_models.make_image(400, 200), make()
 
     def pixels(least: int, most: int, max_pixels: int | None) -> int:
         if style == "size":
@@ -331,18 +331,16 @@ def test_the_smaller_of_two_bounds_holds(make: Any, style: str) -> None:
 def test_the_engine_keeps_a_processors_own_bound() -> None:
     model, processor = tiny_models.tiny_qwen2_vl()
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}
-    own = (
-        int(prepare(processor, [tiny_models.picture(400, 200)], build_prompt(processor, "x"))["image_grid_thw"].prod())
-        // 4
-    )
+    inputs = prepare(processor, [tiny_models.make_image(400, 200)], build_prompt(processor, "x"))
+    own = int(inputs["image_grid_thw"].prod()) // 4
     preset = {"layers": [1], "max_new_tokens": 1, "max_pixels": 448 * 448}
-    result = CarveEngine(model, processor, preset=preset)(tiny_models.picture(400, 200), "what digit is red")
+    result = CarveEngine(model, processor, preset=preset)(tiny_models.make_image(400, 200), "what digit is red")
     assert result.task.values.shape[-1] == result.general.values.shape[-1] == own <= 12
 
 
 def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, Any]) -> None:
     processor = llava[1]
-    image = tiny_models.picture(90, 60)
+    image = tiny_models.make_image(90, 60)
     inputs = prepare(processor, [image], build_prompt(processor, "x"), max_pixels=10)
     assert inputs["pixel_values"].shape == (1, 3, 84, 84)
 
@@ -352,18 +350,18 @@ def test_max_pixels_is_nothing_to_a_processor_of_a_fixed_size(llava: tuple[Any, 
     [(0x100, 2, 4, b"640\0"), (0x128, 2, 2, b"2\0\0\0"), (0x11A, 2, 3, b"72\0\0"), (0x131, 1, 3, b"abc\0")],
     ids=["width", "unit", "resolution", "software"],
 )
-def test_a_picture_with_damaged_notes_is_turned(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
+def test_an_image_with_damaged_notes_is_turned(tmp_path: Path, entry: tuple[int, int, int, bytes]) -> None:
     turned = (0x112, 3, 1, struct.pack("<HH", 6, 0))
     notes = b"".join(struct.pack("<HHI", *each[:3]) + each[3] for each in sorted([turned, entry]))
     path = tmp_path / "photo.jpg"
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + notes + bytes(4)
-    tiny_models.picture(40, 24).save(path, exif=exif)
+    tiny_models.make_image(40, 24).save(path, exif=exif)
     assert open_image(path).size == (24, 40)
 
 
 def test_whatever_a_decoder_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "photo.png"
-    tiny_models.picture(8, 8).save(path)
+    tiny_models.make_image(8, 8).save(path)
 
     def load(*_: Any) -> None:
         raise RuntimeError("Failed to decode frame")

@@ -56,7 +56,7 @@ def test_a_loaded_model_answers_like_the_saved_one(
     assert not loaded.training
     assert loaded.dtype == torch.float32
     assert type(its_processor) is type(processor)
-    inputs = tiny_models.inputs_for(processor, [tiny_models.picture(90, 60)], ["what digit is red"])
+    inputs = tiny_models.inputs_for(processor, [tiny_models.make_image(90, 60)], ["what digit is red"])
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
@@ -94,7 +94,7 @@ def test_a_tilde_is_the_users_folder(checkpoint: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(checkpoint, target_is_directory=True)
     model, processor = load("~/model")
-    tiny_models.picture(60, 40).save(tmp_path / "a.png")
+    tiny_models.make_image(60, 40).save(tmp_path / "a.png")
     (tmp_path / "mine.json").write_text('{"keep": 0.25, "layers": [1], "max_new_tokens": 1}')
     engine = CarveEngine(model, processor, profile="~/mine.json", memory="~/maps")
     result = engine(Path("~/a.png"), "what digit is red")

@@ -35,7 +35,8 @@ def move(model: Any, device: torch.device) -> Any:
 
 
 def generate(model: Any, processor: Any, **options: Any) -> tuple[list[list[int]], Any]:
-    inputs = tiny_models.inputs_for(processor, [tiny_models.picture(90, 60), tiny_models.picture(60, 90, 2)], TEXTS)
+    images = [tiny_models.make_image(90, 60), tiny_models.make_image(60, 90, 2)]
+    inputs = tiny_models.inputs_for(processor, images, TEXTS)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     with capture_attention(model, layers=[1, 2], processor=processor) as session:
         answers = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
@@ -60,7 +61,7 @@ def test_a_session_captures_the_maps_of_a_cpu(device: torch.device, family: Call
 def test_an_engine_answers_as_on_a_cpu(device: torch.device, family: Callable[[], Any]) -> None:
     model, processor = family()
     preset = {"layers": [1, 2], "max_new_tokens": 3}
-    image = tiny_models.picture(90, 60)
+    image = tiny_models.make_image(90, 60)
     expected = [CarveEngine(model, processor, preset=preset)(image, text) for text in TEXTS]
     engine = CarveEngine(move(model, device), processor, preset=preset)
     for text, reference in zip(TEXTS, expected, strict=True):

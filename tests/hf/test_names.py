@@ -15,7 +15,7 @@ from carve_kernels import CarveEngine, capture_attention
 from carve_kernels.checks import UpstreamChanged
 from carve_kernels.hf import caches, names
 from tests.support.families import family, inputs_of, state
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 FILES = ("names.py", "caches.py", "processors.py", "model.py")
 PACKAGE = Path(inspect.getfile(names)).parents[1]
@@ -242,7 +242,7 @@ def test_a_generate_without_criteria_blames_the_version(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("transformers.GenerationMixin.generate", without)
     with pytest.raises(UpstreamChanged, match="no logits_processor and no stopping_criteria"):
-        CarveEngine(model, processor, backend="reference")(picture(112, 84), "what digit is red")
+        CarveEngine(model, processor, backend="reference")(make_image(112, 84), "what digit is red")
 
 
 def test_an_unknown_registry_blames_the_version() -> None:

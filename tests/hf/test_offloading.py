@@ -15,10 +15,10 @@ from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
 from carve_kernels.hf.model import decoder_layers, devices_of, input_device
 from tests.support.families import family, generate
 from tests.support.offloading import offload
-from tests.support.tiny_models import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl
+from tests.support.tiny_models import inputs_for, make_image, tiny_llava, tiny_qwen2_5_vl
 
 QUESTION = "what digit is red"
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 PRESET = Preset.paper(layers=(1, 2), max_new_tokens=4)
 WHICH: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
@@ -52,7 +52,7 @@ def test_models_that_differ_in_offloaded_weights_share_no_memory() -> None:
     (one, processor), (other, _) = tiny_qwen2_5_vl(), tiny_qwen2_5_vl(seed=1)
     for model in (one, other):
         offload(model)
-        with pytest.raises(Unidentified, match="parked"):
+        with pytest.raises(Unidentified, match="offloaded"):
             fingerprint(model, processor)
     memory = CarveEngine(one, processor, preset=PRESET).memory
     CarveEngine(one, processor, preset=PRESET, memory=memory)(PHOTO, QUESTION)

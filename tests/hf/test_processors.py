@@ -60,9 +60,9 @@ def test_an_engine_without_torchvision(checkpoint: Path, older: Path, tmp_path: 
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(checkpoint))
-    expected = image_processor(images=[tiny_models.picture(*SIZE)], return_tensors="pt")
+    expected = image_processor(images=[tiny_models.make_image(*SIZE)], return_tensors="pt")
     save_file(dict(expected), tmp_path / "expected.safetensors")
-    tiny_models.picture(*SIZE).save(tmp_path / "image.png")
+    tiny_models.make_image(*SIZE).save(tmp_path / "image.png")
     program = """
         import sys
 

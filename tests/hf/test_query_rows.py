@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from carve_kernels import capture_attention
-from tests.support.families import PICTURES, TEXTS, eager, family, generate, in_eager, inputs_of, visual
+from tests.support.families import IMAGES, TEXTS, eager, family, generate, in_eager, inputs_of, visual
 from tests.support.generation_kinds import Prompted, processor_of_kind, user
 from tests.support.tiny_models import inputs_for, tiny_llava
 
@@ -67,7 +67,7 @@ def test_the_last_rows_of_a_left_padded_batch(name: str) -> None:
 
 def test_the_last_rows_of_a_right_padded_batch() -> None:
     model, processor = family("llava")
-    inputs = inputs_for(processor, PICTURES, TEXTS, padding_side="right")
+    inputs = inputs_for(processor, IMAGES, TEXTS, padding_side="right")
     with capture_attention(model, layers="all", rows=2) as session, torch.no_grad():
         model(**inputs)
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -129,7 +129,7 @@ def test_the_question_is_the_users_text(name: str) -> None:
 def test_a_word_is_its_last_occurrence(name: str, rows: tuple[str, str]) -> None:
     model, processor = family(name)
     text = "the square, is the square at the left of the image another squares"
-    inputs = inputs_for(processor, PICTURES[:1], [text])
+    inputs = inputs_for(processor, IMAGES[:1], [text])
     with capture_attention(model, layers="all", rows=rows, processor=processor) as session, torch.no_grad():
         model(**inputs)
     pieces = words(name, inputs, 0)
@@ -227,7 +227,7 @@ def test_an_image_after_the_question_is_refused_before_the_model_runs() -> None:
     model, processor = family("llava")
     content = [{"type": "text", "text": "what digit is red\n"}, {"type": "image"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=PICTURES[:1], text=[prompt], return_tensors="pt")
+    inputs = processor(images=IMAGES[:1], text=[prompt], return_tensors="pt")
     ran: list[int] = []
     hook = model.model.language_model.register_forward_pre_hook(lambda *_: ran.append(1))
     try:

@@ -13,7 +13,7 @@ from carve_kernels import selfcheck
 from carve_kernels.backends import BACKENDS
 from carve_kernels.selfcheck.trials import trials
 from tests.support.mps import NO_FLOAT64, mps
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 VISIBILITY: dict[str, dict[str, Any]] = {
     "all": {},
@@ -89,7 +89,7 @@ def test_regions_have_their_scores_where_there_is_float64(device: torch.device, 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_carve(device: torch.device, scale: float) -> None:
-    image, task, general = picture(80, 60), scale * torch.rand(2, 2, 12), torch.rand(2, 2, 12)
+    image, task, general = make_image(80, 60), scale * torch.rand(2, 2, 12), torch.rand(2, 2, 12)
     expected = carve_kernels.carve(image, task, general, grid=(3, 4), backend="reference")
     found = carve_kernels.carve(image, task.to(device), general.to(device), grid=(3, 4))
     assert found.saliency.device == device and torch.equal(found.saliency.cpu(), expected.saliency)

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf.model import attention_modules
-from tests.support.tiny_models import inputs_for, picture, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
+from tests.support.tiny_models import inputs_for, make_image, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
 
 FAMILIES = {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen2_5_vl, "qwen2_vl": tiny_qwen2_vl}
 TEXTS = ["what digit is red", "where is the square at the left of the image", "hello"]
-PICTURES = [picture(120, 80, 1), picture(90, 140, 2), picture(100, 100, 3)]
+IMAGES = [make_image(120, 80, 1), make_image(90, 140, 2), make_image(100, 100, 3)]
 STEPS = 5
 
 
@@ -28,24 +28,24 @@ def family(name: str) -> tuple[Any, Any]:
     """A model that all tests of a process share; they must leave it as it was."""
     model, processor = FAMILIES[name]()
     # transformers puts hooks and notes of its own on a model that runs for the first time.
-    generate(model, inputs_for(processor, PICTURES[:1], TEXTS[:1]), steps=1, cache_implementation="static")
+    generate(model, inputs_for(processor, IMAGES[:1], TEXTS[:1]), steps=1, cache_implementation="static")
     return model, processor
 
 
 @functools.cache
 def inputs_of(name: str, batch: int) -> Any:
-    return inputs_for(family(name)[1], PICTURES[:batch], TEXTS[:batch])
+    return inputs_for(family(name)[1], IMAGES[:batch], TEXTS[:batch])
 
 
 FORMATS = ["jpg", "png", "webp", "tiff", "mpo", *(["avif"] if ".avif" in Image.registered_extensions() else [])]
 
 
 def tagged_photo(path: Path, orientation: int, size: tuple[int, int] = (120, 80)) -> Path:
-    """Write a picture whose file says that it is to be turned; the suffix says in which format."""
+    """Write an image whose file says that it is to be turned; the suffix says in which format."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    more: dict[str, Any] = {"save_all": True, "append_images": [picture(*size, 9)]} if path.suffix == ".mpo" else {}
-    picture(*size).save(path, exif=exif, **more)
+    more: dict[str, Any] = {"save_all": True, "append_images": [make_image(*size, 9)]} if path.suffix == ".mpo" else {}
+    make_image(*size).save(path, exif=exif, **more)
     return path
 
 
@@ -104,7 +104,7 @@ def exact(name: str, batch: int) -> torch.Tensor:
     answers = eager(name, batch, "dynamic")[0][:, -STEPS:]
     maps = torch.zeros(batch, 4, STEPS, eager(name, batch, "dynamic")[1].shape[-1], dtype=torch.float64)
     for row in range(batch):
-        alone = inputs_for(family(name)[1], PICTURES[row : row + 1], TEXTS[row : row + 1])
+        alone = inputs_for(family(name)[1], IMAGES[row : row + 1], TEXTS[row : row + 1])
         alone["pixel_values"] = alone["pixel_values"].double()
         length = alone["input_ids"].shape[1]
         alone["input_ids"] = torch.cat([alone["input_ids"], answers[row : row + 1, :-1]], 1)
@@ -176,5 +176,5 @@ def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None
 
 
 def keeps_features(model: Any) -> bool:
-    """Whether this transformers takes what a vision tower gave before, so that a picture images twice is seen once."""
+    """Whether this transformers takes what a vision tower gave before, so that an image images twice is seen once."""
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters

@@ -6,7 +6,7 @@ import torch
 
 from carve_kernels import AttentionMaps, View, VisualLayout
 
-KEY = ("model", "picture", None, "Write.", (1, 2), "last", 3)
+KEY = ("model", "image", None, "Write.", (1, 2), "last", 3)
 
 
 def maps(seed: int = 0, tokens: int = 12) -> AttentionMaps:

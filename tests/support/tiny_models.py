@@ -129,7 +129,7 @@ def tiny_llama(seed: int = 0) -> Any:
     return _finish(LlamaForCausalLM, config, tokenizer, seed)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Noise in 8 x 8 blocks, so that no two regions are alike at any resolution."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (max(1, height // 8), max(1, width // 8), 3), generator=generator).byte()

@@ -121,7 +121,7 @@ def sequential_reason(model: Any) -> str | None:
         return f"its rotation is {changing[0]!r}, which depends on the length of the prompt"
     if not all(names.is_causal(module) for module in modules.values()):
         return "its attention is not causal"
-    return names.tree_obstacle(inner, config) or _decoding_reason(model, inner)
+    return names.tree_reason(inner, config) or _decoding_reason(model, inner)
 
 
 def _decoding_reason(model: Any, inner: Any) -> str | None:
@@ -134,7 +134,7 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
     if any(names.compiled_in_place(module) is not None for module in inner.modules()):
         return "it was compiled in place"
     for module in (*wrappers(model), inner):
-        adapter = names.adapter_obstacle(module)
+        adapter = names.adapter_reason(module)
         if adapter is not None:
             return adapter
     places = [devices_of(layer) for layer in decoder_layers(model)]

@@ -143,10 +143,7 @@ class CarveEngine:
         tokens: int | None = None,
         on_progress: batching.OnResult | None = None,
     ) -> Iterator[CarveResult | CarveFailure]:
-        """The results of many pictures and questions in their order, each as soon as it is there.
-
-        See batching.py for what may be given, what runs together, and what stands in the place of a bad picture.
-        """
+        """The results of many images and questions in their order, each as soon as it is ready; see `batching.stream`."""
         return batching.stream(self, images, questions, prompts, tokens=tokens, on_progress=on_progress)
 
     @property

@@ -79,7 +79,7 @@ def share_above(values: torch.Tensor) -> float:
 @settings(max_examples=40)
 @given(
     shape=SHAPES,
-    picture=st.sampled_from(sorted(SALIENCIES)),
+    saliency=st.sampled_from(sorted(SALIENCIES)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
     limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
@@ -92,7 +92,7 @@ def share_above(values: torch.Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_any_order_of_threads_finds_what_the_reference_finds(
     shape: tuple[int, int],
-    picture: str,
+    saliency: str,
     dtype: torch.dtype,
     limit: Any,
     order: str,
@@ -100,7 +100,7 @@ def test_any_order_of_threads_finds_what_the_reference_finds(
     seed: int,
     **options: Any,
 ) -> None:
-    values = SALIENCIES[picture](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
+    values = SALIENCIES[saliency](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
     with emulator.running("regions", order, resident=resident, seed=seed):
         found = device.forward(values, **options, **limit)
     assert_same(found, reference.forward(values, **options, **limit))

@@ -16,10 +16,10 @@ from transformers.masking_utils import sdpa_mask
 from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf.decoding import sequential_reason
 from tests.support.families import FAMILIES, family, generate, keeps_features, own_generate, state, watched
-from tests.support.tiny_models import inputs_for, picture, tiny_llava
+from tests.support.tiny_models import inputs_for, make_image, tiny_llava
 
 QUESTION = "what digit is red"
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 PRESETS = [
     Preset.paper(layers=(1, 2), max_new_tokens=5),
     Preset.paper(layers=(1, 2), steps="t_start", max_new_tokens=5),
@@ -100,7 +100,7 @@ def test_a_request_that_was_answered_together_is_answered_again_alone(name: str,
     assert torch.equal(again.task.values, fresh.task.values) and torch.equal(again.mask, fresh.mask)
 
 
-def test_a_picture_that_is_kept_whole_is_asked_about_again_alone() -> None:
+def test_an_image_that_is_kept_whole_is_asked_about_again_alone() -> None:
     model, processor = family("qwen2_5_vl")
     # The question is the general instruction: the ratio is flat, but for the weight of lam.
     preset = Preset.paper(layers=(1,), max_new_tokens=4, lam=0.0)
@@ -170,7 +170,7 @@ def test_a_prompt_without_tree_decoding_is_decoded_sequentially(caplog: pytest.L
     assert "one by one, since no text follows the image tokens" in caplog.text and len(result.answer_ids) == 3
 
 
-def test_the_question_before_the_picture_shares_the_tower_alone() -> None:
+def test_the_question_before_the_image_shares_the_tower_alone() -> None:
     model, processor = tiny_llava()
     engine = CarveEngine(model, processor, preset=PRESETS[0], memory=False)
     seen: list[int] = []

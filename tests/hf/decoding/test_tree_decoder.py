@@ -20,7 +20,7 @@ from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
 from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
 from carve_kernels.hf.query_rows import RowsSpec
 from tests.support.families import FAMILIES, family, state
-from tests.support.tiny_models import picture, tiny_llava, tiny_qwen2_5_vl
+from tests.support.tiny_models import make_image, tiny_llava, tiny_qwen2_5_vl
 
 TEXTS = [
     "what digit is red",
@@ -28,7 +28,7 @@ TEXTS = [
     "where is the square at the left of the image",
     "what",
 ]
-PHOTO, OTHER = picture(240, 160, 1), picture(90, 200, 2)
+PHOTO, OTHER = make_image(240, 160, 1), make_image(90, 200, 2)
 NEW_TOKENS = 8
 LAYERS = (1, 2)
 

@@ -1,4 +1,4 @@
-"""What an answer costs, counted inside the model: pictures in the tower, tokens in the layers, rows captured."""
+"""What an answer costs, counted inside the model: images in the tower, tokens in the layers, rows captured."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from carve_kernels.hf.decoding.prefix_cache import PrefixCache, common_length
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
 from tests.support.families import FAMILIES, family, keeps_features, watched
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 QUESTION = "what digit is red"
 OTHER = "where is the square at the left of the image"
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 WORDS = 5
 
 
@@ -92,7 +92,7 @@ def endless(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in FAMILIES), ("qwen2_5_vl", "eager")])
-def test_each_picture_and_each_token_once(name: str, attention: str) -> None:
+def test_each_image_and_each_token_once(name: str, attention: str) -> None:
     model, processor = endless(name)
     model.set_attn_implementation({"text_config": attention})
     preset = Preset.paper(layers=(1, 2), max_new_tokens=WORDS)
@@ -128,7 +128,7 @@ def test_a_last_question_that_shows_the_original_again_reads_the_refined_image_a
 
 
 @pytest.mark.parametrize("images", ["refined", "original+refined"])
-def test_a_picture_that_is_kept_whole_is_not_seen_twice(images: str) -> None:
+def test_an_image_that_is_kept_whole_is_not_seen_twice(images: str) -> None:
     model, processor = endless("llava")
     # The question is the general instruction: the ratio is flat, but for the weight of lam.
     preset = Preset.paper(layers=(1, 2), max_new_tokens=WORDS, lam=0.0, images=images)
@@ -188,23 +188,23 @@ def test_a_second_question_pays_for_itself(name: str, preset: Preset) -> None:
     else:
         last = len(ids_of(name, [PHOTO, result.refined], asked, preset)) - head
     assert work.tower == 1
-    # No token of the picture and none of the general instruction; a few behind the picture are shared as well.
+    # No token of the image and none of the general instruction; a few after the image are shared as well.
     assert work.tokens[0] <= len(task) - head + last + 2 * (words - 1)
     assert work.captures == [(2, 1)] * words
     assert result.answer_ids == alone.answer_ids and result.refined_ids == alone.refined_ids
     assert torch.allclose(result.task.values, alone.task.values, rtol=1e-4, atol=1e-8)
 
 
-def test_questions_on_one_picture_share_it_and_pictures_share_the_forwards() -> None:
+def test_questions_on_one_image_share_it_and_images_share_the_forwards() -> None:
     model, processor = endless("qwen2_5_vl")
     preset = Preset.paper(layers=(1, 2), max_new_tokens=WORDS)
     engine = CarveEngine(model, processor, preset=preset, memory=False)
-    other = picture(120, 200, 2)
+    other = make_image(120, 200, 2)
     requests = [engine.request(PHOTO, QUESTION), engine.request(other, QUESTION), engine.request(PHOTO, OTHER)]
     with counted(model) as work:
         together = engine.answer(requests)
     assert work.tower == 2 + 3
-    # Prefills by picture, then steps with three questions and two general instructions: one call for each picture.
+    # Prefills by image, then steps with three questions and two general instructions: one call for each image.
     assert work.captures == [(2, 3), (2, 2)] * WORDS
     for result, request in zip(together, requests, strict=True):
         alone = engine(request.image, request.question)
@@ -236,7 +236,7 @@ def test_a_refined_image_that_is_the_original_is_not_seen_again(name: str, image
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_question_twice_sees_each_picture_once(name: str) -> None:
+def test_the_same_question_twice_sees_each_image_once(name: str) -> None:
     model, processor = endless(name)
     engine = CarveEngine(model, processor, preset=Preset.paper(layers=(1, 2), max_new_tokens=WORDS), memory=False)
     with counted(model) as work:

@@ -1,4 +1,4 @@
-"""What a batch holds at a time: no more pictures than fit, no question before its turn, nothing that is lost."""
+"""What a batch holds at a time: no more images than fit, no question before its turn, nothing that is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.engine.batching import MAX_BATCH, stream
 from tests.support.counting import QUESTIONS, Counting
 from tests.support.families import family
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 SHORT = Preset.paper(max_new_tokens=3)
 
@@ -69,11 +69,11 @@ def test_a_full_group_is_answered_before_the_next_question_is_drawn() -> None:
 
 
 def test_what_was_drawn_is_answered_before_an_iterators_error() -> None:
-    def pictures() -> Iterator[str]:
+    def image_paths() -> Iterator[str]:
         yield from "pq"
         raise OSError("the disk is gone")
 
-    outcomes = stream(Counting(), pictures(), itertools.repeat("a"), tokens=1000)
+    outcomes = stream(Counting(), image_paths(), itertools.repeat("a"), tokens=1000)
     assert [next(outcomes), next(outcomes)] == [("p", "a", None), ("q", "a", None)]
     with pytest.raises(OSError, match="the disk is gone"):
         next(outcomes)
@@ -87,13 +87,13 @@ class Endless(torch.utils.data.IterableDataset[Any]):
     """A data set of two images with an unused length."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([picture(90, 140, 2), picture(120, 80, 1)])
+        return iter([make_image(90, 140, 2), make_image(120, 80, 1)])
 
 
 def test_the_engine_takes_whatever_can_be_iterated() -> None:
     model, processor = family("llava")
     engine = CarveEngine(model, processor, preset=SHORT)
-    by_name = {"one": picture(120, 80, 1), "two": picture(90, 140, 2)}
+    by_name = {"one": make_image(120, 80, 1), "two": make_image(90, 140, 2)}
     expected = [result.answer_ids for result in engine(list(by_name.values()), QUESTIONS[0])]
     for images in (by_name.values(), iter(by_name.values()), (image for image in by_name.values())):
         assert [result.answer_ids for result in engine(images, QUESTIONS[0])] == expected

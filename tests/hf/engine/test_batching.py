@@ -1,4 +1,4 @@
-"""Many questions, many pictures: the same results as one by one, in order, whatever is wrong with some of them."""
+"""Many questions, many images: the same results as one by one, in order, whatever is wrong with some of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from carve_kernels.hf.engine.batching import MAX_BATCH, free_bytes, stream
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from tests.support.counting import QUESTIONS, Counting
 from tests.support.families import family, state, watched
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 SHORT = Preset.paper(max_new_tokens=3)
 
@@ -42,7 +42,7 @@ def same(one: Any, other: CarveResult) -> bool:
 def test_a_batch_answers_what_single_questions_answer(name: str, preset: Preset) -> None:
     model, processor = family(name)
     before = state(model)
-    images = [picture(120, 80, 1), picture(120, 80, 1), picture(90, 140, 2), picture(100, 100, 3)]
+    images = [make_image(120, 80, 1), make_image(120, 80, 1), make_image(90, 140, 2), make_image(100, 100, 3)]
     engine = CarveEngine(model, processor, preset=preset, memory=False)
     expected = [engine(image, question) for image, question in zip(images, QUESTIONS, strict=True)]
     found = engine(images, QUESTIONS)
@@ -54,7 +54,7 @@ def test_a_batch_answers_what_single_questions_answer(name: str, preset: Preset)
     assert state(model) == before
 
 
-def test_one_picture_and_many_questions_or_the_other_way_round() -> None:
+def test_one_image_and_many_questions_or_the_other_way_round() -> None:
     asked = [("p", "a", None), ("p", "b", None)]
     assert list(stream(Counting(), "p", ["a", "b"])) == asked
     assert list(stream(Counting(), ["p", "q"], "a", "all of it")) == [("p", "a", "all of it"), ("q", "a", "all of it")]
@@ -71,7 +71,7 @@ def test_what_does_not_fit_together_is_an_error_before_any_work() -> None:
         stream(engine, ["p", "q"], ["a", "b", "c"])
     with pytest.raises(ValueError, match="images, questions, prompts: expected one length, got 2, 2, 1"):
         stream(engine, ["p", "q"], ["a", "b"], ["x"])
-    for wrong in (3, None, b"picture", {"p": 1}, {"p"}, numpy.zeros((2, 2)), torch.zeros(2)):
+    for wrong in (3, None, b"image", {"p": 1}, {"p"}, numpy.zeros((2, 2)), torch.zeros(2)):
         with pytest.raises(TypeError, match="images: expected a path or a PIL image, a list or an iterator"):
             stream(engine, wrong, "a")
     with pytest.raises(TypeError, match="questions: expected a text, a list or an iterator of them, got int 3"):
@@ -128,12 +128,12 @@ def test_free_memory_is_what_the_machine_and_the_container_have_left(
     assert free_bytes(torch.device("cuda", 0)) == 1200
 
 
-def test_bad_pictures_and_questions_are_outcomes_and_the_others_go_on(tmp_path: Path) -> None:
+def test_bad_images_and_questions_are_outcomes_and_the_others_go_on(tmp_path: Path) -> None:
     model, processor = family("llava")
     before = state(model)
     engine = CarveEngine(model, processor, preset=Preset.paper(rows=("word", "red"), max_new_tokens=3))
-    good, broken = picture(120, 80, 1), tmp_path / "broken.png"
-    broken.write_text("no picture")
+    good, broken = make_image(120, 80, 1), tmp_path / "broken.png"
+    broken.write_text("no image")
     cases: list[tuple[Any, Any, type[Exception] | None, str]] = [
         (good, "what is red", None, ""),
         (tmp_path / "missing.png", "what is red", ValueError, "missing.png is missing"),
@@ -205,13 +205,13 @@ def test_results_are_not_held_and_iterators_may_be_endless() -> None:
     engine = CarveEngine(*family("llava"), preset=Preset.paper(steps="t_start", max_new_tokens=1))
     drawn: list[weakref.ref[Image.Image]] = []
 
-    def pictures() -> Iterator[Image.Image]:
+    def endless_images() -> Iterator[Image.Image]:
         for seed in itertools.count():
-            image = picture(96, 96, seed)
+            image = make_image(96, 96, seed)
             drawn.append(weakref.ref(image))
             yield image
 
-    outcomes = engine.stream(pictures(), itertools.cycle(QUESTIONS), tokens=200)
+    outcomes = engine.stream(endless_images(), itertools.cycle(QUESTIONS), tokens=200)
     for outcome in itertools.islice(outcomes, 12):
         assert outcome.error is None
     del outcome
@@ -232,7 +232,7 @@ def test_ctrl_c_leaves_the_model_as_it_was() -> None:
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    images = [picture(120, 80, seed) for seed in range(3)]
+    images = [make_image(120, 80, seed) for seed in range(3)]
     layer = model.model.language_model.layers[1]
     with pytest.raises(KeyboardInterrupt), watched(layer, before=interrupt):
         engine(images, QUESTIONS[0])

@@ -103,13 +103,13 @@ def test_0_turns_parts_off(tmp_path: Path) -> None:
     off.keep_prefix(KEY, object(), 1)
     assert off.maps(KEY) is None and off.prefix(KEY) is None and sum(off.held()) == 0
     assert list(tmp_path.iterdir()) == []
-    none = Memory(pictures=0)
+    none = Memory(images=0)
     none.keep_prefix(KEY, object(), 0)
     assert none.prefix(KEY) is None
 
 
 def test_prefixes_are_lent_and_bounded() -> None:
-    memory = Memory(prefix_bytes=100, pictures=3)
+    memory = Memory(prefix_bytes=100, images=3)
     for key, nbytes in (("a", 40), ("b", 30), ("c", 30)):
         memory.keep_prefix(key, key.upper(), nbytes)
     assert memory.held()[2:] == (3, 100)
@@ -129,7 +129,7 @@ def test_prefixes_are_lent_and_bounded() -> None:
 
 
 def test_threads_share_a_memory() -> None:
-    memory = Memory(maps_bytes=3 * size_of(maps()), prefix_bytes=50, pictures=2)
+    memory = Memory(maps_bytes=3 * size_of(maps()), prefix_bytes=50, images=2)
     faults: list[BaseException] = []
     lent: set[int] = set()
 
@@ -169,7 +169,7 @@ def test_the_argument_of_the_engine(tmp_path: Path) -> None:
     for wrong in (True, 3, 0):
         with pytest.raises(TypeError, match="memory: expected None, False, a folder or a Memory"):
             memory_of(wrong)
-    for name in ("maps_bytes", "prefix_bytes", "pictures", "folder_bytes"):
+    for name in ("maps_bytes", "prefix_bytes", "images", "folder_bytes"):
         with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 0"):
             Memory(**{name: -1})
         for value in (1.5, "5", None, True):

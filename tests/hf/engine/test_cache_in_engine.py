@@ -13,9 +13,9 @@ from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.hf.engine.result import CarveResult
 from tests.support.families import family, watched
-from tests.support.tiny_models import picture, tiny_llava
+from tests.support.tiny_models import make_image, tiny_llava
 
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 QUESTION = "what digit is red"
 OTHER = "where is the square at the left of the image"
 SHORT = Preset.paper(layers=(1, 2), max_new_tokens=4)
@@ -78,7 +78,7 @@ def train(model: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: ({}, picture(240, 160, 2)),
+        lambda model: ({}, make_image(240, 160, 2)),
         lambda model: ({"preset": Preset.paper(layers=(1, 3), max_new_tokens=4)}, PHOTO),
         lambda model: ({"preset": Preset.paper(layers=(1, 2), max_new_tokens=5)}, PHOTO),
         lambda model: ({"preset": Preset.paper(layers=(1, 2), max_new_tokens=4, general_prompt="Look.")}, PHOTO),
@@ -165,10 +165,10 @@ def test_a_tokenizer_that_splits_otherwise_asks_again() -> None:
 def test_a_prefix_that_was_put_away_in_inference_mode_is_written_to_again(tmp_path: Path) -> None:
     model, processor = family("llava")
     long = Preset.paper(layers=(1, 2), max_new_tokens=40)
-    CarveEngine(model, processor, preset=long, memory=tmp_path)(picture(60, 60), "hello")
+    CarveEngine(model, processor, preset=long, memory=tmp_path)(make_image(60, 60), "hello")
     engine = CarveEngine(model, processor, preset=long, memory=tmp_path)
     with torch.inference_mode():
-        engine(picture(60, 60), OTHER * 2)
-        result = engine(picture(60, 60), "hello")
-    expected = CarveEngine(model, processor, preset=long, memory=False)(picture(60, 60), "hello")
+        engine(make_image(60, 60), OTHER * 2)
+        result = engine(make_image(60, 60), "hello")
+    expected = CarveEngine(model, processor, preset=long, memory=False)(make_image(60, 60), "hello")
     assert result.answer_ids == expected.answer_ids

@@ -14,12 +14,12 @@ from carve_kernels import CarveEngine, Preset, capture_attention, carve
 from carve_kernels.complexity import complexity
 from carve_kernels.hf.inputs import build_prompt, prepare
 from tests.support.families import family, in_eager, state, watched
-from tests.support.tiny_models import picture, tiny_llava
+from tests.support.tiny_models import make_image, tiny_llava
 
 QUESTION = "what digit is red"
 SHORT = Preset.paper(max_new_tokens=6)
 RELEASE = Preset.release(layers=(1, 2), max_new_tokens=6)
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 
 
 def greedy(name: str, images: list[Image.Image], text: str, preset: Preset) -> list[int]:
@@ -171,7 +171,7 @@ def test_what_the_model_noted_of_positions_is_put_back() -> None:
         alone, beside = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
         expected = model(input_ids=following, past_key_values=alone).logits
         deltas = model.model.rope_deltas.clone()
-        engine(picture(300, 80), QUESTION)
+        engine(make_image(300, 80), QUESTION)
         assert torch.equal(model.model.rope_deltas, deltas)
         assert torch.equal(model(input_ids=following, past_key_values=beside).logits, expected)
 
@@ -204,7 +204,7 @@ def test_ctrl_c_in_the_middle_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("steps", ["t_start", "t_end"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_without_a_plain_answer_the_last_question_may_show_both_pictures(name: str, steps: str) -> None:
+def test_without_a_plain_answer_the_last_question_may_show_both_images(name: str, steps: str) -> None:
     preset = replace(RELEASE, steps=steps)
     result = CarveEngine(*family(name), preset=preset, plain=False)(PHOTO, QUESTION)
     assert list(result.refined_ids) == greedy(name, [PHOTO, result.refined], QUESTION + preset.suffix, preset)

@@ -14,9 +14,9 @@ from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.models import small
 from carve_kernels.models.scenes import draw_scene
 from tests.support.families import FAMILIES
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 QUESTIONS = ["what digit is red", "where is the square at the left of the image"]
 STEPS = ["t_end", "t_start", "t_full"]
 
@@ -60,7 +60,7 @@ def test_tiny_models_under_a_repetition_penalty(name: str, implementation: str) 
     model.generation_config.repetition_penalty = 1.05
     presets = [Preset.paper(steps=steps, max_new_tokens=6) for steps in STEPS]
     for preset in [*presets, Preset.release(layers=(1, 2), max_new_tokens=6)]:
-        # A second question finds the picture in memory.
+        # A second question finds the image in memory.
         engine = CarveEngine(model, processor, preset=preset)
         assert engine.sequential_reason is None
         for question in QUESTIONS:

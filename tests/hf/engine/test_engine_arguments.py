@@ -14,11 +14,11 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset, load
 from carve_kernels.hf.profile.profile import Probe, profile
 from tests.support.families import family, state
-from tests.support.tiny_models import picture, save, tiny_llava
+from tests.support.tiny_models import make_image, save, tiny_llava
 
 QUESTION = "what digit is red"
 SHORT = Preset.paper(max_new_tokens=6)
-PHOTO = picture(240, 160, 1)
+PHOTO = make_image(240, 160, 1)
 
 
 def test_a_profile_is_used_unless_the_caller_says_otherwise(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_no_request_has_no_answer() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (400, 9)])
 def test_small_and_thin_images(name: str, size: tuple[int, int]) -> None:
     model, processor = family(name)
-    result = CarveEngine(model, processor, preset=Preset.paper(max_new_tokens=2))(picture(*size), QUESTION)
+    result = CarveEngine(model, processor, preset=Preset.paper(max_new_tokens=2))(make_image(*size), QUESTION)
     assert result.saliency.shape == size[::-1] and min(result.refined.size) >= 1
 
 

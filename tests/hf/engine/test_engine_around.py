@@ -11,7 +11,7 @@ import torch
 from carve_kernels import CarveEngine
 from tests.hf.engine.test_engine import PHOTO, QUESTION, SHORT, greedy
 from tests.support.families import FAMILIES, family, own_generate, state
-from tests.support.tiny_models import picture
+from tests.support.tiny_models import make_image
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
@@ -87,7 +87,7 @@ def test_a_wrapper_that_does_not_generate() -> None:
 
 def test_threads_wait_for_each_other() -> None:
     model, processor = family("qwen2_5_vl")
-    images = [picture(200, 120 + 28 * seed, seed) for seed in range(3)]
+    images = [make_image(200, 120 + 28 * seed, seed) for seed in range(3)]
     engine = CarveEngine(model, processor, preset=SHORT)
     expected = [engine(image, QUESTION) for image in images]
     model.model.rope_deltas = torch.tensor([[-77]])
@@ -101,5 +101,5 @@ def test_threads_wait_for_each_other() -> None:
 def test_a_question_within_a_question() -> None:
     engine = CarveEngine(*family("llava"), preset=SHORT)
     expected, inner = engine(PHOTO, QUESTION), []
-    result = engine(PHOTO, QUESTION, on_progress=lambda *_: inner.append(engine(picture(90, 60), "hello")))
+    result = engine(PHOTO, QUESTION, on_progress=lambda *_: inner.append(engine(make_image(90, 60), "hello")))
     assert result.refined_ids == expected.refined_ids and len({each.answer_ids for each in inner}) == 1

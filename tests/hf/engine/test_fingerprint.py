@@ -1,4 +1,4 @@
-"""The identity of models, checkpoints and pictures: the same for the same thing, another for whatever changes a map."""
+"""The identity of models, checkpoints and images: the same for the same thing, another for whatever changes a map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset, load
 from carve_kernels.hf.engine import fingerprint as module
 from carve_kernels.hf.engine.fingerprint import SAMPLES, Unidentified, dense_tensors, digest, fingerprint, key_of
-from tests.support.tiny_models import picture, save, tiny_llava, tiny_qwen2_5_vl
+from tests.support.tiny_models import make_image, save, tiny_llava, tiny_qwen2_5_vl
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_weights_are_read_again_only_when_they_changed(directory: Path, monkeypa
     assert len({fingerprint(model, processor) for _ in range(2)}) == 1
 
 
-def test_pictures_are_known_by_their_pixels(tmp_path: Path) -> None:
-    seen = picture(40, 24, 1)
+def test_images_are_known_by_their_pixels(tmp_path: Path) -> None:
+    seen = make_image(40, 24, 1)
     seen.save(tmp_path / "one.png")
     shutil.copy(tmp_path / "one.png", tmp_path / "two.png")
     digests = {digest(Image.open(tmp_path / name)) for name in ("one.png", "two.png")}
@@ -354,5 +354,5 @@ def test_a_model_without_an_identity_is_not_remembered(directory: Path, caplog: 
     model.model.language_model.layers[1].mlp.up_proj._register_state_dict_hook(packed)
     engine = CarveEngine(model, processor, preset=Preset.paper(layers=(1,), max_new_tokens=2))
     with caplog.at_level("INFO", logger="carve_kernels"):
-        engine(picture(80, 60), "hello")
+        engine(make_image(80, 60), "hello")
     assert "nothing is cached" in caplog.text and "up_proj" in caplog.text and sum(engine.memory.held()) == 0

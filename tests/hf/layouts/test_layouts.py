@@ -16,7 +16,7 @@ from carve_kernels.hf.profile.profile import Probe, profile
 from tests.support import tiny_models
 
 TEXTS = ["what digit is red", "x", "Write a general description of the image."]
-IMAGES = [tiny_models.picture(120, 60), tiny_models.picture(90, 151, 1), tiny_models.picture(201, 200, 2)]
+IMAGES = [tiny_models.make_image(120, 60), tiny_models.make_image(90, 151, 1), tiny_models.make_image(201, 200, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_qwen_grid_is_the_processors_and_covers_the_whole_image(
     qwen: tuple[Any, Any], width: int, height: int, grid: tuple[int, int]
 ) -> None:
     model, processor = qwen
-    image = tiny_models.picture(width, height)
+    image = tiny_models.make_image(width, height)
     layout = layout_of(model, processor, tiny_models.inputs_for(processor, [image], ["x"]), [image])
     view = layout.views[0][0]
     assert view.grid == grid
@@ -101,7 +101,7 @@ def test_images_as_sizes_as_one_image_and_under_a_wrapper(llava: tuple[Any, Any]
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_an_image_with_an_exif_orientation_is_refused(family: tuple[Any, Any], orientation: int) -> None:
     model, processor = family
-    tagged = tiny_models.picture(120, 60)
+    tagged = tiny_models.make_image(120, 60)
     tagged.getexif()[0x0112] = orientation
     inputs = tiny_models.inputs_for(processor, [tagged], ["x"])
     with pytest.raises(ValueError, match=r"^images: .*exif_transpose"):
@@ -115,7 +115,7 @@ def test_an_image_with_an_exif_orientation_is_refused(family: tuple[Any, Any], o
 @pytest.mark.parametrize("tags", [{}, {0x0112: 1}, {0x0112: 0}, {0x0112: 9}, {0x0131: "camera"}])
 def test_other_exif_tags_are_ignored(llava: tuple[Any, Any], tags: dict[int, Any]) -> None:
     model, processor = llava
-    image = tiny_models.picture(120, 60)
+    image = tiny_models.make_image(120, 60)
     image.getexif().update(tags)
     assert layout_of(model, processor, tiny_models.inputs_for(processor, [image], ["x"]), [image]).sizes == (
         ((60, 120),),
@@ -126,7 +126,7 @@ def test_a_file_that_its_decoder_rotates_has_the_rotated_size(llava: tuple[Any, 
     model, processor = llava
     exif = Image.Exif()
     exif[0x0112] = 6
-    tiny_models.picture(120, 60).save(tmp_path / "rotated.tiff", exif=exif)
+    tiny_models.make_image(120, 60).save(tmp_path / "rotated.tiff", exif=exif)
     with Image.open(tmp_path / "rotated.tiff") as image, Image.open(tmp_path / "rotated.tiff") as other:
         inputs = tiny_models.inputs_for(processor, [image], ["x"])
         for each in (image, other):
@@ -137,7 +137,7 @@ def test_a_file_that_its_decoder_rotates_has_the_rotated_size(llava: tuple[Any, 
 @pytest.mark.parametrize("cell_index", [(0, 0), (1, 3), (3, 1), (2, 5)])
 def test_each_token_covers_its_cell(family: tuple[Any, Any], cell_index: tuple[int, int]) -> None:
     model, processor = family
-    image = tiny_models.picture(168, 112)
+    image = tiny_models.make_image(168, 112)
     inputs = tiny_models.inputs_for(processor, [image], ["x"])
     view = layout_of(model, processor, inputs, [image]).views[0][0]
     (rows, columns), (left, top, right, bottom) = view.grid, view.box

@@ -21,7 +21,7 @@ from tests.support.families import family, generate
 
 QUESTION = "what digit is red"
 QUICK = Preset.paper(layers=(1, 2), max_new_tokens=2)
-WIDE = tiny_models.picture(200, 120, 5)
+WIDE = tiny_models.make_image(200, 120, 5)
 SHAPES = {
     "clip": {},
     "smaller crop": {"size": {"shortest_edge": 112}, "crop_size": {"height": 84, "width": 84}},
@@ -75,9 +75,9 @@ def test_unseen_counts_the_views_of_one_image_only() -> None:
 
 @pytest.mark.parametrize(("size", "share"), [((640, 384), 0.4), ((384, 640), 0.4), ((90, 90), 0.0), ((84, 252), 2 / 3)])
 def test_unseen_of_a_centre_crop(size: tuple[int, int], share: float) -> None:
-    result = CarveEngine(*family("llava"), preset=QUICK)(tiny_models.picture(*size), QUESTION)
+    result = CarveEngine(*family("llava"), preset=QUICK)(tiny_models.make_image(*size), QUESTION)
     assert result.unseen == pytest.approx(share, rel=1e-12)
-    assert CarveEngine(*family("qwen2_vl"), preset=QUICK)(tiny_models.picture(*size), QUESTION).unseen == 0.0
+    assert CarveEngine(*family("qwen2_vl"), preset=QUICK)(tiny_models.make_image(*size), QUESTION).unseen == 0.0
 
 
 @settings(max_examples=40)
@@ -125,7 +125,7 @@ def pad_to_square(image: Image.Image, processor: Any) -> tuple[Image.Image, int,
 @pytest.mark.parametrize("size", [(200, 120), (90, 161)])
 def test_pad_equals_capturing_a_padded_image(size: tuple[int, int]) -> None:
     model, processor = family("llava")
-    image = tiny_models.picture(*size, 5)
+    image = tiny_models.make_image(*size, 5)
     result = CarveEngine(model, processor, preset=QUICK, fit="pad")(image, QUESTION)
     square, left, top = pad_to_square(image, processor)
     captured = {}
@@ -194,7 +194,7 @@ def test_each_token_covers_its_pixels(fit: str | None, corner: tuple[int, int]) 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_pad_changes_nothing_without_a_crop(name: str) -> None:
     model, processor = family(name)
-    image = tiny_models.picture(120, 120) if name == "llava" else WIDE
+    image = tiny_models.make_image(120, 120) if name == "llava" else WIDE
     plain, padded = (CarveEngine(model, processor, preset=QUICK, fit=fit)(image, QUESTION) for fit in (None, "pad"))
     assert torch.equal(plain.task.values, padded.task.values) and plain.answer_ids == padded.answer_ids
     assert plain.task.layout.views[0][0].box == padded.task.layout.views[0][0].box and plain.unseen == 0.0

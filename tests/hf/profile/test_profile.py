@@ -21,18 +21,18 @@ from carve_kernels.hf.profile.candidate_maps import CandidateReader
 from carve_kernels.hf.profile.profile import BadProbes, Probe, Profile, profile
 from carve_kernels.models import small
 from carve_kernels.models.scenes import LEVELS, draw_scene
-from tests.support.families import PICTURES, family, state, watched
+from tests.support.families import IMAGES, family, state, watched
 from tests.support.generation_kinds import Prompted, tokenizer_of_kind
-from tests.support.tiny_models import picture, save, tiny_llava
+from tests.support.tiny_models import make_image, save, tiny_llava
 from tests.support.tolerances import relative
 
 # Behind the seeds of training, validation and test.
 SEED = 20_000_000
 SHORT = Preset.paper(max_new_tokens=3)
 ASKED = [
-    Probe(PICTURES[0], "what digit is red", boxes=((20.0, 10.0, 60.0, 50.0),)),
-    Probe(PICTURES[0], "where is the square", ("find the square",), ((70.0, 20.0, 95.0, 60.0),)),
-    Probe(PICTURES[1], "hello"),
+    Probe(IMAGES[0], "what digit is red", boxes=((20.0, 10.0, 60.0, 50.0),)),
+    Probe(IMAGES[0], "where is the square", ("find the square",), ((70.0, 20.0, 95.0, 60.0),)),
+    Probe(IMAGES[1], "hello"),
 ]
 
 
@@ -68,7 +68,7 @@ def test_the_pick_points_nearly_as_well_as_the_best_cell(trained: Profile, name:
     assert (trained.preset.layers, trained.preset.rows, trained.preset.steps) == ((pick.layer,), pick.rows, pick.steps)
 
 
-def test_one_question_a_picture_is_enough_and_no_box_is_seen(trained: Profile) -> None:
+def test_one_question_an_image_is_enough_and_no_box_is_seen(trained: Profile) -> None:
     blind = [Probe(probe.image, probe.question) for probe in scenes(1)[::2]]
     found = profile(*load(small(), dtype="float32"), blind, steps=("t_start", "t_end"))
     assert found.best_pointing is None and found.boxes == 0 and found.pick.pointing is None
@@ -118,11 +118,11 @@ def test_one_prefill_gives_the_maps_of_every_choice(name: str, shared: bool, usi
         patch.setattr(candidate_maps, "Decoder", lambda *args: decoders.append(Decoder(*args)) or decoders[-1])
         if not shared:
             patch.setattr(decoding, "sequential_reason", lambda _: "the test says so")
-        general, *seen = reader.read(PICTURES[0], SHORT.general_prompt, texts)
+        general, *seen = reader.read(IMAGES[0], SHORT.general_prompt, texts)
     assert state(model) == before and [decoder.sequential_reason is None for decoder in decoders] == [shared]
     assert reader.layers == (0, 1, 2, 3) and len(seen) == 3
     for text, found in ((SHORT.general_prompt, general), *zip(texts, seen, strict=True)):
-        inputs = prepare(processor, [PICTURES[0]], build_prompt(processor, text), None, SHORT.max_pixels)
+        inputs = prepare(processor, [IMAGES[0]], build_prompt(processor, text), None, SHORT.max_pixels)
         for row in rows:
             asked = "question" if found is general and row in (("word", "red"), ("text", "red")) else row
             session = capture_attention(model, layers="all", rows=asked, processor=processor, max_steps=3)
@@ -182,9 +182,9 @@ def test_an_image_is_read_once_for_all_prompts(steps: list[str], forwards: int) 
         profile(model, processor, ASKED, preset=SHORT, steps=steps, on_progress=lambda *words: reported.append(words))
     assert len(towers) == 2
     assert len(layers) == 2 * forwards
-    # Behind the picture each prompt has its own tokens, and each answer one a forward: six prompts, then four.
+    # After the image each prompt has its own tokens, and each answer one a forward: six prompts, then four.
     assert [length for length in layers if length < 10] == [6] * (forwards - 1) + [4] * (forwards - 1)
-    assert reported == [("picture", 0, 2), ("picture", 1, 2), ("done", 2, 2)]
+    assert reported == [("image", 0, 2), ("image", 1, 2), ("done", 2, 2)]
 
 
 def test_what_is_written_is_accepted(tmp_path: Path) -> None:
@@ -214,13 +214,13 @@ def test_weights_of_other_steps_and_layers_are_not_kept() -> None:
     found = profile(model, processor, ASKED, preset=base)
     assert found.preset.layer_weights is None
     assert found.preset.step_weights == (base.step_weights if found.pick.steps == "t_full" else None)
-    assert CarveEngine(model, processor, preset=found.preset)(PICTURES[0], "what digit is red").saliency.any()
+    assert CarveEngine(model, processor, preset=found.preset)(IMAGES[0], "what digit is red").saliency.any()
 
 
 def test_a_pick_that_is_a_guess_says_so() -> None:
     model, processor = family("llava")
     # The other wording of each question is the other question, so that no map follows the one and not the other.
-    same = [Probe(PICTURES[0], text, (other,)) for text, other in (("hello", "what"), ("what", "hello"))]
+    same = [Probe(IMAGES[0], text, (other,)) for text, other in (("hello", "what"), ("what", "hello"))]
     guess = profile(model, processor, same, preset=SHORT, steps=["t_start"])
     assert guess.pick.score == pytest.approx(0, abs=1e-6)
     assert (guess.doubt is not None) == (guess.pick.score <= 0)
@@ -274,12 +274,13 @@ def test_bad_arguments_are_refused_before_the_model_runs(
 )
 def test_bad_probes_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Probe(**{"image": PICTURES[0], "question": "hello", **arguments})
+        Probe(**{"image": IMAGES[0], "question": "hello", **arguments})
 
 
 def test_all_that_cannot_be_asked_is_named_at_once() -> None:
     model, processor = family("qwen2_5_vl")
-    probes = [Probe(picture(90, 60), "hello"), Probe(picture(5000, 1), "hello"), Probe(picture(9, 9), "<|image_pad|>")]
+    sizes = {(90, 60): "hello", (5000, 1): "hello", (9, 9): "<|image_pad|>"}
+    probes = [Probe(make_image(*size), question) for size, question in sizes.items()]
     with pytest.raises(BadProbes, match=r"probes\[1\]: images: the processor refuses .*; probes\[2\]: text") as caught:
         profile(model, processor, probes)
     assert [place for place, _ in caught.value.faults] == [1, 2]

@@ -86,7 +86,7 @@ def test_what_sees_the_question_wins() -> None:
     assert sees.score == score_of(sees.departure, sees.entropy, sees.between, sees.within)
 
 
-def test_one_question_on_a_picture_is_held_against_the_general_map() -> None:
+def test_one_question_on_an_image_is_held_against_the_general_map() -> None:
     general = peak(20)
     alone = tallied([(peak(3), general, [], [peak(3)])])
     assert alone.between == pytest.approx(float(distance(peak(3), general)))

@@ -11,7 +11,7 @@ import torch
 from carve_kernels import AttentionMaps, capture_attention
 from tests.support.conversations import LAYERS, Prompt, model_of, new_cache, prompt_of
 from tests.support.families import family, generate, inputs_of
-from tests.support.tiny_models import inputs_for, picture
+from tests.support.tiny_models import inputs_for, make_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -365,7 +365,7 @@ def test_the_models_end_token_holds_with_a_given_config() -> None:
 def test_positions_of_another_prompt() -> None:
     """Qwen-VL stores where a prompt's positions end; a step of an earlier prompt would continue from them."""
     model, processor = family("qwen2_5_vl")
-    wide, small = (inputs_for(processor, [picture(*size)], ["what digit is red"]) for size in ((224, 56), (84, 84)))
+    wide, small = (inputs_for(processor, [make_image(*size)], ["what digit is red"]) for size in ((224, 56), (84, 84)))
     with torch.no_grad(), capture_attention(model, layers=[1]) as session:
         first = model(**wide, use_cache=True).past_key_values
         model(**small, use_cache=True)

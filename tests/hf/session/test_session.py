@@ -9,7 +9,7 @@ import torch
 
 from carve_kernels import capture_attention, layout_of
 from carve_kernels.hf.model import attention_modules
-from tests.support.families import PICTURES, STEPS, TEXTS, eager, exact, family, generate, inputs_of, state, visual
+from tests.support.families import IMAGES, STEPS, TEXTS, eager, exact, family, generate, inputs_of, state, visual
 from tests.support.tiny_models import inputs_for, tiny_llava
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen2_vl")
@@ -253,8 +253,8 @@ def decoder_hook(model: Any, layer: int, order: list[str]) -> Any:
 
 def test_layouts_give_views() -> None:
     model, processor = family("qwen2_5_vl")
-    inputs = inputs_for(processor, PICTURES, TEXTS)
-    layout = layout_of(model, processor, inputs, PICTURES)
+    inputs = inputs_for(processor, IMAGES, TEXTS)
+    layout = layout_of(model, processor, inputs, IMAGES)
     with capture_attention(model, layers=[1, 2], tokens=layout) as session:
         generate(model, inputs)
     for row, views in enumerate(layout.views):

@@ -16,7 +16,7 @@ from torch import nn
 
 from carve_kernels import CarveEngine, Preset, VisualLayout, capture_attention, layout_of
 from carve_kernels.hf.profile.profile import Probe, profile
-from tests.support.families import PICTURES, TEXTS, family, generate, inputs_of, state
+from tests.support.families import IMAGES, TEXTS, family, generate, inputs_of, state
 from tests.support.tiny_models import inputs_for, tiny_llama, tiny_llava
 from tests.support.zoo.kinds import build
 
@@ -185,11 +185,11 @@ def test_a_prefix_from_outside_the_session_needs_tokens() -> None:
 
 def test_truncated_and_miscounted_images() -> None:
     model, processor = family("llava")
-    inputs = inputs_for(processor, PICTURES[:1], TEXTS[:1])
+    inputs = inputs_for(processor, IMAGES[:1], TEXTS[:1])
     cut = {**inputs, "input_ids": inputs["input_ids"][:, :20], "attention_mask": inputs["attention_mask"][:, :20]}
     with pytest.raises(ValueError, match=r"image tokens, its grid of 6 x 6 needs 36; the prompt was probably trunc"):
-        layout_of(model, processor, cut, PICTURES[:1])
-    layout = layout_of(model, processor, inputs, PICTURES[:1])
+        layout_of(model, processor, cut, IMAGES[:1])
+    layout = layout_of(model, processor, inputs, IMAGES[:1])
     with (
         pytest.raises(ValueError, match="was the prompt truncated"),
         capture_attention(model, layers=[0], tokens=layout),
@@ -297,8 +297,8 @@ def test_a_model_without_self_attention_to_the_image_is_refused_everywhere(chang
         lambda: capture_attention(model, layers=[1]),
         lambda: capture_attention(wrapper, layers=[1]),
         lambda: CarveEngine(model, processor),
-        lambda: layout_of(model, processor, inputs, PICTURES[:1]),
-        lambda: profile(model, processor, [Probe(PICTURES[0], "what")]),
+        lambda: layout_of(model, processor, inputs, IMAGES[:1]),
+        lambda: profile(model, processor, [Probe(IMAGES[0], "what")]),
     ):
         with pytest.raises(TypeError, match=r"^model: "):
             refused()
@@ -317,7 +317,7 @@ def test_mllama_is_refused_by_name() -> None:
         lambda: capture_attention(model, layers=[1]),
         lambda: capture_attention(model, layers=[0], tokens=[1]),
         lambda: CarveEngine(model, None),
-        lambda: layout_of(model, None, inputs, PICTURES[:1]),
+        lambda: layout_of(model, None, inputs, IMAGES[:1]),
     ):
         with pytest.raises(TypeError, match=r"^model: .*MllamaForConditionalGeneration.*cross-attention"):
             refused()
