@@ -5,13 +5,19 @@
 #include <cstdio>
 #include <cstring>
 
+#include "cpu/capture/kernels.h"
 #include "cpu/simd/isa.h"
 #include "cuda/capture/capture.cuh"
 #include "native/capture_problem.h"
 
 #ifdef BFLOAT_ALONE
-// For a quick build: all types compile the same source.
+// For a quick build: all types compile the same source, and the CPU kernels without vector instructions are enough.
 namespace carve {
+#ifdef CARVE_X86
+const CaptureKernels& capture_kernels_avx2() { std::abort(); }
+const CaptureKernels& capture_kernels_avx512() { std::abort(); }
+const CaptureKernels& capture_kernels_amx() { std::abort(); }
+#endif
 void launch_capture_float(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
 void launch_capture_half(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
 }  // namespace carve

@@ -32,8 +32,8 @@ SANITIZERS = {
 }
 # The argument that says how much a program runs; without one it runs its default amount.
 AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"], ("capture", "results"): ["seeds"]}
-# Every type of element is compiled from the same headers; one is enough to plant faults in.
-ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("float.cu", "half.cu"))}
+# Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
+ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("float.cu", "half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp"))}
 
 
 class Verdict(NamedTuple):
