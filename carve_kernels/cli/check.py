@@ -64,7 +64,7 @@ def _show(report: dict[str, Any]) -> list[str]:
     wrong = []
     for entry in report["checks"]:
         if entry["right"] is False:
-            line = f"wrong: {entry['stage']}, backend {entry['room']}, {entry['case']}: {one_line(entry['problem'])}"
+            line = f"wrong: {entry['stage']}, backend {entry['backend']}, {entry['case']}: {one_line(entry['problem'])}"
             console.print(Text(line, style="bold red"), soft_wrap=True)
             wrong.append(line)
     right = sum(entry["right"] is True for entry in report["checks"])

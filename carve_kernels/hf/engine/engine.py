@@ -143,7 +143,7 @@ class CarveEngine:
         tokens: int | None = None,
         on_progress: batching.OnResult | None = None,
     ) -> Iterator[CarveResult | CarveFailure]:
-        """The results of many images and questions in their order, each as soon as it is ready; see `batching.stream`."""
+        """The results of many images and questions, in order, each as soon as it is ready; see `batching.stream`."""
         return batching.stream(self, images, questions, prompts, tokens=tokens, on_progress=on_progress)
 
     @property
