@@ -24,7 +24,7 @@ from tests.cli.conftest import QUESTION, Invoke, content
         (["--max-image-pixels", "0"], 2, "--max-image-pixels: "),
         (["-q", " "], 2, "question: "),
         (["-m", "missing"], 2, "--model: 'missing' is not a directory"),
-        (["-m", "bare"], 2, "bare has no weights"),
+        (["-m", "bare"], 2, "bare/model.safetensors is missing or not"),
         (["-m", "pickled"], 2, "as pickles"),
         (["-m", "pickled/config.json"], 2, "is a file"),
         (["--layers", "7"], 2, "layers: expected numbers from -4 to 3"),
