@@ -27,7 +27,7 @@ def demo(
     from carve_kernels import checks
     from carve_kernels.cli.ask import ask
     from carve_kernels.cli.report import Question
-    from carve_kernels.hf.loading import load, preset_beside
+    from carve_kernels.hf.loading import load, preset_of_checkpoint
     from carve_kernels.models import small
     from carve_kernels.models.scenes import draw_scene
     from carve_kernels.presets import Preset
@@ -36,7 +36,7 @@ def demo(
     facts = {
         "scene": {"seed": scene, "level": level, "split": "test", "box": list(drawn.box), "general": drawn.general}
     }
-    profile = preset_beside(small()) or Preset.paper()
+    profile = preset_of_checkpoint(small()) or Preset.paper()
     # Prompts that the model knows; everything else is as in the paper.
     paper = Preset.paper(
         general_prompt=profile.general_prompt, suffix=profile.suffix, max_new_tokens=profile.max_new_tokens

@@ -160,11 +160,11 @@ def parse_lam(text: str) -> str | float:
 
 def _base(preset: str | None, model: str) -> tuple[str, Preset]:
     """The name and the preset that the options start from."""
-    from carve_kernels.hf.loading import preset_beside, preset_in
+    from carve_kernels.hf.loading import preset_in, preset_of_checkpoint
     from carve_kernels.presets import Preset
 
     if preset is None:
-        profile = preset_beside(model)
+        profile = preset_of_checkpoint(model)
         return ("paper", Preset.paper()) if profile is None else ("profile", profile)
     files = preset_files(preset)
     return (files[0].stem, preset_in("preset", files[0])) if files else (preset, Preset.of(preset))

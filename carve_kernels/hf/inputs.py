@@ -170,7 +170,7 @@ class ImageFeatures:
     def for_model(self, model: Any) -> dict[str, Any]:
         """The arguments of the model's forward; the vision tower has run if the model takes its results."""
         if self._results is None:
-            results = names.tower_results(model, self.entries)
+            results = names.image_features(model, self.entries)
             if results is None:
                 return dict(self.entries)
             self._results = results

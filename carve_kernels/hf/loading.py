@@ -113,7 +113,7 @@ def preset_in(name: str, path: str | os.PathLike[str]) -> Preset:
     return _preset(f"{name}: {file}", _json_object(name, file))
 
 
-def preset_beside(model: str | Path) -> Preset | None:
+def preset_of_checkpoint(model: str | Path) -> Preset | None:
     """The preset in the `carve.json` of a checkpoint, named as for `load`, or None if it has none."""
     return _preset_in_folder(find(model).folder)
 
@@ -217,7 +217,7 @@ def _json_object(argument: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def preset_of(
+def resolve_preset(
     model: Any,
     preset: str | Preset | Mapping[str, Any] | None,
     profile: str | os.PathLike[str] | Mapping[str, Any] | bool | None,

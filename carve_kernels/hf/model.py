@@ -56,7 +56,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     inner: nn.Module | None = model
     # A transformers model has children with the wrappers' names too, so stop at the first model.
     while not isinstance(inner, PreTrainedModel):
-        inner = names.wrapped(inner) if isinstance(inner, nn.Module) else None
+        inner = names.inner_module(inner) if isinstance(inner, nn.Module) else None
         if inner is None:
             raise TypeError(f"model: expected a transformers model or a wrapper of one, got {type(model).__name__}")
     return inner
@@ -67,7 +67,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     around, inner = [], model
     while not isinstance(inner, PreTrainedModel):
         around.append(inner)
-        inner = names.wrapped(inner)  # type: ignore[assignment]
+        inner = names.inner_module(inner)  # type: ignore[assignment]
     return around
 
 
@@ -188,7 +188,7 @@ def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[tor
     return [row.nonzero().flatten().to(torch.int32) for row in torch.isin(input_ids, marks)]
 
 
-def code_on(model: nn.Module) -> str | None:
+def foreign_code(model: nn.Module) -> str | None:
     """The first code of an unknown package that runs in a model's forward, for a message, or None."""
     for kind, hooks in (
         ("forward hook", torch_hooks._global_forward_hooks),
@@ -212,7 +212,7 @@ def _unknown_packages(code: Any) -> set[str]:
     return {_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN
 
 
-def mixer(model: nn.Module, decoder: nn.Module) -> str | None:
+def token_mixer(model: nn.Module, decoder: nn.Module) -> str | None:
     """The first module outside of attention that may mix tokens, for a message, or None."""
     decoding = {id(module) for module in decoder.modules()}
     training = None
@@ -242,7 +242,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def is_spread(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is sharded over processes, by torch, FSDP or DeepSpeed."""
     return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "ds_id")
 

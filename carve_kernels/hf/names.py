@@ -261,7 +261,7 @@ def attention_in(layer: nn.Module) -> nn.Module | None:
 
 
 # Models and their configurations
-def wrapped(module: nn.Module) -> nn.Module | None:
+def inner_module(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper: torch.compile, DDP, DataParallel, PEFT. Known in: torch 2.10 to 2.14, PEFT 0.21."""
     return next((child for name in _WRAPPED if (child := module._modules.get(name)) is not None), None)
 
@@ -354,18 +354,18 @@ def visual_ids(config: Any) -> list[int]:
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
 
 
-def position_notes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+def position_modules(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Modules that store position offsets of the last prompt, as Qwen-VL does, with them. Known in: 5.12 to 5.24."""
     return [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
 
 
-def noted_positions(modules: Iterable[nn.Module]) -> list[Any]:
+def stored_positions(modules: Iterable[nn.Module]) -> list[Any]:
     """The position offsets that these modules store. Known in: 5.12 to 5.24."""
     return [module.rope_deltas for module in modules]
 
 
-def set_position_notes(notes: list[tuple[nn.Module, Any]]) -> None:
-    """Restore what `position_notes` returned."""
+def restore_positions(notes: list[tuple[nn.Module, Any]]) -> None:
+    """Restore what `position_modules` returned."""
     for module, noted in notes:
         module.rope_deltas = noted
 
@@ -388,7 +388,7 @@ def is_text(name: str) -> bool:
     return name in _TEXT
 
 
-def tower_results(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:
+def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run the vision tower; the features that a forward takes, None if it takes none. Known in: 5.20 to 5.24."""
     if _TOWER not in signature_of(model).parameters:
         return None

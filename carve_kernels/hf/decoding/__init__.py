@@ -28,11 +28,11 @@ from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
 from carve_kernels.hf.model import (
     attention_modules,
-    code_on,
     decoder_layers,
     devices_of,
-    mixer,
+    foreign_code,
     text_backbone,
+    token_mixer,
     unwrap,
     wrappers,
 )
@@ -142,7 +142,7 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
         return "its layers are not on one device"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
-    return code_on(inner) or mixer(inner, text_backbone(model))
+    return foreign_code(inner) or token_mixer(inner, text_backbone(model))
 
 
 @contextmanager

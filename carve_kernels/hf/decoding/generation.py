@@ -83,8 +83,8 @@ def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], ma
 @contextmanager
 def preserved_positions(model: Any) -> Iterator[None]:
     """Restores the positions that some models (Qwen-VL) note of their last prompt: a caller may be decoding on it."""
-    notes = names.position_notes(model)
+    notes = names.position_modules(model)
     try:
         yield
     finally:
-        names.set_position_notes(notes)
+        names.restore_positions(notes)

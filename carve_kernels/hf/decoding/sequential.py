@@ -42,7 +42,7 @@ def greedy_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, 
     config = greedy_config(model, max_new_tokens)
     # Adapters have a `generate`, DataParallel does not.
     while not hasattr(model, "generate"):
-        model = names.wrapped(model)
+        model = names.inner_module(model)
     inner = unwrap(model)
     # generate fills what a given config leaves out from the model's own, unless it is passed by name.
     options = {name: None for name in SAME_OUTPUT_OPTIONS if getattr(inner.generation_config, name, None) is not None}

@@ -19,7 +19,7 @@ from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Request, Setup, first_pass, make_request, second_pass
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
-from carve_kernels.hf.loading import preset_of
+from carve_kernels.hf.loading import resolve_preset
 from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, input_device, text_backbone, unwrap
 from carve_kernels.hf.session import contract
 from carve_kernels.presets import FITS, Preset
@@ -84,7 +84,7 @@ class CarveEngine:
         self.model, self.processor = model, processor
         self.backend = checks.choice("backend", backend, ("auto", *BACKENDS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
-        self.preset = preset_of(unwrap(model), preset, profile)
+        self.preset = resolve_preset(unwrap(model), preset, profile)
         self.layers = self.preset.layers_of(len(decoder_layers(model)))
         weights = self.preset.layer_weights
         if weights is not None and len(weights) != len(self.layers):

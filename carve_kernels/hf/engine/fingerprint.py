@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf import names
-from carve_kernels.hf.model import code_on, input_device, is_spread, unwrap
+from carve_kernels.hf.model import foreign_code, input_device, is_sharded, unwrap
 
 SAMPLES = 4096
 """Elements of each tensor that the fingerprint of a model reads one by one; of a smaller tensor it reads all."""
@@ -73,7 +73,7 @@ def fingerprint(model: Any, processor: Any) -> str:
     processes, or of a type without readable numbers.
     """
     model = unwrap(model)
-    code = code_on(model)
+    code = foreign_code(model)
     if code is not None:
         raise Unidentified(code)
     device = input_device(model).type
@@ -245,7 +245,7 @@ def _dense(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _dense_of_tensor(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     if value.device.type == "meta":
         raise Unidentified(f"{name} is offloaded")
-    if is_spread(value):
+    if is_sharded(value):
         raise Unidentified(f"parts of {name} are in other processes")
     if hasattr(value, "__tensor_flatten__"):
         attributes, context = value.__tensor_flatten__()

@@ -18,7 +18,7 @@ from carve_kernels.backends import BACKENDS
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, build_prompt, open_image, prepare
 from carve_kernels.hf.layouts import check_processor
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.loading import preset_of
+from carve_kernels.hf.loading import resolve_preset
 from carve_kernels.hf.model import check_decoder, check_steady, unwrap
 from carve_kernels.hf.profile.candidate_maps import CandidateMaps, CandidateReader
 from carve_kernels.hf.profile.scores import SCORE, Cell, Choice, Tally, tokens_of
@@ -163,7 +163,7 @@ def profile(
     contract.ensure()
     check_decoder(model)
     check_steady(model)
-    base = preset_of(unwrap(model), preset, None)
+    base = resolve_preset(unwrap(model), preset, None)
     check_processor(model, processor)
     steps = [checks.choice(f"steps[{index}]", step, STEPS) for index, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)

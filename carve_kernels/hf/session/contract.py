@@ -229,14 +229,14 @@ def custom_decoding(models: Models) -> None:
 def stored_positions(models: Models) -> None:
     """A model that stores position offsets of its last prompt does so under a known name."""
     _generate(models.vision, models.question)
-    stored = [value for _, value in names.position_notes(models.vision) if value is not None]
+    stored = [value for _, value in names.position_modules(models.vision) if value is not None]
     _expect("modules with position offsets", len(stored), 1)
 
 
 def image_features(models: Models) -> None:
     """Logits are the same if image features are passed instead of pixels, in versions that take them."""
     entries = {name: value for name, value in models.question.items() if not names.is_text(name)}
-    features = names.tower_results(models.vision, entries)
+    features = names.image_features(models.vision, entries)
     if features is None:
         with suppress(InvalidVersion):
             if Version(names.version()) < _TAKES_FEATURES:

@@ -57,7 +57,7 @@ class ForwardTracker:
         self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
         self._signature = inspect.signature(model.forward)
         self._prompts = CacheTable()
-        self._position_modules = [module for module, _ in names.position_notes(model)]
+        self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None
         self._forward = _Forward(TrackedPrompt(), None, None, 0)
         # Whether hooks may write to keys and masks that have no version counter.
@@ -106,7 +106,7 @@ class ForwardTracker:
         cache = cache if returned is None else returned
         if cache is not None:
             self._prompts.bind(cache, prompt)
-        prompt.update(ids, total, cache, self._modules, names.noted_positions(self._position_modules))
+        prompt.update(ids, total, cache, self._modules, names.stored_positions(self._position_modules))
 
     def _has_unsafe_hooks(self) -> bool:
         """Whether a hook may write to the inputs of an attention without a version counter noticing."""
@@ -173,7 +173,7 @@ class ForwardTracker:
 
     def _check_positions(self, prompt: TrackedPrompt) -> None:
         """Check the position offsets that some models, such as Qwen-VL, store during a prefill."""
-        if not prompt.has_positions(names.noted_positions(self._position_modules)):
+        if not prompt.has_positions(names.stored_positions(self._position_modules)):
             raise ValueError(
                 "position_ids: expected the positions of this prompt, but the model has stored those of another prompt "
                 "since and would continue from them; pass position_ids, or run the prompt again"

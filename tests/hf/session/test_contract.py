@@ -87,7 +87,7 @@ def _no_processors_of_logits(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_stored_positions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(names, "position_notes", lambda model: [])
+    patch.setattr(names, "position_modules", lambda model: [])
 
 
 def _other_attention(patch: pytest.MonkeyPatch) -> None:
@@ -95,12 +95,12 @@ def _other_attention(patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_features(patch: pytest.MonkeyPatch) -> None:
-    real = names.tower_results
+    real = names.image_features
 
     def doubled(model: Any, entries: Any) -> Any:
         return real(model, {**entries, "pixel_values": 2 * entries["pixel_values"]})
 
-    patch.setattr(names, "tower_results", doubled)
+    patch.setattr(names, "image_features", doubled)
 
 
 def _no_features(patch: pytest.MonkeyPatch) -> None:
