@@ -18,7 +18,7 @@ from forward import Runner
 from model import build_model, export
 from pool import SHARD_SCENES, draw_pool, first_stage, load_pool
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from train import load, make_optimizer, run_stage
+from train import BATCH, load, make_optimizer, run_stage
 
 from carve_kernels.models import scenes
 
@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(output: Path, minutes: tuple[float, float], shards: int, scene_count: int, compiled: bool) -> None:
+def train(
+    output: Path, minutes: tuple[float, float], shards: int, scene_count: int, batch: int, compiled: bool
+) -> None:
     """Scenes, both stages and the export into `output`/model."""
     note = TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description:10}"), BarColumn(), TimeRemainingColumn(), note)
@@ -57,7 +59,7 @@ def train(output: Path, minutes: tuple[float, float], shards: int, scene_count: 
             bar: TaskID = progress.add_task(f"stage {stage}", total=limit * 60, note="")
             run_stage(
                 stage, model, runner, sampler, optimizer, state,
-                minutes=limit, peak=PEAKS[stage], checkpoint=checkpoint,
+                minutes=limit, peak=PEAKS[stage], batch=batch, checkpoint=checkpoint,
                 on_step=lambda seconds, note, bar=bar: progress.update(bar, completed=seconds, note=note),
             )  # fmt: skip
     export(model, output / "model")
@@ -75,11 +77,11 @@ def main() -> None:
         build_atlas(atlas)
     model = options.output / "model"
     if options.smoke:
-        train(options.output, (0.02, 0.02), 2, 20, compiled=False)
+        train(options.output, (0.02, 0.02), 2, 20, 4, compiled=False)
         evaluate(model, 2, 1, (0.02, 0.02))
     else:
         minutes = tuple(options.minutes)
-        train(options.output, minutes, options.shards, SHARD_SCENES, compiled=True)
+        train(options.output, minutes, options.shards, SHARD_SCENES, BATCH, compiled=True)
         evaluate(model, options.samples, 60, minutes)
 
 

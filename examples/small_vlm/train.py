@@ -92,10 +92,10 @@ def make_optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def _step(runner: Runner, sampler: Sampler, stage: int, number: int) -> tuple[Tensor, float, float]:
+def _step(runner: Runner, sampler: Sampler, stage: int, number: int, size: int) -> tuple[Tensor, float, float]:
     """Loss, share of patches right and share of answers right of one batch."""
     images = 2 if stage == 2 and number % PAIR_EVERY == PAIR_EVERY - 1 else 1
-    batch = sampler.batch(BATCH // images, images)
+    batch = sampler.batch(size // images, images)
     with torch.autocast("cpu", torch.bfloat16):
         patches = runner.encode(batch.pixels.flatten(0, 1))
         loss, patch_right = patch_loss(runner, patches, batch)
@@ -116,6 +116,7 @@ def run_stage(
     *,
     minutes: float,
     peak: float,
+    batch: int,
     checkpoint: Path,
     on_step: Callable[[float, str], None],
 ) -> None:
@@ -124,7 +125,7 @@ def run_stage(
     while state.seconds < minutes * 60:
         for group in optimizer.param_groups:
             group["lr"] = rate(state.seconds / (minutes * 60), peak)
-        loss, patch_right, answer_right = _step(runner, sampler, stage, state.step)
+        loss, patch_right, answer_right = _step(runner, sampler, stage, state.step, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
