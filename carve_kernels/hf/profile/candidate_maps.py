@@ -33,7 +33,7 @@ class CandidateMaps(NamedTuple):
     views: tuple[View, ...]
 
 
-class _Request(NamedTuple):
+class _CandidatePrompt(NamedTuple):
     """A prompt; the columns of each candidate's rows, the first of them, and how many last rows contain them all."""
 
     prompt: Prompt
@@ -84,7 +84,7 @@ class CandidateReader:
         # Created for each image: hooks come and go.
         decoder = Decoder(self._model, self._processor, self.layers, self._backend)
         for start in range(0, 1 + len(texts), MAX_BATCH):
-            requests = []
+            candidates = []
             for index, text in list(enumerate([general, *texts]))[start : start + MAX_BATCH]:
                 prompt_text = build_prompt(self._processor, text + self._preset.suffix)
                 inputs, features = image_inputs.inputs([image], prompt_text)
@@ -93,24 +93,26 @@ class CandidateReader:
                 )
                 columns = self._columns(inputs["input_ids"].cpu(), prompt.layout.tokens(), general=index == 0)
                 first = min(int(group.min()) for group in columns.values())
-                requests.append(_Request(prompt, features, columns, first, inputs["input_ids"].shape[1] - first))
-            yield from self._decode(decoder, requests, prefixes)
+                candidates.append(
+                    _CandidatePrompt(prompt, features, columns, first, inputs["input_ids"].shape[1] - first)
+                )
+            yield from self._decode(decoder, candidates, prefixes)
 
     def _decode(
-        self, decoder: Decoder, requests: list[_Request], prefixes: dict[tuple[int, ...], PrefixCache | None]
+        self, decoder: Decoder, candidates: list[_CandidatePrompt], prefixes: dict[tuple[int, ...], PrefixCache | None]
     ) -> list[CandidateMaps]:
         """The maps of several prompts about one image; `prefixes` has its prefix caches by their tokens."""
         groups: dict[tuple[int, ...], PromptGroup] = {}
         branches = []
-        for request in requests:
-            prompt, ids = request.prompt, request.prompt.prefix_ids
+        for candidate in candidates:
+            prompt, ids = candidate.prompt, candidate.prompt.prefix_ids
             if ids not in groups:
-                groups[ids] = PromptGroup(request.features, prompt.prefix_length, prompt.layout, prefixes.get(ids))
-            branches.append(Branch(prompt.inputs, self._new_tokens, request.rows))
+                groups[ids] = PromptGroup(candidate.features, prompt.prefix_length, prompt.layout, prefixes.get(ids))
+            branches.append(Branch(prompt.inputs, self._new_tokens, candidate.rows))
             groups[ids].branches.append(branches[-1])
         decoder.decode(list(groups.values()))
         prefixes.update({ids: group.prefix for ids, group in groups.items()})
-        return [_select(request, branch.maps) for request, branch in zip(requests, branches, strict=True)]
+        return [_select(candidate, branch.maps) for candidate, branch in zip(candidates, branches, strict=True)]
 
     def _columns(self, ids: torch.Tensor, tokens: torch.Tensor, general: bool) -> dict[RowsSpec, torch.Tensor]:
         """The columns of each candidate's rows; only rows after the image see it."""
@@ -148,12 +150,12 @@ class CandidateReader:
         return ["last", "question", *((row,) for row in range(last, last - LAST_TOKENS, -1) if row < -1)]
 
 
-def _select(request: _Request, maps: AttentionMaps) -> CandidateMaps:
+def _select(candidate: _CandidatePrompt, maps: AttentionMaps) -> CandidateMaps:
     """The maps of each candidate among the captured last rows."""
     values = maps.values[0].masked_fill(~maps.valid[0, ..., None], torch.nan).cpu()
     end = maps.last_step(0) + 1
     by_rows = {
-        rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - request.first].mean(2)
-        for rows, group in request.columns.items()
+        rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - candidate.first].mean(2)
+        for rows, group in candidate.columns.items()
     }
-    return CandidateMaps(by_rows, request.prompt.layout.views[0])
+    return CandidateMaps(by_rows, candidate.prompt.layout.views[0])
