@@ -117,7 +117,7 @@ def test_bad_lines_are_named_before_the_work(
         (["-m", "missing"], 2, "--model: 'missing' is no directory"),
         (["--rows", "first"], 2, "rows: expected last, 4, question"),
         (["--rows", "-90"], 2, "rows: expected "),
-        (["--rows", "question", "--steps", "t_end"], 2, "rows: expected 'last' beside steps"),
+        (["--rows", "question", "--steps", "t_end"], 2, "rows: expected 'last' among the rows for steps"),
         (["--steps", "t_middle"], 2, "--steps: expected one of 't_start'"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens: "),
         (["--preset", "mine"], 2, "preset: expected one of 'paper', 'release'"),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from carve_kernels import Preset
+from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import attention_modules
 from tests.support.tiny_models import inputs_for, make_image, tiny_llava, tiny_qwen2_5_vl, tiny_qwen2_vl
 
@@ -178,3 +180,12 @@ def watched(module: Any, before: Any = None, after: Any = None) -> Iterator[None
 def keeps_features(model: Any) -> bool:
     """Whether this transformers takes what a vision tower gave before, so that an image images twice is seen once."""
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def greedy(name: str, images: list[Image.Image], text: str, preset: Preset) -> list[int]:
+    """The new tokens of `model.generate`, with nothing of the engine around it."""
+    model, processor = family(name)
+    inputs = prepare(processor, images, build_prompt(processor, text, len(images)), None, preset.max_pixels)
+    with torch.no_grad():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=preset.max_new_tokens)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()

@@ -1,4 +1,4 @@
-"""One door to greedy decoding with captured attention: tree decoding where the model allows it, else sequential.
+"""Greedy decoding with captured attention: tree decoding where the model allows it, else one `generate` per prompt.
 
     decoder = Decoder(model, processor, layers, backend)
     decoder.decode(groups)  # -> list[Decoded]
@@ -66,7 +66,7 @@ class Decoder:
     def decode(self, groups: Sequence[PromptGroup]) -> list[Decoded]:
         """The greedy answers and the maps of all prompts, in order; each branch gets its `ids` and `maps`."""
         if self.sequential_reason is None:
-            # Not in inference mode: cached keys are written to by later calls, which may be outside of it.
+            # Later calls write to the cached keys, which inference tensors would allow only in inference mode.
             with (
                 exclusive(self._model),
                 torch.inference_mode(False),
@@ -79,7 +79,7 @@ class Decoder:
                 except TreeUnsupported as error:
                     self._set_reason(str(error))
                     for group in groups:
-                        # It may be half read.
+                        # The prefix cache may be incomplete.
                         group.prefix = None
         return _assign(
             groups,
@@ -101,8 +101,8 @@ def sequential_reason(model: Any) -> str | None:
 
     Tree attention (tree_attention.py) replaces the attention of the model, so this has to be causal softmax attention,
     with sliding windows or without. It writes all keys to buffers, so the kind of cache does not matter as long as the
-    cache stores keys unchanged. Everything else must treat each token by itself: the last token of a packed forward is
-    not the last token of each prompt, nor is its largest activation the largest of each prompt.
+    cache stores keys unchanged. All other modules must process each token independently: a packed forward holds tokens
+    of several prompts, so its last token or its largest activation is not that of each prompt.
     """
     inner: Any = unwrap(model)
     modules = attention_modules(model)
@@ -147,7 +147,7 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
 
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
-    """Other threads that decode on this model wait until the block is left."""
+    """Blocks other threads that decode on this model until the context exits."""
     with _LOCK:
         lock = _MODEL_LOCKS.setdefault(unwrap(model), threading.RLock())
     with lock:

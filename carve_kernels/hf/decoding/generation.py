@@ -40,7 +40,7 @@ class Generation(NamedTuple):
 
 
 def greedy_config(model: Any, max_new_tokens: int) -> Any:
-    """The generation config of a model, without sampling and with so many new tokens.
+    """The generation config of a model, made greedy, with the given `max_new_tokens`.
 
     Raises ValueError for options under which the output is not greedy: guidance, contrastive search, constraints.
     """
@@ -61,14 +61,14 @@ def greedy_config(model: Any, max_new_tokens: int) -> Any:
 def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Generation:
     """Let `generate` prepare one prompt, given without its pixels; no forward runs."""
     config = greedy_config(model, max_new_tokens)
-    # The cache that it would prepare is not used.
+    # Tree decoding has its own cache.
     config.update(cache_implementation=None, return_dict_in_generate=False)
     criteria = StoppingCriteriaList()
     if config.stop_strings:
         # generate does not pass its tokenizer on to a custom decoding function, so the criterion is built here.
         criteria.append(StopStringCriteria(tokenizer_of(processor), config.stop_strings))
         config.update(stop_strings=None)
-    # generate fills what a given config leaves out from the model's own, so a shallow copy of the model is used.
+    # generate takes unset fields from the model's own config, so it gets a shallow copy of the model with this config.
     twin = copy.copy(model)
     twin.generation_config = config
     prepared = names.prepared_by_generate(twin, inputs, criteria)
@@ -82,9 +82,9 @@ def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], ma
 
 @contextmanager
 def preserved_positions(model: Any) -> Iterator[None]:
-    """Restores the positions that some models (Qwen-VL) note of their last prompt: a caller may be decoding on it."""
-    notes = names.position_modules(model)
+    """Restores the position offsets that some models (Qwen-VL) store of their last prompt: a caller may use them."""
+    saved = names.position_modules(model)
     try:
         yield
     finally:
-        names.restore_positions(notes)
+        names.restore_positions(saved)

@@ -15,8 +15,8 @@ _PREFIX = -1
 class PrefixCache:
     """The first tokens of some prompts with their keys and values in each layer, and spare columns after them.
 
-    The columns after the prefix belong to the current user of the cache: the next one overwrites them, so nothing is
-    copied to start again, and a cache has one user at a time. `depth` counts the layers that have read the prefix.
+    The columns after the prefix are scratch space of the current user. The next user overwrites them, so reuse copies
+    nothing, but a cache has one user at a time. `depth` counts the layers that have processed the prefix.
 
     ==========  =======  =======================  ============================================
     name        dtype    shape                    meaning
@@ -56,7 +56,7 @@ class PrefixCache:
     def write(
         self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [1, KV, n, D] at column `start`; views of all columns up to their end."""
+        """Write keys and values [1, KV, n, D] at column `start`; returns views of all columns up to there."""
         end = start + key.shape[2]
         cached = self._layers.get(layer)
         if cached is None or cached[0].shape[2] < end:
@@ -96,9 +96,9 @@ class TokenTree:
         self.branch_ids, self.positions = self.branch_ids[:length], self.positions[:length]
 
     def visible(self, first: int, window: int | None) -> torch.Tensor | None:
-        """What the columns from `first` on see, bool [Q, S]: the prefix and their branch, up to themselves.
+        """Which columns those from `first` on attend to, bool [Q, S]: the prefix and their branch, up to themselves.
 
-        None if they see everything.
+        None if that is all of them.
         """
         branch, position = self.branch_ids[first:, None], self.positions[first:, None]
         visible = ((self.branch_ids == _PREFIX) | (self.branch_ids == branch)) & (self.positions <= position)
@@ -116,7 +116,7 @@ class Segment:
     ========  ======  ========  ==================================================================================
     start     int               the first token in the forward; `stop` is one past the last
     past      int               columns of the tree before this forward
-    fresh     int               how many tokens, the first ones, are the prefix itself
+    fresh     int               how many of its first tokens are the prefix, in the forward that reads it
     rows      int64   [R]       captured rows, counted from `start`, none of them in the prefix
     tokens    int32   [1, N]    columns of the visual tokens
     captured          [L, R, N] the result
@@ -135,7 +135,7 @@ class Segment:
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def visible(self, first: int, window: int | None) -> torch.Tensor | None:
-        """What the tokens from the first-th on see, bool [Q, S] on the CPU; None if they see everything."""
+        """The columns that tokens from index `first` on attend to, bool [Q, S] on the CPU; None if that is all."""
         key = ("visible", first, window)
         if key not in self._cache:
             self._cache[key] = self.tree.visible(self.past + first, window)
@@ -157,7 +157,7 @@ class Segment:
         return mask_or_none
 
     def is_causal_continuation(self, first: int, window: int | None) -> bool:
-        """Whether the tokens from the first-th on have columns before them and each sees all columns up to itself."""
+        """Whether tokens from index `first` on follow cached columns and each attends to all columns up to itself."""
         key = ("causal continuation", first, window)
         if key not in self._cache:
             visible, before = self.visible(first, window), self.past + first

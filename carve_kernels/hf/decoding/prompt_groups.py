@@ -1,4 +1,4 @@
-"""What is decoded: prompts in groups that share an image prefix, and what comes out of each."""
+"""Input and output of decoding: prompts grouped by image prefix, and the result of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from carve_kernels.types import RowsSpec, VisualLayout
 
 @dataclass(frozen=True)
 class Decoded:
-    """The new tokens of a prompt, its maps if rows were captured, and how many tokens were forwarded for it alone."""
+    """The new tokens of a prompt, its maps if rows were captured, and how many tokens were processed for it only."""
 
     ids: tuple[int, ...]
     maps: AttentionMaps | None
@@ -51,10 +51,10 @@ class PromptGroup:
 
     ==========  ======================================================================================================
     images      the features of the shared images
-    start       how many tokens are shared at least
+    start       the least number of tokens that the prompts share, up to the last image token
     layout      where the visual tokens are; needed where rows are captured
     prefix      the KV cache of the prefix: an earlier one, or None; after decoding the one that was used
-    all_layers  whether the prefix is read by all layers even if no new token is wanted
+    all_layers  whether all layers process the prefix even if no branch generates tokens
     ==========  ======================================================================================================
     """
 

@@ -44,7 +44,7 @@ def greedy_generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, 
     while not hasattr(model, "generate"):
         model = names.inner_module(model)
     inner = unwrap(model)
-    # generate fills what a given config leaves out from the model's own, unless it is passed by name.
+    # generate takes unset options from the model's own config unless they are passed as arguments.
     options = {name: None for name in SAME_OUTPUT_OPTIONS if getattr(inner.generation_config, name, None) is not None}
     if config.stop_strings and processor is not None:
         options["tokenizer"] = tokenizer_of(processor)

@@ -30,7 +30,7 @@ _LOCK = threading.Lock()
 
 
 class TreeUnsupported(Exception):
-    """The attention of the model, or a prompt, rules tree decoding out; the reason."""
+    """Raised with the reason why the model's attention or a prompt rules out tree decoding."""
 
 
 class _LastLayerReached(Exception):
@@ -115,7 +115,9 @@ class TreeAttention:
         if output is None:
             return torch.empty(0, device=ids.device)
         if self._calls != len(self._modules):
-            raise TreeUnsupported(f"{len(self._modules) - self._calls} of its layers do not call the usual attention")
+            raise TreeUnsupported(
+                f"{len(self._modules) - self._calls} of its layers do not call their registered attention function"
+            )
         return output.logits[0] if options else output.logits[0, keep]
 
     def _attend(
@@ -231,7 +233,9 @@ def _sdpa(
     """torch's attention for the tokens of one segment, whatever the implementation: [1, n, A, D]."""
     attention = names.attention_options(query, options)
     if attention.beyond_sdpa is not None:
-        raise TreeUnsupported(f"its attention takes {attention.beyond_sdpa}, which torch's does not")
+        raise TreeUnsupported(
+            f"its attention uses {attention.beyond_sdpa}, which scaled_dot_product_attention does not support"
+        )
     scale, fresh = attention.scale, segment.fresh
     if window is not None and window < fresh:
         fresh = 0
@@ -254,7 +258,7 @@ def _masked(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Tokens under a mask. Of few tokens, the query heads that share a key head are folded into rows of it."""
+    """Masked attention. For few tokens, query heads that share a key head are folded into its rows."""
     _, heads, length, size = query.shape
     groups = heads // keys.shape[1]
     fold = length < _FOLDED or query.device.type != "cpu"
@@ -278,7 +282,7 @@ def _is_plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 
 
 def _continue(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """The last tokens, which see all columns before them and a causal triangle, on a CPU and without a mask.
+    """Causal attention of the last tokens to all cached columns, on a CPU and without a mask.
 
     Two softmaxes, merged by their log-sum-exps: a mask would also compute the half of the triangle that it hides.
     """

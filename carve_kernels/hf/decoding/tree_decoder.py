@@ -2,7 +2,7 @@
 
 The prompts of a group are branches of a tree: they share a prefix up to (at least) the last token of the image. One
 packed forward (tree_attention.py) takes the next tokens of all branches of all groups, so the weights are read once for
-all of them. A branch that has ended is in no further forward.
+all of them. Finished branches take no part in later forwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_ROWS = torch.empty(0, dtype=torch.int64)
 class _BranchState:
     """A branch while it is decoded."""
 
-    branch: Branch
+    source: Branch
     generation: Generation
     ids: torch.Tensor
     rows: Rows | None
@@ -39,7 +39,7 @@ class _BranchState:
 
     def __post_init__(self) -> None:
         self.prompt_length = self.ids.shape[1]
-        self.done = self.branch.max_new_tokens == 0
+        self.done = self.source.max_new_tokens == 0
 
     def captured_rows(self, start: int) -> torch.Tensor:
         """The columns of its prompt that the next forward captures, counted from column `start`."""
@@ -60,7 +60,7 @@ class _GroupState:
             group.prefix.truncate(length)
         else:
             group.prefix = PrefixCache(branches[0].ids[0, :length].cpu())
-        suffixes = sum(state.prompt_length - length + max(0, state.branch.max_new_tokens - 1) for state in branches)
+        suffixes = sum(state.prompt_length - length + max(0, state.source.max_new_tokens - 1) for state in branches)
         self.tree = TokenTree(group.prefix, length + suffixes)
         self.tokens = _NO_ROWS[None].int() if group.layout is None else group.layout.tokens()
 
@@ -124,10 +124,10 @@ class TreeDecoder:
         return self._layers[-1] + 1
 
     def _prefill_batches(self, state: _GroupState) -> Iterator[tuple[list[_BranchState], int | None]]:
-        """The forwards that read the prefix, unless it is cached, and the rest of each prompt: branches and depth."""
+        """The prefill forwards, as (branches, depth); the first one also processes the prefix unless it is cached."""
         captured_only = [branch for branch in state.branches if branch.done]
-        with_images = [branch for branch in state.branches if not branch.done and branch.branch.later_images]
-        text_only = [branch for branch in state.branches if not branch.done and not branch.branch.later_images]
+        with_images = [branch for branch in state.branches if not branch.done and branch.source.later_images]
+        text_only = [branch for branch in state.branches if not branch.done and not branch.source.later_images]
         if text_only or (state.needs_prefill and (state.group.all_layers or with_images)):
             yield text_only, None
         for branch in with_images:
@@ -146,7 +146,7 @@ class TreeDecoder:
         for branch in batch:
             ids.append(branch.ids[:, length:])
             positions.append(branch.generation.positions[..., length:])
-            images = branch.branch.later_images or images
+            images = branch.source.later_images or images
         segment = state.segment(0, [(branch, branch.prompt_length - length) for branch in batch], fresh)
         counts = torch.tensor([branch.prompt_length - length for branch in batch], dtype=torch.int64)
         logits = self._attention.forward(
@@ -182,7 +182,7 @@ class TreeDecoder:
 
     @staticmethod
     def _collect(segments: list[Segment], batches: list[list[_BranchState]]) -> None:
-        """Give each branch its rows of what a forward has captured."""
+        """Split the captures of a forward among its branches."""
         for segment, batch in zip(segments, batches, strict=True):
             if segment.captured is None:
                 continue

@@ -22,7 +22,7 @@ Result = CarveResult | CarveFailure
 OnResult = Callable[[Result, int, int | None], None]
 _Pending = tuple[Request, tuple[Any, ...]]
 
-# Eight prompts decode in the time of one; with more, only the first result is later.
+# Eight prompts take about as long as one; larger batches only delay the first result.
 MAX_BATCH = 8
 # KV caches get a quarter of the free memory; the rest is for activations and other processes.
 _SHARE = 4
@@ -81,7 +81,7 @@ def stream(
 
     Neighbouring questions run in one batch, as many as fit and 8 at most, and those about one image share its prefix
     cache; answers are the same as one by one. If one fails (an image that cannot be read, a question without its word,
-    too little memory), a CarveFailure with the `error` takes its place, and the others go on. Only the images of
+    too little memory), it yields a CarveFailure with its `error`, and the others are still answered. Only the images of
     the current batch are in memory, so iterators may be endless.
 
     Raises TypeError or ValueError, before the model runs, for lists of unequal lengths and for other types; for
@@ -97,7 +97,7 @@ def stream(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process can still allocate on a device, as far as the system says."""
+    """An estimate of the bytes that this process can still allocate on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator has reserved is free for the next tensor.
@@ -181,7 +181,7 @@ def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int) -> It
             call = next(source, None)
             request = None if call is None else _prepare(engine, call)
         except Exception:
-            # The requests before it are answered all the same.
+            # Answer the pending requests first, then raise.
             yield from _answer(engine, pending)
             raise
         if call is None or request is None:
@@ -192,7 +192,7 @@ def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int) -> It
             yield from _answer(engine, pending)
             pending, tokens = [], 0
             if failed and had_pending and _is_out_of_memory(request.error):
-                # It may fit into the memory that the others used.
+                # Retry: answering the pending requests has freed memory.
                 request = _prepare(engine, call)
         if isinstance(request, CarveFailure):
             yield request

@@ -54,8 +54,8 @@ class Memory:
     time: `prefix` takes it out, and `keep_prefix` puts it back.
 
     Files are written atomically, so several processes may share a folder. A damaged file is skipped with a log line and
-    written again. A file that is not one of ours is left alone, with a log line. A folder that cannot be written to
-    costs a log line and nothing else. Thread-safe.
+    written again. Files that this package did not write are left alone and logged. A folder that cannot be written is
+    logged and otherwise ignored. Thread-safe.
 
     Raises TypeError or ValueError for bounds that are not integers from 0 on and for a folder that is not a path or is
     empty, OSError if the folder cannot be created.
@@ -202,8 +202,8 @@ class _Folder:
             maps, facts = decode(data, os.fspath(path))
             # A renamed file must not give one image the maps of another.
             if facts.get("key") != name:
-                raise ValueError(f"path: {os.fspath(path)!r} holds other maps than its name says")
-            # A read-only folder has no order of use.
+                raise ValueError(f"path: {os.fspath(path)!r} has maps of a different key than its name")
+            # The access time of a file in a read-only folder cannot be updated.
             with suppress(OSError):
                 os.utime(path)
         except FileNotFoundError:
@@ -239,7 +239,7 @@ class _Folder:
         for _, size, path in files:
             if total <= self._bound:
                 return
-            # A user's file under a name like ours stays.
+            # Never delete a user's file that happens to match our names.
             if is_saved(path):
                 path.unlink(missing_ok=True)
             total -= size

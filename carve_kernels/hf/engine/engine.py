@@ -62,7 +62,7 @@ class CarveEngine:
     `sequential_reason` says why a model decodes one prompt after the other, or is None. A model serves one call at a
     time: other threads wait.
 
-    Raises TypeError or ValueError, before the model runs, for arguments that do not fit, an unreadable image included.
+    Raises TypeError or ValueError, before the model runs, for invalid arguments, including an unreadable image.
     Source: CARVE, arXiv 2509.06461.
     """
 
@@ -174,7 +174,7 @@ class CarveEngine:
     def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:
         """Answer requests in one batch; `on_stage` is called with the name of each stage before it.
 
-        An exception is about all of them. A thread waits for another one that decodes on the model.
+        An exception fails the whole batch. Waits while another thread decodes on the model.
         """
         if not requests:
             return []

@@ -54,8 +54,8 @@ def digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
-# Raised when the rules by which maps are captured change: maps that were cached before are not used then.
-_RULES = 2
+# Increase this when capture rules change, so that maps cached under the old rules are not used.
+_CAPTURE_VERSION = 2
 
 
 def fingerprint(model: Any, processor: Any) -> str:
@@ -78,7 +78,7 @@ def fingerprint(model: Any, processor: Any) -> str:
         raise Unidentified(code)
     device = input_device(model).type
     return key_of(
-        rules=_RULES,
+        rules=_CAPTURE_VERSION,
         model=type(model).__qualname__,
         config=_portable(model.config),
         generation=_portable(model.generation_config),
@@ -213,7 +213,7 @@ def _tokenizer(tokenizer: Any) -> str:
 
 
 def dense_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The dense tensors of a value of a model's state, each under a name that says everything else about it.
+    """The dense tensors of a value of a model's state, each under a name that encodes the rest of its state.
 
     A value is a tensor of any kind, or a list, tuple or mapping of tensors, numbers and texts. Raises Unidentified for
     other values, and for a tensor whose numbers are not in this process.
@@ -250,7 +250,7 @@ def _dense_of_tensor(name: str, value: torch.Tensor) -> Iterator[tuple[str, torc
     if hasattr(value, "__tensor_flatten__"):
         attributes, context = value.__tensor_flatten__()
         kind = f"{name}:{type(value).__module__}.{type(value).__qualname__}{list(value.shape)}{value.dtype}"
-        # A repr with an address in it makes the fingerprint differ from process to process, never equal for two models.
+        # A repr with an address makes fingerprints differ between processes; it never makes two models equal.
         for attribute in attributes:
             yield from dense_tensors(f"{kind}({context!r}).{attribute}", getattr(value, attribute))
     elif value.is_quantized:

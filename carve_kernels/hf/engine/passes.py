@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One image and one question, opened, checked and processed; `tokens` is what a KV cache must hold for it."""
+    """One image and one question after loading, checks and processing; `tokens` is the KV-cache length it needs."""
 
     image: Image.Image
     question: str
@@ -87,9 +87,9 @@ class Setup:
         self.model, self.processor, self.preset, self.carving = model, processor, preset, carving
         self.layers, self.backend, self.plain = layers, backend, plain
         self.decoder = Decoder(model, processor, layers, backend)
-        lasting = preset.rows == "last" or isinstance(preset.rows, int)
-        self._steps = 1 if preset.steps == "t_start" or not lasting else preset.max_new_tokens
-        # As many new tokens as the maps are read for; an answer needs all of them.
+        at_every_step = preset.rows == "last" or isinstance(preset.rows, int)
+        self._steps = 1 if preset.steps == "t_start" or not at_every_step else preset.max_new_tokens
+        # Only as many new tokens as the maps need; a plain answer needs all of them.
         self.general_new_tokens = 0 if self._steps == 1 else preset.max_new_tokens
         self.task_new_tokens = preset.max_new_tokens if plain else self.general_new_tokens
         self.general_rows: RowsSpec = general_rows(preset.rows)
@@ -144,7 +144,7 @@ class Setup:
 
 @dataclass(eq=False)
 class Job:
-    """A request while it is answered: what the first pass, the carving and the second pass found."""
+    """One request in progress, with the results so far."""
 
     request: Request
     # Equal for equal images; empty where nothing is compared.
@@ -180,7 +180,7 @@ class Job:
         try:
             self.second = make_second_prompt(setup.processor, setup.preset, request, self.carved.refined, unchanged)
         except ValueError as error:
-            # A crop may be thinner than a processor takes; the passes that led to it are not thrown away.
+            # The processor may refuse a very thin crop; the results so far are kept.
             self.second, self.reason = plain, f"the refined image cannot be shown to the model: {error}"
 
     def result(self, setup: Setup) -> CarveResult:

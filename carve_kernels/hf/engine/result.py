@@ -32,7 +32,7 @@ class CarveResult:
     preset          the preset that was used
     reason          why the whole image was kept, or None
     unseen          share of the image's area that the model was not shown, as under a centre crop
-    complexity      measured when it is first read, which takes about a tenth of an answer
+    complexity      computed on first access, in about a tenth of the time of an answer
     ==============  ==================================================================================================
     """
 
@@ -61,7 +61,7 @@ class CarveResult:
 
     @property
     def error(self) -> None:
-        """None: a CarveFailure in a batch has an error here."""
+        """Always None; `CarveFailure.error` has the exception."""
         return None
 
     @property

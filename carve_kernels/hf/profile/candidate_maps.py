@@ -22,7 +22,7 @@ from carve_kernels.types import RowsSpec, View
 
 # Prompts of one image in one batch: with more, their keys cost more than the forwards that they save.
 MAX_BATCH = 16
-# So many last tokens of the user's text are candidates one by one: the object of a question stands near its end.
+# Each of the last tokens of the user's text is a candidate: the object of a question is usually near its end.
 LAST_TOKENS = 4
 
 
@@ -68,7 +68,7 @@ class CandidateReader:
         self.layers = tuple(sorted(attention_modules(model)))
         self.choices = [Choice(row, step) for row in self.rows for step in steps if step == "t_start" or row == "last"]
         if not self.choices:
-            raise ValueError(f"rows: expected 'last' beside steps {list(steps)}, got {self.rows}")
+            raise ValueError(f"rows: expected 'last' among the rows for steps {list(steps)}, got {self.rows}")
         # Without new tokens the head of the model does not run; all layers are captured, so none is saved.
         self._new_tokens = preset.max_new_tokens if set(steps) != {"t_start"} else 0
 
@@ -81,7 +81,7 @@ class CandidateReader:
             None if self._letterbox is None else self._letterbox.pad,
         )
         prefixes: dict[tuple[int, ...], PrefixCache | None] = {}
-        # Created for each image: hooks come and go.
+        # Created for each image: hooks may be added or removed between images.
         decoder = Decoder(self._model, self._processor, self.layers, self._backend)
         for start in range(0, 1 + len(texts), MAX_BATCH):
             candidates = []

@@ -114,7 +114,7 @@ class Profile:
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
         """Write the carve.json, whole or not at all, in place of one that was saved there before.
 
-        Raises ValueError if any other file stands there, or one that was changed since.
+        Raises ValueError if the path is any other file, or one that was changed since.
         """
         target = checks.path("path", path)
         refuse_foreign("path", target, is_saved)
@@ -142,7 +142,7 @@ def profile(
     ================  =================================================================================================
     argument          meaning
     ================  =================================================================================================
-    probes            the questions; several questions about one image say more than one about each of several
+    probes            the questions; several questions about one image are more informative than one each about several
     preset            the preset to start from: a name, a Preset or a dict; None takes the carve.json of the model's
                       directory, or "paper". Only its layers, rows and steps are replaced
     rows              the candidates, as `capture_attention` takes them; None tries "last", "question" and each of the

@@ -105,7 +105,7 @@ def test_a_renamed_file_is_foreign(tmp_path: Path, caplog: pytest.LogCaptureFixt
     os.replace(one, two)
     fresh = Memory(tmp_path)
     assert fresh.maps("one") is None and fresh.maps("two") is None
-    assert "holds other maps than its name says" in caplog.text
+    assert "has maps of a different key than its name" in caplog.text
 
 
 def test_a_folder_that_fills_up_costs_a_line_in_the_log(

@@ -8,27 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from carve_kernels import CarveEngine, Preset, capture_attention, carve
 from carve_kernels.complexity import complexity
 from carve_kernels.hf.inputs import build_prompt, prepare
-from tests.support.families import family, in_eager, state, watched
+from tests.support.families import family, greedy, in_eager, state, watched
 from tests.support.tiny_models import make_image, tiny_llava
 
 QUESTION = "what digit is red"
 SHORT = Preset.paper(max_new_tokens=6)
 RELEASE = Preset.release(layers=(1, 2), max_new_tokens=6)
 PHOTO = make_image(240, 160, 1)
-
-
-def greedy(name: str, images: list[Image.Image], text: str, preset: Preset) -> list[int]:
-    """The new tokens of `model.generate`, with nothing of the engine around it."""
-    model, processor = family(name)
-    inputs = prepare(processor, images, build_prompt(processor, text, len(images)), None, preset.max_pixels)
-    with torch.no_grad():
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=preset.max_new_tokens)
-    return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def last_rows(name: str, text: str, preset: Preset) -> list[torch.Tensor]:

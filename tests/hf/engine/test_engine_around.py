@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import CarveEngine
-from tests.hf.engine.test_engine import PHOTO, QUESTION, SHORT, greedy
-from tests.support.families import FAMILIES, family, own_generate, state
+from carve_kernels import CarveEngine, Preset
+from tests.support.families import FAMILIES, family, greedy, own_generate, state
 from tests.support.tiny_models import make_image
+
+QUESTION = "what digit is red"
+SHORT = Preset.paper(max_new_tokens=6)
+PHOTO = make_image(240, 160, 1)
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
