@@ -14,6 +14,7 @@ import torch
 from carve_kernels import selfcheck
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cpu import capture as cpu_capture
+from carve_kernels.types import CaptureOptions
 from tests.cli.conftest import Invoke, content
 
 
@@ -57,9 +58,11 @@ def test_a_wrong_backend_ends_with_1_and_names_the_case(
     needs_extension()
     honest = cpu_capture.forward
 
-    def forward(query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        found = honest(query, *arguments, **options)
-        if options["window"] is not None:
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions, **outputs: Any
+    ) -> Any:
+        found = honest(query, key, tokens, options, **outputs)
+        if options.window is not None:
             found.maps[..., 0] *= 1.01
         return found
 

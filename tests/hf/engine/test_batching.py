@@ -185,7 +185,7 @@ def test_an_internal_error_is_logged_with_its_traceback(fault: Exception, caplog
 
 @pytest.mark.parametrize("fault", [BackendUnavailable("no backend"), torch.AcceleratorError("device-side assert")])
 @pytest.mark.parametrize("tokens", [10, 100])
-def test_what_is_no_matter_of_one_question_ends_the_batch(fault: Exception, tokens: int) -> None:
+def test_fatal_errors_end_the_batch(fault: Exception, tokens: int) -> None:
     outcomes = stream(Counting({"b": fault}), "p", ["a", "bad", "b", "c"], tokens=tokens)
     assert next(outcomes) == ("p", "a", None) and isinstance(next(outcomes), CarveFailure)
     with pytest.raises(type(fault)):

@@ -34,7 +34,7 @@ def test_a_question_in_another_mode_than_the_last_one(first: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_of_torch_is_no_matter(dtype: torch.dtype) -> None:
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     model, processor = family("llava")
     expected = CarveEngine(model, processor, preset=SHORT)(PHOTO, QUESTION)
     torch.set_default_dtype(dtype)
