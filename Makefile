@@ -63,8 +63,8 @@ compile: $(VENV)/.tests
 
 # A batch that is killed repeatedly, and thousands of images with their memory use.
 soak: $(VENV)/.tests
-	$(VENV)/bin/python -m tests.long.kill --pictures 200 --kills 10
-	$(VENV)/bin/python -m tests.long.soak --pictures 2000
+	$(VENV)/bin/python -m tests.long.kill --images 200 --kills 10
+	$(VENV)/bin/python -m tests.long.soak --images 2000
 
 # The tests with the oldest supported transformers, and with a random search of more examples.
 oldest:

@@ -46,7 +46,7 @@ def soak(marks: Sequence[int]) -> Iterator[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", "--pictures", type=int, default=MARKS[-1])
+    parser.add_argument("--images", type=int, default=MARKS[-1])
     count = parser.parse_args().images
     # On a busy machine, threads of a model this small wait for each other.
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-#include "cuda/capture/kernels.cuh"
+#include "cuda/capture/launch_capture.cuh"
 
 namespace carve {
 
