@@ -26,8 +26,10 @@ TESTED = ("5.12", "5.24")
 FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "merged_grid"}
 """The supported model types, and the layout of each: a module of `layouts`."""
 
+RECURRENT = ("linear_attention", "mamba", "conv", "moe")
+"""The layer types without softmax attention. Known in: 5.12 to 5.24."""
+
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
-_RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
 _CROSS_CLASS = re.compile(r"Cross\w*Attention", re.IGNORECASE)
@@ -277,12 +279,6 @@ def inner_decoder(model: Any) -> Any:
     return inner
 
 
-def layers_in(decoder: Any) -> nn.ModuleList | None:
-    """The layers of a text decoder; None for another module. Known in: 5.12 to 5.24."""
-    found = getattr(decoder, "layers", None)
-    return found if isinstance(found, nn.ModuleList) else None
-
-
 def key_value_size(config: Any) -> int:
     """The number of elements in one token's key and value in a layer. Known in: 5.12 to 5.24."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -294,11 +290,6 @@ def types_of_layers(config: Any) -> list[str] | None:
     """The type of each layer, if the config has them. Known in: 5.12 to 5.24."""
     types = getattr(config, "layer_types", None)
     return None if types is None else list(types)
-
-
-def is_recurrent(layer_type: str) -> bool:
-    """Whether a layer type has no softmax attention. Known in: 5.12 to 5.24."""
-    return layer_type in _RECURRENT
 
 
 def windows(config: Any) -> list[int | None] | None:
@@ -320,12 +311,7 @@ def tree_reason(model: Any, config: Any) -> str | None:
         return "its attention is not causal"
     if hasattr(type(model), "create_masks_for_generate"):
         return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
-    return "it is an encoder-decoder model" if has_encoder(model) else None
-
-
-def has_encoder(model: Any) -> bool:
-    """Whether a model is an encoder-decoder model. Known in: 5.12 to 5.24."""
-    return bool(model.config.is_encoder_decoder)
+    return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 
 def cross_attention_in(decoder: nn.Module) -> str | None:

@@ -94,36 +94,29 @@ def check_call(model: Any, given: Mapping[str, Any], length: int) -> None:
     refuse_packed(implementation, None, segments, None, length)
 
 
-def check_mask(implementation: str, attention_mask: Any, keys: int = 0) -> None:
+def check_mask(implementation: str, mask: Any, keys: int = 0) -> None:
     """Raise ValueError for a mask that the implementation does not read as a mask of visible keys."""
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor):
-        heads = getattr(attention_mask, "shape", (1, 1))[1]
+    if not isinstance(mask, torch.Tensor):
+        heads = getattr(mask, "shape", (1, 1))[1]
         if heads != 1:
             raise ValueError(f"attention_mask: expected one mask for all heads, got a block mask of {heads} heads")
         return
-    if attention_mask.ndim == 2:
-        return
-    expected = _expected(implementation, attention_mask, keys)
-    if expected is not None:
-        raise ValueError(f"attention_mask: expected {expected}, got {checks.describe(attention_mask)}")
-
-
-def _expected(implementation: str, attention_mask: torch.Tensor, keys: int) -> str | None:
-    """What a mask should be, for a message; None for a valid one."""
-    if attention_mask.ndim != 4:
-        return "a mask of 2 or 4 dimensions"
-    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-        return "a bool or an additive mask"
-    if implementation in _ADDITIVE and attention_mask.dtype == torch.bool:
-        return (
+    expected = None
+    if mask.ndim not in (2, 4):
+        expected = "a mask of 2 or 4 dimensions"
+    elif mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        expected = "a bool or an additive mask"
+    elif mask.ndim == 4 and mask.dtype == torch.bool and implementation in _ADDITIVE:
+        expected = (
             f"an additive mask (0 for visible keys, -inf for hidden ones) under {implementation}, which adds a bool "
             "mask to the scores as 0 and 1"
         )
-    if implementation == "flex_attention" and attention_mask.shape[1] != 1:
-        return f"one mask for all heads under {implementation}"
-    return f"a mask of {keys} keys" if 1 < attention_mask.shape[3] < keys else None
+    elif mask.ndim == 4 and mask.shape[1] != 1 and implementation == "flex_attention":
+        expected = f"one mask for all heads under {implementation}"
+    elif mask.ndim == 4 and 1 < mask.shape[3] < keys:
+        expected = f"a mask of {keys} keys"
+    if expected is not None:
+        raise ValueError(f"attention_mask: expected {expected}, got {checks.describe(mask)}")
 
 
 def bias_error() -> ValueError:

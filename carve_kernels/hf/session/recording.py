@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from carve_kernels.hf.model import version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble, new_buffers
-from carve_kernels.types import Capture, VisualLayout
+from carve_kernels.types import Capture, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
@@ -31,42 +31,50 @@ _DEFERRED: dict[str, Callable[[], ValueError]] = {
 STEPS = 64
 
 
+class SessionOptions(NamedTuple):
+    """What a session captures: the checked arguments of `capture_attention`."""
+
+    layers: tuple[int, ...]
+    rows: RowsSpec
+    tokens: torch.Tensor | None
+    layout: VisualLayout | None
+    processor: Any
+    max_steps: int
+    on_layer: OnLayer | None
+    backend: str
+
+
 class Record:
     """Captures of one prefill and its decode steps; `record` is called for each attention of a captured layer."""
 
     def __init__(
         self,
-        layers: tuple[int, ...],
+        options: SessionOptions,
         rows: Rows,
         tokens: torch.Tensor,
-        layout: VisualLayout | None,
         *,
-        reaches: tuple[Reach | None, ...],
-        shared: tuple[Reach, ...],
+        reaches: list[tuple[Reach | None, ...]],
         device: torch.device,
         past: int,
         length: int,
         rows_kept: int | None,
-        max_steps: int,
         eos: tuple[int, ...],
-        on_layer: OnLayer | None,
-        backend: str,
     ) -> None:
         batch, captured = rows.columns.shape
-        self.layers, self.layout = layers, layout
+        self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
+        self.on_layer, self.backend = options.on_layer, options.backend
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
         self.rows = (rows.columns - past).to(device)
-        # How many keys each layer gets; a layer that reuses another layer's keys gets as many as one of them.
-        self.reaches, self.shared = reaches, shared
+        # How many keys each layer may get.
+        self.reaches = reaches
         self.total = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
-        self.first = new_buffers((1, len(layers), batch, captured), tokens.shape[1], device)
+        self.first = new_buffers((1, len(self.layers), batch, captured), tokens.shape[1], device)
         self.later: Capture | None = None
         self.target = self.first
         self.active = True
         self.step = 0
-        self.max_steps = max_steps
         self.eos = eos
         self.length = self.prompt = past + length
         # The number of tokens in the current forward, and the last captured layer that ran in it.
@@ -80,7 +88,6 @@ class Record:
         self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
         self.columns = self.tokens.to(torch.int32)
         self.dtype = ""
-        self.on_layer, self.backend = on_layer, backend
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
         self.batch: LayerBatch | None = None
@@ -186,8 +193,8 @@ class Record:
             if index <= self.last_layer:
                 raise ValueError(f"layers: layer {layer} runs twice in one forward, but only one map is recorded")
             self.last_layer = index
-        reach, keys = self.reaches[index], key.shape[2]
-        possible = (reach,) if reach is not None else (Reach(options.window, None), *self.shared)
+        keys = key.shape[2]
+        possible = [Reach(options.window, None) if each is None else each for each in self.reaches[index]]
         if not compiling:
             if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
                 raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
