@@ -45,13 +45,13 @@ def cache_names() -> str:
 
 
 def cached_tokens(cache: Any) -> int | torch.Tensor:
-    """The number of tokens in a cache; a tensor if it counts on its device. Known in: 5.12 to 5.24."""
+    """The number of tokens in a cache; a tensor if it counts on its device."""
     count: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
     return count
 
 
 def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
+    """Whether a forward with these arguments writes to a cache."""
     use = given.get("use_cache")
     return bool(use if use is not None else getattr(model.config.get_text_config(), "use_cache", False))
 

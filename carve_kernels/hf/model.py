@@ -131,20 +131,14 @@ def check_steady(model: nn.Module) -> None:
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:
-    """The devices on which a module runs: where accelerate moves its weights, else where they are.
-
-    Offloaded weights without a hook are skipped.
-    """
+    """The devices on which a module runs: where accelerate moves its weights, else where they are, if not on meta."""
     weights = ((each, weight) for each in module.modules() for weight in each.parameters(recurse=False))
     devices = {execution_device(each) or weight.device for each, weight in weights}
     return {device for device in devices if device.type != "meta"}
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device of a model's inputs: where its embedding runs.
-
-    Raises ValueError if none of the model's weights is on a device.
-    """
+    """The device of a model's inputs: where its embedding runs. Raises ValueError for a model without weights."""
     inner = unwrap(model)
     for module in (inner.get_input_embeddings(), inner):
         devices = devices_of(module)
@@ -157,14 +151,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """The positions of the image and video tokens in each row, by the ids in the model's config.
-
-    =========  =====  ======  =============================================
-    name       dtype  shape   meaning
-    =========  =====  ======  =============================================
-    input_ids  int    [B, S]  the padded token ids
-    returns    int32  [n] * B  absolute positions in each row, ascending
-    =========  =====  ======  =============================================
+    """The columns of the image and video tokens in each row of input_ids [B, S], int32 [n], ascending.
 
     Raises ValueError if the config names no image token.
     """

@@ -116,10 +116,7 @@ def check_processor(model: nn.Module, processor: Any) -> Kind:
 
 
 def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
-    """The smallest canvas for an image of (height, width) that the processor does not crop.
-
-    Raises ValueError if there is none.
-    """
+    """The smallest canvas for an image of this size that is not cropped. Raises ValueError if there is none."""
     return Canvas(*check_processor(model, processor).canvas(unwrap(model).config, processor, size))
 
 

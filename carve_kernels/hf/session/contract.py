@@ -45,10 +45,7 @@ _logged = False
 
 
 def ensure() -> None:
-    """Run the checks, until they pass, if the installed transformers was not tested.
-
-    Raises UpstreamChanged, which names the versions, if a check fails.
-    """
+    """Run the checks, until they pass, under an untested transformers. Raises UpstreamChanged if one fails."""
     global _passed, _logged
     if _passed or names.is_tested() or _running_in == threading.get_ident():
         return

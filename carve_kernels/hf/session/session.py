@@ -80,7 +80,10 @@ def capture_attention(
         raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
     contract.ensure()
     check_decoder(model)
-    numbers = _layers(layers, len(decoder_layers(model)))
+    depth = len(decoder_layers(model))
+    every = isinstance(layers, str) and layers == "all"
+    # Ascending, the order in which a forward runs them.
+    numbers = tuple(range(depth)) if every else tuple(sorted(layers_of(layers, depth)))
     modules = _modules(model, numbers)
     if on_layer is not None and not callable(on_layer):
         raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
@@ -126,12 +129,9 @@ class CaptureSession:
             raise RuntimeError(
                 "session: expected a new session, this one was opened before; call capture_attention again"
             )
-        self._stack = ExitStack()
-        try:
-            self._install(self._stack)
-        except BaseException:
-            self._stack.close()
-            raise
+        with ExitStack() as stack:
+            self._install(stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -179,13 +179,6 @@ class CaptureSession:
                 f"model: expected a generate that calls {kind} itself, got one that calls the language model inside "
                 "it; open the session on the language model, with the columns of the image tokens as tokens"
             )
-
-
-def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """The layers argument as ascending numbers, the order in which a forward runs them."""
-    if isinstance(layers, str) and layers == "all":
-        return tuple(range(depth))
-    return tuple(sorted(layers_of(layers, depth)))
 
 
 def _modules(model: nn.Module, layers: tuple[int, ...]) -> list[nn.Module]:
