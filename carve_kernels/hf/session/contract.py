@@ -132,10 +132,6 @@ class Models:
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
 
-    @cached_property
-    def columns(self) -> torch.Tensor:
-        return (self.question["input_ids"][0] == _IMAGE).nonzero()[:, 0]
-
 
 def cache_on_the_second_step(models: Models) -> None:
     """generate passes its cache to the second forward under a known name, and the cache counts the prompt."""
@@ -154,7 +150,7 @@ def cache_on_the_second_step(models: Models) -> None:
     finally:
         hook.remove()
     _expect("new and cached tokens of each forward", tokens, [(_PROMPT, 0), (1, _PROMPT)])
-    cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), _attention(models.text)[1]
+    cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), attention_modules(models.text)[1]
     keys = caches.key_state(cache, attention)
     cache.crop(-1)
     cropped = caches.key_state(cache, attention)
@@ -303,18 +299,14 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 2) -> No
     model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-def _attention(model: Any) -> list[nn.Module]:
-    return list(attention_modules(model).values())
-
-
 def _attention_calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[tuple[Any, ...]]:
     """The (module, query, key, mask, options) of each attention of the text layers in one forward."""
     calls: list[tuple[Any, ...]] = []
-    modules = _attention(model)
+    modules = attention_modules(model).values()
     with ExitStack() as stack:
         stack.callback(names.set_implementation, model, "sdpa")
         names.set_implementation(model, implementation)
-        entry = names.attention_entry(modules[0], 0)
+        entry = names.attention_entry(next(iter(modules)), 0)
         PATCHES.enter(*entry)
         stack.callback(PATCHES.leave, *entry)
         recorder = SimpleNamespace(record=lambda _index, *call: calls.append(call))
@@ -338,7 +330,8 @@ def _eager_attentions(models: Models) -> list[torch.Tensor]:
         attentions = models.vision(**models.question, output_attentions=True).attentions
     finally:
         names.set_implementation(models.vision, "sdpa")
-    return [layer[0, :, -1].mean(0)[models.columns] for layer in attentions]
+    is_image = models.question["input_ids"][0] == _IMAGE
+    return [layer[0, :, -1].mean(0)[is_image] for layer in attentions]
 
 
 def _without_pixels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

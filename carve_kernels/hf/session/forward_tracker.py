@@ -58,6 +58,9 @@ class ForwardTracker:
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward; a wrapper and the model inside it count once. Raises before the model has run."""
+        # Under torch.compile the wrapper's hooks have run already; the inner ones would break the graph.
+        if torch.compiler.is_compiling():
+            return
         if self._sources and self._thread is not threading.current_thread():
             raise RuntimeError("model: two threads run it inside one session, give each its own model and session")
         # A forward interrupted by Ctrl-C never ends: the same source begins again.
@@ -81,8 +84,10 @@ class ForwardTracker:
         self._begun = self.generation
         self._sources, self.running = [source], True
 
-    def end(self, output: Any) -> None:
+    def end(self, _source: object, _args: tuple[Any, ...], output: Any) -> None:
         """After a forward; `output` is None if it failed."""
+        if torch.compiler.is_compiling():
+            return
         if self._sources:
             self._sources.pop()
         self.running = bool(self._sources)

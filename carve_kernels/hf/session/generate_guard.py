@@ -53,7 +53,7 @@ class Tracker(Protocol):
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
-    def end(self, output: Any) -> None: ...
+    def end(self, source: object, args: tuple[Any, ...], output: Any, /) -> None: ...
 
 
 class GenerateGuard:
@@ -129,7 +129,7 @@ class GenerateGuard:
                 return output
             finally:
                 for tracker in begun:
-                    tracker.end(output)
+                    tracker.end(self, args, output)
 
         return hooked_call
 

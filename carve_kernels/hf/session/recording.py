@@ -86,7 +86,6 @@ class Record:
         self.deferred = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DEFERRED}
         # The token fed at each decode step. Nothing is allocated per step.
         self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
-        self.columns = self.tokens.to(torch.int32)
         self.dtype = ""
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
@@ -244,7 +243,7 @@ class Record:
         """The columns of the tokens among these keys: a sliding cache passes only the last keys, so they move left."""
         # A compiled forward must not depend on the number of tokens so far, or each step would compile again.
         if not torch.compiler.is_compiling() and self.length <= keys:
-            return self.columns
+            return self.tokens
         return (self.tokens - (self.total - keys).clamp(min=0)).to(torch.int32)
 
     def _flush(self) -> None:

@@ -159,17 +159,8 @@ class CaptureSession:
         if names.has_own_generate(self._model):
             stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
         for module in (*wrappers(self._outer), self._model):
-            stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
-
-    # Under torch.compile the wrapper's hooks have run already; the inner ones would break the graph.
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            self._tracker.begin(module, args, kwargs)
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._tracker.end(output)
+            stack.callback(module.register_forward_pre_hook(self._tracker.begin, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._tracker.end, always_call=True).remove)
 
     def _check_generate(self, *_call: Any) -> None:
         """Before a forward of the text decoder: a custom `generate` may bypass the model that the session follows."""
