@@ -224,9 +224,8 @@ def dropout_of(module: nn.Module) -> float:
     """The dropout probability of a module in training mode."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
-    return max(
-        [value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float)] or [0.0]
-    )
+    rates = (value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float))
+    return max(rates, default=0.0)
 
 
 def own_entry(registry: Any, name: str) -> Attention | None:
@@ -471,11 +470,9 @@ def adapter_reason(module: Any) -> str | None:
 
 def adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
     """The active adapters of each module, their scaling, and whether they are disabled. Known in: PEFT 0.21."""
+    states = ((name, module.__dict__) for name, module in model.named_modules())
     return [
-        (
-            *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
-            bool(module.__dict__.get("_disable_adapters")),
-        )
-        for name, module in model.named_modules()
-        if "_active_adapter" in module.__dict__
+        (name, str(state["_active_adapter"]), str(state.get("scaling")), bool(state.get("_disable_adapters")))
+        for name, state in states
+        if "_active_adapter" in state
     ]
