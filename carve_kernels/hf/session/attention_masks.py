@@ -32,9 +32,9 @@ class Visibility(NamedTuple):
 
 def visibility(
     implementation: str,
-    attention_mask: Any,
+    mask: Any,
     rows: torch.Tensor,
-    query_length: int,
+    length: int,
     keys: int,
     *,
     causal: bool,
@@ -46,27 +46,27 @@ def visibility(
     None under sdpa means all keys for a single row, else causal from the top left, so that no row sees later keys.
     """
     flash = _FLASH in implementation
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        selected = attention_mask[..., :keys].expand(rows.shape[0], -1, query_length, keys)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        selected = mask[..., :keys].expand(rows.shape[0], -1, length, keys)
         # The single row of a decode step needs no copy.
-        if query_length > 1 or rows.shape[1] > 1:
+        if length > 1 or rows.shape[1] > 1:
             index = rows[:, None, :, None].expand(-1, selected.shape[1], -1, selected.shape[3])
             selected = selected.gather(2, index)
         if selected.dtype == torch.bool:
             return Visibility(selected)
         return Visibility(selected > _hidden(selected.dtype), biased=_is_biased(selected))
-    if isinstance(attention_mask, torch.Tensor):
-        return Visibility(_padding_rows(attention_mask, rows, query_length, keys, causal, window))
-    if attention_mask is not None:
-        return Visibility(_block_mask_rows(attention_mask, rows, keys))
-    if flash and causal and (query_length > 1 or window is not None):
-        return Visibility(positions=rows + (keys - query_length), window=window)
+    if isinstance(mask, torch.Tensor):
+        return Visibility(_padding_rows(mask, rows, length, keys, causal, window))
+    if mask is not None:
+        return Visibility(_block_mask_rows(mask, rows, keys))
+    if flash and causal and (length > 1 or window is not None):
+        return Visibility(positions=rows + (keys - length), window=window)
     if window is not None and window < keys and not flash and implementation != "eager":
         raise ValueError(
             f"attention_mask: expected a mask under {implementation} with a window of {window}, got None for {keys} "
             "keys; register a mask function of that name"
         )
-    if not flash and implementation != "eager" and query_length > 1 and causal:
+    if not flash and implementation != "eager" and length > 1 and causal:
         return Visibility(positions=rows)
     return Visibility()
 

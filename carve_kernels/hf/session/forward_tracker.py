@@ -145,7 +145,7 @@ class ForwardTracker:
             return self._step(prompt, record, ids, cache, length, length - 1)
         if prompt is None or past == 0:
             prompt = TrackedPrompt()
-        started = self._prefill(prompt, ids, source, past, cache, given)
+        started = self._prefill(prompt, source, past, cache, given)
         self._complete = CompleteForward(prompt, arguments, generating) if past == 0 else None
         self._forward = _Forward(prompt, ids, cache, past + length)
         return started
@@ -211,19 +211,13 @@ class ForwardTracker:
         return past >= max(length, prompt.prompt)
 
     def _prefill(
-        self,
-        prompt: TrackedPrompt,
-        ids: torch.Tensor | None,
-        source: torch.Tensor,
-        past: int,
-        cache: Any,
-        given: Mapping[str, Any],
+        self, prompt: TrackedPrompt, source: torch.Tensor, past: int, cache: Any, given: Mapping[str, Any]
     ) -> Record | None:
         self._check_thread()
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
-        all_ids = self._all_ids(prompt, ids, past, total)
+        all_ids = self._all_ids(prompt, given.get("input_ids"), past, total)
         mask = given.get("attention_mask")
         if self.generation is not None and self.generation.mask is not None and self.generation.mask.shape[1] >= total:
             mask = self.generation.mask[:, :total]

@@ -143,24 +143,18 @@ class Record:
             raise
 
     def _record(
-        self,
-        index: int,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: Any,
-        keywords: dict[str, Any],
+        self, index: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, keywords: dict[str, Any]
     ) -> None:
         options = names.attention_options(query, keywords)
         query, key = query.detach(), key.detach()
         self._check(index, query, key, options)
         _, heads, length, size = query.shape
-        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(attention_mask))
+        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(mask))
         rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
         batch = self.batch
-        if batch is None or not batch.accepts(index, alike, attention_mask):
+        if batch is None or not batch.accepts(index, alike, mask):
             self._flush()
-            batch = self.batch = self._new_batch(index, module, alike, attention_mask, rows, options)
+            batch = self.batch = self._new_batch(index, module, alike, mask, rows, options)
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
         batch.add(query, key, options.sink)
@@ -205,38 +199,24 @@ class Record:
         index: int,
         module: nn.Module,
         alike: tuple[Any, ...],
-        attention_mask: Any,
+        mask: Any,
         rows: torch.Tensor,
         options: names.AttentionOptions,
     ) -> LayerBatch:
         keys, window, length = alike[2:5]
         implementation = names.implementation_of(module) or ""
-        check_mask(implementation, attention_mask, keys)
-        refuse_packed(implementation, attention_mask, options.segments, options.positions, length)
-        visible = visibility(
-            implementation,
-            attention_mask,
-            rows,
-            length,
-            keys,
-            causal=names.is_causal(module) if options.causal is None else options.causal,
-            window=window,
-        )
+        check_mask(implementation, mask, keys)
+        refuse_packed(implementation, mask, options.segments, options.positions, length)
+        causal = names.is_causal(module) if options.causal is None else options.causal
+        visible = visibility(implementation, mask, rows, length, keys, causal=causal, window=window)
         if visible.biased is not None:
             if torch.compiler.is_compiling() or visible.biased.device.type != "cpu":
                 self.deferred["attention_mask"].logical_or_(visible.biased)
             elif bool(visible.biased):
                 raise bias_error()
+        columns = self._columns(keys)
         return LayerBatch(
-            index,
-            alike,
-            self._columns(keys),
-            visible.mask,
-            visible.positions,
-            options.scale,
-            options.softcap,
-            visible.window,
-            attention_mask,
+            index, alike, columns, visible.mask, visible.positions, options.scale, options.softcap, visible.window, mask
         )
 
     def _columns(self, keys: int) -> torch.Tensor:
