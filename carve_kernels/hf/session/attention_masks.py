@@ -31,14 +31,7 @@ class Visibility(NamedTuple):
 
 
 def visibility(
-    implementation: str,
-    mask: Any,
-    rows: torch.Tensor,
-    length: int,
-    keys: int,
-    *,
-    causal: bool,
-    window: int | None,
+    implementation: str, mask: Any, rows: torch.Tensor, length: int, keys: int, *, causal: bool, window: int | None
 ) -> Visibility:
     """The keys that the captured rows [B, R] see, by the mask argument of the implementation.
 

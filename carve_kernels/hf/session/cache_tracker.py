@@ -32,14 +32,14 @@ class TrackedPrompt:
 
     def all_ids(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """All ids, those of a new forward included, on the CPU; None unless there are `length` of them."""
-        if ids is None or self._ids is None or any(each.shape[0] != ids.shape[0] for each in self._ids):
+        if ids is None or self._ids is None or (self._ids and ids.shape[0] != self._ids[0].shape[0]):
             return None
         complete = torch.cat([each.cpu() for each in (*self._ids, ids.detach())], 1)
         return complete if complete.shape[1] == length else None
 
     def add_ids(self, ids: torch.Tensor | None) -> None:
         """Add the ids of a forward; None if they are unknown, and so all of them."""
-        if ids is None or self._ids is None or any(each.shape[0] != ids.shape[0] for each in self._ids):
+        if ids is None or self._ids is None or (self._ids and ids.shape[0] != self._ids[0].shape[0]):
             self._ids = None
         else:
             self._ids.append(ids.detach().clone())

@@ -102,13 +102,9 @@ class ForwardTracker:
 
     def _has_unsafe_hooks(self) -> bool:
         """Whether a hook may write to the inputs of an attention without a version counter noticing."""
-        if not torch.is_inference_mode_enabled():
-            return False
-        return any(
-            module._forward_hooks or module._forward_pre_hooks
-            for layer in decoder_layers(self._model)
-            for module in layer.modules()
-        )
+        modules = (module for layer in decoder_layers(self._model) for module in layer.modules())
+        hooked = (module._forward_hooks or module._forward_pre_hooks for module in modules)
+        return torch.is_inference_mode_enabled() and any(hooked)
 
     def _record_for(self, given: dict[str, Any], before: Record | None) -> Record | None:
         """The record of a forward with these arguments; None for a chunk of a prompt before its first image."""
