@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from carve_kernels.hf import names
@@ -44,13 +45,13 @@ def cache_names() -> str:
 
 
 def cached_tokens(cache: Any) -> int | torch.Tensor:
-    """The number of tokens in a cache; a tensor if it counts on its device. Known in: 5.12 to 5.24."""
+    """The number of tokens in a cache; a tensor if it counts on its device."""
     count: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
     return count
 
 
 def keeps_cache(model: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a forward with these arguments writes to a cache. Known in: 5.12 to 5.24."""
+    """Whether a forward with these arguments writes to a cache."""
     use = given.get("use_cache")
     return bool(use if use is not None else getattr(model.config.get_text_config(), "use_cache", False))
 
@@ -73,22 +74,21 @@ class Reach(NamedTuple):
 
 
 class KeyState(NamedTuple):
-    """The state of a layer's keys: their address, the version counter of their tensor, and their number.
+    """The state of a layer's keys.
 
-    `packed` are the addresses of quantised keys and of a pending reordering; `references` keep the addresses from
-    being reused, and `tensor` returns the keys while they exist.
+    `addresses` are those of the keys, of quantised keys and of a pending reordering; `references` keep them from being
+    reused. `version` counts the writes to the keys, `keys` is their number, and `tensor` returns them while they exist.
     """
 
-    address: tuple[int, int]
+    addresses: tuple[tuple[int, int], ...]
     version: int | None
     keys: int
-    packed: tuple[tuple[int, int], ...]
     references: tuple[Any, ...]
     tensor: Callable[[], Any]
 
     def same_storage(self, other: KeyState) -> bool:
         """Whether both are of the same tensor, not written to in between as far as its version counter tells."""
-        return (self.address, self.version, self.packed) == (other.address, other.version, other.packed)
+        return (self.addresses, self.version) == (other.addresses, other.version)
 
 
 def cache_in(output: Any) -> Any:
@@ -100,13 +100,15 @@ def cache_in(output: Any) -> Any:
     return next((value for value in values if hasattr(value, _LENGTH)), None)
 
 
-def reach(cache: Any, module: Any) -> Reach | None:
-    """The reach of the cache layer that an attention module writes to; None if the cache has no such layer.
+def reaches(cache: Any, modules: Sequence[nn.Module]) -> list[tuple[Reach | None, ...]]:
+    """The possible reaches of each attention module: that of its cache layer.
 
+    A module without a cache layer reuses the keys of any other layer, or has the window of its attention call (None).
     Known in: `layers`, `is_sliding`, `sliding_window` and `max_cache_len` 5.12 to 5.24.
     """
-    layer = _layer(cache, module)
-    return None if layer is None else _reach(layer)
+    others = {_reach(layer) for layer in getattr(cache, "layers", None) or ()}
+    layers = (_layer(cache, module) for module in modules)
+    return [(None, *others) if layer is None else (_reach(layer),) for layer in layers]
 
 
 def _reach(layer: Any) -> Reach:
@@ -119,20 +121,21 @@ def _reach(layer: Any) -> Reach:
 def key_state(cache: Any, module: Any, before: KeyState | None = None) -> KeyState | None:
     """The state of a layer's keys, None if it has none; `before` itself if nothing has changed.
 
-    Known in: as `reach`; `_quantized_keys` and `_pending_beam_idx` of quantised layers in 5.24.
+    Known in: as `reaches`; `_quantized_keys` and `_pending_beam_idx` of quantised layers in 5.24.
     """
     layer = _layer(cache, module)
     keys, packed = getattr(layer, "keys", None), getattr(layer, "_quantized_keys", None)
     if before is not None and packed is None and before.tensor() is keys and before.version == version_of(keys):
         return before
-    others = [*(packed if isinstance(packed, (tuple, list)) else (packed,)), getattr(layer, "_pending_beam_idx", None)]
-    located = [_address(each) for each in others if isinstance(each, torch.Tensor)]
-    addresses, references = tuple(each for each, _ in located), tuple(each for _, each in located)
-    if isinstance(keys, torch.Tensor) and keys.ndim == 4:
-        address, reference = _address(keys)
-        references = (reference, *references)
-        return KeyState(address, version_of(keys), keys.shape[2], addresses, references, weakref.ref(keys))
-    return KeyState((0, 0), None, 0, addresses, references, lambda: None) if located else None
+    keys = keys if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
+    quantised = packed if isinstance(packed, (tuple, list)) else (packed,)
+    parts = (keys, *quantised, getattr(layer, "_pending_beam_idx", None))
+    located = [_address(part) for part in parts if isinstance(part, torch.Tensor)]
+    if not located:
+        return None
+    addresses, references = zip(*located, strict=True)
+    count, tensor = (0, lambda: None) if keys is None else (keys.shape[2], weakref.ref(keys))
+    return KeyState(addresses, version_of(keys), count, references, tensor)
 
 
 def _address(tensor: torch.Tensor) -> tuple[tuple[int, int], Any]:
@@ -154,13 +157,8 @@ def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
 
 
 def has_layers(cache: Any) -> bool:
-    """Whether a cache has layers whose keys can be read. Known in: as `reach`."""
+    """Whether a cache has layers whose keys can be read. Known in: as `reaches`."""
     return getattr(cache, "layers", None) is not None
-
-
-def reaches_in(cache: Any) -> tuple[Reach, ...]:
-    """The reaches of all layers of a cache, for a module that reuses another layer's keys. Known in: as `reach`."""
-    return tuple({_reach(layer) for layer in getattr(cache, "layers", None) or ()})
 
 
 def _layer(cache: Any, module: Any) -> Any:

@@ -16,23 +16,14 @@ _PROBES = re.compile("|".join((_FIRST, _ANSWER, _SECOND)), re.IGNORECASE)
 
 
 class Turns(NamedTuple):
-    """What a template writes around the user's texts.
+    """What a template writes around the user's texts."""
 
-    =================  =================================================================================
-    name               meaning
-    =================  =================================================================================
-    lead               between the image and the user's text; its white space counts as the user's
-    generation_prompt  after the user's text, with add_generation_prompt
-    close              after the user's text, without it
-    answer             between the user's text and an answer
-    turn               between an answer and the user's next text
-    again              between two consecutive texts of the user
-    =================  =================================================================================
-    """
-
+    # Between the image and the user's text; its white space counts as the user's.
     lead: str
+    # After the user's text, with add_generation_prompt and without it.
     generation_prompt: str
     close: str
+    # Between the user's text and an answer, an answer and the user's next text, and two consecutive texts of the user.
     answer: str
     turn: str
     again: str
@@ -61,7 +52,9 @@ def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> 
     Raises ValueError if the prompt contains parts of the template, but not those that mark where the text begins
     and ends.
     """
-    marks = _marks(turns, tokenizer)
+    # The special tokens that templates write after a user's text; users do not write them.
+    written = "".join(text for each in turns for text in each[1:])
+    marks = {token for token in special_tokens(tokenizer) - {unknown_of(tokenizer)} if token in written}
     begin, stop = _last_text(text, start, turns, tokenizer, marks)
     between = re.split("|".join(map(re.escape, marks)), text[begin:stop]) if marks else []
     if sum(bool(text.strip()) for text in between) > 1:
@@ -72,21 +65,14 @@ def last_question(text: str, start: int, turns: list[Turns], tokenizer: Any) -> 
     return begin, stop
 
 
-def _marks(turns: list[Turns], tokenizer: Any) -> set[str]:
-    """The special tokens that templates write after a user's text; users do not write them."""
-    written = "".join(text for each in turns for text in each[1:])
-    return {token for token in special_tokens(tokenizer) - {unknown_of(tokenizer)} if token in written}
-
-
 def _last_text(text: str, start: int, turns: list[Turns], tokenizer: Any, marks: set[str]) -> tuple[int, int]:
     for each in turns:
         span = _question(text, start, each, tokenizer, marks)
         if span is not None:
             return span
     for each in turns:
-        parts = [
-            (part, start) for wanted in (each.generation_prompt, each.close, each.answer) for part in wanted.split()
-        ]
+        after_text = f"{each.generation_prompt} {each.close} {each.answer}"
+        parts = [(part, start) for part in after_text.split()]
         # If the template marks the end of a text, a text that began has lost its end.
         parts += [(part, 0) for part in each.turn.split() if each.close.strip()]
         # An unknown token may have been the template's.
@@ -131,13 +117,15 @@ def _begin(text: str, start: int, turns: Turns, tokenizer: Any, marks: set[str])
     if turns.answer.strip() and not _has_mark(turns.turn, marks):
         # A user's next text follows an answer, and may contain what looks like the start of another one.
         last = max(nexts, default=(0, 0))[0]
-        answered = max(
-            (stop for _, stop in _generation_prompts(text, start, turns, tokenizer) if stop <= last), default=len(text)
-        )
+        prompts = _generation_prompts(text, start, turns, tokenizer)
+        answered = max((stop for _, stop in prompts if stop <= last), default=len(text))
         nexts = [span for span in nexts if span[0] >= answered][:1]
     if _has_mark(turns.again, marks):
         nexts += _spans(text, turns.again, start, tokenizer)
-    return _skip_space(text, max(nexts)[1]) if nexts else _skip_lead(text, start, turns.lead, tokenizer)
+    if nexts:
+        return len(text) - len(text[max(nexts)[1] :].lstrip())
+    lead = next(iter(_spans(text, turns.lead, start, tokenizer)), None)
+    return start if lead is None or text[start : lead[0]].strip() else lead[1]
 
 
 def _last_before_mark(text: str, begin: int, ends: list[int], marks: set[str]) -> int:
@@ -161,24 +149,8 @@ def _has_mark(wanted: str, marks: set[str]) -> bool:
 
 
 def _generation_prompts(text: str, start: int, turns: Turns, tokenizer: Any) -> list[tuple[int, int]]:
-    return sorted(
-        _spans(text, turns.generation_prompt, start, tokenizer) + _spans(text, turns.answer, start, tokenizer)
-    )
-
-
-def _skip_lead(text: str, start: int, lead: str, tokenizer: Any) -> int:
-    """The index after the lead, if the text begins with it."""
-    for first, stop in _spans(text, lead, start, tokenizer)[:1]:
-        if not text[start:first].strip():
-            return stop
-    return start
-
-
-def _skip_space(text: str, index: int) -> int:
-    """The index of the next character that is not white space."""
-    while text[index : index + 1].isspace():
-        index += 1
-    return index
+    beginnings = (turns.generation_prompt, turns.answer)
+    return sorted(span for wanted in beginnings for span in _spans(text, wanted, start, tokenizer))
 
 
 def _spans(text: str, wanted: str, start: int, tokenizer: Any) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,8 @@ def load(
     folder = checkpoint.folder
     family = _family(checkpoint)
     _check_weights(checkpoint, allow_pickle)
-    _profile_in(folder)
+    if (folder / _PROFILE).is_file():
+        _json_object("model", folder / _PROFILE)
     processor = _processor(checkpoint, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder.absolute()),
@@ -88,8 +90,7 @@ def load(
     )
     network, report = loaded
     # transformers initialises missing tensors with random numbers and only logs it.
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model: the weights in {folder} lack {len(missing)} tensor(s), the first is {missing[0]!r}")
     if target is not None:
         network.to(target)
@@ -119,8 +120,8 @@ def preset_of_checkpoint(model: str | Path) -> Preset | None:
 
 
 def _preset_in_folder(folder: Path) -> Preset | None:
-    values = _profile_in(folder)
-    return None if values is None else _preset(f"model: {folder / _PROFILE}", values)
+    path = folder / _PROFILE
+    return _preset(f"model: {path}", _json_object("model", path)) if path.is_file() else None
 
 
 def _preset(name: str, values: Any) -> Preset:
@@ -129,19 +130,6 @@ def _preset(name: str, values: Any) -> Preset:
         return Preset.from_dict(values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {str(error).removeprefix('preset: ')}") from error
-
-
-def profile_of(model: str | Path) -> dict[str, Any] | None:
-    """The `carve.json` of a checkpoint, named as for `load`, or None if it has none.
-
-    Raises ValueError if there is no such checkpoint, or if the file is not a JSON object.
-    """
-    return _profile_in(find(model).folder)
-
-
-def _profile_in(folder: Path) -> dict[str, Any] | None:
-    path = folder / _PROFILE
-    return _json_object("model", path) if path.is_file() else None
 
 
 def _family(checkpoint: Checkpoint) -> str:
@@ -187,7 +175,7 @@ def _has_only_pickles(folder: Path) -> bool:
 
 
 def _processor(checkpoint: Checkpoint, family: str) -> Any:
-    folder = checkpoint.folder
+    folder, _, fix_broken = checkpoint
     try:
         processor = processor_of(folder, family)
     except ImportError as error:
@@ -196,9 +184,7 @@ def _processor(checkpoint: Checkpoint, family: str) -> Any:
             f"pip install torchvision ({error})"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"model: the processor in {folder} cannot be loaded ({error}); {checkpoint.fix_broken}"
-        ) from error
+        raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {fix_broken}") from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"model: {folder} has no image processor (processor_config.json, preprocessor_config.json); "
@@ -237,7 +223,7 @@ def resolve_preset(
     if profile is not None:
         return preset_in("profile", profile)
     # The model may have been loaded by its id.
-    folder = locate(model.name_or_path) if model.name_or_path else None
+    folder = model.name_or_path and locate(model.name_or_path)
     return (folder and _preset_in_folder(folder)) or Preset.paper()
 
 
@@ -291,8 +277,7 @@ def _is_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+        return True
+    return False

@@ -48,36 +48,32 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 _MIXERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside torch.compile, DDP and PEFT wrappers.
-
-    Raises TypeError if there is none.
-    """
-    inner: nn.Module | None = model
-    # A transformers model has children with the wrappers' names too, so stop at the first model.
-    while not isinstance(inner, PreTrainedModel):
-        inner = names.inner_module(inner) if isinstance(inner, nn.Module) else None
+def _wrapped(model: nn.Module) -> list[nn.Module]:
+    """A model and the models inside it, down to the transformers model."""
+    chain = [model]
+    # A transformers model has children with the wrappers' names too, so stop at the first one.
+    while not isinstance(chain[-1], PreTrainedModel):
+        inner = names.inner_module(chain[-1]) if isinstance(chain[-1], nn.Module) else None
         if inner is None:
             raise TypeError(f"model: expected a transformers model or a wrapper of one, got {type(model).__name__}")
-    return inner
+        chain.append(inner)
+    return chain
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside torch.compile, DDP and PEFT wrappers. Raises TypeError if there is none."""
+    return _wrapped(model)[-1]  # type: ignore[return-value]
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
     """The modules around the transformers model, outermost first."""
-    around, inner = [], model
-    while not isinstance(inner, PreTrainedModel):
-        around.append(inner)
-        inner = names.inner_module(inner)  # type: ignore[assignment]
-    return around
+    return _wrapped(model)[:-1]
 
 
 def text_backbone(model: nn.Module) -> PreTrainedModel:
-    """The text decoder: the module whose `layers` process the tokens.
-
-    Raises TypeError if the model has none.
-    """
+    """The text decoder: the module whose `layers` process the tokens. Raises TypeError if the model has none."""
     decoder = unwrap(names.inner_decoder(unwrap(model)))
-    while names.layers_in(decoder) is None:
+    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         inner = unwrap(names.inner_decoder(decoder))
         if inner is decoder:
             raise TypeError(f"model: found no text decoder with `layers` in {type(unwrap(model)).__name__}")
@@ -93,23 +89,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention module of each text layer that has softmax attention, by the layer's number."""
-    backbone = text_backbone(model)
-    types = names.types_of_layers(getattr(backbone, "config", None))
-    modules = {}
-    for number, layer in enumerate(decoder_layers(model)):
-        if types is not None and names.is_recurrent(types[number]):
-            continue
-        attention = names.attention_in(layer)
-        if attention is not None:
-            modules[number] = attention
-    return modules
+    types = names.types_of_layers(getattr(text_backbone(model), "config", None))
+    modules = {
+        number: names.attention_in(layer)
+        for number, layer in enumerate(decoder_layers(model))
+        if types is None or types[number] not in names.RECURRENT
+    }
+    return {number: attention for number, attention in modules.items() if attention is not None}
 
 
 def check_decoder(model: nn.Module) -> None:
     """Raises TypeError unless the model generates by self-attention over the columns of its prompt."""
     inner = unwrap(model)
     kind = type(inner).__name__
-    if names.has_encoder(inner):
+    if inner.config.is_encoder_decoder:
         raise TypeError(
             f"model: expected a decoder-only model, got {kind}, an encoder-decoder model, whose decoder does not "
             "attend to the prompt by self-attention"
@@ -138,25 +131,14 @@ def check_steady(model: nn.Module) -> None:
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:
-    """The devices on which a module runs: where accelerate moves its weights, else where they are.
-
-    Offloaded weights without a hook are skipped.
-    """
-    devices: set[torch.device] = set()
-    for each in module.modules():
-        device = execution_device(each)
-        if device is not None and any(True for _ in each.parameters(recurse=False)):
-            devices.add(device)
-        elif device is None:
-            devices |= {weight.device for weight in each.parameters(recurse=False) if weight.device.type != "meta"}
-    return devices
+    """The devices on which a module runs: where accelerate moves its weights, else where they are, if not on meta."""
+    weights = ((each, weight) for each in module.modules() for weight in each.parameters(recurse=False))
+    devices = {execution_device(each) or weight.device for each, weight in weights}
+    return {device for device in devices if device.type != "meta"}
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device of a model's inputs: where its embedding runs.
-
-    Raises ValueError if none of the model's weights is on a device.
-    """
+    """The device of a model's inputs: where its embedding runs. Raises ValueError for a model without weights."""
     inner = unwrap(model)
     for module in (inner.get_input_embeddings(), inner):
         devices = devices_of(module)
@@ -169,14 +151,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """The positions of the image and video tokens in each row, by the ids in the model's config.
-
-    =========  =====  ======  =============================================
-    name       dtype  shape   meaning
-    =========  =====  ======  =============================================
-    input_ids  int    [B, S]  the padded token ids
-    returns    int32  [n] * B  absolute positions in each row, ascending
-    =========  =====  ======  =============================================
+    """The columns of the image and video tokens in each row of input_ids [B, S], int32 [n], ascending.
 
     Raises ValueError if the config names no image token.
     """
@@ -190,13 +165,9 @@ def image_token_positions(model: nn.Module, input_ids: torch.Tensor) -> list[tor
 
 def foreign_code(model: nn.Module) -> str | None:
     """The first code of an unknown package that runs in a model's forward, for a message, or None."""
-    for kind, hooks in (
-        ("forward hook", torch_hooks._global_forward_hooks),
-        ("forward pre-hook", torch_hooks._global_forward_pre_hooks),
-    ):
-        for hook in hooks.values():
-            if not _is_harmless(hook):
-                return f"a {kind} on all modules, {_qualified_name(hook)}, runs in it"
+    hook = _foreign_hook(torch_hooks._global_forward_hooks, torch_hooks._global_forward_pre_hooks, " on all modules")
+    if hook is not None:
+        return f"{hook}, runs in it"
     by_class: dict[type[nn.Module], str | None] = {}
     for name, module in _modules(model):
         if type(module) not in by_class:
@@ -207,9 +178,9 @@ def foreign_code(model: nn.Module) -> str | None:
     return _replaced_functions({each for kind in by_class for each in kind.__mro__})
 
 
-def _unknown_packages(code: Any) -> set[str]:
-    """The packages of a callable that are not known to process tokens separately."""
-    return {_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN
+def _unknown_packages(code: Any) -> str:
+    """The packages of a callable that are not known to process tokens separately, for a message; "" if none."""
+    return " and ".join(sorted({_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN))
 
 
 def token_mixer(model: nn.Module, decoder: nn.Module) -> str | None:
@@ -236,9 +207,12 @@ def execution_device(module: nn.Module) -> torch.device | None:
     """The device on which accelerate runs a module whose weights it offloads, or None."""
     for hook in _hooks_of_accelerate(module):
         name = getattr(hook, "execution_device", None)
-        device = None if name is None else torch.device(name)
-        if device is not None and device.type != "meta":
-            return device if device.index is not None or device.type == "cpu" else torch.device(device.type, _current())
+        device = torch.device("meta" if name is None else name)
+        if device.type not in ("meta", "cpu") and device.index is None:
+            index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+            return torch.device(device.type, index)
+        if device.type != "meta":
+            return device
     return None
 
 
@@ -247,45 +221,46 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "ds_id")
 
 
-def _current() -> int:
-    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
-
-
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that process tokens, with a name for a message; parametrizations only compute weights."""
-    inside = {
-        id(inner) for each in model.modules() if isinstance(each, ParametrizationList) for inner in each.modules()
-    }
+    parametrizations = (each for each in model.modules() if isinstance(each, ParametrizationList))
+    inside = {id(inner) for each in parametrizations for inner in each.modules()}
     for name, module in model.named_modules():
         if id(module) not in inside:
             yield (f"its module {name!r}" if name else "the model itself"), module
 
 
+def _foreign_hook(hooks: Mapping[int, Any], pre_hooks: Mapping[int, Any], where: str = "") -> str | None:
+    """The first hook of an unknown package, for a message, or None."""
+    for kind, group in (("forward hook", hooks), ("forward pre-hook", pre_hooks)):
+        for hook in group.values():
+            if not all(_path(each).startswith(_HARMLESS) for each in _callables_in(hook)):
+                return f"a {kind}{where}, {_qualified_name(hook)}"
+    return None
+
+
 def _on_module(module: nn.Module) -> str | None:
-    for kind, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
-        for hook in hooks.values():
-            if not _is_harmless(hook):
-                return f"has a {kind}, {_qualified_name(hook)}"
+    hook = _foreign_hook(module._forward_hooks, module._forward_pre_hooks)
+    if hook is not None:
+        return f"has {hook}"
     if "forward" in module.__dict__ and not _is_accelerate_forward(module):
         return f"has a replaced forward, {_qualified_name(module.__dict__['forward'])}"
     for key, value in module.__dict__.items():
-        if callable(value) and _unknown_packages(value):
-            return f"holds code of {_join(_unknown_packages(value))}, {key!r}"
+        if callable(value) and (packages := _unknown_packages(value)):
+            return f"holds code of {packages}, {key!r}"
     return None
 
 
 def _replaced_methods(kind: type[nn.Module]) -> str | None:
     """The first method between a call and the forward of a class that an unknown package replaced."""
     for method in _CALLS:
-        packages = _unknown_packages(inspect.getattr_static(kind, method))
-        if packages:
-            return f"runs a {method} of {_join(packages)}, {kind.__name__}"
+        if packages := _unknown_packages(inspect.getattr_static(kind, method)):
+            return f"runs a {method} of {packages}, {kind.__name__}"
     owner = _forward_owner(kind)
-    packages = {
-        path.split(".")[0] for path in (owner.__module__, *map(_path, _callables_in(owner.__dict__["forward"])))
-    }
-    known = packages <= {"carve_kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS}
-    return None if known else f"runs a forward of {_join(packages)}, {kind.__name__}"
+    paths = (owner.__module__, *map(_path, _callables_in(owner.__dict__["forward"])))
+    owners = {path.split(".")[0] for path in paths}
+    known = owners <= {"carve_kernels", *_TOKEN_BY_TOKEN, *_QUANTIZERS}
+    return None if known else f"runs a forward of {' and '.join(sorted(owners))}, {kind.__name__}"
 
 
 def _replaced_functions(kinds: set[type]) -> str | None:
@@ -352,14 +327,6 @@ def _path(code: Any) -> str:
     if isinstance(code, types.BuiltinFunctionType):
         return code.__module__ or _path(code.__self__)
     return str((code if isinstance(code, type) else type(code)).__module__)
-
-
-def _join(packages: set[str]) -> str:
-    return " and ".join(sorted(packages))
-
-
-def _is_harmless(hook: Any) -> bool:
-    return all(_path(each).startswith(_HARMLESS) for each in _callables_in(hook))
 
 
 def _qualified_name(code: Any) -> str:

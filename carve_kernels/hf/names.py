@@ -1,8 +1,8 @@
 """Names of transformers and PEFT that are private or conventions, one small function each.
 
 Only caches.py (names of caches), processors.py (names of processors) and model.py (names of accelerate, bitsandbytes
-and torchao) spell such names as well. "Known in" lists the versions that have a name. session/contract.py checks that
-the installed version still has all of them.
+and torchao) spell such names as well. "Known in" lists the versions that have a name, if not all of TESTED do.
+session/contract.py checks that the installed version has all of them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ TESTED = ("5.12", "5.24")
 FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "merged_grid"}
 """The supported model types, and the layout of each: a module of `layouts`."""
 
+RECURRENT = ("linear_attention", "mamba", "conv", "moe")
+"""The layer types without softmax attention."""
+
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
-_RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
 _CROSS_CLASS = re.compile(r"Cross\w*Attention", re.IGNORECASE)
@@ -116,7 +118,7 @@ def rows_kept(model: Any, given: Mapping[str, Any]) -> int | None:
 
 
 def full_mask(attention_mask: Any) -> Any:
-    """The mask of full attention, if `generate` prepared a mask for each layer type. Known in: 5.12 to 5.24."""
+    """The mask of full attention, if `generate` prepared a mask for each layer type."""
     if isinstance(attention_mask, dict):
         return attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     return attention_mask
@@ -150,7 +152,7 @@ class AttentionOptions(NamedTuple):
 
 
 def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> AttentionOptions:
-    """The keyword arguments of an attention function, as AttentionInterface names them. Known in: 5.12 to 5.24."""
+    """The keyword arguments of an attention function, as AttentionInterface names them."""
     scaling = options.get("scaling")
     sink = options.get("s_aux")
     return AttentionOptions(
@@ -167,12 +169,12 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
 
 
 def segments_in(given: Mapping[str, Any]) -> str | None:
-    """The argument with the starts of prompts packed into one row, if the call has one. Known in: 5.12 to 5.24."""
+    """The argument with the starts of prompts packed into one row, if the call has one."""
     return next((name for name in _SEGMENTS if given.get(name) is not None), None)
 
 
 def implementation_of(module: Any) -> str | None:
-    """The attention implementation in the (text) config of a module or model. Known in: 5.12 to 5.24."""
+    """The attention implementation in the (text) config of a module or model."""
     config = getattr(module, "config", None)
     if isinstance(module, PreTrainedModel):
         config = module.config.get_text_config()
@@ -180,12 +182,12 @@ def implementation_of(module: Any) -> str | None:
 
 
 def set_implementation(model: Any, implementation: str) -> None:
-    """Switch the attention implementation of a whole model. Known in: 5.12 to 5.24."""
+    """Switch the attention implementation of a whole model."""
     model.set_attn_implementation(implementation)
 
 
 def implementations(config: Any) -> list[str]:
-    """The attention implementations of a config and its sub-configs. Known in: 5.12 to 5.24."""
+    """The attention implementations of a config and its sub-configs."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [str(getattr(each, "_attn_implementation", None)) for each in (config, *inner) if each is not None]
 
@@ -193,7 +195,7 @@ def implementations(config: Any) -> list[str]:
 def attention_entry(module: nn.Module, layer: int) -> tuple[Any, str]:
     """Where a module looks up its attention function: (registry or modeling file, name of the entry).
 
-    Known in: 5.12 to 5.24; eager is looked up in the modeling file, all others in the registry. Raises ValueError for
+    Eager is looked up in the modeling file, all others in the registry. Raises ValueError for
     a module without such a lookup.
     """
     modeling = sys.modules[type(module).__module__]
@@ -214,21 +216,20 @@ def attention_entry(module: nn.Module, layer: int) -> tuple[Any, str]:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether an attention module is causal. Known in: 5.12 to 5.24."""
+    """Whether an attention module is causal."""
     return bool(getattr(module, "is_causal", True))
 
 
 def dropout_of(module: nn.Module) -> float:
-    """The dropout probability of a module in training mode. Known in: 5.12 to 5.24."""
+    """The dropout probability of a module in training mode."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
-    return max(
-        [value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float)] or [0.0]
-    )
+    rates = (value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float))
+    return max(rates, default=0.0)
 
 
 def own_entry(registry: Any, name: str) -> Attention | None:
-    """The entry of a registry or modeling file itself; None where the global entry is used. Known in: 5.12 to 5.24."""
+    """The entry of a registry or modeling file itself; None where the global entry is used."""
     if isinstance(registry, type(sys)):
         entry: Attention | None = getattr(registry, name)
         return entry
@@ -240,7 +241,7 @@ def own_entry(registry: Any, name: str) -> Attention | None:
 
 
 def set_entry(registry: Any, name: str, entry: Attention | None) -> None:
-    """Set the entry of a registry or modeling file; None deletes it. Known in: 5.12 to 5.24."""
+    """Set the entry of a registry or modeling file; None deletes it."""
     if isinstance(registry, type(sys)):
         setattr(registry, name, entry)
     elif entry is None:
@@ -250,12 +251,12 @@ def set_entry(registry: Any, name: str, entry: Attention | None) -> None:
 
 
 def is_builtin(entry: str) -> bool:
-    """Whether an entry is one of transformers' own attention functions. Known in: 5.12 to 5.24."""
+    """Whether an entry is one of transformers' own attention functions."""
     return entry in (_EAGER, "sdpa", "flex_attention") or entry.startswith("flash_attention_")
 
 
 def attention_in(layer: nn.Module) -> nn.Module | None:
-    """The self-attention module of a layer, by its class name, or None. Known in: 5.12 to 5.24."""
+    """The self-attention module of a layer, by its class name, or None."""
     modules = (module for name, module in layer.named_modules() if name)
     return next((module for module in modules if _ATTENTION.match(type(module).__name__)), None)
 
@@ -267,42 +268,29 @@ def inner_module(module: nn.Module) -> nn.Module | None:
 
 
 def inner_decoder(model: Any) -> Any:
-    """One step from a model towards its text decoder; the model itself at the end.
-
-    Known in: 5.12 to 5.24. Llama 4's `get_decoder` stops one level early, at a model whose `model` has the layers.
-    """
+    """One step from a model towards its text decoder; the model itself at the end."""
     inner = model.get_decoder()
+    # Llama 4's stops one level early, at a model whose `model` has the layers.
     if inner is model and isinstance(getattr(model, "model", None), PreTrainedModel):
         return model.model
     return inner
 
 
-def layers_in(decoder: Any) -> nn.ModuleList | None:
-    """The layers of a text decoder; None for another module. Known in: 5.12 to 5.24."""
-    found = getattr(decoder, "layers", None)
-    return found if isinstance(found, nn.ModuleList) else None
-
-
 def key_value_size(config: Any) -> int:
-    """The number of elements in one token's key and value in a layer. Known in: 5.12 to 5.24."""
+    """The number of elements in one token's key and value in a layer."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * heads * size)
 
 
 def types_of_layers(config: Any) -> list[str] | None:
-    """The type of each layer, if the config has them. Known in: 5.12 to 5.24."""
+    """The type of each layer, if the config has them."""
     types = getattr(config, "layer_types", None)
     return None if types is None else list(types)
 
 
-def is_recurrent(layer_type: str) -> bool:
-    """Whether a layer type has no softmax attention. Known in: 5.12 to 5.24."""
-    return layer_type in _RECURRENT
-
-
 def windows(config: Any) -> list[int | None] | None:
-    """The sliding window of each layer; None if only the layers know. Known in: 5.12 to 5.24."""
+    """The sliding window of each layer; None if only the layers know."""
     types = types_of_layers(config)
     if types is None:
         return None
@@ -310,7 +298,7 @@ def windows(config: Any) -> list[int | None] | None:
 
 
 def tree_reason(model: Any, config: Any) -> str | None:
-    """Why a model's class or text config rules out tree decoding, or None. Known in: 5.12 to 5.24."""
+    """Why a model's class or text config rules out tree decoding, or None."""
     others = sorted({each for each in types_of_layers(config) or () if each not in _SOFTMAX})
     if others:
         return f"it has layers of type {', '.join(others)}"
@@ -320,16 +308,11 @@ def tree_reason(model: Any, config: Any) -> str | None:
         return "its attention is not causal"
     if hasattr(type(model), "create_masks_for_generate"):
         return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
-    return "it is an encoder-decoder model" if has_encoder(model) else None
-
-
-def has_encoder(model: Any) -> bool:
-    """Whether a model is an encoder-decoder model. Known in: 5.12 to 5.24."""
-    return bool(model.config.is_encoder_decoder)
+    return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 
 def cross_attention_in(decoder: nn.Module) -> str | None:
-    """The first cross-attention module of a text decoder, for a message, or None. Known in: 5.12 to 5.24."""
+    """The first cross-attention module of a text decoder, for a message, or None."""
     for name, module in decoder.named_modules():
         if _CROSS_CLASS.search(type(module).__name__) or _CROSS_NAME.fullmatch(name):
             return f"{name} ({type(module).__name__})"
@@ -345,22 +328,22 @@ def rotations(config: Any) -> set[str]:
 
 
 def image_id(config: Any) -> int | None:
-    """The id of the image token, which LLaVA's config calls an index. Known in: 5.12 to 5.24."""
+    """The id of the image token, which LLaVA's config calls an index."""
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
 def visual_ids(config: Any) -> list[int]:
-    """The ids of the image and video tokens, ascending. Known in: 5.12 to 5.24."""
+    """The ids of the image and video tokens, ascending."""
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
 
 
 def position_modules(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Modules that store position offsets of the last prompt, as Qwen-VL does, with them. Known in: 5.12 to 5.24."""
+    """Modules that store position offsets of the last prompt, as Qwen-VL does, with them."""
     return [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
 
 
 def stored_positions(modules: Iterable[nn.Module]) -> list[Any]:
-    """The position offsets that these modules store. Known in: 5.12 to 5.24."""
+    """The position offsets that these modules store."""
     return [module.rope_deltas for module in modules]
 
 
@@ -384,7 +367,7 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
 
 
 def is_text(name: str) -> bool:
-    """Whether an entry of a processor's output belongs to the text. Known in: 5.12 to 5.24."""
+    """Whether an entry of a processor's output belongs to the text."""
     return name in _TEXT
 
 
@@ -410,7 +393,7 @@ class Prepared(NamedTuple):
 
 
 def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -> Prepared:
-    """What `generate` would decode a prompt with; no forward runs. Known in: 5.12 to 5.24."""
+    """What `generate` would decode a prompt with; no forward runs."""
     arguments: dict[str, Any] = {}
 
     def note(_model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
@@ -425,17 +408,17 @@ def prepared_by_generate(model: Any, inputs: Mapping[str, Any], criteria: Any) -
 
 
 def prompt_of(given: Mapping[str, Any]) -> torch.Tensor | None:
-    """The prompt among the arguments of `generate`, ids or embeddings. Known in: 5.12 to 5.24."""
+    """The prompt among the arguments of `generate`, ids or embeddings."""
     return next((found for name in _PROMPTS if isinstance(found := given.get(name), torch.Tensor)), None)
 
 
 def callback_in(given: Mapping[str, Any]) -> str | None:
-    """The first argument of `generate` that may call the model itself, or None. Known in: 5.12 to 5.24."""
+    """The first argument of `generate` that may call the model itself, or None."""
     return next((name for name in _CALLBACKS if given.get(name)), None)
 
 
 def has_own_generate(model: Any) -> bool:
-    """Whether a model overrides transformers' `generate` or a part of it. Known in: 5.12 to 5.24."""
+    """Whether a model overrides transformers' `generate` or a part of it."""
     if not isinstance(model, GenerationMixin):
         return hasattr(model, "generate")
     kind = type(model)
@@ -445,7 +428,7 @@ def has_own_generate(model: Any) -> bool:
 
 
 def logits_of(model: Any, rows: torch.Tensor) -> dict[str, Any]:
-    """The argument that limits a forward's logits to some rows, if it takes one. Known in: 5.12 to 5.24."""
+    """The argument that limits a forward's logits to some rows, if it takes one."""
     return {"logits_to_keep": rows} if "logits_to_keep" in signature_of(model).parameters else {}
 
 
@@ -487,11 +470,9 @@ def adapter_reason(module: Any) -> str | None:
 
 def adapter_states(model: nn.Module) -> list[tuple[Any, ...]]:
     """The active adapters of each module, their scaling, and whether they are disabled. Known in: PEFT 0.21."""
+    states = ((name, module.__dict__) for name, module in model.named_modules())
     return [
-        (
-            *(name, str(module.__dict__.get("_active_adapter")), str(module.__dict__.get("scaling"))),
-            bool(module.__dict__.get("_disable_adapters")),
-        )
-        for name, module in model.named_modules()
-        if "_active_adapter" in module.__dict__
+        (name, str(state["_active_adapter"]), str(state.get("scaling")), bool(state.get("_disable_adapters")))
+        for name, state in states
+        if "_active_adapter" in state
     ]

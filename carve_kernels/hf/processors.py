@@ -22,10 +22,7 @@ _FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "
 
 
 def processor_of(folder: Path, family: str) -> Any:
-    """The processor in a checkpoint's folder.
-
-    Raises ImportError if it needs a missing library for more than videos.
-    """
+    """The processor in a checkpoint's folder. Raises ImportError if it needs a missing library beyond videos."""
     try:
         return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
@@ -38,7 +35,7 @@ def processor_of(folder: Path, family: str) -> Any:
 
 
 def processor_class(family: str) -> str:
-    """The name of a model type's processor class. Known in: 5.12 to 5.24."""
+    """The name of a model type's processor class."""
     try:
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -49,7 +46,7 @@ def processor_class(family: str) -> str:
 
 
 def video_parts(processor_class: Any) -> list[str]:
-    """The arguments of a processor class that are its video parts. Known in: 5.12 to 5.24."""
+    """The arguments of a processor class that are its video parts."""
     try:
         return [name for name in processor_class.get_attributes() if "video" in name]
     except AttributeError as error:
@@ -75,7 +72,7 @@ def without_videos(complete: Any) -> Any:
 
 
 class _ImagesOnly(ProcessorMixin):
-    """Sits between a processor class and its base and hides the video part. Known in: 5.12 to 5.24."""
+    """Sits between a processor class and its base and hides the video part."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -136,7 +137,7 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[bytes]:
     distinct = sorted(set(ids))
     tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(distinct)]
     expected = _normalize(_decode(tokenizer, ids))
-    for spell in (_byte_level, _sentence_piece, _words(".,?!"), _words("")):
+    for spell in (_byte_level, _sentence_piece, partial(_words, close=".,?!"), partial(_words, close="")):
         spelled = dict(zip(distinct, map(spell, tokens), strict=True))
         pieces = [spelled[id] for id in ids]
         if _normalize(b"".join(pieces).decode("utf-8", "replace")) == expected:
@@ -157,15 +158,11 @@ def _sentence_piece(token: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
 
 
-def _words(close: str) -> Callable[[str], bytes]:
-    """Words with a space before each, except before continuations and the marks in `close`."""
-
-    def spell(token: str) -> bytes:
-        if token.startswith("##"):
-            return token[2:].encode()
-        return token.encode() if token[:1] and token[0] in close else f" {token}".encode()
-
-    return spell
+def _words(token: str, close: str) -> bytes:
+    """A word with a space before it, except a continuation and the marks in `close`."""
+    if token.startswith("##"):
+        return token[2:].encode()
+    return token.encode() if token[:1] and token[0] in close else f" {token}".encode()
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

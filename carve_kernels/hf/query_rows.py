@@ -16,15 +16,10 @@ from carve_kernels.types import RowsSpec
 
 
 class Rows(NamedTuple):
-    """Captured rows of a prefill.
+    """Captured rows of a prefill: their columns, int64 [B, Q].
 
-    =======  =======  =========  ================================================================
-    name     dtype    shape      meaning
-    =======  =======  =========  ================================================================
-    columns  int64    [B, Q]     columns of the captured rows
-    weight   float32  [B, R, Q]  weights of a mean over rows: maps[R] = weight @ maps[Q]; None if R = Q
-    last     bool                whether the last one is the prompt's last row
-    =======  =======  =========  ================================================================
+    `weight`, float32 [B, R, Q], are the weights of a mean over rows: maps[R] = weight @ maps[Q]; None if R = Q. `last`
+    says whether the last one is the prompt's last row.
     """
 
     columns: torch.Tensor
@@ -36,16 +31,19 @@ def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
     """Check a rows argument before the model runs; a list of positions becomes a tuple."""
     if isinstance(rows, (numpy.ndarray, numpy.generic, torch.Tensor)):
         rows = rows.tolist()
+    by_text = isinstance(rows, Sequence) and len(rows) == 2 and rows[0] in ("word", "text")
+    if by_text and tokenizer is None:
+        raise ValueError(f"processor: expected a processor with rows={rows!r}, got None")
+    if (by_text or rows == "question") and not hasattr(tokenizer, "convert_ids_to_tokens") and tokenizer is not None:
+        raise TypeError(
+            f"processor: expected a processor with a tokenizer, or a tokenizer, with rows={rows!r}, got "
+            + checks.describe(tokenizer)
+        )
     if isinstance(rows, str):
-        if rows == "question" and tokenizer is not None:
-            _check_tokenizer(tokenizer, rows)
         return checks.choice("rows", rows, ("last", "question"))
     if isinstance(rows, int):
         return checks.integer("rows", rows, low=1)
-    if isinstance(rows, Sequence) and len(rows) == 2 and rows[0] in ("word", "text"):
-        if tokenizer is None:
-            raise ValueError(f"processor: expected a processor with rows={tuple(rows)!r}, got None")
-        _check_tokenizer(tokenizer, rows)
+    if by_text:
         return (str(rows[0]), checks.text("rows[1]", rows[1]))
     if isinstance(rows, Sequence) and len(rows):
         return tuple(checks.integer(f"rows[{index}]", row) for index, row in enumerate(rows))
@@ -53,14 +51,6 @@ def check_rows(rows: RowsSpec, tokenizer: Any) -> RowsSpec:
         "rows: expected 'last', 'question', a number of last rows, positions, ('word', WORD) or ('text', TEXT), got "
         + checks.describe(rows)
     )
-
-
-def _check_tokenizer(tokenizer: Any, rows: RowsSpec) -> None:
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise TypeError(
-            f"processor: expected a processor with a tokenizer, or a tokenizer, with rows={rows!r}, got "
-            + checks.describe(tokenizer)
-        )
 
 
 def resolve_rows(
@@ -136,8 +126,8 @@ class _Finder:
             prompt = ids[columns]
             visual = torch.isin(columns, tokens.to(columns.dtype)) | (prompt < 0)
             text = PromptText(self._tokenizer, prompt.tolist(), visual.tolist())
-            is_question = self._kind == "question"
-            indices = self._question(text, prompt.tolist(), after_image) if is_question else self._span(text)
+            question = self._kind == "question"
+            indices = self._question(text, prompt.tolist(), after_image) if question else self._span(text)
         if not indices:
             raise ValueError(
                 "rows: expected a question after the image, found no token of one; put the image first, or use "

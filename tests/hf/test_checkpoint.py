@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from carve_kernels import CarveEngine, load
-from carve_kernels.hf.loading import find, profile_of
+from carve_kernels import CarveEngine, Preset, load
+from carve_kernels.hf.loading import find, preset_of_checkpoint
 from carve_kernels.models import small
 from tests.support import tiny_models
 from tests.support.hub import put
@@ -49,7 +49,7 @@ def test_a_checkpoint_in_the_hub_cache(checkpoint: Path, snapshot: Path) -> None
     assert Path(model.name_or_path) == snapshot
     expected = load(checkpoint)[0].state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    assert profile_of(REPO) == {"layers": [1]}
+    assert preset_of_checkpoint(REPO) == Preset(layers=(1,))
     assert CarveEngine(model, processor).preset.layers == (1,)
 
 
@@ -82,7 +82,7 @@ def test_small_is_the_embedded_model_unless_given_as_a_path(
     shutil.copytree(checkpoint, "small")
     put(checkpoint, cache, "small")
     model, processor = load("small", dtype="float32")
-    assert Path(model.name_or_path) == small() and profile_of("small") == profile_of(small())
+    assert Path(model.name_or_path) == small() and preset_of_checkpoint("small") == preset_of_checkpoint(small())
     for written in ("./small", "small/", Path("small")):
         assert find(written).folder == Path("small")
     # name_or_path is absolute, so the process may change its directory.
@@ -211,10 +211,10 @@ def test_the_network_is_never_used(checkpoint: Path, tmp_path: Path) -> None:
         socket.socket.connect = socket.socket.connect_ex = refuse
 
         from carve_kernels import load
-        from carve_kernels.hf.loading import profile_of
+        from carve_kernels.hf.loading import preset_of_checkpoint
 
         model, processor = load("Org/Tiny")
-        assert profile_of("Org/Tiny") == {"layers": [1]}
+        assert preset_of_checkpoint("Org/Tiny").layers == (1,)
         for name in ("Org/Part", "Org/Nothing", "nothing"):
             try:
                 load(name)

@@ -411,7 +411,7 @@ def test_layers_that_make_their_own_mask_decode_sequentially(caplog: pytest.LogC
             CarveEngine(model, processor, preset=PRESET, memory=False)(PHOTO, QUESTION)
     finally:
         kind.forward = forward
-    assert "a mask of their own" in caplog.text
+    assert "build an attention mask themselves" in caplog.text
 
 
 def test_watching_a_module_by_its_class_leaves_no_trace() -> None:

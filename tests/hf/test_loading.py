@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import AttentionMaps, CarveEngine, load
+from carve_kernels import AttentionMaps, CarveEngine, Preset, load
 from carve_kernels.hf import loading, processors
 from carve_kernels.hf.engine.cache import memory_of
 from carve_kernels.hf.inputs import open_image
-from carve_kernels.hf.loading import profile_of
+from carve_kernels.hf.loading import preset_of_checkpoint
 from tests.support import tiny_models
 
 
@@ -215,9 +215,9 @@ def test_a_processor_that_needs_torchvision(checkpoint: Path, monkeypatch: pytes
 
 
 def test_profile(tmp_path: Path) -> None:
-    assert profile_of(tmp_path) is None
+    assert preset_of_checkpoint(tmp_path) is None
     (tmp_path / "carve.json").write_text('{"layers": [0]}')
-    assert profile_of(tmp_path) == {"layers": [0]}
+    assert preset_of_checkpoint(tmp_path) == Preset(layers=(0,))
     (tmp_path / "carve.json").write_text("{")
     with pytest.raises(ValueError, match=r"carve\.json cannot be read as JSON"):
-        profile_of(tmp_path)
+        preset_of_checkpoint(tmp_path)

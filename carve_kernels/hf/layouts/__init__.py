@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -43,14 +43,6 @@ class Kind(Protocol):
     ) -> list[tuple[int, tuple[View, ...]]]: ...
 
     def canvas(self, config: Any, processor: Any, size: Size) -> tuple[Size, int, int]: ...
-
-
-class Canvas(NamedTuple):
-    """A canvas for an image: its (height, width), and the position of the image's top left corner."""
-
-    size: Size
-    top: int = 0
-    left: int = 0
 
 
 KINDS: dict[str, Kind] = {"centre_crop": centre_crop, "merged_grid": merged_grid}
@@ -115,12 +107,9 @@ def check_processor(model: nn.Module, processor: Any) -> Kind:
     return kind
 
 
-def canvas_of(model: nn.Module, processor: Any, size: Size) -> Canvas:
-    """The smallest canvas for an image of (height, width) that the processor does not crop.
-
-    Raises ValueError if there is none.
-    """
-    return Canvas(*check_processor(model, processor).canvas(unwrap(model).config, processor, size))
+def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, int]:
+    """The smallest canvas of an image that is not cropped, as (size, top, left). Raises ValueError if there is none."""
+    return check_processor(model, processor).canvas(unwrap(model).config, processor, size)
 
 
 def _entry(inputs: Any, kind: Kind, images: int) -> torch.Tensor:

@@ -73,7 +73,9 @@ def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
             f"{size[0]} x {size[1]} pixels on any canvas; shrink the image, or let it resize"
         )
     resized = _resized_size(image_processor, (max(size), max(size)))
-    scale = max(Fraction(size[axis], _visible_length(image_processor, resized, patch, axis)) for axis in (0, 1))
+    covered = [_covered(image_processor, resized, patch, axis) for axis in (0, 1)]
+    visible = [min(end, side) - max(0, first) for (first, end), side in zip(covered, resized, strict=True)]
+    scale = max(map(Fraction, size, visible))
     sides = [ceil(scale * side) for side in resized]
     while True:
         # Patches may begin within a pixel of the canvas.
@@ -100,25 +102,27 @@ def _extra_tokens(processor: Any) -> int:
     return int(getattr(processor, "num_additional_image_tokens", 0)) - dropped
 
 
-def _visible_length(image_processor: Any, resized: Size, patch: Size, axis: int) -> int:
-    """The number of pixels of a side of the resized image that patches cover."""
+def _covered(image_processor: Any, resized: Size, patch: Size, axis: int) -> tuple[int, int]:
+    """The first pixel that patches cover, and the end; outside of the resized image if the crop is larger.
+
+    Image processors on torchvision and on Pillow differ by a pixel if an odd number of pixels is added.
+    """
     cropped = _cropped_size(image_processor, resized)[axis]
-    start = _crop_start(image_processor, resized[axis] - cropped)
-    return min(start + cropped // patch[axis] * patch[axis], resized[axis]) - max(0, start)
+    excess = resized[axis] - cropped
+    torchvision = getattr(image_processor, "backend", "pil") == "torchvision"
+    start = int(excess / 2) if torchvision else excess // 2
+    return start, start + cropped // patch[axis] * patch[axis]
 
 
 def _box(image_processor: Any, size: Size, patch: Size) -> Box:
     """The part of the original that the patches cover; it reaches outside of a padded original."""
     padded = _padded_size(image_processor, size)
     resized = _resized_size(image_processor, padded)
-    cropped = _cropped_size(image_processor, resized)
     spans = []
     for axis in (0, 1):
-        start = _crop_start(image_processor, resized[axis] - cropped[axis])
-        covered = cropped[axis] // patch[axis] * patch[axis]
         pad = (padded[axis] - size[axis]) // 2
-        first, end = (edge * padded[axis] / resized[axis] - pad for edge in (start, start + covered))
-        spans.append((first, end))
+        edges = _covered(image_processor, resized, patch, axis)
+        spans.append([edge * padded[axis] / resized[axis] - pad for edge in edges])
     (top, bottom), (left, right) = spans
     return left, top, right, bottom
 
@@ -150,13 +154,3 @@ def _resized_size(image_processor: Any, size: Size) -> Size:
         rows, columns = (int(short * side / min(size)) for side in size)
         return rows, columns
     raise ValueError(f"processor: the size {target} of {type(image_processor).__name__} is not supported")
-
-
-def _crop_start(image_processor: Any, excess: int) -> int:
-    """The first pixel of the crop; negative if the crop is larger than the image.
-
-    Image processors on torchvision and on Pillow differ by a pixel if an odd number of pixels is added.
-    """
-    if getattr(image_processor, "backend", "pil") == "torchvision":
-        return int(excess / 2)
-    return excess // 2

@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.layouts import Canvas, canvas_of, layout_of
+from carve_kernels.hf.layouts import canvas_of, layout_of
 from carve_kernels.presets import FITS
-from carve_kernels.types import Box, VisualLayout
+from carve_kernels.types import Box, Size, VisualLayout
 
 
 class Letterbox:
@@ -21,19 +21,18 @@ class Letterbox:
 
     def pad(self, image: Image.Image) -> Image.Image:
         """The image centred on its canvas of the processor's mean colour; the image itself if it is not cropped."""
-        canvas = self._canvas(image)
-        height, width = canvas.size
+        (height, width), top, left = self._canvas(image)
         if (width, height) == image.size:
             return image
         padded = Image.new("RGB", (width, height), self._colour)
-        padded.paste(image, (canvas.left, canvas.top))
+        padded.paste(image, (left, top))
         return padded
 
     def layout(self, inputs: Any, image: Image.Image) -> VisualLayout:
         """`layout_of` the inputs of one padded image, in pixels of the image itself."""
-        canvas = self._canvas(image)
-        layout = layout_of(self._model, self._processor, inputs, [canvas.size])
-        views = tuple(replace(view, box=_shift(view.box, canvas)) for view in layout.views[0])
+        size, top, left = self._canvas(image)
+        layout = layout_of(self._model, self._processor, inputs, [size])
+        views = tuple(replace(view, box=_shift(view.box, top, left)) for view in layout.views[0])
         return VisualLayout((views,), (((image.height, image.width),),))
 
     @classmethod
@@ -48,9 +47,9 @@ class Letterbox:
         # Truncated, not rounded, as in LLaVA's own padding.
         return tuple(int(255 * channel) for channel in mean) if len(mean) == 3 else (0, 0, 0)
 
-    def _canvas(self, image: Image.Image) -> Canvas:
+    def _canvas(self, image: Image.Image) -> tuple[Size, int, int]:
         canvas = canvas_of(self._model, self._processor, (image.height, image.width))
-        height, width = canvas.size
+        height, width = canvas[0]
         if (width, height) != image.size and width * height > self._limit:
             raise ValueError(
                 f"fit: an image of {image.width} x {image.height} needs a canvas of {width} x {height} pixels, the "
@@ -59,7 +58,6 @@ class Letterbox:
         return canvas
 
 
-def _shift(box: Box, canvas: Canvas) -> Box:
+def _shift(box: Box, top: int, left: int) -> Box:
     """A box on the canvas, in pixels of the image."""
-    left, top, right, bottom = box
-    return left - canvas.left, top - canvas.top, right - canvas.left, bottom - canvas.top
+    return box[0] - left, box[1] - top, box[2] - left, box[3] - top

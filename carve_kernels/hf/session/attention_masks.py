@@ -31,14 +31,7 @@ class Visibility(NamedTuple):
 
 
 def visibility(
-    implementation: str,
-    attention_mask: Any,
-    rows: torch.Tensor,
-    query_length: int,
-    keys: int,
-    *,
-    causal: bool,
-    window: int | None,
+    implementation: str, mask: Any, rows: torch.Tensor, length: int, keys: int, *, causal: bool, window: int | None
 ) -> Visibility:
     """The keys that the captured rows [B, R] see, by the mask argument of the implementation.
 
@@ -46,27 +39,27 @@ def visibility(
     None under sdpa means all keys for a single row, else causal from the top left, so that no row sees later keys.
     """
     flash = _FLASH in implementation
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        selected = attention_mask[..., :keys].expand(rows.shape[0], -1, query_length, keys)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        selected = mask[..., :keys].expand(rows.shape[0], -1, length, keys)
         # The single row of a decode step needs no copy.
-        if query_length > 1 or rows.shape[1] > 1:
+        if length > 1 or rows.shape[1] > 1:
             index = rows[:, None, :, None].expand(-1, selected.shape[1], -1, selected.shape[3])
             selected = selected.gather(2, index)
         if selected.dtype == torch.bool:
             return Visibility(selected)
         return Visibility(selected > _hidden(selected.dtype), biased=_is_biased(selected))
-    if isinstance(attention_mask, torch.Tensor):
-        return Visibility(_padding_rows(attention_mask, rows, query_length, keys, causal, window))
-    if attention_mask is not None:
-        return Visibility(_block_mask_rows(attention_mask, rows, keys))
-    if flash and causal and (query_length > 1 or window is not None):
-        return Visibility(positions=rows + (keys - query_length), window=window)
+    if isinstance(mask, torch.Tensor):
+        return Visibility(_padding_rows(mask, rows, length, keys, causal, window))
+    if mask is not None:
+        return Visibility(_block_mask_rows(mask, rows, keys))
+    if flash and causal and (length > 1 or window is not None):
+        return Visibility(positions=rows + (keys - length), window=window)
     if window is not None and window < keys and not flash and implementation != "eager":
         raise ValueError(
             f"attention_mask: expected a mask under {implementation} with a window of {window}, got None for {keys} "
             "keys; register a mask function of that name"
         )
-    if not flash and implementation != "eager" and query_length > 1 and causal:
+    if not flash and implementation != "eager" and length > 1 and causal:
         return Visibility(positions=rows)
     return Visibility()
 
@@ -94,36 +87,29 @@ def check_call(model: Any, given: Mapping[str, Any], length: int) -> None:
     refuse_packed(implementation, None, segments, None, length)
 
 
-def check_mask(implementation: str, attention_mask: Any, keys: int = 0) -> None:
+def check_mask(implementation: str, mask: Any, keys: int = 0) -> None:
     """Raise ValueError for a mask that the implementation does not read as a mask of visible keys."""
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor):
-        heads = getattr(attention_mask, "shape", (1, 1))[1]
+    if not isinstance(mask, torch.Tensor):
+        heads = getattr(mask, "shape", (1, 1))[1]
         if heads != 1:
             raise ValueError(f"attention_mask: expected one mask for all heads, got a block mask of {heads} heads")
         return
-    if attention_mask.ndim == 2:
-        return
-    expected = _expected(implementation, attention_mask, keys)
-    if expected is not None:
-        raise ValueError(f"attention_mask: expected {expected}, got {checks.describe(attention_mask)}")
-
-
-def _expected(implementation: str, attention_mask: torch.Tensor, keys: int) -> str | None:
-    """What a mask should be, for a message; None for a valid one."""
-    if attention_mask.ndim != 4:
-        return "a mask of 2 or 4 dimensions"
-    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-        return "a bool or an additive mask"
-    if implementation in _ADDITIVE and attention_mask.dtype == torch.bool:
-        return (
+    expected = None
+    if mask.ndim not in (2, 4):
+        expected = "a mask of 2 or 4 dimensions"
+    elif mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        expected = "a bool or an additive mask"
+    elif mask.ndim == 4 and mask.dtype == torch.bool and implementation in _ADDITIVE:
+        expected = (
             f"an additive mask (0 for visible keys, -inf for hidden ones) under {implementation}, which adds a bool "
             "mask to the scores as 0 and 1"
         )
-    if implementation == "flex_attention" and attention_mask.shape[1] != 1:
-        return f"one mask for all heads under {implementation}"
-    return f"a mask of {keys} keys" if 1 < attention_mask.shape[3] < keys else None
+    elif mask.ndim == 4 and mask.shape[1] != 1 and implementation == "flex_attention":
+        expected = f"one mask for all heads under {implementation}"
+    elif mask.ndim == 4 and 1 < mask.shape[3] < keys:
+        expected = f"a mask of {keys} keys"
+    if expected is not None:
+        raise ValueError(f"attention_mask: expected {expected}, got {checks.describe(mask)}")
 
 
 def bias_error() -> ValueError:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,17 +28,10 @@ _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
 _PROMPT, _IMAGE, _VIDEO, _START, _END = 5, 60, 61, 62, 63
 _GRID, _PATCH_VALUES = (4, 6), 3 * 2 * 14 * 14
 _TEXT: dict[str, Any] = {
-    "hidden_size": _HEADS * _HEAD_SIZE,
-    "intermediate_size": 32,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _HEADS,
-    "num_key_value_heads": _KEY_HEADS,
-    "vocab_size": _VOCABULARY,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+    "hidden_size": _HEADS * _HEAD_SIZE, "intermediate_size": 32, "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _HEADS, "num_key_value_heads": _KEY_HEADS, "vocab_size": _VOCABULARY,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
 # The largest difference between a float32 map and eager's, relative to the maximum.
 _TOLERANCE = 1e-4
 # The first version whose forwards take image features.
@@ -51,10 +45,7 @@ _logged = False
 
 
 def ensure() -> None:
-    """Run the checks, until they pass, if the installed transformers was not tested.
-
-    Raises UpstreamChanged, which names the versions, if a check fails.
-    """
+    """Run the checks, until they pass, under an untested transformers. Raises UpstreamChanged if one fails."""
     global _passed, _logged
     if _passed or names.is_tested() or _running_in == threading.get_ident():
         return
@@ -81,12 +72,14 @@ def results() -> dict[str, str | None]:
 
     def run() -> None:
         global _running_in
-        _running_in = threading.get_ident()
+        _running_in, dtype = threading.get_ident(), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         try:
-            with _default_modes():
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
                 models = Models()
                 failures.update({name: _failure(check, models) for name, check in CHECKS.items()})
         finally:
+            torch.set_default_dtype(dtype)
             _running_in = None
 
     with _LOCK:
@@ -139,54 +132,52 @@ class Models:
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
 
-    @cached_property
-    def columns(self) -> torch.Tensor:
-        return (self.question["input_ids"][0] == _IMAGE).nonzero()[:, 0]
-
 
 def cache_on_the_second_step(models: Models) -> None:
     """generate passes its cache to the second forward under a known name, and the cache counts the prompt."""
-    given: list[dict[str, Any]] = []
+    from transformers import StaticCache
+
+    tokens: list[tuple[int, int]] = []
     signature = names.signature_of(models.text)
-    hook = models.text.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(_counts(names.arguments(signature, args, kwargs))), with_kwargs=True
-    )
+
+    def count_tokens(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = names.arguments(signature, args, kwargs)
+        tokens.append((given["input_ids"].shape[1], int(caches.cached_tokens(caches.cache_of(given)))))
+
+    hook = models.text.register_forward_pre_hook(count_tokens, with_kwargs=True)
     try:
         _generate(models.text, models.prompt)
     finally:
         hook.remove()
-    _expect("two forwards", len(given), 2)
-    _expect("new tokens in the second forward", given[1]["new"], 1)
-    _expect("tokens in the cache of the second forward", given[1]["cached"], _PROMPT)
-    cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), _attention(models.text)[1]
+    _expect("new and cached tokens of each forward", tokens, [(_PROMPT, 0), (1, _PROMPT)])
+    cache, attention = caches.cache_in(models.text(**models.prompt, use_cache=True)), attention_modules(models.text)[1]
     keys = caches.key_state(cache, attention)
-    _expect("keys of a layer in the cache", None if keys is None else keys.keys, _PROMPT)
     cache.crop(-1)
     cropped = caches.key_state(cache, attention)
-    _expect("keys of a cropped cache", None if cropped is None else cropped.keys, _PROMPT - 1)
-    same = keys is not None and cropped is not None and cropped.same_storage(keys)
-    _expect("the same storage of a cropped cache", same, True)
-    _expect("keys of a static cache", caches.reach(_static_cache(models.text), attention), caches.Reach(None, _PROMPT))
+    if keys is None or cropped is None:
+        raise ValueError("a layer of the cache has no keys")
+    _expect("keys of a layer, before and after a crop", (keys.keys, cropped.keys), (_PROMPT, _PROMPT - 1))
+    _expect("the same storage of a cropped cache", cropped.same_storage(keys), True)
+    static = StaticCache(config=models.text.config, max_cache_len=_PROMPT)
+    _expect("keys of a static cache", caches.reaches(static, [attention]), [(caches.Reach(None, _PROMPT),)])
 
 
 def attention_lookup(models: Models) -> None:
     """The attention of a layer is called once in a forward, from the registry, with [B, heads, S, D]."""
-    _expect("calls under sdpa", _calls(models.text, "sdpa", models.prompt), [_shapes(_PROMPT)] * _LAYERS)
+    _check_lookup(models.text, "sdpa", models.prompt)
 
 
 def eager_lookup(models: Models) -> None:
     """The same under eager, from the modeling file."""
-    _expect("calls under eager", _calls(models.text, "eager", models.prompt), [_shapes(_PROMPT)] * _LAYERS)
+    _check_lookup(models.text, "eager", models.prompt)
 
 
 def scale_and_mask(models: Models) -> None:
     """An attention function gets its scale, and under sdpa padding as a bool mask [B, 1, S, S]."""
-    calls: list[tuple[names.AttentionOptions, Any]] = []
     padded = {**models.prompt, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
-    with _watch_attention(models.text, "sdpa", lambda query, key, mask, options: calls.append((options, mask))):
-        models.text(**padded)
-    options, mask = calls[0]
-    _expect("scale", round(options.scale, 6), round(_HEAD_SIZE**-0.5, 6))
+    _, query, _, mask, options = _attention_calls(models.text, "sdpa", padded)[0]
+    scale = names.attention_options(query, options).scale
+    _expect("scale", round(scale, 6), round(_HEAD_SIZE**-0.5, 6))
     _expect("mask", (mask.dtype, list(mask.shape)), (torch.bool, [1, 1, _PROMPT, _PROMPT]))
     _expect("keys visible to the last row", mask[0, 0, -1].tolist(), [False, True, True, True, True])
 
@@ -294,18 +285,6 @@ def _failure(check: Callable[[Models], None], models: Models) -> str | None:
     return None
 
 
-@contextmanager
-def _default_modes() -> Iterator[None]:
-    """float32 and no gradients; the caller's random state and default dtype are restored."""
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-
-
 def _build(kind: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation="sdpa").eval()
@@ -320,57 +299,29 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 2) -> No
     model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-def _counts(given: dict[str, Any]) -> dict[str, int]:
-    return {"new": given["input_ids"].shape[1], "cached": int(caches.cached_tokens(caches.cache_of(given)))}
-
-
-def _static_cache(model: Any) -> Any:
-    from transformers import StaticCache
-
-    return StaticCache(config=model.config, max_cache_len=_PROMPT)
-
-
-def _attention(model: Any) -> list[nn.Module]:
-    return list(attention_modules(model).values())
-
-
-class _Watcher:
-    """A recorder that passes on each attention call of its modules."""
-
-    def __init__(self, watch: Callable[..., None]) -> None:
-        self._watch = watch
-
-    def record(self, index: int, module: Any, query: Any, key: Any, mask: Any, options: dict[str, Any]) -> None:
-        self._watch(query, key, mask, names.attention_options(query, options))
-
-
-@contextmanager
-def _watch_attention(model: Any, implementation: str, watch: Callable[..., None]) -> Iterator[None]:
-    """Call `watch(query, key, mask, options)` at each attention of a model's text layers."""
+def _attention_calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[tuple[Any, ...]]:
+    """The (module, query, key, mask, options) of each attention of the text layers in one forward."""
+    calls: list[tuple[Any, ...]] = []
+    modules = attention_modules(model).values()
     with ExitStack() as stack:
         stack.callback(names.set_implementation, model, "sdpa")
         names.set_implementation(model, implementation)
-        modules = _attention(model)
-        entry = names.attention_entry(modules[0], 0)
+        entry = names.attention_entry(next(iter(modules)), 0)
         PATCHES.enter(*entry)
         stack.callback(PATCHES.leave, *entry)
+        recorder = SimpleNamespace(record=lambda _index, *call: calls.append(call))
         for module in modules:
-            setattr(module, RECORDERS, ((_Watcher(watch), 0),))
+            setattr(module, RECORDERS, ((recorder, 0),))
             stack.callback(delattr, module, RECORDERS)
-        yield
-
-
-def _calls(model: Any, implementation: str, inputs: dict[str, torch.Tensor]) -> list[Any]:
-    calls: list[Any] = []
-    with _watch_attention(
-        model, implementation, lambda query, key, *_: calls.append((list(query.shape), list(key.shape)))
-    ):
         model(**inputs)
     return calls
 
 
-def _shapes(length: int) -> tuple[list[int], list[int]]:
-    return [1, _HEADS, length, _HEAD_SIZE], [1, _KEY_HEADS, length, _HEAD_SIZE]
+def _check_lookup(model: Any, implementation: str, prompt: dict[str, torch.Tensor]) -> None:
+    calls = _attention_calls(model, implementation, prompt)
+    shapes = [1, _HEADS, _PROMPT, _HEAD_SIZE], [1, _KEY_HEADS, _PROMPT, _HEAD_SIZE]
+    actual = [(list(query.shape), list(key.shape)) for _, query, key, *_ in calls]
+    _expect(f"calls under {implementation}", actual, [shapes] * _LAYERS)
 
 
 def _eager_attentions(models: Models) -> list[torch.Tensor]:
@@ -379,7 +330,8 @@ def _eager_attentions(models: Models) -> list[torch.Tensor]:
         attentions = models.vision(**models.question, output_attentions=True).attentions
     finally:
         names.set_implementation(models.vision, "sdpa")
-    return [layer[0, :, -1].mean(0)[models.columns] for layer in attentions]
+    is_image = models.question["input_ids"][0] == _IMAGE
+    return [layer[0, :, -1].mean(0)[is_image] for layer in attentions]
 
 
 def _without_pixels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

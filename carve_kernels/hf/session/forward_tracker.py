@@ -13,13 +13,13 @@ from torch import nn
 
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
-from carve_kernels.hf.model import decoder_layers, image_token_positions
+from carve_kernels.hf.model import decoder_layers, devices_of, image_token_positions
 from carve_kernels.hf.query_rows import resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.generate_guard import Generation, end_tokens
-from carve_kernels.hf.session.recording import OnLayer, Record
-from carve_kernels.types import RowsSpec, VisualLayout
+from carve_kernels.hf.session.recording import Record, SessionOptions
+from carve_kernels.types import VisualLayout
 
 _LAST_COLUMN = 2**31 - 1
 
@@ -36,25 +36,12 @@ class _Forward(NamedTuple):
 class ForwardTracker:
     """Follows the forwards of one model: to which prompt, and so to which record, each belongs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: Sequence[nn.Module],
-        layers: tuple[int, ...],
-        device: torch.device | None,
-        rows: RowsSpec,
-        tokens: VisualLayout | torch.Tensor | Sequence[int] | None,
-        processor: Any,
-        max_steps: int,
-        on_layer: OnLayer | None,
-        backend: str,
-    ) -> None:
+    def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
         self.generation: Generation | None = None
-        self._model, self._modules, self._layers, self._device, self._rows = model, modules, layers, device, rows
-        self._processor = processor
-        self._tokens, self._layout = check_tokens(tokens)
-        self._max_steps, self._on_layer, self._backend = max_steps, on_layer, backend
+        self._model, self._modules, self._options = model, modules, options
+        # None if it is known only when the layers run.
+        self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._signature = inspect.signature(model.forward)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
@@ -71,6 +58,9 @@ class ForwardTracker:
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward; a wrapper and the model inside it count once. Raises before the model has run."""
+        # Under torch.compile the wrapper's hooks have run already; the inner ones would break the graph.
+        if torch.compiler.is_compiling():
+            return
         if self._sources and self._thread is not threading.current_thread():
             raise RuntimeError("model: two threads run it inside one session, give each its own model and session")
         # A forward interrupted by Ctrl-C never ends: the same source begins again.
@@ -89,13 +79,15 @@ class ForwardTracker:
         if record is not None:
             if record.step == 0:
                 self._unsafe = self._has_unsafe_hooks()
-            record.batching = self._on_layer is None and caches.keeps_cache(self._model, given) and not self._unsafe
+            record.batching = record.on_layer is None and caches.keeps_cache(self._model, given) and not self._unsafe
         self.record = record
         self._begun = self.generation
         self._sources, self.running = [source], True
 
-    def end(self, output: Any) -> None:
+    def end(self, _source: object, _args: tuple[Any, ...], output: Any) -> None:
         """After a forward; `output` is None if it failed."""
+        if torch.compiler.is_compiling():
+            return
         if self._sources:
             self._sources.pop()
         self.running = bool(self._sources)
@@ -110,13 +102,9 @@ class ForwardTracker:
 
     def _has_unsafe_hooks(self) -> bool:
         """Whether a hook may write to the inputs of an attention without a version counter noticing."""
-        if not torch.is_inference_mode_enabled():
-            return False
-        return any(
-            module._forward_hooks or module._forward_pre_hooks
-            for layer in decoder_layers(self._model)
-            for module in layer.modules()
-        )
+        modules = (module for layer in decoder_layers(self._model) for module in layer.modules())
+        hooked = (module._forward_hooks or module._forward_pre_hooks for module in modules)
+        return torch.is_inference_mode_enabled() and any(hooked)
 
     def _record_for(self, given: dict[str, Any], before: Record | None) -> Record | None:
         """The record of a forward with these arguments; None for a chunk of a prompt before its first image."""
@@ -153,7 +141,7 @@ class ForwardTracker:
             return self._step(prompt, record, ids, cache, length, length - 1)
         if prompt is None or past == 0:
             prompt = TrackedPrompt()
-        started = self._prefill(prompt, ids, source, past, cache, given)
+        started = self._prefill(prompt, source, past, cache, given)
         self._complete = CompleteForward(prompt, arguments, generating) if past == 0 else None
         self._forward = _Forward(prompt, ids, cache, past + length)
         return started
@@ -166,7 +154,7 @@ class ForwardTracker:
         if total <= record.length:
             record.rewind(total - 1)
         if record.step == 0:
-            record.reaches, record.shared = self._reaches(cache), caches.reaches_in(cache)
+            record.reaches = caches.reaches(cache, self._modules)
         record.advance(ids, total, row)
         self._forward = _Forward(prompt, ids, cache, total)
         return record
@@ -202,7 +190,7 @@ class ForwardTracker:
         else:
             past = int(count)
         if past > 0:
-            prompt.check_cache(cache, self._modules, self._layers, past)
+            prompt.check_cache(cache, self._modules, self._options.layers, past)
             written = prompt.was_written(cache, self._modules[0])
             if written is not None and written.device.type != "cpu" and prompt.record is not None:
                 prompt.record.deferred["cache"].logical_or_(written)
@@ -218,23 +206,14 @@ class ForwardTracker:
         length = 0 if self.generation is None else self.generation.length or 0
         return past >= max(length, prompt.prompt)
 
-    def _reaches(self, cache: Any) -> tuple[caches.Reach | None, ...]:
-        return tuple(caches.reach(cache, module) for module in self._modules)
-
     def _prefill(
-        self,
-        prompt: TrackedPrompt,
-        ids: torch.Tensor | None,
-        source: torch.Tensor,
-        past: int,
-        cache: Any,
-        given: Mapping[str, Any],
+        self, prompt: TrackedPrompt, source: torch.Tensor, past: int, cache: Any, given: Mapping[str, Any]
     ) -> Record | None:
         self._check_thread()
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
-        all_ids = self._all_ids(prompt, ids, past, total)
+        all_ids = self._all_ids(prompt, given.get("input_ids"), past, total)
         mask = given.get("attention_mask")
         if self.generation is not None and self.generation.mask is not None and self.generation.mask.shape[1] >= total:
             mask = self.generation.mask[:, :total]
@@ -243,27 +222,22 @@ class ForwardTracker:
         if tokens is None:
             prompt.record, prompt.prompt = None, total
             return None
-        rows = resolve_rows(self._rows, all_ids, attended, tokens, self._processor)
+        rows = resolve_rows(self._options.rows, all_ids, attended, tokens, self._options.processor)
         if bool((rows.columns < past).any()):
             raise ValueError(
                 f"rows: expected rows of this forward, which starts at column {past} after a cache, got "
                 f"column {int(rows.columns.min())}; use rows='last' for a chunked prefill"
             )
         prompt.record = Record(
-            self._layers,
+            self._options,
             rows,
             tokens,
-            self._layout,
-            reaches=self._reaches(cache),
-            shared=caches.reaches_in(cache),
+            reaches=caches.reaches(cache, self._modules),
             device=self._device if self._device is not None else source.device,
             past=past,
             length=length,
             rows_kept=names.rows_kept(self._model, given),
-            max_steps=self._max_steps,
             eos=self._end_tokens(),
-            on_layer=self._on_layer,
-            backend=self._backend,
         )
         prompt.prompt = total
         return prompt.record
@@ -273,7 +247,7 @@ class ForwardTracker:
         generation = self.generation
         expected = None if generation is None or generation.ids is None else generation.ids[:, :total].cpu()
         if past and prompt.length == 0:
-            prompt.ids.append(None if expected is None or expected.shape[1] < total else expected[:, :past])
+            prompt.add_ids(None if expected is None or expected.shape[1] < total else expected[:, :past])
         all_ids = prompt.all_ids(ids, total)
         if all_ids is None or expected is None or expected.shape != all_ids.shape or torch.equal(all_ids, expected):
             return all_ids
@@ -287,7 +261,8 @@ class ForwardTracker:
     def _visual_tokens(self, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
         """The columns of the visual tokens, int32 [B, N]; None in a chunk of a prompt before its first image."""
         chunked = self.generation is not None and self.generation.chunked
-        if self._tokens is None:
+        columns = self._options.tokens
+        if columns is None:
             if ids is None:
                 raise ValueError(
                     "tokens: expected the columns of the visual tokens, since this session has not seen the whole "
@@ -305,9 +280,9 @@ class ForwardTracker:
                 raise ValueError("input_ids: expected image tokens in the prompt, got none; was the image left out?")
             width = max(len(row) for row in positions)
             return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=-1) for row in positions])
-        tokens = self._tokens.expand(batch, -1) if self._tokens.shape[0] == 1 else self._tokens
+        tokens = columns.expand(batch, -1) if columns.shape[0] == 1 else columns
         if tokens.shape[0] != batch:
-            raise ValueError(f"tokens: expected 1 or {batch} rows as the batch, got {checks.describe(self._tokens)}")
+            raise ValueError(f"tokens: expected 1 or {batch} rows as the batch, got {checks.describe(columns)}")
         if tokens.numel() and int(tokens.max()) >= length:
             if chunked:
                 return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,7 +53,7 @@ class Tracker(Protocol):
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
-    def end(self, output: Any) -> None: ...
+    def end(self, source: object, args: tuple[Any, ...], output: Any, /) -> None: ...
 
 
 class GenerateGuard:
@@ -129,7 +129,7 @@ class GenerateGuard:
                 return output
             finally:
                 for tracker in begun:
-                    tracker.end(output)
+                    tracker.end(self, args, output)
 
         return hooked_call
 
@@ -143,8 +143,9 @@ class GenerateGuard:
         attributes[name] = value
 
 
-def join(model: nn.Module, tracker: Tracker) -> None:
-    """Add a session to a model; one thread may have several."""
+@contextmanager
+def guarded(model: nn.Module, tracker: Tracker) -> Iterator[None]:
+    """Add a session to a model; one thread may have several, and the last one to end restores the model."""
     with _OPENING:
         guard = model.__dict__.get(GUARD)
         if guard is not None and guard.thread != threading.get_ident():
@@ -152,16 +153,14 @@ def join(model: nn.Module, tracker: Tracker) -> None:
         if guard is None:
             guard = model.__dict__[GUARD] = GenerateGuard(model)
         guard.trackers.append(tracker)
-
-
-def leave(model: nn.Module, tracker: Tracker) -> None:
-    """Remove a session; the last one restores the model."""
-    with _OPENING:
-        guard = model.__dict__[GUARD]
-        guard.trackers.remove(tracker)
-        if not guard.trackers:
-            guard.stack.close()
-            del model.__dict__[GUARD]
+    try:
+        yield
+    finally:
+        with _OPENING:
+            guard.trackers.remove(tracker)
+            if not guard.trackers:
+                guard.stack.close()
+                del model.__dict__[GUARD]
 
 
 def end_tokens(ends: Any) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from carve_kernels.hf.model import version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble, new_buffers
-from carve_kernels.types import Capture, VisualLayout
+from carve_kernels.types import Capture, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
@@ -31,42 +31,50 @@ _DEFERRED: dict[str, Callable[[], ValueError]] = {
 STEPS = 64
 
 
+class SessionOptions(NamedTuple):
+    """What a session captures: the checked arguments of `capture_attention`."""
+
+    layers: tuple[int, ...]
+    rows: RowsSpec
+    tokens: torch.Tensor | None
+    layout: VisualLayout | None
+    processor: Any
+    max_steps: int
+    on_layer: OnLayer | None
+    backend: str
+
+
 class Record:
     """Captures of one prefill and its decode steps; `record` is called for each attention of a captured layer."""
 
     def __init__(
         self,
-        layers: tuple[int, ...],
+        options: SessionOptions,
         rows: Rows,
         tokens: torch.Tensor,
-        layout: VisualLayout | None,
         *,
-        reaches: tuple[Reach | None, ...],
-        shared: tuple[Reach, ...],
+        reaches: list[tuple[Reach | None, ...]],
         device: torch.device,
         past: int,
         length: int,
         rows_kept: int | None,
-        max_steps: int,
         eos: tuple[int, ...],
-        on_layer: OnLayer | None,
-        backend: str,
     ) -> None:
         batch, captured = rows.columns.shape
-        self.layers, self.layout = layers, layout
+        self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
+        self.on_layer, self.backend = options.on_layer, options.backend
         self.last, self.weight = rows.last, rows.weight
         self.tokens = tokens.to(device)
         self.rows = (rows.columns - past).to(device)
-        # How many keys each layer gets; a layer that reuses another layer's keys gets as many as one of them.
-        self.reaches, self.shared = reaches, shared
+        # How many keys each layer may get.
+        self.reaches = reaches
         self.total = torch.full((), past + length, dtype=torch.int64, device=device)
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
-        self.first = new_buffers((1, len(layers), batch, captured), tokens.shape[1], device)
+        self.first = new_buffers((1, len(self.layers), batch, captured), tokens.shape[1], device)
         self.later: Capture | None = None
         self.target = self.first
         self.active = True
         self.step = 0
-        self.max_steps = max_steps
         self.eos = eos
         self.length = self.prompt = past + length
         # The number of tokens in the current forward, and the last captured layer that ran in it.
@@ -78,9 +86,7 @@ class Record:
         self.deferred = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DEFERRED}
         # The token fed at each decode step. Nothing is allocated per step.
         self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
-        self.columns = self.tokens.to(torch.int32)
         self.dtype = ""
-        self.on_layer, self.backend = on_layer, backend
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
         self.batch: LayerBatch | None = None
@@ -137,24 +143,18 @@ class Record:
             raise
 
     def _record(
-        self,
-        index: int,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        attention_mask: Any,
-        keywords: dict[str, Any],
+        self, index: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, keywords: dict[str, Any]
     ) -> None:
         options = names.attention_options(query, keywords)
         query, key = query.detach(), key.detach()
         self._check(index, query, key, options)
         _, heads, length, size = query.shape
-        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(attention_mask))
+        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(mask))
         rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
         batch = self.batch
-        if batch is None or not batch.accepts(index, alike, attention_mask):
+        if batch is None or not batch.accepts(index, alike, mask):
             self._flush()
-            batch = self.batch = self._new_batch(index, module, alike, attention_mask, rows, options)
+            batch = self.batch = self._new_batch(index, module, alike, mask, rows, options)
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
         batch.add(query, key, options.sink)
@@ -186,8 +186,8 @@ class Record:
             if index <= self.last_layer:
                 raise ValueError(f"layers: layer {layer} runs twice in one forward, but only one map is recorded")
             self.last_layer = index
-        reach, keys = self.reaches[index], key.shape[2]
-        possible = (reach,) if reach is not None else (Reach(options.window, None), *self.shared)
+        keys = key.shape[2]
+        possible = [Reach(options.window, None) if each is None else each for each in self.reaches[index]]
         if not compiling:
             if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
                 raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
@@ -199,45 +199,31 @@ class Record:
         index: int,
         module: nn.Module,
         alike: tuple[Any, ...],
-        attention_mask: Any,
+        mask: Any,
         rows: torch.Tensor,
         options: names.AttentionOptions,
     ) -> LayerBatch:
         keys, window, length = alike[2:5]
         implementation = names.implementation_of(module) or ""
-        check_mask(implementation, attention_mask, keys)
-        refuse_packed(implementation, attention_mask, options.segments, options.positions, length)
-        visible = visibility(
-            implementation,
-            attention_mask,
-            rows,
-            length,
-            keys,
-            causal=names.is_causal(module) if options.causal is None else options.causal,
-            window=window,
-        )
+        check_mask(implementation, mask, keys)
+        refuse_packed(implementation, mask, options.segments, options.positions, length)
+        causal = names.is_causal(module) if options.causal is None else options.causal
+        visible = visibility(implementation, mask, rows, length, keys, causal=causal, window=window)
         if visible.biased is not None:
             if torch.compiler.is_compiling() or visible.biased.device.type != "cpu":
                 self.deferred["attention_mask"].logical_or_(visible.biased)
             elif bool(visible.biased):
                 raise bias_error()
+        columns = self._columns(keys)
         return LayerBatch(
-            index,
-            alike,
-            self._columns(keys),
-            visible.mask,
-            visible.positions,
-            options.scale,
-            options.softcap,
-            visible.window,
-            attention_mask,
+            index, alike, columns, visible.mask, visible.positions, options.scale, options.softcap, visible.window, mask
         )
 
     def _columns(self, keys: int) -> torch.Tensor:
         """The columns of the tokens among these keys: a sliding cache passes only the last keys, so they move left."""
         # A compiled forward must not depend on the number of tokens so far, or each step would compile again.
         if not torch.compiler.is_compiling() and self.length <= keys:
-            return self.columns
+            return self.tokens
         return (self.tokens - (self.total - keys).clamp(min=0)).to(torch.int32)
 
     def _flush(self) -> None:

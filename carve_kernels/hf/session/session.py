@@ -24,9 +24,9 @@ from carve_kernels.hf.model import (
 )
 from carve_kernels.hf.query_rows import check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
-from carve_kernels.hf.session.forward_tracker import ForwardTracker
-from carve_kernels.hf.session.generate_guard import join, leave
-from carve_kernels.hf.session.recording import OnLayer
+from carve_kernels.hf.session.forward_tracker import ForwardTracker, check_tokens
+from carve_kernels.hf.session.generate_guard import guarded
+from carve_kernels.hf.session.recording import OnLayer, SessionOptions
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import layers_of
 from carve_kernels.types import RowsSpec, VisualLayout
@@ -76,65 +76,38 @@ def capture_attention(
     with alternatives.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
-    return CaptureSession(
-        model,
-        layers=layers,
-        rows=rows,
-        tokens=tokens,
-        processor=processor,
-        max_steps=max_steps,
-        on_layer=on_layer,
-        backend=backend,
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
+    contract.ensure()
+    check_decoder(model)
+    depth = len(decoder_layers(model))
+    every = isinstance(layers, str) and layers == "all"
+    # Ascending, the order in which a forward runs them.
+    numbers = tuple(range(depth)) if every else tuple(sorted(layers_of(layers, depth)))
+    modules = _modules(model, numbers)
+    if on_layer is not None and not callable(on_layer):
+        raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
+    options = SessionOptions(
+        numbers,
+        check_rows(rows, None if processor is None else tokenizer_of(processor)),
+        *check_tokens(tokens),
+        processor,
+        checks.integer("max_steps", max_steps, low=1),
+        on_layer,
+        checks.choice("backend", backend, ("auto", *BACKENDS)),
     )
+    return CaptureSession(model, modules, options)
 
 
 class CaptureSession:
     """The session that `capture_attention` returns."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layers: str | int | Iterable[int],
-        rows: RowsSpec,
-        tokens: VisualLayout | torch.Tensor | Sequence[int] | None,
-        processor: Any,
-        max_steps: int,
-        on_layer: OnLayer | None,
-        backend: str,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
-        contract.ensure()
-        self._outer, self._model = model, unwrap(model)
-        check_decoder(model)
-        depth = len(decoder_layers(model))
-        self.layers = _layers(layers, depth)
-        modules = attention_modules(model)
-        for layer in self.layers:
-            if layer not in modules:
-                raise ValueError(
-                    f"layers: layer {layer} has no softmax attention, expected layers among {sorted(modules)}"
-                )
-        self._modules = [modules[layer] for layer in self.layers]
-        entries = [
-            names.attention_entry(module, layer) for module, layer in zip(self._modules, self.layers, strict=True)
-        ]
+    def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
+        self.layers = options.layers
+        self._outer, self._model, self._modules = model, unwrap(model), modules
+        entries = map(names.attention_entry, modules, options.layers)
         self._entries = {(id(registry), name): (registry, name) for registry, name in entries}.values()
-        if on_layer is not None and not callable(on_layer):
-            raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
-        self._tracker = ForwardTracker(
-            self._model,
-            self._modules,
-            self.layers,
-            _device(self._modules, self.layers),
-            check_rows(rows, None if processor is None else tokenizer_of(processor)),
-            tokens,
-            processor,
-            checks.integer("max_steps", max_steps, low=1),
-            on_layer,
-            checks.choice("backend", backend, ("auto", *BACKENDS)),
-        )
+        self._tracker = ForwardTracker(self._model, modules, options)
         self._stack: ExitStack | None = None
 
     @property
@@ -156,12 +129,9 @@ class CaptureSession:
             raise RuntimeError(
                 "session: expected a new session, this one was opened before; call capture_attention again"
             )
-        self._stack = ExitStack()
-        try:
-            self._install(self._stack)
-        except BaseException:
-            self._stack.close()
-            raise
+        with ExitStack() as stack:
+            self._install(stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -180,8 +150,7 @@ class CaptureSession:
             record.record(index, *call)
 
     def _install(self, stack: ExitStack) -> None:
-        join(self._model, self._tracker)
-        stack.callback(leave, self._model, self._tracker)
+        stack.enter_context(guarded(self._model, self._tracker))
         for index, module in enumerate(self._modules):
             _add_recorder(stack, module, (self, index))
         for registry, name in self._entries:
@@ -190,17 +159,8 @@ class CaptureSession:
         if names.has_own_generate(self._model):
             stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
         for module in (*wrappers(self._outer), self._model):
-            stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
-
-    # Under torch.compile the wrapper's hooks have run already; the inner ones would break the graph.
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            self._tracker.begin(module, args, kwargs)
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._tracker.end(output)
+            stack.callback(module.register_forward_pre_hook(self._tracker.begin, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._tracker.end, always_call=True).remove)
 
     def _check_generate(self, *_call: Any) -> None:
         """Before a forward of the text decoder: a custom `generate` may bypass the model that the session follows."""
@@ -212,22 +172,20 @@ class CaptureSession:
             )
 
 
-def _layers(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """The layers argument as ascending numbers, the order in which a forward runs them."""
-    if isinstance(layers, str) and layers == "all":
-        return tuple(range(depth))
-    return tuple(sorted(layers_of(layers, depth)))
-
-
-def _device(modules: list[nn.Module], layers: tuple[int, ...]) -> torch.device | None:
-    """The device of the captured layers; None if it is known only when they run."""
-    devices = set().union(*(devices_of(module) for module in modules))
+def _modules(model: nn.Module, layers: tuple[int, ...]) -> list[nn.Module]:
+    """The attention modules of these layers, which must run on one device."""
+    modules = attention_modules(model)
+    for layer in layers:
+        if layer not in modules:
+            raise ValueError(f"layers: layer {layer} has no softmax attention, expected layers among {sorted(modules)}")
+    captured = [modules[layer] for layer in layers]
+    devices = set().union(*map(devices_of, captured))
     if len(devices) > 1:
         raise ValueError(
             f"layers: expected layers on one device, got layers {list(layers)} on {sorted(map(str, devices))}; open a "
             "session for the layers of each device"
         )
-    return devices.pop() if devices else None
+    return captured
 
 
 def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:
@@ -240,5 +198,5 @@ def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSessi
         elif hasattr(module, RECORDERS):
             delattr(module, RECORDERS)
 
-    stack.callback(remove)
     setattr(module, RECORDERS, (*getattr(module, RECORDERS, ()), entry))
+    stack.callback(remove)

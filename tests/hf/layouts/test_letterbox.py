@@ -91,22 +91,22 @@ def test_the_canvas_is_the_smallest_that_shows_the_whole_image(name: str, width:
         image_processor, processor.tokenizer, patch_size=14, vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )  # fmt: skip
-    canvas = canvas_of(model, whole, (height, width))
-    pixels = image_processor(Image.new("RGB", canvas.size[::-1]), return_tensors="pt")["pixel_values"]
+    size, top_margin, left_margin = canvas_of(model, whole, (height, width))
+    pixels = image_processor(Image.new("RGB", size[::-1]), return_tensors="pt")["pixel_values"]
     count = (pixels.shape[-2] // 14) * (pixels.shape[-1] // 14)
     inputs = {"input_ids": torch.full((1, count), model.config.image_token_id), "pixel_values": pixels}
-    left, top, right, bottom = layout_of(model, whole, inputs, [canvas.size]).views[0][0].box
-    assert left <= canvas.left and canvas.left + width <= right
-    assert top <= canvas.top and canvas.top + height <= bottom
+    left, top, right, bottom = layout_of(model, whole, inputs, [size]).views[0][0].box
+    assert left <= left_margin and left_margin + width <= right
+    assert top <= top_margin and top_margin + height <= bottom
     # In one direction there is no margin, except for whole pixels.
-    visible = min(right, canvas.size[1]) - max(left, 0), min(bottom, canvas.size[0]) - max(top, 0)
-    assert canvas.size == (height, width) or min(visible[0] - width, visible[1] - height) <= 4
+    visible = min(right, size[1]) - max(left, 0), min(bottom, size[0]) - max(top, 0)
+    assert size == (height, width) or min(visible[0] - width, visible[1] - height) <= 4
     # The image is centred in the visible part.
     for first, end, start, length in (
-        (max(left, 0), min(right, canvas.size[1]), canvas.left, width),
-        (max(top, 0), min(bottom, canvas.size[0]), canvas.top, height),
+        (max(left, 0), min(right, size[1]), left_margin, width),
+        (max(top, 0), min(bottom, size[0]), top_margin, height),
     ):
-        assert canvas.size == (height, width) or abs((start - first) - (end - start - length)) <= 2
+        assert size == (height, width) or abs((start - first) - (end - start - length)) <= 2
 
 
 CROP = {"crop_size": {"height": 84, "width": 84}}
@@ -177,7 +177,8 @@ def test_each_token_covers_its_pixels(fit: str | None, corner: tuple[int, int]) 
     changed.paste("white", (*corner, corner[0] + 10, corner[1] + 10))
     engine = CarveEngine(model, processor, preset=QUICK, memory=False, fit=fit)
     requests = [engine.request(image, QUESTION) for image in (WIDE, changed)]
-    before, after = (request.entries["pixel_values"][0].unfold(1, 14, 14).unfold(2, 14, 14) for request in requests)
+    pixels = (request.features.entries["pixel_values"][0] for request in requests)
+    before, after = (each.unfold(1, 14, 14).unfold(2, 14, 14) for each in pixels)
     change = (after - before).abs().sum((0, 3, 4))
     view = requests[0].task.layout.views[0][0]
     if fit is None:

@@ -62,7 +62,7 @@ def _other_crop(patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_buffers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(caches, "reach", lambda cache, module: caches.Reach(None, None))
+    patch.setattr(caches, "_reach", lambda layer: caches.Reach(None, None))
 
 
 def _other_scale(patch: pytest.MonkeyPatch) -> None:
