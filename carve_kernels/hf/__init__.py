@@ -1,4 +1,4 @@
-"""CARVE on transformers models. A reading map, in the order of the flow; a part imports only parts above it in this list.
+"""CARVE on transformers models: a reading map, in the order of the flow. A part imports only parts above it here.
 
 1. Model access. `loading` finds a checkpoint and loads it, `processors` its processor. `model` finds the decoder, the
    layers and the devices of a model, and foreign code in its forward. `names` and `caches` spell the private names of

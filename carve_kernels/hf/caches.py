@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,10 +93,10 @@ class KeyState(NamedTuple):
 
 def cache_in(output: Any) -> Any:
     """The cache in the output of a forward, or None. Known in: as `cache_of`."""
+    values: Iterable[Any] = output if isinstance(output, (tuple, list)) else ()
     if isinstance(output, Mapping):
-        values = [output.get(name) for name in _CACHES]
-    else:
-        values = list(output) if isinstance(output, (tuple, list)) else []
+        # Read lazily: transformers warns when an old name is read.
+        values = (output.get(name) for name in _CACHES)
     return next((value for value in values if hasattr(value, _LENGTH)), None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from carve_kernels import CarveEngine, capture_attention
 from carve_kernels.checks import UpstreamChanged
@@ -248,3 +249,18 @@ def test_a_generate_without_criteria_blames_the_version(monkeypatch: pytest.Monk
 def test_an_unknown_registry_blames_the_version() -> None:
     with pytest.raises(UpstreamChanged, match="registry of attention functions"):
         names.own_entry(object(), "sdpa")
+
+
+def test_a_cache_is_read_by_one_name() -> None:
+    """transformers warns when the old name of a cache is read."""
+    names_read: list[str] = []
+
+    class Output(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            names_read.append(name)
+            return super().get(name, default)
+
+    cache = DynamicCache()
+    assert caches.cache_in(Output(cache=cache)) is cache and names_read == ["cache"]
+    assert caches.cache_in(Output(past_key_values=cache)) is cache and caches.cache_in((1, cache)) is cache
+    assert caches.cache_in(Output(logits=1)) is None

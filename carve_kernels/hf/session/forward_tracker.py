@@ -17,7 +17,7 @@ from carve_kernels.hf.model import decoder_layers, devices_of, image_token_posit
 from carve_kernels.hf.query_rows import resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
-from carve_kernels.hf.session.generate_guard import Generation, end_tokens
+from carve_kernels.hf.session.generate_guard import GenerateCall, end_tokens
 from carve_kernels.hf.session.recording import Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -38,7 +38,7 @@ class ForwardTracker:
 
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
-        self.generation: Generation | None = None
+        self.generation: GenerateCall | None = None
         self._model, self._modules, self._options = model, modules, options
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
@@ -50,7 +50,7 @@ class ForwardTracker:
         # Whether hooks may write to keys and masks that have no version counter.
         self._unsafe = False
         # The generate whose first forward has begun.
-        self._begun: Generation | None = None
+        self._begun: GenerateCall | None = None
         self._sources: list[object] = []
         # Whether the model's forward runs: a part of the model may be called alone, which is not recorded.
         self.running = False

@@ -30,7 +30,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _OPENING = threading.Lock()
 
 
-class Generation(NamedTuple):
+class GenerateCall(NamedTuple):
     """The arguments of a running `generate` that matter for its forwards.
 
     `eos` are the end tokens, `chunked` whether the prompt is prefilled in chunks, `ids` the whole prompt if it is given
@@ -49,7 +49,7 @@ class Generation(NamedTuple):
 class Tracker(Protocol):
     """What an open session does before and after each forward."""
 
-    generation: Generation | None
+    generation: GenerateCall | None
 
     def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
@@ -88,7 +88,7 @@ class GenerateGuard:
 
         return guarded_generate
 
-    def _generation(self, given: dict[str, Any]) -> Generation:
+    def _generation(self, given: dict[str, Any]) -> GenerateCall:
         """Raises ValueError for ways of decoding whose maps are not defined."""
         configs = [given.get("generation_config"), getattr(self._model, "generation_config", None)]
 
@@ -106,7 +106,7 @@ class GenerateGuard:
         if setting("cache_implementation") == "paged":
             raise ValueError("cache_implementation: expected no paged cache inside capture_attention, got 'paged'")
         prompt = names.prompt_of(given)
-        return Generation(
+        return GenerateCall(
             end_tokens(setting("eos_token_id")),
             setting("prefill_chunk_size") is not None,
             None if prompt is None or prompt.is_floating_point() else prompt,
