@@ -37,15 +37,15 @@ void contrast_cpu(const ContrastParams& params);
 
 enum class Float { kFloat32, kFloat16, kBfloat16 };
 
-// A matrix of int32 or, where `wide`, int64; `data` is null where there is none.
+// A matrix of int32 or, where `is_int64`, int64; `data` is null where there is none.
 struct IndexMatrix {
   const void* data;
-  bool wide;
+  bool is_int64;
   int64_t strides[2];
 
   int64_t at(int64_t row, int64_t column) const {
     const int64_t offset = row * strides[0] + column * strides[1];
-    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+    return is_int64 ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
   }
 };
 

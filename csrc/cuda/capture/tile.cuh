@@ -49,7 +49,7 @@ __device__ __forceinline__ void unpack(unsigned word, float* to, __nv_bfloat16) 
 
 __device__ __forceinline__ int64_t index_at(const IndexMatrix& index, int64_t row, int64_t column) {
   const int64_t offset = row * index.strides[0] + column * index.strides[1];
-  return index.wide ? load(static_cast<const int64_t*>(index.data) + offset)
+  return index.is_int64 ? load(static_cast<const int64_t*>(index.data) + offset)
                     : load(static_cast<const int32_t*>(index.data) + offset);
 }
 

@@ -264,9 +264,9 @@ template <class T>
 void launch_all(const RegionsJob& job, const RegionsLaunches& how) {
   const unsigned blocks = count_blocks(job.count, kBlockPixels, how.most_blocks);
   launch({"label_kernel", blocks, kBlockThreads, sizeof(PickShared), how.stream}, label_kernel<T>, job);
-  const unsigned wide = count_blocks(job.count, kBlockThreads, kSteps * how.most_blocks);
-  launch({"join_kernel", wide, kBlockThreads, 0, how.stream}, join_kernel, job);
-  launch({"number_kernel", wide, kBlockThreads, 0, how.stream}, number_kernel, job);
+  const unsigned pixel_blocks = count_blocks(job.count, kBlockThreads, kSteps * how.most_blocks);
+  launch({"join_kernel", pixel_blocks, kBlockThreads, 0, how.stream}, join_kernel, job);
+  launch({"number_kernel", pixel_blocks, kBlockThreads, 0, how.stream}, number_kernel, job);
   launch({"measure_kernel", blocks, kBlockThreads, 0, how.stream}, measure_kernel<T>, job);
 }
 
