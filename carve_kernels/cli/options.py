@@ -35,8 +35,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def option(text: str, name: str, panel: str = "Method") -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, show_default=False)
+def option(text: str, *names: str, panel: str = "Method") -> Any:
+    """An option without names has that of its parameter: --max-new-tokens for max_new_tokens."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+_machine = functools.partial(option, panel="Machine")
 
 
 def path(text: str, *names: str) -> Any:
@@ -59,41 +63,32 @@ class Settings:
         str | None,
         option(
             "paper, release, or a JSON file such as carve.json, which can set every parameter. "
-            "Default: the model's carve.json, or paper.",
-            "--preset",
+            "Default: the model's carve.json, or paper."
         ),
     ] = None
-    max_new_tokens: Annotated[int | None, option("Longest answer, in tokens.", "--max-new-tokens")] = None
+    max_new_tokens: Annotated[int | None, option("Longest answer, in tokens.")] = None
     fit: Annotated[
         str | None,
         option(
             "pad puts an image on a canvas that the model sees in full, where its processor would crop the image. "
-            "Default: as the processor does.",
-            "--fit",
+            "Default: as the processor does."
         ),
     ] = None
     dtype: Annotated[
         str,
-        option(
-            "auto, float32, bfloat16, float16, float64. auto is that of the checkpoint, or float32 for float16 on a "
-            "CPU.",
-            "--dtype",
-            "Machine",
+        _machine(
+            "auto, float32, bfloat16, float16, float64. "
+            "auto is that of the checkpoint, or float32 for float16 on a CPU."
         ),
     ] = "auto"
-    device: Annotated[str, option("auto, cpu, cuda, cuda:1, mps, ...", "--device", "Machine")] = "auto"
-    attn: Annotated[
-        str | None, option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
-    ] = None
-    backend: Annotated[
-        str, option("auto, reference, cpu, triton or cuda; doctor lists which of them work.", "--backend", "Machine")
-    ] = "auto"
-    allow_pickle: Annotated[
-        bool, option("Load pickle weights, which can run arbitrary code.", "--allow-pickle", "Machine")
-    ] = False
+    device: Annotated[str, _machine("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    attn: Annotated[str | None, _machine("Attention of the model: sdpa, eager, flex_attention, ...")] = None
+    backend: Annotated[str, _machine("auto, reference, cpu, triton or cuda; doctor lists which of them work.")] = "auto"
+    allow_pickle: Annotated[bool, _machine("Load pickle weights, which can run arbitrary code.", "--allow-pickle")] = (
+        False
+    )
     max_image_pixels: Annotated[
-        int | None,
-        option("Refuse images with more pixels than this. Default: 178956970.", "--max-image-pixels", "Machine"),
+        int | None, _machine("Refuse images with more pixels than this. Default: 178956970.")
     ] = None
     pixel_limit: int = field(init=False)
 
@@ -172,21 +167,18 @@ class Settings:
 class MethodSettings(Settings):
     """The options of run and batch, which set every parameter of the method."""
 
-    layers: Annotated[str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.", "--layers")] = (
-        None
-    )
+    layers: Annotated[str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.")] = None
     rows: Annotated[
         str | None,
         option(
-            "Captured query rows: last, 4 (the last four), question, word:red, text:the red cat, or -3 (the third "
-            "last).",
-            "--rows",
+            "Captured query rows: last, 4 (the last four), question, word:red, text:the red cat, "
+            "or -3 (the third last)."
         ),
     ] = None
-    steps: Annotated[str | None, option("Decode steps of the answer: t_start, t_end or t_full.", "--steps")] = None
-    keep: Annotated[float | None, option("Share of the pixels to keep, 0 to 1.", "--keep")] = None
-    top: Annotated[int | None, option("Regions to keep at most.", "--top")] = None
-    lam: Annotated[str | None, option("Added to the general map: a number, or mean (of that map).", "--lam")] = None
+    steps: Annotated[str | None, option("Decode steps of the answer: t_start, t_end or t_full.")] = None
+    keep: Annotated[float | None, option("Share of the pixels to keep, 0 to 1.")] = None
+    top: Annotated[int | None, option("Regions to keep at most.")] = None
+    lam: Annotated[str | None, option("Added to the general map: a number, or mean (of that map).")] = None
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:

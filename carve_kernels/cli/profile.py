@@ -41,13 +41,12 @@ def profile(
         list[str] | None,
         options.option(
             "Candidates: last, question, 4 (the last four), word:red, text:TEXT, -3 (the third last); may be repeated. "
-            "Default: last, question, and each of the last words.",
-            "--rows",
+            "Default: last, question, and each of the last words."
         ),
     ] = None,
     steps: Annotated[
         list[str] | None,
-        options.option("t_start, t_end or t_full; may be repeated. Default: all.", "--steps"),
+        options.option("t_start, t_end or t_full; may be repeated. Default: all."),
     ] = None,
     *,
     settings: options.Settings,
