@@ -10,19 +10,22 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from carve_kernels.backends import explain
-    from carve_kernels.checks import BackendUnavailable
-    from carve_kernels.hf.engine.engine import CarveEngine
-    from carve_kernels.hf.layouts import layout_of
-    from carve_kernels.hf.loading import load
-    from carve_kernels.hf.session.session import capture_attention
-    from carve_kernels.maps import AttentionMaps
-    from carve_kernels.ops.capture import capture, capture_layers
-    from carve_kernels.ops.contrast import contrast
-    from carve_kernels.ops.regions import regions
-    from carve_kernels.ops.zoom import zoom
-    from carve_kernels.pipeline import Preset, carve
-    from carve_kernels.types import View, VisualLayout
+    from carve_kernels.backends import explain as explain
+    from carve_kernels.checks import BackendUnavailable as BackendUnavailable
+    from carve_kernels.hf.engine.engine import CarveEngine as CarveEngine
+    from carve_kernels.hf.layouts import layout_of as layout_of
+    from carve_kernels.hf.loading import load as load
+    from carve_kernels.hf.session.session import capture_attention as capture_attention
+    from carve_kernels.maps import AttentionMaps as AttentionMaps
+    from carve_kernels.ops.capture import capture as capture
+    from carve_kernels.ops.capture import capture_layers as capture_layers
+    from carve_kernels.ops.contrast import contrast as contrast
+    from carve_kernels.ops.regions import regions as regions
+    from carve_kernels.ops.zoom import zoom as zoom
+    from carve_kernels.pipeline import Preset as Preset
+    from carve_kernels.pipeline import carve as carve
+    from carve_kernels.types import View as View
+    from carve_kernels.types import VisualLayout as VisualLayout
 
 __version__ = "0.3.0"
 
@@ -46,25 +49,7 @@ _SOURCES = {
     "zoom": "ops.zoom",
 }
 
-__all__ = [
-    "AttentionMaps",
-    "BackendUnavailable",
-    "CarveEngine",
-    "Preset",
-    "View",
-    "VisualLayout",
-    "__version__",
-    "capture",
-    "capture_attention",
-    "capture_layers",
-    "carve",
-    "contrast",
-    "explain",
-    "layout_of",
-    "load",
-    "regions",
-    "zoom",
-]
+__all__ = ["__version__", *_SOURCES]
 
 
 def __getattr__(name: str) -> Any:

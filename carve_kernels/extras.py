@@ -18,6 +18,7 @@ EXTRAS = {
     "transformers": ("transformers", "hf"),
     "typer": ("typer", "cli"),
 }
+FIT_TORCHVISION = "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
 
 
 def requirement(package: str) -> str:
@@ -45,7 +46,7 @@ def needed_by(what: str) -> Iterator[None]:
         if "torchvision" in str(cause):
             raise ImportError(
                 f"{what} needs transformers, and the torchvision here does not fit torch and breaks it ({cause}); "
-                "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
+                f"{FIT_TORCHVISION}"
             ) from error
         if error.name not in EXTRAS:
             raise

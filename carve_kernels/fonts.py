@@ -35,7 +35,8 @@ def legible(text: str) -> str:
     letters, drawn = [], True
     for letter in unicodedata.normalize("NFC", text):
         # A combining mark needs its letter.
-        drawn = (drawn or not unicodedata.category(letter).startswith("M")) and _is_drawn(letter)
+        drawn = drawn or not unicodedata.category(letter).startswith("M")
+        drawn = drawn and (letter.isspace() or _path_of(letter) is not None)
         letters.append(letter if drawn else letter.encode("unicode_escape").decode())
     return "".join(letters)
 
@@ -89,7 +90,12 @@ def _runs(text: str, size: int) -> list[Run]:
             split[-1] = (path, split[-1][1] + letter)
         else:
             split.append((path, letter))
-    runs = [(run if _shapes(_font(path, size)) else _without_controls(run), _font(path, size)) for path, run in split]
+    runs = []
+    for path, run in split:
+        font = _font(path, size)
+        # A font without shaping would draw format characters.
+        visible = run if _shapes(font) else "".join(letter for letter in run if unicodedata.category(letter) != "Cf")
+        runs.append((visible, font))
     return runs[::-1] if _direction(text) == "rtl" else runs
 
 
@@ -97,26 +103,14 @@ def _shapes(font: Any) -> bool:
     return bool(font.layout_engine == ImageFont.Layout.RAQM)
 
 
-def _without_controls(text: str) -> str:
-    """A text without format characters, which a font without shaping would draw."""
-    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-
-
 @cache
 def _path_of(letter: str) -> str | None:
     """The first font that has a character, "" for Pillow's own, None where there is no such font."""
     # Control characters and surrogates are not letters; without shaping, other scripts are in the wrong order.
-    if unicodedata.category(letter) in ("Cc", "Cs") or (_needs_shaping(letter) and not features.check("raqm")):
+    needs_shaping = unicodedata.bidirectional(letter) in _RIGHT_TO_LEFT
+    if unicodedata.category(letter) in ("Cc", "Cs") or (needs_shaping and not features.check("raqm")):
         return None
     return next((path for path in ("", *_paths()) if _has(path, letter)), None)
-
-
-def _is_drawn(letter: str) -> bool:
-    return letter.isspace() or _path_of(letter) is not None
-
-
-def _needs_shaping(letter: str) -> bool:
-    return unicodedata.bidirectional(letter) in _RIGHT_TO_LEFT
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from carve_kernels import checks, fonts
 from carve_kernels.types import Box, Regions
@@ -25,7 +25,7 @@ _LUT = _LUT.round().astype(numpy.uint8)
 LONGEST = 1600
 
 _INK, _SOFT, _PAPER, _TILE, _ACCENT = (28, 30, 38), (96, 100, 112), (255, 255, 255), (241, 242, 245), (255, 196, 60)
-
+_LINE_HEIGHT = 1.35
 
 _UNREADABLE = "Characters that no font of this machine has are drawn as escapes, such as \\u732b."
 
@@ -109,19 +109,19 @@ def panel(
     if any(fonts.unreadable(text) for text in texts):
         _LOG.warning("panel: no font of this machine has some characters of the text; they are drawn as escapes")
         caption = f"{caption}\n{_UNREADABLE}".strip()
-    width = margin + max(len(row) for row in rows) * (tile + margin)
-    inner = width - 2 * margin
-    blocks: list[Image.Image] = []
-    if title:
-        blocks.append(_text(title, inner, tile // 13, _INK))
-    if caption:
-        blocks.append(_text(caption, inner, tile // 20, _SOFT))
-    blocks += [_row(row, inner, tile, margin) for row in rows]
-    gaps = [margin // 2 if index == 0 and title and caption else margin for index in range(len(blocks))]
-    page = Image.new("RGB", (width, margin + sum(block.height for block in blocks) + sum(gaps)), _PAPER)
-    y = margin
-    for block, gap in zip(blocks, gaps, strict=True):
-        page.paste(block, (margin, y))
+    width = max(len(row) for row in rows) * (tile + margin) - margin
+    heads = [_text(title, width, tile // 13, _INK), _text(caption, width, tile // 20, _SOFT)]
+    head = _stack([block for block in heads if block.height], width, margin // 2)
+    blocks = [_row(row, width, tile, margin) for row in rows]
+    return ImageOps.expand(_stack([head, *blocks] if head.height else blocks, width, margin), margin, _PAPER)
+
+
+def _stack(blocks: Sequence[Image.Image], width: int, gap: int = 0) -> Image.Image:
+    """Blocks of this width, one below the other."""
+    page = Image.new("RGB", (width, sum(block.height + gap for block in blocks) - gap * bool(blocks)), _PAPER)
+    y = 0
+    for block in blocks:
+        page.paste(block, (0, y))
         y += block.height + gap
     return page
 
@@ -146,20 +146,16 @@ def _row(cells: Sequence[Tile], width: int, tile: int, margin: int) -> Image.Ima
 
 def _below(cell: Tile, width: int) -> Image.Image:
     """The caption of a tile, below its colour scale where it has one."""
-    size = width // 21
-    caption = _text(cell.caption, width, size, _SOFT)
+    caption = _text(cell.caption, width, width // 21, _SOFT)
     if cell.scale is None:
         return caption
+    size = max(width // 21, 12)
     bar = Image.fromarray(_LUT[None]).resize((width, max(6, width // 40)))
-    ends = _text("x", width, size, _PAPER)
-    draw, size = ImageDraw.Draw(ends), max(size, 12)
+    ends = Image.new("RGB", (width, 4 + round(size * _LINE_HEIGHT)), _PAPER)
     for text, share in ((cell.scale.low, 0.0), (cell.scale.unit, 0.5), (cell.scale.high, 1.0)):
-        fonts.draw(draw, (round((width - fonts.length(text, size)) * share), 0), text, size, _SOFT)
-    block = Image.new("RGB", (width, bar.height + 4 + ends.height + caption.height), _PAPER)
-    block.paste(bar, (0, 0))
-    block.paste(ends, (0, bar.height + 4))
-    block.paste(caption, (0, bar.height + 4 + ends.height))
-    return block
+        x = round((width - fonts.length(text, size)) * share)
+        fonts.draw(ImageDraw.Draw(ends), (x, 4), text, size, _SOFT)
+    return _stack([bar, ends, caption], width)
 
 
 def _fit(image: Image.Image | None, tile: int) -> Image.Image | None:
@@ -176,7 +172,7 @@ def _text(text: str, width: int, size: int, colour: tuple[int, int, int]) -> Ima
     """Text of a readable size wrapped to a width; an empty text has no height."""
     size = max(size, 12)
     lines = [line for paragraph in fonts.legible(text).splitlines() for line in _wrap(paragraph, width, size)]
-    step = round(size * 1.35)
+    step = round(size * _LINE_HEIGHT)
     block = Image.new("RGB", (width, step * len(lines)), _PAPER)
     draw = ImageDraw.Draw(block)
     for index, line in enumerate(lines):

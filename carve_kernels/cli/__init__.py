@@ -99,18 +99,16 @@ class _Command(typer.core.TyperCommand):
 
     def _named(self, ctx: Any, message: str) -> str:
         match = _ARGUMENT.match(message)
-        option = match and self._typed(ctx, match["name"])
-        if not match or not option:
+        if match is None:
+            return message
+        options = {parameter.name: parameter.opts[0] for parameter in self.params}
+        name = match["name"] if match["name"] in options else TYPED.get(match["name"], "")
+        source = ctx.get_parameter_source(name)
+        # The argument may not be typed but come from elsewhere, such as a carve.json.
+        if source is None or source.name != "COMMANDLINE":
             return message
         value = f" {match['value']}" if match["value"] else ""
-        return f"{option}{value}: {message[match.end() :]}"
-
-    def _typed(self, ctx: Any, name: str) -> str | None:
-        """The option of an argument; None if it was not typed but came from elsewhere, such as a carve.json."""
-        options = {parameter.name: parameter.opts[0] for parameter in self.params}
-        name = name if name in options else TYPED.get(name, name)
-        source = ctx.get_parameter_source(name)
-        return options.get(name) if source is not None and source.name == "COMMANDLINE" else None
+        return f"{options[name]}{value}: {message[match.end() :]}"
 
 
 app = typer.Typer(

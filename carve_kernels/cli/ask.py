@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from carve_kernels.cli.notes import notes_of
 from carve_kernels.cli.output import Announce, clock, replace_files, stages
-from carve_kernels.cli.report import FILES, Question, Report, is_ours, summarise, write
+from carve_kernels.cli.report import FILES, Question, Report, is_ours, notes_of, summarise, write
 from carve_kernels.hf import names
-from carve_kernels.hf.engine.engine import CarveEngine
+from carve_kernels.hf.engine.engine import STAGES, CarveEngine
 from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
-
-_STAGES = {
-    "task": "first pass, question",
-    "general": "first pass, general prompt",
-    "carve": "contrast, regions, zoom",
-    "answer": "second pass",
-}
 
 
 def ask(
@@ -35,7 +28,7 @@ def ask(
     `options` are the engine's: backend, max_image_pixels, fit.
     """
     imported = clock.seconds()
-    total = 2 + len(_STAGES) * len(presets)
+    total = 2 + len(STAGES) * len(presets)
     with replace_files(output, FILES, is_ours) as folder, quiet(), stages(total) as announce:
         announce("loading the model")
         model, processor = load()
@@ -43,7 +36,8 @@ def ask(
         results = {}
         for name, preset in presets.items():
             engine = CarveEngine(model, processor, preset=preset, **options)
-            results[name] = engine(question.image, question.text, on_progress=_announcer(announce, name))
+            on_progress = partial(_announce_stage, announce, name)
+            results[name] = engine(question.image, question.text, on_progress=on_progress)
         announce("writing")
         answered = clock.seconds()
         notes = {name: notes_of(result, model, processor) for name, result in results.items()}
@@ -70,12 +64,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _announcer(announce: Announce, name: str) -> Callable[[str, int, int], None]:
-    def on_progress(stage: str, done: int, total: int) -> None:
-        if stage in _STAGES:
-            announce(f"{name}: {_STAGES[stage]}")
-
-    return on_progress
+def _announce_stage(announce: Announce, preset: str, stage: str, _done: int, _total: int) -> None:
+    if stage in STAGES:
+        announce(f"{preset}: {stage}")
 
 
 def model_facts(model: Any) -> dict[str, Any]:

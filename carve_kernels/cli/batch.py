@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import INTERRUPTED, as_typed, clock, counted, fail, note, number_of, versions
+from carve_kernels.cli.output import (
+    INTERRUPTED,
+    as_typed,
+    clock,
+    counted,
+    fail,
+    first_few,
+    note,
+    number_of,
+    say,
+    versions,
+)
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import QuestionLine
@@ -19,11 +30,10 @@ if TYPE_CHECKING:
     from carve_kernels.hf.engine.result import CarveFailure, CarveResult
     from carve_kernels.presets import Preset
 
-_MOST = 5
-
 _Marks = dict[str, str | None]
 
 
+@options.spread
 def batch(
     input: Annotated[
         str,
@@ -50,21 +60,8 @@ def batch(
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Most tokens in the KV cache at once. Default: as memory allows.")
     ] = None,
-    preset: options.PresetOption = None,
-    layers: options.LayersOption = None,
-    rows: options.RowsOption = None,
-    steps: options.StepsOption = None,
-    keep: options.KeepOption = None,
-    top: options.TopOption = None,
-    lam: options.LamOption = None,
-    max_new_tokens: options.MaxNewTokensOption = None,
-    fit: options.FitOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    attn: options.AttentionOption = None,
-    backend: options.BackendOption = "auto",
-    allow_pickle: options.AllowPickleOption = False,
-    max_image_pixels: options.MaxImagePixelsOption = None,
+    *,
+    settings: options.MethodSettings,
 ) -> None:
     """Ask a local checkpoint many questions about many images, and continue where an earlier run stopped.
 
@@ -77,8 +74,6 @@ def batch(
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.loading import SMALL
 
-    dtype = options.check_machine(dtype, backend)
-    options.check_fit(fit)
     folder, questions = checks.path("output", output), checks.path("input", input)
     if memory is not None and os.path.isfile(checks.path("memory", memory)):
         raise NotADirectoryError(f"memory: {memory} is not a folder; choose another --memory")
@@ -86,33 +81,32 @@ def batch(
     if model is None:
         model = SMALL
         note("no --model: the embedded model answers, which only knows the scenes of carve-kernels demo")
-    name, values = options.build_preset(model, preset, layers, rows, steps, keep, top, lam, max_new_tokens)
-    limit = options.pixel_limit(max_image_pixels)
+    name, preset = settings.preset_of(model)
     if tokens is not None:
         checks.integer("tokens", tokens, low=1)
 
     def load() -> Any:
         from carve_kernels.hf.engine.engine import CarveEngine
 
-        loaded = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
-        return CarveEngine(*loaded, preset=values, backend=backend, max_image_pixels=limit, memory=memory, fit=fit)
+        return CarveEngine(*settings.load(model), preset=preset, memory=memory, **settings.engine)
 
-    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": options.preset_files(preset)}
+    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": settings.preset_files}
     with Store(folder).opened() as store:
         store.refuse_twins(line.name for line in lines)
         store.refuse_inputs([line.name for line in lines], inputs)
-        facts = _facts(model, values, dtype, attn, fit)
+        facts = _facts(model, preset, settings)
         _Run(store, lines, facts, name, images or old_images, tokens).work(load)
 
 
-def _facts(model: str, preset: Preset, dtype: str, attn: str | None, fit: str | None) -> dict[str, Any]:
+def _facts(model: str, preset: Preset, settings: options.Settings) -> dict[str, Any]:
     """What answers depend on besides questions and images."""
     from carve_kernels.cli.digests import checkpoint_digest
     from carve_kernels.hf.loading import find
 
     folder = find(model).folder
     digest = checkpoint_digest(folder) if folder.is_dir() else None
-    return {"model": digest, "preset": preset.to_dict(), "dtype": dtype, "attention": attn, "fit": fit}
+    machine = {"dtype": settings.dtype, "attention": settings.attn, "fit": settings.fit}
+    return {"model": digest, "preset": preset.to_dict(), **machine}
 
 
 @dataclass
@@ -148,34 +142,25 @@ class _Run:
             raise type(error)(f"{error}; {self._progress()}") from error
 
     def _todo(self) -> dict[str, _Marks]:
-        """The marks of the questions that are not answered yet, by name."""
+        """The questions that are not answered yet: by name, what tells an answer under these settings from others."""
         from carve_kernels.cli.digests import file_digest
+        from carve_kernels.hf.engine.fingerprint import key_of
 
         todo = {}
         digests = {image: file_digest(image) for image in {line.image for line in self.lines}}
         for line in self.lines:
-            marks = self._marks(line, digests[line.image])
+            key = key_of(format=2, question=line.text, prompt=line.prompt, truth=line.truth, **self.facts)
+            marks = {"fingerprint": key, "image_digest": digests[line.image]}
             if self.store.has(line.name, marks, self.images):
                 self.done += 1
             else:
                 todo[line.name] = marks
         return todo
 
-    def _marks(self, line: QuestionLine, digest: str | None) -> _Marks:
-        """What tells an answer to this question under these settings from others, by the keys of its record."""
-        from carve_kernels.hf.engine.fingerprint import key_of
-
-        key = key_of(format=2, question=line.text, prompt=line.prompt, truth=line.truth, **self.facts)
-        return {"fingerprint": key, "image_digest": digest}
-
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
         lines = [line for line in self.lines if line.name in todo]
-        columns: dict[str, list[Any]] = {
-            "images": [line.image for line in lines],
-            "questions": [line.text for line in lines],
-            "prompts": [line.prompt for line in lines],
-        }
-        results = engine.stream(**columns, tokens=self.tokens)
+        images, questions, prompts = zip(*((line.image, line.text, line.prompt) for line in lines), strict=True)
+        results = engine.stream(images, questions, prompts=prompts, tokens=self.tokens)
         with counted(len(self.lines), self.done, "questions") as advance:
             for line, result in zip(lines, results, strict=True):
                 self._write(line, result, engine, todo[line.name])
@@ -185,28 +170,28 @@ class _Run:
     def _write(self, line: QuestionLine, result: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
         from carve_kernels import deprecation
         from carve_kernels.cli.ask import model_facts
-        from carve_kernels.cli.notes import notes_of
-        from carve_kernels.cli.report import FILES, RECORD, Question, Report, record, write, write_record
+        from carve_kernels.cli.report import FILES, RECORD, Question, Report, notes_of, record, write, write_record
         from carve_kernels.hf.engine.result import CarveFailure
 
         facts: dict[str, Any] = {"id": line.id, "image_path": str(line.image), **marks, "error": None}
         facts = deprecation.with_old_keys(facts, picture="image_path", picture_digest="image_digest")
         if isinstance(result, CarveFailure):
             error = {"type": type(result.error).__name__, "message": as_typed(result.error)}
-            self.store.write_error(line.name, {"question": line.text, **facts, "error": error})
-            return
-        question = Question(result.image, line.text, line.truth, facts)
-        notes = {self.preset: notes_of(result, engine.model, engine.processor)}
-        seconds = {"load": 0.0, "look": sum(result.seconds.values()), "total": sum(result.seconds.values())}
-        report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
-        if self.images:
-            self.store.write(line.name, FILES, lambda folder: write(folder, report))
+            values = {"question": line.text, **facts, "error": error}
         else:
-            self.store.write(line.name, (RECORD,), lambda folder: write_record(folder, record(report)))
+            question = Question(result.image, line.text, line.truth, facts)
+            notes = {self.preset: notes_of(result, engine.model, engine.processor)}
+            total = sum(result.seconds.values())
+            seconds = {"load": 0.0, "look": total, "total": total}
+            report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
+            if self.images:
+                self.store.write(line.name, FILES, lambda folder: write(folder, report))
+                return
+            values = record(report)
+        self.store.write(line.name, (RECORD,), lambda folder: write_record(folder, values))
 
     def _finish(self, done: int, seconds: float) -> None:
-        from rich.console import Console
-        from rich.text import Text
+        from carve_kernels.cli.report import unseen_warning
 
         rows = [self._row(line) for line in self.lines]
         failed = [row for row in rows if row["error"] is not None]
@@ -225,20 +210,19 @@ class _Run:
         counts = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
         if summary["right"] is not None:
             counts += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
-        console = Console()
         rate = f"; {done / seconds:.2f} a second" if done else ""
-        console.print(Text(f"{counts}; {clock.seconds():.1f} s{rate}"), soft_wrap=True)
-        console.print(Text(f"{self.store.folder}/: results.jsonl, summary.json"), soft_wrap=True)
+        say(f"{counts}; {clock.seconds():.1f} s{rate}")
+        say(f"{self.store.folder}/: results.jsonl, summary.json")
         unseen = [row.get("unseen") or 0.0 for row in rows]
-        warning = options.unseen_warning(max(unseen))
+        warning = unseen_warning(max(unseen))
         if warning is not None:
-            count = sum(options.unseen_warning(share) is not None for share in unseen)
-            console.print(Text(f"in {count} of {total} up to {warning}", style="yellow"), soft_wrap=True)
+            count = sum(unseen_warning(share) is not None for share in unseen)
+            say(f"in {count} of {total} up to {warning}", "yellow")
         notes = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
         if notes:
-            note(_first(notes))
+            note(first_few(notes))
         if failed:
-            reasons = _first([f"line {row['line']}: {row['error']['message']}" for row in failed])
+            reasons = first_few([f"line {row['line']}: {row['error']['message']}" for row in failed])
             fail(f"{len(failed)} of {total} failed: {reasons}")
             raise typer.Exit(1)
 
@@ -257,11 +241,6 @@ class _Run:
         done = f"{self.done} of {number_of(len(self.lines), 'question')}"
         verb = "is" if len(self.lines) == 1 else "are"
         return f"{done} {verb} done, in {self.store.folder}; run the command again to continue"
-
-
-def _first(lines: Sequence[str]) -> str:
-    more = f"; and {len(lines) - _MOST} more" if len(lines) > _MOST else ""
-    return f"{'; '.join(lines[:_MOST])}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

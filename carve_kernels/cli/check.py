@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from carve_kernels.cli.options import device_of, path
-from carve_kernels.cli.output import one_line, replace_files, stages, versions
+from carve_kernels.cli.output import one_line, replace_files, say, stages, versions
 from carve_kernels.cli.tables import Cell, screen, show, table
 
 _KIND = "carve_kernels.check"
@@ -48,7 +48,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _show(report: dict[str, Any]) -> list[str]:
+def _show(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Print a report; return the cases that are wrong."""
     console = screen()
     machine = report["machine"]
@@ -61,12 +61,10 @@ def _show(report: dict[str, Any]) -> list[str]:
         console.print("No prediction: the rates of this GPU are not known, neither by its name nor by its memory.")
     if all(entry["backend"] == "reference" for entry in report["checks"]):
         console.print(Text("No kernel serves this device: only the reference was checked.", style="yellow"))
-    wrong = []
-    for entry in report["checks"]:
-        if entry["right"] is False:
-            line = f"wrong: {entry['stage']}, backend {entry['backend']}, {entry['case']}: {one_line(entry['problem'])}"
-            console.print(Text(line, style="bold red"), soft_wrap=True)
-            wrong.append(line)
+    wrong = [entry for entry in report["checks"] if entry["right"] is False]
+    for entry in wrong:
+        problem = one_line(entry["problem"])
+        say(f"wrong: {entry['stage']}, backend {entry['backend']}, {entry['case']}: {problem}", "bold red")
     right = sum(entry["right"] is True for entry in report["checks"])
     verdict = f"{len(wrong)} of {right + len(wrong)} cases are wrong." if wrong else f"All {right} cases are right."
     console.print(Text(verdict, style="bold red" if wrong else "bold green"))

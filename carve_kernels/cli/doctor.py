@@ -14,28 +14,30 @@ from rich.text import Text
 
 from carve_kernels.cli.output import one_line, versions
 from carve_kernels.cli.tables import screen, table
-from carve_kernels.extras import requirement
+from carve_kernels.extras import FIT_TORCHVISION, requirement
 
-Line = tuple[str, Text, str]
+Line = tuple[str, bool, str]
+"""What was tried, whether it works, and more: facts, or why not."""
 
 
 def doctor() -> None:
     """Say which versions, backends, devices and processors work here, and how to fix what does not."""
     console = screen()
-    console.print(table("Versions", ("package", "version"), _versions()))
-    backends = {(stage, backend): why for stage, backend, why in _backends()}
+    system = f"{platform.system()} {platform.machine()}"
+    installed = [(name, version or "missing") for name, version in versions().items()]
+    console.print(table("Versions", ("package", "version"), [*installed, ("system", system)]))
+    backends = dict(_backends())
     columns = ("stage", "backend", "works", "why not, and how to fix it")
     console.print(table("Backends", columns, _backend_rows(backends)))
     transformers = why_not("transformers", "AutoProcessor")
     trials = list(_trials()) if backends and transformers is None else []
-    tried = [(name, _yes(why is None), why or more) for name, more, why in trials]
-    lines = [*_machine(), *_models(transformers), *tried]
+    lines = [(what, _yes(works), more) for what, works, more in (*_machine(), *_models(transformers), *trials)]
     console.print(table("Machine and models", ("what", "works", "more"), lines))
     broken = [
         f"{stage} by the reference backend" for (stage, name), why in backends.items() if name == "reference" and why
     ]
     broken += ["transformers"] if transformers else []
-    broken += [name for name, _, why in trials if why]
+    broken += [name for name, works, _ in trials if not works]
     broken += [] if backends else ["torch"]
     if broken:
         console.print(Text(f"To fix: {', '.join(broken)}.", style="bold red"))
@@ -55,13 +57,7 @@ def why_not(module: str, name: str | None = None) -> str | None:
     return None
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for name, version in versions().items():
-        yield name, version or "missing"
-    yield "system", f"{platform.system()} {platform.machine()}"
-
-
-def _backends() -> Iterator[tuple[str, str, str | None]]:
+def _backends() -> Iterator[tuple[tuple[str, str], str | None]]:
     """Each stage and backend, and why it does not work, by running a small problem."""
     if why_not("torch"):
         return
@@ -69,7 +65,7 @@ def _backends() -> Iterator[tuple[str, str, str | None]]:
 
     for stage in STAGES:
         for backend in BACKENDS:
-            yield stage, backend, _try(stage, backend)
+            yield (stage, backend), _try(stage, backend)
 
 
 def _try(stage: str, backend: str) -> str | None:
@@ -119,7 +115,7 @@ def _backend_rows(backends: dict[tuple[str, str], str | None]) -> Iterator[tuple
 def _machine() -> Iterator[Line]:
     why = why_not("torch")
     if why:
-        yield "torch", _yes(False), why
+        yield "torch", False, why
         return
     import torch
 
@@ -128,55 +124,54 @@ def _machine() -> Iterator[Line]:
     from carve_kernels.backends.native import extension
 
     missing = cpu.unavailable()
-    yield "extension", _yes(missing is None), missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
+    yield "extension", missing is None, missing or "kernels in use: {}, best here: {}".format(*cpu.isa())
     architectures = () if missing else extension.architectures()
     more = ", ".join(f"sm_{number}" for number in architectures) or "none; build with nvcc on the path or in CUDACXX"
-    yield "CUDA kernels", _yes(bool(architectures)), more
+    yield "CUDA kernels", bool(architectures), more
     if architectures:
         try:
             gpu_driver = driver.find()
         except RuntimeError:
-            yield "GPU driver", _yes(False), "unknown: the extension is older than this package; build it again"
+            yield "GPU driver", False, "unknown: the extension is older than this package; build it again"
         else:
-            yield "GPU driver", _yes(gpu_driver.fits), str(gpu_driver)
-    yield "CPU", _yes(True), f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+            yield "GPU driver", gpu_driver.fits, str(gpu_driver)
+    yield "CPU", True, f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield "GPU", _yes(bool(names)), ", ".join(names) or "torch finds none; the CPU is used"
+    yield "GPU", bool(names), ", ".join(names) or "torch finds none; the CPU is used"
 
 
 def _models(transformers: str | None) -> Iterator[Line]:
     """transformers, torchvision, and the processor of each supported family."""
     if find_spec("transformers") is None:
-        yield "transformers", _yes(False), f"missing; pip install '{requirement('transformers')}'"
+        yield "transformers", False, f"missing; pip install '{requirement('transformers')}'"
         return
-    yield "transformers", _yes(transformers is None), transformers or ""
+    yield "transformers", transformers is None, transformers or ""
     torchvision = why_not("torchvision") if find_spec("torchvision") else "missing"
-    if torchvision is None:
-        yield "torchvision", _yes(True), ""
-    elif torchvision == "missing":
-        yield "torchvision", _yes(False), "missing; many processors work without it: pip install torchvision"
-    else:
-        fix = "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
-        yield "torchvision", _yes(False), f"does not fit torch and breaks transformers ({torchvision}); {fix}"
+    more = (
+        "" if torchvision is None else f"does not fit torch and breaks transformers ({torchvision}); {FIT_TORCHVISION}"
+    )
+    if torchvision == "missing":
+        more = "missing; many processors work without it: pip install torchvision"
+    yield "torchvision", torchvision is None, more
     if transformers is None and why_not("torch") is None:
         yield from _processors(torchvision)
 
 
-def _trials() -> Iterator[tuple[str, str, str | None]]:
-    """Typical uses of transformers, each tried once: (name, what was tried, why it fails or None)."""
+def _trials() -> Iterator[Line]:
+    """Typical uses of transformers, each tried once."""
     from carve_kernels.cli.ask import quiet
 
     with quiet():
         for name, trial in (("contract with transformers", _contract), ("session", _session), ("engine", _engine)):
             try:
-                more, why = trial()
+                more, works = trial(), True
             # Any error of a trial is an answer here.
             except Exception as error:
-                more, why = "", one_line(error)
-            yield name, more, why
+                more, works = one_line(error), False
+            yield name, works, more
 
 
-def _contract() -> tuple[str, str | None]:
+def _contract() -> str:
     """Whether transformers is as this package expects it, and whether its version was tested."""
     from carve_kernels.hf import names
     from carve_kernels.hf.session import contract
@@ -186,7 +181,9 @@ def _contract() -> tuple[str, str | None]:
     tested = "tested" if names.is_tested() else "not tested"
     text = f"{len(results) - len(failed)} of {len(results)} checks hold; {names.version()} is {tested}"
     text += f", {names.TESTED[0]} to {names.TESTED[1]} are"
-    return text, f"{text}; {'; '.join(failed)}; install one of those: {names.install_command()}" if failed else None
+    if failed:
+        raise RuntimeError(f"{text}; {'; '.join(failed)}; install one of those: {names.install_command()}")
+    return text
 
 
 @cache
@@ -197,7 +194,7 @@ def _embedded() -> tuple[Any, Any, Any]:
     return *load(small(), dtype="float32"), scenes.draw_scene(seed=3, level=1, split="test")
 
 
-def _session() -> tuple[str, str | None]:
+def _session() -> str:
     from carve_kernels.hf.session.session import capture_attention
 
     model, processor, scene = _embedded()
@@ -206,17 +203,17 @@ def _session() -> tuple[str, str | None]:
         model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     if session.maps.steps != (0, 1) or not bool((session.maps.mass > 0).all()):
         raise RuntimeError(f"expected maps of 2 steps with mass, got {session.maps.steps} with {session.maps.mass}")
-    return "two new tokens of the embedded model, captured in one layer", None
+    return "two new tokens of the embedded model, captured in one layer"
 
 
-def _engine() -> tuple[str, str | None]:
+def _engine() -> str:
     from carve_kernels.hf.engine.engine import CarveEngine
 
     model, processor, scene = _embedded()
     result = CarveEngine(model, processor, memory=False)(scene.image, scene.question)
     if not result.answer or not bool(result.saliency.isfinite().all()):
         raise RuntimeError(f"expected an answer and a finite saliency, got {result.answer!r}")
-    return "one question about one image to the embedded model", None
+    return "one question about one image to the embedded model"
 
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
@@ -232,7 +229,7 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
                 limit = "images work without torchvision, videos need it: pip install torchvision"
         except names.UpstreamChanged as error:
             why = one_line(error.what)
-        yield f"{family} processor", _yes(why is None), why or limit
+        yield f"{family} processor", why is None, why or limit
 
 
 def _yes(works: bool) -> Text:

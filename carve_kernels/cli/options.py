@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +19,28 @@ if TYPE_CHECKING:
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 
-def option(text: str, name: str, panel: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, show_default=False, **settings)
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the last parameter of a command, a dataclass, by its fields: typer then reads each as an option."""
+    signature = inspect.signature(command, eval_str=True)
+    *own, settings = signature.parameters.values()
+    shared = inspect.signature(settings.annotation, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        fields = {option.name: values.pop(option.name) for option in shared}
+        command(**values, **{settings.name: settings.annotation(**fields)})
+
+    options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in (*own, *shared)]
+    call.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return call
+
+
+def option(text: str, *names: str, panel: str = "Method") -> Any:
+    """An option without names has that of its parameter: --max-new-tokens for max_new_tokens."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+_machine = functools.partial(option, panel="Machine")
 
 
 def path(text: str, *names: str) -> Any:
@@ -29,94 +53,132 @@ MODEL = (
     "Nothing is downloaded."
 )
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL)]
-PresetOption = Annotated[
-    str | None,
-    option(
-        "paper, release, or a JSON file such as carve.json, which can set every parameter. "
-        "Default: the model's carve.json, or paper.",
-        "--preset",
-        "Method",
-    ),
-]
-LayersOption = Annotated[
-    str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.", "--layers", "Method")
-]
-RowsOption = Annotated[
-    str | None,
-    option(
-        "Captured query rows: last, 4 (the last four), question, word:red, text:the red cat, or -3 (the third last).",
-        "--rows",
-        "Method",
-    ),
-]
-StepsOption = Annotated[
-    str | None, option("Decode steps of the answer: t_start, t_end or t_full.", "--steps", "Method")
-]
-KeepOption = Annotated[float | None, option("Share of the pixels to keep, 0 to 1.", "--keep", "Method")]
-TopOption = Annotated[int | None, option("Regions to keep at most.", "--top", "Method")]
-LamOption = Annotated[
-    str | None, option("Added to the general map: a number, or mean (of that map).", "--lam", "Method")
-]
-FitOption = Annotated[
-    str | None,
-    option(
-        "pad puts an image on a canvas that the model sees in full, where its processor would crop the image. "
-        "Default: as the processor does.",
-        "--fit",
-        "Method",
-    ),
-]
-MaxNewTokensOption = Annotated[int | None, option("Longest answer, in tokens.", "--max-new-tokens", "Method")]
-DtypeOption = Annotated[
-    str,
-    option(
-        "auto, float32, bfloat16, float16, float64. auto is that of the checkpoint, or float32 for float16 on a CPU.",
-        "--dtype",
-        "Machine",
-    ),
-]
-DeviceOption = Annotated[str, option("auto, cpu, cuda, cuda:1, mps, ...", "--device", "Machine")]
-AttentionOption = Annotated[
-    str | None, option("Attention of the model: sdpa, eager, flex_attention, ...", "--attn", "Machine")
-]
-BackendOption = Annotated[
-    str, option("auto, reference, cpu, triton or cuda; doctor lists which of them work.", "--backend", "Machine")
-]
-AllowPickleOption = Annotated[
-    bool, option("Load pickle weights, which can run arbitrary code.", "--allow-pickle", "Machine")
-]
-MaxImagePixelsOption = Annotated[
-    int | None,
-    option("Refuse images with more pixels than this. Default: 178956970.", "--max-image-pixels", "Machine"),
-]
 
 
-def build_preset(
-    model: str,
-    preset: str | None,
-    layers: str | None = None,
-    rows: str | None = None,
-    steps: str | None = None,
-    keep: float | None = None,
-    top: int | None = None,
-    lam: str | None = None,
-    max_new_tokens: int | None = None,
-) -> tuple[str, Preset]:
-    """The name and the values of the preset that the options mean for this checkpoint."""
-    options: dict[str, Any] = {
-        "layers": None if layers is None else parse_layers(layers),
-        "rows": None if rows is None else parse_rows(rows),
-        "steps": steps,
-        "keep": keep,
-        "top": top,
-        "lam": None if lam is None else parse_lam(lam),
-        "max_new_tokens": max_new_tokens,
-    }
-    name, base = _base(preset, model)
-    changes = {key: value for key, value in options.items() if value is not None}
-    if top is not None:
-        changes["floor"] = None
-    return name, dataclasses.replace(base, **changes)
+@dataclass
+class Settings:
+    """The options of every command that loads a checkpoint, checked."""
+
+    preset: Annotated[
+        str | None,
+        option(
+            "paper, release, or a JSON file such as carve.json, which can set every parameter. "
+            "Default: the model's carve.json, or paper."
+        ),
+    ] = None
+    max_new_tokens: Annotated[int | None, option("Longest answer, in tokens.")] = None
+    fit: Annotated[
+        str | None,
+        option(
+            "pad puts an image on a canvas that the model sees in full, where its processor would crop the image. "
+            "Default: as the processor does."
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        _machine(
+            "auto, float32, bfloat16, float16, float64. "
+            "auto is that of the checkpoint, or float32 for float16 on a CPU."
+        ),
+    ] = "auto"
+    device: Annotated[str, _machine("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    attn: Annotated[str | None, _machine("Attention of the model: sdpa, eager, flex_attention, ...")] = None
+    backend: Annotated[str, _machine("auto, reference, cpu, triton or cuda; doctor lists which of them work.")] = "auto"
+    allow_pickle: Annotated[bool, _machine("Load pickle weights, which can run arbitrary code.", "--allow-pickle")] = (
+        False
+    )
+    max_image_pixels: Annotated[
+        int | None, _machine("Refuse images with more pixels than this. Default: 178956970.")
+    ] = None
+    pixel_limit: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        from carve_kernels import checks
+        from carve_kernels.backends import BACKENDS
+        from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+        from carve_kernels.hf.loading import dtype_of
+        from carve_kernels.presets import FITS
+
+        checks.choice("backend", self.backend, ("auto", *BACKENDS))
+        # The full name: float16 for fp16.
+        self.dtype = str(dtype_of("dtype", self.dtype)).removeprefix("torch.")
+        if self.fit is not None:
+            # None means that the option is absent; it cannot be typed.
+            checks.choice("fit", self.fit, [name for name in FITS if name is not None])
+        limit = MAX_IMAGE_PIXELS if self.max_image_pixels is None else self.max_image_pixels
+        self.pixel_limit = checks.integer("max_image_pixels", limit, low=1)
+
+    @property
+    def preset_files(self) -> list[Path]:
+        """The file that --preset names, if it names one."""
+        from carve_kernels import checks
+
+        is_file = self.preset is not None and self.preset.endswith(".json")
+        return [checks.path("preset", self.preset)] if is_file else []
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The arguments that CarveEngine and the profile share."""
+        return {"backend": self.backend, "max_image_pixels": self.pixel_limit, "fit": self.fit}
+
+    def preset_of(self, model: str) -> tuple[str, Preset]:
+        """The name and the values of the preset that the options mean for this checkpoint."""
+        changes = {name: value for name, value in vars(self).items() if name in _PARAMETERS and value is not None}
+        for name, parse in _PARSERS.items():
+            if name in changes:
+                changes[name] = parse(changes[name])
+        if "top" in changes:
+            changes["floor"] = None
+        name, base = self._base(model)
+        return name, dataclasses.replace(base, **changes)
+
+    def _base(self, model: str) -> tuple[str, Preset]:
+        """The name and the preset that the options start from."""
+        from carve_kernels.hf.loading import preset_in, preset_of_checkpoint
+        from carve_kernels.presets import Preset
+
+        if self.preset is None:
+            profile = preset_of_checkpoint(model)
+            return ("paper", Preset.paper()) if profile is None else ("profile", profile)
+        for file in self.preset_files:
+            return file.stem, preset_in("preset", file)
+        return self.preset, Preset.of(self.preset)
+
+    def load(self, model: str) -> tuple[Any, Any]:
+        """The model, under the attention that was chosen, and its processor."""
+        import torch
+
+        from carve_kernels.hf import names
+        from carve_kernels.hf.loading import load
+
+        device = device_of(self.device)
+        loaded, processor = load(model, dtype=self.dtype, device=device, allow_pickle=self.allow_pickle)
+        if self.dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
+            loaded.float()
+        if self.attn is not None:
+            try:
+                names.set_implementation(loaded, self.attn)
+            except (ValueError, ImportError) as error:
+                raise type(error)(f"attn: {error}") from error
+        return loaded, processor
+
+
+@dataclass
+class MethodSettings(Settings):
+    """The options of run and batch, which set every parameter of the method."""
+
+    layers: Annotated[str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.")] = None
+    rows: Annotated[
+        str | None,
+        option(
+            "Captured query rows: last, 4 (the last four), question, word:red, text:the red cat, "
+            "or -3 (the third last)."
+        ),
+    ] = None
+    steps: Annotated[str | None, option("Decode steps of the answer: t_start, t_end or t_full.")] = None
+    keep: Annotated[float | None, option("Share of the pixels to keep, 0 to 1.")] = None
+    top: Annotated[int | None, option("Regions to keep at most.")] = None
+    lam: Annotated[str | None, option("Added to the general map: a number, or mean (of that map).")] = None
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
@@ -158,23 +220,8 @@ def parse_lam(text: str) -> str | float:
         raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
 
 
-def _base(preset: str | None, model: str) -> tuple[str, Preset]:
-    """The name and the preset that the options start from."""
-    from carve_kernels.hf.loading import preset_in, preset_of_checkpoint
-    from carve_kernels.presets import Preset
-
-    if preset is None:
-        profile = preset_of_checkpoint(model)
-        return ("paper", Preset.paper()) if profile is None else ("profile", profile)
-    files = preset_files(preset)
-    return (files[0].stem, preset_in("preset", files[0])) if files else (preset, Preset.of(preset))
-
-
-def preset_files(preset: str | None) -> list[Path]:
-    """The file that --preset names, if it names one."""
-    from carve_kernels import checks
-
-    return [checks.path("preset", preset)] if preset is not None and preset.endswith(".json") else []
+_PARAMETERS = ("layers", "rows", "steps", "keep", "top", "lam", "max_new_tokens")
+_PARSERS: dict[str, Callable[[str], Any]] = {"layers": parse_layers, "rows": parse_rows, "lam": parse_lam}
 
 
 def device_of(name: str) -> Any:
@@ -186,58 +233,3 @@ def device_of(name: str) -> Any:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable("device", name)
-
-
-def check_fit(fit: str | None) -> None:
-    """Raise ValueError for an unknown --fit, before any model is loaded."""
-    from carve_kernels import checks
-    from carve_kernels.presets import FITS
-
-    if fit is not None:
-        # None means that the option is absent; it cannot be typed.
-        checks.choice("fit", fit, [name for name in FITS if name is not None])
-
-
-def pixel_limit(max_image_pixels: int | None) -> int:
-    """The value of --max-image-pixels, or its default."""
-    from carve_kernels import checks
-    from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
-
-    return MAX_IMAGE_PIXELS if max_image_pixels is None else checks.integer("max_image_pixels", max_image_pixels, low=1)
-
-
-def unseen_warning(share: float) -> str | None:
-    """A warning of the share of an image that the model did not see; None where it is negligible."""
-    from carve_kernels.cli.notes import percent
-
-    if share <= 0.005:
-        return None
-    text = percent(share).replace("%", " %")
-    return f"{text} of the image was outside the model's view (centre crop); --fit pad shows it whole"
-
-
-def check_machine(dtype: str, backend: str) -> str:
-    """The full name of a dtype, such as float16 for fp16; ValueError for an unknown dtype or backend."""
-    from carve_kernels import checks
-    from carve_kernels.backends import BACKENDS
-    from carve_kernels.hf.loading import dtype_of
-
-    checks.choice("backend", backend, ("auto", *BACKENDS))
-    return str(dtype_of("dtype", dtype)).removeprefix("torch.")
-
-
-def load_model(model: str, dtype: str, device: Any, attn: str | None, allow_pickle: bool) -> tuple[Any, Any]:
-    import torch
-
-    from carve_kernels.hf import names
-    from carve_kernels.hf.loading import load
-
-    loaded, processor = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
-    if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
-        loaded.float()
-    if attn is not None:
-        try:
-            names.set_implementation(loaded, attn)
-        except (ValueError, ImportError) as error:
-            raise type(error)(f"attn: {error}") from error
-    return loaded, processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -47,6 +48,12 @@ def is_json(kind: str) -> IsOurs:
             return False
 
     return check
+
+
+def write_json(path: Path, kind: str, values: Mapping[str, Any]) -> None:
+    """Write a file that `is_json` of this kind accepts."""
+    text = json.dumps({"format": f"{kind}/1", **values}, indent=2, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:

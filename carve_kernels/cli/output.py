@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import sys
@@ -53,8 +54,7 @@ Announce = Callable[[str], None]
 class _Clock:
     """Seconds since the command started, the import of its libraries included."""
 
-    def __init__(self) -> None:
-        self.start()
+    _start = time.perf_counter()
 
     def start(self) -> None:
         self._start = time.perf_counter()
@@ -84,17 +84,28 @@ def printable() -> Iterator[None]:
 def fail(message: object) -> None:
     """One red line on stderr."""
     hint = "; carve-kernels doctor says what is missing" if isinstance(message, ImportError) else ""
-    Console(stderr=True).print(Text(f"error: {one_line(message)}{hint}", style="bold red"), soft_wrap=True)
+    say(f"error: {one_line(message)}{hint}", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
     """One yellow line on stderr: something that the user may not expect."""
-    Console(stderr=True).print(Text(message, style="yellow"), soft_wrap=True)
+    say(message, "yellow", stderr=True)
+
+
+def say(text: str, style: str = "", *, stderr: bool = False) -> None:
+    """One line, which a terminal may break but this package does not."""
+    Console(stderr=stderr).print(Text(text, style=style), soft_wrap=True)
 
 
 def number_of(count: int, what: str) -> str:
     """A count with its word: 1 question, 2 questions."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def first_few(lines: Sequence[str]) -> str:
+    """The first five lines of many, joined, and how many more there are."""
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return f"{'; '.join(lines[:5])}{more}"
 
 
 def one_line(message: object) -> str:
@@ -174,18 +185,25 @@ def replace_files(
         raise NotADirectoryError(f"output: {base} is not a folder; choose another --output")
     paths = [folder / name for name in (*names, *stale)]
     refuse_taken(paths, is_ours)
-    try:
-        # On the same file system as `folder`, so that a move is a renaming.
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=base))
-    except OSError as error:
-        raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
-    try:
+    # On the same file system as `folder`, so that a move is a renaming.
+    with temporary_folder(TEMPORARY, base) as temporary:
         yield temporary
         # Other programs may have put files there in the meantime.
         refuse_taken(paths, is_ours)
         _move(temporary, folder, names, [name for name in stale if (folder / name).exists()])
+
+
+@contextmanager
+def temporary_folder(prefix: str, base: Path) -> Iterator[Path]:
+    """A folder in `base`, removed at the end; OSError names the option if it cannot be made."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+    except OSError as error:
+        raise type(error)(f"output: cannot write into {base} ({error.strerror}); choose another --output") from error
+    try:
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_taken(paths: Iterable[Path], is_ours: Callable[[Path], bool]) -> None:
@@ -214,33 +232,28 @@ def _move(source: Path, folder: Path, names: Sequence[str], stale: Sequence[str]
 @contextmanager
 def stages(total: int) -> Iterator[Announce]:
     """A bar on stderr over `total` stages; call what it yields with a text when a stage begins."""
-    columns = SpinnerColumn("line"), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=total)
-        started = 0
-        print_line = _printer(console)
+    started = itertools.count()
+    with _bar(total, 0, "", TextColumn("{task.description}"), TimeElapsedColumn()) as update:
 
         def announce(text: str) -> None:
-            nonlocal started
-            progress.update(bar, completed=started, description=text)
-            started += 1
-            print_line(f"{started} of {total}: {text}")
+            done = next(started)
+            update(f"{done + 1} of {total}: {text}", done, text)
 
         yield announce
 
 
-def _printer(console: Console) -> Callable[[str], None]:
-    """Prints lines of progress where there is no terminal for a bar, at most one in each interval."""
-    last = time.perf_counter()
+@contextmanager
+def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr over `total` items with their rate and the time left; call what it yields after each item."""
+    numbers = itertools.count(done + 1)
+    columns = MofNCompleteColumn(), TextColumn("{task.description}"), _Rate(), TimeElapsedColumn(), TextColumn("left")
+    with _bar(total, done, text, *columns, TimeRemainingColumn()) as update:
 
-    def print_line(text: str) -> None:
-        nonlocal last
-        if not console.is_terminal and time.perf_counter() - last >= _INTERVAL:
-            last = time.perf_counter()
-            console.print(Text(text), soft_wrap=True)
+        def advance() -> None:
+            number = next(numbers)
+            update(f"{number} of {total} {text}", number, text)
 
-    return print_line
+        yield advance
 
 
 class _Rate(ProgressColumn):
@@ -254,21 +267,24 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def counted(total: int, done: int, text: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr over `total` items with their rate and the time left; call what it yields after each item."""
-    columns = (
-        *(SpinnerColumn("line"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}")),
-        *(_Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
-    )
+def _bar(total: int, done: int, text: str, *columns: ProgressColumn) -> Iterator[Callable[[str, int, str], None]]:
+    """A bar; call what it yields with a line, the number of items done, and the text of the bar.
+
+    Without a terminal for the bar the lines are printed, at most one in each interval.
+    """
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(text, total=total, completed=done)
-        print_line = _printer(console)
+    bar = Progress(
+        SpinnerColumn("line"), BarColumn(24), *columns, console=console, transient=True, disable=not console.is_terminal
+    )
+    task = bar.add_task(text, total=total, completed=done)
+    last = time.perf_counter()
 
-        def advance() -> None:
-            nonlocal done
-            progress.advance(bar)
-            done += 1
-            print_line(f"{done} of {total} {text}")
+    def update(line: str, done: int, text: str) -> None:
+        nonlocal last
+        bar.update(task, completed=done, description=text)
+        if not console.is_terminal and time.perf_counter() - last >= _INTERVAL:
+            last = time.perf_counter()
+            console.print(Text(line), soft_wrap=True)
 
-        yield advance
+    with bar:
+        yield update

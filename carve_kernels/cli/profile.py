@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import as_typed, number_of, replace_files, stages, versions
+from carve_kernels.cli.output import as_typed, number_of, replace_files, say, stages, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import QuestionLine
@@ -21,6 +21,7 @@ _BY_BOXES = ("pointing", "by contrast", "mass")
 _SPARE = ("mass", "within", "between", "departure", "entropy", "by contrast")
 
 
+@options.spread
 def profile(
     model: options.ModelOption,
     input: Annotated[
@@ -36,28 +37,19 @@ def profile(
     output: Annotated[
         str, options.path("The carve.json: for --preset, or for the folder of the checkpoint.", "--output", "-o")
     ] = "out/carve.json",
-    preset: options.PresetOption = None,
     rows: Annotated[
         list[str] | None,
         options.option(
             "Candidates: last, question, 4 (the last four), word:red, text:TEXT, -3 (the third last); may be repeated. "
-            "Default: last, question, and each of the last words.",
-            "--rows",
-            "Method",
+            "Default: last, question, and each of the last words."
         ),
     ] = None,
     steps: Annotated[
         list[str] | None,
-        options.option("t_start, t_end or t_full; may be repeated. Default: all.", "--steps", "Method"),
+        options.option("t_start, t_end or t_full; may be repeated. Default: all."),
     ] = None,
-    max_new_tokens: options.MaxNewTokensOption = None,
-    fit: options.FitOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    attn: options.AttentionOption = None,
-    backend: options.BackendOption = "auto",
-    allow_pickle: options.AllowPickleOption = False,
-    max_image_pixels: options.MaxImagePixelsOption = None,
+    *,
+    settings: options.Settings,
 ) -> None:
     """Choose the layer and the rows of a checkpoint whose maps react most to the question, on your questions.
 
@@ -71,20 +63,17 @@ def profile(
     from carve_kernels.hf import profile as profiling
     from carve_kernels.presets import STEPS
 
-    dtype = options.check_machine(dtype, backend)
-    options.check_fit(fit)
     file, questions = checks.path("output", output), checks.path("input", input)
-    limit = options.pixel_limit(max_image_pixels)
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
-    _, base = options.build_preset(model, preset, max_new_tokens=max_new_tokens)
+    _, base = settings.preset_of(model)
     lines = read(questions)
-    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": options.preset_files(preset)}
+    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": settings.preset_files}
     refuse_inputs([file], inputs)
-    probes = _probes(questions, lines, limit)
+    probes = _probes(questions, lines, settings.pixel_limit)
     total = 2 + len({probe.image for probe in probes})
     with replace_files(file.parent, [file.name], profiling.is_saved) as folder, quiet(), stages(total) as announce:
         announce("loading the model")
-        loaded, processor = options.load_model(model, dtype, options.device_of(device), attn, allow_pickle)
+        loaded, processor = settings.load(model)
         try:
             chosen = profiling.profile(
                 loaded,
@@ -93,9 +82,7 @@ def profile(
                 preset=base,
                 rows=candidates,
                 steps=steps or STEPS,
-                backend=backend,
-                max_image_pixels=limit,
-                fit=fit,
+                **settings.engine,
                 on_progress=lambda stage, done, total: announce(
                     "writing" if stage == "done" else f"image {done + 1} of {total}"
                 ),
@@ -163,7 +150,7 @@ def _summarise(chosen: Profile, output: Path) -> None:
         console.print(Text(f"the boxes ({chosen.boxes}) did not affect the choice: {pointing}"))
     if chosen.doubt is not None:
         console.print(Text(chosen.doubt, style="yellow"))
-    console.print(Text(str(output)), soft_wrap=True)
+    say(str(output))
 
 
 def _numbers(cell: Cell) -> list[str]:

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 from carve_kernels import checks
+from carve_kernels.cli.output import first_few
 
 _KEYS = ("id", "image", "question", "prompt", "answer")
-_MOST = 5
 # Windows takes these for devices, with or without a suffix.
 _DEVICES = frozenset(
     ("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10)))
@@ -83,8 +83,7 @@ def read(path: Path) -> list[QuestionLine]:
 def refuse(path: Path, faults: Sequence[str]) -> None:
     """Raise ValueError with the first few faults of a file, each of which begins with its line."""
     if faults:
-        more = f"; and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
-        raise ValueError(f"input: {path} has bad lines: {'; '.join(faults[:_MOST])}{more}")
+        raise ValueError(f"input: {path} has bad lines: {first_few(faults)}")
 
 
 def _escaped(letter: str) -> str:

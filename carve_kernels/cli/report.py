@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from PIL import Image
 from rich.text import Text
 
 from carve_kernels.cli.digests import file_digest
-from carve_kernels.cli.notes import percent
-from carve_kernels.cli.ours import is_json, png_info, png_texts
-from carve_kernels.cli.output import clock, note, number_of, one_line, versions
+from carve_kernels.cli.ours import is_json, png_info, png_texts, write_json
+from carve_kernels.cli.output import clock, note, number_of, one_line, say, versions
 from carve_kernels.cli.tables import screen, table
 from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.maps import AttentionMaps, is_saved
+from carve_kernels.models import small
 from carve_kernels.visualize import Scale, Tile, kept, overlay, panel, saliency_image
 
 RECORD = "result.json"
@@ -70,8 +69,7 @@ def write(folder: Path, report: Report) -> None:
 
 def write_record(folder: Path, values: Mapping[str, Any]) -> None:
     """Write result.json."""
-    text = json.dumps({"format": f"{_KIND}/1", **values}, indent=2, allow_nan=False)
-    (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    write_json(folder / RECORD, _KIND, values)
 
 
 def is_ours(path: Path) -> bool:
@@ -124,7 +122,7 @@ def summarise(report: Report, folder: Path, seconds: Mapping[str, float]) -> Non
     if truth is not None:
         console.print(Text(f"true answer: {truth}"))
     console.print(Text(_times(seconds)))
-    console.print(Text(f"{folder}/: {', '.join(FILES)}"), soft_wrap=True)
+    say(f"{folder}/: {', '.join(FILES)}")
     several = len(report.results) > 1
     for name, notes in report.notes.items():
         for text in notes:
@@ -136,6 +134,39 @@ def _times(seconds: Mapping[str, float]) -> str:
     keys = {"libraries": "imports", "model": "load", "answers": "look", "files": "write"}
     parts = ", ".join(f"{name} {seconds[key]:.1f} s" for name, key in keys.items())
     return f"{parts}; all {clock.seconds():.1f} s"
+
+
+def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:
+    """What the model could not read, or did not answer: a sentence each, without a full stop."""
+    notes = []
+    tokens = processor.tokenizer.tokenize(result.question)
+    unknown = tokens.count(processor.tokenizer.unk_token) if tokens else 0
+    if not tokens:
+        notes.append("the model's tokenizer finds no tokens in the question")
+    elif unknown:
+        notes.append(f"the model's tokenizer does not know {unknown} of the {len(tokens)} tokens of the question")
+    answers = {"plain": result.answer, "refined": result.refined_answer}
+    silent = [which for which, answer in answers.items() if not answer.strip()]
+    if silent:
+        notes.append(f"the model returned no text in its {' and its '.join(silent)} answer")
+    if notes and model.name_or_path == str(small()):
+        notes.append("the embedded model, small, only knows questions such as 'what digit is red'")
+    return notes
+
+
+def unseen_warning(share: float) -> str | None:
+    """A warning of the share of an image that the model did not see; None where it is negligible."""
+    if share <= 0.005:
+        return None
+    text = percent(share).replace("%", " %")
+    return f"{text} of the image was outside the model's view (centre crop); --fit pad shows it whole"
+
+
+def percent(share: float) -> str:
+    """A share as text; one that is more than 0 and less than 1 is never rounded to either."""
+    if 0 < share < 0.005:
+        return "less than 1%"
+    return f"{min(share, 0.99) if share < 1 else share:.0%}"
 
 
 def is_right(answer: str, truth: str | None) -> bool | None:
@@ -159,10 +190,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
         "dtype": result.task.dtype,
         "entropy": {str(layer): value for layer, value in result.entropy.items()},
-        "mass": {
-            "task": _mass(result.task, result.preset.steps),
-            "general": _mass(result.general, result.preset.steps),
-        },
+        "mass": {name: _mass(getattr(result, name), result.preset.steps) for name in ("task", "general")},
         "boxes": regions.boxes.tolist(),
         "scores": regions.scores.tolist(),
         "box": list(regions.box),
@@ -187,49 +215,46 @@ def _panel(rows: list[list[Tile]], report: Report) -> Image.Image:
 
 
 def _row(name: str, result: CarveResult, report: Report) -> list[Tile]:
-    preset, layout, truth = result.preset, result.layout, report.question.truth
-    task, general = (_grid(maps, preset.steps) for maps in (result.task, result.general))
-    share = "of the attention per token"
-    grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
-    box, grid = layout.views[0][0].box, " x ".join(map(str, layout.views[0][0].grid))
+    preset, regions, truth = result.preset, result.regions, report.question.truth
+    view = result.layout.views[0][0]
+    grid = " x ".join(map(str, view.grid))
     lam = "the mean of the general map" if preset.lam == "mean" else f"{preset.lam:g}"
+    selected = f"the whole image: {result.reason}"
     if result.reason is None:
         x0, y0, x1, y1 = result.box
-        count = len(result.boxes)
-        selected = f"{number_of(count, 'region')}, {percent(_share(result))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
-    else:
-        selected = f"the whole image: {result.reason}"
+        count = number_of(len(result.boxes), "region")
+        selected = f"{count}, {percent(_share(result))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
+    order = ", shown after the original" if preset.images == "original+refined" else ""
+
+    def attention(maps: AttentionMaps, title: str, facts: str) -> Tile:
+        tokens, mass = _grid(maps, preset.steps), _average(_mass(maps, preset.steps))
+        grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
+        scale = _scale(100 * tokens, "%", "of the attention per token")
+        return Tile(overlay(result.image, tokens, box=view.box), title, f"{facts}mass {mass:.3f}{grey}", scale)
+
     return [
         Tile(
             result.image,
             f"{name.capitalize()}\nPlain answer: {_verdict(result.answer, truth)}",
             "\n".join([_settings(result), *report.notes[name]]),
         ),
-        Tile(
-            overlay(result.image, task, box=box),
+        attention(
+            result.task,
             "Attention for the question",
-            f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, "
-            f"mass {_average(_mass(result.task, preset.steps)):.3f}{grey}",
-            _scale(100 * task, "%", share),
+            f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, ",
         ),
-        Tile(
-            overlay(result.image, general, box=box),
-            "Attention for the general prompt",
-            f"{_quoted(preset.general_prompt)}\nmass {_average(_mass(result.general, preset.steps)):.3f}{grey}",
-            _scale(100 * general, "%", share),
-        ),
+        attention(result.general, "Attention for the general prompt", f"{_quoted(preset.general_prompt)}\n"),
         Tile(
             overlay(result.image, result.saliency),
             "Contrast",
             f"question / (general + lambda)\nlambda: {lam}",
             _scale(result.saliency, "", "contrast"),
         ),
-        Tile(kept(result.image, result.regions), "Selected", selected),
+        Tile(kept(result.image, regions), "Selected", selected),
         Tile(
             result.refined,
             f"Refined answer: {_verdict(result.refined_answer, truth)}",
-            f"refined image, {result.refined.width} x {result.refined.height}"
-            + (", shown after the original" if preset.images == "original+refined" else ""),
+            f"refined image, {result.refined.width} x {result.refined.height}{order}",
         ),
     ]
 
@@ -256,8 +281,8 @@ def _grid(maps: AttentionMaps, steps: str) -> torch.Tensor:
 
 def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
     """The share of the attention that falls on the image, by layer."""
-    mass = _read(maps.mass, maps, steps)
-    return {str(layer): float(value) for layer, value in zip(maps.layers, mass, strict=True)}
+    mass = _read(maps.mass, maps, steps).tolist()
+    return dict(zip(map(str, maps.layers), mass, strict=True))
 
 
 def _average(by_layer: dict[Any, float]) -> float:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from carve_kernels.cli.ours import is_json, refuse_inputs
-from carve_kernels.cli.output import TEMPORARY, refuse_taken, replace_files
-from carve_kernels.cli.report import FILES, RECORD, is_ours, write_record
+from carve_kernels.cli.ours import is_json, refuse_inputs, write_json
+from carve_kernels.cli.output import TEMPORARY, refuse_taken, replace_files, temporary_folder
+from carve_kernels.cli.report import FILES, RECORD, is_ours
 
 TABLE = "results.jsonl"
 SUMMARY = "summary.json"
@@ -43,14 +42,8 @@ class Store:
             with _lock(self.folder) as locked:
                 for path in self.folder.glob(f"{_UNFINISHED}*") if locked else ():
                     shutil.rmtree(path, ignore_errors=True)
-                try:
-                    self._temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
-                except OSError as error:
-                    raise type(error)(f"output: cannot write into {self.folder} ({error.strerror})") from error
-                try:
+                with temporary_folder(_UNFINISHED, self.folder) as self._temporary:
                     yield self
-                finally:
-                    shutil.rmtree(self._temporary, ignore_errors=True)
         finally:
             with suppress(OSError):
                 for path in created:
@@ -109,17 +102,12 @@ class Store:
         with replace_files(self._results / name, files, is_ours, self._temporary, stale) as folder:
             fill(folder)
 
-    def write_error(self, name: str, values: Mapping[str, Any]) -> None:
-        self.write(name, (RECORD,), lambda folder: write_record(folder, values))
-
     def write_tables(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """All results on a line each, and the counts of the run."""
-        kind = {"format": f"{_KIND}/1"}
-        lines = "".join(f"{json.dumps({**kind, **row}, allow_nan=False)}\n" for row in rows)
-        counts = json.dumps({**kind, **summary}, indent=2, allow_nan=False)
+        lines = (json.dumps({"format": f"{_KIND}/1", **row}, allow_nan=False) for row in rows)
         with replace_files(self.folder, (SUMMARY, TABLE), is_json(_KIND), self._temporary) as folder:
-            (folder / SUMMARY).write_text(f"{counts}\n", encoding="utf-8")
-            (folder / TABLE).write_text(lines, encoding="utf-8")
+            write_json(folder / SUMMARY, _KIND, summary)
+            (folder / TABLE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager
@@ -134,18 +122,16 @@ def _lock(folder: Path) -> Iterator[bool]:
         # still complete.
         yield False
         return
-    try:
-        yield _try_lock(fcntl, descriptor, folder)
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(fcntl: Any, descriptor: int, folder: Path) -> bool:
+    locked = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        os.close(descriptor)
         raise BlockingIOError(f"output: {folder} is in use by another run; wait for it or choose another") from error
     except OSError:
         # Some file systems have no locks either.
-        return False
-    return True
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(descriptor)

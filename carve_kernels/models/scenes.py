@@ -122,18 +122,16 @@ def _background(rng: np.random.Generator, texture: int) -> Image.Image:
     return Image.fromarray(np.minimum(np.asarray(coarse), 255 - texture) + grain)
 
 
-def _is_free(box: Box, others: list[Box], margin: int) -> bool:
-    x0, y0, x1, y1 = box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
-    return all(x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0 for other in others)
-
-
 def _place(rng: np.random.Generator, size: tuple[int, int], others: list[Box], margin: int) -> Box | None:
     """A random box of this size that does not overlap the others, or None after many tries."""
     for _ in range(200):
         x, y = (int(rng.integers(2, SIZE - side - 1)) for side in size)
-        box = (x, y, x + size[0], y + size[1])
-        if _is_free(box, others, margin):
-            return box
+        x1, y1 = x + size[0], y + size[1]
+        if all(
+            x1 + margin <= left or right <= x - margin or y1 + margin <= top or bottom <= y - margin
+            for left, top, right, bottom in others
+        ):
+            return x, y, x1, y1
     return None
 
 
@@ -166,8 +164,7 @@ def draw_scene(seed: int, level: int, *, split: Split = "train") -> Scene:
     canvas = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(plan.strokes // 2, plan.strokes + 1))):
         start, length = rng.integers(0, SIZE, 2), rng.integers(-120, 121, 2)
-        ends = [(int(start[0]), int(start[1])), (int(start[0] + length[0]), int(start[1] + length[1]))]
-        canvas.line(ends, fill=_muted(rng), width=int(rng.integers(1, 6)))
+        canvas.line([*start.tolist(), *(start + length).tolist()], fill=_muted(rng), width=int(rng.integers(1, 6)))
 
     digits = _digits(rng, plan, split)
     boxes = [placed.box for placed, _ in digits]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.cli.options import unseen_warning
+from carve_kernels.cli.report import unseen_warning
 from tests.cli.conftest import LINES, QUESTION, Ask, Invoke, records, table, written
 
 WARNING = "40 % of the image was outside the model's view (centre crop); --fit pad shows it whole"

@@ -42,7 +42,7 @@ def test_writes_every_file(run: Invoke, tmp_path: Path, image_file: Path) -> Non
     assert set(numbers["entropy"]) == set(numbers["mass"]["task"]) == {"1", "2"}
     assert all(0 < value < 1 for value in (*numbers["entropy"].values(), *numbers["mass"]["general"].values()))
     assert numbers["views"] == [{"grid": [6, 6], "box": [32.0, 0.0, 128.0, 96.0], "kind": "base"}]
-    assert set(numbers["seconds"]) == {"task", "general", "contrast", "regions", "zoom", "answer"}
+    assert set(numbers["seconds"]) == {"first pass", "contrast", "regions", "zoom", "second pass"}
 
     saliency = numpy.load(folder / "saliency.npy")
     assert saliency.shape == (96, 160)

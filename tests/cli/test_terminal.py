@@ -19,8 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from carve_kernels.cli import app, output
-from carve_kernels.cli.notes import percent
-from carve_kernels.cli.report import _settings
+from carve_kernels.cli.report import _settings, percent
 from carve_kernels.cli.tables import show
 from carve_kernels.hf.engine.engine import CarveEngine
 from carve_kernels.presets import Preset
@@ -107,7 +106,7 @@ def test_without_a_terminal_long_work_prints_its_progress(
     ask: Ask, run: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_INTERVAL", 0.0)
-    assert "1 of 6: loading the model" in run().stderr
+    assert "1 of 5: loading the model" in run().stderr
     printed = ask(LINES).stderr
     assert "1 of 3 questions" in printed and "3 of 3 questions" in printed
 
