@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from carve_kernels import checks
-from carve_kernels.numerics import float64_device
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
 from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
@@ -148,23 +147,15 @@ def carve_views(
     rectangles = [_rectangle(box, image.size) for box in boxes]
     task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
-    several = len(grids) > 1
     start = time.perf_counter()
     views = contrast(
-        task,
-        general,
-        list(grids) if several else grids[0],
-        sizes if several else sizes[0],
-        lam=preset.lam,
-        layer_weights=preset.layer_weights,
-        step_weights=by_step,
-        normalize=preset.normalize,
-        backend=backend,
-    )
+        task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
+        normalize=preset.normalize, backend=backend,
+    )  # fmt: skip
     if _is_flat(task, general, preset.lam):
         return _unchanged(image, saliency, "the saliency is constant", {"contrast": time.perf_counter() - start})
     covered = []
-    for (left, top, right, bottom), view in zip(rectangles, views if several else [views], strict=True):
+    for (left, top, right, bottom), view in zip(rectangles, views, strict=True):
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
         saliency[y0:y1, x0:x1] = view[y0 - top : y1 - top, x0 - left : x1 - left]
         covered.append((x0, y0, x1, y1))
@@ -192,14 +183,9 @@ def _finish(
     left, top, right, bottom = covered
     start = time.perf_counter()
     selected = regions(
-        saliency[top:bottom, left:right],
-        keep=preset.keep,
-        top=preset.top,
-        floor=preset.floor,
-        connectivity=preset.connectivity,
-        score=preset.score,
-        backend=backend,
-    )
+        saliency[top:bottom, left:right], keep=preset.keep, top=preset.top, floor=preset.floor,
+        connectivity=preset.connectivity, score=preset.score, backend=backend,
+    )  # fmt: skip
     seconds["regions"] = time.perf_counter() - start
     if selected.reason is not None:
         return _unchanged(image, saliency, selected.reason, seconds)
@@ -215,10 +201,7 @@ def _finish(
 
 
 def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
-    boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
-    scores = torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device))
-    mask = torch.ones_like(saliency, dtype=torch.bool)
-    return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason, seconds)
+    return CarveOutcome(saliency, Regions.whole(saliency, reason), image, reason, seconds)
 
 
 def _inside(box: Any, size: tuple[int, int]) -> Box:

@@ -30,7 +30,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel
 
 from carve_kernels.backends.triton import capture, contrast
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, ContrastOptions
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
@@ -81,8 +81,9 @@ def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
 
     def launch() -> None:
         task = torch.empty(6, 32, 1024 * views)
+        options = ContrastOptions(lam, torch.ones(6), torch.arange(1, 33), normalize)
         for grid, size in (((32, 32), (448, 448)), ((1, 1024), (1, 999)), ((16, 64), (63, 1))):
-            contrast.forward(task, task, [grid] * views, [size] * views, lam=lam, normalize=normalize)
+            contrast.forward(task, task, [(grid, size)] * views, options)
 
     return Case(f"lam {lam} normalize {normalize} views {views}", launch)
 
