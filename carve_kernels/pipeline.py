@@ -12,7 +12,7 @@ import torch
 from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
-from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
+from carve_kernels.ops.zoom import check_box, refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size
 
@@ -57,12 +57,6 @@ def pair(
     not read.
     """
     check_steps(steps, step_weights)
-    return _pair(task, general, steps, step_weights)
-
-
-def _pair(
-    task: torch.Tensor, general: torch.Tensor, steps: str, step_weights: Sequence[float] | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if steps == "t_start":
         task, general = task[:, :1], general[:, :1]
     elif steps == "t_end":
@@ -125,7 +119,8 @@ def carve(
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
     whole = (0.0, 0.0, float(original.width), float(original.height))
-    checked = [whole if given is None else _inside(given, original.size) for given in boxes]
+    # Rounding may add half a pixel.
+    checked = [whole if given is None else check_box(given, original.size, checks.number, 0.5) for given in boxes]
     for name, maps in (("task", task), ("general", general)):
         checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
     return carve_views(original, task, general, grids, checked, settings, backend)
@@ -145,7 +140,7 @@ def carve_views(
     if task.numel() == 0 or general.numel() == 0:
         return _unchanged(image, saliency, "the maps are empty", {})
     rectangles = [_rectangle(box, image.size) for box in boxes]
-    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
+    task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
     start = time.perf_counter()
     views = contrast(
@@ -202,21 +197,6 @@ def _finish(
 
 def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
     return CarveOutcome(saliency, Regions.whole(saliency, reason), image, reason, seconds)
-
-
-def _inside(box: Any, size: tuple[int, int]) -> Box:
-    """Check a box of an image of (width, height)."""
-    width, height = size
-    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        raise TypeError(f"box: expected four numbers (x0, y0, x1, y1), got {checks.describe(box)}")
-    x0, y0, x1, y1 = (checks.number(f"box[{index}]", edge) for index, edge in enumerate(box))
-    # Rounding may add half a pixel.
-    if not (-0.5 <= x0 < x1 <= width + 0.5 and -0.5 <= y0 < y1 <= height + 0.5):
-        raise ValueError(
-            f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
-            f"{height} high, got {(x0, y0, x1, y1)}"
-        )
-    return x0, y0, x1, y1
 
 
 def _rectangle(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

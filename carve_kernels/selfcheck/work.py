@@ -5,6 +5,35 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class CaptureSizes(NamedTuple):
+    """The sizes of a capture.
+
+    ===============  =====  ==========================================
+    name             dtype  meaning
+    ===============  =====  ==========================================
+    layers           int    layers of one call
+    batch            int    B
+    query_heads      int    A
+    key_heads        int    KV
+    rows             int    R
+    keys             int    S
+    size             int    D
+    tokens           int    N
+    element_bytes    int    bytes of an element of query and key, 2 or 4
+    ===============  =====  ==========================================
+    """
+
+    layers: int
+    batch: int
+    query_heads: int
+    key_heads: int
+    rows: int
+    keys: int
+    size: int
+    tokens: int
+    element_bytes: int
+
+
 class Work(NamedTuple):
     """The work of one call on a device.
 

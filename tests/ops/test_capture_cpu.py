@@ -15,7 +15,7 @@ import torch
 from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cpu import capture as cpu_capture
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.support.attention import Case, planted, poisoned
 from tests.support.planted_maps import serving
 
@@ -185,7 +185,7 @@ def test_a_decode_loop_allocates_nothing() -> None:
 
     def run() -> None:
         shared = CaptureOptions(**options)
-        cpu_capture.forward_layers([query] * 2, [key] * 2, tokens, shared, sink=[], step=step, first=0, out=out)
+        cpu_capture.forward_layers(Layers([query] * 2, [key] * 2), tokens, shared, Slot(out, step))
 
     run()
     with torch.profiler.profile(profile_memory=True) as profile:

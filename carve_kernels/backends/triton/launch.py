@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +28,10 @@ class Several(NamedTuple):
     kind: tuple[Any, ...]
 
     @classmethod
-    def of(cls, tensors: tuple[torch.Tensor, ...]) -> Several:
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Several:
         addresses = tuple([one.data_ptr() for one in tensors])
         # Triton specialises pointers in a tuple by alignment, even where the parameter forbids it.
-        return cls(tensors, addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
+        return cls(tuple(tensors), addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
 
 
 class Kernel:

@@ -30,7 +30,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel
 
 from carve_kernels.backends.triton import capture, contrast
-from carve_kernels.types import Capture, CaptureOptions, ContrastOptions
+from carve_kernels.types import Capture, CaptureOptions, ContrastOptions, Layers, Slot
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
@@ -69,7 +69,7 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
         )
         sink = [torch.empty(heads) for _ in range(layers)] if option == "sink" else []
         step = torch.zeros(1, dtype=torch.int64)
-        if not capture.forward_layers(query, key, where, options, sink=sink, step=step, first=0, out=out):
+        if not capture.forward_layers(Layers(query, key, sink), where, options, Slot(out, step)):
             raise RuntimeError("the backend refused to capture the layers in one call")
 
     name = f"{str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
