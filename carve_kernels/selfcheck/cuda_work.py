@@ -75,21 +75,11 @@ def _padded(queries: int, tile: int) -> int:
 
 
 def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:
-    """What `regions` moves for a smooth saliency, with few regions of long runs.
+    """What `regions` moves for a smooth saliency, with few regions of long runs in the share `keep` of its pixels.
 
     Equals, without the counts of the selection, which every block reads, and other small terms::
 
         read_bytes = height * width * ((passes + 1 + keep) * element_bytes + (4 + 5 * keep) * 4)
-
-    ============  =====  =========================================================
-    name          dtype  meaning
-    ============  =====  =========================================================
-    height        int    H
-    width         int    W
-    element_bytes int    4 or 8 bytes of a pixel of the saliency
-    keep          float  share of the pixels above the threshold
-    connectivity  int    4 or 8
-    ============  =====  =========================================================
     """
     pixels = height * width
     passes = -(-8 * element_bytes // _DIGIT_BITS)

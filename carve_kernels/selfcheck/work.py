@@ -6,22 +6,7 @@ from typing import NamedTuple
 
 
 class CaptureSizes(NamedTuple):
-    """The sizes of a capture.
-
-    ===============  =====  ==========================================
-    name             dtype  meaning
-    ===============  =====  ==========================================
-    layers           int    layers of one call
-    batch            int    B
-    query_heads      int    A
-    key_heads        int    KV
-    rows             int    R
-    keys             int    S
-    size             int    D
-    tokens           int    N
-    element_bytes    int    bytes of an element of query and key, 2 or 4
-    ===============  =====  ==========================================
-    """
+    """The numbers L, B, A, KV, R, S, D and N of a capture, and the bytes of an element of query and key, 2 or 4."""
 
     layers: int
     batch: int
@@ -35,16 +20,8 @@ class CaptureSizes(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The work of one call on a device.
-
-    =============  =====  ===================================================================
-    name           dtype  meaning
-    =============  =====  ===================================================================
-    read_bytes     int    bytes that the kernels load from device memory, each load once
-    written_bytes  int    bytes that they store
-    operations     int    multiplications and additions of the matrix products, 2 for each pair
-    launches       int    kernels that are launched
-    =============  =====  ===================================================================
+    """The work of one call: bytes that its kernels load (each load once) and store in device memory, operations of
+    the matrix products (2 for each pair, a product and a sum), and the number of kernels.
     """
 
     read_bytes: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,34 +10,10 @@ from torch import Tensor
 from carve_kernels.backends.cuda import foreign, stream_of
 from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
 from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call
+from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
-
-class _Scratch(threading.local):
-    """Memory through which the launches of one stream pass their results, cached by thread, device and stream.
-
-    Two threads on one stream must not share it, since the launches of their calls can interleave. Memory that is too
-    small, or of a thread that has ended, returns to torch's allocator, which reuses it in the order of its stream.
-    """
-
-    def __init__(self) -> None:
-        self.cached: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-    def take(self, device: torch.device, stream: int, needed: int) -> torch.Tensor:
-        """At least `needed` bytes of any value."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A graph is replayed on any stream and beside other calls, so it gets memory from its own pool.
-            return torch.empty(needed, dtype=torch.uint8, device=device)
-        scratch = self.cached.get((device, stream))
-        if scratch is None or scratch.numel() < needed:
-            # A tensor made in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                scratch = torch.empty(1 << (needed - 1).bit_length(), dtype=torch.uint8, device=device)
-            self.cached[device, stream] = scratch
-        return scratch
-
-
-_SCRATCH = _Scratch()
+_SCRATCH = Scratch(torch.uint8)
 
 
 def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:

@@ -21,16 +21,8 @@ _FEW_ROWS = 1024
 
 
 class RegionBuffers(NamedTuple):
-    """The outputs of an operator.
-
-    =======  =======  =============  ====================================================
-    name     dtype    shape          meaning
-    =======  =======  =============  ====================================================
-    mask     bool     [H, W]         of `Regions`
-    boxes    int64    [capacity, 4]  of `Regions`, for as many as may be selected
-    scores   float64  [capacity]     of `Regions`
-    outcome  int64    [6]            the number of regions, the reason, and the box
-    =======  =======  =============  ====================================================
+    """The outputs of an operator: mask [H, W], boxes [capacity, 4] and scores [capacity] of `Regions`, for as many
+    regions as may be selected, and six int64: the number of regions, the reason and the box.
     """
 
     mask: torch.Tensor

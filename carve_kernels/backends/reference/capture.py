@@ -63,7 +63,7 @@ def forward(
     mass = mean.sum(-1)
     result = Capture(mean if options.heads == "mean" else probabilities, mass, entropy(mean, used))
     if out is None:
-        return Capture(*(values if values.dtype == torch.float64 else values.float() for values in result))
+        return result
     for target, values in zip(out, result, strict=True):
         target.copy_(values)
     return out

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from carve_kernels.backends.native.limits import capture_limit
+from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.backends.triton import interpreted, too_old, warn_of_bfloat16
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTIALS, ceiling, plan
 from carve_kernels.backends.triton.device import tiles_of
-from carve_kernels.backends.triton.launch import Several, alignment, strides_of
-from carve_kernels.backends.triton.workspace import Workspace
+from carve_kernels.backends.triton.launch import Several, alignment, stream_of, strides_of
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 _NO_STRIDES = (0, 0, 0, 0)
@@ -24,7 +24,7 @@ _REGISTERS = 255
 # A window wider than every position, small enough that a position plus it does not overflow.
 _FARTHEST = 2**62
 
-_workspace = Workspace()
+_scratch, _tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
 
 
 def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:
@@ -97,9 +97,9 @@ def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot)
     blocks = max(ceiling(tokens.shape[1], tile.map.block), 1)
     depth, steps = len(query), 1 if slot.step is None else slot.out.maps.shape[0]
     statistics = 0 if lse is not None else depth * batch * query_heads * rows * grid.splits
-    scratch, tickets = _workspace.take(
-        device, 2 * statistics + depth * batch * rows * blocks * PARTIALS, depth * batch * grid.row_tiles
-    )
+    stream = stream_of(device)
+    scratch = _scratch.take(device, stream, 2 * statistics + depth * batch * rows * blocks * PARTIALS)
+    tickets = _tickets.take(device, stream, depth * batch * grid.row_tiles)
 
     query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
     queries, all_keys, sinks = Several.of(query), Several.of(key), Several.of(sink) if sink else None

@@ -8,13 +8,14 @@ import torch
 import triton
 
 from carve_kernels.backends.native.limits import contrast_limit
+from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.backends.triton import too_old
 from carve_kernels.backends.triton.contrast_kernels import contrast_grid_kernel, contrast_pixels_kernel
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, is_too_long, plan_grid
-from carve_kernels.backends.triton.workspace import Workspace
+from carve_kernels.backends.triton.launch import stream_of
 from carve_kernels.types import ContrastOptions, Views
 
-_workspace = Workspace()
+_scratch, _tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
 
 
 def supports(task: torch.Tensor, general: torch.Tensor, views: Views, _options: ContrastOptions) -> str | None:
@@ -34,7 +35,9 @@ def forward(task: torch.Tensor, general: torch.Tensor, views: Views, options: Co
     plan = plan_grid(layers * steps, tokens)
     weights = _weights(tuple(layer_weights.tolist()), tuple(step_weights.tolist()), device)
     # The fused grid, the minimum, maximum and sum of each of its blocks, and the sum of each chunk of maps.
-    scratch, tickets = _workspace.take(device, tokens + 3 * plan.blocks + plan.chunks * tokens, plan.blocks)
+    stream = stream_of(device)
+    scratch = _scratch.take(device, stream, tokens + 3 * plan.blocks + plan.chunks * tokens)
+    tickets = _tickets.take(device, stream, plan.blocks)
     by_layer, by_step, by_token = general.stride()
     contrast_grid_kernel.launch(
         (plan.chunks, plan.blocks, 1),

@@ -187,7 +187,7 @@ def test_one_launch_where_the_lse_is_given() -> None:
 def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, options = planted(LONG)
     capture.forward(*arguments, CaptureOptions(**options))
-    monkeypatch.setattr("carve_kernels.backends.triton.workspace._allocate", None)
+    monkeypatch.setattr("carve_kernels.backends.native.scratch.Scratch._allocate", None)
     smaller = planted(LONG.but(keys=90, tokens=20))[0]
     for case, given_arguments in ((LONG.but(tokens=20), smaller), (LONG, arguments)):
         out = poisoned(case)
