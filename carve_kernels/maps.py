@@ -241,11 +241,7 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
         )
     layout = None if header["layout"] is None else _layout_from_json(header["layout"], tensors["tokens"])
     maps = AttentionMaps(
-        **tensors,
-        layers=tuple(header["layers"]),
-        steps=tuple(header["steps"]),
-        dtype=header["dtype"],
-        layout=layout,
+        **tensors, layers=tuple(header["layers"]), steps=tuple(header["steps"]), dtype=header["dtype"], layout=layout
     )
     return maps, facts
 
@@ -274,16 +270,9 @@ def _counts(tokens: torch.Tensor) -> list[int]:
 
 
 def _layout_to_json(layout: VisualLayout) -> dict[str, Any]:
-    return {
-        "sizes": [[list(size) for size in row] for row in layout.sizes],
-        "views": [
-            [
-                {"grid": view.grid, "box": view.box, "image": view.image, "frame": view.frame, "kind": view.kind}
-                for view in row
-            ]
-            for row in layout.views
-        ],
-    }
+    fields = ("grid", "box", "image", "frame", "kind")
+    views = [[{name: getattr(view, name) for name in fields} for view in row] for row in layout.views]
+    return {"sizes": [[list(size) for size in row] for row in layout.sizes], "views": views}
 
 
 def _layout_from_json(data: dict[str, Any], tokens: torch.Tensor) -> VisualLayout:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from carve_kernels import checks
-from carve_kernels.numerics import float64_device
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.regions import regions
-from carve_kernels.ops.zoom import refuse_turned, to_rgb, zoom
+from carve_kernels.ops.zoom import check_box, refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size
 
@@ -58,12 +57,6 @@ def pair(
     not read.
     """
     check_steps(steps, step_weights)
-    return _pair(task, general, steps, step_weights)
-
-
-def _pair(
-    task: torch.Tensor, general: torch.Tensor, steps: str, step_weights: Sequence[float] | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if steps == "t_start":
         task, general = task[:, :1], general[:, :1]
     elif steps == "t_end":
@@ -126,7 +119,8 @@ def carve(
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
     whole = (0.0, 0.0, float(original.width), float(original.height))
-    checked = [whole if given is None else _inside(given, original.size) for given in boxes]
+    # Rounding may add half a pixel.
+    checked = [whole if given is None else check_box(given, original.size, checks.number, 0.5) for given in boxes]
     for name, maps in (("task", task), ("general", general)):
         checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
     return carve_views(original, task, general, grids, checked, settings, backend)
@@ -146,25 +140,17 @@ def carve_views(
     if task.numel() == 0 or general.numel() == 0:
         return _unchanged(image, saliency, "the maps are empty", {})
     rectangles = [_rectangle(box, image.size) for box in boxes]
-    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
+    task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
-    several = len(grids) > 1
     start = time.perf_counter()
     views = contrast(
-        task,
-        general,
-        list(grids) if several else grids[0],
-        sizes if several else sizes[0],
-        lam=preset.lam,
-        layer_weights=preset.layer_weights,
-        step_weights=by_step,
-        normalize=preset.normalize,
-        backend=backend,
-    )
+        task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
+        normalize=preset.normalize, backend=backend,
+    )  # fmt: skip
     if _is_flat(task, general, preset.lam):
         return _unchanged(image, saliency, "the saliency is constant", {"contrast": time.perf_counter() - start})
     covered = []
-    for (left, top, right, bottom), view in zip(rectangles, views if several else [views], strict=True):
+    for (left, top, right, bottom), view in zip(rectangles, views, strict=True):
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
         saliency[y0:y1, x0:x1] = view[y0 - top : y1 - top, x0 - left : x1 - left]
         covered.append((x0, y0, x1, y1))
@@ -192,14 +178,9 @@ def _finish(
     left, top, right, bottom = covered
     start = time.perf_counter()
     selected = regions(
-        saliency[top:bottom, left:right],
-        keep=preset.keep,
-        top=preset.top,
-        floor=preset.floor,
-        connectivity=preset.connectivity,
-        score=preset.score,
-        backend=backend,
-    )
+        saliency[top:bottom, left:right], keep=preset.keep, top=preset.top, floor=preset.floor,
+        connectivity=preset.connectivity, score=preset.score, backend=backend,
+    )  # fmt: skip
     seconds["regions"] = time.perf_counter() - start
     if selected.reason is not None:
         return _unchanged(image, saliency, selected.reason, seconds)
@@ -215,25 +196,7 @@ def _finish(
 
 
 def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
-    boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
-    scores = torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device))
-    mask = torch.ones_like(saliency, dtype=torch.bool)
-    return CarveOutcome(saliency, Regions(mask, boxes, scores, (0, 0, *image.size), reason), image, reason, seconds)
-
-
-def _inside(box: Any, size: tuple[int, int]) -> Box:
-    """Check a box of an image of (width, height)."""
-    width, height = size
-    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        raise TypeError(f"box: expected four numbers (x0, y0, x1, y1), got {checks.describe(box)}")
-    x0, y0, x1, y1 = (checks.number(f"box[{index}]", edge) for index, edge in enumerate(box))
-    # Rounding may add half a pixel.
-    if not (-0.5 <= x0 < x1 <= width + 0.5 and -0.5 <= y0 < y1 <= height + 0.5):
-        raise ValueError(
-            f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
-            f"{height} high, got {(x0, y0, x1, y1)}"
-        )
-    return x0, y0, x1, y1
+    return CarveOutcome(saliency, Regions.whole(saliency, reason), image, reason, seconds)
 
 
 def _rectangle(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from carve_kernels import deprecation
+from carve_kernels.numerics import float64_device
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -116,6 +117,26 @@ class Capture(NamedTuple):
         return cls(*(query.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
+class Layers(NamedTuple):
+    """The captured rows, the keys and the sinks of each layer; `sink` is empty where there are none."""
+
+    query: Sequence[torch.Tensor]
+    key: Sequence[torch.Tensor]
+    sink: Sequence[torch.Tensor] = ()
+
+    @classmethod
+    def single(cls, query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> Layers:
+        return cls([query], [key], [] if sink is None else [sink])
+
+
+class Slot(NamedTuple):
+    """Where captures are written: `out`, or with a step, that step of buffers [T, M, ...] from layer `first` on."""
+
+    out: Capture
+    step: torch.Tensor | None = None
+    first: int = 0
+
+
 class CaptureOptions(NamedTuple):
     """The options of a capture, in one argument below the public functions; `carve_kernels.capture` describes each."""
 
@@ -127,6 +148,29 @@ class CaptureOptions(NamedTuple):
     sink: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     heads: Literal["mean", "each"] = "mean"
+
+
+class ContrastOptions(NamedTuple):
+    """The options of a contrast; `carve_kernels.contrast` describes each. The weights are float64 on the CPU."""
+
+    lam: float | str
+    layer_weights: torch.Tensor
+    step_weights: torch.Tensor
+    normalize: str
+
+
+Views = Sequence[tuple[Size, Size]]
+"""The grid of tokens and the size in pixels of each view of a contrast."""
+
+
+class RegionOptions(NamedTuple):
+    """The options of `carve_kernels.regions`, which describes each."""
+
+    keep: float
+    top: int | None = None
+    floor: int | None = None
+    connectivity: int = 4
+    score: str = "sum"
 
 
 @dataclass(frozen=True)
@@ -149,6 +193,14 @@ class Regions:
     scores: torch.Tensor
     box: tuple[int, int, int, int]
     reason: str | None = None
+
+    @classmethod
+    def whole(cls, saliency: torch.Tensor, reason: str) -> Regions:
+        """No region of a saliency: the mask and the box are the whole image, and the reason says why."""
+        height, width = saliency.shape
+        boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
+        scores = torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device))
+        return cls(torch.ones_like(saliency, dtype=torch.bool), boxes, scores, (0, 0, width, height), reason)
 
 
 __getattr__ = deprecation.moved_names(

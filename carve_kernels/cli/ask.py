@@ -41,7 +41,7 @@ def ask(
         announce("writing")
         answered = clock.seconds()
         notes = {name: notes_of(result, model, processor) for name, result in results.items()}
-        seconds = {"imports": imported, "load": loaded - imported, "look": answered - loaded, "total": answered}
+        seconds = {"imports": imported, "load": loaded - imported, "answer": answered - loaded, "total": answered}
         report = Report(question, model_facts(model), results, notes, seconds)
         write(folder, report)
     summarise(report, output, {**seconds, "write": clock.seconds() - answered})

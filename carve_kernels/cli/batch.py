@@ -182,7 +182,7 @@ class _Run:
             question = Question(result.image, line.text, line.truth, facts)
             notes = {self.preset: notes_of(result, engine.model, engine.processor)}
             total = sum(result.seconds.values())
-            seconds = {"load": 0.0, "look": total, "total": total}
+            seconds = {"load": 0.0, "answer": total, "total": total}
             report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
             if self.images:
                 self.store.write(line.name, FILES, lambda folder: write(folder, report))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.text import Text
 
+from carve_kernels import deprecation
 from carve_kernels.cli.digests import file_digest
 from carve_kernels.cli.ours import is_json, png_info, png_texts, write_json
 from carve_kernels.cli.output import clock, note, number_of, one_line, say, versions
@@ -97,7 +98,7 @@ def record(report: Report) -> dict[str, Any]:
             name: {**_numbers(result, question.truth), "notes": list(report.notes[name])}
             for name, result in report.results.items()
         },
-        "seconds": dict(report.seconds),
+        "seconds": deprecation.with_old_keys(report.seconds, look="answer"),
         "versions": versions(),
     }
 
@@ -131,7 +132,7 @@ def summarise(report: Report, folder: Path, seconds: Mapping[str, float]) -> Non
 
 def _times(seconds: Mapping[str, float]) -> str:
     """The seconds of each part, and of the whole command."""
-    keys = {"libraries": "imports", "model": "load", "answers": "look", "files": "write"}
+    keys = {"libraries": "imports", "model": "load", "answers": "answer", "files": "write"}
     parts = ", ".join(f"{name} {seconds[key]:.1f} s" for name, key in keys.items())
     return f"{parts}; all {clock.seconds():.1f} s"
 

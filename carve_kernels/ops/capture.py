@@ -10,8 +10,8 @@ import torch
 from carve_kernels import checks
 from carve_kernels.backends import resolve
 from carve_kernels.backends.native import schemas  # noqa: F401  (an operator is defined before it is implemented)
-from carve_kernels.ops.capture_checks import check_arguments, check_out, check_outputs_device, check_values
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 
 def capture(
@@ -128,14 +128,9 @@ def capture_layers(
     checks.integer("first", first, low=0)
     checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
     checks.device("step", step, query[0])
-    batch, _, rows, _ = query[0].shape
-    checks.tensor("out.maps", out.maps, shape=("T", "M", batch, rows, tokens.shape[1]), dtypes=(torch.float32,))
-    steps, layers = out.maps.shape[:2]
-    for name, part in (("out.mass", out.mass), ("out.entropy", out.entropy)):
-        checks.tensor(name, part, shape=(steps, layers, batch, rows), dtypes=(torch.float32,))
-    check_outputs_device(query[0], out)
-    if first + len(query) > layers:
-        raise ValueError(f"first: expected first + {len(query)} layers to fit in {layers}, got {first}")
+    check_out(query[0], tokens, "mean", out, in_steps=True)
+    if first + len(query) > out.maps.shape[1]:
+        raise ValueError(f"first: expected first + {len(query)} layers to fit in {out.maps.shape[1]}, got {first}")
     torch.ops.carve_kernels.capture_layers(
         list(query), list(key), tokens, mask, positions, list(sink), float(scale), float(softcap or 0.0),
         int(window or 0), step, first, backend, *out,
@@ -143,33 +138,21 @@ def capture_layers(
 
 
 def _capture_layers(
-    query: list[torch.Tensor],
-    key: list[torch.Tensor],
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    sink: list[torch.Tensor],
-    scale: float,
-    softcap: float,
-    window: int,
-    step: torch.Tensor,
-    first: int,
-    backend: str,
-    maps: torch.Tensor,
-    mass: torch.Tensor,
-    entropy: torch.Tensor,
-) -> None:
+    query: list[torch.Tensor], key: list[torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor | None,
+    positions: torch.Tensor | None, sink: list[torch.Tensor], scale: float, softcap: float, window: int,
+    step: torch.Tensor, first: int, backend: str, maps: torch.Tensor, mass: torch.Tensor, entropy: torch.Tensor,
+) -> None:  # fmt: skip
     options = CaptureOptions(scale, mask, positions, softcap or None, window or None)
-    out = Capture(maps, mass, entropy)
+    slot = Slot(Capture(maps, mass, entropy), step, first)
     module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options)
     batched = getattr(module, "forward_layers", None)
-    if batched is not None and batched(query, key, tokens, options, sink=sink, step=step, first=first, out=out):
+    if batched is not None and batched(Layers(query, key, sink), tokens, options, slot):
         return
     for layer in range(len(query)):
         call = (query[layer], key[layer], tokens, options._replace(sink=sink[layer] if sink else None))
         module = resolve("capture", backend, query[layer].device, *call)
         captured: Capture = module.forward(*call)
-        for buffer, values in zip(out, captured, strict=True):
+        for buffer, values in zip(slot.out, captured, strict=True):
             buffer[:, first + layer].index_copy_(0, step.view(1), values.to(buffer.dtype)[None])
 
 

@@ -77,17 +77,16 @@ def _name_what_disagrees(query: torch.Tensor, key: torch.Tensor, tokens: torch.T
     checks.device("tokens", tokens, query)
 
 
-def check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Capture) -> None:
+def check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Capture, *, in_steps: bool = False) -> None:
+    """Check the outputs of one capture or, `in_steps`, buffers of the steps and layers of many."""
     batch, query_heads, rows, _ = query.shape
-    dtypes = (torch.float32, torch.float64)
     middle = (query_heads,) if heads == "each" else ()
-    checks.tensor("out.maps", out.maps, shape=(batch, *middle, rows, tokens.shape[1]), dtypes=dtypes)
-    checks.tensor("out.mass", out.mass, shape=(batch, rows), dtypes=dtypes)
-    checks.tensor("out.entropy", out.entropy, shape=(batch, rows), dtypes=dtypes)
-    check_outputs_device(query, out)
-
-
-def check_outputs_device(query: torch.Tensor, out: Capture) -> None:
+    lead: tuple[int | str, ...] = ("T", "M") if in_steps else ()
+    dtypes = (torch.float32,) if in_steps else (torch.float32, torch.float64)
+    checks.tensor("out.maps", out.maps, shape=(*lead, batch, *middle, rows, tokens.shape[1]), dtypes=dtypes)
+    lead = tuple(out.maps.shape[: len(lead)])
+    for name, part in (("out.mass", out.mass), ("out.entropy", out.entropy)):
+        checks.tensor(name, part, shape=(*lead, batch, rows), dtypes=dtypes)
     for name, part in zip(out._fields, out, strict=True):
         checks.device(f"out.{name}", part, query)
 

@@ -9,7 +9,7 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.types import NORMALIZE, Size
+from carve_kernels.types import NORMALIZE, ContrastOptions, Size, Views
 
 
 def contrast(
@@ -72,18 +72,17 @@ def contrast(
     if lam != "mean":
         lam = checks.number("lam", lam, low=0)
     checks.choice("normalize", normalize, NORMALIZE)
-    grid, size = _views(grid, size, tokens)
+    views = _views(grid, size, tokens)
     if check or (check is None and task.device.type == "cpu"):
         _check_values("task", task)
         _check_values("general", general)
-    options = {
-        "lam": lam,
-        "layer_weights": weights("layer_weights", layer_weights, [1.0] * layers),
-        "step_weights": weights("step_weights", step_weights, range(1, steps + 1)),
-        "normalize": normalize,
-    }
-    module = resolve("contrast", backend, task.device, task, general, grid, size, **options)
-    return module.forward(task, general, grid, size, **options)
+    by_layer = weights("layer_weights", layer_weights, [1.0] * layers)
+    by_step = weights("step_weights", step_weights, range(1, steps + 1))
+    options = ContrastOptions(lam, by_layer, by_step, normalize)
+    module = resolve("contrast", backend, task.device, task, general, views, options)
+    pixels = module.forward(task, general, views, options).split([height * width for _, (height, width) in views])
+    maps = [values.view(shape) for values, (_, shape) in zip(pixels, views, strict=True)]
+    return maps if is_several(grid) else maps[0]
 
 
 def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
@@ -99,21 +98,20 @@ def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
     return torch.tensor(listed, dtype=torch.float64, device="cpu")
 
 
-def _views(grid: Any, size: Any, tokens: int) -> tuple[Any, Any]:
+def _views(grid: Any, size: Any, tokens: int) -> Views:
     """Check one grid and size, or as many of each."""
     if not is_several(grid):
-        grid, size = checks.size("grid", grid), checks.size("size", size)
-        listed = [grid]
+        views = [(checks.size("grid", grid), checks.size("size", size))]
+    elif not is_several(size) or len(size) != len(grid):
+        raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
     else:
-        if not is_several(size) or len(size) != len(grid):
-            raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
-        grid = listed = [checks.size(f"grid[{index}]", view) for index, view in enumerate(grid)]
-        size = [checks.size(f"size[{index}]", view) for index, view in enumerate(size)]
-    total = sum(rows * columns for rows, columns in listed)
+        grids = [checks.size(f"grid[{index}]", view) for index, view in enumerate(grid)]
+        views = list(zip(grids, [checks.size(f"size[{index}]", view) for index, view in enumerate(size)], strict=True))
+    total = sum(rows * columns for (rows, columns), _ in views)
     if total != tokens:
-        grids = " + ".join(f"{rows} x {columns}" for rows, columns in listed)
-        raise ValueError(f"grid: expected the {tokens} tokens of task, got {grids} = {total} tokens")
-    return grid, size
+        listed = " + ".join(f"{rows} x {columns}" for (rows, columns), _ in views)
+        raise ValueError(f"grid: expected the {tokens} tokens of task, got {listed} = {total} tokens")
+    return views
 
 
 def is_several(value: Any) -> bool:

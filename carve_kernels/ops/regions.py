@@ -6,7 +6,7 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.types import SCORES, Regions
+from carve_kernels.types import SCORES, RegionOptions, Regions
 
 CONNECTIVITY = (4, 8)
 
@@ -63,8 +63,8 @@ def regions(
     top, floor = limits(top, floor)
     checks.choice("connectivity", connectivity, CONNECTIVITY)
     checks.choice("score", score, SCORES)
-    options = {"keep": keep, "top": top, "floor": floor, "connectivity": connectivity, "score": score}
-    result: Regions = resolve("regions", backend, saliency.device, saliency, **options).forward(saliency, **options)
+    options = RegionOptions(keep, top, floor, connectivity, score)
+    result: Regions = resolve("regions", backend, saliency.device, saliency, options).forward(saliency, options)
     # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")
     if is_checked and result.reason is not None and bool(saliency.isnan().any()):

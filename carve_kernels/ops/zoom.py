@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ RESAMPLE = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 SIZES = ("longer", "cover")
 
 _ORIENTATION = 0x0112
+
+_Number = TypeVar("_Number", int, float)
 
 _log = logging.getLogger("carve_kernels")
 
@@ -66,7 +68,7 @@ def zoom(
     """
     rgb = to_rgb("image", image)
     width, height = rgb.size
-    x0, y0, x1, y1 = _box(box, rgb.size)
+    x0, y0, x1, y1 = check_box(box, rgb.size, checks.integer)
     colour(fill)
     checks.choice("resample", resample, RESAMPLE)
     target = _target((y1 - y0, x1 - x0), (height, width), size, checks.number("limit", limit, low=1))
@@ -139,17 +141,21 @@ def colour(fill: Any) -> tuple[int, ...]:
     return tuple(checks.integer(f"fill[{index}]", value, low=0, high=255) for index, value in enumerate(fill))
 
 
-def _box(box: Any, image_size: tuple[int, int]) -> list[int]:
+def check_box(
+    box: Any, size: tuple[int, int], number: Callable[[str, Any], _Number], slack: float = 0.0
+) -> tuple[_Number, _Number, _Number, _Number]:
+    """Check the four edges of a box, each with `number`, in an image of (width, height), up to `slack` pixels."""
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        raise TypeError(f"box: expected four integers (x0, y0, x1, y1), got {checks.describe(box)}")
-    x0, y0, x1, y1 = edges = [checks.integer(f"box[{index}]", edge) for index, edge in enumerate(box)]
-    width, height = image_size
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        kind = "integers" if number is checks.integer else "numbers"
+        raise TypeError(f"box: expected four {kind} (x0, y0, x1, y1), got {checks.describe(box)}")
+    x0, y0, x1, y1 = (number(f"box[{index}]", edge) for index, edge in enumerate(box))
+    width, height = size
+    if not (-slack <= x0 < x1 <= width + slack and -slack <= y0 < y1 <= height + slack):
         raise ValueError(
             f"box: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for an image {width} wide and "
-            f"{height} high, got {tuple(edges)}"
+            f"{height} high, got {(x0, y0, x1, y1)}"
         )
-    return edges
+    return x0, y0, x1, y1
 
 
 def _target(crop: Size, whole: Size, size: str | Size, limit: float) -> Size:

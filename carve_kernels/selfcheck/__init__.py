@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def examine(device: torch.device, *, quick: bool, announce: Callable[[str], None
     unavailable = {(cell["stage"], cell["backend"]) for cell in cells if cell["unavailable"] is not None}
     gpu = gpu_of(torch.cuda.get_device_properties(device)) if device.type == "cuda" else None
     clock = Clock(device, 5 if quick else 51 if device.type == "cuda" else 11, _QUICK_FLUSH if quick else None)
-    report: Report = {"backends": cells, "gpu": gpu and gpu_rates(gpu), "checks": [], "timings": []}
+    report: Report = {"backends": cells, "gpu": gpu and for_json(gpu), "checks": [], "timings": []}
     # Triton launches on the current device, not on that of its tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for build in trials(quick=quick):
@@ -63,9 +64,10 @@ def examine(device: torch.device, *, quick: bool, announce: Callable[[str], None
     return report
 
 
-def gpu_rates(gpu: Gpu) -> Report:
-    """The rates of a GPU for JSON, which has no infinity: None where there is no limit."""
-    return {name: None if value == float("inf") else value for name, value in gpu._asdict().items()}
+def for_json(values: Gpu | Verdict) -> Report:
+    """The fields by name for JSON, which has no infinity: None in its place."""
+    fields = values._asdict().items()
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields}
 
 
 def _check(trial: Trial, backend: str, device: torch.device) -> Report:
@@ -83,12 +85,7 @@ def _check(trial: Trial, backend: str, device: torch.device) -> Report:
     # A check reports every error of the device.
     except Exception as error:
         verdict = Verdict(f"{type(error).__name__}: {error}", float("inf"), 0.0)
-    numbers = {name: value if value is None or value < float("inf") else None for name, value in _numbers(verdict)}
-    return {**entry, "right": verdict.problem is None, "problem": verdict.problem, **numbers}
-
-
-def _numbers(verdict: Verdict) -> list[tuple[str, float | None]]:
-    return [("error", verdict.error), ("allowed", verdict.allowed), ("correlation", verdict.correlation)]
+    return {**entry, "right": verdict.problem is None, **for_json(verdict)}
 
 
 def _run(trial: Trial, backend: str, device: torch.device) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from carve_kernels.backends.cuda.plan import FLOAT, LAYERS_AT_ONCE, MOST_BLOCKS, STAT, split_keys, splits
 from carve_kernels.backends.native.region_buffers import most_regions
-from carve_kernels.selfcheck.work import Work
+from carve_kernels.selfcheck.work import CaptureSizes, Work
 
 # As in csrc/cuda/capture/capture.cuh and tile.cuh.
 _THREADS = 256
@@ -22,22 +22,11 @@ _TOKEN = 4
 _STEP = 8
 
 
-def capture_work(
-    *,
-    layers: int,
-    batch: int,
-    query_heads: int,
-    key_heads: int,
-    rows: int,
-    keys: int,
-    size: int,
-    tokens: int,
-    element_bytes: int,
-    lse: bool = False,
-) -> Work:
-    """What `capture` of up to 8 rows moves where every row sees all keys, the tokens are int32 and the step is given.
+def capture_work(*, lse: bool = False, **sizes: int) -> Work:
+    """What `capture` of `CaptureSizes` moves for up to 8 rows that see all keys, int32 tokens and a given step.
 
-    The first launch reads each key once, and the second each visual token's key again::
+    With `lse` the log-sum-exp is given, and there is one launch, not two. The first launch reads each key once, and the
+    second each visual token's key again::
 
         layers * batch * key_heads * (keys + tokens) * size * element_bytes
 
@@ -45,22 +34,8 @@ def capture_work(
     cache; `roofline` counts them as memory's. With 28 heads in groups of 7, D = 128, 4096 keys of bf16 and 3276
     tokens they are 0.4 of the bytes above for one row and 3.7 for eight; with 32 heads without groups and 8192 keys
     0.1 and 0.9.
-
-    ===============  =====  =============================================
-    name             dtype  meaning
-    ===============  =====  =============================================
-    layers           int    layers of one call
-    batch            int    B
-    query_heads      int    A
-    key_heads        int    KV
-    rows             int    R, up to 8
-    keys             int    S
-    size             int    D
-    tokens           int    N
-    element_bytes    int    bytes of an element of query and key, 2 or 4
-    lse              bool   the log-sum-exp is given: one launch, not two
-    ===============  =====  =============================================
     """
+    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = CaptureSizes(**sizes)
     queries = query_heads // key_heads * rows
     slots = _slots(size, element_bytes)
     vector = size * element_bytes
@@ -100,21 +75,11 @@ def _padded(queries: int, tile: int) -> int:
 
 
 def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:
-    """What `regions` moves for a smooth saliency, with few regions of long runs.
+    """What `regions` moves for a smooth saliency, with few regions of long runs in the share `keep` of its pixels.
 
     Equals, without the counts of the selection, which every block reads, and other small terms::
 
         read_bytes = height * width * ((passes + 1 + keep) * element_bytes + (4 + 5 * keep) * 4)
-
-    ============  =====  =========================================================
-    name          dtype  meaning
-    ============  =====  =========================================================
-    height        int    H
-    width         int    W
-    element_bytes int    4 or 8 bytes of a pixel of the saliency
-    keep          float  share of the pixels above the threshold
-    connectivity  int    4 or 8
-    ============  =====  =========================================================
     """
     pixels = height * width
     passes = -(-8 * element_bytes // _DIGIT_BITS)

@@ -89,14 +89,12 @@ def exact(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: d
     return (query.double(), key.double(), tokens), doubled
 
 
-def poisoned(case: Case, heads: str = "mean") -> Capture:
-    """Output tensors full of NaN."""
+def poisoned(case: Case, heads: str = "mean", lead: tuple[int, ...] = ()) -> Capture:
+    """Output tensors full of NaN, with more dimensions in front."""
     middle = (case.query_heads,) if heads == "each" else ()
-    nan = float("nan")
-    rows = (case.batch, case.rows)
-    return Capture(
-        torch.full((case.batch, *middle, case.rows, case.tokens), nan), torch.full(rows, nan), torch.full(rows, nan)
-    )
+    rows = (*lead, case.batch, case.rows)
+    shapes = ((*lead, case.batch, *middle, case.rows, case.tokens), rows, rows)
+    return Capture(*(torch.full(shape, float("nan")) for shape in shapes))
 
 
 def maps(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from carve_kernels.ops.capture import capture, capture_layers
 from carve_kernels.ops.contrast import contrast
@@ -58,7 +60,7 @@ def trials(*, quick: bool) -> list[Build]:
     dtypes = (_SINGLE, _HALF) if quick else (_SINGLE, _HALF, torch.float16)
     cases = {name: _CASES[name] for name in _QUICK} if quick else _CASES
     builds: list[Build] = [
-        partial(_capture, f"{name}, {_short(dtype)}", case.but(dtype=dtype))
+        partial(_capture, f"{name}, {str(dtype).removeprefix('torch.')}", case.but(dtype=dtype))
         for name, case in cases.items()
         for dtype in dtypes
     ]
@@ -89,26 +91,32 @@ def _timed(quick: bool) -> list[Build]:
     for case, keys, rows in shapes:
         view = "all" if rows == 1 else "positions"
         name = f"6 layers, {case.query_heads} on {case.key_heads} heads, {keys} keys, {rows} rows"
-        builds.append(
-            partial(_layers, name, case.but(keys=keys, rows=rows, tokens=keys * 4 // 5, view=view), 6, timed=True)
-        )
-    builds.append(
-        partial(_contrast, f"6 x 8 maps on {side} x {side} pixels", (grid, grid), (side, side), 6, 8, timed=True)
-    )
-    builds.append(partial(_saliency, f"a saliency of {side} x {side} pixels", (side, side), "smooth", timed=True))
-    return builds
+        case = case.but(keys=keys, rows=rows, tokens=keys * 4 // 5, view=view)
+        builds.append(partial(_layers, name, case, 6, timed=True))
+    pixels = f"{side} x {side} pixels"
+    return [
+        *builds,
+        partial(_contrast, f"6 x 8 maps on {pixels}", (grid, grid), (side, side), 6, 8, timed=True),
+        partial(_saliency, f"a saliency of {pixels}", (side, side), "smooth", timed=True),
+    ]
 
 
 def _capture(name: str, case: Case, heads: Literal["mean", "each"] = "mean", lse: bool = False) -> Trial:
     arguments, options = planted(case)
     if lse:
         options["lse"] = _log_sum_exp(arguments[0], arguments[1], options["scale"])
-    exact_arguments, exact_options = exact(arguments, options)
-    truth = capture(*exact_arguments, **exact_options, heads=heads, backend="reference")
-    reference = capture(*arguments, **options, heads=heads, backend="reference")
-    options |= {"heads": heads, "out": poisoned(case, heads)}
+    options["heads"] = heads
+    reference, truth = _answers(arguments, options)
+    options["out"] = poisoned(case, heads)
     judge = partial(captures, reference=reference, truth=truth, slack=_slack(case))
     return Trial("capture", name, capture, arguments, options, judge)
+
+
+def _answers(arguments: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> tuple[Capture, Capture]:
+    """The reference's captures in the dtype of the arguments, and in float64."""
+    exact_arguments, exact_options = exact(arguments, options)
+    truth = capture(*exact_arguments, **exact_options, backend="reference")
+    return capture(*arguments, **options, backend="reference"), truth
 
 
 def _layers(name: str, case: Case, layers: int, timed: bool = False) -> Trial:
@@ -122,27 +130,15 @@ def _layers(name: str, case: Case, layers: int, timed: bool = False) -> Trial:
         if case.rows > 1:
             options["positions"] = torch.arange(case.keys - case.rows, case.keys)[None]
     pairs = [(query, key.contiguous() if timed else key) for (query, key, _), _ in problems]
-    reference_layers, true_layers = [], []
-    for query, key in pairs:
-        exact_arguments, exact_options = exact((query, key, tokens), options)
-        reference_layers.append(capture(query, key, tokens, **options, backend="reference"))
-        true_layers.append(capture(*exact_arguments, **exact_options, backend="reference"))
-    reference, truth = (Capture(*map(torch.stack, zip(*each, strict=True))) for each in (reference_layers, true_layers))
-    nan = float("nan")
-    shape = (2, layers + 2, case.batch, case.rows)
-    out = Capture(torch.full((*shape, case.tokens), nan), torch.full(shape, nan), torch.full(shape, nan))
+    answers = zip(*(_answers((query, key, tokens), options) for query, key in pairs), strict=True)
+    reference, truth = (Capture(*map(torch.stack, zip(*each, strict=True))) for each in answers)
+    judge = partial(_slots, reference=reference, truth=truth, slack=_slack(case))
+    arguments = [query for query, _ in pairs], [key for _, key in pairs], tokens
+    options |= {"step": torch.tensor(1), "first": 1, "out": poisoned(case, lead=(2, layers + 2))}
     names = ("query_heads", "key_heads", "rows", "keys", "size", "tokens")
     sizes = {name: getattr(case, name) for name in names}
     sizes |= {"layers": layers, "batch": 1, "element_bytes": case.dtype.itemsize}
-    return Trial(
-        "capture",
-        name,
-        _into,
-        ([query for query, _ in pairs], [key for _, key in pairs], tokens),
-        {**options, "step": torch.tensor(1), "first": 1, "out": out},
-        partial(_slots, reference=reference, truth=truth, slack=_slack(case)),
-        sizes if timed else None,
-    )
+    return Trial("capture", name, _into, arguments, options, judge, sizes if timed else None)
 
 
 def _into(*arguments: Any, out: Capture, **options: Any) -> Capture:
@@ -153,11 +149,9 @@ def _into(*arguments: Any, out: Capture, **options: Any) -> Capture:
 def _slots(result: Capture, reference: Capture, truth: Capture, slack: float) -> Verdict:
     layers = len(truth.mass)
     verdict = captures(Capture(*(buffer[1, 1 : 1 + layers] for buffer in result)), reference, truth, slack)
-    untouched = all(
-        bool(buffer[0].isnan().all() and buffer[1, 0].isnan().all() and buffer[1, -1].isnan().all())
-        for buffer in result
-    )
-    return verdict if untouched else Verdict("out: a slot of another step or layer was written", float("inf"), 0.0)
+    others = [other for buffer in result for other in (buffer[0], buffer[1, 0], buffer[1, -1])]
+    is_untouched = all(bool(other.isnan().all()) for other in others)
+    return verdict if is_untouched else Verdict("out: a slot of another step or layer was written", float("inf"), 0.0)
 
 
 def _contrasts(quick: bool) -> list[Build]:
@@ -174,15 +168,9 @@ def _contrasts(quick: bool) -> list[Build]:
 
 
 def _contrast(
-    name: str,
-    grid: Any,
-    size: Any,
-    layers: int,
-    steps: int,
-    normalize: str = "none",
-    lam: float | str = "mean",
+    name: str, grid: Any, size: Any, layers: int, steps: int, normalize: str = "none", lam: Any = "mean",
     timed: bool = False,
-) -> Trial:
+) -> Trial:  # fmt: skip
     several = isinstance(grid, list)
     tokens = sum(rows * columns for rows, columns in grid) if several else grid[0] * grid[1]
     task, general = maps((1, tokens) if several else grid, layers=layers, steps=steps)
@@ -211,37 +199,26 @@ def _saliencies(result: Any, reference: Any, truth: Any, offset: float, slack: f
 
 
 def _regions(quick: bool) -> list[Build]:
-    options: list[dict[str, Any]] = [
-        {"keep": 0.4, "top": 2},
-        {"keep": 0.2, "floor": 3, "connectivity": 8, "score": "mean"},
-    ]
+    options: list[dict[str, Any]] = [{"keep": 0.4, "top": 2}]
+    options += [{"keep": 0.2, "floor": 3, "connectivity": 8, "score": "mean"}]
     kinds = ("smooth", "noise", "ties") if quick else ("smooth", "noise", "ties", "plateaus", "constant")
     shapes: list[Size] = [(61, 83)] if quick else [(61, 83), (1, 4099), (515, 1), (768, 1021)]
     builds: list[Build] = []
-    for kind in kinds:
-        for shape in shapes:
-            for chosen in options:
-                listed = ", ".join(f"{option} {value}" for option, value in chosen.items())
-                name = f"{kind}, {shape[0]} x {shape[1]}, {listed}"
-                builds.append(partial(_saliency, name, shape, kind, **chosen))
+    for kind, shape, chosen in itertools.product(kinds, shapes, options):
+        listed = ", ".join(f"{option} {value}" for option, value in chosen.items())
+        builds.append(partial(_saliency, f"{kind}, {shape[0]} x {shape[1]}, {listed}", shape, kind, **chosen))
     return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
 
 
 def _saliency(
-    name: str,
-    shape: Size,
-    kind: str,
-    dtype: torch.dtype = torch.float32,
-    timed: bool = False,
-    **options: Any,
+    name: str, shape: Size, kind: str, dtype: torch.dtype = torch.float32, timed: bool = False, **options: Any
 ) -> Trial:
     options = options or {"keep": 0.4, "top": 2}
     saliency = _SALIENCIES[kind](shape).to(dtype)
     truth = regions(saliency, **options, backend="reference")
     sizes = {"height": shape[0], "width": shape[1]}
-    return Trial(
-        "regions", name, regions, (saliency,), options, partial(identical, truth=truth), sizes if timed else None
-    )
+    judge = partial(identical, truth=truth)
+    return Trial("regions", name, regions, (saliency,), options, judge, sizes if timed else None)
 
 
 def _smooth(shape: Size) -> torch.Tensor:
@@ -271,7 +248,3 @@ def _log_sum_exp(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.
 def _slack(case: Case) -> float:
     # One rounding of a logit of 50 changes its probability by 50 roundings.
     return roundings(case.size + 64 + case.query_heads)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

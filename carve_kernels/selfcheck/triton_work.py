@@ -7,33 +7,21 @@ import math
 from carve_kernels.backends.triton.capture_plan import PARTIALS, ceiling, plan
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, plan_grid
 from carve_kernels.backends.triton.tiles import row_of
-from carve_kernels.selfcheck.work import Work
+from carve_kernels.selfcheck.work import CaptureSizes, Work
 from carve_kernels.types import Size
 
 _FLOAT = 4
 _TOKEN = 4
 
 
-def capture_work(
-    *,
-    layers: int,
-    batch: int,
-    query_heads: int,
-    key_heads: int,
-    rows: int,
-    keys: int,
-    size: int,
-    tokens: int,
-    element_bytes: int,
-    lse: bool = False,
-    architecture: str = "sm_90",
-) -> Work:
-    """The work of one call of capture without a mask, where all tokens are used.
+def capture_work(*, lse: bool = False, architecture: str = "sm_90", **sizes: int) -> Work:
+    """The work of one capture of `CaptureSizes` without a mask, where all tokens are used.
 
     Each load of a program counts once: all keys and the keys at the tokens, for each tile of rows and heads (one tile
     up to 64 of them), and small terms for the query, the statistics and the partial sums. The operations are those of
     whole tiles.
     """
+    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = CaptureSizes(**sizes)
     grid = plan(query_heads, key_heads, rows, keys, size, element_bytes)
     lanes = grid.block_row * grid.block_group
     tiles = row_of(architecture, element_bytes, lanes, grid.block_size)

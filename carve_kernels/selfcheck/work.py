@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Work(NamedTuple):
-    """The work of one call on a device.
+class CaptureSizes(NamedTuple):
+    """The numbers L, B, A, KV, R, S, D and N of a capture, and the bytes of an element of query and key, 2 or 4."""
 
-    =============  =====  ===================================================================
-    name           dtype  meaning
-    =============  =====  ===================================================================
-    read_bytes     int    bytes that the kernels load from device memory, each load once
-    written_bytes  int    bytes that they store
-    operations     int    multiplications and additions of the matrix products, 2 for each pair
-    launches       int    kernels that are launched
-    =============  =====  ===================================================================
+    layers: int
+    batch: int
+    query_heads: int
+    key_heads: int
+    rows: int
+    keys: int
+    size: int
+    tokens: int
+    element_bytes: int
+
+
+class Work(NamedTuple):
+    """The work of one call: bytes that its kernels load (each load once) and store in device memory, operations of
+    the matrix products (2 for each pair, a product and a sum), and the number of kernels.
     """
 
     read_bytes: int

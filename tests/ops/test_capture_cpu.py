@@ -15,8 +15,9 @@ import torch
 from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cpu import capture as cpu_capture
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.support.attention import Case, planted, poisoned
+from tests.support.capture_backends import forced_isa
 from tests.support.planted_maps import serving
 
 
@@ -79,7 +80,7 @@ def test_any_strides(isa: str) -> None:
     if isa not in available():
         pytest.skip(f"this machine has no {isa}")
     (query, key, tokens), options = planted(Case(rows=5, view="head mask", dtype=torch.bfloat16))
-    with cpu.forced_isa(isa):
+    with forced_isa(isa):
         plain = capture(query, key, tokens, **options, backend="cpu")
         options["mask"] = options["mask"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         spread = torch.full((*query.shape, 2), float("nan"), dtype=query.dtype)
@@ -105,7 +106,7 @@ def test_exponentials_are_accurate_to_the_last_units(isa: str) -> None:
     key[0, 0, :, 0] = logits
     query = torch.zeros(1, 1, 1, 32)
     query[..., 0] = 1
-    with cpu.forced_isa(isa):
+    with forced_isa(isa):
         found = capture(query, key, torch.arange(4096)[None], scale=1.0, backend="cpu").maps[0, 0].double()
     truth = logits.double().softmax(-1)
     # Units of float32: 3 for the power, the sum and the factor, and those of a logit in base 2, up to 1.5 times it.
@@ -185,7 +186,7 @@ def test_a_decode_loop_allocates_nothing() -> None:
 
     def run() -> None:
         shared = CaptureOptions(**options)
-        cpu_capture.forward_layers([query] * 2, [key] * 2, tokens, shared, sink=[], step=step, first=0, out=out)
+        cpu_capture.forward_layers(Layers([query] * 2, [key] * 2), tokens, shared, Slot(out, step))
 
     run()
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from carve_kernels import BackendUnavailable, contrast
-from carve_kernels.backends.reference import contrast as reference
+from carve_kernels.types import ContrastOptions
 from tests.support.planted_maps import backends, maps, on_gpu, serving
 from tests.support.tolerances import correlation, relative, roundings
 
@@ -29,8 +29,8 @@ CASES = [
 @pytest.fixture(params=[*backends("contrast"), *on_gpu("contrast")])
 def backend(request: pytest.FixtureRequest) -> str:
     task, general = maps((2, 2))
-    options = {"lam": "mean", "layer_weights": None, "step_weights": None, "normalize": "none"}
-    return serving("contrast", request.param, task, general, (2, 2), (4, 4), **options)  # type: ignore[arg-type]
+    options = ContrastOptions("mean", torch.ones(3), torch.ones(2), "none")
+    return serving("contrast", request.param, task, general, [((2, 2), (4, 4))], options)
 
 
 @pytest.mark.parametrize("normalize", ["none", "sum", "max", "minmax"])
@@ -41,13 +41,13 @@ def test_a_backend_is_as_accurate_as_the_reference(
 ) -> None:
     task, general = maps(grid, layers=layers, steps=steps)
     options: dict[str, Any] = {"lam": lam, "normalize": normalize}
-    truth = reference.forward(task.double(), general.double(), grid, size, **options)
-    own = reference.forward(task, general, grid, size, **options)
+    truth = contrast(task.double(), general.double(), grid, size, **options, backend="reference")
+    own = contrast(task, general, grid, size, **options, backend="reference")
     found = contrast(task, general, grid, size, backend=backend, **options)
     assert found.dtype == torch.float32 and found.shape == size
     if normalize == "minmax":
         # A subtraction makes the lowest value 0: errors are relative to what was subtracted.
-        fused = reference.forward(task.double(), general.double(), grid, grid, lam=lam)
+        fused = contrast(task.double(), general.double(), grid, grid, lam=lam, backend="reference")
         if float(fused.max()) == float(fused.min()):
             assert not found.any()
             return

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
+from carve_kernels.types import RegionOptions
 from tests.support.planted_maps import SALIENCIES, assert_same, backends, maps, on_gpu, serving
 
 
 @pytest.fixture(params=[*backends("regions"), *on_gpu("regions")])
 def backend(request: pytest.FixtureRequest) -> str:
-    options = {"keep": 0.2, "top": 2, "floor": None, "connectivity": 4, "score": "sum"}
-    return serving("regions", request.param, torch.rand(4, 4), **options)
+    return serving("regions", request.param, torch.rand(4, 4), RegionOptions(0.2, top=2))
 
 
 def saliency(size: tuple[int, int] = (61, 83), seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -124,7 +124,7 @@ SHAPES = st.one_of(
 def test_the_compiled_backend_is_the_reference(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, keep: float, limit: Any, seed: int, **options: Any
 ) -> None:
-    serving("regions", "cpu", torch.rand(4, 4), keep=keep, **limit, **options)
+    serving("regions", "cpu", torch.rand(4, 4), RegionOptions(keep, **limit, **options))
     noise = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     values = SALIENCIES[kind](noise)
     options |= {"keep": keep, "check": False, **limit}
@@ -134,7 +134,7 @@ def test_the_compiled_backend_is_the_reference(
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
 @pytest.mark.parametrize("kind", ["noise", "ties", "magnitudes"])
 def test_very_long_saliencies(shape: tuple[int, int], kind: str) -> None:
-    serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
+    serving("regions", "cpu", torch.rand(4, 4), RegionOptions(0.2, top=2))
     values = SALIENCIES[kind](torch.randn(shape))
     options: dict[str, Any] = {"keep": 0.2, "floor": 3}
     assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
@@ -142,7 +142,7 @@ def test_very_long_saliencies(shape: tuple[int, int], kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["noise", "ties", "magnitudes"])
 def test_any_number_of_threads_finds_the_same(kind: str, threads: Any) -> None:
-    serving("regions", "cpu", torch.rand(4, 4), keep=0.2, top=2)
+    serving("regions", "cpu", torch.rand(4, 4), RegionOptions(0.2, top=2))
     values = SALIENCIES[kind](torch.randn(1603, 1511))
     wanted = regions(values, keep=0.3, floor=3, backend="cpu")
     for count in (2, 3, 5):

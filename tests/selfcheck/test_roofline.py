@@ -76,7 +76,7 @@ def test_an_unknown_gpu_has_no_bound_on_its_arithmetic_or_no_prediction() -> Non
     assert found == ("GPU of tomorrow", 1e12, float("inf"), float("inf"))
     assert predict(Work(10**9, 0, 10**18, 1), found).bound == "memory"
     # JSON has no infinity.
-    assert selfcheck.gpu_rates(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
+    assert selfcheck.for_json(found) == {"name": "GPU of tomorrow", "bandwidth": 1e12, "matrix": None, "vector": None}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from carve_kernels.backends import cpu
 from carve_kernels.types import CaptureOptions
@@ -30,5 +31,16 @@ def entered(name: str) -> Iterator[str]:
         return
     if cpu.ISAS.index(isa[0]) > cpu.ISAS.index(cpu.isa()[1]):
         pytest.skip(f"this machine has no {isa[0]}")
-    with cpu.forced_isa(isa[0]):
+    with forced_isa(isa[0]):
         yield backend
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """A context in which the kernels use one set of instructions of this machine."""
+    before, _ = cpu.isa()
+    torch.ops.carve_kernels.isa_cpu(cpu.ISAS.index(name), torch.empty(2, dtype=torch.int64))
+    try:
+        yield
+    finally:
+        torch.ops.carve_kernels.isa_cpu(cpu.ISAS.index(before), torch.empty(2, dtype=torch.int64))

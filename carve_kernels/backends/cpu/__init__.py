@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -30,24 +28,9 @@ def unavailable() -> str | None:
 
 def isa() -> tuple[str, str]:
     """The instructions in use, which CARVE_KERNELS_CPU may select, and the best of this machine."""
-    return _switch(-2)
-
-
-@contextmanager
-def forced_isa(name: str) -> Iterator[None]:
-    """A context in which the kernels use one set of instructions; ValueError where the machine lacks it."""
-    before, _ = isa()
-    _switch(ISAS.index(name))
-    try:
-        yield
-    finally:
-        _switch(ISAS.index(before))
-
-
-def _switch(wanted: int) -> tuple[str, str]:
     out = torch.empty(2, dtype=torch.int64, device="cpu")
     try:
-        torch.ops.carve_kernels.isa_cpu(wanted, out)
+        torch.ops.carve_kernels.isa_cpu(-2, out)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from None
     used, best = out.tolist()

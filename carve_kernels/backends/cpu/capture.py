@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from torch import Tensor
 
-from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, same_shapes
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 
-def supports(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    _tokens: torch.Tensor,
-    _options: CaptureOptions,
-    *,
-    out: Capture | None = None,
-) -> str | None:
+def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:
     """Why these arguments cannot be served, or None."""
     return capture_limit(query, key, out) or dense_key_limit(key)
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    *,
-    out: Capture | None = None,
+    query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, *, out: Capture | None = None
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
-    direct = out is not None and out.maps.stride(-1) == 1
-    written = out if out is not None and direct else Capture.empty(query, tokens, options.heads)
-    _call([query], [key], tokens, options, [] if options.sink is None else [options.sink], None, 0, written)
+    is_direct = out is not None and out.maps.stride(-1) == 1
+    written = out if out is not None and is_direct else Capture.empty(query, tokens, options.heads)
+    _call(Layers.single(query, key, options.sink), tokens, options, Slot(written))
     if out is None or out is written:
         return written
     for target, values in zip(out, written, strict=True):
@@ -41,38 +28,18 @@ def forward(
     return out
 
 
-def forward_layers(
-    query: Sequence[torch.Tensor],
-    key: Sequence[torch.Tensor],
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    *,
-    sink: Sequence[torch.Tensor],
-    step: torch.Tensor,
-    first: int,
-    out: Capture,
-) -> bool:
-    """Capture several layers into one step of `out` by one call; False where the layers differ too much for that."""
-    if out.maps.stride(-1) != 1 or not same_shapes(query, key):
+def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> bool:
+    """Capture several layers into one step of buffers by one call; False where the layers differ too much for that."""
+    if slot.out.maps.stride(-1) != 1 or not is_one_call(supports, layers, slot.out):
         return False
-    if any(supports(*layer, tokens, options, out=out) is not None for layer in zip(query, key, strict=True)):
-        return False
-    _call(query, key, tokens, options, sink, step, first, out)
+    _call(layers, tokens, options, slot)
     return True
 
 
-def _call(
-    query: Sequence[torch.Tensor],
-    key: Sequence[torch.Tensor],
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    sink: Sequence[torch.Tensor],
-    step: torch.Tensor | None,
-    first: int,
-    out: Capture,
-) -> None:
+def _call(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
+    scale, mask, positions, softcap, window, _, lse, heads = options
     torch.ops.carve_kernels.capture_cpu.default(
-        query, key, tokens, options.mask, options.positions, [dense(one) for one in sink],
-        None if options.lse is None else dense(options.lse), options.scale, options.softcap or 0.0,
-        options.window or 0, options.heads == "each", step, first, *out,
+        layers.query, layers.key, tokens, mask, positions, [dense(sink) for sink in layers.sink],
+        None if lse is None else dense(lse), scale, softcap or 0.0, window or 0, heads == "each", slot.step, slot.first,
+        *slot.out,
     )  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from carve_kernels.backends.cuda import foreign, stream_of
 from carve_kernels.backends.cuda.plan import MOST_BLOCKS
-from carve_kernels.backends.native import region_buffers
-from carve_kernels.types import SCORES, Regions
+from carve_kernels.backends.native.region_buffers import allocate, most_regions, numbers, read, too_large
+from carve_kernels.types import RegionOptions, Regions
 
 # Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each possible region, 4 for each pixel.
 _STATE_BYTES = 6 * 2**11 * 4 + 104
@@ -17,21 +15,12 @@ _REGION_BYTES = 40
 _PIXEL_BYTES = 4
 
 
-def supports(saliency: torch.Tensor, **_options: Any) -> str | None:
+def supports(saliency: torch.Tensor, _options: RegionOptions) -> str | None:
     """Why these arguments cannot be served, or None."""
-    reason = region_buffers.supports(saliency)
-    return reason or (foreign(saliency.device.index) if saliency.device.type == "cuda" else None)
+    return too_large(saliency) or (foreign(saliency.device.index) if saliency.device.type == "cuda" else None)
 
 
-def forward(
-    saliency: torch.Tensor,
-    *,
-    keep: float,
-    top: int | None = None,
-    floor: int | None = None,
-    connectivity: int = 4,
-    score: str = "sum",
-) -> Regions:
+def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     """The selected regions, or the whole image and the reason; see `carve_kernels.regions`.
 
     Mask, boxes and scores stay on the device. One copy of six numbers to the host, for the union box and the reason,
@@ -40,23 +29,15 @@ def forward(
     """
     saliency = saliency.detach().contiguous()
     height, width = saliency.shape
-    buffers = region_buffers.allocate(saliency, keep=keep, top=top, floor=floor, connectivity=connectivity)
+    scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
+    buffers = allocate(saliency, options)
     torch.ops.carve_kernels.regions_cuda(
-        saliency,
-        keep,
-        top or 0,
-        floor or 0,
-        connectivity,
-        SCORES.index(score),
-        MOST_BLOCKS,
-        stream_of(saliency.device),
-        saliency.new_empty(scratch_bytes(height, width, connectivity), dtype=torch.uint8),
-        *buffers,
+        saliency, *numbers(options), MOST_BLOCKS, stream_of(saliency.device), scratch, *buffers
     )
-    return region_buffers.read(buffers)
+    return read(buffers)
 
 
 def scratch_bytes(height: int, width: int, connectivity: int) -> int:
     """The bytes of the operator's scratch."""
-    regions = region_buffers.most_regions(height, width, connectivity)
+    regions = most_regions(height, width, connectivity)
     return _STATE_BYTES + _REGION_BYTES * regions + _PIXEL_BYTES * height * width

@@ -1,1 +1,1 @@
-"""What several backends share: the compiled library, its operators' schemas, buffers of regions, limits of kernels."""
+"""What several backends share: the compiled library, schemas of its operators, scratch, buffers, limits of kernels."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
-from carve_kernels.types import Capture
+from carve_kernels.types import Capture, Layers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,9 +41,11 @@ def contrast_limit(task: torch.Tensor, general: torch.Tensor) -> str | None:
     return None
 
 
-def same_shapes(query: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> bool:
-    """Whether layers have one shape, dtype and device."""
-    return len({(q.shape, k.shape, q.dtype, q.device) for q, k in zip(query, key, strict=True)}) == 1
+def is_one_call(supports: Callable[..., str | None], layers: Layers, out: Capture) -> bool:
+    """Whether one call captures all layers: the backend serves each, and their shapes, dtypes and devices agree."""
+    pairs = list(zip(layers.query, layers.key, strict=True))
+    is_alike = len({(query.shape, key.shape, query.dtype, query.device) for query, key in pairs}) == 1
+    return is_alike and all(supports(query, key, out=out) is None for query, key in pairs)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

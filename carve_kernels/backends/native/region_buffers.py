@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from carve_kernels.types import Regions
+from carve_kernels.types import SCORES, RegionOptions, Regions
 
 # In the order of carve::Reason. Reasons and scores are numbers: the stable ABI of torch 2.13 leaks every string.
 REASONS = (
@@ -21,16 +21,8 @@ _FEW_ROWS = 1024
 
 
 class RegionBuffers(NamedTuple):
-    """The outputs of an operator.
-
-    =======  =======  =============  ====================================================
-    name     dtype    shape          meaning
-    =======  =======  =============  ====================================================
-    mask     bool     [H, W]         of `Regions`
-    boxes    int64    [capacity, 4]  of `Regions`, for as many as may be selected
-    scores   float64  [capacity]     of `Regions`
-    outcome  int64    [6]            the number of regions, the reason, and the box
-    =======  =======  =============  ====================================================
+    """The outputs of an operator: mask [H, W], boxes [capacity, 4] and scores [capacity] of `Regions`, for as many
+    regions as may be selected, and six int64: the number of regions, the reason and the box.
     """
 
     mask: torch.Tensor
@@ -39,7 +31,7 @@ class RegionBuffers(NamedTuple):
     outcome: torch.Tensor
 
 
-def supports(saliency: torch.Tensor) -> str | None:
+def too_large(saliency: torch.Tensor) -> str | None:
     """Why a compiled operator cannot serve a saliency, or None."""
     if saliency.numel() > MOST_PIXELS:
         return f"saliency has {saliency.numel()} pixels, this backend serves {MOST_PIXELS}; use backend='reference'"
@@ -52,13 +44,18 @@ def most_regions(height: int, width: int, connectivity: int) -> int:
     return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
 
 
-def allocate(
-    saliency: torch.Tensor, *, keep: float, top: int | None, floor: int | None, connectivity: int
-) -> RegionBuffers:
+def numbers(options: RegionOptions) -> tuple[float, int, int, int, int]:
+    """The options as an operator takes them."""
+    keep, top, floor, connectivity, score = options
+    return keep, top or 0, floor or 0, connectivity, SCORES.index(score)
+
+
+def allocate(saliency: torch.Tensor, options: RegionOptions) -> RegionBuffers:
     """Outputs for as many regions as may be selected."""
+    keep, top, floor, connectivity, _ = options
     height, width = saliency.shape
-    capacity = most_regions(height, width, connectivity)
-    capacity = min(capacity, max(floor or 0, int(capacity * keep)) if top is None else top)
+    most = most_regions(height, width, connectivity)
+    capacity = min(most, max(floor or 0, int(most * keep)) if top is None else top)
     return RegionBuffers(
         saliency.new_empty(saliency.shape, dtype=torch.bool),
         saliency.new_empty(capacity, 4, dtype=torch.int64),

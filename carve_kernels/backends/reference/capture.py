@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from carve_kernels.numerics import entropy
 from carve_kernels.types import Capture, CaptureOptions
@@ -13,18 +14,13 @@ from carve_kernels.types import Capture, CaptureOptions
 KEY_BLOCK = 1024
 
 
-def supports(*_args: object, **_options: object) -> str | None:
+def supports(*_: object, **_out: object) -> str | None:
     """The reference serves everything."""
     return None
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    *,
-    out: Capture | None = None,
+    query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, *, out: Capture | None = None
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32, or in float64 for float64 input; see `carve_kernels.capture`."""
     scores = _scores(query, key, options.scale)
@@ -67,13 +63,13 @@ def forward(
     mass = mean.sum(-1)
     result = Capture(mean if options.heads == "mean" else probabilities, mass, entropy(mean, used))
     if out is None:
-        return Capture(*(values if values.dtype == torch.float64 else values.float() for values in result))
+        return result
     for target, values in zip(out, result, strict=True):
         target.copy_(values)
     return out
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """scale * query @ key^T as [B, A, R, S], in float64 for float64 input, else in float32."""
     batch, query_heads, rows, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
@@ -87,7 +83,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
     return scores.mul_(scale).view(batch, query_heads, rows, keys)
 
 
-def _visible_keys(options: CaptureOptions, keys: int) -> torch.Tensor | None:
+def _visible_keys(options: CaptureOptions, keys: int) -> Tensor | None:
     """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all."""
     if options.positions is None:
         return options.mask

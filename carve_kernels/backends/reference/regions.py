@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy
 import torch
 
 from carve_kernels.backends.reference.labels import label
 from carve_kernels.numerics import float64_device
-from carve_kernels.types import Regions
+from carve_kernels.types import RegionOptions, Regions
 
 # Resizing changes a flat map by a few roundings.
 FLAT = 16
 
 
-def supports(*_args: Any, **_options: Any) -> str | None:
+def supports(*_: object) -> str | None:
     """The reference serves everything."""
     return None
 
 
-def forward(
-    saliency: torch.Tensor,
-    *,
-    keep: float,
-    top: int | None = None,
-    floor: int | None = None,
-    connectivity: int = 4,
-    score: str = "sum",
-) -> Regions:
+def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     """The selected regions, or the whole image and the reason; see `carve_kernels.regions`."""
+    keep, top, floor, connectivity, score = options
     values = saliency.detach().cpu().numpy()
     reason = _why_none(values)
     if reason is not None:
-        return whole(saliency, reason)
+        return Regions.whole(saliency, reason)
 
     threshold = values.dtype.type(numpy.percentile(values, 100 * (1 - keep)))
     labels, boxes = label(values >= threshold, connectivity)
     count = len(boxes)
     if count == 0:
         # The percentile overflowed to infinity, which no value reaches.
-        return whole(saliency, "the range of the saliency is too wide for its dtype")
+        return Regions.whole(saliency, "the range of the saliency is too wide for its dtype")
     order, scores = _rank(values, labels, count, score)
     # The release rounds count * keep down, and selects at least `floor` regions.
     selected = order[: top if floor is None else max(floor, int(count * keep))]
@@ -55,18 +46,6 @@ def forward(
         boxes=torch.from_numpy(boxes).to(device),
         scores=torch.from_numpy(scores[selected]).to(float64_device(device)),
         box=(x0, y0, x1, y1),
-    )
-
-
-def whole(saliency: torch.Tensor, reason: str) -> Regions:
-    """No region: the mask is the whole image, and the reason says why."""
-    height, width = saliency.shape
-    return Regions(
-        mask=torch.ones(height, width, dtype=torch.bool, device=saliency.device),
-        boxes=torch.empty(0, 4, dtype=torch.int64, device=saliency.device),
-        scores=torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device)),
-        box=(0, 0, width, height),
-        reason=reason,
     )
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from carve_kernels.backends.native.limits import capture_limit
+from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.backends.triton import interpreted, too_old, warn_of_bfloat16
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTIALS, ceiling, plan
 from carve_kernels.backends.triton.device import tiles_of
-from carve_kernels.backends.triton.launch import Several, alignment, strides_of
-from carve_kernels.backends.triton.workspace import Workspace
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.backends.triton.launch import Several, alignment, stream_of, strides_of
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 _NO_STRIDES = (0, 0, 0, 0)
 # The most that a thread can address: 8 warps have 65,280 of the 65,536 of a multiprocessor.
@@ -23,29 +24,10 @@ _REGISTERS = 255
 # A window wider than every position, small enough that a position plus it does not overflow.
 _FARTHEST = 2**62
 
-_workspace = Workspace()
+_scratch, _tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
 
 
-class _Slot(NamedTuple):
-    """The outputs of a launch: tensors, with strides of step, layer, batch, head, row and token."""
-
-    out: Capture
-    step: torch.Tensor | None
-    steps: int
-    first: int
-    map_strides: tuple[int, ...]
-    mass_strides: tuple[int, ...]
-    entropy_strides: tuple[int, ...]
-
-
-def supports(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    _tokens: torch.Tensor,
-    _options: CaptureOptions,
-    *,
-    out: Capture | None = None,
-) -> str | None:
+def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:
     """Why these arguments cannot be served, or None."""
     if reason := capture_limit(query, key, out):
         return reason
@@ -59,77 +41,51 @@ def supports(
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    *,
-    out: Capture | None = None,
+    query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, *, out: Capture | None = None
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
     out = out or Capture.empty(query, tokens, options.heads)
-    by_batch, *by_head, by_row, by_token = out.maps.stride()
-    slot = _Slot(
-        out, None, 1, 0, (0, 0, by_batch, *(by_head or (0,)), by_row, by_token), (0, 0, *out.mass.stride()),
-        (0, 0, *out.entropy.stride()),
-    )  # fmt: skip
-    _launch((query,), (key,), tokens, options, None if options.sink is None else (options.sink,), slot)
+    _launch(Layers.single(query, key, options.sink), tokens, options, Slot(out))
     return out
 
 
-def forward_layers(
-    query: Sequence[torch.Tensor],
-    key: Sequence[torch.Tensor],
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    *,
-    sink: Sequence[torch.Tensor],
-    step: torch.Tensor,
-    first: int,
-    out: Capture,
-) -> bool:
-    """Capture several layers into one step of `out`, two launches for each run of like layers; False if one cannot be.
+def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> bool:
+    """Capture several layers into one step of buffers, two launches for each run of like ones; False if one cannot be.
 
     Layers are alike where shapes, strides and dtypes are equal, as they are in every cache of one kind.
     """
-    kinds = [_kind(*layer) for layer in itertools.zip_longest(query, key, sink)]
-    for layer, kind in enumerate(kinds):
-        is_new = not layer or kind != kinds[layer - 1]
-        if is_new and supports(query[layer], key[layer], tokens, options, out=out) is not None:
-            return False
-    # The operator has checked that a layer's other tensors are on the device of its query.
-    if any(tensor.device != query[0].device for tensor in (*query[1:], step)):
+    query, key, _ = layers
+    kinds = [_kind(*layer) for layer in itertools.zip_longest(*layers)]
+    runs = [list(run) for _, run in itertools.groupby(range(len(kinds)), kinds.__getitem__)]
+    if any(supports(query[run[0]], key[run[0]], out=slot.out) is not None for run in runs):
         return False
-    by_step, by_layer, by_batch, by_row, by_token = out.maps.stride()
-    start = 0
-    for _, alike in itertools.groupby(kinds):
-        stop = start + len(list(alike))
-        slot = _Slot(
-            out, step, out.maps.shape[0], first + start, (by_step, by_layer, by_batch, 0, by_row, by_token),
-            out.mass.stride(), out.entropy.stride(),
-        )  # fmt: skip
-        layers = slice(start, stop)
-        _launch(tuple(query[layers]), tuple(key[layers]), tokens, options, tuple(sink[layers]) or None, slot)
-        start = stop
+    # The operator has checked that a layer's other tensors are on the device of its query.
+    if any(tensor is not None and tensor.device != query[0].device for tensor in (*query, slot.step)):
+        return False
+    for run in runs:
+        alike = Layers(*(tensors[run[0] : run[-1] + 1] for tensors in layers))
+        _launch(alike, tokens, options, slot._replace(first=slot.first + run[0]))
     return True
 
 
-def _kind(query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> tuple[Any, ...]:
+def _output_strides(slot: Slot) -> Iterator[int]:
+    """Of the maps by step, layer, batch, head, row and token, then of mass and entropy without head and token."""
+    for tensor in slot.out:
+        strides = tensor.stride() if slot.step is not None else (0, 0, *tensor.stride())
+        # Maps of the mean over the heads, which are the only outputs of five dimensions.
+        yield from (*strides[:3], 0, *strides[3:]) if len(strides) == 5 else strides
+
+
+def _kind(query: Tensor, key: Tensor, sink: Tensor | None) -> tuple[Any, ...]:
     """What layers of one launch have in common."""
     gradient = query.requires_grad or key.requires_grad
     shapes = query.dtype, gradient, query.shape, key.shape, query.stride(), key.stride()
     return shapes if sink is None else (*shapes, sink.dtype, sink.stride())
 
 
-def _launch(
-    query: tuple[torch.Tensor, ...],
-    key: tuple[torch.Tensor, ...],
-    tokens: torch.Tensor,
-    options: CaptureOptions,
-    sink: tuple[torch.Tensor, ...] | None,
-    slot: _Slot,
-) -> None:
+def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
     """Both kernels for layers of one kind; the second alone where the log-sum-exp is given."""
+    query, key, sink = layers
     scale, mask, positions, softcap, window, _, lse, heads = options
     batch, query_heads, rows, size = query[0].shape
     key_heads, keys = key[0].shape[1:3]
@@ -139,14 +95,14 @@ def _launch(
     grid = plan(query_heads, key_heads, rows, keys, size, element_size)
     tile = tiles_of(device, element_size, grid.block_row * grid.block_group, grid.block_size)
     blocks = max(ceiling(tokens.shape[1], tile.map.block), 1)
-    layers = len(query)
-    statistics = 0 if lse is not None else layers * batch * query_heads * rows * grid.splits
-    scratch, tickets = _workspace.take(
-        device, 2 * statistics + layers * batch * rows * blocks * PARTIALS, layers * batch * grid.row_tiles
-    )
+    depth, steps = len(query), 1 if slot.step is None else slot.out.maps.shape[0]
+    statistics = 0 if lse is not None else depth * batch * query_heads * rows * grid.splits
+    stream = stream_of(device)
+    scratch = _scratch.take(device, stream, 2 * statistics + depth * batch * rows * blocks * PARTIALS)
+    tickets = _tickets.take(device, stream, depth * batch * grid.row_tiles)
 
     query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
-    queries, all_keys, sinks = Several.of(query), Several.of(key), None if sink is None else Several.of(sink)
+    queries, all_keys, sinks = Several.of(query), Several.of(key), Several.of(sink) if sink else None
     addresses = queries.addresses + all_keys.addresses
     aligned = alignment(addresses, query_strides[:3] + key_strides[:3], element_size)
     strides = (
@@ -161,19 +117,19 @@ def _launch(
     limit = min(window or 0, _FARTHEST)
     if lse is None:
         capture_statistics_kernel.launch(
-            (grid.row_tiles * grid.group_tiles * grid.splits * key_heads * batch, 1, layers),
+            (grid.row_tiles * grid.group_tiles * grid.splits * key_heads * batch, 1, depth),
             (queries, all_keys, mask, positions, scratch),
             (*strides, *counts, grid.span, statistics, limit, *factors),
             (*shape, tile.statistics.block, *flags),
             device=device, warps=tile.statistics.warps, stages=tile.statistics.stages,
         )  # fmt: skip
     capture_map_kernel.launch(
-        (blocks * grid.row_tiles * batch, 1, layers),
+        (blocks * grid.row_tiles * batch, 1, depth),
         (queries, all_keys, mask, positions, scratch, lse, sinks, tokens, slot.step, tickets, *slot.out),
         (
             *strides, *strides_of(tokens), *(_NO_STRIDES[:3] if lse is None else strides_of(lse)),
-            0 if sink is None else sink[0].stride(0), *slot.map_strides, *slot.mass_strides, *slot.entropy_strides,
-            *counts, tokens.shape[1], statistics, slot.steps, slot.first, limit, *factors,
+            sink[0].stride(0) if sink else 0, *_output_strides(slot), *counts, tokens.shape[1], statistics, steps,
+            slot.first, limit, *factors,
         ),
         (*shape, tile.map.block, *flags, heads == "each"),
         device=device, warps=tile.map.warps, stages=tile.map.stages, registers=_REGISTERS,

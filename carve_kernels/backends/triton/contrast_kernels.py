@@ -11,25 +11,12 @@ from carve_kernels.backends.triton.launch import Kernel
 
 @Kernel
 def contrast_grid_kernel(
-    task_ptr,
-    general_ptr,
-    weights_ptr,
-    scratch_ptr,
-    tickets_ptr,
-    stride_task_l: tl.int64,
-    stride_task_t: tl.int64,
-    stride_task_n: tl.int64,
-    stride_general_l: tl.int64,
-    stride_general_t: tl.int64,
-    stride_general_n: tl.int64,
-    maps: tl.int32,
-    steps: tl.int32,
-    tokens: tl.int32,
-    maps_of_chunk: tl.int32,
-    lam: tl.float32,
-    HAS_MEAN: tl.constexpr,
-    BLOCK_TOKEN: tl.constexpr,
-):
+    task_ptr, general_ptr, weights_ptr, scratch_ptr, tickets_ptr,
+    stride_task_l: tl.int64, stride_task_t: tl.int64, stride_task_n: tl.int64,
+    stride_general_l: tl.int64, stride_general_t: tl.int64, stride_general_n: tl.int64,
+    maps: tl.int32, steps: tl.int32, tokens: tl.int32, maps_of_chunk: tl.int32, lam: tl.float32,
+    HAS_MEAN: tl.constexpr, BLOCK_TOKEN: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0)
     block = tl.program_id(1)
     lanes = tl.arange(0, BLOCK_TOKEN)
@@ -130,19 +117,10 @@ def _scale(summary_ptr, blocks, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @Kernel
 def contrast_pixels_kernel(
-    scratch_ptr,
-    saliency_ptr,
-    grid_rows,
-    grid_columns,
-    heights,
-    widths,
-    tokens: tl.int32,
-    blocks: tl.int32,
-    VIEWS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+    scratch_ptr, saliency_ptr,
+    grid_rows, grid_columns, heights, widths, tokens: tl.int32, blocks: tl.int32,
+    VIEWS: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     view = tl.program_id(1)
     height = _pick(heights, view, VIEWS)
     width = _pick(widths, view, VIEWS)

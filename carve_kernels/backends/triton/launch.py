@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +28,10 @@ class Several(NamedTuple):
     kind: tuple[Any, ...]
 
     @classmethod
-    def of(cls, tensors: tuple[torch.Tensor, ...]) -> Several:
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Several:
         addresses = tuple([one.data_ptr() for one in tensors])
         # Triton specialises pointers in a tuple by alignment, even where the parameter forbids it.
-        return cls(tensors, addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
+        return cls(tuple(tensors), addresses, (tensors[0].dtype, *[one % VECTOR_BYTES == 0 for one in addresses]))
 
 
 class Kernel:
@@ -131,6 +131,11 @@ def _argument(pointer: torch.Tensor | Several | None) -> Any:
 def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
     """What selects another kernel for a tuple of integers: a 1, multiples of 16, and values of 64 bits."""
     return tuple([(one == 1, one % 16 == 0, -(2**31) <= one < 2**31) for one in numbers])
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 on a CPU."""
+    return 0 if device.type == "cpu" else triton.runtime.driver.active.get_current_stream(device.index)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from carve_kernels.backends.triton import capture, device, tiles, unavailable
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 _RUNS = 20
 # More than the second-level cache of any GPU: a decode step does not find its keys there.
@@ -60,7 +60,7 @@ def problem(where: torch.device, lanes: int, size: int, keys: int = 4096, tokens
     out = Capture(*(torch.empty(1, 6, 1, rows, *last, device=where) for last in ((tokens,), (), ())))
     step = torch.zeros((), dtype=torch.int64, device=where)
     options = CaptureOptions(size**-0.5)
-    return lambda: capture.forward_layers(query, key, columns, options, sink=(), step=step, first=0, out=out)
+    return lambda: capture.forward_layers(Layers(query, key), columns, options, Slot(out, step))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from carve_kernels import capture
 from carve_kernels.backends.cuda import capture as cuda_capture
 from carve_kernels.backends.cuda.plan import scratch_bytes
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
 from tests.support.cuda_capture import LONG, captured, layered, same
@@ -104,10 +104,8 @@ def test_sinks_become_float32_in_two_launches_for_all_layers(dtype: torch.dtype,
     sinks = [torch.randn(6).to(dtype) for _ in problems]
     step = torch.tensor(0)
     with Conversions() as conversions:
-        cuda_capture.forward_layers(
-            [query for query, _, _ in problems], [key for _, key, _ in problems], problems[0][2], CaptureOptions(0.1),
-            sink=sinks, step=step, first=0, out=out,
-        )  # fmt: skip
+        layers = Layers([query for query, _, _ in problems], [key for _, key, _ in problems], sinks)
+        cuda_capture.forward_layers(layers, problems[0][2], CaptureOptions(0.1), Slot(out, step))
     before = conversions.ran[: conversions.ran.index("capture_cuda")]
     assert [name for name in before if name not in ("detach", "empty")] == wanted
     for place, ((query, key, _), sink) in enumerate(zip(problems, sinks, strict=True)):

@@ -13,7 +13,7 @@ from carve_kernels.backends.cuda import regions as device
 from carve_kernels.backends.native import region_buffers
 from carve_kernels.backends.reference import regions as reference
 from carve_kernels.selfcheck.cuda_work import regions_work
-from carve_kernels.types import Regions
+from carve_kernels.types import RegionOptions, Regions
 from tests.emulator import emulator
 from tests.support.planted_maps import SALIENCIES, assert_same
 
@@ -102,8 +102,8 @@ def test_any_order_of_threads_finds_what_the_reference_finds(
 ) -> None:
     values = SALIENCIES[saliency](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
     with emulator.running("regions", order, resident=resident, seed=seed):
-        found = device.forward(values, **options, **limit)
-    assert_same(found, reference.forward(values, **options, **limit))
+        found = device.forward(values, RegionOptions(**options, **limit))
+    assert_same(found, reference.forward(values, RegionOptions(**options, **limit)))
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
@@ -112,11 +112,11 @@ def test_any_order_of_threads_finds_what_the_reference_finds(
 def test_hard_images(image: str, connectivity: int, order: str) -> None:
     values = HARD[image]
     options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
-    wanted = reference.forward(values, **options)
+    wanted = reference.forward(values, RegionOptions(**options))
     assert wanted.reason is None and not bool(wanted.mask.all())
     for seed in (1, 2):
         with emulator.running("regions", order, resident=1 if order == "forward" else 4 * seed, seed=seed):
-            assert_same(device.forward(values, **options), wanted)
+            assert_same(device.forward(values, RegionOptions(**options)), wanted)
 
 
 @pytest.mark.parametrize("score", ["sum", "mean", "max"])
@@ -126,18 +126,18 @@ def test_a_few_blocks_do_the_work_of_many(
 ) -> None:
     values = torch.randn(shape).round(decimals=1)
     options: dict[str, Any] = {"keep": 0.4, "floor": 3, "score": score, "connectivity": 8}
-    wanted = reference.forward(values, **options)
+    wanted = reference.forward(values, RegionOptions(**options))
     for seed in seeds:
         monkeypatch.setattr(device, "MOST_BLOCKS", 1 + seed)
         with emulator.running("regions", "shuffled", resident=8, seed=1 + seed):
-            assert_same(device.forward(values, **options), wanted)
+            assert_same(device.forward(values, RegionOptions(**options)), wanted)
 
 
 def test_more_regions_than_one_merge_takes() -> None:
     values = checkerboard(512, 516)
     options: dict[str, Any] = {"keep": share_above(values), "floor": 3}
-    found = device.forward(values, **options)
-    assert_same(found, reference.forward(values, **options))
+    found = device.forward(values, RegionOptions(**options))
+    assert_same(found, reference.forward(values, RegionOptions(**options)))
     assert len(found.boxes) == int(512 * 516 / 2 * options["keep"]) and 512 * 516 / 2 > 128 * 1024
 
 
@@ -148,7 +148,7 @@ def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: t
 
 def test_nothing_outside_the_buffers_is_written() -> None:
     values = torch.randn(37, 41)
-    plain = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    plain = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
     scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
     stores, parts = [], []
     for part in (values, scratch, *plain):
@@ -158,7 +158,7 @@ def test_nothing_outside_the_buffers_is_written() -> None:
     parts[0].copy_(values)
     buffers = region_buffers.RegionBuffers(*parts[2:])
     call(parts[0], buffers, parts[1])
-    assert_same(region_buffers.read(buffers), reference.forward(values, keep=0.3, floor=3))
+    assert_same(region_buffers.read(buffers), reference.forward(values, RegionOptions(keep=0.3, floor=3)))
     for store in stores:
         assert bool((store[:256] == 0xA5).all()) and bool((store[-256:] == 0xA5).all())
     assert torch.equal(parts[0], values)
@@ -177,14 +177,14 @@ def test_nothing_outside_the_buffers_is_written() -> None:
 )
 def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message: str) -> None:
     values = torch.rand(4, 5)
-    buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
     with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
         call(values, buffers, torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8), **changes)
 
 
 def test_the_operator_refuses_too_little_scratch() -> None:
     values = torch.rand(4, 5)
-    buffers = region_buffers.allocate(values, keep=0.3, top=None, floor=3, connectivity=4)
+    buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
     scratch = torch.empty(device.scratch_bytes(4, 5, 4) + 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="scratch: expected at least"):
         call(values, buffers, scratch[: device.scratch_bytes(4, 5, 4) - 1])
@@ -195,7 +195,7 @@ def test_the_operator_refuses_too_little_scratch() -> None:
 @pytest.mark.parametrize("fail", [1, 3, 6, 12])
 def test_a_failed_launch_is_an_error_with_its_name(fail: int) -> None:
     with emulator.running("regions", fail=fail), pytest.raises(RuntimeError, match=r"\w+: planted failure"):
-        device.forward(torch.rand(40, 60), keep=0.2, top=2)
+        device.forward(torch.rand(40, 60), RegionOptions(keep=0.2, top=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -205,7 +205,7 @@ def test_the_kernels_move_the_bytes_of_the_work_count(shape: tuple[int, int], to
     y, x = torch.meshgrid(torch.linspace(-2, 2, shape[0]), torch.linspace(-2, 2, shape[1]), indexing="ij")
     values = torch.exp(-(y**2) - x**2).to(dtype)
     emulator.counters("regions")
-    found: Regions = device.forward(values, keep=0.3, top=top)
+    found: Regions = device.forward(values, RegionOptions(keep=0.3, top=top))
     moved = emulator.counters("regions")
     predicted = regions_work(height=shape[0], width=shape[1], element_bytes=values.element_size(), keep=0.3)
     assert found.reason is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,8 +54,6 @@ def _poison(dtype: torch.dtype, written: bool) -> Any:
 
 def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
     """Give guarded memory to `Tensor.new_empty` and to the scratch of the backend's modules."""
-    from carve_kernels.backends.triton import workspace
-
     shipped = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
@@ -64,11 +63,13 @@ def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules:
         sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
         return guards.new("output", sizes, options.get("dtype", self.dtype))
 
-    def allocate(device: torch.device, floats: int, tickets: int) -> tuple[torch.Tensor, torch.Tensor]:
-        zeros = torch.zeros(tickets, dtype=torch.int32)
-        return guards.new("scratch", (floats,), torch.float32), guards.put("tickets", zeros, written=True)
+    def scratch(_device: torch.device, _stream: int, needed: int) -> torch.Tensor:
+        return guards.new("scratch", (needed,), torch.float32)
+
+    def tickets(_device: torch.device, _stream: int, needed: int) -> torch.Tensor:
+        return guards.put("tickets", torch.zeros(needed, dtype=torch.int32), written=True)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(workspace, "_allocate", allocate)
     for module in modules:
-        monkeypatch.setattr(module, "_workspace", workspace.Workspace())
+        monkeypatch.setattr(module, "_scratch", SimpleNamespace(take=scratch))
+        monkeypatch.setattr(module, "_tickets", SimpleNamespace(take=tickets))

@@ -30,7 +30,7 @@ import triton
 from triton.compiler.compiler import CompiledKernel
 
 from carve_kernels.backends.triton import capture, contrast
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, ContrastOptions, Layers, Slot
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import REGISTERS, REWRITE, TARGETS, Row, by_age, is_counted, release, table, verdict
 
@@ -69,7 +69,7 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
         )
         sink = [torch.empty(heads) for _ in range(layers)] if option == "sink" else []
         step = torch.zeros(1, dtype=torch.int64)
-        if not capture.forward_layers(query, key, where, options, sink=sink, step=step, first=0, out=out):
+        if not capture.forward_layers(Layers(query, key, sink), where, options, Slot(out, step)):
             raise RuntimeError("the backend refused to capture the layers in one call")
 
     name = f"{str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
@@ -81,8 +81,9 @@ def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
 
     def launch() -> None:
         task = torch.empty(6, 32, 1024 * views)
+        options = ContrastOptions(lam, torch.ones(6), torch.arange(1, 33), normalize)
         for grid, size in (((32, 32), (448, 448)), ((1, 1024), (1, 999)), ((16, 64), (63, 1))):
-            contrast.forward(task, task, [grid] * views, [size] * views, lam=lam, normalize=normalize)
+            contrast.forward(task, task, [(grid, size)] * views, options)
 
     return Case(f"lam {lam} normalize {normalize} views {views}", launch)
 

@@ -15,7 +15,7 @@ from carve_kernels import BackendUnavailable, capture_layers
 from carve_kernels import capture as public
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.backends.triton import capture
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.backends.triton import interpreter
 from tests.backends.triton.guard import Guards, guard_allocations
 from tests.support.attention import Case, exact, planted, poisoned
@@ -154,13 +154,13 @@ def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
 def test_layers_that_cannot_be_captured_in_one_call_return_false() -> None:
     case = Case(rows=1, view="all")
     query, key, tokens = layers_of(case, 2)
-    options, more = CaptureOptions(0.125), {"sink": (), "first": 0, "step": torch.tensor(0)}
+    options, step = CaptureOptions(0.125), torch.tensor(0)
     out = slots(case, 1, 2)
-    assert capture.forward_layers(query, key, tokens, options, out=out, **more)
-    double = [query[0], query[1].double()], [key[0], key[1].double()]
-    assert not capture.forward_layers(*double, tokens, options, out=out, **more)
+    assert capture.forward_layers(Layers(query, key), tokens, options, Slot(out, step))
+    double = Layers([query[0], query[1].double()], [key[0], key[1].double()])
+    assert not capture.forward_layers(double, tokens, options, Slot(out, step))
     elsewhere = Capture(out.maps.to("meta"), out.mass, out.entropy)
-    assert not capture.forward_layers(query, key, tokens, options, out=elsewhere, **more)
+    assert not capture.forward_layers(Layers(query, key), tokens, options, Slot(elsewhere, step))
 
 
 @pytest.mark.parametrize("step", [-1, 2])
@@ -187,7 +187,7 @@ def test_one_launch_where_the_lse_is_given() -> None:
 def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, options = planted(LONG)
     capture.forward(*arguments, CaptureOptions(**options))
-    monkeypatch.setattr("carve_kernels.backends.triton.workspace._allocate", None)
+    monkeypatch.setattr("carve_kernels.backends.native.scratch.Scratch._allocate", None)
     smaller = planted(LONG.but(keys=90, tokens=20))[0]
     for case, given_arguments in ((LONG.but(tokens=20), smaller), (LONG, arguments)):
         out = poisoned(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ import triton.language as tl
 
 from carve_kernels import BackendUnavailable
 from carve_kernels import contrast as public
-from carve_kernels.backends.reference import contrast as reference
 from carve_kernels.backends.triton import contrast
 from carve_kernels.backends.triton.contrast_kernels import _sum_before
 from carve_kernels.backends.triton.contrast_plan import plan_grid
@@ -28,6 +28,9 @@ from tests.support.tolerances import relative, roundings
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("guards and counters want the interpreter", allow_module_level=True)
+
+reference = partial(public, backend="reference", check=False)
+launch = partial(public, backend="triton", check=False)
 
 KINDS = ("none", "sum", "max", "minmax")
 
@@ -47,12 +50,12 @@ def test_nothing_outside_the_tensors_is_accessed(
     tokens = sum(rows * columns for rows, columns in (grid if isinstance(grid, list) else [grid]))
     task, general = maps((1, tokens), layers=3, steps=4)
     options: dict[str, Any] = {"lam": lam, "normalize": normalize}
-    truth = reference.forward(task.double(), general.double(), grid, size, **options)
+    truth = reference(task.double(), general.double(), grid, size, **options)
     guards = Guards()
     guarded = guards.put("task", task), guards.put("general", general)
     with monkeypatch.context() as patched:
         guard_allocations(guards, patched, contrast)
-        found = contrast.forward(*guarded, grid, size, **options)
+        found = launch(*guarded, grid, size, **options)
     guards.check()
     for view, true in zip(found, truth, strict=True) if isinstance(found, list) else [(found, truth)]:
         offset = 1.0 if normalize == "minmax" else 0.0
@@ -63,17 +66,17 @@ def test_any_order_of_programs_gives_the_same_bits() -> None:
     task, general = maps((23, 31), layers=4, steps=3)
     assert min(plan_grid(12, 23 * 31)[::2]) > 1
     views = [(3, 31), (20, 31)], [(70, 40), (5, 66)]
-    wanted = contrast.forward(task, general, *views, lam="mean", normalize="minmax")
+    wanted = launch(task, general, *views, lam="mean", normalize="minmax")
     for order in ("reverse", "shuffled"):
         with interpreter.programs_in(order):
-            found = contrast.forward(task, general, *views, lam="mean", normalize="minmax")
+            found = launch(task, general, *views, lam="mean", normalize="minmax")
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
 
 
 def test_one_of_several_views_has_the_bits_of_the_view_alone() -> None:
     task, general = maps((1, 12 + 35), layers=2, steps=2)
-    both = contrast.forward(task, general, [(3, 4), (5, 7)], [(9, 8), (33, 70)], lam=0.01)
-    alone = contrast.forward(task[..., 12:], general[..., 12:], (5, 7), (33, 70), lam=0.01)
+    both = launch(task, general, [(3, 4), (5, 7)], [(9, 8), (33, 70)], lam=0.01)
+    alone = launch(task[..., 12:], general[..., 12:], (5, 7), (33, 70), lam=0.01)
     assert torch.equal(both[1], alone)
 
 
@@ -82,7 +85,7 @@ def test_one_of_several_views_has_the_bits_of_the_view_alone() -> None:
 def test_two_launches_for_any_number_of_layers_and_views(views: int, layers: int) -> None:
     task, general = maps((1, 6 * views), layers=layers, steps=2)
     with interpreter.traffic() as traffic:
-        contrast.forward(task, general, [(2, 3)] * views, [(5, 4)] * views, lam="mean", normalize="max")
+        launch(task, general, [(2, 3)] * views, [(5, 4)] * views, lam="mean", normalize="max")
     assert traffic.launches == ["contrast_grid_kernel", "contrast_pixels_kernel"]
 
 
@@ -97,7 +100,7 @@ def test_two_launches_for_any_number_of_layers_and_views(views: int, layers: int
 def test_the_work_is_what_the_kernels_move(layers: int, steps: int, general_steps: int, grid: Any, size: Any) -> None:
     task, general = maps(grid, layers=layers, steps=steps)
     with interpreter.traffic() as traffic:
-        contrast.forward(task, general[:, :general_steps], grid, size, lam="mean")
+        launch(task, general[:, :general_steps], grid, size, lam="mean")
     work = contrast_work(layers=layers, steps=steps, grid=grid, size=size, general_steps=general_steps)
     assert traffic.read_bytes == pytest.approx(work.read_bytes, rel=0.05)
     assert traffic.written_bytes == pytest.approx(work.written_bytes, rel=0.05)
@@ -122,9 +125,9 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
     )
     for part, values in zip((task, general), maps((2, 3), layers=3, steps=2), strict=True):
         part.copy_(values)
-    truth = reference.forward(task.double(), general.double(), (2, 3), (5, 4), lam="mean")
+    truth = reference(task.double(), general.double(), (2, 3), (5, 4), lam="mean")
     with interpreter.overflows_are_errors():
-        found = contrast.forward(task, general, (2, 3), (5, 4), lam="mean")
+        found = launch(task, general, (2, 3), (5, 4), lam="mean")
     assert relative(found, truth) < roundings(16)
 
 
@@ -133,8 +136,8 @@ def test_a_nan_affects_what_it_does_in_the_reference(normalize: str) -> None:
     task, general = maps((4, 5), layers=2, steps=2)
     task = task.clone()
     task[1, 0, 7] = float("nan")
-    truth = reference.forward(task, general, (4, 5), (13, 17), lam="mean", normalize=normalize)
-    found = contrast.forward(task, general, (4, 5), (13, 17), lam="mean", normalize=normalize)
+    truth = reference(task, general, (4, 5), (13, 17), lam="mean", normalize=normalize)
+    found = launch(task, general, (4, 5), (13, 17), lam="mean", normalize=normalize)
     assert torch.equal(found.isnan(), truth.isnan())
     assert torch.equal(found.nan_to_num(0.0) == 0, truth.nan_to_num(0.0) == 0)
 
@@ -146,17 +149,17 @@ def test_a_nan_affects_what_it_does_in_the_reference(normalize: str) -> None:
 )  # fmt: skip
 def test_any_grid_on_any_size_is_torchs_antialias(rows: int, columns: int, height: int, width: int, seed: int) -> None:
     task, general = maps((rows, columns), layers=1, steps=1, seed=seed)
-    truth = reference.forward(task.double(), general.double(), (rows, columns), (height, width), lam=0.01)
-    found = contrast.forward(task, general, (rows, columns), (height, width), lam=0.01)
+    truth = reference(task.double(), general.double(), (rows, columns), (height, width), lam=0.01)
+    found = launch(task, general, (rows, columns), (height, width), lam=0.01)
     assert relative(found, truth) < roundings(12)
 
 
 def test_weights_are_copied_to_the_device_once() -> None:
     task, general = maps((2, 3), layers=2, steps=2)
     options: dict[str, Any] = {"layer_weights": [0.5, 2.0], "step_weights": torch.tensor([3.0, 4.0]), "lam": 0.1}
-    contrast.forward(task, general, (2, 3), (4, 4), **options)
+    launch(task, general, (2, 3), (4, 4), **options)
     before = contrast._weights.cache_info()
-    contrast.forward(task, general, (2, 3), (4, 4), **options)
+    launch(task, general, (2, 3), (4, 4), **options)
     after = contrast._weights.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
