@@ -228,13 +228,7 @@ def resolve_preset(
 
 
 def find(model: str | os.PathLike[str]) -> Checkpoint:
-    """Find a checkpoint by its directory, as "small" (the embedded model), or by an id such as Org/Name.
-
-    A directory takes precedence over an id of the same name. "small" is always the embedded model; a directory of that
-    name is "./small" or a Path. Nothing is downloaded.
-
-    Raises TypeError or ValueError if there is none on this machine, for an id with the command that downloads it.
-    """
+    """A checkpoint, named as for `load`. Raises TypeError or ValueError if it is not on this machine."""
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: expected a directory, {SMALL!r} or an id, got {checks.describe(model)}")
     checks.path("model", model)

@@ -84,10 +84,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
 
 
 def check_processor(model: nn.Module, processor: Any) -> Kind:
-    """The kind of layout of a model; checks that the processor creates as many image tokens as the model.
-
-    Raises ValueError for a family that is not supported, and for a setting of the processor that does not fit.
-    """
+    """The kind of layout of a model. Raises ValueError if there is none, or if the processor does not fit the model."""
     config = unwrap(model).config
     if config.model_type not in names.FAMILIES:
         raise ValueError(f"model: expected a model_type of {names.supported()}, got {config.model_type!r}")

@@ -57,10 +57,7 @@ class TrackedPrompt:
         self._sampled_length = length
 
     def check_cache(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], count: int) -> None:
-        """Before a forward: follow the cache back if it was cropped to `count` tokens.
-
-        Raises ValueError for a cache that was changed in any other way, whose columns are unknown.
-        """
+        """Before a forward: follow the cache back if it was cropped to `count` tokens; ValueError for other changes."""
         if self._keys is None:
             raise ValueError(
                 f"cache: expected a cache whose last forward finished, got one of {count} tokens that was interrupted; "
