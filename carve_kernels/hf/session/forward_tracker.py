@@ -17,7 +17,6 @@ from carve_kernels.hf.model import decoder_layers, devices_of, image_token_posit
 from carve_kernels.hf.query_rows import resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
-from carve_kernels.hf.session.generate_guard import Generation, end_tokens
 from carve_kernels.hf.session.recording import Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -33,12 +32,28 @@ class _Forward(NamedTuple):
     total: int
 
 
+class GenerateCall(NamedTuple):
+    """The arguments of a running `generate` that matter for its forwards.
+
+    `eos` are the end tokens, `chunked` whether the prompt is prefilled in chunks, `ids` the whole prompt if it is given
+    as ids, `length` the number of its tokens, `mask` [B, length or more] its padding mask, and `callback` the name of
+    an argument that may call the model itself.
+    """
+
+    eos: tuple[int, ...]
+    chunked: bool
+    ids: torch.Tensor | None = None
+    length: int | None = None
+    mask: torch.Tensor | None = None
+    callback: str | None = None
+
+
 class ForwardTracker:
     """Follows the forwards of one model: to which prompt, and so to which record, each belongs."""
 
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
-        self.generation: Generation | None = None
+        self.generation: GenerateCall | None = None
         self._model, self._modules, self._options = model, modules, options
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
@@ -50,7 +65,7 @@ class ForwardTracker:
         # Whether hooks may write to keys and masks that have no version counter.
         self._unsafe = False
         # The generate whose first forward has begun.
-        self._begun: Generation | None = None
+        self._begun: GenerateCall | None = None
         self._sources: list[object] = []
         # Whether the model's forward runs: a part of the model may be called alone, which is not recorded.
         self.running = False
@@ -333,3 +348,12 @@ def check_tokens(
             f"tokens: expected columns from 0 on, and -1 for padding, got {checks.describe(columns.tolist())}"
         )
     return columns.to(torch.int32), None
+
+
+def end_tokens(ends: Any) -> tuple[int, ...]:
+    """An eos_token_id of a generation config as a tuple of ids."""
+    if ends is None:
+        return ()
+    if hasattr(ends, "tolist"):
+        ends = ends.tolist()
+    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -20,7 +20,7 @@ from carve_kernels.hf.model import (
     devices_of,
     text_backbone,
     unwrap,
-    wrappers,
+    wrapped_models,
 )
 from carve_kernels.hf.query_rows import check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
@@ -158,7 +158,7 @@ class CaptureSession:
             stack.callback(PATCHES.leave, registry, name)
         if names.has_own_generate(self._model):
             stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
-        for module in (*wrappers(self._outer), self._model):
+        for module in wrapped_models(self._outer):
             stack.callback(module.register_forward_pre_hook(self._tracker.begin, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._tracker.end, always_call=True).remove)
 
