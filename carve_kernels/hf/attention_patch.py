@@ -11,6 +11,8 @@ Captured layers of one forward wait in a `LayerBatch`: one call captures those t
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,9 @@ RECORDERS = "_carve_recorders"
 # Attribute of a module: a function that is called in place of its attention, with that as first argument; it returns
 # None for forwards that it leaves alone.
 INSTEAD = "_carve_instead"
+# The wrapped entries of all open sessions: the number of users, the wrapper, and the original.
+_PATCHED: dict[tuple[int, str], tuple[int, Attention, Attention | None]] = {}
+_LOCK = threading.RLock()
 
 
 def wrap(attention: Attention) -> Attention:
@@ -54,37 +59,27 @@ def wrap(attention: Attention) -> Attention:
     return recorded_attention
 
 
-class _Patches:
-    """The wrapped entries of all open sessions, counted, so that sessions may close in any order."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._open: dict[tuple[int, str], tuple[int, Attention, Attention | None]] = {}
-
-    def enter(self, registry: Any, name: str) -> None:
-        """Wrap an entry, or count one more user of it."""
-        with self._lock:
-            count, wrapper, original = self._open.get((id(registry), name), (0, None, None))
-            if wrapper is None:
-                original = own_entry(registry, name)
-                wrapper = wrap(original if original is not None else registry[name])
-                set_entry(registry, name, wrapper)
-            self._open[id(registry), name] = (count + 1, wrapper, original)
-
-    def leave(self, registry: Any, name: str) -> None:
-        """Restore an entry when its last user leaves."""
-        with self._lock:
-            count, wrapper, original = self._open[id(registry), name]
+@contextmanager
+def patched(registry: Any, name: str) -> Iterator[None]:
+    """Wrap an entry. Its users are counted, so that sessions may close in any order; the last one restores it."""
+    key = id(registry), name
+    with _LOCK:
+        count, wrapper, original = _PATCHED.get(key, (0, None, None))
+        if wrapper is None:
+            original = own_entry(registry, name)
+            wrapper = wrap(original if original is not None else registry[name])
+            set_entry(registry, name, wrapper)
+        _PATCHED[key] = (count + 1, wrapper, original)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, wrapper, original = _PATCHED.pop(key)
             if count > 1:
-                self._open[id(registry), name] = (count - 1, wrapper, original)
-                return
-            del self._open[id(registry), name]
+                _PATCHED[key] = (count - 1, wrapper, original)
             # An entry that other code has replaced meanwhile is left alone.
-            if own_entry(registry, name) is wrapper:
+            elif own_entry(registry, name) is wrapper:
                 set_entry(registry, name, original)
-
-
-PATCHES = _Patches()
 
 
 @dataclass

@@ -48,7 +48,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 _MIXERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-def _wrapped(model: nn.Module) -> list[nn.Module]:
+def wrapped_models(model: nn.Module) -> list[nn.Module]:
     """A model and the models inside it, down to the transformers model."""
     chain = [model]
     # A transformers model has children with the wrappers' names too, so stop at the first one.
@@ -62,12 +62,7 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside torch.compile, DDP and PEFT wrappers. Raises TypeError if there is none."""
-    return _wrapped(model)[-1]  # type: ignore[return-value]
-
-
-def wrappers(model: nn.Module) -> list[nn.Module]:
-    """The modules around the transformers model, outermost first."""
-    return _wrapped(model)[:-1]
+    return wrapped_models(model)[-1]  # type: ignore[return-value]
 
 
 def text_backbone(model: nn.Module) -> PreTrainedModel:
@@ -113,7 +108,7 @@ def check_decoder(model: nn.Module) -> None:
             f"model: expected a decoder with self-attention over image tokens, got {kind}, whose {crossing} uses "
             "cross-attention to the image, which cannot be captured; use a model with image tokens in the prompt"
         )
-    if any(names.has_virtual_tokens(each) for each in (*wrappers(model), inner)):
+    if any(names.has_virtual_tokens(each) for each in wrapped_models(model)):
         raise TypeError(
             "model: expected a model whose prompt is its input_ids, got one with an adapter that prepends virtual "
             "tokens (prompt learning); pass the model without it, or use LoRA"
@@ -123,10 +118,15 @@ def check_decoder(model: nn.Module) -> None:
 def check_steady(model: nn.Module) -> None:
     """Raises ValueError for a model with active dropout, whose results are not reproducible."""
     for name, module in unwrap(model).named_modules():
-        if module.training and names.dropout_of(module):
+        if not module.training:
+            continue
+        # Dropout modules have `p`; attention modules have a rate of dropout among their attributes.
+        rates = [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else max(rates, default=0.0)
+        if rate:
             raise ValueError(
-                f"model: expected a deterministic model, got one in training mode with dropout of "
-                f"{names.dropout_of(module):.0%} in {name}; call model.eval()"
+                f"model: expected a deterministic model, got one in training mode with dropout of {rate:.0%} in "
+                f"{name}; call model.eval()"
             )
 
 

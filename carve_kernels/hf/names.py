@@ -220,14 +220,6 @@ def is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", True))
 
 
-def dropout_of(module: nn.Module) -> float:
-    """The dropout probability of a module in training mode."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    rates = (value for name, value in module.__dict__.items() if "drop" in name and isinstance(value, float))
-    return max(rates, default=0.0)
-
-
 def own_entry(registry: Any, name: str) -> Attention | None:
     """The entry of a registry or modeling file itself; None where the global entry is used."""
     if isinstance(registry, type(sys)):

@@ -103,7 +103,7 @@ def test_the_given_image_is_not_changed() -> None:
 def test_files_that_are_no_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image: .*none\.png is missing"):
         open_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         open_image(tmp_path)
     (tmp_path / "words.png").write_text("words")
     with pytest.raises(ValueError, match=r"words\.png cannot be read as an image"):
@@ -263,7 +263,7 @@ def test_bad_texts(llava: tuple[Any, Any]) -> None:
     for text in ("", "  \n"):
         with pytest.raises(ValueError, match="text: expected a string with at least one visible"):
             build_prompt(processor, text)
-    with pytest.raises(ValueError, match="holds the image token '<image>'"):
+    with pytest.raises(ValueError, match="contains the image token '<image>'"):
         build_prompt(processor, "what is <image>?")
     with pytest.raises(TypeError, match="text: expected a string"):
         build_prompt(processor, None)  # type: ignore[arg-type]

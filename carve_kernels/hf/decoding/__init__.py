@@ -34,7 +34,7 @@ from carve_kernels.hf.model import (
     text_backbone,
     token_mixer,
     unwrap,
-    wrappers,
+    wrapped_models,
 )
 from carve_kernels.hf.session.generate_guard import GUARD
 
@@ -133,7 +133,7 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
         return "it is in training mode"
     if any(names.compiled_in_place(module) is not None for module in inner.modules()):
         return "it was compiled in place"
-    for module in (*wrappers(model), inner):
+    for module in wrapped_models(model):
         adapter = names.adapter_reason(module)
         if adapter is not None:
             return adapter

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import INSTEAD, PATCHES, LayerBatch
+from carve_kernels.hf.attention_patch import INSTEAD, LayerBatch, patched
 from carve_kernels.hf.decoding.prefix_cache import Segment
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.maps import new_buffers
@@ -71,8 +71,7 @@ class TreeAttention:
                     module.__dict__[INSTEAD] = partial(self._attend, layer)
             entries = [names.attention_entry(module, layer) for layer, module in self._modules.items()]
             for registry, name in {(id(registry), name): (registry, name) for registry, name in entries}.values():
-                PATCHES.enter(registry, name)
-                stack.callback(PATCHES.leave, registry, name)
+                stack.enter_context(patched(registry, name))
             yield
 
     def forward(

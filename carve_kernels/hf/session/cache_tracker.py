@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import caches
-from carve_kernels.hf.session.recording import Record
+from carve_kernels.hf.session.recording import STEPS, Record
 
 
 class TrackedPrompt:
@@ -18,8 +18,7 @@ class TrackedPrompt:
 
     def __init__(self) -> None:
         self.record: Record | None = None
-        # Copies, since callers may reuse their tensors; None if some are unknown.
-        self._ids: list[torch.Tensor] | None = []
+        self.ids = _IdBuffer()
         # The number of tokens so far, and that of the prompt, where the first decode step begins.
         self.length = 0
         self.prompt = 0
@@ -32,24 +31,18 @@ class TrackedPrompt:
 
     def all_ids(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """All ids, those of a new forward included, on the CPU; None unless there are `length` of them."""
-        if ids is None or self._ids is None or (self._ids and ids.shape[0] != self._ids[0].shape[0]):
+        before = self.ids.all()
+        if ids is None or before is None or before.shape[0] not in (0, ids.shape[0]):
             return None
-        complete = torch.cat([each.cpu() for each in (*self._ids, ids.detach())], 1)
+        complete = torch.cat([before.cpu().view(ids.shape[0], -1), ids.detach().cpu()], 1)
         return complete if complete.shape[1] == length else None
-
-    def add_ids(self, ids: torch.Tensor | None) -> None:
-        """Add the ids of a forward; None if they are unknown, and so all of them."""
-        if ids is None or self._ids is None or (self._ids and ids.shape[0] != self._ids[0].shape[0]):
-            self._ids = None
-        else:
-            self._ids.append(ids.detach().clone())
 
     def update(
         self, ids: torch.Tensor | None, length: int, cache: Any, modules: Sequence[nn.Module], positions: list[Any]
     ) -> None:
         """After a forward: note its ids, the state of the cache, and the position offsets that the model stored."""
         self._positions = positions
-        self.add_ids(ids)
+        self.ids.append(ids)
         self.length = length
         self._keys = [caches.key_state(cache, module) for module in modules]
         uncounted = any(keys is not None and keys.version is None for keys in self._keys)
@@ -79,9 +72,7 @@ class TrackedPrompt:
                 )
         if count < self.length:
             self.length = count
-            if self._ids is not None:
-                complete = torch.cat([each.cpu() for each in self._ids], 1)
-                self._ids = [complete[:, :count]] if count <= complete.shape[1] else None
+            self.ids.truncate(count)
 
     def has_positions(self, positions: list[Any]) -> bool:
         """Whether the position offsets in the model are still those of this prompt."""
@@ -96,6 +87,36 @@ class TrackedPrompt:
             return None
         sample = caches.sample(cache, module, self._sampled_length)
         return None if sample is None or sample.shape != self._sample.shape else (sample != self._sample).any()
+
+
+class _IdBuffer:
+    """Ids [B, S] in a buffer that grows: callers may reuse their tensors, and a step allocates nothing."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, 0, dtype=torch.int64)
+        # The number of columns written; None if some ids are unknown.
+        self._count: int | None = 0
+
+    def all(self) -> torch.Tensor | None:
+        return None if self._count is None else self._buffer[:, : self._count]
+
+    def append(self, ids: torch.Tensor | None) -> None:
+        if ids is None or self._count is None or (self._count and ids.shape[0] != self._buffer.shape[0]):
+            self._count = None
+            return
+        count, end = self._count, self._count + ids.shape[1]
+        if end > self._buffer.shape[1]:
+            longer = ids.new_empty(ids.shape[0], max(2 * count, end + STEPS))
+            if count:
+                longer[:, :count] = self._buffer[:, :count]
+            self._buffer = longer
+        self._buffer[:, count:end].copy_(ids.detach())
+        self._count = end
+
+    def truncate(self, length: int) -> None:
+        """Drop all but the first `length` columns."""
+        if self._count is not None:
+            self._count = length if length <= self._count else None
 
 
 class CacheTable:

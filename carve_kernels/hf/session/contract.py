@@ -21,7 +21,7 @@ from torch import nn
 
 from carve_kernels.checks import UpstreamChanged
 from carve_kernels.hf import caches, names, processors
-from carve_kernels.hf.attention_patch import PATCHES, RECORDERS
+from carve_kernels.hf.attention_patch import RECORDERS, patched
 from carve_kernels.hf.model import attention_modules
 
 _LAYERS, _HEADS, _KEY_HEADS, _HEAD_SIZE, _VOCABULARY = 2, 4, 2, 8, 64
@@ -306,9 +306,7 @@ def _attention_calls(model: Any, implementation: str, inputs: dict[str, torch.Te
     with ExitStack() as stack:
         stack.callback(names.set_implementation, model, "sdpa")
         names.set_implementation(model, implementation)
-        entry = names.attention_entry(next(iter(modules)), 0)
-        PATCHES.enter(*entry)
-        stack.callback(PATCHES.leave, *entry)
+        stack.enter_context(patched(*names.attention_entry(next(iter(modules)), 0)))
         recorder = SimpleNamespace(record=lambda _index, *call: calls.append(call))
         for module in modules:
             setattr(module, RECORDERS, ((recorder, 0),))

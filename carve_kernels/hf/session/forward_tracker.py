@@ -17,7 +17,6 @@ from carve_kernels.hf.model import decoder_layers, devices_of, image_token_posit
 from carve_kernels.hf.query_rows import resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
-from carve_kernels.hf.session.generate_guard import GenerateCall, end_tokens
 from carve_kernels.hf.session.recording import Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -31,6 +30,22 @@ class _Forward(NamedTuple):
     ids: torch.Tensor | None
     cache: Any
     total: int
+
+
+class GenerateCall(NamedTuple):
+    """The arguments of a running `generate` that matter for its forwards.
+
+    `eos` are the end tokens, `chunked` whether the prompt is prefilled in chunks, `ids` the whole prompt if it is given
+    as ids, `length` the number of its tokens, `mask` [B, length or more] its padding mask, and `callback` the name of
+    an argument that may call the model itself.
+    """
+
+    eos: tuple[int, ...]
+    chunked: bool
+    ids: torch.Tensor | None = None
+    length: int | None = None
+    mask: torch.Tensor | None = None
+    callback: str | None = None
 
 
 class ForwardTracker:
@@ -247,7 +262,7 @@ class ForwardTracker:
         generation = self.generation
         expected = None if generation is None or generation.ids is None else generation.ids[:, :total].cpu()
         if past and prompt.length == 0:
-            prompt.add_ids(None if expected is None or expected.shape[1] < total else expected[:, :past])
+            prompt.ids.append(None if expected is None or expected.shape[1] < total else expected[:, :past])
         all_ids = prompt.all_ids(ids, total)
         if all_ids is None or expected is None or expected.shape != all_ids.shape or torch.equal(all_ids, expected):
             return all_ids
@@ -333,3 +348,12 @@ def check_tokens(
             f"tokens: expected columns from 0 on, and -1 for padding, got {checks.describe(columns.tolist())}"
         )
     return columns.to(torch.int32), None
+
+
+def end_tokens(ends: Any) -> tuple[int, ...]:
+    """An eos_token_id of a generation config as a tuple of ids."""
+    if ends is None:
+        return ()
+    if hasattr(ends, "tolist"):
+        ends = ends.tolist()
+    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -6,12 +6,13 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from carve_kernels.hf import names
+from carve_kernels.hf.session.forward_tracker import ForwardTracker, GenerateCall, end_tokens
 
 GUARD = "_carve_guard"
 
@@ -30,37 +31,11 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _OPENING = threading.Lock()
 
 
-class GenerateCall(NamedTuple):
-    """The arguments of a running `generate` that matter for its forwards.
-
-    `eos` are the end tokens, `chunked` whether the prompt is prefilled in chunks, `ids` the whole prompt if it is given
-    as ids, `length` the number of its tokens, `mask` [B, length or more] its padding mask, and `callback` the name of
-    an argument that may call the model itself.
-    """
-
-    eos: tuple[int, ...]
-    chunked: bool
-    ids: torch.Tensor | None = None
-    length: int | None = None
-    mask: torch.Tensor | None = None
-    callback: str | None = None
-
-
-class Tracker(Protocol):
-    """What an open session does before and after each forward."""
-
-    generation: GenerateCall | None
-
-    def begin(self, source: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
-
-    def end(self, source: object, args: tuple[Any, ...], output: Any, /) -> None: ...
-
-
 class GenerateGuard:
     """The open sessions of one model; replaces its `generate` and its compiled calls while there are any."""
 
     def __init__(self, model: Any) -> None:
-        self.trackers: list[Tracker] = []
+        self.trackers: list[ForwardTracker] = []
         self.thread = threading.get_ident()
         self.stack = ExitStack()
         self._model = model
@@ -119,7 +94,7 @@ class GenerateGuard:
         """A compiled call, which skips hooks, with what the sessions' hooks do."""
 
         def hooked_call(*args: Any, **kwargs: Any) -> Any:
-            begun: list[Tracker] = []
+            begun: list[ForwardTracker] = []
             output = None
             try:
                 for tracker in self.trackers:
@@ -144,7 +119,7 @@ class GenerateGuard:
 
 
 @contextmanager
-def guarded(model: nn.Module, tracker: Tracker) -> Iterator[None]:
+def guarded(model: nn.Module, tracker: ForwardTracker) -> Iterator[None]:
     """Add a session to a model; one thread may have several, and the last one to end restores the model."""
     with _OPENING:
         guard = model.__dict__.get(GUARD)
@@ -161,12 +136,3 @@ def guarded(model: nn.Module, tracker: Tracker) -> Iterator[None]:
             if not guard.trackers:
                 guard.stack.close()
                 del model.__dict__[GUARD]
-
-
-def end_tokens(ends: Any) -> tuple[int, ...]:
-    """An eos_token_id of a generation config as a tuple of ids."""
-    if ends is None:
-        return ()
-    if hasattr(ends, "tolist"):
-        ends = ends.tolist()
-    return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)

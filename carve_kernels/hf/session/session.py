@@ -12,7 +12,7 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import PATCHES, RECORDERS
+from carve_kernels.hf.attention_patch import RECORDERS, patched
 from carve_kernels.hf.model import (
     attention_modules,
     check_decoder,
@@ -20,7 +20,7 @@ from carve_kernels.hf.model import (
     devices_of,
     text_backbone,
     unwrap,
-    wrappers,
+    wrapped_models,
 )
 from carve_kernels.hf.query_rows import check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
@@ -154,11 +154,10 @@ class CaptureSession:
         for index, module in enumerate(self._modules):
             _add_recorder(stack, module, (self, index))
         for registry, name in self._entries:
-            PATCHES.enter(registry, name)
-            stack.callback(PATCHES.leave, registry, name)
+            stack.enter_context(patched(registry, name))
         if names.has_own_generate(self._model):
             stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
-        for module in (*wrappers(self._outer), self._model):
+        for module in wrapped_models(self._outer):
             stack.callback(module.register_forward_pre_hook(self._tracker.begin, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._tracker.end, always_call=True).remove)
 

@@ -163,7 +163,7 @@ def mllama() -> Example:
     return found
 
 
-@kind("Florence2ForConditionalGeneration", refused="an encoder and a decoder")
+@kind("Florence2ForConditionalGeneration", refused="an encoder-decoder model")
 def florence2() -> Example:
     tower = {
         "depths": [1, 1],
