@@ -57,9 +57,9 @@ def test_a_wrong_backend_ends_with_1_and_names_the_case(
     needs_extension()
     honest = cpu_capture.forward
 
-    def forward(query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        found = honest(query, *arguments, **options)
-        if options["window"] is not None:
+    def forward(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: Any, **more: Any) -> Any:
+        found = honest(query, key, tokens, options, **more)
+        if options.window is not None:
             found.maps[..., 0] *= 1.01
         return found
 
