@@ -114,7 +114,7 @@ def test_bad_lines_are_named_before_the_work(
     ("words", "code", "message"),
     [
         (["-i", "missing.jsonl"], 2, "missing.jsonl cannot be read"),
-        (["-m", "missing"], 2, "--model: 'missing' is no directory"),
+        (["-m", "missing"], 2, "--model: 'missing' is not a directory"),
         (["--rows", "first"], 2, "rows: expected last, 4, question"),
         (["--rows", "-90"], 2, "rows: expected "),
         (["--rows", "question", "--steps", "t_end"], 2, "rows: expected 'last' among the rows for steps"),
@@ -174,10 +174,10 @@ def test_the_example_draws_what_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"image": "a.png", "question": "what <image> is it"}, "line 4: question: holds the image token"),
+        ({"image": "a.png", "question": "what <image> is it"}, "line 4: question: contains the image token"),
         (
             {"image": "a.png", "question": "x", "paraphrases": ["y", "<image>"]},
-            "line 4: question: holds the image token",
+            "line 4: question: contains the image token",
         ),
         ({"image": "x" * 300, "question": "x"}, "line 4: image: "),
     ],

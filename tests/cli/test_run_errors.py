@@ -112,7 +112,7 @@ def interrupt(*args: Any, **settings: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["hf.engine.CarveEngine.answer", "hf.loading.load", "cli.report.json.dumps"])
+@pytest.mark.parametrize("place", ["hf.engine.CarveEngine.answer", "hf.loading.load", "cli.ours.json.dumps"])
 def test_an_interruption_leaves_everything_as_it_was(
     run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
