@@ -57,6 +57,12 @@ def pair(
     not read.
     """
     check_steps(steps, step_weights)
+    return _pair(task, general, steps, step_weights)
+
+
+def _pair(
+    task: torch.Tensor, general: torch.Tensor, steps: str, step_weights: Sequence[float] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if steps == "t_start":
         task, general = task[:, :1], general[:, :1]
     elif steps == "t_end":
@@ -140,7 +146,7 @@ def carve_views(
     if task.numel() == 0 or general.numel() == 0:
         return _unchanged(image, saliency, "the maps are empty", {})
     rectangles = [_rectangle(box, image.size) for box in boxes]
-    task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
+    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
     sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
     start = time.perf_counter()
     views = contrast(

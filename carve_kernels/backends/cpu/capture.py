@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call
+from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call, operands
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 
@@ -37,9 +37,7 @@ def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot
 
 
 def _call(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
-    scale, mask, positions, softcap, window, _, lse, heads = options
+    sinks = [dense(sink) for sink in layers.sink]
     torch.ops.carve_kernels.capture_cpu.default(
-        layers.query, layers.key, tokens, mask, positions, [dense(sink) for sink in layers.sink],
-        None if lse is None else dense(lse), scale, softcap or 0.0, window or 0, heads == "each", slot.step, slot.first,
-        *slot.out,
-    )  # fmt: skip
+        *operands(layers, tokens, options, sinks), slot.step, slot.first, *slot.out
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carve_kernels.backends.cuda import foreign, stream_of
 from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
-from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call
+from carve_kernels.backends.native.limits import capture_limit, dense_key_limit, is_one_call, operands
 from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
@@ -46,18 +46,16 @@ def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot
 
 def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
     query, key, sink = layers
-    scale, mask, positions, softcap, window, _, lse, heads = options
     batch, query_heads, rows, _ = query[0].shape
-    device, each = query[0].device, heads == "each"
+    device = query[0].device
     stream = stream_of(device)
     needed = scratch_bytes(
         layers=min(len(query), LAYERS_AT_ONCE), batch=batch, query_heads=query_heads, rows=rows, keys=key[0].shape[2],
-        tokens=tokens.shape[1], lse=lse is not None, each=each,
+        tokens=tokens.shape[1], lse=options.lse is not None, each=options.heads == "each",
     )  # fmt: skip
     torch.ops.carve_kernels.capture_cuda.default(
-        query, key, tokens, mask, positions, _dense_sinks(sink), None if lse is None else dense(lse), scale,
-        softcap or 0.0, window or 0, each, slot.step, slot.first, stream, _SCRATCH.take(device, stream, needed),
-        *slot.out,
+        *operands(layers, tokens, options, _dense_sinks(sink)), slot.step, slot.first, stream,
+        _SCRATCH.take(device, stream, needed), *slot.out,
     )  # fmt: skip
 
 

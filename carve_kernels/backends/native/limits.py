@@ -1,12 +1,13 @@
-"""What the kernels of several backends do not serve, and small steps before their launch."""
+"""What the kernels of several backends do not serve, and what precedes their launch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from carve_kernels.types import Capture, Layers
+from carve_kernels.types import Capture, CaptureOptions, Layers
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,9 +44,19 @@ def contrast_limit(task: torch.Tensor, general: torch.Tensor) -> str | None:
 
 def is_one_call(supports: Callable[..., str | None], layers: Layers, out: Capture) -> bool:
     """Whether one call captures all layers: the backend serves each, and their shapes, dtypes and devices agree."""
-    pairs = list(zip(layers.query, layers.key, strict=True))
-    is_alike = len({(query.shape, key.shape, query.dtype, query.device) for query, key in pairs}) == 1
-    return is_alike and all(supports(query, key, out=out) is None for query, key in pairs)
+    kinds = set()
+    for query, key in zip(layers.query, layers.key, strict=True):
+        kinds.add((query.shape, key.shape, query.dtype, query.device))
+        if len(kinds) > 1 or supports(query, key, out=out) is not None:
+            return False
+    return True
+
+
+def operands(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, sinks: Sequence[torch.Tensor]) -> list[Any]:
+    """The arguments that the compiled operators of capture have in common."""
+    scale, mask, positions, softcap, window, _, lse, heads = options
+    known, each = None if lse is None else dense(lse), heads == "each"
+    return [*layers[:2], tokens, mask, positions, sinks, known, scale, softcap or 0.0, window or 0, each]
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
