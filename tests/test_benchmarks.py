@@ -85,7 +85,7 @@ def test_engine_reports_every_opponent_against_its_goals(tmp_path: Path, monkeyp
         check_work(line["labels"])
     (peaks,) = found["peak memory"]
     assert peaks["ratios"]["((a) - (d)) / one prefix"]["median"] > 0
-    assert {"task", "general", "answer"} <= set(found["stages of the engine"][0]["seconds"])
+    assert {"first pass", "second pass"} <= set(found["stages of the engine"][0]["seconds"])
     assert "### engine: ratios" in files[1].read_text()
 
 

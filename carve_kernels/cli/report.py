@@ -210,7 +210,7 @@ def _panel(rows: list[list[Tile]], report: Report) -> Image.Image:
     facts = (
         f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
         f"attention {model['attention']}; image {question.image.width} x {question.image.height}; "
-        f"loaded in {report.seconds['load']:.1f} s, answered in {report.seconds['look']:.1f} s"
+        f"loaded in {report.seconds['load']:.1f} s, answered in {report.seconds['answer']:.1f} s"
     )
     return panel(rows, title=f"{_quoted(question.text)}{truth}", caption=facts)
 

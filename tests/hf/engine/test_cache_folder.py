@@ -89,7 +89,7 @@ def test_a_users_file_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture, th
     memory = Memory(folder)
     for _ in range(3):
         memory.keep_maps(KEY, maps())
-    assert [record.message.startswith(f"memory: {file} is there") for record in caplog.records] == [True]
+    assert [record.message.startswith(f"memory: {file} exists") for record in caplog.records] == [True]
     assert same(memory.maps(KEY), maps()) and Memory(folder).maps(KEY) is None
     if isinstance(theirs, bytes):
         assert file.read_bytes() == theirs
@@ -118,7 +118,7 @@ def test_a_folder_that_fills_up_costs_a_line_in_the_log(
 
     monkeypatch.setattr("os.fsync", full)
     memory.keep_maps(KEY, maps())
-    assert "cannot keep maps" in caplog.text and "No space left" in caplog.text
+    assert "cannot store maps" in caplog.text and "No space left" in caplog.text
     assert list(tmp_path.iterdir()) == [] and same(memory.maps(KEY), maps())
 
 
