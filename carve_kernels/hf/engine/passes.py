@@ -257,7 +257,8 @@ def second_pass(setup: Setup, jobs: Sequence[Job]) -> None:
     branches = {}
     for job in jobs:
         second = job.second
-        assert second is not None
+        if second is None:
+            continue
         same_images = second.features is job.request.features
         branch = Branch(second.inputs, setup.preset.max_new_tokens, images=second.features)
         if job.continues_prefix():

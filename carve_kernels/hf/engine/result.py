@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -67,8 +67,7 @@ class CarveResult:
     @property
     def layout(self) -> VisualLayout:
         """Where the visual tokens of the original image are in the first prompt."""
-        assert self.task.layout is not None
-        return self.task.layout
+        return cast(VisualLayout, self.task.layout)
 
     @property
     def mask(self) -> torch.Tensor:
