@@ -17,7 +17,7 @@ QFORMER = {
     "encoder_hidden_size": 32,
 }
 # Their generate calls the language model directly, not the model that a session follows.
-OWN_GENERATE = "^model: .*open the session on that one"
+OWN_GENERATE = "^model: .*open the session on the language model"
 
 
 @kind("Idefics2ForConditionalGeneration")
