@@ -43,7 +43,7 @@ prove:
 # The part of them that takes a quarter of an hour after `make test`.
 prove-ci: $(VENV)/.tests
 	$(MAKE) -j 2 native-ci
-	$(MAKE) pytest SELECT="-m slow -k 'not in_long'"
+	$(MAKE) pytest SELECT="-m slow -k 'not in_many_examples'"
 
 # C++ and emulated CUDA under sanitizers; `native` is the part in `make test`.
 native native-ci native-all sanitize races emulate emulate-all:

@@ -320,7 +320,7 @@ def manylinux(path: Path) -> str | None:
 
 def plain_links(text: str) -> str:
     """Markdown for a page outside the repository: relative links become plain text."""
-    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", text)
+    return re.sub(r"!?\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", text)
 
 
 setup(
