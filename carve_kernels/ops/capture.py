@@ -1,4 +1,4 @@
-"""Capture: the attention of chosen rows to the visual tokens, beside any fast attention."""
+"""Capture: attention of selected rows to the visual tokens, computed next to the model's own attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompt of each KV cache: its ids, its record, and whether the cache is as the last forward left it."""
+"""The prompt of each KV cache: its ids, its record, and whether the cache is unchanged since its last forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before each forward: a prefill starts a record, a decode step continues that of its cache, all else is an error."""
+"""Before each forward: a prefill starts a record, a decode step continues that of its cache, anything else is an error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ForwardTracker:
         # The generate whose first forward has begun.
         self._begun: GenerateCall | None = None
         self._sources: list[object] = []
-        # Whether the model's forward runs: a part of the model may be called alone, which is not recorded.
+        # Whether the model's forward is running; submodules that are called directly are not recorded.
         self.running = False
         self._thread: threading.Thread | None = None
 

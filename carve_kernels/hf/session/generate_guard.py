@@ -16,7 +16,7 @@ from carve_kernels.hf.session.forward_tracker import ForwardTracker, GenerateCal
 
 GUARD = "_carve_guard"
 
-# Arguments of ways of decoding in which a forward is not one new token per prompt, and the values that disable them.
+# Arguments of `generate` that select decoding in which a forward is not one new token per prompt, and their off values.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
