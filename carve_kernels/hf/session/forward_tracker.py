@@ -1,4 +1,4 @@
-"""Before each forward: a prefill starts a record, a decode step continues that of its cache, anything else is an error."""
+"""Before each forward: a prefill starts a record, a decode step continues that of its cache, the rest is an error."""
 
 from __future__ import annotations
 
