@@ -79,7 +79,7 @@ class Record:
         self.length = self.prompt = past + length
         # The number of tokens in the current forward, and the last captured layer that ran in it.
         self.forward_length, self.last_layer = length, -1
-        # How many of the last ones are left for layers that reuse other layers' keys (None: all), and the first captured row.
+        # How many last rows layers with other layers' keys process (None: all), and the first captured row.
         self.rows_kept, self.lowest_row = rows_kept, int(rows.columns.min()) - past
         # Why there are no maps: an error of a forward, and conditions that stay on the device until the end.
         self.error: ValueError | None = None
