@@ -197,5 +197,6 @@ def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSessi
         elif hasattr(module, RECORDERS):
             delattr(module, RECORDERS)
 
-    setattr(module, RECORDERS, (*getattr(module, RECORDERS, ()), entry))
+    # First, so that an interruption between the two lines leaves no recorder on the model.
     stack.callback(remove)
+    setattr(module, RECORDERS, (*getattr(module, RECORDERS, ()), entry))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from carve_kernels import capture_attention
+from carve_kernels.hf.attention_patch import RECORDERS
 from carve_kernels.hf.model import decoder_layers
+from carve_kernels.hf.session.session import _add_recorder
 from tests.support.families import STEPS, eager, family, generate, inputs_of, state
 from tests.support.tiny_models import tiny_llava
 
@@ -142,3 +145,14 @@ def test_the_model_is_restored_after_an_interruption(
         generate(model, inputs)
     assert state(model) == before
     assert torch.allclose(session.maps.values[:, :, :, 0], eager("llava", 1, "dynamic")[1], rtol=1e-4, atol=1e-7)
+
+
+def test_an_interruption_while_a_recorder_is_added_leaves_none() -> None:
+    class Interrupted(ExitStack):
+        def callback(self, *_args: Any, **_options: Any) -> Any:
+            raise KeyboardInterrupt
+
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(KeyboardInterrupt):
+        _add_recorder(Interrupted(), module, (None, 0))  # type: ignore[arg-type]
+    assert not hasattr(module, RECORDERS)
