@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | engine`: check answers, time opponents in turns, print tables.
+"""`python -m benchmarks capture | cpu | session | engine | gpu`: check answers, time opponents in turns, print tables.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing.
 """
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import bench_capture, bench_engine, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
+from benchmarks.gpu import sections as gpu_sections
 from benchmarks.support import cases, lines, machine
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
@@ -192,6 +193,44 @@ def engine(
         report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
+
+
+@app.command()
+def gpu(
+    quick: Quick = False,
+    section: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(gpu_sections.SECTIONS)}; all by default.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds; a measurement that would take longer does not begin.")] = 420,
+    output: Output = None,
+    markdown: Markdown = None,
+) -> None:
+    """The kernels on the first CUDA device against their opponents and predictions, written as it goes."""
+    _check_output("--markdown", markdown)
+    unknown = set(section or ()) - set(gpu_sections.SECTIONS)
+    if unknown:
+        raise typer.BadParameter(f"--section: expected some of {list(gpu_sections.SECTIONS)}, got {sorted(unknown)}")
+    device = gpu_sections.device()
+    if device is None:
+        typer.echo(f"torch {torch.__version__} sees no CUDA device: nothing was measured", err=True)
+        raise typer.Exit(1)
+    sizes = gpu_sections.QUICK if quick else gpu_sections.Sizes()
+    with _reporting("gpu", output, None, lines.tables) as report:
+
+        def save() -> None:
+            if output is not None:
+                output.write_text(json.dumps(report, indent=1) + "\n")
+            if markdown is not None:
+                markdown.write_text(lines.markdown(report))
+
+        gpu_sections.measure(
+            report, device, sizes, sections=section or gpu_sections.SECTIONS, budget=budget, save=save,
+            announce=lambda text: print(text, flush=True),
+        )  # fmt: skip
+        if quick:
+            report["results"] = _without_goals(report["results"])
+    if report["failed"]:
+        raise typer.Exit(1)
 
 
 def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:

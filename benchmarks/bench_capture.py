@@ -84,8 +84,6 @@ def opponents(inputs: Problem) -> dict[str, Run]:
     """Every opponent that works here; each returns the maps [1, R, N]."""
     runs: dict[str, Run] = {AUTO: lambda: capture(inputs.query, inputs.key, inputs.tokens, **inputs.options).maps}
     options = CaptureOptions(**inputs.options)
-    options = CaptureOptions(**inputs.options)
-    options = CaptureOptions(**inputs.options)
     for backend in BACKENDS:
         try:
             resolve("capture", backend, inputs.query.device, inputs.query, inputs.key, inputs.tokens, options)
@@ -364,8 +362,8 @@ def _with_backend(inputs: Problem, backend: str) -> Run:
 
 # A model builds its causal mask once for all layers.
 @lru_cache(maxsize=1)
-def _future(length: int) -> torch.Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+def _future(length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
 _checked_once = lru_cache(maxsize=1)(checked)

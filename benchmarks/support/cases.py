@@ -84,28 +84,32 @@ class Problem:
         return {"scale": self.scale, "positions": self.positions}
 
 
-def problem(case: Case, seed: int = 0) -> Problem:
+def problem(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
     heads, key_heads, size = GEOMETRIES[case.geometry]
     length, rows, dtype = case.length, case.rows, DTYPES[case.dtype]
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, device=device)
+
     visual = int(VISUAL_SHARE * length)
     first = (length - visual) // 2
     # Queries share a direction with the keys of one spot: a peak in every row and head.
-    common = torch.nn.functional.normalize(torch.randn(size, generator=random), dim=0) * size**0.5
-    projection = torch.randn(1, length, heads, size, generator=random).add_(common)
-    cache = torch.randn(1, key_heads, length + 256, size, generator=random)
+    common = torch.nn.functional.normalize(normal(size), dim=0) * size**0.5
+    projection = normal(1, length, heads, size).add_(common)
+    cache = normal(1, key_heads, length + 256, size)
     spot = first + visual // 3
     cache[:, :, spot : spot + 8] += 0.4 * common
     queries = projection.to(dtype).transpose(1, 2)
     positions = hidden = None
     if rows > 1:
-        positions = torch.arange(length - rows, length)[None]
-        hidden = torch.arange(length) > positions[0][:, None]
+        positions = torch.arange(length - rows, length, device=device)[None]
+        hidden = torch.arange(length, device=device) > positions[0][:, None]
     return Problem(
         queries=queries,
         query=queries[:, :, length - rows :],
         key=cache.to(dtype)[:, :, :length],
-        tokens=torch.arange(first, first + visual, dtype=torch.int32)[None],
+        tokens=torch.arange(first, first + visual, dtype=torch.int32, device=device)[None],
         positions=positions,
         hidden=hidden,
         scale=size**-0.5,
@@ -114,7 +118,8 @@ def problem(case: Case, seed: int = 0) -> Problem:
 
 def truth(problem: Problem) -> torch.Tensor:
     """The maps [1, R, N] in float64, one key head at a time."""
-    total = torch.zeros(problem.query.shape[2], problem.key.shape[2], dtype=torch.float64)
+    rows, length = problem.query.shape[2], problem.key.shape[2]
+    total = torch.zeros(rows, length, dtype=torch.float64, device=problem.key.device)
     for head, key in enumerate(problem.key[0]):
         query = problem.query[0, head * problem.group : (head + 1) * problem.group].double()
         scores = problem.scale * query @ key.double().T

@@ -38,12 +38,13 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """An image of so many visual tokens, answers of so many new tokens, and a preset."""
+    """An image of so many visual tokens, answers of so many new tokens, a preset, and the device of the models."""
 
     shape: Shape
     preset_name: str
     visual: int
     new_tokens: int
+    device: str = "cpu"
 
     @property
     def side(self) -> int:
@@ -79,16 +80,16 @@ class Case:
 
     @property
     def model(self) -> Any:
-        return _sdpa(self.shape)
+        return _sdpa(self.shape, self.device)
 
     @property
     def eager(self) -> Any:
         """The same weights with eager attention."""
-        return _eager(self.shape)
+        return _eager(self.shape, self.device)
 
     def inputs(self, images: list[Image.Image], text: str) -> Any:
         prompt = build_prompt(self.processor, text + self.preset.suffix, len(images))
-        return prepare(self.processor, images, prompt, None, self.preset.max_pixels)
+        return prepare(self.processor, images, prompt, self.device, self.preset.max_pixels)
 
 
 class Opponents:
@@ -220,14 +221,14 @@ class Counted:
 
 # Cases of one shape share a model, which takes seconds to fill; memory holds one shape only.
 @lru_cache(maxsize=1)
-def _sdpa(shape: Shape) -> Any:
-    return random_model(shape, "sdpa")
+def _sdpa(shape: Shape, device: str) -> Any:
+    return random_model(shape, "sdpa", device=device)
 
 
 @lru_cache(maxsize=1)
-def _eager(shape: Shape) -> Any:
-    model = random_model(shape, "eager")
-    model.load_state_dict(_sdpa(shape).state_dict(), assign=True)
+def _eager(shape: Shape, device: str) -> Any:
+    model = random_model(shape, "eager", device=device)
+    model.load_state_dict(_sdpa(shape, device).state_dict(), assign=True)
     return model
 
 

@@ -27,9 +27,10 @@ _TEMPLATE = (
 
 
 class Shape(NamedTuple):
-    """Size of a model; groups of four query heads share a key head, and the head size is that of the 7B.
+    """Size of a model; `group` query heads share a key head, and the head size is that of the 7B.
 
-    The default vision tower is tiny, so that costs are those of the language model.
+    The default vision tower is tiny, so that costs are those of the language model. The feed-forward layers have the
+    width `inner`, or 11/4 of the hidden size where it is 0.
     """
 
     layers: int
@@ -37,6 +38,8 @@ class Shape(NamedTuple):
     dtype: str
     tower_layers: int = 1
     tower_hidden: int = 64
+    group: int = 4
+    inner: int = 0
 
     @property
     def heads(self) -> int:
@@ -44,16 +47,16 @@ class Shape(NamedTuple):
 
     @property
     def key_heads(self) -> int:
-        return max(1, self.heads // 4)
+        return max(1, self.heads // self.group)
 
 
-def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
+def random_model(shape: Shape, attention: str, seed: int = 0, device: str = "cpu") -> nn.Module:
     """Weights that keep activations near 1, attention peaked and greedy answers varied."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
         "hidden_size": shape.hidden,
-        "intermediate_size": 11 * shape.hidden // 4,
+        "intermediate_size": shape.inner or 11 * shape.hidden // 4,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.key_heads,
@@ -85,10 +88,11 @@ def random_model(shape: Shape, attention: str, seed: int = 0) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+        with torch.device(device):
+            model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
     finally:
         torch.set_default_dtype(before)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:

@@ -1,0 +1,87 @@
+"""Decode steps of a random model with a static cache: plain beside a session, eager, compiled and in CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.timing import Clock
+from benchmarks.support.answers import WrongAnswer, check_truth, correlate
+from benchmarks.support.lines import Goal, Line, line
+from benchmarks.support.models import Shape, prompt, random_model
+from benchmarks.support.timing import ratio
+from carve_kernels import capture_attention
+
+PLAIN, SESSION = "plain", "session"
+SHAPE, LENGTH, LAYERS = Shape(12, 1024, "bfloat16"), 4096, "paper"
+EAGER, COMPILED, GRAPHS = "eager", "compiled", "CUDA graphs"
+# How a step is called: the mode of torch.compile, None without it; the goal of a session's step in plain ones.
+MODES: dict[str, tuple[str | None, float]] = {
+    EAGER: (None, 1.05),
+    GRAPHS: ("reduce-overhead", 1.02),
+    COMPILED: ("default", 1.03),
+}
+# Steps before the first timed one; a graph is captured in the second or third.
+WARM_UP = 6
+
+
+class Steps:
+    """Each call is one decode step after a prefill; the first one compiles."""
+
+    def __init__(self, model: Any, mode: str | None, length: int, dtype: str, most: int, device: torch.device) -> None:
+        from transformers import StaticCache
+
+        self._step = model if mode is None else torch.compile(model, mode=mode)
+        self._device, self._length = device, length
+        config = model.config.get_text_config()
+        self._cache = StaticCache(config=config, max_cache_len=length + most)
+        inputs = {name: value.to(device) for name, value in prompt(length, dtype).items()}
+        with torch.no_grad():
+            model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+
+    def __call__(self) -> torch.Tensor:
+        token = torch.full((1, 1), 7, device=self._device)
+        position = torch.full((3, 1, 1), self._length, device=self._device)
+        self._length += 1
+        with torch.no_grad():
+            output = self._step(input_ids=token, position_ids=position, past_key_values=self._cache, use_cache=True)
+        return output.logits
+
+
+def measure(how: str, shape: Shape, length: int, clock: Clock) -> Iterator[Line]:
+    """A model in a session and the same model without, in turns; the logits and the maps are checked first."""
+    mode, limit = MODES[how]
+    torch.compiler.reset()
+    device = clock.device
+    model, other = (random_model(shape, "sdpa", device=str(device)) for _ in range(2))
+    other.load_state_dict(model.state_dict(), assign=True)
+    most = WARM_UP + clock.rounds + 2
+    plain = Steps(model, mode, length, shape.dtype, most, device)
+    with capture_attention(other, layers=LAYERS, max_steps=most + 1) as session:
+        captured = Steps(other, mode, length, shape.dtype, most, device)
+        for _ in range(WARM_UP):
+            # Replays of graphs overwrite their outputs.
+            logits = plain().clone(), captured().clone()
+            _same(how, *logits)
+        _check(f"{SESSION}, {how}", session.maps)
+        seconds = clock.called({PLAIN: plain, SESSION: captured}, clock.rounds)
+        _check(f"{SESSION}, {how}", session.maps)
+        count = len(session.layers)
+    labels = {"how": how, "layers": shape.layers, "captured": count, "S": length}
+    ratios = {SESSION: ratio(seconds, SESSION, PLAIN)}
+    yield line("decode step: ms, and times plain", labels, ratios, [Goal(SESSION, limit, most=True)], seconds=seconds)
+
+
+def _same(how: str, plain: torch.Tensor, captured: torch.Tensor) -> None:
+    found = correlate(plain, captured)
+    # Two compilations may round differently; without them the same kernels run.
+    if not (torch.equal(plain, captured) if how == EAGER else found >= 0.999):
+        raise WrongAnswer(f"{SESSION}, {how}: expected the logits of {PLAIN}, got others of correlation {found:.5f}")
+
+
+def _check(name: str, maps: Any) -> None:
+    if not bool(maps.valid.all()):
+        raise WrongAnswer(f"{name}: expected a map of every step, got {int((~maps.valid).sum())} that are not valid")
+    check_truth(name, maps.values[0, :, :, 0])

@@ -1,0 +1,64 @@
+"""contrast and regions at 1024 x 1024 pixels against plain torch and the steps of the release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy
+import torch
+
+from benchmarks import bench_pixels
+from benchmarks.bench_pixels import CONTRAST, FILL, FLOOR, GRID, KEEP, LAM, REGIONS, RELEASE, STEPS_OF_RELEASE, TORCH
+from benchmarks.gpu.timing import Clock, in_graph
+from benchmarks.support.answers import WrongAnswer, check_maps
+from benchmarks.support.lines import Goal, Line, line, over
+from benchmarks.support.timing import Run, no_preparation, paired
+from carve_kernels import contrast, regions
+
+
+def measure(side: int, clock: Clock) -> Iterator[Line]:
+    yield from _contrast(side, clock)
+    smooth = contrast(*bench_pixels.maps(), (GRID, GRID), (side, side), lam=LAM)
+    noise = torch.rand(side, side, generator=torch.Generator().manual_seed(1))
+    for name, saliency in (("smooth", smooth), ("white noise", noise)):
+        yield _regions(name, saliency, clock)
+
+
+def _contrast(side: int, clock: Clock) -> Iterator[Line]:
+    task, general = bench_pixels.maps()
+    truth = bench_pixels.resized_by_pillow(task, general, side)
+    if float(truth.max() / truth.median()) < 2:
+        raise WrongAnswer(f"{RELEASE}: expected a saliency with a peak of 2 medians, got a flat one")
+    here = task.to(clock.device), general.to(clock.device)
+    result = torch.empty(side, side, device=clock.device)
+    runs: dict[str, Run] = {
+        CONTRAST: lambda: contrast(*here, (GRID, GRID), (side, side), lam=LAM),
+        TORCH: lambda: bench_pixels.composed(*here, side),
+        FILL: lambda: result.fill_(1.0),
+    }
+    for name in (CONTRAST, TORCH):
+        check_maps(name, runs[name]().cpu(), truth, relative=1e-4, correlation=1 - 1e-6)
+    graphs = {name: in_graph(run, clock.device) for name, run in runs.items()}
+    labels = {"maps": f"{task.shape[0]} x {task.shape[1]} x {task.shape[2]}", "pixels": f"{side} x {side}"}
+    for how, seconds in (("graph", clock.replayed(graphs)), ("launched", clock.launched(runs))):
+        ratios = over(seconds, CONTRAST)
+        yield line(
+            "contrast: ms, and times contrast", {**labels, "how": how}, ratios, [Goal(TORCH, 1)], seconds=seconds
+        )
+
+
+def _regions(name: str, saliency: torch.Tensor, clock: Clock) -> Line:
+    array, here = saliency.numpy(), saliency.to(clock.device)
+    runs: dict[str, Run] = {REGIONS: lambda: regions(here, keep=KEEP, floor=FLOOR)}
+    found, (mask, boxes) = runs[REGIONS](), bench_pixels.cut(array)
+    if not mask.any() or mask.all():
+        raise WrongAnswer(f"{STEPS_OF_RELEASE}, {name}: expected a mask with an inside and an outside, got one of them")
+    if not numpy.array_equal(found.mask.cpu().numpy(), mask):
+        raise WrongAnswer(f"{REGIONS}, {name}: expected the mask of {STEPS_OF_RELEASE}, got another")
+    # Regions of equal sums may be ordered differently.
+    if sorted(found.boxes.tolist()) != sorted(boxes):
+        raise WrongAnswer(f"{REGIONS}, {name}: expected the boxes of {STEPS_OF_RELEASE}, got others")
+    seconds = clock.called(runs)
+    seconds |= paired({STEPS_OF_RELEASE: lambda: bench_pixels.cut(array)}, rounds=3, before=no_preparation)
+    labels = {"saliency": name, "pixels": f"{array.shape[0]} x {array.shape[1]}"}
+    return line("regions, from the call to the boxes: ms", labels, {}, [], seconds=seconds)
