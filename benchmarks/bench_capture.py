@@ -48,7 +48,7 @@ def eager(inputs: Problem) -> torch.Tensor:
     """The probabilities of all rows, as eager attention returns them, sliced."""
     length, rows = inputs.key.shape[2], inputs.query.shape[2]
     key = inputs.key.repeat_interleave(inputs.group, 1)
-    scores = (inputs.queries @ key.mT * inputs.scale).masked_fill_(_future(length), -torch.inf)
+    scores = (inputs.queries @ key.mT * inputs.scale).masked_fill_(_future(length, key.device), -torch.inf)
     probabilities = scores.softmax(-1, dtype=torch.float32).to(key.dtype)
     return probabilities[:, :, length - rows :, inputs.tokens[0]].mean(1, dtype=torch.float32)
 

@@ -31,12 +31,12 @@ class Sizes:
     first: Sequence[Case] = tuple(capture.FIRST)
     others: Sequence[Case] = tuple(capture.OTHERS)
     layers: int = capture.LAYERS
-    host: Case = host.CASE
+    host_case: Case = host.CASE
     calls: int = host.CALLS
     side: int = 1024
-    decode: Shape = decode.SHAPE
+    decode_shape: Shape = decode.SHAPE
     length: int = decode.LENGTH
-    engine: Shape = engine.SHAPE
+    engine_shape: Shape = engine.SHAPE
     visual: Sequence[int] = engine.VISUAL
     new_tokens: int = engine.NEW_TOKENS
     rounds: int = 31
@@ -49,12 +49,12 @@ QUICK = Sizes(
     first=(Case("smolvlm", 512, 1, "bf16"), Case("smolvlm", 512, 8, "bf16")),
     others=(),
     layers=2,
-    host=Case("smolvlm", 512, 1, "bf16"),
+    host_case=Case("smolvlm", 512, 1, "bf16"),
     calls=2,
     side=64,
-    decode=Shape(4, 256, "bfloat16"),
+    decode_shape=Shape(4, 256, "bfloat16"),
     length=128,
-    engine=Shape(2, 256, "bfloat16"),
+    engine_shape=Shape(2, 256, "bfloat16"),
     visual=(64,),
     new_tokens=2,
     rounds=3,
@@ -139,14 +139,14 @@ def _tasks(report: Report, device: torch.device, sizes: Sizes) -> Iterator[Task]
     for case in sizes.first:
         yield Task("capture", f"capture {case}", 4, partial(of_case, case))
     for backend in sizes.backends:
-        run = partial(host.measure, sizes.host, backend, clock, layers=sizes.layers, calls=sizes.calls)
+        run = partial(host.measure, sizes.host_case, backend, clock, layers=sizes.layers, calls=sizes.calls)
         yield Task("host", f"host, {backend}", 5, run)
     yield Task("pixels", "pixels", 10, partial(pixels.measure, sizes.side, clock))
     for how in decode.MODES:
         enough = 15 if how == decode.EAGER else 70
-        yield Task("decode", f"decode, {how}", enough, partial(decode.measure, how, sizes.decode, sizes.length, clock))
+        yield Task("decode", f"decode, {how}", enough, partial(decode.measure, how, sizes.decode_shape, sizes.length, clock))
     for tokens in sizes.visual:
-        run = partial(engine.measure, sizes.engine, tokens, device, new_tokens=sizes.new_tokens)
+        run = partial(engine.measure, sizes.engine_shape, tokens, device, new_tokens=sizes.new_tokens)
         yield Task("engine", f"engine, {tokens} visual tokens", 30 + tokens // 200, run)
     for case in sizes.others:
         yield Task("capture", f"capture {case}", 4, partial(of_case, case))
