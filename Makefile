@@ -75,6 +75,13 @@ oldest:
 matrix:
 	$(PYTHON) -m tests.matrix $(ROWS)
 
+# On a machine with a GPU, by an interpreter that has torch; installs nothing. GPU_OUT is its folder, GPU_SECONDS all its time.
+GPU_OUT ?= out/gpu
+GPU_SECONDS ?= 480
+.PHONY: gpu
+gpu:
+	$(PYTHON) -m tests.gpu --output $(GPU_OUT) --seconds $(GPU_SECONDS)
+
 # The newest transformers of the index, in a separate folder.
 .PHONY: newest
 newest: $(VENV)/.tests

@@ -229,6 +229,9 @@ def gpu(
         )  # fmt: skip
         if quick:
             report["results"] = _without_goals(report["results"])
+    missed = [goal["goal"] for entry in report["results"] for goal in entry["goals"] if not goal["met"]]
+    counts = {name: len(report[name]) for name in ("results", "left_out", "failed")} | {"goals missed": len(missed)}
+    print(", ".join(f"{name}: {count}" for name, count in counts.items()))
     if report["failed"]:
         raise typer.Exit(1)
 

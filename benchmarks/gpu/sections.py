@@ -144,7 +144,9 @@ def _tasks(report: Report, device: torch.device, sizes: Sizes) -> Iterator[Task]
     yield Task("pixels", "pixels", 10, partial(pixels.measure, sizes.side, clock))
     for how in decode.MODES:
         enough = 15 if how == decode.EAGER else 70
-        yield Task("decode", f"decode, {how}", enough, partial(decode.measure, how, sizes.decode_shape, sizes.length, clock))
+        yield Task(
+            "decode", f"decode, {how}", enough, partial(decode.measure, how, sizes.decode_shape, sizes.length, clock)
+        )
     for tokens in sizes.visual:
         run = partial(engine.measure, sizes.engine_shape, tokens, device, new_tokens=sizes.new_tokens)
         yield Task("engine", f"engine, {tokens} visual tokens", 30 + tokens // 200, run)
