@@ -12,21 +12,23 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks import opponent_work
+from benchmarks.gpu import predicted as fitted
 from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
-from carve_kernels.selfcheck.roofline import GPUS, UNITS, Gpu, Unit, predict, work_of
+from carve_kernels.selfcheck.roofline import GPUS, REACHED, UNITS, Gpu, Unit, predict, work_of
 from carve_kernels.selfcheck.work import Work
 
 LAYERS = 6
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROWS = (1, 8, 32)
 HEADLINE, HEADLINE_LENGTH = "qwen2.5-vl-7b", 4096
-# The CUDA backend serves at most so many rows.
-FEW_ROWS = 8
 # Maps of an image of 1024 x 1024 pixels on a grid of 32 x 32 tokens, six layers and eight steps.
 GRID, STEPS, SIDE = 32, 8, 1024
 
 # The language model of Qwen2.5-VL-7B, 7.6 B parameters with the table of embeddings, of which a step reads one row.
 DEPTH, HIDDEN, INNER, VOCABULARY = 28, 3584, 18944, 152064
+
+# What `predicted.Measured` holds.
+MEASURED = ("trial", "folded torch", "cuda of 0.1.0", "triton of 0.1.0")
 
 Entry = dict[str, Any]
 
@@ -49,13 +51,13 @@ def decode_step(keys: int) -> Work:
 
 
 def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator[Cost]:
-    """Capture of several layers for a batch of one, by every backend that counts its work."""
+    """Capture of several layers for a batch of one, all tokens in one run, by every backend that counts its work."""
     heads, key_heads, size = GEOMETRIES[case.geometry]
+    tokens = int(VISUAL_SHARE * case.length)
     sizes = {"layers": layers, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": case.rows}
-    sizes |= {"keys": case.length, "size": size, "tokens": int(VISUAL_SHARE * case.length), "element_bytes": 2}
-    for backend in ("cuda", "triton"):
-        too_many = backend == "cuda" and case.rows > FEW_ROWS
-        work = None if too_many else work_of("capture", backend, **sizes, lse=lse)
+    sizes |= {"keys": case.length, "size": size, "tokens": tokens, "element_bytes": 2}
+    for backend, more in (("cuda", {"span": tokens}), ("triton", {})):
+        work = work_of("capture", backend, **sizes, **more, lse=lse)
         if work is not None:
             yield Cost(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
 
@@ -95,7 +97,23 @@ def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], 
         labels = {"geometry": geometry, "S": length, "R": rows}
         entries += [_entry("capture", cost, labels) for cost in (*captures(case), *opponents(case))]
         advance(str(case))
-    return entries + [_entry("pixels", cost, {}) for cost in pixels()]
+    entries += [_entry("pixels", cost, {}) for cost in pixels()]
+    return entries + [_beside(case) for case in fitted.H100 if case.geometry in geometries]
+
+
+def _beside(case: Case) -> Entry:
+    """The cuda backend on an H100 in a graph: predicted in two ways, beside what was measured there."""
+    own = next(cost for cost in captures(case) if cost.name == "capture, cuda")
+    heads, key_heads, _ = GEOMETRIES[case.geometry]
+    labels = {"heads": f"{heads} on {key_heads}", "S": case.length, "R": case.rows}
+    times = {
+        "K at 3.0 TB/s": 1e6 * fitted.key_bytes(case) / (REACHED * GPUS["H100"].bandwidth),
+        "least": 1e6 * predict(own.work, GPUS["H100"], unit=own.unit, graphs=True).seconds,
+        "predicted": 1e6 * fitted.seconds(case),
+        "target": fitted.TARGETS.get(case),
+        **{f"measured: {name}": value for name, value in zip(MEASURED, fitted.H100[case], strict=True)},
+    }
+    return {"table": "beside", "way": own.name, "labels": labels, "work": own.work._asdict(), "us": times}
 
 
 def _entry(table: str, cost: Cost, labels: dict[str, Any], step: Work | None = None) -> Entry:
@@ -132,6 +150,7 @@ _CHOSEN = {HEADLINE: (512, HEADLINE_LENGTH, 32768)}
 _TITLES = {
     "decode": f"predicted, not timed: {LAYERS} layers in a decode step of {HEADLINE}, {HEADLINE_LENGTH} keys, one row",
     "capture": f"predicted, not timed: capture of {LAYERS} layers, {VISUAL_SHARE:.0%} visual tokens, bf16",
+    "beside": f"predicted, not timed: capture of {LAYERS} layers on an H100 in a graph, us, beside what it measured",
     "pixels": f"predicted, not timed: {LAYERS} x {STEPS} maps of {GRID} x {GRID} tokens on {SIDE} x {SIDE} pixels",
 }
 
@@ -171,7 +190,10 @@ def _layout(entries: list[Entry]) -> Iterator[tuple[str, list[str], list[list[st
         if not chosen:
             continue
         work = ["MB", "MFLOP", "launches"]
-        if table == "capture":
+        if table == "beside":
+            rows = [[*map(str, entry["labels"].values()), *map(_us, entry["us"].values())] for entry in chosen]
+            yield title, [*chosen[0]["labels"], *chosen[0]["us"]], rows
+        elif table == "capture":
             others = list(dict.fromkeys(entry["way"] for entry in chosen if not entry["way"].startswith("capture")))
             times = [f"{name}: {' / '.join(GPUS)}" for name in others]
             heads = ["geometry", "S", "R", "backend", *work, *(f"{name}, us" for name in GPUS), *times]
@@ -208,6 +230,10 @@ def _counts(entry: Entry) -> list[str]:
 
 def _figure(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _cell(predicted: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ _FEW_UNSTORED = 1.0e-6, 5.0e12
 _MANY_UNSTORED = 4.0e-6, 7.0e12
 _MERGED = 2.2e12
 _COMPUTED_AGAIN = 2.6e12
-# From so many queries of a key head on, and where the scores pass the second-level cache, they are computed again.
-QUERIES_READ_AGAIN, SCORES_READ_AGAIN = 32, 50 * 2**20
+# From so many queries of a key head on, and where the scores of all keys take more bytes, they are computed again.
+QUERIES_READ_AGAIN, SCORES_READ_AGAIN = 32, 32 * 2**20
 
 
 class Measured(NamedTuple):
@@ -82,7 +82,8 @@ def score_bytes(case: Case, layers: int = LAYERS) -> int:
 
 def reads_again(case: Case, layers: int = LAYERS) -> bool:
     """Whether the second kernel reads the keys of the tokens instead of stored scores."""
-    return _queries(case) >= QUERIES_READ_AGAIN and score_bytes(case, layers) > SCORES_READ_AGAIN
+    of_all_keys = layers * GEOMETRIES[case.geometry].heads * case.rows * case.length * 4
+    return _queries(case) >= QUERIES_READ_AGAIN and of_all_keys > SCORES_READ_AGAIN
 
 
 def seconds(case: Case, layers: int = LAYERS, *, again: bool | None = None, row_blocks: int = 1) -> float:

@@ -2,76 +2,208 @@
 
 from __future__ import annotations
 
-from carve_kernels.backends.cuda.plan import FLOAT, LAYERS_AT_ONCE, MOST_BLOCKS, STAT, split_keys, splits
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.native.region_buffers import most_regions
 from carve_kernels.selfcheck.work import CaptureSizes, Work
 
-# As in csrc/cuda/capture/capture.cuh and tile.cuh.
-_THREADS = 256
-_TILE = 32
-_AT_ONCE = 4
-_KEYS_OF_A_LANE = 4
+# As in csrc/cuda/capture: capture.cuh, capture.cu, tile.cuh, plain.cu and reread.cuh.
+_THREADS = 128
+_LAYERS_AT_ONCE = 32
+_MOST_BLOCKS = 65535
+_MOST_SCORES = 64 << 20
+_CACHED_SCORES = _MOST_SCORES // 2
+_MANY_QUERIES = 32
+_MULTIPROCESSORS = 132
+_FEW, _SOME = 8, 64
+_SPLIT = 2048
+_ROWS_OF_A_TILE = 16
+_PLAIN_KEYS, _PLAIN_QUERIES = 32, 8
+
+_FLOAT = 4
+_TOKEN = 4
+_STEP = 8
+_STAT = 8
+_PART = 16
+_SPAN = 8
 
 # As in csrc/cuda/regions/regions.cuh and rank.cu.
+_REGION_THREADS = 256
 _STEPS = 8
 _DIGIT_BITS = 11
 _TILE_REGIONS = 1 << 10
 _MERGED_RUNS = 128
 
-_TOKEN = 4
-_STEP = 8
+
+class _Plan(NamedTuple):
+    """How a capture is divided, as in `plan_capture` of csrc/cuda/capture/capture.cu."""
+
+    plain: bool
+    again: bool
+    layers: int
+    rows: int
+    queries_at_once: int
+    query_blocks: int
+    split_keys: int
+    token_blocks: int
 
 
-def capture_work(*, lse: bool = False, **sizes: int) -> Work:
-    """What `capture` of `CaptureSizes` moves for up to 8 rows that see all keys, int32 tokens and a given step.
+def capture_work(
+    *, lse: bool = False, span: int | None = None, seeks_span: bool = False, aligned: bool = True, **sizes: int
+) -> Work:
+    """What `capture` of `CaptureSizes` moves for rows that see all keys, with int32 tokens and a given step.
 
-    With `lse` the log-sum-exp is given, and there is one launch, not two. The first launch reads each key once, and the
-    second each visual token's key again::
+    `lse`: the log-sum-exp is given. `span`: the keys from the lowest to the highest token, all keys by default;
+    `seeks_span`: a launch of its own finds it. `aligned`: keys of 16 bits start at multiples of 16 bytes. The first
+    kernel reads each key once, and the second the scores of the tokens or, again, their keys. Its bytes are, without
+    queries and statistics, which every block reads, mostly from the second-level cache::
 
-        layers * batch * key_heads * (keys + tokens) * size * element_bytes
-
-    The rest of `read_bytes` is queries and statistics, which every block reads again, mostly from the second-level
-    cache; `roofline` counts them as memory's. With 28 heads in groups of 7, D = 128, 4096 keys of bf16 and 3276
-    tokens they are 0.4 of the bytes above for one row and 3.7 for eight; with 32 heads without groups and 8192 keys
-    0.1 and 0.9.
+        layers * batch * (key_heads * keys * size * element_bytes + 4 * query_heads * rows * (span + tokens))
     """
-    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = CaptureSizes(**sizes)
-    queries = query_heads // key_heads * rows
-    slots = _slots(size, element_bytes)
-    vector = size * element_bytes
-    counted = not lse and keys > 0 and tokens > 0
+    given = CaptureSizes(**sizes)
+    plan = _plan(given, lse=lse, aligned=aligned)
+    has_scores = given.keys > 0 and given.tokens > 0
+    work = Work(0, 0, 0, 0)
+    if not given.batch or not given.rows or not given.query_heads:
+        return work
+    if seeks_span and has_scores and not plan.again:
+        work += Work(given.batch * given.tokens * _TOKEN, _SPAN, 0, 1)
+    for layers, rows in _parts(given, plan):
+        part = given._replace(layers=layers, rows=rows)
+        if has_scores and plan.plain:
+            work += _plain(part, plan, span, lse)
+        elif has_scores and not lse:
+            work += _stream(part, plan, span)
+        work += _reread(part, plan, lse) if plan.again and has_scores else _maps(part, plan, lse)
+    return work
+
+
+def _plan(sizes: CaptureSizes, *, lse: bool, aligned: bool) -> _Plan:
+    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = sizes
+    plain = element_bytes == 4 or not aligned
+    group, lines = query_heads // max(key_heads, 1), batch * query_heads
+    layers = min(layers, _LAYERS_AT_ONCE, max(1, _MOST_BLOCKS // max(batch, 1)))
+    row_bytes = lines * _up(keys, 32) * _FLOAT
+    large = group * rows >= _MANY_QUERIES and row_bytes * rows * layers > _CACHED_SCORES
+    again = not plain and (lse or large)
+    if not again:
+        most = max(1, _MOST_SCORES // max(1, row_bytes))
+        rows = min(rows, most)
+        layers = min(layers, max(1, most // max(rows, 1)))
+
+    queries, unit = group * rows, _PLAIN_KEYS if plain else _block_keys(size)
+    most_queries = 64 if plain else 256 if size <= 128 else 128
+    at_once = _ceil(queries, max(1, _ceil(queries, most_queries)))
+    if queries > most_queries:
+        at_once = _up(at_once, 32)
+    query_blocks = _ceil(queries, max(at_once, 1))
+    problems = max(1, layers * batch * key_heads * query_blocks)
+    length = _ceil(keys, max(1, 2 * _MULTIPROCESSORS // problems))
+    if queries <= _FEW and length < 1024:
+        length = _ceil(keys, max(1, 4 * _MULTIPROCESSORS // problems))
+    split_keys = _up(min(max(length, unit), _SPLIT), unit)
+
+    blocks = _ceil(tokens, _THREADS)
+    of_block = _block_keys(size)
+    if not again:
+        chunks = _ceil(blocks * layers * batch * rows, 6 * _MULTIPROCESSORS)
+        of_block = _THREADS * min(max(1, chunks), max(1, blocks))
+    return _Plan(plain, again, layers, rows, at_once, query_blocks, split_keys, max(1, _ceil(tokens, of_block)))
+
+
+def _parts(sizes: CaptureSizes, plan: _Plan) -> Iterator[tuple[int, int]]:
+    """Layers and rows of each round of launches."""
+    for layer in range(0, sizes.layers, plan.layers):
+        for row in range(0, sizes.rows, plan.rows):
+            yield min(plan.layers, sizes.layers - layer), min(plan.rows, sizes.rows - row)
+
+
+def _splits(keys: int, plan: _Plan) -> list[int]:
+    return [min(plan.split_keys, keys - start) for start in range(0, keys, plan.split_keys)]
+
+
+def _query_blocks(sizes: CaptureSizes, plan: _Plan) -> list[int]:
+    """Queries of each block of a key head."""
+    queries = sizes.query_heads // sizes.key_heads * sizes.rows
+    return [min(plan.queries_at_once, queries - start) for start in range(0, queries, plan.queries_at_once)]
+
+
+def _stream(sizes: CaptureSizes, plan: _Plan, span: int | None) -> Work:
+    """The first kernel on tensor cores: a warp takes a tile of keys and multiplies tiles of 16 queries."""
+    tile = _block_keys(sizes.size) // 4
+    vector = sizes.size * sizes.element_bytes
+    kept = 0 if plan.again else _up(sizes.keys if span is None else min(span, sizes.keys), tile)
     read = written = pairs = 0
-    for start in range(0, keys if counted else 0, split_keys(keys)):
-        length = min(split_keys(keys), keys - start)
-        passes = -(-length // slots)
-        staged = passes if queries > _TILE else 1
-        read += key_heads * (length * vector + staged * queries * vector + (passes - 1) * queries * STAT)
-        written += key_heads * passes * queries * STAT
-        pairs += key_heads * length * _padded(queries, _TILE)
-    written += 4 if counted else 0
-
-    heads_at_once = min(8, 1 << (key_heads.bit_length() - 1))
-    blocks = max(1, -(-tokens // (slots // heads_at_once)))
-    of_query = FLOAT if lse else STAT * splits(keys)
-    read += blocks * (query_heads * rows * (vector + of_query) + _THREADS // 32 * _STEP)
-    read += tokens * (_TOKEN + key_heads * vector) + rows * tokens * (2 * FLOAT + _TOKEN)
-    written += rows * (tokens + 2) * FLOAT
-    pairs += key_heads * tokens * _padded(queries, _TILE // heads_at_once)
-    launches = -(-layers // LAYERS_AT_ONCE) * (2 if counted else 1)
-    lines = layers * batch
-    return Work(lines * read, lines * written, lines * pairs * size * 2, launches)
+    for queries in _query_blocks(sizes, plan):
+        for length in _splits(sizes.keys, plan):
+            read += _up(length, tile) * vector + queries * vector + (0 if plan.again else _THREADS * _SPAN)
+            written += queries * _STAT
+            pairs += _up(length, tile) * _up(queries, 32 if queries > _SOME else 16)
+        written += kept * queries * _FLOAT
+    copies = sizes.layers * sizes.batch * sizes.key_heads
+    width = 64 if sizes.size <= 64 else 128 if sizes.size <= 128 else 256
+    return Work(copies * read, copies * written, copies * pairs * width * 2, 1)
 
 
-def _slots(size: int, element_bytes: int) -> int:
-    """Keys that a block holds at a time, each on 8, 16 or 32 lanes: one for every 16 bytes of a key."""
-    vectors = -(-size * element_bytes // 16)
-    lanes = next((lanes for lanes in (8, 16) if vectors <= lanes), 32)
-    return _THREADS // lanes * _KEYS_OF_A_LANE
+def _plain(sizes: CaptureSizes, plan: _Plan, span: int | None, lse: bool) -> Work:
+    """The first kernel by fused multiply-adds; with a given log-sum-exp it reads only the keys around the tokens."""
+    vector = sizes.size * sizes.element_bytes
+    kept = _up(sizes.keys if span is None else min(span, sizes.keys), _PLAIN_KEYS)
+    read = written = pairs = 0
+    for queries in _query_blocks(sizes, plan):
+        for length in _splits(min(kept, sizes.keys) if lse else sizes.keys, plan):
+            tiles = _ceil(length, _PLAIN_KEYS)
+            read += length * vector + (tiles if queries > _PLAIN_QUERIES else 1) * queries * vector
+            written += 0 if lse else queries * _STAT
+            pairs += tiles * _PLAIN_KEYS * _up(queries, _PLAIN_QUERIES)
+        read += len(_splits(sizes.keys, plan)) * _THREADS * _SPAN
+        written += min(kept, sizes.keys) * queries * _FLOAT
+    copies = sizes.layers * sizes.batch * sizes.key_heads
+    return Work(copies * read, copies * written, copies * pairs * _up(sizes.size, 4) * 2, 1)
 
 
-def _padded(queries: int, tile: int) -> int:
-    """Queries that are multiplied: those of each tile, padded to a multiple of four."""
-    return sum(-(-min(tile, queries - start) // _AT_ONCE) * _AT_ONCE for start in range(0, queries, tile))
+def _maps(sizes: CaptureSizes, plan: _Plan, lse: bool) -> Work:
+    """The second kernel where there are scores."""
+    has_scores = sizes.keys > 0 and sizes.tokens > 0
+    of_head = _FLOAT if lse else _STAT * len(_splits(sizes.keys, plan))
+    of_block = sizes.query_heads * of_head * has_scores + _THREADS // 32 * _STEP + _PART
+    read = plan.token_blocks * of_block + sizes.tokens * (_TOKEN + sizes.query_heads * _FLOAT * has_scores)
+    written = plan.token_blocks * _PART + sizes.tokens * _FLOAT + 3 * _FLOAT
+    copies = sizes.layers * sizes.batch * sizes.rows
+    return Work(copies * read, copies * written, 0, 1)
+
+
+def _reread(sizes: CaptureSizes, plan: _Plan, lse: bool) -> Work:
+    """The second kernel where there are none: a block takes up to 16 rows of some tokens with all heads."""
+    vector = sizes.size * sizes.element_bytes
+    of_query = vector + (_FLOAT if lse else _STAT * len(_splits(sizes.keys, plan)))
+    tokens = plan.token_blocks * _block_keys(sizes.size)
+    read = written = pairs = 0
+    for start in range(0, sizes.rows, _ROWS_OF_A_TILE):
+        rows = min(_ROWS_OF_A_TILE, sizes.rows - start)
+        read += tokens * sizes.key_heads * vector + sizes.tokens * _TOKEN
+        read += plan.token_blocks * (sizes.query_heads * rows * of_query + rows * _PART + _THREADS // 32 * _STEP)
+        written += rows * (plan.token_blocks * _PART + sizes.tokens * _FLOAT + 3 * _FLOAT)
+        padded = min(_ROWS_OF_A_TILE, 1 << (sizes.rows - 1).bit_length())
+        pairs += tokens * sizes.key_heads * _up(sizes.query_heads // sizes.key_heads * padded, _ROWS_OF_A_TILE)
+    copies = sizes.layers * sizes.batch
+    width = 64 if sizes.size <= 64 else 128 if sizes.size <= 128 else 256
+    return Work(copies * read, copies * written, copies * pairs * width * 2, 1)
+
+
+def _block_keys(size: int) -> int:
+    """Keys that a block of four warps takes at a time on tensor cores."""
+    return 128 if size <= 128 else 64
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def _up(value: int, unit: int) -> int:
+    return _ceil(value, unit) * unit
 
 
 def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:
@@ -84,23 +216,23 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     pixels = height * width
     passes = -(-8 * element_bytes // _DIGIT_BITS)
     histogram = 4 << _DIGIT_BITS
-    blocks = max(1, min(-(-pixels // (_THREADS * _STEPS)), MOST_BLOCKS))
+    blocks = max(1, min(-(-pixels // (_REGION_THREADS * _STEPS)), MOST_BLOCKS))
     # The selection reads the saliency once in each pass, labelling once, the sums the pixels above the threshold.
     read = (passes + 1 + keep) * pixels * element_bytes
     # Union-find reads a label, and above the threshold the left, upper and diagonal ones; numbers and sums read it
     # once; the mask follows it to the run's first pixel and to the region.
     read += ((1 + 3 * keep) + 1 + 1 + (1 + 2 * keep)) * pixels * 4
     # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
-    read += blocks * (passes * (histogram + _THREADS * 12) + _THREADS * 32)
+    read += blocks * (passes * (histogram + _REGION_THREADS * 12) + _REGION_THREADS * 32)
     # The sums are in shares of the peak, which each thread reads from the range.
-    read += blocks * _THREADS * 16
+    read += blocks * _REGION_THREADS * 16
     # The sort and its merges are launched for the most regions possible, and each thread reads how many there are.
     most = most_regions(height, width, connectivity)
     merges, run = 0, _TILE_REGIONS
     while run < most:
         merges, run = merges + 1, run * _MERGED_RUNS
     read += min(-(-most // _TILE_REGIONS), MOST_BLOCKS) * _TILE_REGIONS // 2 * 4
-    read += merges * min(-(-most // _THREADS), MOST_BLOCKS) * _THREADS * 4
+    read += merges * min(-(-most // _REGION_THREADS), MOST_BLOCKS) * _REGION_THREADS * 4
     # In union-find, numbering and the mask each warp reads whether there are regions.
     read += 3 * pixels // 32 * 4
     written = passes * histogram + 4 * pixels + pixels

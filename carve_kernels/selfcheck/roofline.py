@@ -41,9 +41,9 @@ _FAMILIES = {
 }
 GPUS = {gpu.name: gpu for gpu in _FAMILIES.values()}
 
-# The units that multiply in a kernel. A few rows are vector work: their matrix product would be mostly padding.
+# The units that multiply in a kernel, of 16-bit keys.
 UNITS: dict[tuple[str, str], Unit] = {
-    ("capture", "cuda"): "vector",
+    ("capture", "cuda"): "matrix",
     ("capture", "triton"): "matrix",
     ("contrast", "triton"): "vector",
     ("regions", "cuda"): "vector",
