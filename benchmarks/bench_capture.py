@@ -294,19 +294,19 @@ def overhead(*, budget: float, advance: Callable[[str], None], calls: int = 200)
     tokens = torch.arange(4, dtype=torch.int32)[None]
     task, general = torch.rand(1, 1, 4), torch.rand(1, 1, 4)
     out = (torch.empty(1, 1, 4), torch.empty(1, 1), torch.empty(1, 1))
-    operator = torch.ops.carve_kernels.capture_cpu
+    operator = torch.ops.carve_kernels.capture_layers
+    # A CPU uses neither scratch nor tickets.
+    unused = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int32)
+    arguments = [query], [key], tokens, None, None, None, [], None, 0.25, 0.0, 0, False, None, 0, *unused, *out
     expected = capture(query, key, tokens, scale=0.25).maps
     runs: dict[str, tuple[Run, float]] = {
-        "torch.ops capture_cpu": (
-            lambda: operator([query], [key], tokens, None, None, [], None, 0.25, 0.0, 0, False, None, 0, *out),
-            10.0,
-        ),
+        "torch.ops capture_layers": (lambda: operator(*arguments), 10.0),
         "capture": (lambda: capture(query, key, tokens, scale=0.25), 30.0),
         "contrast": (lambda: contrast(task, general, (2, 2), (4, 4)), 30.0),
     }
-    runs["torch.ops capture_cpu"][0]()
+    runs["torch.ops capture_layers"][0]()
     if not torch.equal(out[0], expected):
-        raise WrongAnswer("torch.ops capture_cpu: expected the maps of capture, got others")
+        raise WrongAnswer("torch.ops capture_layers: expected the maps of capture, got others")
     repeated = {name: _repeated(run, calls) for name, (run, _) in runs.items()}
     seconds = paired(repeated, rounds=101, before=no_preparation, budget=budget)
     for name, (_, limit) in runs.items():
