@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/capture/kernels.h"
 #include "cpu/simd/isa.h"
@@ -18,24 +19,31 @@ const CaptureKernels& capture_kernels_avx2() { std::abort(); }
 const CaptureKernels& capture_kernels_avx512() { std::abort(); }
 const CaptureKernels& capture_kernels_amx() { std::abort(); }
 #endif
-void launch_capture_float(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
-void launch_capture_half(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
+void launch_stream_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
+void launch_reread_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
 }  // namespace carve
 #endif
 
 namespace {
 
 void on_device(const carve::CaptureParams& params) {
-  const int64_t lines = params.batch * params.heads * params.rows;
-  const int64_t bytes = (lines * 32 * 8 + params.batch * (params.rows * params.token_count + 1) * 4 + 7) / 8 * 8;
-  Guarded<unsigned char> scratch(bytes);
-  std::memset(scratch.get(), 0xab, bytes);
+  const bool aligned = params.type != carve::Float::kFloat32 && params.size % 8 == 0;
+  const carve::CaptureScratch needs = carve::capture_cuda_scratch(params, aligned);
+  Guarded<unsigned char> scratch(needs.bytes);
+  std::memset(scratch.get(), 0xff, needs.bytes);
+  Guarded<unsigned> tickets(needs.tickets);
+  std::memset(tickets.get(), 0, needs.tickets * sizeof(unsigned));
   carve::CaptureDevice device{};
   device.steps = 1;
   device.token_stride = 1;
   device.scratch = scratch.get();
-  device.scratch_bytes = bytes;
+  device.scratch_bytes = needs.bytes;
+  device.tickets = tickets.get();
+  device.ticket_count = needs.tickets;
   carve::capture_cuda(params, device);
+  for (int64_t index = 0; index < needs.tickets; ++index) {
+    if (tickets[index] != 0) throw std::runtime_error("a ticket is left");
+  }
 }
 
 template <typename T>
