@@ -9,8 +9,10 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
-from carve_kernels.backends.native import schemas  # noqa: F401  (an operator is defined before it is implemented)
+from carve_kernels.backends.native.scratch import NONE, Memory
 from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
+from carve_kernels.ops.layer_operator import LayerOperator as LayerOperator
+from carve_kernels.ops.layer_operator import layer_operator as layer_operator
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 
@@ -131,30 +133,16 @@ def capture_layers(
     check_out(query[0], tokens, "mean", out, in_steps=True)
     if first + len(query) > out.maps.shape[1]:
         raise ValueError(f"first: expected first + {len(query)} layers to fit in {out.maps.shape[1]}, got {first}")
-    torch.ops.carve_kernels.capture_layers(
-        list(query), list(key), tokens, mask, positions, list(sink), float(scale), float(softcap or 0.0),
-        int(window or 0), step, first, backend, *out,
+    layers = Layers(list(query), list(key), list(sink))
+    options = CaptureOptions(float(scale), mask, positions, softcap, window)
+    slot = Slot(out, step, first)
+    # A compiler sees one operator, which chooses its backend when it runs.
+    if not torch.compiler.is_compiling():
+        module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options)
+        if hasattr(module, "layers_operator") and module.forward_layers(layers, tokens, options, slot):
+            return
+    memory = Memory.new(NONE, query[0].device)
+    torch.ops.carve_kernels.capture_layers_in.default(
+        *layers[:2], tokens, None, mask, positions, layers.sink, None, options.scale, float(softcap or 0.0),
+        int(window or 0), False, step, first, *memory, *out, backend,
     )  # fmt: skip
-
-
-def _capture_layers(
-    query: list[torch.Tensor], key: list[torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor | None,
-    positions: torch.Tensor | None, sink: list[torch.Tensor], scale: float, softcap: float, window: int,
-    step: torch.Tensor, first: int, backend: str, maps: torch.Tensor, mass: torch.Tensor, entropy: torch.Tensor,
-) -> None:  # fmt: skip
-    options = CaptureOptions(scale, mask, positions, softcap or None, window or None)
-    slot = Slot(Capture(maps, mass, entropy), step, first)
-    module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options)
-    batched = getattr(module, "forward_layers", None)
-    if batched is not None and batched(Layers(query, key, sink), tokens, options, slot):
-        return
-    for layer in range(len(query)):
-        call = (query[layer], key[layer], tokens, options._replace(sink=sink[layer] if sink else None))
-        module = resolve("capture", backend, query[layer].device, *call)
-        captured: Capture = module.forward(*call)
-        for buffer, values in zip(slot.out, captured, strict=True):
-            buffer[:, first + layer].index_copy_(0, step.view(1), values.to(buffer.dtype)[None])
-
-
-# On every device: the reference serves those that no other backend does.
-torch.library.impl("carve_kernels::capture_layers", "default", _capture_layers)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carve_kernels.backends.native.limits import capture_limit, dense, dense_key_limit, is_one_call, operands
+from carve_kernels.backends.native.limits import capture_limit, dense_key_limit, is_one_call, operands
+from carve_kernels.backends.native.scratch import NONE, Memory
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 
@@ -28,16 +29,33 @@ def forward(
     return out
 
 
-def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> bool:
+def forward_layers(
+    layers: Layers,
+    tokens: Tensor,
+    options: CaptureOptions,
+    slot: Slot,
+    span: Tensor | None = None,
+    memory: Memory | None = None,
+) -> bool:
     """Capture several layers into one step of buffers by one call; False where the layers differ too much for that."""
     if slot.out.maps.stride(-1) != 1 or not is_one_call(supports, layers, slot.out):
         return False
-    _call(layers, tokens, options, slot)
+    _call(layers, tokens, options, slot, span, memory)
     return True
 
 
-def _call(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
-    sinks = [dense(sink) for sink in layers.sink]
-    torch.ops.carve_kernels.capture_cpu.default(
-        *operands(layers, tokens, options, sinks), slot.step, slot.first, *slot.out
-    )
+def layers_operator() -> torch._ops.OpOverload:
+    """The operator that captures several layers."""
+    return torch.ops.carve_kernels.capture_layers.default
+
+
+def _call(
+    layers: Layers,
+    tokens: Tensor,
+    options: CaptureOptions,
+    slot: Slot,
+    span: Tensor | None = None,
+    memory: Memory | None = None,
+) -> None:
+    unused = memory or Memory.new(NONE, layers.query[0].device)
+    layers_operator()(*operands(layers, tokens, options, slot, span, unused))

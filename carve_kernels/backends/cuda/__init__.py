@@ -8,6 +8,9 @@ import torch
 
 from carve_kernels.backends.native import extension
 
+# The namespace of the operators.
+operators = torch.ops.carve_kernels
+
 _NVCC = "with nvcc on the path, or in CUDACXX or CUDA_HOME"
 
 
@@ -44,8 +47,3 @@ def foreign(device: int) -> str | None:
         f"{name} is sm_{major}{minor}, and the compiled kernels are for {names}; "
         f"CARVE_KERNELS_CUDA_ARCHITECTURES={major}{minor} {extension.install_command()} {_NVCC}"
     )
-
-
-def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream; 0 for the tests' tensors on a CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

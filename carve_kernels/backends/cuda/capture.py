@@ -1,30 +1,28 @@
-"""Capture by CUDA kernels for up to 8 rows: two launches for all layers, and neither reads a key twice."""
+"""Capture by CUDA kernels: one call launches them for all layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from carve_kernels.backends.cuda import foreign, stream_of
-from carve_kernels.backends.cuda.plan import LAYERS_AT_ONCE, MOST_ROWS, MOST_SIZE, scratch_bytes
+from carve_kernels.backends import cuda
+from carve_kernels.backends.cuda import plan
 from carve_kernels.backends.native.limits import capture_limit, dense_key_limit, is_one_call, operands
-from carve_kernels.backends.native.scratch import Scratch
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
-
-_SCRATCH = Scratch(torch.uint8)
 
 
 def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:
     """Why these arguments cannot be served, or None."""
     if reason := capture_limit(query, key, out) or dense_key_limit(key):
         return reason
-    if query.shape[2] > MOST_ROWS:
-        return f"query has {query.shape[2]} rows, this backend serves up to {MOST_ROWS}; use backend='triton'"
-    if query.shape[3] > MOST_SIZE:
-        return f"heads have {query.shape[3]} elements, this backend serves up to {MOST_SIZE}; use backend='reference'"
-    return foreign(query.device.index) if query.device.type == "cuda" else None
+    if query.shape[3] > plan.MOST_SIZE:
+        return (
+            f"heads have {query.shape[3]} elements, this backend serves up to {plan.MOST_SIZE}; use backend='reference'"
+        )
+    return cuda.foreign(query.device.index) if query.device.type == "cuda" else None
 
 
 def forward(
@@ -36,31 +34,46 @@ def forward(
     return out
 
 
-def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> bool:
+def forward_layers(
+    layers: Layers,
+    tokens: Tensor,
+    options: CaptureOptions,
+    slot: Slot,
+    span: Tensor | None = None,
+    memory: Memory | None = None,
+) -> bool:
     """Capture several layers into one step of buffers by one call; False where the layers differ too much for that."""
     if not is_one_call(supports, layers, slot.out):
         return False
-    _launch(layers, tokens, options, slot)
+    _launch(layers, tokens, options, slot, span, memory)
     return True
 
 
-def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
-    query, key, sink = layers
-    batch, query_heads, rows, _ = query[0].shape
-    device = query[0].device
-    stream = stream_of(device)
-    needed = scratch_bytes(
-        layers=min(len(query), LAYERS_AT_ONCE), batch=batch, query_heads=query_heads, rows=rows, keys=key[0].shape[2],
-        tokens=tokens.shape[1], lse=options.lse is not None, each=options.heads == "each",
-    )  # fmt: skip
-    torch.ops.carve_kernels.capture_cuda.default(
-        *operands(layers, tokens, options, _dense_sinks(sink)), slot.step, slot.first, stream,
-        _SCRATCH.take(device, stream, needed), *slot.out,
-    )  # fmt: skip
+def layers_operator() -> torch._ops.OpOverload:
+    """The operator that captures several layers."""
+    return cuda.operators.capture_layers.default
 
 
-def _dense_sinks(sinks: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The layers' sinks in float32. Where they are not, two launches convert those of all layers."""
-    if all(sink.dtype == torch.float32 and sink.is_contiguous() and not sink.requires_grad for sink in sinks):
-        return sinks
-    return torch.stack([sink.detach() for sink in sinks]).to(torch.float32).unbind()
+def scratch_needs(_device: torch.device, **sizes: Any) -> ScratchNeeds:
+    """The scratch of a call of these sizes; see `plan.scratch_needs`."""
+    return plan.scratch_needs(**sizes)
+
+
+def _launch(
+    layers: Layers,
+    tokens: Tensor,
+    options: CaptureOptions,
+    slot: Slot,
+    span: Tensor | None = None,
+    memory: Memory | None = None,
+) -> None:
+    if memory is None:
+        query, key = layers.query[0], layers.key[0]
+        batch, query_heads, rows, size = query.shape
+        needs = plan.scratch_needs(
+            layers=len(layers.query), batch=batch, query_heads=query_heads, key_heads=key.shape[1], rows=rows,
+            keys=key.shape[2], size=size, tokens=tokens.shape[1], element_bytes=query.element_size(),
+            lse=options.lse is not None, each=options.heads == "each", aligned=plan.is_aligned(layers.key),
+        )  # fmt: skip
+        memory = Memory.new(needs, query.device)
+    layers_operator()(*operands(layers, tokens, options, slot, span, memory))

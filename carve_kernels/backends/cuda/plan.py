@@ -1,34 +1,62 @@
-"""How the CUDA kernels divide their work, in plain numbers: for the launchers and for the count of their work."""
+"""What the CUDA kernels need and how they divide their work, in plain numbers."""
 
 from __future__ import annotations
 
-# As in csrc/cuda/capture/capture.cuh and tile.cuh.
-LAYERS_AT_ONCE = 34
-MOST_ROWS = 8
+import functools
+from collections.abc import Iterable
+
+import torch
+
+from carve_kernels.backends import cuda
+from carve_kernels.backends.native.scratch import ScratchNeeds
+
+# As in csrc/cuda/capture.
 MOST_SIZE = 256
-_SPLIT_KEYS = 64
-_MOST_SPLITS = 32
 
 # As in csrc/cuda/regions/regions.cuh. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The
 # result does not depend on it.
 MOST_BLOCKS = 1024
 
-STAT = 8  # bytes of a maximum and a sum
-FLOAT = 4
+_VECTOR_BYTES = 16
 
 
-def scratch_bytes(
-    *, layers: int, batch: int, query_heads: int, rows: int, keys: int, tokens: int, lse: bool, each: bool
-) -> int:
-    """The scratch between the launches: statistics of the splits, means if there is a map for each head, tickets."""
-    stats = 0 if lse else layers * batch * query_heads * rows * splits(keys) * STAT
-    means = layers * batch * rows * tokens * FLOAT if each else 0
-    return stats + means + layers * batch * 4
+def scratch_needs(
+    *,
+    layers: int,
+    batch: int,
+    query_heads: int,
+    key_heads: int,
+    rows: int,
+    keys: int,
+    size: int,
+    tokens: int,
+    element_bytes: int,
+    lse: bool = False,
+    each: bool = False,
+    aligned: bool = True,
+) -> ScratchNeeds:
+    """The scratch and the tickets of one call of the operator `capture_layers` on a GPU.
+
+    `lse`: the log-sum-exp is given. `each`: each head has its maps. `aligned`: see `is_aligned`.
+    """
+    sizes = (layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes, lse, each, aligned)
+    return _ask(cuda.operators, sizes)
 
 
-def split_keys(keys: int) -> int:
-    return _SPLIT_KEYS * max(1, -(-keys // (_SPLIT_KEYS * _MOST_SPLITS)))
+# Most calls of a process have the sizes of an earlier one.
+@functools.lru_cache(maxsize=1024)
+def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> ScratchNeeds:
+    out = torch.empty(2, dtype=torch.int64, device="cpu")
+    operators.capture_scratch_cuda.default([int(one) for one in sizes], out)
+    return ScratchNeeds(*out.tolist())
 
 
-def splits(keys: int) -> int:
-    return -(-keys // split_keys(keys))
+def is_aligned(keys: Iterable[torch.Tensor]) -> bool:
+    """Whether every key starts at a multiple of 16 bytes and has whole vectors of 16 bytes."""
+    return all(_is_aligned(key) for key in keys)
+
+
+def _is_aligned(key: torch.Tensor) -> bool:
+    unit = _VECTOR_BYTES // key.element_size()
+    whole = key.shape[3] % unit == 0 and not any(stride % unit for stride in key.stride()[:3])
+    return whole and key.data_ptr() % _VECTOR_BYTES == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from carve_kernels.backends.cuda import foreign, stream_of
+from carve_kernels.backends import cuda
 from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.native.region_buffers import allocate, most_regions, numbers, read, too_large
 from carve_kernels.types import RegionOptions, Regions
@@ -17,7 +17,7 @@ _PIXEL_BYTES = 4
 
 def supports(saliency: torch.Tensor, _options: RegionOptions) -> str | None:
     """Why these arguments cannot be served, or None."""
-    return too_large(saliency) or (foreign(saliency.device.index) if saliency.device.type == "cuda" else None)
+    return too_large(saliency) or (cuda.foreign(saliency.device.index) if saliency.device.type == "cuda" else None)
 
 
 def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
@@ -31,9 +31,7 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     height, width = saliency.shape
     scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
     buffers = allocate(saliency, options)
-    torch.ops.carve_kernels.regions_cuda(
-        saliency, *numbers(options), MOST_BLOCKS, stream_of(saliency.device), scratch, *buffers
-    )
+    cuda.operators.regions_cuda.default(saliency, *numbers(options), MOST_BLOCKS, scratch, *buffers)
     return read(buffers)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from carve_kernels.types import Capture, CaptureOptions, Layers
+from carve_kernels.backends.native.scratch import Memory
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,12 +53,25 @@ def is_one_call(supports: Callable[..., str | None], layers: Layers, out: Captur
     return True
 
 
-def operands(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, sinks: Sequence[torch.Tensor]) -> list[Any]:
-    """The arguments that the compiled operators of capture have in common."""
+def operands(
+    layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot, span: torch.Tensor | None, memory: Memory
+) -> list[Any]:
+    """The arguments of the operator `capture_layers`."""
     scale, mask, positions, softcap, window, _, lse, heads = options
-    known, each = None if lse is None else dense(lse), heads == "each"
-    return [*layers[:2], tokens, mask, positions, sinks, known, scale, softcap or 0.0, window or 0, each]
+    query, key, sink = layers
+    known = None if lse is None else dense(lse)
+    return [
+        query, key, tokens, span, mask, positions, dense_sinks(sink), known, scale, softcap or 0.0, window or 0,
+        heads == "each", slot.step, slot.first, *memory, *slot.out,
+    ]  # fmt: skip
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float32).contiguous()
+
+
+def dense_sinks(sinks: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The layers' sinks in float32. Where they are not, two launches convert those of all layers."""
+    if all(sink.dtype == torch.float32 and sink.is_contiguous() and not sink.requires_grad for sink in sinks):
+        return sinks
+    return torch.stack([sink.detach() for sink in sinks]).to(torch.float32).unbind()

@@ -5,53 +5,57 @@ Every operator writes into `out` and returns nothing: one that returned its muta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
+NAMESPACE = "carve_kernels"
 
-def _define(name: str, schema: str) -> None:
-    operator = f"carve_kernels::{name}"
-    torch.library.define(operator, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(operator, lambda *_arguments: None)
+# One or several layers of one shape. With a step the outputs have [steps, layers] in front. `span` holds the lowest and
+# the highest token that is a key. Kernels pass results through `scratch`, which may hold anything, and count in
+# `tickets`, which are 0 before and after every call; a CPU uses neither.
+_CAPTURE = (
+    "Tensor[] query, Tensor[] key, Tensor tokens, Tensor? span, Tensor? mask, Tensor? positions, Tensor[] sink, "
+    "Tensor? lse, float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) scratch, "
+    "Tensor(b!) tickets, Tensor(c!) maps, Tensor(d!) mass, Tensor(e!) entropy"
+)
 
-
-_define(
-    "contrast_cpu",
-    "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
+SCHEMAS: dict[str, str] = {
+    "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
-)
-_define(
-    "regions_cpu",
-    "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, Tensor(b!) boxes, "
-    "Tensor(c!) scores, Tensor(d!) outcome) -> ()",
-)
-_define(
-    "regions_cuda",
-    "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, int stream, "
+    "regions_cpu": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, "
+    "Tensor(b!) boxes, Tensor(c!) scores, Tensor(d!) outcome) -> ()",
+    "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
     "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
-)
-_define(
-    "capture_layers",
-    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, float scale, "
-    "float softcap, int window, Tensor step, int first, str backend, Tensor(a!) maps, Tensor(b!) mass, "
-    "Tensor(c!) entropy) -> ()",
-)
-# One or several layers of one shape. With a step the outputs have [steps, layers] in front, as those of capture_layers.
-_define(
-    "capture_cpu",
-    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, Tensor? lse, "
-    "float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) maps, Tensor(b!) mass, "
-    "Tensor(c!) entropy) -> ()",
-)
-# As capture_cpu, with scratch that the kernels pass results through, and the stream as CUDA's own handle.
-_define(
-    "capture_cuda",
-    "(Tensor[] query, Tensor[] key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor[] sink, Tensor? lse, "
-    "float scale, float softcap, int window, bool each, Tensor? step, int first, int stream, Tensor(a!) scratch, "
-    "Tensor(b!) maps, Tensor(c!) mass, Tensor(d!) entropy) -> ()",
-)
-# Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: the default).
-_define("isa_cpu", "(int wanted, Tensor(a!) out) -> ()")
-# Writes the architectures that the compiled kernels are for, such as 90 for sm_90a; 0 in the slots that are left.
-_define("cuda_build", "(Tensor(a!) out) -> ()")
-# Writes the version of the compiled CUDA runtime and the newest that the driver serves, such as 13000; 0 without.
-_define("cuda_versions", "(Tensor(a!) out) -> ()")
+    "capture_layers": f"({_CAPTURE}) -> ()",
+    # By the named backend or "auto", on every device.
+    "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
+    # Writes the bytes of scratch and the number of tickets of a call of capture_layers on a GPU. The sizes are layers,
+    # batch, heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the log-sum-exp
+    # is given, whether each head has its maps, whether keys are aligned to 16 bytes.
+    "capture_scratch_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
+    # Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: default).
+    "isa_cpu": "(int wanted, Tensor(a!) out) -> ()",
+    # Writes the architectures that the compiled kernels are for, such as 90 for sm_90a; 0 in the slots that are left.
+    "cuda_build": "(Tensor(a!) out) -> ()",
+    # Writes the version of the compiled CUDA runtime and the newest that the driver serves, such as 13000; 0 without.
+    "cuda_versions": "(Tensor(a!) out) -> ()",
+}
+
+
+def define(namespace: str, names: Iterable[str]) -> torch.library.Library:
+    """Define operators by name, each with a fake that does nothing: the outputs exist already.
+
+    They last as long as the result.
+    """
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name in names:
+        library.define(f"{name}{SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"{namespace}::{name}", lambda *_arguments, **_keywords: None, lib=library)
+        if name == "capture_layers":
+            # It returns nothing that could have a gradient, and torch's own kernel for this key is a quarter of a call.
+            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return library
+
+
+_library = define(NAMESPACE, SCHEMAS)

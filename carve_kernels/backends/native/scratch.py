@@ -1,35 +1,51 @@
-"""Scratch between the launches of one call: cached, so that the steady state allocates nothing."""
+"""The memory that the kernels of a call share: how much it is, and its allocation."""
 
 from __future__ import annotations
 
-import threading
+from typing import Any, NamedTuple
 
 import torch
 
+from carve_kernels import checks
 
-class Scratch(threading.local):
-    """Memory for each thread, device and stream: the kernels of one stream run in order and may share it.
 
-    Two threads on one stream must not, since the launches of their calls can interleave. Memory that is too small, or
-    of a thread that has ended, returns to torch's allocator, which reuses it in the order of its stream. A call that is
-    captured into a CUDA graph gets memory from the graph's pool: graphs live longer than calls, and several may replay
-    at a time.
-    """
+class ScratchNeeds(NamedTuple):
+    """The bytes of a call's scratch and the number of its tickets."""
 
-    def __init__(self, dtype: torch.dtype, *, zeroed: bool = False) -> None:
-        self.cached: dict[tuple[torch.device, int], torch.Tensor] = {}
-        self._dtype, self._zeroed = dtype, zeroed
+    bytes: int
+    tickets: int
 
-    def take(self, device: torch.device, stream: int, needed: int) -> torch.Tensor:
-        """At least `needed` elements of any value or, `zeroed`, of 0, which the kernels reset after use."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._allocate(device, needed)
-        scratch = self.cached.get((device, stream))
-        if scratch is None or scratch.numel() < needed:
-            # A tensor made in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                scratch = self.cached[device, stream] = self._allocate(device, 1 << (needed - 1).bit_length())
-        return scratch
 
-    def _allocate(self, device: torch.device, size: int) -> torch.Tensor:
-        return (torch.zeros if self._zeroed else torch.empty)(size, dtype=self._dtype, device=device)
+class Memory(NamedTuple):
+    """Scratch of any contents, uint8 [bytes], and tickets, int32: 0 before and after every call."""
+
+    scratch: torch.Tensor
+    tickets: torch.Tensor
+
+    @classmethod
+    def new(cls, needs: ScratchNeeds, device: torch.device) -> Memory:
+        scratch = torch.empty(needs.bytes, dtype=torch.uint8, device=device)
+        if not needs.tickets:
+            return cls(scratch, torch.empty(0, dtype=torch.int32, device=device))
+        return cls(scratch, torch.zeros(needs.tickets, dtype=torch.int32, device=device))
+
+
+NONE = ScratchNeeds(0, 0)
+
+
+def no_scratch(**_sizes: Any) -> ScratchNeeds:
+    """The needs of a backend that uses no scratch."""
+    return NONE
+
+
+def check_memory(memory: Memory, needs: ScratchNeeds) -> None:
+    """Refuse memory that is too small for a call."""
+    scratch, tickets = memory
+    if scratch.dtype != torch.uint8 or not scratch.is_contiguous():
+        raise TypeError(f"scratch: expected contiguous torch.uint8, got {checks.describe(scratch)}")
+    if scratch.numel() < needs.bytes:
+        raise ValueError(f"scratch: expected at least {needs.bytes} bytes, got {scratch.numel()}")
+    if tickets.dtype != torch.int32 or not tickets.is_contiguous():
+        raise TypeError(f"tickets: expected contiguous torch.int32, got {checks.describe(tickets)}")
+    if tickets.numel() < needs.tickets:
+        raise ValueError(f"tickets: expected at least {needs.tickets}, got {tickets.numel()}")

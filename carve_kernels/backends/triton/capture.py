@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from carve_kernels.backends.native.limits import capture_limit
-from carve_kernels.backends.native.scratch import Scratch
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds, check_memory
 from carve_kernels.backends.triton import interpreted, too_old, warn_of_bfloat16
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
 from carve_kernels.backends.triton.capture_plan import LOG2E, PARTIALS, ceiling, plan
 from carve_kernels.backends.triton.device import tiles_of
-from carve_kernels.backends.triton.launch import Several, alignment, stream_of, strides_of
+from carve_kernels.backends.triton.launch import Several, alignment, strides_of
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 
 _NO_STRIDES = (0, 0, 0, 0)
@@ -23,8 +23,6 @@ _NO_STRIDES = (0, 0, 0, 0)
 _REGISTERS = 255
 # A window wider than every position, small enough that a position plus it does not overflow.
 _FARTHEST = 2**62
-
-_scratch, _tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
 
 
 def supports(query: Tensor, key: Tensor, *_: object, out: Capture | None = None) -> str | None:
@@ -49,10 +47,18 @@ def forward(
     return out
 
 
-def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> bool:
+def forward_layers(
+    layers: Layers,
+    tokens: Tensor,
+    options: CaptureOptions,
+    slot: Slot,
+    _span: Tensor | None = None,
+    memory: Memory | None = None,
+) -> bool:
     """Capture several layers into one step of buffers, two launches for each run of like ones; False if one cannot be.
 
-    Layers are alike where shapes, strides and dtypes are equal, as they are in every cache of one kind.
+    Layers are alike where shapes, strides and dtypes are equal, as they are in every cache of one kind. The runs use
+    the same memory one after another.
     """
     query, key, _ = layers
     kinds = [_kind(*layer) for layer in itertools.zip_longest(*layers)]
@@ -64,8 +70,35 @@ def forward_layers(layers: Layers, tokens: Tensor, options: CaptureOptions, slot
         return False
     for run in runs:
         alike = Layers(*(tensors[run[0] : run[-1] + 1] for tensors in layers))
-        _launch(alike, tokens, options, slot._replace(first=slot.first + run[0]))
+        _launch(alike, tokens, options, slot._replace(first=slot.first + run[0]), memory)
     return True
+
+
+def scratch_needs(
+    device: torch.device,
+    *,
+    layers: int,
+    batch: int,
+    query_heads: int,
+    key_heads: int,
+    rows: int,
+    keys: int,
+    size: int,
+    tokens: int,
+    element_bytes: int,
+    lse: bool = False,
+    each: bool = False,
+    aligned: bool = True,
+) -> ScratchNeeds:
+    """The scratch and the tickets of one call on a device; neither depends on `each` and `aligned`."""
+    if not batch or not rows:
+        return ScratchNeeds(0, 0)
+    grid = plan(query_heads, key_heads, rows, keys, size, element_bytes)
+    tile = tiles_of(device, element_bytes, grid.block_row * grid.block_group, grid.block_size)
+    blocks = max(ceiling(tokens, tile.map.block), 1)
+    statistics = 0 if lse else layers * batch * query_heads * rows * grid.splits
+    floats = 2 * statistics + layers * batch * rows * blocks * PARTIALS
+    return ScratchNeeds(floats * torch.float32.itemsize, layers * batch * grid.row_tiles)
 
 
 def _output_strides(slot: Slot) -> Iterator[int]:
@@ -83,7 +116,7 @@ def _kind(query: Tensor, key: Tensor, sink: Tensor | None) -> tuple[Any, ...]:
     return shapes if sink is None else (*shapes, sink.dtype, sink.stride())
 
 
-def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot) -> None:
+def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot, memory: Memory | None = None) -> None:
     """Both kernels for layers of one kind; the second alone where the log-sum-exp is given."""
     query, key, sink = layers
     scale, mask, positions, softcap, window, _, lse, heads = options
@@ -97,9 +130,13 @@ def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot)
     blocks = max(ceiling(tokens.shape[1], tile.map.block), 1)
     depth, steps = len(query), 1 if slot.step is None else slot.out.maps.shape[0]
     statistics = 0 if lse is not None else depth * batch * query_heads * rows * grid.splits
-    stream = stream_of(device)
-    scratch = _scratch.take(device, stream, 2 * statistics + depth * batch * rows * blocks * PARTIALS)
-    tickets = _tickets.take(device, stream, depth * batch * grid.row_tiles)
+    needs = scratch_needs(
+        device, layers=depth, batch=batch, query_heads=query_heads, key_heads=key_heads, rows=rows, keys=keys,
+        size=size, tokens=tokens.shape[1], element_bytes=element_size, lse=lse is not None, each=heads == "each",
+    )  # fmt: skip
+    memory = memory or Memory.new(needs, device)
+    check_memory(memory, needs)
+    scratch, tickets = memory.scratch[: needs.bytes].view(torch.float32), memory.tickets
 
     query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
     queries, all_keys, sinks = Several.of(query), Several.of(key), Several.of(sink) if sink else None

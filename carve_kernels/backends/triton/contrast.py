@@ -8,14 +8,11 @@ import torch
 import triton
 
 from carve_kernels.backends.native.limits import contrast_limit
-from carve_kernels.backends.native.scratch import Scratch
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds
 from carve_kernels.backends.triton import too_old
 from carve_kernels.backends.triton.contrast_kernels import contrast_grid_kernel, contrast_pixels_kernel
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, is_too_long, plan_grid
-from carve_kernels.backends.triton.launch import stream_of
 from carve_kernels.types import ContrastOptions, Views
-
-_scratch, _tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
 
 
 def supports(task: torch.Tensor, general: torch.Tensor, views: Views, _options: ContrastOptions) -> str | None:
@@ -35,9 +32,9 @@ def forward(task: torch.Tensor, general: torch.Tensor, views: Views, options: Co
     plan = plan_grid(layers * steps, tokens)
     weights = _weights(tuple(layer_weights.tolist()), tuple(step_weights.tolist()), device)
     # The fused grid, the minimum, maximum and sum of each of its blocks, and the sum of each chunk of maps.
-    stream = stream_of(device)
-    scratch = _scratch.take(device, stream, tokens + 3 * plan.blocks + plan.chunks * tokens)
-    tickets = _tickets.take(device, stream, plan.blocks)
+    floats = tokens + 3 * plan.blocks + plan.chunks * tokens
+    memory = Memory.new(ScratchNeeds(floats * torch.float32.itemsize, plan.blocks), device)
+    scratch, tickets = memory.scratch.view(torch.float32), memory.tickets
     by_layer, by_step, by_token = general.stride()
     contrast_grid_kernel.launch(
         (plan.chunks, plan.blocks, 1),

@@ -133,11 +133,6 @@ def _kind_of_integers(numbers: Any) -> tuple[Any, ...]:
     return tuple([(one == 1, one % 16 == 0, -(2**31) <= one < 2**31) for one in numbers])
 
 
-def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream; 0 on a CPU."""
-    return 0 if device.type == "cpu" else triton.runtime.driver.active.get_current_stream(device.index)
-
-
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make the device current, which Triton launches on; a null context where it is already."""
     if device.index is None or device.index == torch.accelerator.current_device_index():
