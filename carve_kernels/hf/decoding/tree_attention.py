@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import INSTEAD, LayerBatch, patched
+from carve_kernels.hf.attention_patch import INSTEAD, CaptureCalls, LayerBatch, patched
 from carve_kernels.hf.decoding.prefix_cache import Segment
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.maps import new_buffers
@@ -192,16 +192,18 @@ class TreeCapture:
     ) -> LayerBatch:
         visible = segment.visible(segment.fresh, alike[2])
         mask = None if visible is None else visible[segment.rows - segment.fresh][None, None].to(device)
-        return LayerBatch(index, alike, segment.tokens.to(device), mask, None, attention.scale, attention.softcap, None)
+        tokens = segment.tokens.to(device)
+        return LayerBatch(index, alike, tokens, None, mask, None, attention.scale, attention.softcap, None)
 
     def run(self) -> None:
         """Capture all layers, after the forward; each segment gets its own as `captured`."""
         device = self._batches[0][0].tokens.device
         step = torch.zeros((), dtype=torch.int64, device=device)
+        calls = CaptureCalls(self._backend, device, len(self._layers))
         for number, segment in enumerate(self._segments):
             buffers = new_buffers((1, len(self._layers), 1, len(segment.rows)), segment.tokens.shape[1], device)
             for batches in self._batches:
-                batches[number].capture(buffers, step, self._backend)
+                calls.run(batches[number], buffers, step)
             segment.captured = Capture(*(buffer[0, :, 0] for buffer in buffers))
 
 
