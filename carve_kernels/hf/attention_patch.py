@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from carve_kernels.backends.native.scratch import NONE, Memory
+from carve_kernels.backends.native.scratch import Memory, no_scratch
 from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.names import Attention, own_entry, set_entry
 from carve_kernels.ops.layer_operator import LayerOperator, layer_operator
@@ -35,6 +35,8 @@ INSTEAD = "_carve_instead"
 # The wrapped entries of all open sessions: the number of users, the wrapper, and the original.
 _PATCHED: dict[tuple[int, str], tuple[int, Attention, Attention | None]] = {}
 _LOCK = threading.RLock()
+# The dtypes of scratch and of tickets.
+_MEMORY = torch.uint8, torch.int32
 
 
 def wrap(attention: Attention) -> Attention:
@@ -86,7 +88,7 @@ def patched(registry: Any, name: str) -> Iterator[None]:
 
 
 class LayerSizes(NamedTuple):
-    """The sizes of a captured layer: [B, A, R, D] of the query, and KV and S of the key."""
+    """The sizes of a captured layer: [B, A, R, D] of the query, KV and S of the key, N of the tokens."""
 
     batch: int
     query_heads: int
@@ -94,18 +96,18 @@ class LayerSizes(NamedTuple):
     rows: int
     keys: int
     size: int
+    tokens: int
 
     @classmethod
-    def of(cls, query: torch.Tensor, key: torch.Tensor) -> LayerSizes:
+    def of(cls, query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> LayerSizes:
         batch, query_heads, rows, size = query.shape
-        return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size)
+        return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
 
     def covers(self, other: LayerSizes) -> bool:
         """Whether memory for these sizes is enough for a layer of the other ones."""
         alike = (self.batch, self.query_heads, self.key_heads, self.size)
-        return alike == (other.batch, other.query_heads, other.key_heads, other.size) and (
-            self.rows >= other.rows and self.keys >= other.keys
-        )
+        enough = self.rows >= other.rows and self.keys >= other.keys and self.tokens >= other.tokens
+        return enough and alike == (other.batch, other.query_heads, other.key_heads, other.size)
 
 
 @dataclass
@@ -162,24 +164,27 @@ class CaptureCalls:
         self._operators: dict[tuple[Any, ...], LayerOperator] = {}
         self._reserved: list[tuple[tuple[Any, ...], LayerSizes]] = []
         self._unprepared = partial(torch.ops.carve_kernels.capture_layers_in.default, backend=backend)
-        self._none = self._memory = Memory.new(NONE, device)
+        self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
 
-    def reserve(self, dtype: torch.dtype, sizes: LayerSizes, tokens: int, *, dense: bool = True) -> None:
-        """Allocate memory for calls of up to these rows and keys, and choose their operator."""
+    def reserve(self, dtype: torch.dtype, sizes: LayerSizes, *, dense: bool = True) -> None:
+        """Allocate memory for calls of up to these rows, keys and tokens, and choose their operator."""
         kind = (dtype, sizes.size, dense)
         if kind not in self._operators:
             self._operators[kind] = layer_operator(
                 self._backend, self._device, dtype=dtype, size=sizes.size, dense=dense
             )
         self._reserved.append((kind, sizes))
-        asked = {**sizes._asdict(), "layers": self._layers, "tokens": tokens, "element_bytes": dtype.itemsize}
-        needs = [self._operators[kind].needs(**asked, aligned=aligned) for aligned in (True, False)]
+        needs = self._operators[kind].needs
+        if needs is no_scratch:
+            return
+        asked = {**sizes._asdict(), "layers": self._layers, "element_bytes": dtype.itemsize}
+        either = [needs(**asked, aligned=aligned) for aligned in (True, False)]
         scratch, tickets = self._memory
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            if scratch.numel() < (count := max(each.bytes for each in needs)):
+            if scratch.numel() < (count := max(each.bytes for each in either)):
                 scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
-            if tickets.numel() < (count := max(each.tickets for each in needs)):
+            if tickets.numel() < (count := max(each.tickets for each in either)):
                 tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._memory = Memory(scratch, tickets)
 
@@ -188,7 +193,13 @@ class CaptureCalls:
         query, key = batch.query[0], batch.key[0]
         kind = (query.dtype, query.shape[3], key.stride(3) == 1 or key.shape[3] == 1)
         if not torch.compiler.is_compiling():
-            self._ensure(kind, LayerSizes.of(query, key), batch.tokens.shape[1])
+            sizes = LayerSizes.of(query, key, batch.tokens)
+            if not any(reserved == kind and others.covers(sizes) for reserved, others in self._reserved):
+                if is_capturing(self._device):
+                    raise self._too_late(sizes)
+                # Keys grow by one at each step.
+                roomy = sizes._replace(keys=1 << (sizes.keys - 1).bit_length())
+                self.reserve(query.dtype, roomy, dense=kind[2])
         # A kind that a compiled step meets first brings its own scratch, and keeps none.
         known = kind in self._operators
         run = self._operators[kind].run if known else self._unprepared
@@ -198,16 +209,9 @@ class CaptureCalls:
             batch.scale, batch.softcap, batch.window or 0, False, step, batch.first, *memory, *out,
         )  # fmt: skip
 
-    def _ensure(self, kind: tuple[Any, ...], sizes: LayerSizes, tokens: int) -> None:
-        """Reserve what an unexpected call needs, and as many keys as the others have."""
-        if any(reserved == kind and others.covers(sizes) for reserved, others in self._reserved):
-            return
-        if is_capturing(self._device):
-            raise ValueError(
-                f"model: a layer has {sizes}, more than was expected, while its step goes into a CUDA graph, where no "
-                "memory can be allocated for its capture; run a step before the graph is captured"
-            )
-        dtype, _, dense = kind
-        most = max((others.keys for _, others in self._reserved), default=0)
-        self.reserve(dtype, sizes, tokens, dense=dense)
-        self.reserve(dtype, sizes._replace(rows=1, keys=max(sizes.keys, most)), tokens, dense=dense)
+    @staticmethod
+    def _too_late(sizes: LayerSizes) -> ValueError:
+        return ValueError(
+            f"model: a layer has {sizes}, more than was expected, while its step goes into a CUDA graph, where no "
+            "memory can be allocated for its capture; run a step before the graph is captured"
+        )

@@ -60,7 +60,7 @@ class TrackedPrompt:
 
     def synchronise(self) -> None:
         """Read how many tokens the replays of a CUDA graph have added."""
-        if self.record is not None and self.record.graphed:
+        if self.record is not None and self.record.state.graphed:
             self.record.synchronise()
             self.length = self.record.length
 

@@ -27,7 +27,7 @@ class DeviceState:
     row       int64    [B, 1]      the captured row of a step
     ========  =======  ==========  =================================================================================
 
-    A step that follows the one before changes `counts` by one operator. `host` is what `counts` was last set to.
+    A step that follows the one before changes `counts` by one operator. `_host` is what `counts` was last set to.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class DeviceState:
             self.fed = torch.empty(batch, 0, dtype=torch.int64, device=self.device)
         self.later: Capture | None = None
         self.steps = 0
-        self.host: tuple[int, int] | None = None
+        # Whether a CUDA graph writes here: then only the device knows how many steps there were.
+        self.graphed = False
+        self._host: tuple[int, int] | None = None
         self._row = 0
 
     @staticmethod
@@ -68,7 +70,7 @@ class DeviceState:
         ends = used.aminmax() if used.numel() else (tokens.new_zeros(()), tokens.new_full((), -1))
         with torch.inference_mode(False), torch.no_grad():
             self.columns.copy_(torch.cat([tokens.flatten(), torch.stack(tuple(ends))]))
-            self.host = None
+            self._host = None
             self.move(total, -1)
             self.select(0)
             self.first.mass.fill_(UNCAPTURED)
@@ -80,12 +82,12 @@ class DeviceState:
 
     def move(self, total: int, slot: int) -> None:
         """Set `counts`, by one operator where both are one more than they were."""
-        if self.host == (total - 1, slot - 1):
+        if self._host == (total - 1, slot - 1):
             self.counts.add_(1)
-        elif self.host != (total, slot):
+        elif self._host != (total, slot):
             self.total.fill_(total)
             self.slot.fill_(slot)
-        self.host = total, slot
+        self._host = total, slot
 
     def select(self, row: int) -> None:
         """Set the captured row of a step; without a cache it is another one at each step."""
@@ -95,13 +97,19 @@ class DeviceState:
 
     def move_in_graph(self) -> None:
         """The next step, at each replay of a CUDA graph; those beyond `later` share its last slot."""
+        self.graphed = True
         self.counts.add_(1)
         self.slot.clamp_max_(self.steps)
+
+    @property
+    def total_so_far(self) -> int | None:
+        """The tokens so far, without the replays since they were last read."""
+        return None if self._host is None else self._host[0]
 
     def read(self) -> int:
         """The tokens so far, read from the device: the replays of a graph count there."""
         total, slot = self.counts.tolist()
-        self.host = total, slot
+        self._host = total, slot
         return int(total)
 
     def grow(self, steps: int) -> None:

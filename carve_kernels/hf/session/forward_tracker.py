@@ -79,8 +79,8 @@ class ForwardTracker:
         # The generate whose first forward has begun.
         self._begun: GenerateCall | None = None
         self._sources: list[object] = []
-        # The records whose steps were captured into CUDA graphs, and their length when another prompt followed.
-        self._graphed: list[tuple[Record, int | None]] = []
+        # The tensors that CUDA graphs write to, and how many tokens they counted when another prompt followed.
+        self._graphs: dict[DeviceState, int | None] = {}
         # Whether the model's forward is running; submodules that are called directly are not recorded.
         self.running = False
         self._thread: threading.Thread | None = None
@@ -135,8 +135,8 @@ class ForwardTracker:
 
     def check_replays(self) -> None:
         """Raise ValueError if the graph of another prompt than the last one was replayed since that began."""
-        for record, length in self._graphed:
-            if record is not self.record and length is not None and record.state.read() != length:
+        for state, total in self._graphs.items():
+            if total is not None and state.read() != total:
                 raise ValueError(
                     "maps: expected replays of CUDA graphs of the last prompt only, but one that was captured with "
                     "another prompt was replayed since; read the maps before the next prompt, and capture the graph of "
@@ -144,14 +144,13 @@ class ForwardTracker:
                 )
 
     def _leave_graphs(self) -> None:
-        """Note how long the prompts with graphs are, except for the current one."""
-        for index, (record, length) in enumerate(self._graphed):
-            if record is self.record:
-                self._graphed[index] = (record, None)
-            elif length is None:
-                if not is_capturing(record.state.device):
-                    record.synchronise()
-                self._graphed[index] = (record, record.length)
+        """Note what the graphs of all prompts but the current one have counted."""
+        current = None if self.record is None else self.record.state
+        for state, total in self._graphs.items():
+            if state is current:
+                self._graphs[state] = None
+            elif total is None:
+                self._graphs[state] = state.total_so_far if is_capturing(state.device) else state.read()
 
     def _has_unsafe_hooks(self) -> bool:
         """Whether a hook may write to the inputs of an attention without a version counter noticing."""
@@ -228,12 +227,12 @@ class ForwardTracker:
             )
         if record.on_layer is not None:
             raise ValueError("on_layer: expected None in a CUDA graph, whose replays call no function")
-        if record.state.host is None or record.state.host[0] != prompt.length:
+        if record.state.total_so_far != prompt.length:
             raise ValueError("cache: was cropped right before a CUDA graph was captured; run a step before it")
-        if not record.graphed:
+        if record.state not in self._graphs:
             # A graph holds addresses, not references.
             caches.keep_with(cache, record.state)
-            self._graphed.append((record, None))
+            self._graphs[record.state] = None
         record.advance_in_graph(ids)
         self._forward = _Forward(prompt, ids, cache, -1, in_graph=True)
         return record
@@ -354,8 +353,7 @@ class ForwardTracker:
         if dtype is not None:
             heads = names.heads_of(text_backbone(self._model).config)
             for count in (captured, 1):
-                sizes = LayerSizes(batch, heads[0], heads[1], count, keys, heads[2])
-                calls.reserve(dtype, sizes, tokens.shape[1])
+                calls.reserve(dtype, LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1]))
         state = DeviceState(calls, tokens, len(options.layers), captured, CONDITIONS)
         if steps:
             state.grow(steps)

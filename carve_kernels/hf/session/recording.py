@@ -75,8 +75,6 @@ class Record:
         self.step = 0
         self.eos = eos
         self.length = self.prompt = past + length
-        # Whether a CUDA graph with a step was captured: then the device knows how many steps there were.
-        self.graphed = False
         # The number of tokens in the current forward, and the last captured layer that ran in it.
         self.forward_length, self.last_layer = length, -1
         # How many last rows layers with other layers' keys process (None: all), and the first captured row.
@@ -106,7 +104,6 @@ class Record:
 
     def advance_in_graph(self, ids: torch.Tensor | None) -> None:
         """Prepare for a decode step that goes into a CUDA graph: it runs at each replay, but not now."""
-        self.graphed = True
         self._begin(0)
         self.active = self.last and self.max_steps > 1
         self.state.move_in_graph()
@@ -139,7 +136,7 @@ class Record:
 
     def synchronise(self) -> None:
         """Read how many steps the replays of a CUDA graph have taken; waits for the device."""
-        if not self.graphed:
+        if not self.state.graphed:
             return
         last = self.step
         self.length = self.state.read()
@@ -237,7 +234,7 @@ class Record:
         keys = key.shape[2]
         possible = [Reach(options.window, None) if each is None else each for each in self.reaches[index]]
         windowed = any(each.window is not None for each in possible)
-        if not compiling and not self.graphed:
+        if not compiling and not self.state.graphed:
             if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
                 raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
         elif not windowed and all(keys != each.capacity for each in possible):
@@ -260,7 +257,7 @@ class Record:
         causal = names.is_causal(module) if options.causal is None else options.causal
         visible = visibility(implementation, mask, rows, length, keys, causal=causal, window=window)
         if visible.biased is not None:
-            if torch.compiler.is_compiling() or self.graphed or visible.biased.device.type != "cpu":
+            if torch.compiler.is_compiling() or self.state.graphed or visible.biased.device.type != "cpu":
                 self.state.deferred["attention_mask"].logical_or_(visible.biased)
             elif bool(visible.biased):
                 raise bias_error()
@@ -274,7 +271,7 @@ class Record:
         """The tokens among these keys, and their span: a sliding cache passes only the last keys, so they move left."""
         state = self.state
         # A compiled or replayed forward must not depend on the number of tokens so far.
-        if torch.compiler.is_compiling() or self.graphed:
+        if torch.compiler.is_compiling() or self.state.graphed:
             if not windowed:
                 return state.tokens, state.span
             return state.split(state.columns - (state.total - keys).clamp(min=0), state.tokens.shape[0])
