@@ -95,13 +95,26 @@ struct CaptureDevice {
   int64_t steps;            // 1 where `step` is null; a step outside [0, steps) is not written
   int64_t step_strides[3];  // of maps, mass and entropy
   int64_t token_stride;     // of maps
-  void* scratch;
+  const int32_t* span;      // [2], the lowest and the highest token in [0, keys) of the batch, or null: then it is sought
+  void* scratch;            // aligned to 16 bytes; any contents
   int64_t scratch_bytes;
+  unsigned* tickets;  // zeros; a call leaves zeros
+  int64_t ticket_count;
   int device;
   void* stream;
 };
 
-// Throws std::runtime_error if a CUDA call fails or the scratch is too small.
+// What a capture of these sizes needs.
+struct CaptureScratch {
+  int64_t bytes;
+  int64_t tickets;
+};
+
+// From the sizes and options of a capture alone. `aligned`: every key starts at a multiple of 16 bytes, and its size is
+// one; keys of float32 never count as aligned.
+CaptureScratch capture_cuda_scratch(const CaptureParams& sizes, bool aligned);
+
+// Throws std::runtime_error if a CUDA call fails, or if the scratch or the tickets are too few.
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
 
 enum class Score { kSum, kMean, kMax };

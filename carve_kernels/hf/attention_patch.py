@@ -5,7 +5,8 @@ of its modeling file (`sdpa`, `flex_attention`, the flash names), or as that fil
 implementation's name and so the masks stay unchanged. Only modules that carry recorders, or a function that replaces
 their attention (tree decoding), are affected.
 
-Captured layers of one forward wait in a `LayerBatch`: one call captures those that are alike.
+Captured layers of one forward wait in a `LayerBatch`: one call captures those that are alike. A `CaptureCalls` makes
+that call, with memory that its owner keeps.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-import carve_kernels.ops.capture  # noqa: F401  (registers the operator)
-from carve_kernels.hf.model import version_of
+from carve_kernels.backends.native.scratch import Memory, no_scratch
+from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.names import Attention, own_entry, set_entry
+from carve_kernels.ops.layer_operator import LayerOperator, layer_operator
 from carve_kernels.types import Capture
 
 # Attribute of a module: (recorder, index) pairs, whose `record` is called after each call of its attention.
@@ -32,6 +35,8 @@ INSTEAD = "_carve_instead"
 # The wrapped entries of all open sessions: the number of users, the wrapper, and the original.
 _PATCHED: dict[tuple[int, str], tuple[int, Attention, Attention | None]] = {}
 _LOCK = threading.RLock()
+# The dtypes of scratch and of tickets.
+_MEMORY = torch.uint8, torch.int32
 
 
 def wrap(attention: Attention) -> Attention:
@@ -82,17 +87,42 @@ def patched(registry: Any, name: str) -> Iterator[None]:
                 set_entry(registry, name, original)
 
 
+class LayerSizes(NamedTuple):
+    """The sizes of a captured layer: [B, A, R, D] of the query, KV and S of the key, N of the tokens."""
+
+    batch: int
+    query_heads: int
+    key_heads: int
+    rows: int
+    keys: int
+    size: int
+    tokens: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> LayerSizes:
+        batch, query_heads, rows, size = query.shape
+        return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
+
+    def covers(self, other: LayerSizes) -> bool:
+        """Whether memory for these sizes is enough for a layer of the other ones."""
+        alike = (self.batch, self.query_heads, self.key_heads, self.size)
+        enough = self.rows >= other.rows and self.keys >= other.keys and self.tokens >= other.tokens
+        return enough and alike == (other.batch, other.query_heads, other.key_heads, other.size)
+
+
 @dataclass
 class LayerBatch:
     """Consecutive layers that differ in query, key and sink only and are captured with one call.
 
     `first` is the index of the first of them among the captured layers. `alike` and `attention_mask` (the mask that
-    the model passed, compared by identity) decide whether the next layer belongs to the batch.
+    the model passed, compared by identity) decide whether the next layer belongs to the batch. `span` are the lowest
+    and the highest token, int32 [2].
     """
 
     first: int
     alike: tuple[Any, ...]
     tokens: torch.Tensor
+    span: torch.Tensor | None
     mask: torch.Tensor | None
     positions: torch.Tensor | None
     scale: float
@@ -121,9 +151,67 @@ class LayerBatch:
         """Whether keys were written to after they were added, as far as tensors count their writes."""
         return [version_of(key) for key in self.key] != self.key_versions
 
-    def capture(self, out: Capture, step: torch.Tensor, backend: str) -> None:
-        """Capture all layers into step `step`, an int64 tensor [] on the device, of buffers `out`."""
-        torch.ops.carve_kernels.capture_layers(
-            self.query, self.key, self.tokens, self.mask, self.positions, self.sink, self.scale, self.softcap,
-            self.window or 0, step, self.first, backend, *out,
+
+class CaptureCalls:
+    """The calls that capture batches of layers on one device: their operator and the memory they share.
+
+    The memory is allocated by `reserve`, before a forward, so that no graph's memory pool holds it. A larger call
+    allocates again, but not in a step that is compiled or goes into a CUDA graph.
+    """
+
+    def __init__(self, backend: str, device: torch.device, layers: int) -> None:
+        self._backend, self._device, self._layers = backend, device, layers
+        self._operators: dict[tuple[Any, ...], LayerOperator] = {}
+        self._reserved: list[tuple[tuple[Any, ...], LayerSizes]] = []
+        self._unprepared = partial(torch.ops.carve_kernels.capture_layers_in.default, backend=backend)
+        self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
+
+    def reserve(self, dtype: torch.dtype, sizes: LayerSizes, *, dense: bool = True) -> None:
+        """Allocate memory for calls of up to these rows, keys and tokens, and choose their operator."""
+        kind = (dtype, sizes.size, dense)
+        if kind not in self._operators:
+            self._operators[kind] = layer_operator(
+                self._backend, self._device, dtype=dtype, size=sizes.size, dense=dense
+            )
+        self._reserved.append((kind, sizes))
+        needs = self._operators[kind].needs
+        if needs is no_scratch:
+            return
+        asked = {**sizes._asdict(), "layers": self._layers, "element_bytes": dtype.itemsize}
+        either = [needs(**asked, aligned=aligned) for aligned in (True, False)]
+        scratch, tickets = self._memory
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if scratch.numel() < (count := max(each.bytes for each in either)):
+                scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
+            if tickets.numel() < (count := max(each.tickets for each in either)):
+                tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
+        self._memory = Memory(scratch, tickets)
+
+    def run(self, batch: LayerBatch, out: Capture, step: torch.Tensor) -> None:
+        """Capture all layers of a batch into step `step`, an int64 tensor [] on the device, of buffers `out`."""
+        query, key = batch.query[0], batch.key[0]
+        kind = (query.dtype, query.shape[3], key.stride(3) == 1 or key.shape[3] == 1)
+        if not torch.compiler.is_compiling():
+            sizes = LayerSizes.of(query, key, batch.tokens)
+            if not any(reserved == kind and others.covers(sizes) for reserved, others in self._reserved):
+                if is_capturing(self._device):
+                    raise self._too_late(sizes)
+                # Keys grow by one at each step.
+                roomy = sizes._replace(keys=1 << (sizes.keys - 1).bit_length())
+                self.reserve(query.dtype, roomy, dense=kind[2])
+        # A kind that a compiled step meets first brings its own scratch, and keeps none.
+        known = kind in self._operators
+        run = self._operators[kind].run if known else self._unprepared
+        memory = self._memory if known else self._none
+        run(
+            batch.query, batch.key, batch.tokens, batch.span, batch.mask, batch.positions, batch.sink, None,
+            batch.scale, batch.softcap, batch.window or 0, False, step, batch.first, *memory, *out,
         )  # fmt: skip
+
+    @staticmethod
+    def _too_late(sizes: LayerSizes) -> ValueError:
+        return ValueError(
+            f"model: a layer has {sizes}, more than was expected, while its step goes into a CUDA graph, where no "
+            "memory can be allocated for its capture; run a step before the graph is captured"
+        )

@@ -164,3 +164,20 @@ def has_layers(cache: Any) -> bool:
 def _layer(cache: Any, module: Any) -> Any:
     layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     return layers[index] if layers is not None and index is not None and index < len(layers) else None
+
+
+def capacity_of(reaches: Iterable[Sequence[Reach | None]]) -> int | None:
+    """How many tokens a cache can hold; None if it grows. Of layers with a window it is at least the window."""
+    possible = [reach for layer in reaches for reach in layer]
+    if not possible or any(reach is None or reach.capacity is None for reach in possible):
+        return None
+    return max(reach.capacity for reach in possible if reach is not None and reach.capacity is not None)
+
+
+def keep_with(cache: Any, value: Any) -> None:
+    """Keep a value in memory for as long as a cache is."""
+    weakref.finalize(cache, _nothing, value).atexit = False
+
+
+def _nothing(_value: Any) -> None:
+    """Holds its argument until it is called."""

@@ -137,6 +137,11 @@ def devices_of(module: nn.Module) -> set[torch.device]:
     return {device for device in devices if device.type != "meta"}
 
 
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first floating-point parameter; None without one."""
+    return next((each.dtype for each in module.parameters() if each.is_floating_point()), None)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """The device of a model's inputs: where its embedding runs. Raises ValueError for a model without weights."""
     inner = unwrap(model)
@@ -373,3 +378,8 @@ def version_of(value: Any) -> int | None:
     if torch.compiler.is_compiling() or not isinstance(value, torch.Tensor) or value.is_inference():
         return None
     return value._version
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether operators on a device go into a CUDA graph instead of running."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -159,7 +159,7 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
         scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
         softcap=float(options.get("softcap") or 0.0),
         window=options.get("sliding_window"),
-        sink=None if sink is None else sink.detach(),
+        sink=sink,
         causal=options.get("is_causal"),
         bias=options.get("position_bias"),
         paged=options.get("cache"),
@@ -270,9 +270,16 @@ def inner_decoder(model: Any) -> Any:
 
 def key_value_size(config: Any) -> int:
     """The number of elements in one token's key and value in a layer."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * heads * size)
+    _, heads, size = heads_of(config)
+    return 2 * heads * size
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """The numbers of query heads and key heads of most layers, and the size of a head."""
+    query_heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    return int(query_heads), int(key_heads), int(size)
 
 
 def types_of_layers(config: Any) -> list[str] | None:

@@ -1,16 +1,18 @@
-// Access to device memory. The tests replace this header by one that runs kernels on a CPU, checks addresses and counts
-// bytes, so kernels access device memory only through `load` and `store`.
+// Access to device memory, and the instructions that C++ has no name for. The tests replace this header by one that runs
+// kernels on a CPU, checks addresses and counts bytes, so kernels access device memory only through these functions.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace carve {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A value that no thread of this launch writes.
+// A value that no thread of this launch writes, nor of the one before it if the launches overlap.
 template <typename T>
 __device__ __forceinline__ T load(const T* address) {
   return __ldg(address);
@@ -22,7 +24,36 @@ __device__ __forceinline__ T load_uniform(const T* address) {
   return __ldg(address);
 }
 
-// A value that other threads of this launch write: not read from the L1 cache, which is not coherent.
+// 16 bytes that are read once: not kept in the L1 cache. Volatile, so that the loads stay where they are issued, all of a
+// tile before the first use.
+__device__ __forceinline__ uint4 load_stream(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+// A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent, and
+// never moved over a fence or `wait_for_launch`, as __ldcg may be.
+__device__ __forceinline__ float load_coherent(const float* address) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float2 load_coherent(const float2* address) {
+  float2 value;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 load_coherent(const float4* address) {
+  float4 value;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
 template <typename T>
 __device__ __forceinline__ T load_coherent(const T* address) {
   return __ldcg(address);
@@ -33,11 +64,57 @@ __device__ __forceinline__ void store(T* address, T value) {
   *address = value;
 }
 
-// The shared memory of a block as one struct; the launch requests sizeof(T) bytes.
+// The shared memory of a block as one struct; the launch requests sizeof(T) bytes or more.
 template <typename T>
 __device__ __forceinline__ T& block_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return *reinterpret_cast<T*>(bytes);
+}
+
+// Volatile, so that what a loop reads again and again is not moved out of it into registers that are needed for keys.
+__device__ __forceinline__ uint4 load_shared(const uint4* address) {
+  uint4 value;
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address))));
+  return value;
+}
+
+// sums[16 x 8] += a[16 x 16] * b[16 x 8], in the lane layout of mma.m16n8k16. With (g, t) = (lane / 4, lane % 4), `a` has
+// columns 2t 2t+1 of rows g and g + 8, then columns 2t+8 2t+9 of them; `b0` `b1` have rows 2t 2t+1 and 2t+8 2t+9 of column
+// g; `sums` has columns 2t 2t+1 of row g, then of row g + 8.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1, __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// 2^x, of 2 ulp; 0 for -inf, and for results below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Orders this thread's accesses, and those that a barrier of the block ordered before it, for the whole device.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Programmatic dependent launch, from sm_90 on: the next launch of the stream may start before this one ends, and waits
+// in `wait_for_launch` until it has ended and its stores are visible.
+__device__ __forceinline__ void start_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace carve

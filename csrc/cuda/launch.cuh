@@ -37,7 +37,11 @@ struct Launch {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  // May start before the launch before it in the stream has ended, if that lets it (`start_next_launch`).
+  bool overlaps = false;
 };
+
+constexpr size_t kSharedBytes = 48 << 10;  // of a block, without opting in to more
 
 template <typename... Wanted, typename... Given>
 void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
@@ -46,6 +50,18 @@ void launch(const Launch& how, void (*kernel)(Wanted...), Given&&... given) {
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
+  cudaLaunchAttribute attribute{};
+  if (how.overlaps) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  if (how.shared_bytes > kSharedBytes) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(how.shared_bytes)),
+               how.name);
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(given)...), how.name);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/capture/kernels.h"
 #include "cpu/simd/isa.h"
@@ -18,24 +19,32 @@ const CaptureKernels& capture_kernels_avx2() { std::abort(); }
 const CaptureKernels& capture_kernels_avx512() { std::abort(); }
 const CaptureKernels& capture_kernels_amx() { std::abort(); }
 #endif
-void launch_capture_float(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
-void launch_capture_half(const CaptureLaunch&, const CapturePlan&) { std::abort(); }
+void launch_stream_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
+void launch_reread_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
 }  // namespace carve
 #endif
 
 namespace {
 
 void on_device(const carve::CaptureParams& params) {
-  const int64_t lines = params.batch * params.heads * params.rows;
-  const int64_t bytes = (lines * 32 * 8 + params.batch * (params.rows * params.token_count + 1) * 4 + 7) / 8 * 8;
-  Guarded<unsigned char> scratch(bytes);
-  std::memset(scratch.get(), 0xab, bytes);
+  // Of a multiple of 16 bytes in every shape here, or of an odd number.
+  const bool aligned = params.type != carve::Float::kFloat32 && params.size % 8 == 0;
+  const carve::CaptureScratch needs = carve::capture_cuda_scratch(params, aligned);
+  Guarded<unsigned char> scratch(needs.bytes);
+  std::memset(scratch.get(), 0xff, needs.bytes);
+  Guarded<unsigned> tickets(needs.tickets);
+  std::memset(tickets.get(), 0, needs.tickets * sizeof(unsigned));
   carve::CaptureDevice device{};
   device.steps = 1;
   device.token_stride = 1;
   device.scratch = scratch.get();
-  device.scratch_bytes = bytes;
+  device.scratch_bytes = needs.bytes;
+  device.tickets = tickets.get();
+  device.ticket_count = needs.tickets;
   carve::capture_cuda(params, device);
+  for (int64_t index = 0; index < needs.tickets; ++index) {
+    if (tickets[index] != 0) throw std::runtime_error("a ticket is left");
+  }
 }
 
 template <typename T>
@@ -60,6 +69,10 @@ int main(int count, char** arguments) {
   std::vector<Shape> shapes = {
       {2, 2, 1, 3, 67, 40, 35}, {1, 2, 1, 3, 0, 32, 4},    {2, 6, 2, 5, 77, 40, 19},
       {1, 9, 3, 1, 133, 128, 21}, {1, 1, 1, 8, 65, 256, 3},  {1, 4, 2, 2, 40, 256, 40},
+      // More queries of a key head than 8 and than 64, with stored scores; more than 32 whose keys are read again, in one
+      // block of rows and in three; rows in turns; keys that are not whole vectors.
+      {1, 12, 1, 1, 290, 64, 70}, {1, 12, 1, 7, 100, 128, 20}, {1, 8, 1, 5, 419, 40, 60}, {1, 14, 2, 33, 150, 128, 40},
+      {2, 4, 2, 9, 1000, 72, 10}, {1, 3, 1, 3, 70, 33, 9},
   };
   // The last shape has several blocks of tokens, the last of which to finish computes the totals.
   // The argument "first" runs only the first shape, as in every run of the tests; "seeds" runs all in many orders.

@@ -64,7 +64,7 @@ T rounded(T value) {
 // The `value` of lane source(lane).
 template <typename T, typename Source>
 T exchange(unsigned mask, T value, Source source, const char* file, int line) {
-  static_assert(sizeof(T) <= 16);
+  static_assert(sizeof(T) <= 32);
   Unwatched unwatched;
   if (mask != 0xffffffffu) fail("a warp operation without all lanes");
   Warp& warp = me().block->warps[me().linear / kWarp];
@@ -88,6 +88,7 @@ void touch(const T* address, int64_t& counter) {
 
 template <typename T, typename Change>
 T atomically(T* address, Change change) {
+  check_waited();
   maybe_switch(1);
   T before = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &before, change(before), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -193,13 +194,20 @@ inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsi
 
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorPlanted };
 using cudaStream_t = void*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct { int programmaticStreamSerializationAllowed; } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  void* attrs = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 
 namespace emulated {
 // The number of runtime calls until one fails; none fails if it starts at 0.
@@ -216,6 +224,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, emulated::called(); }
 inline cudaError_t cudaSetDevice(int) { return emulated::called(); }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return emulated::called(); }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
   std::memset(address, value, bytes);
@@ -225,7 +235,8 @@ template <typename... Wanted, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Wanted...), Given&&... given) {
   if (emulated::called() != cudaSuccess) return cudaErrorPlanted;
   const std::tuple<Wanted...> arguments(std::forward<Given>(given)...);
-  const std::string error = emulated::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+  const bool overlaps = config->numAttrs > 0 && config->attrs[0].val.programmaticStreamSerializationAllowed != 0;
+  const std::string error = emulated::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, overlaps,
                                           [&] { std::apply(kernel, arguments); });
   emulated::machine().error = error;
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
@@ -249,16 +260,61 @@ T load_uniform(const T* address) {
 }
 template <typename T>
 T load_coherent(const T* address) {
+  emulated::check_waited();
   emulated::touch(address, emulated::machine().counters.read_bytes);
+  static_assert(sizeof(T) % 4 == 0);
   T value;
-  __atomic_load(address, &value, __ATOMIC_RELAXED);
+  for (size_t word = 0; word < sizeof(T) / 4; ++word) {
+    const uint32_t part = __atomic_load_n(reinterpret_cast<const uint32_t*>(address) + word, __ATOMIC_RELAXED);
+    std::memcpy(reinterpret_cast<char*>(&value) + 4 * word, &part, 4);
+  }
   return value;
 }
 template <typename T>
 void store(T* address, T value) {
+  emulated::check_waited();
   emulated::touch(address, emulated::machine().counters.written_bytes);
   *address = value;
 }
+inline uint4 load_stream(const void* address) { return load(static_cast<const uint4*>(address)); }
+inline uint4 load_shared(const uint4* address) { return *address; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline void fence() { __threadfence(); }
+inline void start_next_launch() {}
+inline void wait_for_launch() { emulated::me().has_waited = true; }
+
+inline float half_of(unsigned word, int which, __half) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16 * which)));
+}
+inline float half_of(unsigned word, int which, __nv_bfloat16) {
+  return emulated::bits<float>(which == 0 ? word << 16 : word & 0xffff0000u);
+}
+
+// As csrc/cuda/device.cuh describes it. The values of a row of `a` are in four lanes, as are those of a column of `b`.
+template <typename Element>
+void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1, Element element, EMULATED_HERE) {
+  struct Words {
+    unsigned a[4], b[2];
+  };
+  emulated::Warp& warp = emulated::me().block->warps[emulated::me().linear / 32];
+  auto& slots = warp.slots[warp.meeting.generation & 1];
+  emulated::exchange(kAllLanes, Words{{a.x, a.y, a.z, a.w}, {b0, b1}}, [](unsigned lane) { return lane; }, file, line);
+  emulated::Unwatched unwatched;
+  const unsigned lane = emulated::me().linear % 32, g = lane / 4, t = lane % 4;
+  for (unsigned step = 0; step < 2; ++step) {
+    for (unsigned other = 0; other < 4; ++other) {
+      Words row, columns[2];
+      std::memcpy(&row, slots[4 * g + other], sizeof(row));
+      for (unsigned c = 0; c < 2; ++c) std::memcpy(&columns[c], slots[4 * (2 * t + c) + other], sizeof(row));
+      for (int which = 0; which < 2; ++which) {
+        for (unsigned i = 0; i < 4; ++i) {
+          sums[i] += half_of(row.a[2 * step + i / 2], which, element) * half_of(columns[i % 2].b[step], which, element);
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 T& block_shared() {
   if (sizeof(T) > emulated::machine().shared_bytes) emulated::fail("less shared memory than the kernel uses");

@@ -65,7 +65,7 @@ struct Meeting {
 struct Warp {
   Meeting meeting;
   // Two sets that alternate: a lane may already write for the next exchange while others read from this one.
-  alignas(16) unsigned char slots[2][kWarp][16];
+  alignas(16) unsigned char slots[2][kWarp][32];
 };
 
 struct Block {
@@ -87,6 +87,7 @@ struct Fiber {
   unsigned linear = 0, generation = 0;
   const Meeting* at = nullptr;
   bool done = true;
+  bool has_waited = false;  // for the launch before, which this one may overlap
   EMULATED_TSAN(void* thread = nullptr;)
   bool ready() const { return !done && (at == nullptr || at->generation != generation); }
 };
@@ -103,6 +104,7 @@ struct Machine {
 
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool overlaps = false;  // the launch before this one
   std::function<void()> body;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> turns;
@@ -195,6 +197,12 @@ inline void meet(Meeting& meeting, const char* file, int line) {
   acquire(meeting.tags[generation & 1]);
 }
 
+// At an access to what the launch before may still write or read.
+inline void check_waited() {
+  Unwatched unwatched;
+  if (machine().overlaps && !me().has_waited) fail("memory of the launch before is used without waiting for it");
+}
+
 // At an access that other blocks may see: another thread may run first.
 inline void maybe_switch(unsigned one_in) {
   Unwatched unwatched;
@@ -238,6 +246,7 @@ inline void start(Block& block, Fiber* const* fibers, unsigned number) {
     fiber.at = nullptr;
     fiber.done = false;
     fiber.started = false;
+    fiber.has_waited = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -260,14 +269,14 @@ inline std::string stuck() {
 }
 
 // Runs a grid; the error of the kernel, or an empty string.
-inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, bool overlaps, std::function<void()> body) {
   Unwatched unwatched;
   Machine& m = machine();
   ++m.counters.launches;
   if (block.count() % kWarp != 0 || block.count() > 1024) return "a block is up to 32 whole warps";
-  if (shared_bytes > 48 << 10) return "more than 48 KB of shared memory";
+  if (shared_bytes > 99 << 10) return "more than 99 KB of shared memory";
   if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535) return "invalid configuration of the grid";
-  m.grid = grid, m.block = block, m.shared_bytes = shared_bytes, m.body = std::move(body), m.error.clear();
+  m.grid = grid, m.block = block, m.shared_bytes = shared_bytes, m.overlaps = overlaps, m.body = std::move(body), m.error.clear();
   m.random.seed(m.seed);
   EMULATED_TSAN(m.main_thread = __tsan_get_current_fiber();)
   std::vector<unsigned> waiting(grid.count());

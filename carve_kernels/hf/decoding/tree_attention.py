@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.attention_patch import INSTEAD, LayerBatch, patched
+from carve_kernels.hf.attention_patch import INSTEAD, CaptureCalls, LayerBatch, patched
 from carve_kernels.hf.decoding.prefix_cache import Segment
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.maps import new_buffers
@@ -49,6 +49,8 @@ class TreeAttention:
         self._depth: int | None = None
         self._capture: TreeCapture | None = None
         self._calls = 0
+        # The memory of captures, which all forwards share.
+        self._memory: dict[torch.device, CaptureCalls] = {}
         self.dtype = ""
 
     @property
@@ -92,7 +94,7 @@ class TreeAttention:
         self._calls = 0
         self._segments, self._depth = segments, depth
         captured = [segment for segment in segments if len(segment.rows)]
-        self._capture = TreeCapture(captured, self._layers, self._backend) if captured else None
+        self._capture = TreeCapture(captured, self._layers, self._backend, self._memory) if captured else None
         keep = torch.tensor(logits, dtype=torch.int64, device=ids.device)
         options = names.logits_of(self._model, keep)
         try:
@@ -164,8 +166,10 @@ class TreeAttention:
 class TreeCapture:
     """The captured rows of a packed forward: layers that are alike are captured with one call for each segment."""
 
-    def __init__(self, segments: list[Segment], layers: tuple[int, ...], backend: str) -> None:
-        self._segments, self._layers, self._backend = segments, layers, backend
+    def __init__(
+        self, segments: list[Segment], layers: tuple[int, ...], backend: str, calls: dict[torch.device, CaptureCalls]
+    ) -> None:
+        self._segments, self._layers, self._backend, self._calls = segments, layers, backend, calls
         self._rows = [segment.rows + segment.start for segment in segments]
         self._batches: list[list[LayerBatch]] = []
 
@@ -192,16 +196,19 @@ class TreeCapture:
     ) -> LayerBatch:
         visible = segment.visible(segment.fresh, alike[2])
         mask = None if visible is None else visible[segment.rows - segment.fresh][None, None].to(device)
-        return LayerBatch(index, alike, segment.tokens.to(device), mask, None, attention.scale, attention.softcap, None)
+        tokens = segment.tokens.to(device)
+        return LayerBatch(index, alike, tokens, None, mask, None, attention.scale, attention.softcap, None)
 
     def run(self) -> None:
         """Capture all layers, after the forward; each segment gets its own as `captured`."""
         device = self._batches[0][0].tokens.device
         step = torch.zeros((), dtype=torch.int64, device=device)
+        if device not in self._calls:
+            self._calls[device] = CaptureCalls(self._backend, device, len(self._layers))
         for number, segment in enumerate(self._segments):
             buffers = new_buffers((1, len(self._layers), 1, len(segment.rows)), segment.tokens.shape[1], device)
             for batches in self._batches:
-                batches[number].capture(buffers, step, self._backend)
+                self._calls[device].run(batches[number], buffers, step)
             segment.captured = Capture(*(buffer[0, :, 0] for buffer in buffers))
 
 

@@ -40,14 +40,18 @@ def visibility(
     """
     flash = _FLASH in implementation
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-        selected = mask[..., :keys].expand(rows.shape[0], -1, length, keys)
+        selected = mask
+        # The mask of a decode step fits as it is.
+        if (mask.shape[0], *mask.shape[2:]) != (rows.shape[0], length, keys):
+            selected = mask[..., :keys].expand(rows.shape[0], -1, length, keys)
         # The single row of a decode step needs no copy.
         if length > 1 or rows.shape[1] > 1:
             index = rows[:, None, :, None].expand(-1, selected.shape[1], -1, selected.shape[3])
             selected = selected.gather(2, index)
         if selected.dtype == torch.bool:
             return Visibility(selected)
-        return Visibility(selected > _hidden(selected.dtype), biased=_is_biased(selected))
+        hidden = selected <= _hidden(selected.dtype)
+        return Visibility(~hidden, biased=_is_biased(selected, hidden))
     if isinstance(mask, torch.Tensor):
         return Visibility(_padding_rows(mask, rows, length, keys, causal, window))
     if mask is not None:
@@ -79,7 +83,11 @@ def check_call(model: Any, given: Mapping[str, Any], length: int) -> None:
         if mask.shape[2] not in (1, length):
             raise ValueError(f"attention_mask: expected a mask of {length} rows, got {checks.describe(mask)}")
         # Reading a step's mask would synchronise with its device each time; the record reads it once, at the end.
-        if mask.is_floating_point() and (length > 1 or mask.device.type == "cpu") and bool(_is_biased(mask)):
+        if (
+            mask.is_floating_point()
+            and (length > 1 or mask.device.type == "cpu")
+            and bool(_is_biased(mask, mask <= _hidden(mask.dtype)))
+        ):
             raise bias_error()
     if isinstance(positions, torch.Tensor) and positions.ndim == 2 and not isinstance(masks, dict):
         padded = masks is not None and not bool(masks.all())
@@ -191,5 +199,6 @@ def _hidden(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 2
 
 
-def _is_biased(mask: torch.Tensor) -> torch.Tensor:
-    return ((mask != 0) & ~(mask <= _hidden(mask.dtype))).any()
+def _is_biased(mask: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Whether a mask has other values than 0 and hidden ones, NaN included, as a bool tensor."""
+    return torch.logical_xor(hidden, mask).any()

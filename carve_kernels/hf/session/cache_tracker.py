@@ -31,6 +31,7 @@ class TrackedPrompt:
 
     def all_ids(self, ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """All ids, those of a new forward included, on the CPU; None unless there are `length` of them."""
+        self._read_fed()
         before = self.ids.all()
         if ids is None or before is None or before.shape[0] not in (0, ids.shape[0]):
             return None
@@ -42,12 +43,32 @@ class TrackedPrompt:
     ) -> None:
         """After a forward: note its ids, the state of the cache, and the position offsets that the model stored."""
         self._positions = positions
-        self.ids.append(ids)
+        record, step = self.record, ids is not None and ids.shape[1] == 1 and length == self.length + 1
+        # The record has a copy of what it was fed, so that a step is copied once.
+        if not step or record is None or not record.has_fed(self.length, length):
+            self._read_fed()
+            self.ids.append(ids)
         self.length = length
-        self._keys = [caches.key_state(cache, module) for module in modules]
-        uncounted = any(keys is not None and keys.version is None for keys in self._keys)
+        self.note_keys(cache, modules)
+        uncounted = any(keys is not None and keys.version is None for keys in self._keys or ())
         self._sample = caches.sample(cache, modules[0], length) if uncounted else None
         self._sampled_length = length
+
+    def note_keys(self, cache: Any, modules: Sequence[nn.Module]) -> None:
+        """Note where the keys of the cache are, and how often they were written to."""
+        self._keys = [caches.key_state(cache, module) for module in modules]
+
+    def synchronise(self) -> None:
+        """Read how many tokens the replays of a CUDA graph have added."""
+        if self.record is not None and self.record.state.graphed:
+            self.record.synchronise()
+            self.length = self.record.length
+
+    def _read_fed(self) -> None:
+        """Copy the ids of steps that only the record has."""
+        count = self.ids.count
+        if count is not None and count < self.length and self.record is not None:
+            self.ids.append(self.record.fed(count, self.length))
 
     def check_cache(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], count: int) -> None:
         """Before a forward: follow the cache back if it was cropped to `count` tokens; ValueError for other changes."""
@@ -95,28 +116,28 @@ class _IdBuffer:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, 0, dtype=torch.int64)
         # The number of columns written; None if some ids are unknown.
-        self._count: int | None = 0
+        self.count: int | None = 0
 
     def all(self) -> torch.Tensor | None:
-        return None if self._count is None else self._buffer[:, : self._count]
+        return None if self.count is None else self._buffer[:, : self.count]
 
     def append(self, ids: torch.Tensor | None) -> None:
-        if ids is None or self._count is None or (self._count and ids.shape[0] != self._buffer.shape[0]):
-            self._count = None
+        if ids is None or self.count is None or (self.count and ids.shape[0] != self._buffer.shape[0]):
+            self.count = None
             return
-        count, end = self._count, self._count + ids.shape[1]
+        count, end = self.count, self.count + ids.shape[1]
         if end > self._buffer.shape[1]:
             longer = ids.new_empty(ids.shape[0], max(2 * count, end + STEPS))
             if count:
                 longer[:, :count] = self._buffer[:, :count]
             self._buffer = longer
-        self._buffer[:, count:end].copy_(ids.detach())
-        self._count = end
+        self._buffer[:, count:end].copy_(ids)
+        self.count = end
 
     def truncate(self, length: int) -> None:
         """Drop all but the first `length` columns."""
-        if self._count is not None:
-            self._count = length if length <= self._count else None
+        if self.count is not None:
+            self.count = min(length, self.count)
 
 
 class CacheTable:

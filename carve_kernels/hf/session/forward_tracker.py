@@ -13,23 +13,35 @@ from torch import nn
 
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
-from carve_kernels.hf.model import decoder_layers, devices_of, image_token_positions
-from carve_kernels.hf.query_rows import resolve_rows
+from carve_kernels.hf.attention_patch import CaptureCalls, LayerSizes
+from carve_kernels.hf.model import (
+    decoder_layers,
+    devices_of,
+    dtype_of,
+    image_token_positions,
+    is_capturing,
+    text_backbone,
+)
+from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
-from carve_kernels.hf.session.recording import Record, SessionOptions
+from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
 _LAST_COLUMN = 2**31 - 1
 
 
 class _Forward(NamedTuple):
-    """The current forward: its prompt, new ids and cache, and the number of tokens after it."""
+    """The current forward: its prompt, new ids and cache, the number of tokens after it, and whether it only goes into
+    a CUDA graph.
+    """
 
     prompt: TrackedPrompt
     ids: torch.Tensor | None
     cache: Any
     total: int
+    in_graph: bool = False
 
 
 class GenerateCall(NamedTuple):
@@ -67,6 +79,8 @@ class ForwardTracker:
         # The generate whose first forward has begun.
         self._begun: GenerateCall | None = None
         self._sources: list[object] = []
+        # The tensors that CUDA graphs write to, and how many tokens they counted when another prompt followed.
+        self._graphs: dict[DeviceState, int | None] = {}
         # Whether the model's forward is running; submodules that are called directly are not recorded.
         self.running = False
         self._thread: threading.Thread | None = None
@@ -96,6 +110,7 @@ class ForwardTracker:
                 self._unsafe = self._has_unsafe_hooks()
             record.batching = record.on_layer is None and caches.keeps_cache(self._model, given) and not self._unsafe
         self.record = record
+        self._leave_graphs()
         self._begun = self.generation
         self._sources, self.running = [source], True
 
@@ -106,14 +121,36 @@ class ForwardTracker:
         if self._sources:
             self._sources.pop()
         self.running = bool(self._sources)
-        prompt, ids, cache, total = self._forward
+        prompt, ids, cache, total, in_graph = self._forward
         if output is None or prompt.length == total:
+            return
+        if in_graph:
+            prompt.note_keys(cache, self._modules)
             return
         returned = caches.cache_in(output)
         cache = cache if returned is None else returned
         if cache is not None:
             self._prompts.bind(cache, prompt)
         prompt.update(ids, total, cache, self._modules, names.stored_positions(self._position_modules))
+
+    def check_replays(self) -> None:
+        """Raise ValueError if the graph of another prompt than the last one was replayed since that began."""
+        for state, total in self._graphs.items():
+            if total is not None and state.read() != total:
+                raise ValueError(
+                    "maps: expected replays of CUDA graphs of the last prompt only, but one that was captured with "
+                    "another prompt was replayed since; read the maps before the next prompt, and capture the graph of "
+                    "each prompt"
+                )
+
+    def _leave_graphs(self) -> None:
+        """Note what the graphs of all prompts but the current one have counted."""
+        current = None if self.record is None else self.record.state
+        for state, total in self._graphs.items():
+            if state is current:
+                self._graphs[state] = None
+            elif total is None:
+                self._graphs[state] = state.total_so_far if is_capturing(state.device) else state.read()
 
     def _has_unsafe_hooks(self) -> bool:
         """Whether a hook may write to the inputs of an attention without a version counter noticing."""
@@ -133,6 +170,8 @@ class ForwardTracker:
         if prompt is not None:
             # A refused step leaves the maps of the prompt intact.
             self.record = before
+            if not is_capturing(source.device):
+                prompt.synchronise()
         arguments = {name: value for name, value in given.items() if value is not cache}
         check_call(self._model, arguments, length)
         complete, generating = self._complete, self.generation is not None
@@ -154,9 +193,10 @@ class ForwardTracker:
             prompt.record, prompt.prompt, complete.prompt.record = record, complete.prompt.prompt, None
             self._complete = CompleteForward(prompt, arguments, generating)
             return self._step(prompt, record, ids, cache, length, length - 1)
+        replaced = prompt if past == 0 else None
         if prompt is None or past == 0:
             prompt = TrackedPrompt()
-        started = self._prefill(prompt, source, past, cache, given)
+        started = self._prefill(prompt, source, past, cache, given, replaced)
         self._complete = CompleteForward(prompt, arguments, generating) if past == 0 else None
         self._forward = _Forward(prompt, ids, cache, past + length)
         return started
@@ -166,12 +206,35 @@ class ForwardTracker:
     ) -> Record:
         """A decode step after which there are `total` tokens; `row` of its query is captured."""
         self._check_thread()
+        if is_capturing(record.state.device):
+            return self._step_in_graph(prompt, record, ids, cache)
         if total <= record.length:
             record.rewind(total - 1)
         if record.step == 0:
             record.reaches = caches.reaches(cache, self._modules)
         record.advance(ids, total, row)
         self._forward = _Forward(prompt, ids, cache, total)
+        return record
+
+    def _step_in_graph(self, prompt: TrackedPrompt, record: Record, ids: torch.Tensor | None, cache: Any) -> Record:
+        """A decode step that goes into a CUDA graph: each replay is the next step, of which Python sees nothing."""
+        if record.step == 0:
+            record.reaches = caches.reaches(cache, self._modules)
+        if caches.capacity_of(record.reaches) is None:
+            raise ValueError(
+                f"cache: expected a static cache in a CUDA graph, got a {type(cache).__name__}, whose keys are in "
+                "other memory at each step; use StaticCache"
+            )
+        if record.on_layer is not None:
+            raise ValueError("on_layer: expected None in a CUDA graph, whose replays call no function")
+        if record.state.total_so_far != prompt.length:
+            raise ValueError("cache: was cropped right before a CUDA graph was captured; run a step before it")
+        if record.state not in self._graphs:
+            # A graph holds addresses, not references.
+            caches.keep_with(cache, record.state)
+            self._graphs[record.state] = None
+        record.advance_in_graph(ids)
+        self._forward = _Forward(prompt, ids, cache, -1, in_graph=True)
         return record
 
     def _check_positions(self, prompt: TrackedPrompt) -> None:
@@ -198,17 +261,19 @@ class ForwardTracker:
         if prompt is None:
             return int(count)
         # Reading a count on the device would synchronise at each step: the record defers the check.
-        if length == 1 and isinstance(count, torch.Tensor) and count.device.type != "cpu":
+        capturing = isinstance(count, torch.Tensor) and is_capturing(count.device)
+        if length == 1 and isinstance(count, torch.Tensor) and (capturing or count.device.type != "cpu"):
             past = prompt.length
             if prompt.record is not None:
-                prompt.record.deferred["cache"].logical_or_(count != past)
+                expected = prompt.record.state.total if capturing else past
+                prompt.record.state.deferred["cache"].logical_or_(count != expected)
         else:
             past = int(count)
         if past > 0:
             prompt.check_cache(cache, self._modules, self._options.layers, past)
             written = prompt.was_written(cache, self._modules[0])
             if written is not None and written.device.type != "cpu" and prompt.record is not None:
-                prompt.record.deferred["cache"].logical_or_(written)
+                prompt.record.state.deferred["cache"].logical_or_(written)
             elif written is not None and bool(written):
                 raise ValueError(
                     "cache: expected it as the last forward left it, but its keys have been written to since; run the "
@@ -222,9 +287,21 @@ class ForwardTracker:
         return past >= max(length, prompt.prompt)
 
     def _prefill(
-        self, prompt: TrackedPrompt, source: torch.Tensor, past: int, cache: Any, given: Mapping[str, Any]
+        self,
+        prompt: TrackedPrompt,
+        source: torch.Tensor,
+        past: int,
+        cache: Any,
+        given: Mapping[str, Any],
+        replaced: TrackedPrompt | None,
     ) -> Record | None:
+        """Begin a record; `replaced` is the prompt that the cache held before it was reset."""
         self._check_thread()
+        if is_capturing(source.device):
+            raise ValueError(
+                f"model: expected one token after a cache of this session in a CUDA graph, got {source.shape[1]}; run "
+                "the prompt before the graph is captured"
+            )
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length
@@ -243,12 +320,14 @@ class ForwardTracker:
                 f"rows: expected rows of this forward, which starts at column {past} after a cache, got "
                 f"column {int(rows.columns.min())}; use rows='last' for a chunked prefill"
             )
+        reaches = caches.reaches(cache, self._modules)
+        device = self._device if self._device is not None else source.device
         prompt.record = Record(
             self._options,
             rows,
             tokens,
-            reaches=caches.reaches(cache, self._modules),
-            device=self._device if self._device is not None else source.device,
+            state=self._state(rows, tokens.to(device), total, caches.capacity_of(reaches), replaced),
+            reaches=reaches,
             past=past,
             length=length,
             rows_kept=names.rows_kept(self._model, given),
@@ -256,6 +335,29 @@ class ForwardTracker:
         )
         prompt.prompt = total
         return prompt.record
+
+    def _state(
+        self, rows: Rows, tokens: torch.Tensor, total: int, capacity: int | None, replaced: TrackedPrompt | None
+    ) -> DeviceState:
+        """The tensors of a new record: those of the prompt that it replaces, if they fit, for graphs that hold them."""
+        options, (batch, captured) = self._options, rows.columns.shape
+        later = options.max_steps - 1 if rows.last else 0
+        # A cache that grows is in no graph: its buffers grow, too.
+        steps = 0 if capacity is None else min(later, capacity)
+        before = None if replaced is None else replaced.record
+        if replaced is not None and before is not None and before.state.fits(tokens, captured, steps):
+            replaced.record = None
+            return before.state
+        calls = CaptureCalls(options.backend, tokens.device, len(options.layers))
+        dtype, keys = dtype_of(self._modules[0]), max(total + later, capacity or 0)
+        if dtype is not None:
+            heads = names.heads_of(text_backbone(self._model).config)
+            for count in (captured, 1):
+                calls.reserve(dtype, LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1]))
+        state = DeviceState(calls, tokens, len(options.layers), captured, CONDITIONS)
+        if steps:
+            state.grow(steps)
+        return state
 
     def _all_ids(self, prompt: TrackedPrompt, ids: torch.Tensor | None, past: int, total: int) -> torch.Tensor | None:
         """The ids of the whole prompt on the CPU, from what the cache has read or from generate's arguments."""

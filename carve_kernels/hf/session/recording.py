@@ -12,10 +12,11 @@ from torch import nn
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import LayerBatch
 from carve_kernels.hf.caches import Reach
-from carve_kernels.hf.model import version_of
+from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
-from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble, new_buffers
+from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.types import Capture, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
@@ -27,7 +28,8 @@ _DEFERRED: dict[str, Callable[[], ValueError]] = {
     "cache": lambda: ValueError(f"cache: expected all keys that were written to it in this session; {_EVICTED}"),
     "attention_mask": bias_error,
 }
-# The number of decode steps of the first buffers; they double when a generation is longer.
+CONDITIONS = tuple(_DEFERRED)
+# The number of decode steps of the first buffers where a cache can grow; they double when a generation is longer.
 STEPS = 64
 
 
@@ -53,26 +55,22 @@ class Record:
         rows: Rows,
         tokens: torch.Tensor,
         *,
+        state: DeviceState,
         reaches: list[tuple[Reach | None, ...]],
-        device: torch.device,
         past: int,
         length: int,
         rows_kept: int | None,
         eos: tuple[int, ...],
     ) -> None:
-        batch, captured = rows.columns.shape
         self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
-        self.on_layer, self.backend = options.on_layer, options.backend
+        self.on_layer = options.on_layer
         self.last, self.weight = rows.last, rows.weight
-        self.tokens = tokens.to(device)
-        self.rows = (rows.columns - past).to(device)
+        self.state = state
+        state.start(tokens, past + length)
+        # The captured rows of the current forward, and where it is written.
+        self.rows, self.target, self.slot = (rows.columns - past).to(state.device), state.first, state.zero
         # How many keys each layer may get.
         self.reaches = reaches
-        self.total = torch.full((), past + length, dtype=torch.int64, device=device)
-        self.slot = torch.zeros((), dtype=torch.int64, device=device)
-        self.first = new_buffers((1, len(self.layers), batch, captured), tokens.shape[1], device)
-        self.later: Capture | None = None
-        self.target = self.first
         self.active = True
         self.step = 0
         self.eos = eos
@@ -81,11 +79,9 @@ class Record:
         self.forward_length, self.last_layer = length, -1
         # How many last rows layers with other layers' keys process (None: all), and the first captured row.
         self.rows_kept, self.lowest_row = rows_kept, int(rows.columns.min()) - past
-        # Why there are no maps: an error of a forward, and conditions that stay on the device until the end.
+        # Why there are no maps: an error of a forward; conditions of `state` stay on the device until the end.
         self.error: ValueError | None = None
-        self.deferred = {name: torch.zeros((), dtype=torch.bool, device=device) for name in _DEFERRED}
-        # The token fed at each decode step. Nothing is allocated per step.
-        self.fed = torch.empty(0, batch, dtype=torch.int64, device=device)
+        self.sinks: dict[int, tuple[torch.Tensor, int | None, torch.Tensor]] = {}
         self.dtype = ""
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
@@ -93,44 +89,73 @@ class Record:
 
     def advance(self, ids: torch.Tensor | None, total: int, row: int) -> None:
         """Prepare for a decode step, after which there are `total` tokens; `row` of its query is captured."""
+        state, last = self.state, self.step
         self.step += 1
-        self.forward_length, self.last_layer, self.lowest_row = row + 1, -1, row
         self.length = total
-        self.total.fill_(total)
-        self.batch = None
-        if self.last and self.step == self.max_steps:
-            _LOG.warning(
-                "max_steps: steps of this generation from %d on are not captured; raise max_steps for them", self.step
-            )
+        self._begin(row)
         self.active = self.last and self.step < self.max_steps
-        if not self.active:
-            return
-        allocated = 0 if self.later is None else self.later.mass.shape[0]
-        if self.step > allocated:
-            self._grow(allocated, min(self.max_steps - 1, max(STEPS, 2 * allocated)))
-        if ids is not None:
-            self.fed[self.step - 1].copy_(ids[:, -1].detach())
-        self.slot.fill_(self.step - 1)
-        self.rows.fill_(row)
+        self._warn(last)
+        if self.active and self.step > state.steps:
+            state.grow(min(self.max_steps - 1, max(STEPS, 2 * state.steps)))
+        state.move(total, self.step - 1)
+        state.select(row)
+        if self.active:
+            self._feed(ids)
 
-    def _grow(self, allocated: int, steps: int) -> None:
-        batch, device = self.tokens.shape[0], self.tokens.device
-        later = new_buffers((steps, len(self.layers), batch, 1), self.tokens.shape[1], device)
-        # -1 is not a token, so a step with unknown ids does not end a generation.
-        fed = torch.full((steps, batch), -1, dtype=torch.int64, device=device)
-        if self.later is None:
-            self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        else:
-            for target, values in zip((*later, fed), (*self.later, self.fed), strict=True):
-                target[:allocated] = values
-        self.later = self.target = later
-        self.fed = fed
+    def advance_in_graph(self, ids: torch.Tensor | None) -> None:
+        """Prepare for a decode step that goes into a CUDA graph: it runs at each replay, but not now."""
+        self._begin(0)
+        self.active = self.last and self.max_steps > 1
+        self.state.move_in_graph()
+        if self.active:
+            self._feed(ids)
+
+    def _begin(self, row: int) -> None:
+        self.forward_length, self.last_layer, self.lowest_row = row + 1, -1, row
+        self.batch = None
+        self.rows, self.slot = self.state.row, self.state.slot
+
+    def _feed(self, ids: torch.Tensor | None) -> None:
+        state = self.state
+        if state.later is not None:
+            self.target = state.later
+        if ids is None:
+            # -1 is not a token, so a step with unknown ids does not end a generation.
+            state.fed.index_fill_(1, state.slots, -1)
+            return
+        column = ids if ids.shape[1] == 1 else ids[:, -1:]
+        state.fed.index_copy_(1, state.slots, column.to(state.device, torch.int64))
+
+    def _warn(self, last: int) -> None:
+        """Warn once of steps that are not captured; `last` is the step before."""
+        if self.last and last < self.max_steps <= self.step:
+            _LOG.warning(
+                "max_steps: steps of this generation from %d on are not captured; raise max_steps for them",
+                self.max_steps,
+            )
+
+    def synchronise(self) -> None:
+        """Read how many steps the replays of a CUDA graph have taken; waits for the device."""
+        if not self.state.graphed:
+            return
+        last = self.step
+        self.length = self.state.read()
+        self.step = self.length - self.prompt
+        self._warn(last)
+
+    def has_fed(self, start: int, stop: int) -> bool:
+        """Whether the tokens in columns `start` to `stop` are those fed at captured steps."""
+        return start >= self.prompt and stop - self.prompt <= min(self.state.steps, self.max_steps - 1)
+
+    def fed(self, start: int, stop: int) -> torch.Tensor | None:
+        """The ids [B, n] of these tokens; None unless all were fed at captured steps."""
+        return self.state.fed[:, start - self.prompt : stop - self.prompt] if self.has_fed(start, stop) else None
 
     def rewind(self, total: int) -> None:
         """Drop the steps after the first `total` tokens, before one of them is captured again."""
         self.step = total - self.prompt
-        if self.later is not None:
-            self.later.mass[self.step :] = UNCAPTURED
+        if self.state.later is not None:
+            self.state.later.mass[self.step :] = UNCAPTURED
 
     def record(self, index: int, *call: Any) -> None:
         """Capture a layer from the arguments of its attention; after an error there are no maps."""
@@ -146,10 +171,12 @@ class Record:
         self, index: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, keywords: dict[str, Any]
     ) -> None:
         options = names.attention_options(query, keywords)
-        query, key = query.detach(), key.detach()
-        self._check(index, query, key, options)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+            query, key = query.detach(), key.detach()
+        windowed = self._check(index, query, key, options)
         _, heads, length, size = query.shape
-        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(mask))
+        kind = (query.dtype, heads, key.shape[1], size, key.stride(3))
+        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(mask), windowed, kind)
         rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
         batch = self.batch
         if batch is None or not batch.accepts(index, alike, mask):
@@ -157,16 +184,33 @@ class Record:
             batch = self.batch = self._new_batch(index, module, alike, mask, rows, options)
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
-        batch.add(query, key, options.sink)
+        batch.add(query, key, None if options.sink is None else self._sink(index, options.sink))
         self.dtype = str(query.dtype).removeprefix("torch.")
         if index == len(self.layers) - 1 or not self.batching:
             self._flush()
         if self.on_layer is not None:
-            slot = int(self.slot)
+            slot = max(0, self.step - 1)
             self.on_layer(self.layers[index], self.step, Capture(*(buffer[slot, index] for buffer in self.target)))
 
-    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, options: names.AttentionOptions) -> None:
-        """Check that a layer attends over the columns of the prompt as it was passed to the model."""
+    def _sink(self, index: int, sink: torch.Tensor) -> torch.Tensor:
+        """A layer's sink as the operator takes it; converted once."""
+        needs_grad = torch.is_grad_enabled() and sink.requires_grad
+        if sink.dtype == torch.float32 and sink.is_contiguous() and not needs_grad:
+            return sink
+        if torch.compiler.is_compiling():
+            return sink.detach().to(torch.float32).contiguous()
+        before, version, converted = self.sinks.get(index, (None, None, None))
+        if before is not sink or converted is None or version is None or version != version_of(sink):
+            converted = sink.detach().to(torch.float32).contiguous()
+            if not is_capturing(sink.device):
+                self.sinks[index] = sink, version_of(sink), converted
+        return converted
+
+    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, options: names.AttentionOptions) -> bool:
+        """Check that a layer attends over the columns of the prompt as it was passed to the model.
+
+        Returns whether it may see the last keys only.
+        """
         layer, compiling = self.layers[index], torch.compiler.is_compiling()
         if options.bias is not None:
             raise ValueError(f"layers: layer {layer} adds a position bias, which cannot be captured")
@@ -176,9 +220,10 @@ class Record:
         complete = rows == self.forward_length
         if not complete and rows == self.rows_kept:
             complete = self.lowest_row >= self.forward_length - rows >= 0
-        if batch != self.tokens.shape[0] or not complete:
+        expected = self.state.tokens.shape[0]
+        if batch != expected or not complete:
             raise ValueError(
-                f"layers: layer {layer} has {batch} x {rows} rows, but the model was given {self.tokens.shape[0]} x "
+                f"layers: layer {layer} has {batch} x {rows} rows, but the model was given {expected} x "
                 f"{self.forward_length} tokens: tokens were dropped or added inside the forward, so the columns of a "
                 "map are unknown; capture earlier layers, or open the session on the model after that point"
             )
@@ -188,11 +233,13 @@ class Record:
             self.last_layer = index
         keys = key.shape[2]
         possible = [Reach(options.window, None) if each is None else each for each in self.reaches[index]]
-        if not compiling:
+        windowed = any(each.window is not None for each in possible)
+        if not compiling and not self.state.graphed:
             if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
                 raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
-        elif all(each.window is None and keys != each.capacity for each in possible):
-            self.deferred["cache"].logical_or_(self.total != keys)
+        elif not windowed and all(keys != each.capacity for each in possible):
+            self.state.deferred["cache"].logical_or_(self.state.total != keys)
+        return windowed
 
     def _new_batch(
         self,
@@ -203,28 +250,34 @@ class Record:
         rows: torch.Tensor,
         options: names.AttentionOptions,
     ) -> LayerBatch:
-        keys, window, length = alike[2:5]
+        keys, window, length, _, windowed = alike[2:7]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, mask, keys)
         refuse_packed(implementation, mask, options.segments, options.positions, length)
         causal = names.is_causal(module) if options.causal is None else options.causal
         visible = visibility(implementation, mask, rows, length, keys, causal=causal, window=window)
         if visible.biased is not None:
-            if torch.compiler.is_compiling() or visible.biased.device.type != "cpu":
-                self.deferred["attention_mask"].logical_or_(visible.biased)
+            if torch.compiler.is_compiling() or self.state.graphed or visible.biased.device.type != "cpu":
+                self.state.deferred["attention_mask"].logical_or_(visible.biased)
             elif bool(visible.biased):
                 raise bias_error()
-        columns = self._columns(keys)
+        tokens, span = self._columns(keys, windowed)
         return LayerBatch(
-            index, alike, columns, visible.mask, visible.positions, options.scale, options.softcap, visible.window, mask
-        )
+            index, alike, tokens, span, visible.mask, visible.positions, options.scale, options.softcap, visible.window,
+            mask,
+        )  # fmt: skip
 
-    def _columns(self, keys: int) -> torch.Tensor:
-        """The columns of the tokens among these keys: a sliding cache passes only the last keys, so they move left."""
-        # A compiled forward must not depend on the number of tokens so far, or each step would compile again.
-        if not torch.compiler.is_compiling() and self.length <= keys:
-            return self.tokens
-        return (self.tokens - (self.total - keys).clamp(min=0)).to(torch.int32)
+    def _columns(self, keys: int, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens among these keys, and their span: a sliding cache passes only the last keys, so they move left."""
+        state = self.state
+        # A compiled or replayed forward must not depend on the number of tokens so far.
+        if torch.compiler.is_compiling() or self.state.graphed:
+            if not windowed:
+                return state.tokens, state.span
+            return state.split(state.columns - (state.total - keys).clamp(min=0), state.tokens.shape[0])
+        if self.length <= keys:
+            return state.tokens, state.span
+        return state.split(state.columns - (self.length - keys), state.tokens.shape[0])
 
     def _flush(self) -> None:
         batch, self.batch = self.batch, None
@@ -235,34 +288,37 @@ class Record:
                 f"cache: keys of layer {self.layers[batch.first]} or a later one were written to between their "
                 "attention and their capture; use on_layer, which captures each layer immediately"
             )
-        batch.capture(self.target, self.slot, self.backend)
+        self.state.calls.run(batch, self.target, self.slot)
 
     def result(self) -> AttentionMaps:
         """A copy of what has been captured so far; raises the ValueError of a forward that was refused."""
         if self.error is not None:
             raise self.error
-        for name, condition in self.deferred.items():
+        self.synchronise()
+        state = self.state
+        for name, condition in state.deferred.items():
             if bool(condition):
                 raise _DEFERRED[name]()
-        steps = min(self.step + 1, self.max_steps) if self.last else 1
-        later = self.later if steps > 1 else None
+        steps = min(self.step + 1, self.max_steps, state.steps + 1) if self.last else 1
+        later = state.later if steps > 1 else None
         return assemble(
-            Capture(*(buffer[0] for buffer in self.first)),
+            Capture(*(buffer[0] for buffer in state.first)),
             None if later is None else Capture(*(buffer[: steps - 1, :, :, 0] for buffer in later)),
             self._running(steps),
             self.weight,
             layers=self.layers,
-            tokens=self.tokens,
+            tokens=state.tokens,
             dtype=self.dtype,
             layout=self.layout,
         )
 
     def _running(self, steps: int) -> torch.Tensor:
         """Which rows of the batch still run at each step, bool [B, T]: the end token is never a query."""
-        running = torch.ones(self.tokens.shape[0], steps, dtype=torch.bool, device=self.tokens.device)
+        state = self.state
+        running = torch.ones(state.tokens.shape[0], steps, dtype=torch.bool, device=state.device)
         if not self.eos:
             return running
-        ends = torch.tensor(self.eos, device=self.tokens.device)
-        for step, ids in enumerate(self.fed[: min(steps - 1, self.step)], start=1):
+        ends = torch.tensor(self.eos, device=state.device)
+        for step, ids in enumerate(state.fed.T[: steps - 1], start=1):
             running[:, step] = running[:, step - 1] & ~torch.isin(ids, ends)
         return running

@@ -122,6 +122,7 @@ class CaptureSession:
                 "maps: expected a forward of the model inside the session, got none; call the model (or its wrapper) "
                 "that was passed to capture_attention"
             )
+        self._tracker.check_replays()
         return record.result()
 
     def __enter__(self) -> CaptureSession:

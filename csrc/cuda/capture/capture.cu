@@ -3,99 +3,253 @@
 #include "cuda/capture/capture.cuh"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <string>
 
 #include "cuda/launch.cuh"
 
+// The tests run with less on small sizes what takes large ones.
+#ifndef CARVE_MOST_SCORES
+#define CARVE_MOST_SCORES (64 << 20)
+#endif
+
 namespace carve {
 namespace {
 
-constexpr int64_t kMostBlocks = 0x7fffffff;
+constexpr int64_t kMostBlocks = 65535;       // on the second and third axis of a grid
+constexpr int64_t kMostScores = CARVE_MOST_SCORES;   // bytes of scores at a time
+constexpr int64_t kCachedScores = kMostScores / 2;   // bytes of scores that stay in the L2 cache beside keys
+constexpr int64_t kManyQueries = 32;         // from which a second read costs fewer bytes than stored scores
+constexpr int64_t kMultiprocessors = 132;    // of an H100; the result depends on the splits, so not on the device
+constexpr int kDevices = 64;
 
-// Offsets of the scratch buffers in bytes: statistics at 0, means, tickets; and the total size.
-struct Scratch {
-  int64_t mean;
-  int64_t tickets;
-  int64_t end;
+int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+void check(bool holds, const char* message) {
+  if (!holds) throw std::runtime_error(std::string("capture_layers: ") + message);
+}
+
+void check_amount(const char* name, int64_t needed, int64_t given, const char* unit) {
+  if (given >= needed) return;
+  throw std::runtime_error(std::string("capture_layers: ") + name + ": expected at least " + std::to_string(needed) + unit +
+                           ", got " + std::to_string(given));
+}
+
+// How a capture is divided into launches, and where its scratch lies.
+struct Plan {
+  bool is_plain;     // the first kernel multiplies without tensor cores
+  bool is_reread;    // the second kernel reads the tokens' keys
+  int64_t layers;    // at a time
+  int64_t rows;      // at a time
+  int64_t padded;
+  int64_t queries_at_once;
+  int64_t query_blocks;
+  int64_t split_keys;
+  int64_t splits;
+  int64_t token_chunks;
+  int64_t token_blocks;
+  // Offsets in the scratch, in bytes; the span is at 0.
+  int64_t stats;
+  int64_t parts;
+  int64_t scores;
+  CaptureScratch needs;
 };
 
-int64_t count_splits(int64_t split_keys, int64_t keys) { return (keys + split_keys - 1) / split_keys; }
+// Keys that a block of the first kernel takes at a time; see Shape.
+int64_t block_keys(const CaptureParams& p, bool is_plain) { return is_plain ? 32 : p.size <= 128 ? 128 : 64; }
 
-Scratch lay_out_scratch(const CaptureParams& p, int64_t layers, int64_t splits) {
-  Scratch scratch{};
-  const int64_t stats = p.lse == nullptr ? layers * p.batch * p.heads * p.rows * splits : 0;
-  scratch.mean = stats * static_cast<int64_t>(sizeof(float2));
-  const int64_t means = p.each ? layers * p.batch * p.rows * p.token_count : 0;
-  scratch.tickets = scratch.mean + means * static_cast<int64_t>(sizeof(float));
-  scratch.end = scratch.tickets + layers * p.batch * static_cast<int64_t>(sizeof(unsigned));
-  return scratch;
+// Queries of a key head in one block, which its shared memory of 99 KB has to hold; see stream_bytes.
+int64_t most_queries(const CaptureParams& p, bool is_plain) { return is_plain ? 64 : p.size <= 128 ? 256 : 128; }
+
+void plan_splits(const CaptureParams& p, Plan& plan) {
+  const int64_t queries = p.heads / p.key_heads * plan.rows, unit = block_keys(p, plan.is_plain);
+  plan.query_blocks = ceil_div(queries, most_queries(p, plan.is_plain));
+  plan.queries_at_once = ceil_div(queries, plan.query_blocks);
+  if (plan.query_blocks > 1) plan.queries_at_once = ceil_div(plan.queries_at_once, 32) * 32;
+  plan.query_blocks = ceil_div(queries, plan.queries_at_once);
+  // Two blocks a multiprocessor where each has work for long enough, three where not: the start of a block, which reads its
+  // queries, costs as much as 100 to 300 keys. Up to 2048 keys a block, so that the last blocks do not end alone.
+  const int64_t problems = plan.layers * p.batch * p.key_heads * plan.query_blocks;
+  const auto split_over = [&](int64_t blocks) { return ceil_div(p.keys, std::max<int64_t>(1, blocks / problems)); };
+  int64_t keys = split_over(2 * kMultiprocessors);
+  if (queries <= 8 && keys < 1024) keys = split_over(3 * kMultiprocessors);
+  plan.split_keys = ceil_div(std::min<int64_t>(std::max<int64_t>(keys, unit), 2048), unit) * unit;
+  plan.splits = ceil_div(p.keys, plan.split_keys);
 }
 
-void check(bool holds, const std::string& message) {
-  if (!holds) throw std::runtime_error("capture_cuda: " + message);
+Plan plan_capture(const CaptureParams& p, bool is_aligned) {
+  Plan plan{};
+  plan.is_plain = !is_aligned || p.type == Float::kFloat32;
+  plan.padded = ceil_div(p.keys, 32) * 32;
+  plan.layers = std::min<int64_t>({p.layer_count, kLayersAtOnce, std::max<int64_t>(1, kMostBlocks / p.batch)});
+  plan.rows = std::min<int64_t>(p.rows, kMostBlocks / 2);
+  const int64_t row_bytes = p.batch * p.heads * plan.padded * static_cast<int64_t>(sizeof(float));
+  const int64_t queries = p.heads / p.key_heads * p.rows;
+  plan.is_reread = !plan.is_plain && (p.lse != nullptr || (queries >= kManyQueries &&
+                                                           row_bytes * plan.rows * plan.layers > kCachedScores));
+  if (!plan.is_reread) {
+    const int64_t most = std::max<int64_t>(1, kMostScores / std::max<int64_t>(1, row_bytes));
+    plan.rows = std::min(plan.rows, most);
+    plan.layers = std::min(plan.layers, std::max<int64_t>(1, most / plan.rows));
+  }
+  plan_splits(p, plan);
+  const int64_t lines = plan.layers * p.batch * plan.rows;
+  plan.token_chunks = 1;
+  int64_t tokens = kThreads;
+  if (plan.is_reread) {
+    tokens = block_keys(p, false);
+  } else {
+    // Up to six blocks a multiprocessor, all at the same time: each merges the splits anew.
+    plan.token_chunks = std::max<int64_t>(1, ceil_div(ceil_div(p.token_count, kThreads) * lines, 6 * kMultiprocessors));
+    plan.token_chunks = std::min(plan.token_chunks, std::max<int64_t>(1, ceil_div(p.token_count, kThreads)));
+    tokens *= plan.token_chunks;
+  }
+  plan.token_blocks = std::max<int64_t>(1, ceil_div(p.token_count, tokens));
+  const int64_t stats = p.lse == nullptr ? lines * p.heads * plan.splits : 0;
+  plan.stats = 16;
+  plan.parts = plan.stats + ceil_div(stats * static_cast<int64_t>(sizeof(float2)), 16) * 16;
+  plan.scores = plan.parts + lines * plan.token_blocks * static_cast<int64_t>(sizeof(float4));
+  plan.needs.bytes = plan.scores + (plan.is_reread ? 0 : row_bytes * plan.rows * plan.layers);
+  plan.needs.tickets = lines;
+  return plan;
 }
 
-// Whether every key of every layer starts at a multiple of 16 bytes and has whole vectors of 16 bytes.
-bool is_aligned(const CaptureParams& p) {
+// Whether every key of every layer starts at a multiple of 16 bytes and is whole vectors of them, with rows that
+// 32 bits of stride reach.
+bool keys_are_aligned(const CaptureParams& p) {
   const int64_t elements = p.type == Float::kFloat32 ? 4 : 8;
   bool aligned = p.size % elements == 0;
   for (int64_t index = 0; index < p.layer_count; ++index) {
     const CaptureLayer& layer = p.layers[index];
     aligned = aligned && reinterpret_cast<uintptr_t>(layer.key) % 16 == 0;
     for (int64_t stride : layer.key_strides) aligned = aligned && stride % elements == 0;
+    aligned = aligned && layer.key_strides[2] < 1 << 30;
   }
   return aligned;
 }
 
-void launch_layers(const CaptureLaunch& launch, const CapturePlan& plan) {
-  switch (launch.params.type) {
-    case Float::kFloat32: return launch_capture_float(launch, plan);
-    case Float::kFloat16: return launch_capture_half(launch, plan);
-    case Float::kBfloat16: return launch_capture_bfloat(launch, plan);
+bool query_is_aligned(const CaptureLayer& layer, int64_t size) {
+  bool aligned = reinterpret_cast<uintptr_t>(layer.query) % 16 == 0 && (size < 2 || layer.query_strides[3] == 1);
+  for (int i = 0; i < 3; ++i) aligned = aligned && layer.query_strides[i] % 8 == 0;
+  return aligned;
+}
+
+Logit logit_of(const CaptureParams& p) {
+  // Not exactly 0: a hidden key's score, -inf, times 0 would be NaN.
+  constexpr float kLeast = 1e-30f;
+  if (p.softcap != 0.0f) return {std::max(std::abs(p.softcap) * kLog2E, kLeast), p.scale / std::abs(p.softcap), false};
+  return {std::max(std::abs(p.scale) * kLog2E, kLeast), 0.0f, p.scale < 0.0f};
+}
+
+// Moves all pointers to some rows of some layers.
+CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t first_layer, int64_t layers,
+                      int64_t first_row, int64_t rows) {
+  CaptureLaunch launch = all;
+  CaptureParams& part = launch.params;
+  const int64_t element = p.type == Float::kFloat32 ? 4 : 2;
+  part.rows = rows;
+  if (part.positions.data != nullptr) {
+    part.positions.data = static_cast<const char*>(p.positions.data) +
+                          first_row * p.positions.strides[1] * (p.positions.is_int64 ? 8 : 4);
   }
+  if (part.mask != nullptr) part.mask += first_row * p.mask_strides[2];
+  if (part.lse != nullptr) part.lse += first_row;
+  launch.query_is_aligned = true;
+  for (int64_t index = 0; index < layers; ++index) {
+    CaptureLayer& layer = launch.layers[index];
+    layer = p.layers[first_layer + index];
+    layer.query = static_cast<const char*>(layer.query) + first_row * layer.query_strides[2] * element;
+    layer.maps += first_row * p.maps_strides[2];
+    layer.mass += first_row * p.mass_strides[1];
+    layer.entropy += first_row * p.entropy_strides[1];
+    launch.query_is_aligned = launch.query_is_aligned && query_is_aligned(layer, p.size);
+  }
+  launch.row_shift = 0;
+  while (launch.row_shift < 4 && 1 << launch.row_shift < rows) ++launch.row_shift;
+  return launch;
+}
+
+// Whether dependent launches may overlap on a device: from compute capability 9.0 on.
+bool overlaps_launches(int device) {
+  static std::atomic<signed char> known[kDevices];
+  signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
+  if (found == 0) {
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    found = major >= 9 ? 1 : -1;
+    if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
+  }
+  return found > 0;
+}
+
+void launch_part(const CaptureLaunch& launch, const Plan& plan, const CaptureGrid& grid) {
+  const bool is_half = launch.params.type == Float::kFloat16;
+  const bool has_scores = launch.params.keys > 0 && launch.params.token_count > 0;
+  if (plan.is_plain) {
+    if (has_scores) launch_plain(launch, grid);
+  } else if (launch.params.lse == nullptr && has_scores) {
+    is_half ? launch_stream_half(launch, grid) : launch_stream_bfloat(launch, grid);
+  }
+  if (!plan.is_reread || !has_scores) return launch_maps(launch, grid);
+  is_half ? launch_reread_half(launch, grid) : launch_reread_bfloat(launch, grid);
 }
 
 }  // namespace
 
-void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
-  const CaptureParams& p = params;
-  check(p.rows <= kMaxRows, "query: expected up to 8 rows, got " + std::to_string(p.rows));
-  check(p.size <= kMaxSize, "query: expected heads of up to 256 elements, got " + std::to_string(p.size));
-  check(p.keys <= kMostBlocks && p.batch * p.heads * kMaxSplits <= kMostBlocks &&
-            p.batch * (p.token_count + 1) <= kMostBlocks,
-        "query, key, tokens: expected sizes whose blocks number fewer than 2^31");
+CaptureScratch capture_cuda_scratch(const CaptureParams& sizes, bool aligned) {
+  if (sizes.batch == 0 || sizes.rows == 0 || sizes.heads == 0) return {0, 0};
+  return plan_capture(sizes, aligned).needs;
+}
+
+void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
+  check(p.size <= kMaxSize, "query: expected heads of up to 256 elements");
   if (p.batch == 0 || p.rows == 0 || p.heads == 0) return;
+  const Plan plan = plan_capture(p, keys_are_aligned(p));
+  const int64_t most = 0x7fffffff;
+  check(p.batch <= kMostBlocks && p.key_heads * plan.query_blocks <= kMostBlocks && p.keys < most &&
+            plan.token_blocks <= most && plan.layers * p.batch * p.heads * plan.rows <= most,
+        "query, key, tokens: expected sizes whose blocks fit into a grid");
+  check_amount("scratch", plan.needs.bytes, device.scratch_bytes, " bytes");
+  check(reinterpret_cast<uintptr_t>(device.scratch) % 16 == 0, "scratch: expected 16 bytes of alignment");
+  check_amount("tickets", plan.needs.tickets, device.ticket_count, "");
 
   CaptureLaunch launch{};
   launch.params = p;
   launch.params.layers = nullptr;
   launch.device = device;
-  launch.split_keys = kSplitKeys * std::max<int64_t>(1, count_splits(kSplitKeys * kMaxSplits, p.keys));
-  launch.splits = static_cast<int>(count_splits(launch.split_keys, p.keys));
-  launch.aligned = is_aligned(p);
-  const int64_t at_once = std::min<int64_t>(p.layer_count, kLayersAtOnce);
-  const Scratch scratch = lay_out_scratch(p, at_once, launch.splits);
-  check(device.scratch_bytes >= scratch.end, "scratch: expected at least " + std::to_string(scratch.end) +
-                                                 " bytes, got " + std::to_string(device.scratch_bytes));
-  check(reinterpret_cast<uintptr_t>(device.scratch) % sizeof(float2) == 0, "scratch: expected 8 bytes of alignment");
+  launch.logit = logit_of(p);
+  launch.lse_rows = p.rows;
   auto* bytes = static_cast<unsigned char*>(device.scratch);
-  launch.stats = reinterpret_cast<float2*>(bytes);
-  launch.mean = reinterpret_cast<float*>(bytes + scratch.mean);
-  launch.tickets = reinterpret_cast<unsigned*>(bytes + scratch.tickets);
+  launch.stats = reinterpret_cast<float2*>(bytes + plan.stats);
+  launch.parts = reinterpret_cast<float4*>(bytes + plan.parts);
+  launch.scores = reinterpret_cast<float*>(bytes + plan.scores);
+  launch.padded = static_cast<int>(plan.padded);
+  launch.split_keys = static_cast<int>(plan.split_keys);
+  launch.splits = static_cast<int>(plan.splits);
+  launch.queries_at_once = static_cast<int>(plan.queries_at_once);
+  launch.query_blocks = static_cast<int>(plan.query_blocks);
+  launch.token_chunks = static_cast<int>(plan.token_chunks);
+  launch.token_blocks = static_cast<int>(plan.token_blocks);
 
   const DeviceGuard guard(device.device);
-  CapturePlan plan{};
-  plan.stats = p.lse == nullptr && p.keys > 0 && p.token_count > 0;
-  for (int64_t begin = 0; begin < p.layer_count; begin += kLayersAtOnce) {
-    plan.layers = static_cast<int>(std::min<int64_t>(p.layer_count - begin, kLayersAtOnce));
-    std::copy_n(p.layers + begin, plan.layers, launch.layers);
-    if (!plan.stats) {
-      // Otherwise the first launch resets the tickets.
-      check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
-                                 static_cast<cudaStream_t>(device.stream)),
-                 "cudaMemsetAsync");
+  CaptureGrid grid{};
+  grid.overlaps = overlaps_launches(device.device);
+  if (!plan.is_reread && p.keys > 0 && p.token_count > 0) {
+    launch.span = device.span;
+    if (device.span == nullptr) {
+      auto* span = static_cast<int32_t*>(device.scratch);
+      launch_span(launch, span);
+      launch.span = span;
     }
-    launch_layers(launch, plan);
+  }
+  for (int64_t layer = 0; layer < p.layer_count; layer += plan.layers) {
+    for (int64_t row = 0; row < p.rows; row += plan.rows) {
+      grid.layers = static_cast<int>(std::min(plan.layers, p.layer_count - layer));
+      const int64_t rows = std::min(plan.rows, p.rows - row);
+      grid.row_blocks = ceil_div(rows, 16);
+      launch_part(part_of(launch, p, layer, grid.layers, row, rows), plan, grid);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// The arguments of the kernels, and how blocks share a capture.
+// The arguments of the kernels of capture, and what all of them share.
 #pragma once
 
 #include <cstdint>
@@ -8,41 +8,131 @@
 
 namespace carve {
 
-constexpr int kThreads = 256;
-constexpr int kMaxRows = 8;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSize = 256;
 // As many as fit into the 4 KB of arguments that every driver accepts; more layers take further launches.
-constexpr int kLayersAtOnce = 34;
+constexpr int kLayersAtOnce = 32;
+constexpr float kLog2E = 1.44269504088896340736f;
+// The maximum of no scores: finite, so that no difference of maxima is NaN.
+constexpr float kLowest = -3.402823466e38f;
 
-// Keys of a split: 64 keys, 16 KB of bf16 at D = 128, are what one iteration of a block holds in flight. From 2048 keys
-// on there are 32 splits, with which 4 KV heads of one layer fill 132 SMs; each block of the second launch reads the
-// results of all splits, 7 KB for 28 heads and one row.
-constexpr int64_t kSplitKeys = 64;
-constexpr int64_t kMaxSplits = 32;
+// A score is the product of a query and a key or, with a softcap, its tanh; `factor` makes it a logit in base 2. It is
+// computed once and not rounded again: the exponent factor * score - maximum is one fma, so the digits that large logits
+// lose are those that all of a row have in common.
+struct Logit {
+  float factor;
+  float inner;     // scale / softcap, 0 without a softcap
+  bool is_negative;  // without a softcap: the scale is negative, and the factor its magnitude
+
+  __device__ __forceinline__ bool changes() const { return inner != 0.0f || is_negative; }
+  __device__ __forceinline__ float score(float product) const {
+    return inner != 0.0f ? tanhf(product * inner) : -product;
+  }
+};
 
 struct CaptureLaunch {
   CaptureLayer layers[kLayersAtOnce];
-  CaptureParams params;  // its `layers` is null
+  CaptureParams params;  // its `layers` is null; `rows`, and all pointers, are those of the rows of this launch
   CaptureDevice device;
-  int64_t split_keys;
+  Logit logit;
+  int64_t lse_rows;     // rows of `lse`
+  float* scores;        // [layers, batch, heads, rows, padded], or null
+  float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum); null with `lse`
+  float4* parts;        // [layers, batch, rows, token_blocks]: mass, entropy and number of a block's tokens
+  const int32_t* span;  // the keys whose scores are stored; null: no scores are
+  int padded;           // keys, rounded up to a tile of a warp
+  int split_keys;       // a multiple of the keys that a block takes at a time
   int splits;
-  int token_blocks;
-  int heads_at_once;  // key heads that a block of the second launch processes at a time, a power of two
-  bool aligned;       // every key starts at a multiple of 16 bytes and has whole vectors of them
-  float2* stats;      // [layers, batch, heads, rows, splits], maximum, and sum of e^(logit - maximum)
-  float* mean;        // [layers, batch, rows, token_count], where the maps are of each head
-  unsigned* tickets;  // [layers, batch]
+  int queries_at_once;  // queries of a key head that a block of the first kernel takes
+  int query_blocks;
+  int row_shift;        // of the second read: 2^row_shift rows in a tile
+  int token_chunks;     // times 128 tokens are what a block of `capture_maps` takes
+  int token_blocks;     // of the second kernel
+  bool query_is_aligned;  // every query starts at a multiple of 16 bytes and is contiguous
 };
 static_assert(sizeof(CaptureLaunch) <= 4096);
 
-struct CapturePlan {
-  int layers;
-  bool stats;  // false if the log-sum-exp is given, or if there are no keys or no tokens
+// The layer and the row of the batch of a block, from the last axis of the grid.
+struct Problem {
+  int layer;
+  int batch;
+  const CaptureLayer& arguments;
+
+  __device__ __forceinline__ explicit Problem(const CaptureLaunch& launch)
+      : layer(blockIdx.z / static_cast<unsigned>(launch.params.batch)),
+        batch(blockIdx.z % static_cast<unsigned>(launch.params.batch)),
+        arguments(launch.layers[layer]) {}
+
+  // The number of a (layer, row of the batch, head, row), and of a (layer, row of the batch, row).
+  __device__ __forceinline__ int line(const CaptureParams& p, int head, int row) const {
+    const int heads = static_cast<int>(p.heads), rows = static_cast<int>(p.rows);
+    return (static_cast<int>(blockIdx.z) * heads + head) * rows + row;
+  }
+  __device__ __forceinline__ int row_line(const CaptureParams& p, int row) const {
+    return static_cast<int>(blockIdx.z) * static_cast<int>(p.rows) + row;
+  }
 };
 
-// The launches of one CapturePlan, for each element type.
-void launch_capture_float(const CaptureLaunch& launch, const CapturePlan& plan);
-void launch_capture_half(const CaptureLaunch& launch, const CapturePlan& plan);
-void launch_capture_bfloat(const CaptureLaunch& launch, const CapturePlan& plan);
+__device__ __forceinline__ int64_t index_at(const IndexMatrix& index, int64_t row, int64_t column) {
+  const int64_t offset = row * index.strides[0] + column * index.strides[1];
+  return index.is_int64 ? load(static_cast<const int64_t*>(index.data) + offset)
+                        : load(static_cast<const int32_t*>(index.data) + offset);
+}
+
+// A token as a key, or -1 where it is padding.
+__device__ __forceinline__ int key_of_token(const CaptureParams& p, int batch, int64_t token) {
+  const int64_t key = token < p.token_count ? index_at(p.tokens, batch, token) : -1;
+  return key >= 0 && key < p.keys ? static_cast<int>(key) : -1;
+}
+
+// The keys that positions and window make visible to a row, from `first` to `last`.
+struct Visible {
+  int first;
+  int last;
+
+  __device__ __forceinline__ bool has(int key) const { return key >= first && key <= last; }
+};
+
+__device__ __forceinline__ Visible visible_to(const CaptureParams& p, int batch, int row) {
+  const int end = static_cast<int>(p.keys) - 1;
+  if (p.positions.data == nullptr) return {0, end};
+  const int64_t last = index_at(p.positions, batch, row), first = p.window == 0 ? 0 : last - p.window + 1;
+  return {first < 0 ? 0 : first > end ? end + 1 : static_cast<int>(first),
+          last > end ? end : last < 0 ? -1 : static_cast<int>(last)};
+}
+
+__device__ __forceinline__ bool mask_has(const CaptureParams& p, int batch, int head, int row, int key) {
+  const int64_t* strides = p.mask_strides;
+  return load(p.mask + batch * strides[0] + head * strides[1] + row * strides[2] + key * strides[3]) != 0;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+// The launches of one element type and size of head; see stream.cuh, reread.cuh and plain.cuh.
+struct CaptureGrid {
+  int layers;
+  int64_t row_blocks;  // of the second read
+  bool overlaps;       // the device overlaps dependent launches
+};
+void launch_stream_bfloat(const CaptureLaunch& launch, const CaptureGrid& grid);
+void launch_stream_half(const CaptureLaunch& launch, const CaptureGrid& grid);
+void launch_reread_bfloat(const CaptureLaunch& launch, const CaptureGrid& grid);
+void launch_reread_half(const CaptureLaunch& launch, const CaptureGrid& grid);
+void launch_plain(const CaptureLaunch& launch, const CaptureGrid& grid);
+void launch_span(const CaptureLaunch& launch, int32_t* span);
+void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid);
 
 }  // namespace carve

@@ -1,9 +1,13 @@
-#include "cuda/capture/launch_capture.cuh"
+#include "cuda/capture/reread.cuh"
+#include "cuda/capture/stream.cuh"
 
 namespace carve {
 
-void launch_capture_half(const CaptureLaunch& launch, const CapturePlan& plan) {
-  launch_capture_type<__half>(launch, plan);
+void launch_stream_half(const CaptureLaunch& launch, const CaptureGrid& grid) {
+  launch_stream_type<__half>(launch, grid);
+}
+void launch_reread_half(const CaptureLaunch& launch, const CaptureGrid& grid) {
+  launch_reread_type<__half>(launch, grid);
 }
 
 }  // namespace carve

@@ -1,0 +1,16 @@
+#include "cuda/capture/maps.cuh"
+
+#include "cuda/launch.cuh"
+
+namespace carve {
+
+void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid) {
+  const CaptureParams& p = launch.params;
+  const dim3 blocks(static_cast<unsigned>(launch.token_blocks), static_cast<unsigned>(p.rows),
+                    static_cast<unsigned>(grid.layers * p.batch));
+  const size_t bytes = sizeof(MapsShared) + sizeof(float2) * static_cast<size_t>(p.heads);
+  carve::launch({"capture_maps", blocks, kThreads, bytes, static_cast<cudaStream_t>(launch.device.stream), grid.overlaps},
+                capture_maps, launch);
+}
+
+}  // namespace carve

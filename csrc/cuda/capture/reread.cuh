@@ -1,0 +1,224 @@
+// The second kernel where the first has stored no scores, or where the log-sum-exp is known: it reads the keys of the tokens
+// and multiplies them by all queries. A score costs 4 bytes written and 4 read for each query of a key head; a key of 128
+// elements costs 256 once more: from 32 queries on the second read is cheaper, if the scores do not fit into the L2 cache.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/capture/merge.cuh"
+#include "cuda/capture/tile.cuh"
+#include "cuda/launch.cuh"
+
+namespace carve {
+namespace {
+
+constexpr int kRowsAtOnce = 16;
+
+template <typename S>
+struct RereadShared {
+  // 32 KB of queries: 8 tiles of heads of 128.
+  static constexpr int kMostTiles = 32 / S::kPieces;
+  uint4 staged[kMostTiles * S::kTileWords];
+  float2 normals[kMostTiles * 16];
+  int keys[kThreads];
+  Part parts[kWarps][kRowsAtOnce];
+};
+
+// Queries of a key head are numbered in tiles of 16: rows, padded to a power of two, of one head of the group after the
+// other. So a lane has the same row in every tile: `row_of(h)`.
+struct RereadRows {
+  int begin;
+  int count;
+  int shift;
+
+  __device__ __forceinline__ int row_of(int number) const { return number & ((1 << shift) - 1); }
+};
+
+// Maximum and factor of the queries of some tiles, one query a thread.
+template <typename S, typename Place>
+__device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const Problem& problem, int queries, Place place,
+                                              float2* normals) {
+  const CaptureParams& p = launch.params;
+  for (int number = threadIdx.x; number < queries; number += kThreads) {
+    int head, row;
+    float2 normal = make_float2(0.0f, 0.0f);
+    if (place(number, head, row)) {
+      if (p.lse != nullptr) {
+        normal = known_normal(launch, problem.batch, head, row);
+      } else {
+        float top = kLowest, sum = 0.0f;
+        const float2* stats = launch.stats + static_cast<int64_t>(problem.line(p, head, row)) * launch.splits;
+        merge_splits<8>(stats, launch.splits, 0, 1, top, sum);
+        normal = normal_of(problem.arguments, head, top, sum);
+      }
+    }
+    normals[number] = normal;
+  }
+}
+
+// A block: up to 16 rows and, for each warp, one tile of tokens at a time, with all heads. Grid: [token blocks, row blocks,
+// layers x batch].
+template <typename S>
+__global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
+  using T = typename S::Element;
+  using Shared = RereadShared<S>;
+  Shared& shared = block_shared<Shared>();
+  const CaptureParams& p = launch.params;
+  const Problem problem(launch);
+  const Lane lane;
+  const RereadRows rows{static_cast<int>(blockIdx.y) * kRowsAtOnce,
+                        min(kRowsAtOnce, static_cast<int>(p.rows) - static_cast<int>(blockIdx.y) * kRowsAtOnce),
+                        launch.row_shift};
+  const int heads = static_cast<int>(p.heads), group = static_cast<int>(p.heads / p.key_heads);
+  const int all_tiles = ((group << rows.shift) + 15) / 16, size = static_cast<int>(p.size);
+  const float factor = launch.logit.factor;
+  const CaptureLayer& layer = problem.arguments;
+  const Outputs out = outputs_of(launch, problem);
+  int own_row[2];
+  Visible visible[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    own_row[h] = rows.row_of(8 * h + lane.g);
+    visible[h] = visible_to(p, problem.batch, rows.begin + min(own_row[h], rows.count - 1));
+  }
+  bool waits = true;
+  const int64_t first_token = (static_cast<int64_t>(blockIdx.x) * kWarps + lane.warp) * S::kTileKeys;
+  const int in_warp = threadIdx.x % 32;
+  int* own_keys = shared.keys + 32 * lane.warp;
+  own_keys[in_warp] = in_warp < S::kTileKeys ? key_of_token(p, problem.batch, first_token + in_warp) : -1;
+  __syncwarp();
+  const int stride = static_cast<int>(layer.key_strides[2]);
+  uint4 keys[S::kKeyTiles][S::kPieces];
+  const auto load_tile = [&](int key_head) {
+    const T* from = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
+                    key_head * layer.key_strides[1];
+    load_keys<S>([&](int column) { return from + int64_t{max(own_keys[column], 0)} * stride; }, size, keys);
+  };
+  load_tile(0);
+  float sums[2][S::kScores] = {};
+#pragma unroll 1
+  for (int key_head = 0; key_head < p.key_heads; ++key_head) {
+#pragma unroll 1
+    for (int start = 0; start < all_tiles; start += Shared::kMostTiles) {
+      const int tiles = min(Shared::kMostTiles, all_tiles - start);
+      const auto place = [&](int number, int& head, int& row) {
+        const int query = start * 16 + number, member = query >> rows.shift, local = rows.row_of(query);
+        head = key_head * group + member, row = rows.begin + local;
+        return member < group && local < rows.count;
+      };
+      __syncthreads();
+      stage_queries<S>(launch, problem, tiles, place, shared.staged);
+      if (waits) wait_for_launch(), waits = false;
+      stage_normals<S>(launch, problem, tiles * 16, place, shared.normals);
+      __syncthreads();
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
+        float scores[1][2][S::kScores];
+        multiply<S, 1>(keys, shared.staged + tile * S::kTileWords, scores);
+        if (start + tile == all_tiles - 1 && key_head + 1 < p.key_heads) load_tile(key_head + 1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int number = tile * 16 + 8 * h + lane.g;
+          int head, row;
+          const bool exists = place(number, head, row);
+          const float2 normal = shared.normals[number];
+          float(&values)[S::kScores] = scores[0][h];
+          if (launch.logit.changes()) {
+#pragma unroll
+            for (int n = 0; n < S::kScores; ++n) values[n] = launch.logit.score(values[n]);
+          }
+#pragma unroll
+          for (int n = 0; n < S::kScores; ++n) values[n] = exists ? probability(values[n], factor, normal) : 0.0f;
+          if (p.mask != nullptr || p.each) {
+#pragma unroll
+            for (int n = 0; n < S::kScores; ++n) {
+              const int column = key_of_score(n, lane.t), key = own_keys[column];
+              // Selected and not multiplied: a hidden key may have given NaN.
+              if (!exists || key < 0 || !visible[h].has(key) ||
+                  (p.mask != nullptr && !mask_has(p, problem.batch, head, row, key))) {
+                values[n] = 0.0f;
+              }
+              if (p.each && exists && out.exist && first_token + column < p.token_count) {
+                store(out.maps + head * p.maps_strides[1] + row * p.maps_strides[2] +
+                          (first_token + column) * launch.device.token_stride,
+                      values[n]);
+              }
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < S::kScores; ++n) sums[h][n] += values[n];
+        }
+      }
+    }
+  }
+  if (!out.exist) return;
+  // Fewer than 16 rows stand in both halves of a tile and, if fewer than 8, in other lanes too.
+#pragma unroll
+  for (int n = 0; n < S::kScores; ++n) {
+    if (rows.shift < 4) sums[0][n] += sums[1][n];
+    if (rows.shift <= 2) sums[0][n] += __shfl_xor_sync(kAllLanes, sums[0][n], 16);
+    if (rows.shift <= 1) sums[0][n] += __shfl_xor_sync(kAllLanes, sums[0][n], 8);
+    if (rows.shift <= 0) sums[0][n] += __shfl_xor_sync(kAllLanes, sums[0][n], 4);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const bool is_own = 8 * h + lane.g < 1 << rows.shift && own_row[h] < rows.count;
+    Part part;
+#pragma unroll
+    for (int n = 0; n < S::kScores; ++n) {
+      const int column = key_of_score(n, lane.t), key = own_keys[column];
+      float& value = sums[h][n];
+      value = key >= 0 && visible[h].has(key) ? value / static_cast<float>(heads) : 0.0f;
+      part.mass += value, part.used += key >= 0 ? 1.0f : 0.0f;
+      const int64_t token = first_token + column;
+      if (!p.each && is_own && token < p.token_count) {
+        store(out.maps + (rows.begin + own_row[h]) * p.maps_strides[2] + token * launch.device.token_stride, value);
+      }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      part.mass += __shfl_xor_sync(kAllLanes, part.mass, distance);
+      part.used += __shfl_xor_sync(kAllLanes, part.used, distance);
+    }
+#pragma unroll
+    for (int n = 0; n < S::kScores; ++n) {
+      part.entropy += part.mass == 0.0f ? 0.0f : entropy_term(sums[h][n] / part.mass);
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      part.entropy += __shfl_xor_sync(kAllLanes, part.entropy, distance);
+    }
+    if (lane.t == 0 && is_own) shared.parts[lane.warp][own_row[h]] = part;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  for (int row = 0; row < rows.count; ++row) {
+    Part total = shared.parts[0][row];
+    for (int warp = 1; warp < kWarps; ++warp) total = merge_parts(total, shared.parts[warp][row]);
+    const int line = problem.row_line(p, rows.begin + row);
+    if (store_part(launch, line, blockIdx.x, total, launch.device.tickets + line)) {
+      summarize(launch, problem, out, rows.begin + row);
+    }
+  }
+}
+
+template <typename S>
+void launch_reread_shape(const CaptureLaunch& launch, const CaptureGrid& grid) {
+  static_assert(sizeof(RereadShared<S>) <= kSharedBytes);
+  const dim3 blocks(static_cast<unsigned>(launch.token_blocks), static_cast<unsigned>(grid.row_blocks),
+                    static_cast<unsigned>(grid.layers * launch.params.batch));
+  carve::launch({"capture_reread", blocks, kThreads, sizeof(RereadShared<S>),
+                 static_cast<cudaStream_t>(launch.device.stream), grid.overlaps && launch.params.lse == nullptr},
+                capture_reread<S>, launch);
+}
+
+template <typename T>
+void launch_reread_type(const CaptureLaunch& launch, const CaptureGrid& grid) {
+  const int64_t size = launch.params.size;
+  if (size <= 64) return launch_reread_shape<Shape<T, 2, 4>>(launch, grid);
+  if (size <= 128) return launch_reread_shape<Shape<T, 4, 4>>(launch, grid);
+  return launch_reread_shape<Shape<T, 8, 2>>(launch, grid);
+}
+
+}  // namespace
+}  // namespace carve
