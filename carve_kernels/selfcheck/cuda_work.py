@@ -13,8 +13,6 @@ from carve_kernels.selfcheck.work import CaptureSizes, Work
 _THREADS = 128
 _LAYERS_AT_ONCE = 32
 _MOST_BLOCKS = 65535
-_MOST_SCORES = 64 << 20
-_CACHED_SCORES = _MOST_SCORES // 2
 _MANY_QUERIES = 32
 _MULTIPROCESSORS = 132
 _FEW, _SOME = 8, 64
@@ -51,19 +49,25 @@ class _Plan(NamedTuple):
 
 
 def capture_work(
-    *, lse: bool = False, span: int | None = None, seeks_span: bool = False, aligned: bool = True, **sizes: int
+    *,
+    lse: bool = False,
+    span: int | None = None,
+    seeks_span: bool = False,
+    aligned: bool = True,
+    most_scores: int = 64 << 20,
+    **sizes: int,
 ) -> Work:
     """What `capture` of `CaptureSizes` moves for rows that see all keys, with int32 tokens and a given step.
 
     `lse`: the log-sum-exp is given. `span`: the keys from the lowest to the highest token, all keys by default;
-    `seeks_span`: a launch of its own finds it. `aligned`: keys of 16 bits start at multiples of 16 bytes. The first
-    kernel reads each key once, and the second the scores of the tokens or, again, their keys. Its bytes are, without
-    queries and statistics, which every block reads, mostly from the second-level cache::
+    `seeks_span`: a launch of its own finds it. `aligned`: keys of 16 bits start at multiples of 16 bytes.
+    `most_scores`: the bytes of scores at a time. The first kernel reads each key once, and the second the scores of the
+    tokens or, again, their keys. With scores the bytes are, without queries and statistics, which every block reads::
 
         layers * batch * (key_heads * keys * size * element_bytes + 4 * query_heads * rows * (span + tokens))
     """
     given = CaptureSizes(**sizes)
-    plan = _plan(given, lse=lse, aligned=aligned)
+    plan = _plan(given, most_scores, lse=lse, aligned=aligned)
     has_scores = given.keys > 0 and given.tokens > 0
     work = Work(0, 0, 0, 0)
     if not given.batch or not given.rows or not given.query_heads:
@@ -80,16 +84,16 @@ def capture_work(
     return work
 
 
-def _plan(sizes: CaptureSizes, *, lse: bool, aligned: bool) -> _Plan:
+def _plan(sizes: CaptureSizes, most_scores: int, *, lse: bool, aligned: bool) -> _Plan:
     layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = sizes
     plain = element_bytes == 4 or not aligned
     group, lines = query_heads // max(key_heads, 1), batch * query_heads
     layers = min(layers, _LAYERS_AT_ONCE, max(1, _MOST_BLOCKS // max(batch, 1)))
     row_bytes = lines * _up(keys, 32) * _FLOAT
-    large = group * rows >= _MANY_QUERIES and row_bytes * rows * layers > _CACHED_SCORES
+    large = group * rows >= _MANY_QUERIES and row_bytes * rows * layers > most_scores // 2
     again = not plain and (lse or large)
     if not again:
-        most = max(1, _MOST_SCORES // max(1, row_bytes))
+        most = max(1, most_scores // max(1, row_bytes))
         rows = min(rows, most)
         layers = min(layers, max(1, most // max(rows, 1)))
 

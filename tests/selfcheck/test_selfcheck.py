@@ -181,7 +181,5 @@ def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) ->
     with serving_a_cpu(backend, stage):
         small = [trial for build in trials(quick=True) if (trial := build()).stage == stage and trial.sizes is None]
         found = [selfcheck._check(trial, backend, CPU) for trial in small]
-    assert [entry for entry in found if entry["right"] is False] == []
-    # More than eight rows are Triton's.
-    assert sum(entry["right"] is None for entry in found) == (2 if (backend, stage) == ("cuda", "capture") else 0)
+    assert [entry for entry in found if entry["right"] is not True] == []
     assert len(found) > 5
