@@ -136,10 +136,15 @@ bool query_is_aligned(const CaptureLayer& layer, int64_t size) {
 }
 
 Logit logit_of(const CaptureParams& p) {
+  const bool has_cap = p.softcap != 0.0f;
   // Not exactly 0: a hidden key's score, -inf, times 0 would be NaN.
-  constexpr float kLeast = 1e-30f;
-  if (p.softcap != 0.0f) return {std::max(std::abs(p.softcap) * kLog2E, kLeast), p.scale / std::abs(p.softcap), false};
-  return {std::max(std::abs(p.scale) * kLog2E, kLeast), 0.0f, p.scale < 0.0f};
+  const double exact = std::max(1e-30, std::abs(double{has_cap ? p.softcap : p.scale}) * 1.4426950408889634);
+  Logit logit{};
+  logit.factor = static_cast<float>(exact);
+  logit.residual = static_cast<float>((exact - logit.factor) / logit.factor);
+  logit.inner = has_cap ? p.scale / std::abs(p.softcap) : 0.0f;
+  logit.is_negative = !has_cap && p.scale < 0.0f;
+  return logit;
 }
 
 // Moves all pointers to some rows of some layers.
