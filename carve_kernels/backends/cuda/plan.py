@@ -11,7 +11,12 @@ from carve_kernels.backends import cuda
 from carve_kernels.backends.native.scratch import ScratchNeeds
 
 # As in csrc/cuda/capture.
+LAYERS_AT_ONCE = 34
 MOST_SIZE = 256
+_SPLIT_KEYS = 64
+_MOST_SPLITS = 32
+STAT = 8  # bytes of a maximum and a sum
+FLOAT = 4
 
 # As in csrc/cuda/regions/regions.cuh. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The
 # result does not depend on it.
@@ -60,3 +65,11 @@ def _is_aligned(key: torch.Tensor) -> bool:
     unit = _VECTOR_BYTES // key.element_size()
     whole = key.shape[3] % unit == 0 and not any(stride % unit for stride in key.stride()[:3])
     return whole and key.data_ptr() % _VECTOR_BYTES == 0
+
+
+def split_keys(keys: int) -> int:
+    return _SPLIT_KEYS * max(1, -(-keys // (_SPLIT_KEYS * _MOST_SPLITS)))
+
+
+def splits(keys: int) -> int:
+    return -(-keys // split_keys(keys))

@@ -98,13 +98,10 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   for (int64_t begin = 0; begin < p.layer_count; begin += kLayersAtOnce) {
     plan.layers = static_cast<int>(std::min<int64_t>(p.layer_count - begin, kLayersAtOnce));
     std::copy_n(p.layers + begin, plan.layers, launch.layers);
-    if (!plan.stats) {
-      // Otherwise the first launch resets the tickets.
-      check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
-                                 static_cast<cudaStream_t>(device.stream)),
-                 "cudaMemsetAsync");
-    }
     launch_layers(launch, plan);
+    check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
+                               static_cast<cudaStream_t>(device.stream)),
+               "cudaMemsetAsync");
   }
 }
 
