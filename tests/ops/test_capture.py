@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carve_kernels import BackendUnavailable, capture
+from carve_kernels import capture
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture, CaptureOptions
 from tests.support.attention import Case, exact, planted, poisoned, textbook
