@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError, PlatformError
 
 NAME = "carve_kernels._C"
-KERNELS = sorted(path.as_posix() for path in Path("csrc/cpu").rglob("*.cpp"))
+# The plans of CUDA kernels are plain C++.
+KERNELS = sorted(path.as_posix() for folder in ("csrc/cpu", "csrc/cuda") for path in Path(folder).rglob("*.cpp"))
 # Only these sources include headers of torch.
 BINDINGS = sorted(path.as_posix() for path in Path("csrc/bindings").glob("*.cpp"))
 HEADERS = sorted(path.as_posix() for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))

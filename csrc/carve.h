@@ -104,16 +104,6 @@ struct CaptureDevice {
   void* stream;
 };
 
-// What a capture of these sizes needs.
-struct CaptureScratch {
-  int64_t bytes;
-  int64_t tickets;
-};
-
-// From the sizes and options of a capture alone. `aligned`: every key starts at a multiple of 16 bytes, and its size is
-// one; keys of float32 never count as aligned.
-CaptureScratch capture_cuda_scratch(const CaptureParams& sizes, bool aligned);
-
 // Throws std::runtime_error if a CUDA call fails, or if the scratch or the tickets are too few.
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
 

@@ -3,15 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/capture.h"
-#include "bindings/checks.h"
 #include "bindings/dispatch_key.h"
 #include "bindings/stream.h"
 
 namespace {
 
 using carve::check;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void capture_layers(StableIValue* stack, uint64_t inputs, uint64_t) {
   check(inputs == carve::kCaptureArguments, "expected ", carve::kCaptureArguments, " arguments, got ", inputs);
@@ -39,42 +36,6 @@ void capture_layers(StableIValue* stack, uint64_t inputs, uint64_t) {
   carve::capture_cuda(call.params, device);
 }
 
-carve::Float parse_element(int64_t bytes) {
-  STD_TORCH_CHECK(bytes == 2 || bytes == 4, "capture_scratch_cuda: sizes: expected elements of 2 or 4 bytes, got ",
-                  bytes);
-  return bytes == 4 ? carve::Float::kFloat32 : carve::Float::kBfloat16;
-}
-
-// The sizes are those of the schema.
-void capture_scratch_cuda(const std::vector<int64_t>& sizes, const Tensor& out) {
-  constexpr size_t kSizes = 12;
-  STD_TORCH_CHECK(sizes.size() == kSizes, "capture_scratch_cuda: sizes: expected ", kSizes, " numbers, got ",
-                  sizes.size());
-  for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 0, "capture_scratch_cuda: sizes: expected numbers of at least 0, got ", size);
-  }
-  carve::check_tensor(out, "capture_scratch_cuda", "out", 1, ScalarType::Long);
-  STD_TORCH_CHECK(out.size(0) == 2, "capture_scratch_cuda: out: expected 2 numbers, got ", out.size(0));
-  const float known = 0.0f;
-  carve::CaptureParams params{};
-  params.layer_count = sizes[0];
-  params.batch = sizes[1];
-  params.heads = sizes[2];
-  params.key_heads = sizes[3];
-  params.rows = sizes[4];
-  params.keys = sizes[5];
-  params.size = sizes[6];
-  params.token_count = sizes[7];
-  params.type = parse_element(sizes[8]);
-  params.lse = sizes[9] != 0 ? &known : nullptr;
-  params.each = sizes[10] != 0;
-  const carve::CaptureScratch scratch = carve::capture_cuda_scratch(params, sizes[11] != 0);
-  auto* to = out.mutable_data_ptr<int64_t>();
-  to[0] = scratch.bytes;
-  to[1] = scratch.tickets;
-}
-
 }  // namespace
 
 CARVE_CUDA_LIBRARY(m) { m.impl("capture_layers", &capture_layers); }
-CARVE_CUDA_HOST_LIBRARY(m) { m.impl("capture_scratch_cuda", TORCH_BOX(&capture_scratch_cuda)); }

@@ -29,7 +29,7 @@ namespace {
 void on_device(const carve::CaptureParams& params) {
   // Of a multiple of 16 bytes in every shape here, or of an odd number.
   const bool aligned = params.type != carve::Float::kFloat32 && params.size % 8 == 0;
-  const carve::CaptureScratch needs = carve::capture_cuda_scratch(params, aligned);
+  const carve::CapturePlan needs = carve::plan_capture(params, aligned);
   Guarded<unsigned char> scratch(needs.bytes);
   std::memset(scratch.get(), 0xff, needs.bytes);
   Guarded<unsigned> tickets(needs.tickets);
@@ -72,7 +72,7 @@ int main(int count, char** arguments) {
       // More queries of a key head than 8 and than 64, with stored scores; more than 32 whose keys are read again, in one
       // block of rows and in three; rows in turns; keys that are not whole vectors.
       {1, 12, 1, 1, 290, 64, 70}, {1, 12, 1, 7, 100, 128, 20}, {1, 8, 1, 5, 419, 40, 60}, {1, 14, 2, 33, 150, 128, 40},
-      {2, 4, 2, 9, 1000, 72, 10}, {1, 3, 1, 3, 70, 33, 9},
+      {2, 4, 2, 9, 2000, 72, 10}, {1, 3, 1, 3, 70, 33, 9},
   };
   // The last shape has several blocks of tokens, the last of which to finish computes the totals.
   // The argument "first" runs only the first shape, as in every run of the tests; "seeds" runs all in many orders.

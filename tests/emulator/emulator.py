@@ -24,10 +24,10 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-_library = schemas.define(NAMESPACE, ("capture_layers", "capture_scratch_cuda", "regions_cuda"))
+_library = schemas.define(NAMESPACE, ("capture_layers", "capture_plan_cuda", "regions_cuda"))
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores at most: less than on a GPU, so that small captures take the launches of large ones.
-MOST_SCORES = 1 << 17
+MOST_SCORES = 1 << 19
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
 CPU_INFO = Path("/proc/cpuinfo")
@@ -48,7 +48,9 @@ class Counters(NamedTuple):
 
 
 def sources(stage: str, root: Path = ROOT) -> list[Path]:
-    return [*sorted((root / "csrc/cuda" / stage).glob("*.cu")), root / f"csrc/bindings/{stage}_cuda.cpp"]
+    kernels = sorted(path for kind in ("*.cu", "*.cpp") for path in (root / "csrc/cuda" / stage).glob(kind))
+    names = (f"{stage}_cuda.cpp", f"{stage}_plan.cpp")
+    return [*kernels, *(path for name in names if (path := root / "csrc/bindings" / name).exists())]
 
 
 def headers(root: Path = ROOT) -> list[Path]:

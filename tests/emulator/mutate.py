@@ -25,7 +25,7 @@ from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
 FLAGS = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-pthread", "-ffp-contract=off"]
-FLAGS += ["-DCARVE_MOST_SCORES=131072"]
+FLAGS += ["-DCARVE_MOST_SCORES=524288"]
 SANITIZERS = {
     "results": [],
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -61,7 +61,7 @@ def copy_sources(root: Path) -> None:
 
 
 def sources(stage: str, root: Path) -> list[Path]:
-    patterns = (f"csrc/cuda/{stage}/*.cu", f"csrc/cpu/{stage}/*.cpp")
+    patterns = (f"csrc/cuda/{stage}/*.cu", f"csrc/cuda/{stage}/*.cpp", f"csrc/cpu/{stage}/*.cpp")
     skipped = ONE_TYPE.get(stage, ([], ()))[1]
     kernels = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in skipped]
     shared = ("csrc/cpu/simd/isa.cpp", "tests/native/parallel.cpp", f"tests/emulator/{stage}_cuda.cpp")

@@ -82,8 +82,8 @@ def capture_layers_in() -> tuple[Any, ...]:
     return (*capture_layers(), "reference")
 
 
-def capture_scratch_cuda() -> tuple[Any, ...]:
-    return [6, 1, 28, 4, 1, 4096, 128, 1024, 2, 0, 0, 1], torch.full((2,), -1)
+def capture_plan_cuda() -> tuple[Any, ...]:
+    return [6, 1, 28, 4, 1, 4096, 128, 1024, 2, 0, 1], torch.full((11,), -1)
 
 
 def cuda_build() -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ def isa_cpu() -> tuple[Any, ...]:
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_emulated::capture_layers": capture_layers,
-    "carve_emulated::capture_scratch_cuda": capture_scratch_cuda,
+    "carve_emulated::capture_plan_cuda": capture_plan_cuda,
     "carve_emulated::regions_cuda": regions_cuda,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::capture_layers_in": capture_layers_in,

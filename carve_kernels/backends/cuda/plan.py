@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +21,23 @@ MOST_BLOCKS = 1024
 _VECTOR_BYTES = 16
 
 
-def scratch_needs(
+class CapturePlan(NamedTuple):
+    """How a call of the operator `capture_layers` is divided into launches; csrc/cuda/capture/plan.h describes each."""
+
+    scratch_bytes: int
+    tickets: int
+    is_plain: bool
+    is_reread: bool
+    layers: int
+    rows: int
+    query_blocks: int
+    split_keys: int
+    splits: int
+    token_chunks: int
+    token_blocks: int
+
+
+def capture_plan(
     *,
     layers: int,
     batch: int,
@@ -32,23 +49,26 @@ def scratch_needs(
     tokens: int,
     element_bytes: int,
     lse: bool = False,
-    each: bool = False,
     aligned: bool = True,
-) -> ScratchNeeds:
-    """The scratch and the tickets of one call of the operator `capture_layers` on a GPU.
-
-    `lse`: the log-sum-exp is given. `each`: each head has its maps. `aligned`: see `is_aligned`.
-    """
-    sizes = (layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes, lse, each, aligned)
+) -> CapturePlan:
+    """The plan of one call; `lse`: the log-sum-exp is given; `aligned`: see `is_aligned`."""
+    sizes = (layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes, lse, aligned)
     return _ask(cuda.operators, sizes)
+
+
+def scratch_needs(*, each: bool = False, **sizes: Any) -> ScratchNeeds:
+    """The scratch and the tickets of one call with the arguments of `capture_plan`, also for maps of each head."""
+    plan = capture_plan(**sizes)
+    return ScratchNeeds(plan.scratch_bytes, plan.tickets)
 
 
 # Most calls of a process have the sizes of an earlier one.
 @functools.lru_cache(maxsize=1024)
-def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> ScratchNeeds:
-    out = torch.empty(2, dtype=torch.int64, device="cpu")
-    operators.capture_scratch_cuda.default([int(one) for one in sizes], out)
-    return ScratchNeeds(*out.tolist())
+def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> CapturePlan:
+    out = torch.empty(len(CapturePlan._fields), dtype=torch.int64, device="cpu")
+    operators.capture_plan_cuda.default([int(one) for one in sizes], out)
+    numbers = out.tolist()
+    return CapturePlan(*numbers[:2], bool(numbers[2]), bool(numbers[3]), *numbers[4:])
 
 
 def is_aligned(keys: Iterable[torch.Tensor]) -> bool:

@@ -1,6 +1,7 @@
 // Capture on a GPU, from the checks to the launches.
 
 #include "cuda/capture/capture.cuh"
+#include "cuda/capture/plan.h"
 
 #include <algorithm>
 #include <atomic>
@@ -9,22 +10,10 @@
 
 #include "cuda/launch.cuh"
 
-// The tests run with less on small sizes what takes large ones.
-#ifndef CARVE_MOST_SCORES
-#define CARVE_MOST_SCORES (64 << 20)
-#endif
-
 namespace carve {
 namespace {
 
-constexpr int64_t kMostBlocks = 65535;       // on the second and third axis of a grid
-constexpr int64_t kMostScores = CARVE_MOST_SCORES;   // bytes of scores at a time
-constexpr int64_t kCachedScores = kMostScores / 2;   // bytes of scores that stay in the L2 cache beside keys
-constexpr int64_t kManyQueries = 32;         // from which a second read costs fewer bytes than stored scores
-constexpr int64_t kMultiprocessors = 132;    // of an H100; the result depends on the splits, so not on the device
 constexpr int kDevices = 64;
-
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 void check(bool holds, const char* message) {
   if (!holds) throw std::runtime_error(std::string("capture_layers: ") + message);
@@ -34,85 +23,6 @@ void check_amount(const char* name, int64_t needed, int64_t given, const char* u
   if (given >= needed) return;
   throw std::runtime_error(std::string("capture_layers: ") + name + ": expected at least " + std::to_string(needed) + unit +
                            ", got " + std::to_string(given));
-}
-
-// How a capture is divided into launches, and where its scratch lies.
-struct Plan {
-  bool is_plain;     // the first kernel multiplies without tensor cores
-  bool is_reread;    // the second kernel reads the tokens' keys
-  int64_t layers;    // at a time
-  int64_t rows;      // at a time
-  int64_t padded;
-  int64_t queries_at_once;
-  int64_t query_blocks;
-  int64_t split_keys;
-  int64_t splits;
-  int64_t token_chunks;
-  int64_t token_blocks;
-  // Offsets in the scratch, in bytes; the span is at 0.
-  int64_t stats;
-  int64_t parts;
-  int64_t scores;
-  CaptureScratch needs;
-};
-
-// Keys that a block of the first kernel takes at a time; see Shape.
-int64_t block_keys(const CaptureParams& p, bool is_plain) { return is_plain ? 32 : p.size <= 128 ? 128 : 64; }
-
-// Queries of a key head in one block, which its shared memory of 99 KB has to hold; see stream_bytes.
-int64_t most_queries(const CaptureParams& p, bool is_plain) { return is_plain ? 64 : p.size <= 128 ? 256 : 128; }
-
-void plan_splits(const CaptureParams& p, Plan& plan) {
-  const int64_t queries = p.heads / p.key_heads * plan.rows, unit = block_keys(p, plan.is_plain);
-  plan.query_blocks = ceil_div(queries, most_queries(p, plan.is_plain));
-  plan.queries_at_once = ceil_div(queries, plan.query_blocks);
-  if (plan.query_blocks > 1) plan.queries_at_once = ceil_div(plan.queries_at_once, 32) * 32;
-  plan.query_blocks = ceil_div(queries, plan.queries_at_once);
-  // Two blocks a multiprocessor where each has work for long enough, three where not: the start of a block, which reads its
-  // queries, costs as much as 100 to 300 keys. Up to 2048 keys a block, so that the last blocks do not end alone.
-  const int64_t problems = plan.layers * p.batch * p.key_heads * plan.query_blocks;
-  const auto split_over = [&](int64_t blocks) { return ceil_div(p.keys, std::max<int64_t>(1, blocks / problems)); };
-  int64_t keys = split_over(2 * kMultiprocessors);
-  if (queries <= 8 && keys < 1024) keys = split_over(3 * kMultiprocessors);
-  plan.split_keys = ceil_div(std::min<int64_t>(std::max<int64_t>(keys, unit), 2048), unit) * unit;
-  plan.splits = ceil_div(p.keys, plan.split_keys);
-}
-
-Plan plan_capture(const CaptureParams& p, bool is_aligned) {
-  Plan plan{};
-  plan.is_plain = !is_aligned || p.type == Float::kFloat32;
-  plan.padded = ceil_div(p.keys, 32) * 32;
-  plan.layers = std::min<int64_t>({p.layer_count, kLayersAtOnce, std::max<int64_t>(1, kMostBlocks / p.batch)});
-  plan.rows = std::min<int64_t>(p.rows, kMostBlocks / 2);
-  const int64_t row_bytes = p.batch * p.heads * plan.padded * static_cast<int64_t>(sizeof(float));
-  const int64_t queries = p.heads / p.key_heads * p.rows;
-  plan.is_reread = !plan.is_plain && (p.lse != nullptr || (queries >= kManyQueries &&
-                                                           row_bytes * plan.rows * plan.layers > kCachedScores));
-  if (!plan.is_reread) {
-    const int64_t most = std::max<int64_t>(1, kMostScores / std::max<int64_t>(1, row_bytes));
-    plan.rows = std::min(plan.rows, most);
-    plan.layers = std::min(plan.layers, std::max<int64_t>(1, most / plan.rows));
-  }
-  plan_splits(p, plan);
-  const int64_t lines = plan.layers * p.batch * plan.rows;
-  plan.token_chunks = 1;
-  int64_t tokens = kThreads;
-  if (plan.is_reread) {
-    tokens = block_keys(p, false);
-  } else {
-    // Up to six blocks a multiprocessor, all at the same time: each merges the splits anew.
-    plan.token_chunks = std::max<int64_t>(1, ceil_div(ceil_div(p.token_count, kThreads) * lines, 6 * kMultiprocessors));
-    plan.token_chunks = std::min(plan.token_chunks, std::max<int64_t>(1, ceil_div(p.token_count, kThreads)));
-    tokens *= plan.token_chunks;
-  }
-  plan.token_blocks = std::max<int64_t>(1, ceil_div(p.token_count, tokens));
-  const int64_t stats = p.lse == nullptr ? lines * p.heads * plan.splits : 0;
-  plan.stats = 16;
-  plan.parts = plan.stats + ceil_div(stats * static_cast<int64_t>(sizeof(float2)), 16) * 16;
-  plan.scores = plan.parts + lines * plan.token_blocks * static_cast<int64_t>(sizeof(float4));
-  plan.needs.bytes = plan.scores + (plan.is_reread ? 0 : row_bytes * plan.rows * plan.layers);
-  plan.needs.tickets = lines;
-  return plan;
 }
 
 // Whether every key of every layer starts at a multiple of 16 bytes and is whole vectors of them, with rows that
@@ -136,10 +46,15 @@ bool query_is_aligned(const CaptureLayer& layer, int64_t size) {
 }
 
 Logit logit_of(const CaptureParams& p) {
+  const bool has_cap = p.softcap != 0.0f;
   // Not exactly 0: a hidden key's score, -inf, times 0 would be NaN.
-  constexpr float kLeast = 1e-30f;
-  if (p.softcap != 0.0f) return {std::max(std::abs(p.softcap) * kLog2E, kLeast), p.scale / std::abs(p.softcap), false};
-  return {std::max(std::abs(p.scale) * kLog2E, kLeast), 0.0f, p.scale < 0.0f};
+  const double exact = std::max(1e-30, std::abs(double{has_cap ? p.softcap : p.scale}) * 1.4426950408889634);
+  Logit logit{};
+  logit.factor = static_cast<float>(exact);
+  logit.residual = static_cast<float>((exact - logit.factor) / logit.factor);
+  logit.inner = has_cap ? p.scale / std::abs(p.softcap) : 0.0f;
+  logit.is_negative = !has_cap && p.scale < 0.0f;
+  return logit;
 }
 
 // Moves all pointers to some rows of some layers.
@@ -183,7 +98,7 @@ bool overlaps_launches(int device) {
   return found > 0;
 }
 
-void launch_part(const CaptureLaunch& launch, const Plan& plan, const CaptureGrid& grid) {
+void launch_part(const CaptureLaunch& launch, const CapturePlan& plan, const CaptureGrid& grid) {
   const bool is_half = launch.params.type == Float::kFloat16;
   const bool has_scores = launch.params.keys > 0 && launch.params.token_count > 0;
   if (plan.is_plain) {
@@ -197,22 +112,17 @@ void launch_part(const CaptureLaunch& launch, const Plan& plan, const CaptureGri
 
 }  // namespace
 
-CaptureScratch capture_cuda_scratch(const CaptureParams& sizes, bool aligned) {
-  if (sizes.batch == 0 || sizes.rows == 0 || sizes.heads == 0) return {0, 0};
-  return plan_capture(sizes, aligned).needs;
-}
-
 void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
   check(p.size <= kMaxSize, "query: expected heads of up to 256 elements");
   if (p.batch == 0 || p.rows == 0 || p.heads == 0) return;
-  const Plan plan = plan_capture(p, keys_are_aligned(p));
+  const CapturePlan plan = plan_capture(p, keys_are_aligned(p), device.scratch_bytes);
   const int64_t most = 0x7fffffff;
   check(p.batch <= kMostBlocks && p.key_heads * plan.query_blocks <= kMostBlocks && p.keys < most &&
             plan.token_blocks <= most && plan.layers * p.batch * p.heads * plan.rows <= most,
         "query, key, tokens: expected sizes whose blocks fit into a grid");
-  check_amount("scratch", plan.needs.bytes, device.scratch_bytes, " bytes");
+  check_amount("scratch", plan.bytes, device.scratch_bytes, " bytes");
   check(reinterpret_cast<uintptr_t>(device.scratch) % 16 == 0, "scratch: expected 16 bytes of alignment");
-  check_amount("tickets", plan.needs.tickets, device.ticket_count, "");
+  check_amount("tickets", plan.tickets, device.ticket_count, "");
 
   CaptureLaunch launch{};
   launch.params = p;
@@ -247,7 +157,7 @@ void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
     for (int64_t row = 0; row < p.rows; row += plan.rows) {
       grid.layers = static_cast<int>(std::min(plan.layers, p.layer_count - layer));
       const int64_t rows = std::min(plan.rows, p.rows - row);
-      grid.row_blocks = ceil_div(rows, 16);
+      grid.row_blocks = (rows + 15) / 16;
       launch_part(part_of(launch, p, layer, grid.layers, row, rows), plan, grid);
     }
   }

@@ -4,16 +4,16 @@
 #include <cstdint>
 
 #include "carve.h"
+#include "cuda/capture/plan.h"
 #include "cuda/device.cuh"
 
 namespace carve {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = static_cast<int>(kThreadsOfBlock);
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSize = 256;
-// As many as fit into the 4 KB of arguments that every driver accepts; more layers take further launches.
-constexpr int kLayersAtOnce = 32;
 constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 // The maximum of no scores: finite, so that no difference of maxima is NaN.
 constexpr float kLowest = -3.402823466e38f;
 
@@ -22,6 +22,7 @@ constexpr float kLowest = -3.402823466e38f;
 // lose are those that all of a row have in common.
 struct Logit {
   float factor;
+  float residual;    // what `factor` lost when it was rounded, as a share of it
   float inner;     // scale / softcap, 0 without a softcap
   bool is_negative;  // without a softcap: the scale is negative, and the factor its magnitude
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ void merge_heads(const CaptureLaunch& launch, const P
     }
     if (member == 0 && head < heads) {
       shared.normals[head] = p.lse != nullptr ? known_normal(launch, problem.batch, head, row)
-                                              : normal_of(problem.arguments, head, top, sum);
+                                              : normal_of(launch, problem.arguments, head, top, sum);
     }
   }
 }

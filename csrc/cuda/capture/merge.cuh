@@ -36,16 +36,25 @@ __device__ __forceinline__ void merge_splits(const float2* stats, int splits, in
   }
 }
 
+// A natural logit in base 2, less a maximum of scores times `factor`. Either may be of thousands, whose digits the product
+// with log2(e) would lose: its low part is added, and what `factor` lost of its own digits is taken from the maximum.
+__device__ __forceinline__ float above(const Logit& logit, float natural, float top) {
+  return fmaf(natural, kLog2E, -top) + fmaf(natural, kLog2ELow, -top * logit.residual);
+}
+
 // A maximum and a sum as the maximum and the factor that makes probabilities, with the sink of the head.
-__device__ __forceinline__ float2 normal_of(const CaptureLayer& layer, int head, float top, float sum) {
-  if (layer.sink != nullptr) add_stats(load(layer.sink + head) * kLog2E, 1.0f, top, sum);
+__device__ __forceinline__ float2 normal_of(const CaptureLaunch& launch, const CaptureLayer& layer, int head, float top,
+                                            float sum) {
+  if (layer.sink != nullptr) sum += exp2_fast(above(launch.logit, load(layer.sink + head), top));
   return make_float2(top, sum == 0.0f ? 0.0f : 1.0f / sum);
 }
 
 // The same where the log-sum-exp is known.
 __device__ __forceinline__ float2 known_normal(const CaptureLaunch& launch, int batch, int head, int row) {
   const float lse = load(launch.params.lse + (batch * launch.params.heads + head) * launch.lse_rows + row);
-  return lse == -INFINITY ? make_float2(0.0f, 0.0f) : make_float2(lse * kLog2E, 1.0f);
+  if (lse == -INFINITY) return make_float2(0.0f, 0.0f);
+  const float top = lse * kLog2E;
+  return make_float2(top, exp2_fast(-above(launch.logit, lse, top)));
 }
 
 // The probability of a score; 0 for -inf, which is the score of a hidden key.

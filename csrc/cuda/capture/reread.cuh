@@ -49,7 +49,7 @@ __device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const
         float top = kLowest, sum = 0.0f;
         const float2* stats = launch.stats + static_cast<int64_t>(problem.line(p, head, row)) * launch.splits;
         merge_splits<8>(stats, launch.splits, 0, 1, top, sum);
-        normal = normal_of(problem.arguments, head, top, sum);
+        normal = normal_of(launch, problem.arguments, head, top, sum);
       }
     }
     normals[number] = normal;
