@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from carve_kernels.backends.cuda.plan import MOST_BLOCKS
+import torch
+
+from carve_kernels.backends import cuda
+from carve_kernels.backends.cuda.plan import MOST_BLOCKS, CapturePlan, capture_plan
+from carve_kernels.backends.native import extension
 from carve_kernels.backends.native.region_buffers import most_regions
+from carve_kernels.checks import BackendUnavailable
 from carve_kernels.selfcheck.work import CaptureSizes, Work
 
-# As in csrc/cuda/capture: capture.cuh, capture.cu, tile.cuh, plain.cu and reread.cuh.
+# As in csrc/cuda/capture: plan.h, tile.cuh, stream.cuh, plain.cu and reread.cuh.
 _THREADS = 128
-_LAYERS_AT_ONCE = 32
-_MOST_BLOCKS = 65535
-_MANY_QUERIES = 32
-_MULTIPROCESSORS = 132
-_FEW, _SOME = 8, 64
-_SPLIT = 2048
+_SOME = 64
 _ROWS_OF_A_TILE = 16
 _PLAIN_KEYS, _PLAIN_QUERIES = 32, 8
 
@@ -35,114 +34,80 @@ _TILE_REGIONS = 1 << 10
 _MERGED_RUNS = 128
 
 
-class _Plan(NamedTuple):
-    """How a capture is divided, as in `plan_capture` of csrc/cuda/capture/capture.cu."""
-
-    plain: bool
-    again: bool
-    layers: int
-    rows: int
-    queries_at_once: int
-    query_blocks: int
-    split_keys: int
-    token_blocks: int
-
-
 def capture_work(
     *,
     lse: bool = False,
     span: int | None = None,
     seeks_span: bool = False,
     aligned: bool = True,
-    most_scores: int = 64 << 20,
     **sizes: int,
 ) -> Work:
     """What `capture` of `CaptureSizes` moves for rows that see all keys, with int32 tokens and a given step.
 
     `lse`: the log-sum-exp is given. `span`: the keys from the lowest to the highest token, all keys by default;
-    `seeks_span`: a launch of its own finds it. `aligned`: keys of 16 bits start at multiples of 16 bytes.
-    `most_scores`: the bytes of scores at a time. The first kernel reads each key once, and the second the scores of the
-    tokens or, again, their keys. With scores the bytes are, without queries and statistics, which every block reads::
+    `seeks_span`: a launch of its own finds it. `aligned`: keys of 16 bits start at multiples of 16 bytes. The first
+    kernel reads each key once, and the second the scores of the tokens or, again, their keys. With scores the bytes
+    are, without queries and statistics, which every block reads::
 
         layers * batch * (key_heads * keys * size * element_bytes + 4 * query_heads * rows * (span + tokens))
+
+    Raises BackendUnavailable where the library is not built: it has the plan that divides the work.
     """
     given = CaptureSizes(**sizes)
-    plan = _plan(given, most_scores, lse=lse, aligned=aligned)
-    has_scores = given.keys > 0 and given.tokens > 0
     work = Work(0, 0, 0, 0)
     if not given.batch or not given.rows or not given.query_heads:
         return work
-    if seeks_span and has_scores and not plan.again:
+    plan = _plan(given, lse=lse, aligned=aligned)
+    has_scores = given.keys > 0 and given.tokens > 0
+    if seeks_span and has_scores and not plan.is_reread:
         work += Work(given.batch * given.tokens * _TOKEN, _SPAN, 0, 1)
     for layers, rows in _parts(given, plan):
         part = given._replace(layers=layers, rows=rows)
-        if has_scores and plan.plain:
+        if has_scores and plan.is_plain:
             work += _plain(part, plan, span, lse)
         elif has_scores and not lse:
             work += _stream(part, plan, span)
-        work += _reread(part, plan, lse) if plan.again and has_scores else _maps(part, plan, lse)
+        work += _reread(part, plan, lse) if plan.is_reread and has_scores else _maps(part, plan, lse)
     return work
 
 
-def _plan(sizes: CaptureSizes, most_scores: int, *, lse: bool, aligned: bool) -> _Plan:
-    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = sizes
-    plain = element_bytes == 4 or not aligned
-    group, lines = query_heads // max(key_heads, 1), batch * query_heads
-    layers = min(layers, _LAYERS_AT_ONCE, max(1, _MOST_BLOCKS // max(batch, 1)))
-    row_bytes = lines * _up(keys, 32) * _FLOAT
-    large = group * rows >= _MANY_QUERIES and row_bytes * rows * layers > most_scores // 2
-    again = not plain and (lse or large)
-    if not again:
-        most = max(1, most_scores // max(1, row_bytes))
-        rows = min(rows, most)
-        layers = min(layers, max(1, most // max(rows, 1)))
-
-    queries, unit = group * rows, _PLAIN_KEYS if plain else _block_keys(size)
-    most_queries = 64 if plain else 256 if size <= 128 else 128
-    at_once = _ceil(queries, max(1, _ceil(queries, most_queries)))
-    if queries > most_queries:
-        at_once = _up(at_once, 32)
-    query_blocks = _ceil(queries, max(at_once, 1))
-    problems = max(1, layers * batch * key_heads * query_blocks)
-    length = _ceil(keys, max(1, 2 * _MULTIPROCESSORS // problems))
-    if queries <= _FEW and length < 1024:
-        length = _ceil(keys, max(1, 4 * _MULTIPROCESSORS // problems))
-    split_keys = _up(min(max(length, unit), _SPLIT), unit)
-
-    blocks = _ceil(tokens, _THREADS)
-    of_block = _block_keys(size)
-    if not again:
-        chunks = _ceil(blocks * layers * batch * rows, 6 * _MULTIPROCESSORS)
-        of_block = _THREADS * min(max(1, chunks), max(1, blocks))
-    return _Plan(plain, again, layers, rows, at_once, query_blocks, split_keys, max(1, _ceil(tokens, of_block)))
+def _plan(sizes: CaptureSizes, *, lse: bool, aligned: bool) -> CapturePlan:
+    reason = extension.unavailable()
+    # An emulator has operators of its own.
+    if reason is not None and cuda.operators is torch.ops.carve_kernels:
+        raise BackendUnavailable(reason)
+    return capture_plan(**sizes._asdict(), lse=lse, aligned=aligned)
 
 
-def _parts(sizes: CaptureSizes, plan: _Plan) -> Iterator[tuple[int, int]]:
+def _parts(sizes: CaptureSizes, plan: CapturePlan) -> Iterator[tuple[int, int]]:
     """Layers and rows of each round of launches."""
     for layer in range(0, sizes.layers, plan.layers):
         for row in range(0, sizes.rows, plan.rows):
             yield min(plan.layers, sizes.layers - layer), min(plan.rows, sizes.rows - row)
 
 
-def _splits(keys: int, plan: _Plan) -> list[int]:
+def _splits(keys: int, plan: CapturePlan) -> list[int]:
     return [min(plan.split_keys, keys - start) for start in range(0, keys, plan.split_keys)]
 
 
-def _query_blocks(sizes: CaptureSizes, plan: _Plan) -> list[int]:
+def _query_blocks(sizes: CaptureSizes, plan: CapturePlan) -> list[int]:
     """Queries of each block of a key head."""
-    queries = sizes.query_heads // sizes.key_heads * sizes.rows
-    return [min(plan.queries_at_once, queries - start) for start in range(0, queries, plan.queries_at_once)]
+    group = sizes.query_heads // sizes.key_heads
+    at_once = _ceil(group * plan.rows, plan.query_blocks)
+    if plan.query_blocks > 1:
+        at_once = _up(at_once, 32)
+    return [min(at_once, group * sizes.rows - start) for start in range(0, group * sizes.rows, at_once)]
 
 
-def _stream(sizes: CaptureSizes, plan: _Plan, span: int | None) -> Work:
+def _stream(sizes: CaptureSizes, plan: CapturePlan, span: int | None) -> Work:
     """The first kernel on tensor cores: a warp takes a tile of keys and multiplies tiles of 16 queries."""
     tile = _block_keys(sizes.size) // 4
     vector = sizes.size * sizes.element_bytes
-    kept = 0 if plan.again else _up(sizes.keys if span is None else min(span, sizes.keys), tile)
+    kept = 0 if plan.is_reread else _up(sizes.keys if span is None else min(span, sizes.keys), tile)
     read = written = pairs = 0
     for queries in _query_blocks(sizes, plan):
         for length in _splits(sizes.keys, plan):
-            read += _up(length, tile) * vector + queries * vector + (0 if plan.again else _THREADS * _SPAN)
+            read += _up(length, tile) * vector + queries * vector + (0 if plan.is_reread else _THREADS * _SPAN)
             written += queries * _STAT
             pairs += _up(length, tile) * _up(queries, 32 if queries > _SOME else 16)
         written += kept * queries * _FLOAT
@@ -151,7 +116,7 @@ def _stream(sizes: CaptureSizes, plan: _Plan, span: int | None) -> Work:
     return Work(copies * read, copies * written, copies * pairs * width * 2, 1)
 
 
-def _plain(sizes: CaptureSizes, plan: _Plan, span: int | None, lse: bool) -> Work:
+def _plain(sizes: CaptureSizes, plan: CapturePlan, span: int | None, lse: bool) -> Work:
     """The first kernel by fused multiply-adds; with a given log-sum-exp it reads only the keys around the tokens."""
     vector = sizes.size * sizes.element_bytes
     kept = _up(sizes.keys if span is None else min(span, sizes.keys), _PLAIN_KEYS)
@@ -168,7 +133,7 @@ def _plain(sizes: CaptureSizes, plan: _Plan, span: int | None, lse: bool) -> Wor
     return Work(copies * read, copies * written, copies * pairs * _up(sizes.size, 4) * 2, 1)
 
 
-def _maps(sizes: CaptureSizes, plan: _Plan, lse: bool) -> Work:
+def _maps(sizes: CaptureSizes, plan: CapturePlan, lse: bool) -> Work:
     """The second kernel where there are scores."""
     has_scores = sizes.keys > 0 and sizes.tokens > 0
     of_head = _FLOAT if lse else _STAT * len(_splits(sizes.keys, plan))
@@ -179,7 +144,7 @@ def _maps(sizes: CaptureSizes, plan: _Plan, lse: bool) -> Work:
     return Work(copies * read, copies * written, 0, 1)
 
 
-def _reread(sizes: CaptureSizes, plan: _Plan, lse: bool) -> Work:
+def _reread(sizes: CaptureSizes, plan: CapturePlan, lse: bool) -> Work:
     """The second kernel where there are none: a block takes up to 16 rows of some tokens with all heads."""
     vector = sizes.size * sizes.element_bytes
     of_query = vector + (_FLOAT if lse else _STAT * len(_splits(sizes.keys, plan)))

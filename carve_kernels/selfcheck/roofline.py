@@ -87,7 +87,7 @@ def gpu_of(properties: Any) -> Gpu | None:
 
 
 def work_of(stage: str, backend: str, **sizes: Any) -> Work | None:
-    """What a backend's kernels move and compute in one call of a stage, or None where nothing counts it."""
+    """What a backend's kernels move and compute in one call of a stage, or None where nothing counts it here."""
     name = f"carve_kernels.selfcheck.{backend}_work"
     try:
         module = importlib.import_module(name)
@@ -96,5 +96,9 @@ def work_of(stage: str, backend: str, **sizes: Any) -> Work | None:
             raise
         return None
     count = getattr(module, f"{stage}_work", None)
-    work: Work | None = None if count is None else count(**sizes)
+    try:
+        work: Work | None = None if count is None else count(**sizes)
+    # Some counts need the compiled library.
+    except checks.BackendUnavailable:
+        return None
     return work
