@@ -16,8 +16,10 @@ from benchmarks.__main__ import app
 from benchmarks.gpu import capture, decode, host, pixels, predicted, sections, timing
 from benchmarks.gpu.stack import Stack
 from benchmarks.support.answers import WrongAnswer
-from benchmarks.support.cases import Case
+from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
 from benchmarks.support.lines import Line
+from carve_kernels.backends.cuda.plan import capture_plan
+from carve_kernels.backends.native import extension
 from tests.support import fake_cuda
 
 CPU = torch.device("cpu")
@@ -143,6 +145,8 @@ def test_a_run_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) ->
     replay()
     # Once to warm up, once while it was captured.
     assert len(calls) == 2
+    # Its tensors must not be freed before the graph.
+    assert replay.run is not None
 
     def fails() -> None:
         calls.append(1)
@@ -197,6 +201,18 @@ def test_the_prediction_is_near_what_the_trial_measured(case: Case) -> None:
     found = min(predicted.seconds(case, again=again, row_blocks=blocks) for again in (False, True))
     assert found == pytest.approx(1e-6 * predicted.H100[case].trial, rel=0.16)
     assert predicted.seconds(case) <= predicted.seconds(case, again=predicted.reads_again(case), row_blocks=blocks)
+
+
+@pytest.mark.parametrize("case", [*capture.FIRST, *capture.OTHERS], ids=str)
+def test_the_prediction_reads_keys_again_where_the_kernels_do(case: Case) -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    heads, key_heads, size = GEOMETRIES[case.geometry]
+    plan = capture_plan(
+        layers=capture.LAYERS, batch=1, query_heads=heads, key_heads=key_heads, rows=case.rows, keys=case.length,
+        size=size, tokens=int(VISUAL_SHARE * case.length), element_bytes=2,
+    )  # fmt: skip
+    assert predicted.reads_again(case) == plan.is_reread
 
 
 def test_the_cells_are_all_there_once() -> None:
