@@ -23,6 +23,11 @@ def same(one: Capture, other: Capture) -> bool:
     return all(torch.equal(part, wanted) for part, wanted in zip(one, other, strict=True))
 
 
+def alike(one: Capture, other: Capture) -> bool:
+    """Whether captures are equal up to roundings: other numbers of splits add in other orders."""
+    return all(torch.allclose(part, wanted, rtol=1e-5, atol=0.0) for part, wanted in zip(one, other, strict=True))
+
+
 def layered(case: Case, layers: int, steps: int = 1) -> tuple[list[Any], Capture]:
     problems = [planted(case.but(seed=seed))[0] for seed in range(layers)]
     shape = (steps, layers, case.batch, case.rows)

@@ -12,6 +12,7 @@ namespace carve {
 constexpr int kThreads = static_cast<int>(kThreadsOfBlock);
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSize = 256;
+constexpr int kMostChunks = static_cast<int>(kMostTokenChunks);
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 // The maximum of no scores: finite, so that no difference of maxima is NaN.
@@ -48,7 +49,7 @@ struct CaptureLaunch {
   int queries_at_once;  // queries of a key head that a block of the first kernel takes
   int query_blocks;
   int row_shift;        // of the second read: 2^row_shift rows in a tile
-  int token_chunks;     // times 128 tokens are what a block of `capture_maps` takes
+  int token_chunks;     // up to kMostChunks; times 128 tokens are what a block of `capture_maps` takes
   int token_blocks;     // of the second kernel
   bool query_is_aligned;  // every query starts at a multiple of 16 bytes and is contiguous
 };
@@ -106,20 +107,6 @@ __device__ __forceinline__ Visible visible_to(const CaptureParams& p, int batch,
 __device__ __forceinline__ bool mask_has(const CaptureParams& p, int batch, int head, int row, int key) {
   const int64_t* strides = p.mask_strides;
   return load(p.mask + batch * strides[0] + head * strides[1] + row * strides[2] + key * strides[3]) != 0;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
-  }
-  return value;
 }
 
 // The launches of one element type and size of head; see stream.cuh, reread.cuh and plain.cuh.

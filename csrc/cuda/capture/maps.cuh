@@ -10,7 +10,7 @@ namespace {
 constexpr int kHeadsAtOnce = 32;  // scores in flight in a thread
 
 struct MapsShared {
-  Part parts[kWarps];
+  Part parts[kMostChunks * kWarps];
   float2 normals[1];  // [heads]
 };
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ void merge_heads(const CaptureLaunch& launch, const P
 }
 
 // A block: some tokens of one row. A thread has a token and all heads. Grid: [token blocks, rows, layers x batch].
-__global__ void __launch_bounds__(kThreads, 6) capture_maps(const __grid_constant__ CaptureLaunch launch) {
+__global__ void __launch_bounds__(kThreads, 5) capture_maps(const __grid_constant__ CaptureLaunch launch) {
   MapsShared& shared = block_shared<MapsShared>();
   const CaptureParams& p = launch.params;
   const Problem problem(launch);
@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(kThreads, 6) capture_maps(const __grid_constan
   wait_for_launch();
   if (!out.exist) return;
   float* maps = out.maps + row * p.maps_strides[2];
-  Part total;
 #pragma unroll 1
   for (int chunk = 0; chunk < launch.token_chunks; ++chunk) {
     const bool is_seen = key >= 0 && visible.has(key);
@@ -79,27 +78,35 @@ __global__ void __launch_bounds__(kThreads, 6) capture_maps(const __grid_constan
 #pragma unroll
       for (int i = 0; i < kHeadsAtOnce; ++i) {
         if (head + i >= heads) continue;
-        const float value = is_seen ? probability(values[i], launch.logit.factor, shared.normals[head + i]) : 0.0f;
-        sums[i % 4] += value;
-        if (p.each && token < p.token_count) {
-          store(maps + (head + i) * p.maps_strides[1] + token * launch.device.token_stride, value);
+        values[i] = is_seen ? probability(values[i], launch.logit.factor, shared.normals[head + i]) : 0.0f;
+        sums[i % 4] += values[i];
+      }
+      if (p.each && token < p.token_count) {
+        float* to = maps + head * p.maps_strides[1] + token * launch.device.token_stride;
+#pragma unroll
+        for (int i = 0; i < kHeadsAtOnce; ++i) {
+          if (head + i < heads) store(to, values[i]);
+          to += p.maps_strides[1];
         }
       }
     }
     const float value = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(heads);
     if (!p.each && token < p.token_count) store(maps + token * launch.device.token_stride, value);
-    Part part{warp_sum(value), 0.0f, warp_sum(key >= 0 ? 1.0f : 0.0f)};
-    part.entropy = warp_sum(part.mass == 0.0f ? 0.0f : entropy_term(value / part.mass));
-    total = merge_parts(total, part);
+    Part part{lanes_sum<32>(value), 0.0f, lanes_sum<32>(key >= 0 ? 1.0f : 0.0f)};
+    part.entropy = lanes_sum<32>(part.mass == 0.0f ? 0.0f : entropy_term(value / part.mass));
+    if (threadIdx.x % 32 == 0) shared.parts[chunk * kWarps + threadIdx.x / 32] = part;
     token += kThreads;
     key = chunk + 1 < launch.token_chunks ? key_of_token(p, problem.batch, token) : -1;
   }
-  if (threadIdx.x % 32 == 0) shared.parts[threadIdx.x / 32] = total;
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  for (int warp = 1; warp < kWarps; ++warp) total = merge_parts(total, shared.parts[warp]);
-  const int line = problem.row_line(p, row);
-  if (store_part(launch, line, blockIdx.x, total, launch.device.tickets + line)) summarize(launch, problem, out, row);
+  const Part all = merge_parts<32>(launch.token_chunks * kWarps, [&](int part) { return shared.parts[part]; });
+  unsigned is_last = 0;
+  if (threadIdx.x == 0) {
+    store_part(parts_of(launch, problem, row) + blockIdx.x, all);
+    is_last = take_ticket(launch.device.tickets + problem.row_line(p, row), launch.token_blocks);
+  }
+  if (__shfl_sync(kAllLanes, is_last, 0) != 0) summarize<32>(launch, problem, out, row, true);
 }
 
 }  // namespace

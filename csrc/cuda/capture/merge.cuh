@@ -71,24 +71,46 @@ struct Part {
 
 __device__ __forceinline__ float entropy_term(float share) { return share <= 0.0f ? 0.0f : -share * logf(share); }
 
-// Entropies of parts add up without cancellation: one token with all the mass has exactly 0. The order of the two does not
-// matter.
-__device__ __forceinline__ Part merge_parts(const Part& a, const Part& b) {
-  Part both{a.mass + b.mass, 0.0f, a.used + b.used};
-  if (both.mass == 0.0f) return both;
-  const float share_a = a.mass / both.mass, share_b = b.mass / both.mass;
-  both.entropy = fmaf(share_a, a.entropy, entropy_term(share_a)) + fmaf(share_b, b.entropy, entropy_term(share_b));
-  return both;
+template <int kLanes>
+__device__ __forceinline__ float lanes_sum(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
 }
 
-__device__ __forceinline__ Part merge_lanes(Part part) {
-#pragma unroll 1
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const Part other{__shfl_xor_sync(kAllLanes, part.mass, distance), __shfl_xor_sync(kAllLanes, part.entropy, distance),
-                     __shfl_xor_sync(kAllLanes, part.used, distance)};
-    part = merge_parts(part, other);
+// The parts load_part(0) to load_part(count - 1) as one, by kLanes lanes of a warp, in a fixed order; all of them have it.
+// Entropies add up without cancellation: one token with all the mass has exactly 0. Every lane of the warp has to call it.
+template <int kLanes, typename LoadPart>
+__device__ __forceinline__ Part merge_parts(int count, LoadPart load_part) {
+  constexpr int kKept = 4;
+  const int first = threadIdx.x % kLanes;
+  Part kept[kKept], all;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (first + i * kLanes < count) kept[i] = load_part(first + i * kLanes);
   }
-  return part;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) all.mass += kept[i].mass, all.used += kept[i].used;
+#pragma unroll 1
+  for (int number = first + kKept * kLanes; number < count; number += kLanes) {
+    const Part part = load_part(number);
+    all.mass += part.mass, all.used += part.used;
+  }
+  all.mass = lanes_sum<kLanes>(all.mass), all.used = lanes_sum<kLanes>(all.used);
+  const auto add = [&](const Part& part) {
+    const float share = part.mass / all.mass;
+    all.entropy += fmaf(share, part.entropy, entropy_term(share));
+  };
+  if (all.mass != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) add(kept[i]);
+#pragma unroll 1
+    for (int number = first + kKept * kLanes; number < count; number += kLanes) add(load_part(number));
+  }
+  all.entropy = lanes_sum<kLanes>(all.entropy);
+  return all;
 }
 
 // The outputs of this block's layer and batch row, in the current step.
@@ -110,45 +132,39 @@ __device__ __forceinline__ Outputs outputs_of(const CaptureLaunch& launch, const
           layer.entropy + step * d.step_strides[2] + problem.batch * p.entropy_strides[0]};
 }
 
-// Stores the part of a block by its first warp, whose lane 0 has it, and takes a ticket: true in the last of `blocks` blocks.
-// That leaves the ticket as it was, 0, and sees what the others have stored.
-__device__ __forceinline__ bool store_part(const CaptureLaunch& launch, int line, int block, const Part& part,
-                                           unsigned* ticket) {
-  unsigned taken = 0;
-  if (threadIdx.x == 0) {
-    store(launch.parts + static_cast<int64_t>(line) * launch.token_blocks + block,
-          make_float4(part.mass, part.entropy, part.used, 0.0f));
-    fence();
-    taken = atomicAdd(ticket, 1u);
-    fence();
-    if (taken + 1 == static_cast<unsigned>(launch.token_blocks)) store(ticket, 0u);
-  }
-  return __shfl_sync(kAllLanes, taken, 0) + 1 == static_cast<unsigned>(launch.token_blocks);
+// The parts of a row's blocks.
+__device__ __forceinline__ float4* parts_of(const CaptureLaunch& launch, const Problem& problem, int row) {
+  return launch.parts + static_cast<int64_t>(problem.row_line(launch.params, row)) * launch.token_blocks;
 }
 
-// Mass and entropy of a row from the parts of its blocks, by one warp, in a fixed order.
-__device__ __forceinline__ void summarize(const CaptureLaunch& launch, const Problem& problem, const Outputs& out, int row) {
-  constexpr int kInFlight = 4;
+__device__ __forceinline__ void store_part(float4* to, const Part& part) {
+  store(to, make_float4(part.mass, part.entropy, part.used, 0.0f));
+}
+
+// Whether this block is the last of those that share a ticket; it leaves the ticket as it was, 0. What the others stored
+// before they took theirs is visible to the thread that takes it, and after a barrier to the block.
+__device__ __forceinline__ bool take_ticket(unsigned* ticket, int blocks) {
+  fence();
+  const bool is_last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(blocks);
+  fence();
+  if (is_last) store(ticket, 0u);
+  return is_last;
+}
+
+// Mass and entropy of a row from the parts of its blocks, by kLanes lanes. Every lane of the warp has to call it.
+template <int kLanes>
+__device__ __forceinline__ void summarize(const CaptureLaunch& launch, const Problem& problem, const Outputs& out, int row,
+                                          bool exists) {
   const CaptureParams& p = launch.params;
-  const int blocks = launch.token_blocks;
-  const float4* parts = launch.parts + static_cast<int64_t>(problem.row_line(p, row)) * blocks;
-  Part total;
-#pragma unroll 1
-  for (int start = threadIdx.x % 32; start < blocks; start += 32 * kInFlight) {
-    float4 own[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      own[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (start + 32 * i < blocks) own[i] = load_coherent(parts + start + 32 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) total = merge_parts(total, Part{own[i].x, own[i].y, own[i].z});
-  }
-  total = merge_lanes(total);
-  if (threadIdx.x % 32 != 0) return;
-  store(out.mass + row * p.mass_strides[1], total.mass);
+  const float4* parts = parts_of(launch, problem, exists ? row : 0);
+  const Part all = merge_parts<kLanes>(exists ? launch.token_blocks : 0, [&](int block) {
+    const float4 part = load_coherent(parts + block);
+    return Part{part.x, part.y, part.z};
+  });
+  if (threadIdx.x % kLanes != 0 || !exists) return;
+  store(out.mass + row * p.mass_strides[1], all.mass);
   store(out.entropy + row * p.entropy_strides[1],
-        total.used < 2.0f || total.mass == 0.0f ? 0.0f : total.entropy / logf(total.used));
+        all.used < 2.0f || all.mass == 0.0f ? 0.0f : all.entropy / logf(all.used));
 }
 
 }  // namespace

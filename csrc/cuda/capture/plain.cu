@@ -17,6 +17,14 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+__device__ __forceinline__ float lanes_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
 // Shared memory of a block: keys and queries as float32, with rows whose starts lie four banks apart, and the statistics of
 // the queries.
 struct PlainShared {
@@ -120,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
         }
         if (p.lse != nullptr) continue;
         float2 state = shared.stats()[number];
-        const float top = fmaxf(state.x, warp_max(score) * launch.logit.factor);
-        const float sum = warp_sum(exp2_fast(fmaf(score, launch.logit.factor, -top)));
+        const float top = fmaxf(state.x, lanes_max(score) * launch.logit.factor);
+        const float sum = lanes_sum<32>(exp2_fast(fmaf(score, launch.logit.factor, -top)));
         __syncwarp();
         if (lane == 0) shared.stats()[number] = make_float2(top, state.y * exp2_fast(state.x - top) + sum);
         __syncwarp();

@@ -92,10 +92,10 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
   if (plan.is_reread) {
     tokens = block_keys(p, false);
   } else {
-    // Up to six blocks a multiprocessor, all at the same time: each merges the splits anew.
+    // Up to five blocks a multiprocessor, all at the same time: each merges the splits anew.
     const int64_t groups = std::max<int64_t>(1, ceil_div(p.token_count, kThreadsOfBlock));
     const int64_t lines = plan.layers * p.batch * plan.rows;
-    plan.token_chunks = std::min(groups, ceil_div(groups * lines, 6 * kMultiprocessors));
+    plan.token_chunks = std::min({groups, kMostTokenChunks, ceil_div(groups * lines, 5 * kMultiprocessors)});
     tokens *= plan.token_chunks;
   }
   plan.token_blocks = std::max<int64_t>(1, ceil_div(p.token_count, tokens));

@@ -7,6 +7,7 @@ namespace carve {
 
 constexpr int64_t kMostBlocks = 65535;    // on the second and third axis of a grid
 constexpr int64_t kThreadsOfBlock = 128;  // of every kernel
+constexpr int64_t kMostTokenChunks = 32;  // that a block of the maps takes
 // As many as fit into the 4 KB of arguments that every driver accepts; more layers take further launches.
 constexpr int64_t kLayersAtOnce = 32;
 

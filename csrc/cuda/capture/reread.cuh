@@ -22,6 +22,7 @@ struct RereadShared {
   float2 normals[kMostTiles * 16];
   int keys[kThreads];
   Part parts[kWarps][kRowsAtOnce];
+  bool is_last;
 };
 
 // Queries of a key head are numbered in tiles of 16: rows, padded to a power of two, of one head of the group after the
@@ -175,31 +176,27 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
         store(out.maps + (rows.begin + own_row[h]) * p.maps_strides[2] + token * launch.device.token_stride, value);
       }
     }
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      part.mass += __shfl_xor_sync(kAllLanes, part.mass, distance);
-      part.used += __shfl_xor_sync(kAllLanes, part.used, distance);
-    }
+    part.mass = lanes_sum<4>(part.mass), part.used = lanes_sum<4>(part.used);
 #pragma unroll
     for (int n = 0; n < S::kScores; ++n) {
       part.entropy += part.mass == 0.0f ? 0.0f : entropy_term(sums[h][n] / part.mass);
     }
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      part.entropy += __shfl_xor_sync(kAllLanes, part.entropy, distance);
-    }
+    part.entropy = lanes_sum<4>(part.entropy);
     if (lane.t == 0 && is_own) shared.parts[lane.warp][own_row[h]] = part;
   }
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  for (int row = 0; row < rows.count; ++row) {
-    Part total = shared.parts[0][row];
-    for (int warp = 1; warp < kWarps; ++warp) total = merge_parts(total, shared.parts[warp][row]);
-    const int line = problem.row_line(p, rows.begin + row);
-    if (store_part(launch, line, blockIdx.x, total, launch.device.tickets + line)) {
-      summarize(launch, problem, out, rows.begin + row);
-    }
+  // Eight lanes a row, of which a quarter has a warp to add, and then some of the blocks.
+  constexpr int kLanes = kThreads / kRowsAtOnce;
+  const int row = threadIdx.x / kLanes;
+  const bool exists = row < rows.count;
+  const Part all = merge_parts<kLanes>(exists ? kWarps : 0, [&](int warp) { return shared.parts[warp][row]; });
+  if (exists && threadIdx.x % kLanes == 0) store_part(parts_of(launch, problem, rows.begin + row) + blockIdx.x, all);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.is_last = take_ticket(launch.device.tickets + problem.row_line(p, rows.begin), launch.token_blocks);
   }
+  __syncthreads();
+  if (shared.is_last) summarize<kLanes>(launch, problem, out, rows.begin + row, exists);
 }
 
 template <typename S>

@@ -17,8 +17,8 @@ from carve_kernels.backends.native import extension
 from tests.backends.cuda import resources
 
 ROOT = Path(__file__).resolve().parents[3]
-# 2 blocks of 256 threads on a multiprocessor of 65536 registers, or as many blocks of fewer.
-MOST_REGISTERS = 128
+# Of a thread, for as many blocks on a multiprocessor of 65536 registers as the kernels that have more than 128 ask for.
+MOST_REGISTERS = {"capture_stream": 255, "capture_reread": 168}
 
 
 @pytest.fixture
@@ -38,13 +38,15 @@ def test_every_kernel_is_inside_for_every_architecture(architectures: set[str]) 
     assert {kernel.architecture for kernel in kernels} == architectures
     named = {kernel[1:] for kernel in kernels}
     assert {(architecture, *kernel) for architecture in architectures for kernel in named} == set(map(tuple, kernels))
-    assert {"capture_stats", "capture_maps"} <= {kernel.name for kernel in kernels}
+    assert {"capture_stream", "capture_maps", "capture_reread", "capture_plain", "capture_span"} <= {
+        kernel.name for kernel in kernels
+    }
 
 
 def test_no_kernel_spills_or_has_a_stack(architectures: set[str]) -> None:
     kernels = resources.read()
     assert {kernel: found for kernel, found in kernels.items() if found.stack or found.local} == {}
-    assert max(found.registers for found in kernels.values()) <= MOST_REGISTERS
+    assert all(found.registers <= MOST_REGISTERS.get(kernel.name, 128) for kernel, found in kernels.items())
 
 
 def test_registers_are_those_of_the_table(architectures: set[str], parts: dict[str, Any]) -> None:

@@ -75,10 +75,18 @@ def test_a_refusal_of_the_backend_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "name"), [(1, "cudaGetDevice"), (2, "cudaSetDevice"), (3, "capture_stats"), (4, "capture_maps")]
+    ("call", "name", "dtype"),
+    [
+        (1, "cudaGetDevice", torch.float32),
+        (2, "cudaSetDevice", torch.float32),
+        (3, "capture_span", torch.float32),
+        (4, "capture_plain", torch.float32),
+        (4, "capture_stream", torch.bfloat16),
+        (5, "capture_maps", torch.bfloat16),
+    ],
 )
-def test_every_failed_call_of_the_runtime_is_an_error_with_its_name(call: int, name: str) -> None:
-    arguments, options = planted(Case())
+def test_every_failed_call_of_the_runtime_is_an_error_with_its_name(call: int, name: str, dtype: torch.dtype) -> None:
+    arguments, options = planted(Case(dtype=dtype))
     with (
         emulator.running("capture", fail=call),
         pytest.raises(RuntimeError, match=f"{name}: planted failure"),
