@@ -73,11 +73,11 @@ def _layers(work: Work, layers: int) -> Work:
     return Work(*(layers * count for count in work))
 
 
-def pixels() -> Iterator[Cost]:
-    work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(SIDE, SIDE))
+def pixels(side: int = SIDE) -> Iterator[Cost]:
+    work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(side, side))
     if work is not None:
         yield Cost("contrast, triton", work, UNITS["contrast", "triton"])
-    work = work_of("regions", "cuda", height=SIDE, width=SIDE)
+    work = work_of("regions", "cuda", height=side, width=side)
     if work is not None:
         yield Cost("regions, cuda", work, UNITS["regions", "cuda"])
 

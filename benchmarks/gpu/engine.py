@@ -27,15 +27,19 @@ def measure(
     case = Case(shape, PRESET, visual, new_tokens, str(device))
     opponents = Opponents(case)
     _check(opponents)
-    runs = {ENGINE: opponents.engine, PLAIN: opponents.plain, REFINED: opponents.answer_refined}
+    stages: dict[str, list[float]] = {}
+
+    def engine() -> None:
+        for stage, spent in opponents.engine().seconds.items():
+            stages.setdefault(stage, []).append(spent)
+
+    runs = {ENGINE: engine, PLAIN: opponents.plain, REFINED: opponents.answer_refined}
     seconds = paired(runs, rounds=rounds, before=no_preparation, warm_up=False)
     price = [a + b for a, b in zip(seconds[PLAIN], seconds[REFINED], strict=True)]
     over = Spread.of([a / b for a, b in zip(seconds[ENGINE], price, strict=True)])
     labels = {"preset": PRESET, "visual tokens": visual, "new tokens": new_tokens}
     goals = [Goal("(a) / (d)", 1.15, most=True)]
     yield line("engine: ms", labels, {"(a) / (d)": over}, goals, seconds={ENGINE: seconds[ENGINE], PRICE: price})
-    calls = [opponents.engine().seconds for _ in range(rounds)]
-    stages = {stage: [one[stage] for one in calls] for stage in calls[0]}
     total = sum(median(values) for values in stages.values())
     yield line("stages of the engine: ms", {**labels, "sum": f"{1e3 * total:.0f}"}, {}, [], seconds=stages)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.support.cases import DTYPES, GEOMETRIES, VISUAL_SHARE, Case
+from carve_kernels.backends.cuda.plan import capture_plan
+from carve_kernels.backends.native import extension
 from carve_kernels.selfcheck.roofline import GPUS, REACHED
 
 LAYERS = 6
@@ -28,8 +30,6 @@ _FEW_UNSTORED = 1.0e-6, 5.0e12
 _MANY_UNSTORED = 4.0e-6, 7.0e12
 _MERGED = 2.2e12
 _COMPUTED_AGAIN = 2.6e12
-# From so many queries of a key head on, and where the scores of all keys take more bytes, they are computed again.
-QUERIES_READ_AGAIN, SCORES_READ_AGAIN = 32, 32 * 2**20
 
 
 class Measured(NamedTuple):
@@ -80,15 +80,26 @@ def score_bytes(case: Case, layers: int = LAYERS) -> int:
     return layers * GEOMETRIES[case.geometry].heads * case.rows * int(VISUAL_SHARE * case.length) * 4
 
 
-def reads_again(case: Case, layers: int = LAYERS) -> bool:
-    """Whether the second kernel reads the keys of the tokens instead of stored scores."""
-    of_all_keys = layers * GEOMETRIES[case.geometry].heads * case.rows * case.length * 4
-    return _queries(case) >= QUERIES_READ_AGAIN and of_all_keys > SCORES_READ_AGAIN
+def reads_again(case: Case, layers: int = LAYERS) -> bool | None:
+    """Whether the second kernel reads the keys of the tokens instead of stored scores; None without the library."""
+    if extension.unavailable():
+        return None
+    heads, key_heads, size = GEOMETRIES[case.geometry]
+    plan = capture_plan(
+        layers=layers, batch=1, query_heads=heads, key_heads=key_heads, rows=case.rows, keys=case.length, size=size,
+        tokens=int(VISUAL_SHARE * case.length), element_bytes=DTYPES[case.dtype].itemsize,
+    )  # fmt: skip
+    return plan.is_reread
 
 
 def seconds(case: Case, layers: int = LAYERS, *, again: bool | None = None, row_blocks: int = 1) -> float:
-    """Predicted seconds on an H100 in a graph; `again` chooses between stored scores and a second read of the keys."""
+    """Predicted seconds on an H100 in a graph; `again` chooses between stored scores and a second read of the keys.
+
+    By default the plan of the kernels does, and where the library is not built the shorter time.
+    """
     again = reads_again(case, layers) if again is None else again
+    if again is None:
+        return min(seconds(case, layers, again=one, row_blocks=row_blocks) for one in (False, True))
     keys, scores = key_bytes(case, layers), score_bytes(case, layers)
     streamed = keys / _RATE + (row_blocks - 1) * keys / _CACHED
     few = _queries(case) <= _TILE

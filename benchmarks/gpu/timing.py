@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,7 +84,17 @@ class Clock:
         return {name: [read() for read in reads] for name, reads in later.items()}
 
 
-def in_graph(run: Run, device: torch.device) -> Run:
+class Replay(NamedTuple):
+    """A captured run; the tensors that it uses live as long as the run does."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Run
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def in_graph(run: Run, device: torch.device) -> Replay:
     """The replay of a run that a CUDA graph has captured.
 
     `torch.cuda.graph` collects garbage and empties the allocator's cache at each capture, which takes longer than most
@@ -102,7 +112,7 @@ def in_graph(run: Run, device: torch.device) -> Run:
         finally:
             graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay
+    return Replay(graph, run)
 
 
 def microseconds(seconds: list[float]) -> Spread:

@@ -154,7 +154,8 @@ def _reread(sizes: CaptureSizes, plan: CapturePlan, lse: bool) -> Work:
         rows = min(_ROWS_OF_A_TILE, sizes.rows - start)
         read += tokens * sizes.key_heads * vector + sizes.tokens * _TOKEN
         read += plan.token_blocks * (sizes.query_heads * rows * of_query + rows * _PART + _THREADS // 32 * _STEP)
-        written += rows * (plan.token_blocks * _PART + sizes.tokens * _FLOAT + 3 * _FLOAT)
+        # One ticket for all rows of a tile.
+        written += rows * (plan.token_blocks * _PART + sizes.tokens * _FLOAT + 2 * _FLOAT) + _FLOAT
         padded = min(_ROWS_OF_A_TILE, 1 << (sizes.rows - 1).bit_length())
         pairs += tokens * sizes.key_heads * _up(sizes.query_heads // sizes.key_heads * padded, _ROWS_OF_A_TILE)
     copies = sizes.layers * sizes.batch

@@ -46,7 +46,7 @@ def steps(folder: Path, *, missing: str | None) -> list[Step]:
         return functools.partial(_always, command)
 
     def sanitize(tool: str) -> functools.partial[Sequence[str]]:
-        options = ("--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        options = ("--tool", tool, "--error-exitcode", "1")
         return fixed(sanitizer or "", *options, python, "-m", "tests.gpu.small_calls")
 
     def benchmark(seconds: float) -> Sequence[str]:
@@ -60,10 +60,10 @@ def steps(folder: Path, *, missing: str | None) -> list[Step]:
         Step("tests", fixed(python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *workers), 150, 30),
         # Of blocks that torch hands out again, the sanitizer would not see the bounds.
         Step(
-            "memcheck", sanitize("memcheck"), 60, 20, absent, r"ERROR SUMMARY: 0 errors",
+            "memcheck", sanitize("memcheck"), 75, 20, absent, r"ERROR SUMMARY: 0 errors",
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        Step("racecheck", sanitize("racecheck"), 60, 20, absent, r"RACECHECK SUMMARY: 0 hazards"),
+        Step("racecheck", sanitize("racecheck"), 75, 20, absent, r"RACECHECK SUMMARY: 0 hazards"),
         Step("benchmarks", benchmark, SECONDS, 60),
     ]  # fmt: skip
 

@@ -6,7 +6,8 @@ Inputs are made on the CPU and answers are judged there, so that hardly any kern
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -20,17 +21,16 @@ _QUICK = ("triton",)
 _LARGE = ("long",)
 
 
-def chosen(backend: str, device: torch.device) -> list[Trial]:
-    """The trials of the stages that a backend has, without those that are large enough to be timed."""
+def chosen(backend: str, device: torch.device) -> Iterator[Trial]:
+    """The trials of the stages that a backend has, each built when it is due, without those that are large."""
     quick = backend in _QUICK
-    built = [build() for build in trials(quick=quick)]
-    return [
-        trial
-        for trial in built
-        if (trial.sizes is None or quick)
-        and not trial.name.startswith(_LARGE)
-        and why_not(trial.stage, backend, device) is None
-    ]
+    for build in trials(quick=quick):
+        # The large ones are timed; they fill a gigabyte.
+        if isinstance(build, partial) and build.keywords.get("timed") and not quick:
+            continue
+        trial = build()
+        if not trial.name.startswith(_LARGE) and why_not(trial.stage, backend, device) is None:
+            yield trial
 
 
 def run(device: torch.device, backends: tuple[str, ...], announce: Callable[[str], None]) -> list[str]:

@@ -99,7 +99,8 @@ def test_a_gpu_is_checked_timed_and_predicted() -> None:
         # Two launches, and a third of a microsecond for a megabyte.
         predicted = entry["predicted"]
         assert predicted["device"]["bound"] == predicted["host"]["bound"] == "launch"
-        assert predicted["device"]["launch"] == pytest.approx(5.5e-6) and predicted["host"]["launch"] == pytest.approx(5.9e-6)
+        assert predicted["device"]["launch"] == pytest.approx(5.5e-6)
+        assert predicted["host"]["launch"] == pytest.approx(5.9e-6)
         assert predicted["device"]["seconds"] == pytest.approx(5.5e-6 + 1e6 / (0.9 * 3.35e12), rel=1e-3)
         assert (entry["graph"] is None) == (entry["stage"] == "regions") == (entry["why_no_graph"] is not None)
         assert 0 < entry["seconds"]["p10"] <= entry["seconds"]["median"] <= entry["seconds"]["p90"]
