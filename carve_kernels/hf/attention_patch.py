@@ -163,6 +163,7 @@ class CaptureCalls:
         self._backend, self._device, self._layers = backend, device, layers
         self._operators: dict[tuple[Any, ...], LayerOperator] = {}
         self._reserved: list[tuple[tuple[Any, ...], LayerSizes]] = []
+        self._former: list[Memory] = []
         self._unprepared = partial(torch.ops.carve_kernels.capture_layers_in.default, backend=backend)
         self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
 
@@ -186,7 +187,8 @@ class CaptureCalls:
                 scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
             if tickets.numel() < (count := max(each.tickets for each in either)):
                 tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
-        self._memory = Memory(scratch, tickets)
+        # A CUDA graph may hold the address of the former.
+        self._memory, self._former = Memory(scratch, tickets), [*self._former, self._memory]
 
     def run(self, batch: LayerBatch, out: Capture, step: torch.Tensor) -> None:
         """Capture all layers of a batch into step `step`, an int64 tensor [] on the device, of buffers `out`."""

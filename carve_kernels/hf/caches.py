@@ -166,12 +166,17 @@ def _layer(cache: Any, module: Any) -> Any:
     return layers[index] if layers is not None and index is not None and index < len(layers) else None
 
 
-def capacity_of(reaches: Iterable[Sequence[Reach | None]]) -> int | None:
-    """How many tokens a cache can hold; None if it grows. Of layers with a window it is at least the window."""
+def most_keys(reaches: Iterable[Sequence[Reach | None]]) -> int | None:
+    """The keys of the largest buffer of a cache; None if it has layers that grow."""
     possible = [reach for layer in reaches for reach in layer]
     if not possible or any(reach is None or reach.capacity is None for reach in possible):
         return None
     return max(reach.capacity for reach in possible if reach is not None and reach.capacity is not None)
+
+
+def has_windows(reaches: Iterable[Sequence[Reach | None]]) -> bool:
+    """Whether layers of a cache keep the last keys only, so that it holds more tokens than keys."""
+    return any(reach is not None and reach.window is not None for layer in reaches for reach in layer)
 
 
 def keep_with(cache: Any, value: Any) -> None:
