@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from carve_kernels.hf.attention_patch import CaptureCalls
 from carve_kernels.maps import UNCAPTURED, new_buffers
 from carve_kernels.types import Capture
+
+if TYPE_CHECKING:
+    from carve_kernels.hf.attention_patch import CaptureCalls
 
 
 class DeviceState:

@@ -93,8 +93,10 @@ def test_a_compiled_step_has_one_more_operator_and_keeps_no_memory() -> None:
         with torch.no_grad():
             model(**inputs, past_key_values=cache, use_cache=True)
             before = addresses(session)
-            compiled(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
-        assert addresses(session) == before
+            step = {"input_ids": torch.tensor([[7]]), "position_ids": inputs["input_ids"].new_tensor([[50]])}
+            compiled(**step, past_key_values=cache, use_cache=True)
+        # All that is kept was allocated before the step, in no memory pool of a graph.
+        assert addresses(session) <= before
     plain, captured = (Counter(str(node.target) for node in graph.nodes if node.op[:4] == "call") for graph in graphs)
     assert captured - plain == Counter(["carve_kernels.capture_layers.default"]) and not plain - captured
     given = [node for node in graphs[1].find_nodes(op="placeholder") if "record" in node.name]
@@ -103,23 +105,22 @@ def test_a_compiled_step_has_one_more_operator_and_keeps_no_memory() -> None:
     assert {node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in given} == {"unguarded"}
 
 
-def addresses(session: Any) -> dict[str, int]:
-    """Where the tensors of the current record are."""
-    found: dict[str, int] = {}
+def addresses(session: Any) -> set[int]:
+    """The memory of the current record's tensors."""
+    found: set[int] = set()
 
-    def walk(name: str, value: Any) -> None:
+    def walk(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found[name] = value.untyped_storage().data_ptr()
+            found.add(value.untyped_storage().data_ptr())
         elif isinstance(value, (list, tuple)):
-            for index, each in enumerate(value):
-                walk(f"{name}[{index}]", each)
+            for each in value:
+                walk(each)
         elif isinstance(value, dict):
-            for key, each in value.items():
-                walk(f"{name}[{key!r}]", each)
+            walk(list(value.values()))
         elif type(value).__module__.startswith("carve_kernels"):
-            walk(name, vars(value))
+            walk(vars(value))
 
-    walk("record", session._tracker.record)
+    walk(session._tracker.record)
     return found
 
 
