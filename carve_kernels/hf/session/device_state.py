@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from carve_kernels.maps import UNCAPTURED, new_buffers
 from carve_kernels.types import Capture
-
-if TYPE_CHECKING:
-    from carve_kernels.hf.attention_patch import CaptureCalls
 
 
 class DeviceState:
@@ -30,13 +27,12 @@ class DeviceState:
     row       int64    [B, 1]      the captured row of a step
     ========  =======  ==========  =================================================================================
 
-    A step that follows the one before changes `counts` by one operator. `_host` is what `counts` was last set to. The
-    second part of `columns` and `counts` starts at 16 bytes, since compilers copy inputs that are not aligned.
+    `calls` is the CaptureCalls with the scratch. A step that follows the one before changes `counts` by one operator;
+    `_host` is what `counts` was last set to. Each part of `columns` and `counts` starts at a multiple of 16 bytes, since
+    compilers copy inputs that do not.
     """
 
-    def __init__(
-        self, calls: CaptureCalls, tokens: torch.Tensor, layers: int, rows: int, conditions: Iterable[str]
-    ) -> None:
+    def __init__(self, calls: Any, tokens: torch.Tensor, layers: int, rows: int, conditions: Iterable[str]) -> None:
         batch, count = tokens.shape
         self.calls, self.device = calls, tokens.device
         # A tensor made in inference mode could not be written outside of it.
