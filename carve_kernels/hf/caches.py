@@ -128,6 +128,9 @@ def key_state(cache: Any, module: Any, before: KeyState | None = None) -> KeySta
     if before is not None and packed is None and before.tensor() is keys and before.version == version_of(keys):
         return before
     keys = keys if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
+    # The buffer of a static cache, in which a forward has written.
+    if before is not None and packed is None and keys is not None and before.tensor() is keys:
+        return before._replace(version=version_of(keys), keys=keys.shape[2])
     quantised = packed if isinstance(packed, (tuple, list)) else (packed,)
     parts = (keys, *quantised, getattr(layer, "_pending_beam_idx", None))
     located = [_address(part) for part in parts if isinstance(part, torch.Tensor)]

@@ -28,7 +28,7 @@ class DeviceState:
     ========  =======  ==========  =================================================================================
 
     `calls` is the CaptureCalls with the scratch. A step that follows the one before changes `counts` by one operator;
-    `_host` is what `counts` was last set to. Each part of `columns` and `counts` starts at a multiple of 16 bytes, since
+    `_host` is what `counts` was last set to. The parts of `columns` and `counts` start at multiples of 16 bytes, since
     compilers copy inputs that do not.
     """
 
