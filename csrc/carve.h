@@ -95,13 +95,25 @@ struct CaptureDevice {
   int64_t steps;            // 1 where `step` is null; a step outside [0, steps) is not written
   int64_t step_strides[3];  // of maps, mass and entropy
   int64_t token_stride;     // of maps
-  void* scratch;
+  const int32_t* span;      // [2], the lowest and the highest token that is a key, or null where they are unknown
+  void* scratch;            // of any contents
   int64_t scratch_bytes;
+  unsigned* tickets;  // 0 before and after every call
+  int64_t ticket_count;
   int device;
   void* stream;
 };
 
-// Throws std::runtime_error if a CUDA call fails or the scratch is too small.
+// What a capture needs of CaptureDevice.
+struct CaptureScratch {
+  int64_t bytes;
+  int64_t tickets;
+};
+
+// Uses the sizes, `type`, `each` and whether `lse` is null. `aligned`: every key is whole vectors of 16 bytes.
+CaptureScratch capture_cuda_scratch(const CaptureParams& sizes, bool aligned);
+
+// Throws std::runtime_error if a CUDA call fails, or the scratch or the tickets are too few.
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
 
 enum class Score { kSum, kMean, kMax };

@@ -1,106 +1,170 @@
-// Checks of the capture operators' arguments, and their translation into CaptureParams.
+// Checks of the arguments of the operator capture_layers, and their translation into CaptureParams.
 #pragma once
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include "bindings/operands.h"
 #include "carve.h"
 
 namespace carve {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
+constexpr uint64_t kCaptureArguments = 19;
 
 template <typename... T>
-void check(bool holds, const T&... message) {
-  STD_TORCH_CHECK(holds, "capture: ", message...);
+inline void check(bool holds, const T&... message) {
+  if (!holds) fail("capture: ", message...);
 }
 
-bool has_shape(const Tensor& tensor, const Shape& shape) {
-  const auto sizes = tensor.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+// The arguments, in the order of the schema.
+struct CaptureOperands {
+  explicit CaptureOperands(OperandStack stack)
+      : query(stack.tensors()),
+        key(stack.tensors()),
+        tokens(stack.tensor()),
+        span(stack.maybe_tensor()),
+        mask(stack.maybe_tensor()),
+        positions(stack.maybe_tensor()),
+        sink(stack.tensors()),
+        lse(stack.maybe_tensor()),
+        scale(stack.scalar<double>()),
+        softcap(stack.scalar<double>()),
+        window(stack.scalar<int64_t>()),
+        each(stack.scalar<bool>()),
+        step(stack.maybe_tensor()),
+        first(stack.scalar<int64_t>()),
+        scratch(stack.tensor()),
+        tickets(stack.tensor()),
+        maps(stack.tensor()),
+        mass(stack.tensor()),
+        entropy(stack.tensor()) {}
+
+  std::vector<Operand> query;
+  std::vector<Operand> key;
+  Operand tokens;
+  std::optional<Operand> span;
+  std::optional<Operand> mask;
+  std::optional<Operand> positions;
+  std::vector<Operand> sink;
+  std::optional<Operand> lse;
+  double scale;
+  double softcap;
+  int64_t window;
+  bool each;
+  std::optional<Operand> step;
+  int64_t first;
+  Operand scratch;
+  Operand tickets;
+  Operand maps;
+  Operand mass;
+  Operand entropy;
+};
+
+// A kernel that reads memory of another device leaves CUDA unusable in the whole process.
+inline void check_device(const Operand& query, const Operand& tensor, const char* name) {
+  check(tensor.is_on_device_of(query), name, ": expected a tensor on the device of query");
 }
 
-void copy_strides(const Tensor& tensor, int64_t count, int64_t* strides) {
-  const auto from = tensor.strides();
-  std::copy(from.begin(), from.begin() + count, strides);
+inline void check_device(const Operand& query, const std::optional<Operand>& tensor, const char* name) {
+  if (tensor) check_device(query, *tensor, name);
 }
 
-Float parse_float(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-        "query: expected float32, float16 or bfloat16");
-  if (type == ScalarType::Float) return Float::kFloat32;
-  return type == ScalarType::Half ? Float::kFloat16 : Float::kBfloat16;
+void check_devices(const CaptureOperands& in) {
+  const Operand& query = in.query[0];
+  for (const Operand& one : in.query) check_device(query, one, "query");
+  for (const Operand& one : in.key) check_device(query, one, "key");
+  for (const Operand& one : in.sink) check_device(query, one, "sink");
+  check_device(query, in.tokens, "tokens");
+  check_device(query, in.span, "span");
+  check_device(query, in.mask, "mask");
+  check_device(query, in.positions, "positions");
+  check_device(query, in.lse, "lse");
+  check_device(query, in.step, "step");
+  check_device(query, in.scratch, "scratch");
+  check_device(query, in.tickets, "tickets");
+  check_device(query, in.maps, "maps");
+  check_device(query, in.mass, "mass");
+  check_device(query, in.entropy, "entropy");
 }
 
-IndexMatrix parse_index(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Int || type == ScalarType::Long, name, ": expected int32 or int64");
-  check(has_shape(tensor, {rows, columns}), name, ": expected shape [", rows, ", ", columns, "]");
-  IndexMatrix index{tensor.const_data_ptr(), type == ScalarType::Long, {}};
-  copy_strides(tensor, 2, index.strides);
-  return index;
+inline void check_shape(const Operand& tensor, const char* name, const Sizes& shape) {
+  check(tensor.has_shape(shape), name, ": expected shape ", shape, ", got ", tensor);
 }
 
-const float* parse_dense(const Tensor& tensor, const char* name, const Shape& shape) {
-  check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && has_shape(tensor, shape), name,
-        ": expected a contiguous float32 tensor of the heads and rows of query");
-  return tensor.const_data_ptr<float>();
+Float parse_float(const Operand& tensor) {
+  if (tensor.dtype == kDtypes.float32) return Float::kFloat32;
+  if (tensor.dtype == kDtypes.float16) return Float::kFloat16;
+  check(tensor.dtype == kDtypes.bfloat16, "query: expected float32, float16 or bfloat16, got ", tensor);
+  return Float::kBfloat16;
 }
 
-void parse_mask(const Tensor& mask, CaptureParams& p) {
-  check(mask.scalar_type() == ScalarType::Bool && mask.dim() == 4, "mask: expected bool with 4 dimensions");
-  const int64_t heads = mask.size(1);
-  check((heads == 1 || heads == p.heads) && has_shape(mask, {p.batch, heads, p.rows, p.keys}),
-        "mask: expected the batch, 1 or all heads, the rows of query and the keys");
-  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-  copy_strides(mask, 4, p.mask_strides);
+IndexMatrix parse_index(const Operand& tensor, const char* name, int64_t rows, int64_t columns) {
+  const bool is_int64 = tensor.dtype == kDtypes.int64;
+  check(is_int64 || tensor.dtype == kDtypes.int32, name, ": expected int32 or int64, got ", tensor);
+  check_shape(tensor, name, {2, {rows, columns}});
+  return IndexMatrix{tensor.data(), is_int64, {tensor.strides[0], tensor.strides[1]}};
+}
+
+const float* parse_dense(const Operand& tensor, const char* name, const Sizes& shape) {
+  check(tensor.dtype == kDtypes.float32 && tensor.has_shape(shape) && tensor.is_contiguous(), name,
+        ": expected a contiguous float32 tensor of shape ", shape, ", got ", tensor);
+  return static_cast<const float*>(tensor.data());
+}
+
+void parse_mask(const Operand& mask, CaptureParams& p) {
+  check(mask.dtype == kDtypes.boolean && mask.dims == 4, "mask: expected bool with 4 dimensions, got ", mask);
+  const int64_t heads = mask.sizes[1];
+  check((heads == 1 || heads == p.heads) && mask.has_shape({4, {p.batch, heads, p.rows, p.keys}}),
+        "mask: expected the batch, 1 or all heads, the rows of query and the keys, got ", mask);
+  p.mask = static_cast<const uint8_t*>(mask.data());
+  std::copy_n(mask.strides, 4, p.mask_strides);
   if (heads == 1) p.mask_strides[1] = 0;
 }
 
 // The sizes of a call, from its first layer, and its shared inputs.
-CaptureParams parse_inputs(const Tensor& query, const Tensor& key, const Tensor& tokens,
-                           const std::optional<Tensor>& mask, const std::optional<Tensor>& positions,
-                           const std::optional<Tensor>& lse) {
-  CaptureParams p{};
-  check(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
-  p.batch = query.size(0);
-  p.heads = query.size(1);
-  p.rows = query.size(2);
-  p.size = query.size(3);
-  p.key_heads = key.size(1);
-  p.keys = key.size(2);
+void parse_inputs(const CaptureOperands& in, CaptureParams& p) {
+  const Operand& query = in.query[0];
+  const Operand& key = in.key[0];
+  check(query.dims == 4, "query: expected 4 dimensions, got ", query);
+  check(key.dims == 4, "key: expected 4 dimensions, got ", key);
+  p.batch = query.sizes[0];
+  p.heads = query.sizes[1];
+  p.rows = query.sizes[2];
+  p.size = query.sizes[3];
+  p.key_heads = key.sizes[1];
+  p.keys = key.sizes[2];
   p.type = parse_float(query);
-  check(p.key_heads > 0 && p.heads % p.key_heads == 0, "key: expected a number of heads that divides that of query");
-  check(tokens.dim() == 2, "tokens: expected 2 dimensions");
-  p.token_count = tokens.size(1);
-  p.tokens = parse_index(tokens, "tokens", p.batch, p.token_count);
-  if (positions) p.positions = parse_index(*positions, "positions", p.batch, p.rows);
-  if (mask) parse_mask(*mask, p);
-  if (lse) p.lse = parse_dense(*lse, "lse", {p.batch, p.heads, p.rows});
-  return p;
+  check(p.heads > 0, "query: expected at least one head, got ", query);
+  check(p.key_heads > 0 && p.heads % p.key_heads == 0, "key: expected a number of heads that divides the ", p.heads,
+        " of query, got ", key);
+  check(in.tokens.dims == 2, "tokens: expected 2 dimensions, got ", in.tokens);
+  p.token_count = in.tokens.sizes[1];
+  p.tokens = parse_index(in.tokens, "tokens", p.batch, p.token_count);
+  if (in.positions) p.positions = parse_index(*in.positions, "positions", p.batch, p.rows);
+  if (in.mask) parse_mask(*in.mask, p);
+  if (in.lse) p.lse = parse_dense(*in.lse, "lse", {3, {p.batch, p.heads, p.rows}});
+  check(in.window >= 0, "window: expected at least 0, got ", in.window);
+  check(in.window == 0 || in.positions, "window: expected positions along with a window");
+  p.scale = static_cast<float>(in.scale);
+  p.softcap = static_cast<float>(in.softcap);
+  p.window = in.window;
+  p.each = in.each;
 }
 
-CaptureLayer parse_layer(const CaptureParams& p, const Tensor& query, const Tensor& key) {
-  check(parse_float(query) == p.type, "query: expected the same dtype in all layers");
-  check(query.scalar_type() == key.scalar_type(), "key: expected the dtype of query");
-  check(has_shape(query, {p.batch, p.heads, p.rows, p.size}) && has_shape(key, {p.batch, p.key_heads, p.keys, p.size}),
-        "query, key: expected the same shapes in all layers");
-  check(p.size < 2 || key.stride(3) == 1, "key: expected stride 1 along the elements of a key");
-  CaptureLayer layer{};
-  layer.query = query.const_data_ptr();
-  layer.key = key.const_data_ptr();
-  copy_strides(query, 4, layer.query_strides);
-  copy_strides(key, 3, layer.key_strides);
-  return layer;
+void parse_layer(const Operand& query, const Operand& key, int32_t dtype, const CaptureParams& p, CaptureLayer& layer) {
+  check(query.dtype == dtype, "query: expected the same dtype in all layers, got ", query);
+  check(key.dtype == dtype, "key: expected the dtype of query, ", name_dtype(dtype), ", got ", key);
+  check(query.has_shape({4, {p.batch, p.heads, p.rows, p.size}}),
+        "query: expected the same shapes in all layers, got ", query);
+  check(key.has_shape({4, {p.batch, p.key_heads, p.keys, p.size}}),
+        "key: expected the batch and head size of query, and the same shapes in all layers, got ", key);
+  check(p.size < 2 || key.strides[3] == 1, "key: expected stride 1 along the elements of a key, got ", key.strides[3]);
+  layer.query = query.data();
+  layer.key = key.data();
+  std::copy_n(query.strides, 4, layer.query_strides);
+  std::copy_n(key.strides, 3, layer.key_strides);
 }
 
 // One output of the first layer in step 0. A stepped output has the leading dimensions [steps, layers].
@@ -109,71 +173,87 @@ struct Output {
   int64_t steps;  // 1 if the output is not stepped
   int64_t step_stride;
   int64_t layer_stride;
+  const int64_t* strides;  // of the dimensions of one layer and step
 };
 
-Output parse_output(const Tensor& out, const char* name, const Shape& shape, bool stepped, int64_t first,
-                    int64_t layers, int64_t* strides) {
-  check(out.scalar_type() == ScalarType::Float, name, ": expected float32");
+Output parse_output(const Operand& out, const char* name, const Sizes& shape, bool stepped, int64_t first,
+                    int64_t layers) {
+  check(out.dtype == kDtypes.float32, name, ": expected float32, got ", out);
   const int64_t front = stepped ? 2 : 0;
-  check(out.dim() == front + static_cast<int64_t>(shape.size()), name, ": unexpected number of dimensions");
-  const auto sizes = out.sizes();
-  const auto all = out.strides();
-  check(std::equal(shape.begin(), shape.end(), sizes.begin() + front), name, ": unexpected shape");
-  std::copy(all.begin() + front, all.end(), strides);
-  float* data = out.mutable_data_ptr<float>();
-  if (!stepped) return {data, 1, 0, 0};
-  check(first >= 0 && layers <= sizes[1] - first, name, ": expected first + ", layers, " layers to fit in ", sizes[1]);
-  return {data + first * all[1], sizes[0], all[0], all[1]};
+  check(out.dims == front + shape.count, name, ": unexpected number of dimensions, got ", out);
+  check(out.ends_with(shape), name, ": unexpected shape: expected its last dimensions to be ", shape, ", got ", out);
+  auto* data = static_cast<float*>(out.mutable_data());
+  if (!stepped) return {data, 1, 0, 0, out.strides};
+  check(first >= 0 && layers <= out.sizes[1] - first, name, ": expected first + ", layers, " layers to fit in ",
+        out.sizes[1], ", got first = ", first);
+  return {data + first * out.strides[1], out.sizes[0], out.strides[0], out.strides[1], out.strides + 2};
 }
 
-// The arguments of both operators; each adds the offset of the current step itself.
-struct CaptureArguments {
+// Whether a stepped output has the steps and layers of another.
+bool has_slots(const Operand& out, const Operand& other) {
+  return out.sizes[0] == other.sizes[0] && out.sizes[1] == other.sizes[1];
+}
+
+// The parameters of the kernels, apart from the current step, whose offset the CPU and the GPU add by themselves.
+struct CaptureCall {
   CaptureParams params;
   std::vector<CaptureLayer> layers;
   Output maps;
   Output mass;
   Output entropy;
+  int64_t steps;
 };
 
-CaptureArguments parse_capture(const std::vector<Tensor>& query, const std::vector<Tensor>& key, const Tensor& tokens,
-                               const std::optional<Tensor>& mask, const std::optional<Tensor>& positions,
-                               const std::vector<Tensor>& sink, const std::optional<Tensor>& lse, double scale,
-                               double softcap, int64_t window, bool each, bool stepped, int64_t first,
-                               const Tensor& maps, const Tensor& mass, const Tensor& entropy) {
-  const size_t count = query.size();
-  check(count > 0 && key.size() == count && (sink.empty() || sink.size() == count) && (stepped || count == 1),
-        "query, key, sink: expected one entry a layer");
-  CaptureArguments all{};
-  CaptureParams& p = all.params;
-  p = parse_inputs(query[0], key[0], tokens, mask, positions, lse);
-  check(window == 0 || positions, "window: expected positions along with a window");
-  p.scale = static_cast<float>(scale);
-  p.softcap = static_cast<float>(softcap);
-  p.window = window;
-  p.each = each;
-
-  const int64_t layers = static_cast<int64_t>(count);
-  const Shape rows = {p.batch, p.rows};
-  int64_t strides[4];
-  const Shape shape = each ? Shape{p.batch, p.heads, p.rows, p.token_count} : Shape{p.batch, p.rows, p.token_count};
-  all.maps = parse_output(maps, "maps", shape, stepped, first, layers, strides);
-  p.maps_strides[0] = strides[0];
-  p.maps_strides[1] = each ? strides[1] : 0;
-  p.maps_strides[2] = strides[each ? 2 : 1];
-  all.mass = parse_output(mass, "mass", rows, stepped, first, layers, p.mass_strides);
-  all.entropy = parse_output(entropy, "entropy", rows, stepped, first, layers, p.entropy_strides);
-  all.layers.reserve(count);
-  for (size_t index = 0; index < count; ++index) {
-    CaptureLayer layer = parse_layer(p, query[index], key[index]);
-    if (!sink.empty()) layer.sink = parse_dense(sink[index], "sink", {p.heads});
-    const int64_t offset = static_cast<int64_t>(index);
-    layer.maps = all.maps.data + offset * all.maps.layer_stride;
-    layer.mass = all.mass.data + offset * all.mass.layer_stride;
-    layer.entropy = all.entropy.data + offset * all.entropy.layer_stride;
-    all.layers.push_back(layer);
+// `in` has to live as long as the call. Throws before anything is read or written.
+CaptureCall parse_capture(const CaptureOperands& in) {
+  const size_t count = in.query.size();
+  check(count > 0 && in.key.size() == count && (in.sink.empty() || in.sink.size() == count) && (in.step || count == 1),
+        "query, key, sink: expected one entry a layer, and one layer without a step, got ", count, ", ",
+        in.key.size(), " and ", in.sink.size());
+  check_devices(in);
+  CaptureCall call{};
+  CaptureParams& p = call.params;
+  parse_inputs(in, p);
+  if (in.step) {
+    check(in.step->dtype == kDtypes.int64 && in.step->numel() == 1, "step: expected one int64, got ", *in.step);
   }
+  if (in.span) {
+    check(in.span->dtype == kDtypes.int32 && in.span->has_shape({1, {2}}) && in.span->is_contiguous(),
+          "span: expected two contiguous int32, got ", *in.span);
+  }
+
+  const bool stepped = in.step.has_value();
+  const auto layers = static_cast<int64_t>(count);
+  const Sizes rows{2, {p.batch, p.rows}};
+  const Sizes shape = in.each ? Sizes{4, {p.batch, p.heads, p.rows, p.token_count}}
+                              : Sizes{3, {p.batch, p.rows, p.token_count}};
+  call.maps = parse_output(in.maps, "maps", shape, stepped, in.first, layers);
+  call.mass = parse_output(in.mass, "mass", rows, stepped, in.first, layers);
+  call.entropy = parse_output(in.entropy, "entropy", rows, stepped, in.first, layers);
+  check(!stepped || has_slots(in.mass, in.maps), "mass: expected the steps and layers of maps, got ", in.mass);
+  check(!stepped || has_slots(in.entropy, in.maps), "entropy: expected the steps and layers of maps, got ",
+        in.entropy);
+  call.steps = call.maps.steps;
+  p.maps_strides[0] = call.maps.strides[0];
+  p.maps_strides[1] = in.each ? call.maps.strides[1] : 0;
+  p.maps_strides[2] = call.maps.strides[in.each ? 2 : 1];
+  std::copy_n(call.mass.strides, 2, p.mass_strides);
+  std::copy_n(call.entropy.strides, 2, p.entropy_strides);
+
+  call.layers.resize(count);
+  const int32_t dtype = in.query[0].dtype;
+  for (size_t index = 0; index < count; ++index) {
+    CaptureLayer& layer = call.layers[index];
+    parse_layer(in.query[index], in.key[index], dtype, p, layer);
+    if (!in.sink.empty()) layer.sink = parse_dense(in.sink[index], "sink", {1, {p.heads}});
+    const auto offset = static_cast<int64_t>(index);
+    layer.maps = call.maps.data + offset * call.maps.layer_stride;
+    layer.mass = call.mass.data + offset * call.mass.layer_stride;
+    layer.entropy = call.entropy.data + offset * call.entropy.layer_stride;
+  }
+  p.layers = call.layers.data();
   p.layer_count = layers;
-  return all;
+  return call;
 }
 
 }  // namespace

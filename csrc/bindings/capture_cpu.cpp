@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include "bindings/capture.h"
 #include "cpu/simd/isa.h"
@@ -12,32 +13,29 @@ using carve::check;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-int64_t parse_step(const std::optional<Tensor>& step, int64_t steps) {
+int64_t read_step(const std::optional<carve::Operand>& step, int64_t steps) {
   if (!step) return 0;
-  check(step->scalar_type() == ScalarType::Long && step->numel() == 1, "step: expected one int64");
-  const int64_t value = *step->const_data_ptr<int64_t>();
+  const int64_t value = *static_cast<const int64_t*>(step->data());
   check(value >= 0, "step: expected a step of at least 0, got ", value);
   check(value < steps, "step: expected a step below ", steps, ", got ", value);
   return value;
 }
 
-void capture_cpu(std::vector<Tensor> query, std::vector<Tensor> key, Tensor tokens, std::optional<Tensor> mask,
-                 std::optional<Tensor> positions, std::vector<Tensor> sink, std::optional<Tensor> lse, double scale,
-                 double softcap, int64_t window, bool each, std::optional<Tensor> step, int64_t first, Tensor maps,
-                 Tensor mass, Tensor entropy) {
-  carve::CaptureArguments all =
-      carve::parse_capture(query, key, tokens, mask, positions, sink, lse, scale, softcap, window, each,
-                           step.has_value(), first, maps, mass, entropy);
-  check(all.params.token_count < 2 || maps.stride(-1) == 1, "maps: expected stride 1 along the tokens");
-  const int64_t slot = parse_step(step, std::min({all.maps.steps, all.mass.steps, all.entropy.steps}));
-  for (carve::CaptureLayer& layer : all.layers) {
-    layer.maps += slot * all.maps.step_stride;
-    layer.mass += slot * all.mass.step_stride;
-    layer.entropy += slot * all.entropy.step_stride;
+// Ignores span, scratch and tickets.
+void capture_layers(StableIValue* stack, uint64_t inputs, uint64_t) {
+  check(inputs == carve::kCaptureArguments, "expected ", carve::kCaptureArguments, " arguments, got ", inputs);
+  const carve::CaptureOperands in{carve::OperandStack(stack)};
+  carve::CaptureCall call = carve::parse_capture(in);
+  check(call.params.token_count < 2 || in.maps.strides[in.maps.dims - 1] == 1,
+        "maps: expected stride 1 along the tokens");
+  const int64_t step = read_step(in.step, call.steps);
+  for (carve::CaptureLayer& layer : call.layers) {
+    layer.maps += step * call.maps.step_stride;
+    layer.mass += step * call.mass.step_stride;
+    layer.entropy += step * call.entropy.step_stride;
   }
-  all.params.layers = all.layers.data();
-  all.params.threads = torch::stable::get_num_threads();
-  carve::capture_cpu(all.params);
+  call.params.threads = torch::stable::get_num_threads();
+  carve::capture_cpu(call.params);
 }
 
 // Selects the instruction set `wanted` (-1: by the environment, -2: unchanged) and writes the active and the best one.
@@ -54,6 +52,6 @@ void isa_cpu(int64_t wanted, Tensor out) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(carve_kernels, CPU, m) {
-  m.impl("capture_cpu", TORCH_BOX(&capture_cpu));
+  m.impl("capture_layers", &capture_layers);
   m.impl("isa_cpu", TORCH_BOX(&isa_cpu));
 }

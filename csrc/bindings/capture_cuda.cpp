@@ -1,9 +1,11 @@
-// Capture on a GPU, registered through torch's stable ABI; the schema is in carve_kernels/backends/native/schemas.py.
+// Capture on a GPU, registered through torch's stable ABI; the schemas are in carve_kernels/backends/native/schemas.py.
 
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/capture.h"
+#include "bindings/checks.h"
 #include "bindings/dispatch_key.h"
+#include "bindings/stream.h"
 
 namespace {
 
@@ -11,49 +13,68 @@ using carve::check;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A kernel that reads memory of another device leaves CUDA unusable in the whole process.
-void check_device(const Tensor& query, const std::optional<Tensor>& tensor, const char* name) {
-  check(!tensor || (tensor->is_cuda() == query.is_cuda() && tensor->get_device() == query.get_device()), name,
-        ": expected a tensor on the device of query");
-}
-
-void capture_cuda(std::vector<Tensor> query, std::vector<Tensor> key, Tensor tokens, std::optional<Tensor> mask,
-                  std::optional<Tensor> positions, std::vector<Tensor> sink, std::optional<Tensor> lse, double scale,
-                  double softcap, int64_t window, bool each, std::optional<Tensor> step, int64_t first, int64_t stream,
-                  Tensor scratch, Tensor maps, Tensor mass, Tensor entropy) {
-  carve::CaptureArguments all =
-      carve::parse_capture(query, key, tokens, mask, positions, sink, lse, scale, softcap, window, each,
-                           step.has_value(), first, maps, mass, entropy);
-  for (const Tensor& one : query) check_device(query[0], one, "query");
-  for (const Tensor& one : key) check_device(query[0], one, "key");
-  for (const Tensor& one : sink) check_device(query[0], one, "sink");
-  check_device(query[0], tokens, "tokens");
-  check_device(query[0], mask, "mask");
-  check_device(query[0], positions, "positions");
-  check_device(query[0], lse, "lse");
-  check_device(query[0], step, "step");
-  check_device(query[0], scratch, "scratch");
-  check_device(query[0], maps, "maps");
-  check_device(query[0], mass, "mass");
-  check_device(query[0], entropy, "entropy");
-  check(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous(), "scratch: expected contiguous uint8");
-  check(!step || (step->scalar_type() == ScalarType::Long && step->numel() == 1), "step: expected one int64");
+void capture_layers(StableIValue* stack, uint64_t inputs, uint64_t) {
+  check(inputs == carve::kCaptureArguments, "expected ", carve::kCaptureArguments, " arguments, got ", inputs);
+  const carve::CaptureOperands in{carve::OperandStack(stack)};
+  carve::CaptureCall call = carve::parse_capture(in);
+  check(in.scratch.dtype == carve::kDtypes.uint8 && in.scratch.is_contiguous(),
+        "scratch: expected contiguous uint8, got ", in.scratch);
+  check(in.tickets.dtype == carve::kDtypes.int32 && in.tickets.is_contiguous(),
+        "tickets: expected contiguous int32, got ", in.tickets);
 
   carve::CaptureDevice device{};
-  device.step = step ? step->const_data_ptr<int64_t>() : nullptr;
-  device.steps = std::min({all.maps.steps, all.mass.steps, all.entropy.steps});
-  device.step_strides[0] = all.maps.step_stride;
-  device.step_strides[1] = all.mass.step_stride;
-  device.step_strides[2] = all.entropy.step_stride;
-  device.token_stride = maps.stride(-1);
-  device.scratch = scratch.mutable_data_ptr();
-  device.scratch_bytes = scratch.numel();
-  device.device = query[0].get_device();
-  device.stream = reinterpret_cast<void*>(stream);
-  all.params.layers = all.layers.data();
-  carve::capture_cuda(all.params, device);
+  device.step = in.step ? static_cast<const int64_t*>(in.step->data()) : nullptr;
+  device.steps = call.steps;
+  device.step_strides[0] = call.maps.step_stride;
+  device.step_strides[1] = call.mass.step_stride;
+  device.step_strides[2] = call.entropy.step_stride;
+  device.token_stride = in.maps.strides[in.maps.dims - 1];
+  device.span = in.span ? static_cast<const int32_t*>(in.span->data()) : nullptr;
+  device.scratch = in.scratch.mutable_data();
+  device.scratch_bytes = in.scratch.numel();
+  device.tickets = static_cast<unsigned*>(in.tickets.mutable_data());
+  device.ticket_count = in.tickets.numel();
+  device.device = in.query[0].device;
+  device.stream = carve::current_stream(device.device);
+  carve::capture_cuda(call.params, device);
+}
+
+carve::Float parse_element(int64_t bytes) {
+  STD_TORCH_CHECK(bytes == 2 || bytes == 4, "capture_scratch_cuda: sizes: expected elements of 2 or 4 bytes, got ",
+                  bytes);
+  return bytes == 4 ? carve::Float::kFloat32 : carve::Float::kBfloat16;
+}
+
+// The sizes are those of the schema.
+void capture_scratch_cuda(const std::vector<int64_t>& sizes, const Tensor& out) {
+  constexpr size_t kSizes = 12;
+  STD_TORCH_CHECK(sizes.size() == kSizes, "capture_scratch_cuda: sizes: expected ", kSizes, " numbers, got ",
+                  sizes.size());
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "capture_scratch_cuda: sizes: expected numbers of at least 0, got ", size);
+  }
+  carve::check_tensor(out, "capture_scratch_cuda", "out", 1, ScalarType::Long);
+  STD_TORCH_CHECK(out.size(0) == 2, "capture_scratch_cuda: out: expected 2 numbers, got ", out.size(0));
+  const float known = 0.0f;
+  carve::CaptureParams params{};
+  params.layer_count = sizes[0];
+  params.batch = sizes[1];
+  params.heads = sizes[2];
+  params.key_heads = sizes[3];
+  params.rows = sizes[4];
+  params.keys = sizes[5];
+  params.size = sizes[6];
+  params.token_count = sizes[7];
+  params.type = parse_element(sizes[8]);
+  params.lse = sizes[9] != 0 ? &known : nullptr;
+  params.each = sizes[10] != 0;
+  const carve::CaptureScratch scratch = carve::capture_cuda_scratch(params, sizes[11] != 0);
+  auto* to = out.mutable_data_ptr<int64_t>();
+  to[0] = scratch.bytes;
+  to[1] = scratch.tickets;
 }
 
 }  // namespace
 
-CARVE_CUDA_LIBRARY(m) { m.impl("capture_cuda", TORCH_BOX(&capture_cuda)); }
+CARVE_CUDA_LIBRARY(m) { m.impl("capture_layers", &capture_layers); }
+CARVE_CUDA_HOST_LIBRARY(m) { m.impl("capture_scratch_cuda", TORCH_BOX(&capture_scratch_cuda)); }

@@ -7,6 +7,7 @@
 
 #include "bindings/dispatch_key.h"
 #include "bindings/regions.h"
+#include "bindings/stream.h"
 #include "carve.h"
 
 namespace {
@@ -18,8 +19,7 @@ using torch::stable::Tensor;
 constexpr int64_t kMostBlocks = 1 << 16;
 
 void regions_cuda(const Tensor& saliency, double keep, int64_t top, int64_t floor, int64_t connectivity, int64_t score,
-                  int64_t most_blocks, int64_t stream, Tensor scratch, Tensor mask, Tensor boxes, Tensor scores,
-                  Tensor outcome) {
+                  int64_t most_blocks, Tensor scratch, Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   const char* name = "regions_cuda";
   carve::RegionsParams params = carve::parse_regions(name, saliency, keep, top, floor, connectivity, score, mask, boxes,
                                                      scores, outcome);
@@ -34,7 +34,7 @@ void regions_cuda(const Tensor& saliency, double keep, int64_t top, int64_t floo
   STD_TORCH_CHECK(scratch.size(0) >= bytes, name, ": scratch: expected at least ", bytes, " bytes");
   carve::RegionsDevice device{};
   device.device = saliency.get_device();
-  device.stream = reinterpret_cast<void*>(stream);
+  device.stream = carve::current_stream(device.device);
   device.scratch = scratch.mutable_data_ptr();
   device.outcome = outcome.mutable_data_ptr<int64_t>();
   device.most_blocks = most_blocks;

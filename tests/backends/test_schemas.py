@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.operators import SAMPLES, capture_cpu, contrast_cpu, operator, regions_cpu
+from carve_kernels.backends.native import extension
+from tests.emulator.emulator import NAMESPACE as EMULATED
+from tests.support.operators import KEPT, SAMPLES, capture_layers, contrast_cpu, operator, regions_cpu
 
 
 def registered() -> list[str]:
@@ -18,13 +20,19 @@ def registered() -> list[str]:
 
 
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The arguments that the schema marks as written."""
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    """The arguments that the schema marks as written, apart from those that the operator keeps."""
+    kept = KEPT.get(op._schema.name, frozenset())
+    written = [
+        argument.alias_info is not None and argument.alias_info.is_write and argument.name not in kept
+        for argument in op._schema.arguments
+    ]
     return [value for value, is_written in zip(arguments, written, strict=True) if is_written]
 
 
 def test_every_operator_has_a_sample() -> None:
-    assert registered() == sorted(SAMPLES)
+    # An operator for tensors on a GPU has its sample in the emulator.
+    sampled = {name.replace(f"{EMULATED}::", "carve_kernels::") for name in SAMPLES}
+    assert registered() == sorted(sampled)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -67,7 +75,9 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
-@pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith("_cpu")])
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLES if name.startswith("carve_kernels::") and not name.endswith("_in")]
+)
 def test_compiled_operator_leaks_no_memory(name: str) -> None:
     op, arguments = operator(name), SAMPLES[name]()
 
@@ -104,42 +114,85 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
             op(*good[:index], value, *good[index + 1 :])
 
 
-def test_capture_cpu_refuses_what_it_cannot_read() -> None:
-    op = operator("carve_kernels::capture_cpu")
-    good = capture_cpu()
-    query, key, tokens, mask = good[:4]
-    wrong: list[tuple[dict[int, Any], str]] = [
-        ({0: []}, "one entry a layer"),
-        ({0: query[:1]}, "one entry a layer"),
-        ({5: good[5][:1]}, "one entry a layer"),
-        ({0: [part.double() for part in query]}, "query: expected float32"),
-        ({0: [query[0], query[1][:, :2]]}, "same shapes"),
-        ({1: [key[0], key[1][:, :, 1:]]}, "same shapes"),
-        ({1: [part.half() for part in key]}, "key: expected the dtype"),
-        ({1: [part[..., ::2] for part in key], 0: [part[..., ::2] for part in query]}, "expected stride 1"),
-        ({1: [part.expand(-1, 2, -1, -1)[:, :1].repeat(1, 3, 1, 1) for part in key]}, "heads that divide"),
-        ({2: tokens.float()}, "tokens: expected int32"),
-        ({2: tokens[:1]}, "tokens: expected shape"),
-        ({3: mask.float()}, "mask: expected bool"),
-        ({3: mask[..., 1:]}, "mask: expected the batch"),
-        ({4: torch.zeros(2, 2, dtype=torch.int64)}, "positions: expected shape"),
-        ({5: [part[1:] for part in good[5]]}, "sink: expected"),
-        ({6: torch.zeros(2, 4, 2)}, "lse: expected"),
-        ({9: 3}, "window: expected positions"),
-        ({11: None}, "one entry a layer"),
-        ({11: torch.tensor(3)}, "step: expected a step below 3"),
-        ({11: torch.tensor(-1)}, "step: expected a step of at least 0"),
-        ({11: torch.tensor(1.0)}, "step: expected one int64"),
-        ({12: 1}, "expected first"),
-        ({12: -1}, "expected first"),
-        ({13: good[13][..., 1:]}, "maps: unexpected shape"),
-        ({13: good[13].double()}, "maps: expected float32"),
-        ({14: good[14][0]}, "mass: unexpected number of dimensions"),
-        ({15: good[15][:, :1]}, "entropy: expected first"),
+@pytest.mark.parametrize("name", ["carve_kernels::capture_layers", "carve_emulated::capture_layers"])
+def test_capture_layers_refuses_what_it_cannot_read(name: str) -> None:
+    op = operator(name)
+    good = dict(zip([argument.name for argument in op._schema.arguments], capture_layers(), strict=True))
+    query, key, tokens, mask = (good[name] for name in ("query", "key", "tokens", "mask"))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"query": []}, "query, key, sink: expected one entry a layer"),
+        ({"query": query[:1]}, "query, key, sink: expected one entry a layer"),
+        ({"sink": good["sink"][:1]}, "query, key, sink: expected one entry a layer"),
+        ({"step": None}, ".*one layer without a step"),
+        ({"query": [part[0] for part in query]}, "query: expected 4 dimensions, got a torch.float32 tensor of shape"),
+        ({"query": [part.double() for part in query]}, "query: expected float32, .*got a torch.float64 tensor"),
+        ({"query": [query[0], query[1].half()]}, "query: expected the same dtype in all layers"),
+        ({"query": [query[0], query[1][:, :2]]}, "query: expected the same shapes in all layers"),
+        ({"key": [key[0], key[1][:, :, 1:]]}, "key: .* same shapes in all layers"),
+        ({"key": [key[0], key[1][0]]}, "key: .* same shapes in all layers"),
+        ({"key": [part.half() for part in key]}, "key: expected the dtype of query, float32, got a torch.float16"),
+        ({"key": [part[..., ::2] for part in key], "query": [part[..., ::2] for part in query]}, "key: expected stri"),
+        ({"key": [part[:, :1].repeat(1, 3, 1, 1) for part in key]}, "key: .* heads that divides the 4 of query"),
+        ({"tokens": tokens.float()}, "tokens: expected int32 or int64, got a torch.float32"),
+        ({"tokens": tokens[:1]}, "tokens: expected shape .2, 5., got a torch.int32 tensor of shape .1, 5."),
+        ({"span": good["span"].long()}, "span: expected two contiguous int32, got a torch.int64"),
+        ({"span": good["span"][:1]}, "span: expected two contiguous int32"),
+        ({"span": good["span"].repeat(2)[::2]}, "span: .*not contiguous"),
+        ({"mask": mask.float()}, "mask: expected bool"),
+        ({"mask": mask[..., 1:]}, "mask: expected the batch"),
+        ({"positions": torch.zeros(2, 2, dtype=torch.int64)}, "positions: expected shape .2, 1."),
+        ({"positions": torch.zeros(2, 1)}, "positions: expected int32 or int64"),
+        ({"sink": [part[1:] for part in good["sink"]]}, "sink: expected a contiguous float32 tensor of shape .4."),
+        ({"sink": [part.half() for part in good["sink"]]}, "sink: expected a contiguous float32"),
+        ({"lse": torch.zeros(2, 4, 2)}, "lse: expected a contiguous float32 tensor of shape .2, 4, 1."),
+        ({"lse": torch.zeros(2, 4, 1).double()}, "lse: .*got a torch.float64"),
+        ({"window": 3}, "window: expected positions"),
+        ({"window": -1}, "window: expected at least 0"),
+        ({"step": torch.tensor(1.0)}, "step: expected one int64"),
+        ({"step": torch.zeros(2, dtype=torch.int64)}, "step: expected one int64"),
+        ({"first": 1}, "maps: expected first . 2 layers to fit in 2, got first = 1"),
+        ({"first": -1}, "maps: expected first"),
+        ({"maps": good["maps"][..., 1:]}, "maps: unexpected shape"),
+        ({"maps": good["maps"].double()}, "maps: expected float32"),
+        ({"mass": good["mass"][0]}, "mass: unexpected number of dimensions"),
+        ({"mass": good["mass"].half()}, "mass: expected float32"),
+        ({"entropy": good["entropy"][:, :1]}, "entropy: expected first"),
+        ({"mass": good["mass"][:2]}, "mass: expected the steps and layers of maps"),
+        ({"entropy": good["entropy"].repeat(1, 2, 1, 1)}, "entropy: expected the steps and layers of maps"),
+        ({"query": [part[:, :0] for part in query], "mask": None, "sink": []}, "query: expected at least one head"),
     ]
     for changes, message in wrong:
+        with pytest.raises(RuntimeError, match=f"capture: {message}"):
+            op(**{**good, **changes})
+
+
+def test_capture_layers_on_a_cpu_refuses_a_step_outside_the_buffers() -> None:
+    op = operator("carve_kernels::capture_layers")
+    good = dict(zip([argument.name for argument in op._schema.arguments], capture_layers(), strict=True))
+    for step, message in ((3, "step: expected a step below 3, got 3"), (-1, "step: expected a step of at least 0")):
         with pytest.raises(RuntimeError, match=message):
-            op(*(changes.get(index, value) for index, value in enumerate(good)))
+            op(**{**good, "step": torch.tensor(step)})
+    with pytest.raises(RuntimeError, match="maps: expected stride 1"):
+        op(**{**good, "maps": good["maps"].transpose(-1, 0).contiguous().transpose(-1, 0)})
+
+
+def test_the_library_implements_capture_layers_and_python_does_not() -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    dump = torch._C._dispatch_dump("carve_kernels::capture_layers")
+    lines = dict(line.split(": ", 1) for line in dump.splitlines())
+    assert "capture_cpu.cpp" in lines["CPU"]
+    assert [key for key in lines if key.startswith("Composite")] == []
+    if extension.architectures():
+        assert "capture_cuda.cpp" in lines["CUDA"]
+    else:
+        assert "CUDA" not in lines
+
+
+def test_no_operator_takes_a_stream() -> None:
+    for name in registered():
+        op = getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::"))
+        assert "stream" not in str(op.default._schema)
 
 
 def test_isa_cpu_refuses_unknown_instructions() -> None:

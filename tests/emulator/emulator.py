@@ -18,10 +18,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import carve_kernels.backends.native.schemas  # noqa: F401  (implementations register for schemas that are defined)
 from carve_kernels.backends import cuda
+from carve_kernels.backends.native import schemas
 
 ROOT = Path(__file__).resolve().parents[2]
+# Under the package's own names, other kernels serve tensors on a CPU.
+NAMESPACE = "carve_emulated"
+_library = schemas.define(NAMESPACE, ("capture_layers", "capture_scratch_cuda", "regions_cuda"))
+operators = getattr(torch.ops, NAMESPACE)
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
 CPU_INFO = Path("/proc/cpuinfo")
@@ -59,7 +63,13 @@ def build(stage: str, root: Path = ROOT) -> Path:
     """The library of a stage's kernels, registered for tensors on a CPU; built again where a source has changed."""
     torch_headers = Path(torch.__file__).parent / "include"
     include = [f"-I{root / 'tests/emulator/emulated'}", f"-I{root / 'csrc'}", f"-I{torch_headers}"]
-    options = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DCARVE_CUDA_KEY=CPU", *include]
+    options = [
+        *FLAGS,
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DCARVE_CUDA_KEY=CPU",
+        f"-DCARVE_CUDA_NAMESPACE={NAMESPACE}",
+        *include,
+    ]
     digest = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
     for path in [*sources(stage, root), *headers(root)]:
         digest.update(path.read_bytes())
@@ -110,6 +120,7 @@ def serving(stage: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "devices", lambda: ("cpu",))
         patch.setattr(cuda, "unavailable", lambda: None)
+        patch.setattr(cuda, "operators", operators)
         yield
 
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carve_kernels import BackendUnavailable, capture
-from carve_kernels.backends.cuda.plan import MOST_ROWS
+from carve_kernels import capture
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.types import Capture, CaptureOptions
 from tests.support.attention import Case, exact, planted, poisoned, textbook
@@ -57,10 +56,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def check(backend: str, case: Case, arguments: Any, options: dict[str, Any], heads: str = "mean") -> None:
-    if backend == "cuda" and case.rows > MOST_ROWS:
-        with pytest.raises(BackendUnavailable, match=f"query has {case.rows} rows, this backend serves up to 8"):
-            capture(*arguments, **options, backend=backend)
-        return
     exact_arguments, exact_options = exact(arguments, options)
     truth = reference.forward(*exact_arguments, CaptureOptions(**exact_options, heads=heads))  # type: ignore[arg-type]
     own = reference.forward(*arguments, CaptureOptions(**options, heads=heads))  # type: ignore[arg-type]

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from carve_kernels import capture, capture_layers
+from carve_kernels import BackendUnavailable, capture, capture_layers
 from carve_kernels.backends import cpu
+from carve_kernels.backends.native.scratch import Memory
+from carve_kernels.ops.layer_operator import layer_operator
 from carve_kernels.types import Capture
 from tests.support.attention import Case, planted
 from tests.support.capture_backends import BACKENDS, entered
-from tests.support.operators import capture_cpu, operator
 
 CASE = Case(sink=True, softcap=4.0, view="positions", window=31, rows=2)
 
@@ -65,13 +66,42 @@ def test_layers_of_several_dtypes_keep_their_own(backend: str, order: int) -> No
             assert torch.equal(buffer[0, layer_index], part)
 
 
-def test_the_operator_refuses_layers_of_several_dtypes() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_an_operator_that_was_chosen_once_captures_as_capture_does(backend: str) -> None:
+    with entered({"cpu": "cpu plain"}.get(backend, backend)) as served:
+        (query, key, tokens), options = planted(CASE.but(sink=False))
+        operator = layer_operator(served, query.device, dtype=query.dtype, size=query.shape[3])
+        assert operator.backend == served
+        sizes = {"layers": 2, "batch": 2, "query_heads": query.shape[1], "key_heads": key.shape[1], "rows": 2}
+        sizes |= {"keys": key.shape[2], "size": key.shape[3], "tokens": tokens.shape[1], "element_bytes": 4}
+        memory = Memory.new(operator.needs(**sizes), query.device)
+        out = Capture(torch.zeros(3, 2, 2, 2, tokens.shape[1]), torch.zeros(3, 2, 2, 2), torch.zeros(3, 2, 2, 2))
+        for step in range(3):
+            operator.run(
+                [query, query + step], [key, key], tokens, None, None, options["positions"], [], None,
+                options["scale"], options["softcap"], options["window"], False, torch.tensor(step), 0, *memory, *out,
+            )  # fmt: skip
+            alone = capture(query + step, key, tokens, **options, backend=served)
+            assert all(torch.equal(buffer[step, 1], part) for buffer, part in zip(out, alone, strict=True))
+            assert not memory.tickets.any()
+
+
+def test_auto_chooses_an_operator_that_serves() -> None:
     if reason := cpu.unavailable():
         pytest.skip(reason)
-    query, key, *rest = capture_cpu()
-    mixed = [[*layers[:-1], layers[-1].half()] for layers in (query, key)]
-    with pytest.raises(RuntimeError, match="query: expected the same dtype in all layers"):
-        operator("carve_kernels::capture_cpu")(*mixed, *rest)
+    device = torch.device("cpu")
+    chosen = {
+        backend: layer_operator("auto", device, **{"dtype": torch.float32, "size": 64, **changes}).backend
+        for backend, changes in {"cpu": {}, "reference": {"dtype": torch.float64}}.items()
+    }
+    assert chosen == {"cpu": "cpu", "reference": "reference"}
+    assert layer_operator("auto", device, dtype=torch.float32, size=64, dense=False).backend == "reference"
+    assert (
+        layer_operator("auto", device, dtype=torch.float32, size=64).run
+        is torch.ops.carve_kernels.capture_layers.default
+    )
+    with pytest.raises(BackendUnavailable, match="float64"):
+        layer_operator("cpu", device, dtype=torch.float64, size=64)
 
 
 def test_bad_layers_are_named() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import carve_kernels.ops.capture  # noqa: F401  (registers the implementation of capture_layers)
+import carve_kernels.ops.layer_operator  # noqa: F401  (registers the implementation of capture_layers_in)
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cuda.regions import scratch_bytes
 from tests.emulator import emulator
@@ -50,7 +50,7 @@ def regions_cpu() -> tuple[Any, ...]:
 def regions_cuda() -> tuple[Any, ...]:
     *inputs, mask, boxes, scores, outcome = regions_cpu()
     scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
-    return (*inputs, 2, 0, scratch, mask, boxes, scores, outcome)
+    return (*inputs, 2, scratch, mask, boxes, scores, outcome)
 
 
 def capture_layers() -> tuple[Any, ...]:
@@ -59,30 +59,31 @@ def capture_layers() -> tuple[Any, ...]:
         [torch.randn(batch, 4, rows, 32) for _ in range(layers)],
         [torch.randn(batch, 2, keys, 32) for _ in range(layers)],
         torch.arange(tokens, dtype=torch.int32).expand(batch, -1).contiguous(),
+        torch.tensor([0, tokens - 1], dtype=torch.int32),
         torch.rand(batch, 1, rows, keys) < 0.7,
         None,
         [torch.randn(4) for _ in range(layers)],
+        None,
         0.2,
         0.0,
         0,
+        False,
         torch.tensor(1),
         0,
-        "auto",
+        torch.full((1 << 20,), 255, dtype=torch.uint8),
+        torch.zeros(4096, dtype=torch.int32),
         torch.zeros(3, layers, batch, rows, tokens),
         torch.zeros(3, layers, batch, rows),
         torch.zeros(3, layers, batch, rows),
     )
 
 
-def capture_cpu() -> tuple[Any, ...]:
-    query, key, tokens, mask, positions, sink, *rest = capture_layers()
-    scale, softcap, window, step, first, _, *out = rest
-    return (query, key, tokens, mask, positions, sink, None, scale, softcap, window, False, step, first, *out)
+def capture_layers_in() -> tuple[Any, ...]:
+    return (*capture_layers(), "reference")
 
 
-def capture_cuda() -> tuple[Any, ...]:
-    *arguments, maps, mass, entropy = capture_cpu()
-    return (*arguments, 0, torch.full((4096,), 255, dtype=torch.uint8), maps, mass, entropy)
+def capture_scratch_cuda() -> tuple[Any, ...]:
+    return [6, 1, 28, 4, 1, 4096, 128, 1024, 2, 0, 0, 1], torch.full((2,), -1)
 
 
 def cuda_build() -> tuple[Any, ...]:
@@ -98,24 +99,32 @@ def isa_cpu() -> tuple[Any, ...]:
 
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "carve_kernels::capture_cpu": capture_cpu,
-    "carve_kernels::capture_cuda": capture_cuda,
+    "carve_emulated::capture_layers": capture_layers,
+    "carve_emulated::capture_scratch_cuda": capture_scratch_cuda,
+    "carve_emulated::regions_cuda": regions_cuda,
     "carve_kernels::capture_layers": capture_layers,
+    "carve_kernels::capture_layers_in": capture_layers_in,
     "carve_kernels::contrast_cpu": contrast_cpu,
     "carve_kernels::cuda_build": cuda_build,
     "carve_kernels::cuda_versions": cuda_versions,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
-    "carve_kernels::regions_cuda": regions_cuda,
+}
+# What an operator may leave as it is: a CPU uses no scratch, and tickets are 0 after every call.
+KEPT: dict[str, frozenset[str]] = {
+    "carve_emulated::capture_layers": frozenset({"tickets"}),
+    "carve_kernels::capture_layers": frozenset({"scratch", "tickets"}),
+    "carve_kernels::capture_layers_in": frozenset({"scratch", "tickets"}),
 }
 
 
 def operator(name: str) -> Any:
-    if name.endswith(("_cpu", "_build", "_versions")) and (reason := cpu.unavailable()):
+    namespace, short = name.split("::")
+    if namespace == emulator.NAMESPACE:
+        emulated("regions" if short.startswith("regions") else "capture")
+    elif short != "capture_layers_in" and (reason := cpu.unavailable()):
         pytest.skip(reason)
-    if name.endswith("_cuda"):
-        emulated(name.removeprefix("carve_kernels::").removesuffix("_cuda"))
-    return getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::")).default
+    return getattr(getattr(torch.ops, namespace), short).default
 
 
 def emulated(stage: str) -> None:

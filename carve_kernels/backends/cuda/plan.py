@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 
 import torch
 
@@ -11,13 +10,16 @@ from carve_kernels.backends import cuda
 from carve_kernels.backends.native.scratch import ScratchNeeds
 
 # As in csrc/cuda/capture.
+LAYERS_AT_ONCE = 34
 MOST_SIZE = 256
+_SPLIT_KEYS = 64
+_MOST_SPLITS = 32
+STAT = 8  # bytes of a maximum and a sum
+FLOAT = 4
 
 # As in csrc/cuda/regions/regions.cuh. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The
 # result does not depend on it.
 MOST_BLOCKS = 1024
-
-_VECTOR_BYTES = 16
 
 
 def scratch_needs(
@@ -37,10 +39,17 @@ def scratch_needs(
 ) -> ScratchNeeds:
     """The scratch and the tickets of one call of the operator `capture_layers` on a GPU.
 
-    `lse`: the log-sum-exp is given. `each`: each head has its maps. `aligned`: see `is_aligned`.
+    `lse`: the log-sum-exp is given. `each`: each head has its maps. `aligned`: every key starts at a multiple of 16
+    bytes and has whole vectors of them.
     """
     sizes = (layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes, lse, each, aligned)
     return _ask(cuda.operators, sizes)
+
+
+def most_scratch(*sizes: int, lse: bool, each: bool) -> ScratchNeeds:
+    """What `scratch_needs` asks for at most, whether keys are aligned or not; the sizes are those up to `lse`."""
+    aligned, other = (_ask(cuda.operators, (*sizes, lse, each, one)) for one in (True, False))
+    return ScratchNeeds(max(aligned.bytes, other.bytes), max(aligned.tickets, other.tickets))
 
 
 # Most calls of a process have the sizes of an earlier one.
@@ -51,12 +60,9 @@ def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> ScratchN
     return ScratchNeeds(*out.tolist())
 
 
-def is_aligned(keys: Iterable[torch.Tensor]) -> bool:
-    """Whether every key starts at a multiple of 16 bytes and has whole vectors of 16 bytes."""
-    return all(_is_aligned(key) for key in keys)
+def split_keys(keys: int) -> int:
+    return _SPLIT_KEYS * max(1, -(-keys // (_SPLIT_KEYS * _MOST_SPLITS)))
 
 
-def _is_aligned(key: torch.Tensor) -> bool:
-    unit = _VECTOR_BYTES // key.element_size()
-    whole = key.shape[3] % unit == 0 and not any(stride % unit for stride in key.stride()[:3])
-    return whole and key.data_ptr() % _VECTOR_BYTES == 0
+def splits(keys: int) -> int:
+    return -(-keys // split_keys(keys))

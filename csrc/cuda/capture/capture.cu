@@ -12,10 +12,9 @@ namespace {
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
-// Offsets of the scratch buffers in bytes: statistics at 0, means, tickets; and the total size.
+// Offsets of the scratch buffers in bytes: statistics at 0, means; and the total size.
 struct Scratch {
   int64_t mean;
-  int64_t tickets;
   int64_t end;
 };
 
@@ -26,8 +25,7 @@ Scratch lay_out_scratch(const CaptureParams& p, int64_t layers, int64_t splits) 
   const int64_t stats = p.lse == nullptr ? layers * p.batch * p.heads * p.rows * splits : 0;
   scratch.mean = stats * static_cast<int64_t>(sizeof(float2));
   const int64_t means = p.each ? layers * p.batch * p.rows * p.token_count : 0;
-  scratch.tickets = scratch.mean + means * static_cast<int64_t>(sizeof(float));
-  scratch.end = scratch.tickets + layers * p.batch * static_cast<int64_t>(sizeof(unsigned));
+  scratch.end = scratch.mean + means * static_cast<int64_t>(sizeof(float));
   return scratch;
 }
 
@@ -55,7 +53,16 @@ void launch_layers(const CaptureLaunch& launch, const CapturePlan& plan) {
   }
 }
 
+int64_t split_size(int64_t keys) {
+  return kSplitKeys * std::max<int64_t>(1, count_splits(kSplitKeys * kMaxSplits, keys));
+}
+
 }  // namespace
+
+CaptureScratch capture_cuda_scratch(const CaptureParams& p, bool) {
+  const int64_t at_once = std::min<int64_t>(p.layer_count, kLayersAtOnce);
+  return {lay_out_scratch(p, at_once, count_splits(split_size(p.keys), p.keys)).end, at_once * p.batch};
+}
 
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   const CaptureParams& p = params;
@@ -70,7 +77,7 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   launch.params = p;
   launch.params.layers = nullptr;
   launch.device = device;
-  launch.split_keys = kSplitKeys * std::max<int64_t>(1, count_splits(kSplitKeys * kMaxSplits, p.keys));
+  launch.split_keys = split_size(p.keys);
   launch.splits = static_cast<int>(count_splits(launch.split_keys, p.keys));
   launch.aligned = is_aligned(p);
   const int64_t at_once = std::min<int64_t>(p.layer_count, kLayersAtOnce);
@@ -78,10 +85,12 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   check(device.scratch_bytes >= scratch.end, "scratch: expected at least " + std::to_string(scratch.end) +
                                                  " bytes, got " + std::to_string(device.scratch_bytes));
   check(reinterpret_cast<uintptr_t>(device.scratch) % sizeof(float2) == 0, "scratch: expected 8 bytes of alignment");
+  check(device.ticket_count >= at_once * p.batch, "tickets: expected at least " + std::to_string(at_once * p.batch) +
+                                                      ", got " + std::to_string(device.ticket_count));
   auto* bytes = static_cast<unsigned char*>(device.scratch);
   launch.stats = reinterpret_cast<float2*>(bytes);
   launch.mean = reinterpret_cast<float*>(bytes + scratch.mean);
-  launch.tickets = reinterpret_cast<unsigned*>(bytes + scratch.tickets);
+  launch.tickets = device.tickets;
 
   const DeviceGuard guard(device.device);
   CapturePlan plan{};
@@ -89,13 +98,10 @@ void capture_cuda(const CaptureParams& params, const CaptureDevice& device) {
   for (int64_t begin = 0; begin < p.layer_count; begin += kLayersAtOnce) {
     plan.layers = static_cast<int>(std::min<int64_t>(p.layer_count - begin, kLayersAtOnce));
     std::copy_n(p.layers + begin, plan.layers, launch.layers);
-    if (!plan.stats) {
-      // Otherwise the first launch resets the tickets.
-      check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
-                                 static_cast<cudaStream_t>(device.stream)),
-                 "cudaMemsetAsync");
-    }
     launch_layers(launch, plan);
+    check_cuda(cudaMemsetAsync(launch.tickets, 0, sizeof(unsigned) * static_cast<size_t>(plan.layers * p.batch),
+                               static_cast<cudaStream_t>(device.stream)),
+               "cudaMemsetAsync");
   }
 }
 

@@ -13,7 +13,7 @@ from carve_kernels import BackendUnavailable, capture
 from carve_kernels.types import Capture
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
-from tests.support.operators import capture_cuda, operator
+from tests.support.operators import capture_layers, capture_scratch_cuda, operator
 
 
 @pytest.fixture(autouse=True)
@@ -22,24 +22,39 @@ def _served() -> Iterator[None]:
         yield
 
 
-def test_capture_cuda_refuses_what_it_cannot_use() -> None:
-    op = operator("carve_kernels::capture_cuda")
-    good = capture_cuda()
-    wrong: list[tuple[dict[int, Any], str]] = [
-        ({0: [part.repeat(1, 1, 9, 1) for part in good[0]]}, "mask: expected the batch"),
-        ({n: [*good[n][:-1], good[n][-1].half()] for n in (0, 1)}, "query: expected the same dtype in all layers"),
-        ({9: 3}, "window: expected positions"),
-        ({11: torch.tensor(1.0)}, "step: expected one int64"),
-        ({12: 2}, "expected first"),
-        ({14: good[14].float()}, "scratch: expected contiguous uint8"),
-        ({14: good[14][1:]}, "scratch: expected 8 bytes of alignment"),
-        ({14: good[14][:64]}, "scratch: expected at least"),
+def test_the_operator_refuses_what_it_cannot_use() -> None:
+    op = operator("carve_emulated::capture_layers")
+    good = dict(zip([argument.name for argument in op._schema.arguments], capture_layers(), strict=True))
+    scratch, tickets = good["scratch"], good["tickets"]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"scratch": scratch.float()}, "scratch: expected contiguous uint8, got a torch.float32"),
+        ({"scratch": scratch[::2]}, "scratch: expected contiguous uint8, got .* not contiguous"),
+        ({"scratch": scratch[1:]}, "scratch: expected .* alignment"),
+        ({"scratch": scratch[:64]}, "scratch: expected at least .* bytes, got 64"),
+        ({"tickets": tickets.long()}, "tickets: expected contiguous int32, got a torch.int64"),
+        ({"tickets": tickets[::2]}, "tickets: expected contiguous int32, got .* not contiguous"),
+        ({"tickets": tickets[:1]}, "tickets: expected at least .*, got 1"),
     ]
     for changes, message in wrong:
         with pytest.raises(RuntimeError, match=message):
-            op(*(changes.get(index, value) for index, value in enumerate(good)))
+            op(**{**good, **changes})
     with pytest.raises(RuntimeError, match="out: expected at least"):
         operator("carve_kernels::cuda_build")(torch.zeros(1, dtype=torch.int64))
+
+
+def test_the_needs_are_asked_for_by_sizes() -> None:
+    op = operator("carve_emulated::capture_scratch_cuda")
+    sizes, out = capture_scratch_cuda()
+    wrong: list[tuple[list[int], torch.Tensor, str]] = [
+        (sizes[1:], out, "sizes: expected 12 numbers, got 11"),
+        ([*sizes[:3], -1, *sizes[4:]], out, "sizes: expected numbers of at least 0, got -1"),
+        ([*sizes[:8], 8, *sizes[9:]], out, "sizes: expected elements of 2 or 4 bytes, got 8"),
+        (sizes, torch.zeros(3, dtype=torch.int64), "out: expected 2 numbers, got 3"),
+        (sizes, torch.zeros(2), "out: unexpected dtype"),
+    ]
+    for numbers, target, message in wrong:
+        with pytest.raises(RuntimeError, match=f"capture_scratch_cuda: {message}"):
+            op(numbers, target)
 
 
 def test_a_refusal_of_the_backend_says_why() -> None:
@@ -47,7 +62,6 @@ def test_a_refusal_of_the_backend_says_why() -> None:
     for changed, reason in (
         ((query.double(), key.double(), tokens), "float64"),
         ((query[:, :0], key, tokens), "query has no heads; use backend='reference'"),
-        ((query.repeat(1, 1, 3, 1), key, tokens), "9 rows, this backend serves up to 8; use backend='triton'"),
         ((query.repeat(1, 1, 1, 5), key.repeat(1, 1, 1, 5), tokens), "320 elements"),
         ((query, key.transpose(2, 3).contiguous().transpose(2, 3), tokens), "key has stride"),
         ((query.clone().requires_grad_(), key, tokens), "gradient"),

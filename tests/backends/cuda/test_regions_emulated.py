@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="the emulato
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _loaded() -> None:
+def _served() -> Iterator[None]:
     """Any test of this file may be the first one in its process."""
-    emulator.library("regions")
+    with emulator.serving("regions"):
+        yield
 
 
 SHAPES = st.one_of(
@@ -142,8 +144,8 @@ def test_more_regions_than_one_merge_takes() -> None:
 
 
 def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: torch.Tensor, **changes: Any) -> None:
-    arguments = {"keep": 0.3, "top": 0, "floor": 3, "connectivity": 4, "score": 0, "blocks": 64, "stream": 0, **changes}
-    torch.ops.carve_kernels.regions_cuda(values, *arguments.values(), scratch, *buffers)
+    arguments = {"keep": 0.3, "top": 0, "floor": 3, "connectivity": 4, "score": 0, "blocks": 64, **changes}
+    emulator.operators.regions_cuda(values, *arguments.values(), scratch, *buffers)
 
 
 def test_nothing_outside_the_buffers_is_written() -> None:

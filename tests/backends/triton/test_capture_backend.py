@@ -13,6 +13,7 @@ import triton
 
 from carve_kernels import BackendUnavailable, capture_layers
 from carve_kernels import capture as public
+from carve_kernels.backends.native.scratch import Memory
 from carve_kernels.backends.reference import capture as reference
 from carve_kernels.backends.triton import capture
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
@@ -75,7 +76,7 @@ def test_nothing_outside_the_tensors_is_accessed(name: str, spacing: int, monkey
         *(guards.put(f"out {part.ndim}", spread(part, spacing), written=True) for part in poisoned(case, heads))
     )
     with monkeypatch.context() as patched:
-        guard_allocations(guards, patched, capture)
+        guard_allocations(guards, patched)
         capture.forward(
             *[guarded(what, value) for what, value in zip(("query", "key", "tokens"), arguments, strict=True)],
             CaptureOptions(**{what: guarded(what, value) for what, value in options.items()}, heads=heads), out=out,
@@ -184,15 +185,31 @@ def test_one_launch_where_the_lse_is_given() -> None:
     right(found, arguments, options)
 
 
-def test_a_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_given_is_used_and_nothing_else() -> None:
     arguments, options = planted(LONG)
-    capture.forward(*arguments, CaptureOptions(**options))
-    monkeypatch.setattr("carve_kernels.backends.native.scratch.Scratch._allocate", None)
-    smaller = planted(LONG.but(keys=90, tokens=20))[0]
-    for case, given_arguments in ((LONG.but(tokens=20), smaller), (LONG, arguments)):
-        out = poisoned(case)
-        capture.forward(*given_arguments, CaptureOptions(**options), out=out)
-        right(out, given_arguments, options)
+    query, key, tokens = arguments
+    sizes: dict[str, int] = dict(layers=1, batch=query.shape[0], query_heads=query.shape[1], key_heads=key.shape[1])
+    sizes |= dict(rows=query.shape[2], keys=key.shape[2], size=key.shape[3], tokens=tokens.shape[1], element_bytes=4)
+    needs = capture.scratch_needs(query.device, **sizes)
+    assert needs.bytes > 0 and needs.tickets > 0
+    known = capture.scratch_needs(query.device, **sizes, lse=True)
+    assert known.bytes < needs.bytes
+    store = torch.full((needs.bytes + 64,), 7, dtype=torch.uint8)
+    memory = Memory(store[: needs.bytes], torch.zeros(needs.tickets, dtype=torch.int32))
+    layers, asked = Layers.single(query, key, None), CaptureOptions(**options)
+    for _ in range(2):
+        out = poisoned(LONG)
+        assert capture.forward_layers(layers, tokens, asked, Slot(out), None, memory)
+        right(out, arguments, options)
+        assert not memory.tickets.any() and bool((store[needs.bytes :] == 7).all())
+    for little, error, message in (
+        (memory._replace(scratch=store[: needs.bytes - 1]), ValueError, f"scratch: expected at least {needs.bytes} by"),
+        (memory._replace(scratch=store.int()), TypeError, "scratch: expected contiguous torch.uint8"),
+        (memory._replace(tickets=memory.tickets[1:]), ValueError, f"tickets: expected at least {needs.tickets}, got"),
+        (memory._replace(tickets=memory.tickets.long()), TypeError, "tickets: expected contiguous torch.int32"),
+    ):
+        with pytest.raises(error, match=message):
+            capture.forward_layers(layers, tokens, asked, Slot(out), None, little)
 
 
 @pytest.mark.parametrize("changes", [{"rows": 0}, {"batch": 0}, {"keys": 0}, {"tokens": 0}, {"rows": 0, "tokens": 0}])

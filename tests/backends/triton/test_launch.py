@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from carve_kernels.backends.native.scratch import Scratch
 from carve_kernels.backends.triton import capture_kernels, contrast_kernels
 from carve_kernels.backends.triton.launch import VECTOR_BYTES, Kernel, alignment, strides_of
 
@@ -122,37 +120,3 @@ def test_a_shifted_key_loses_the_hint(calls: dict[str, Any]) -> None:
 
     assert constants("first") == [16, 8, True, False, False]
     assert constants("a shifted key") == [2, 1, True, False, False]
-
-
-def test_scratch_is_cached_and_grows() -> None:
-    scratch, tickets = Scratch(torch.float32), Scratch(torch.int32, zeroed=True)
-    floats, zeros = scratch.take(CPU, 0, 100), tickets.take(CPU, 0, 3)
-    assert floats.dtype == torch.float32 and len(floats) >= 100
-    assert zeros.dtype == torch.int32 and len(zeros) >= 3 and not zeros.any()
-    assert scratch.take(CPU, 0, 7) is floats and tickets.take(CPU, 0, 1) is zeros
-    larger = scratch.take(CPU, 0, len(floats) + 1)
-    assert len(larger) >= 2 * len(floats) and larger is not floats
-
-
-def test_threads_and_streams_do_not_share_scratch() -> None:
-    scratch = Scratch(torch.float32)
-    found = [scratch.take(CPU, 0, 10), scratch.take(CPU, 7, 10)]
-    worker = threading.Thread(target=lambda: found.append(scratch.take(CPU, 0, 10)))
-    worker.start()
-    worker.join()
-    assert len({one.data_ptr() for one in found}) == 3
-
-
-def test_a_graph_that_is_captured_gets_separate_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = Scratch._allocate
-    monkeypatch.setattr(Scratch, "_allocate", lambda self, _device, size: shipped(self, CPU, size))
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    gpu = torch.device("cuda:0")
-    scratch = Scratch(torch.float32)
-    eager = scratch.take(gpu, 0, 10)
-    capturing[0] = True
-    captured = [scratch.take(gpu, 0, 10) for _ in range(2)]
-    capturing[0] = False
-    assert scratch.take(gpu, 0, 10) is eager
-    assert len({one.data_ptr() for one in (eager, *captured)}) == 3
