@@ -104,10 +104,9 @@ class LayerSizes(NamedTuple):
         return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
 
     def covers(self, other: LayerSizes) -> bool:
-        """Whether memory for these sizes is enough for a layer of the other ones."""
-        alike = (self.batch, self.query_heads, self.key_heads, self.size)
-        enough = self.rows >= other.rows and self.keys >= other.keys and self.tokens >= other.tokens
-        return enough and alike == (other.batch, other.query_heads, other.key_heads, other.size)
+        """Whether memory for these sizes is enough for a layer of the other ones; fewer rows may need more of it."""
+        alike = self._replace(keys=other.keys, tokens=other.tokens) == other
+        return alike and self.keys >= other.keys and self.tokens >= other.tokens
 
 
 @dataclass
@@ -168,7 +167,7 @@ class CaptureCalls:
         self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
 
     def reserve(self, dtype: torch.dtype, sizes: LayerSizes, *, dense: bool = True) -> None:
-        """Allocate memory for calls of up to these rows, keys and tokens, and choose their operator."""
+        """Allocate memory for calls of these rows and up to these keys and tokens, and choose their operator."""
         kind = (dtype, sizes.size, dense)
         if kind not in self._operators:
             self._operators[kind] = layer_operator(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.support.graphs import Graphs, Operators, capturing
 
 TOKENS = [70, 45, 12, 33, 51, 8]
 CAPACITY = 100
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "decoding.md"
 BOTH = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -208,6 +211,23 @@ def test_replays_on_another_stream() -> None:
                 decoder.replay(token)
         torch.cuda.current_stream().wait_stream(stream)
     same(session.maps, eager_maps("cuda", TOKENS[:4]))
+
+
+@pytest.mark.gpu
+def test_the_graph_of_the_docs() -> None:
+    code = re.search(r"```py\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    model, inputs = copy.deepcopy(family("llava")[0]).cuda(), inputs_of("llava", 1).to("cuda")
+    names = {"torch": torch, "StaticCache": StaticCache, "capture_attention": capture_attention}
+    names |= {"model": model, "inputs": inputs}
+    exec(code[1], names)
+    maps: Any = names["maps"]
+    assert len(maps.steps) == int(maps.valid[0, 0, :, 0].sum()) <= 102
+    with capture_attention(model, layers=[3], max_steps=256) as session:
+        model.generate(
+            **inputs, max_new_tokens=102, do_sample=False, cache_implementation="static", disable_compile=True
+        )
+    same(maps, session.maps)
 
 
 @pytest.mark.gpu
