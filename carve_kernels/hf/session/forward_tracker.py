@@ -220,10 +220,12 @@ class ForwardTracker:
         """A decode step that goes into a CUDA graph: each replay is the next step, of which Python sees nothing."""
         if record.step == 0:
             record.reaches = caches.reaches(cache, self._modules)
-        if caches.most_keys(record.reaches) is None:
+        fixed = caches.most_keys(record.reaches) is not None and not caches.has_windows(record.reaches)
+        if not fixed or not isinstance(caches.cached_tokens(cache), torch.Tensor):
             raise ValueError(
-                f"cache: expected a static cache in a CUDA graph, got a {type(cache).__name__}, whose keys are in "
-                "other memory at each step; use StaticCache"
+                "cache: expected a static cache without sliding windows in a CUDA graph, whose keys stay in one buffer "
+                f"and are counted on the device, got a {type(cache).__name__} with others; use StaticCache, or "
+                "torch.compile(mode='reduce-overhead')"
             )
         if record.on_layer is not None:
             raise ValueError("on_layer: expected None in a CUDA graph, whose replays call no function")

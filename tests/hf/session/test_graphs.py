@@ -250,11 +250,18 @@ def refusals() -> dict[str, tuple[str, Callable[[Decoder], None], dict[str, Any]
         decoder.cache = DynamicCache()
         decoder.prefill()
 
+    def sliding(decoder: Decoder) -> None:
+        config = copy.deepcopy(decoder.model.config.get_text_config())
+        config.sliding_window, config.layer_types = 16, ["full_attention", "sliding_attention"] * 2
+        decoder.cache = StaticCache(config=config, max_cache_len=CAPACITY)
+        decoder.prefill()
+
     def nothing(_decoder: Decoder) -> None:
         pass
 
     return {
-        "a cache that grows": ("cache: expected a static cache in a CUDA graph", dynamic, {}),
+        "a cache that grows": ("cache: expected a static cache", dynamic, {}),
+        "a window": ("cache: expected a static cache without sliding windows", sliding, {}),
         "no prompt": ("model: expected one token after a cache of this session", nothing, {}),
         "a function": (
             "on_layer: expected None in a CUDA graph", Decoder.prefill, {"on_layer": lambda *_arguments: None},
