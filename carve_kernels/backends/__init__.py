@@ -44,8 +44,8 @@ PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "trit
 
 # What a backend is best for on its own device. Its stage's `supports` decides for given arguments.
 BEST_FOR: dict[tuple[str, str], str] = {
-    ("capture", "cuda"): "up to eight rows, where launching costs more than reading, and C++ launches cheapest",
-    ("capture", "triton"): "any number of rows: matrix units use each key that was read for all of them",
+    ("capture", "cuda"): "any number of rows, layers and heads in one call, which C++ checks and launches",
+    ("capture", "triton"): "GPUs that the compiled kernels are not for: Triton compiles its own",
     ("contrast", "triton"): "two launches, whatever the number of layers, steps and views",
     ("regions", "cuda"): "the labels stay on the device, only boxes and scores leave it",
 }

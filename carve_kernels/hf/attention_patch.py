@@ -104,10 +104,9 @@ class LayerSizes(NamedTuple):
         return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
 
     def covers(self, other: LayerSizes) -> bool:
-        """Whether memory for these sizes is enough for a layer of the other ones."""
-        alike = (self.batch, self.query_heads, self.key_heads, self.size)
-        enough = self.rows >= other.rows and self.keys >= other.keys and self.tokens >= other.tokens
-        return enough and alike == (other.batch, other.query_heads, other.key_heads, other.size)
+        """Whether memory for these sizes is enough for a layer of the other ones; fewer rows may need more of it."""
+        alike = self._replace(keys=other.keys, tokens=other.tokens) == other
+        return alike and self.keys >= other.keys and self.tokens >= other.tokens
 
 
 @dataclass
@@ -163,11 +162,12 @@ class CaptureCalls:
         self._backend, self._device, self._layers = backend, device, layers
         self._operators: dict[tuple[Any, ...], LayerOperator] = {}
         self._reserved: list[tuple[tuple[Any, ...], LayerSizes]] = []
+        self._former: list[Memory] = []
         self._unprepared = partial(torch.ops.carve_kernels.capture_layers_in.default, backend=backend)
         self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
 
     def reserve(self, dtype: torch.dtype, sizes: LayerSizes, *, dense: bool = True) -> None:
-        """Allocate memory for calls of up to these rows, keys and tokens, and choose their operator."""
+        """Allocate memory for calls of these rows and up to these keys and tokens, and choose their operator."""
         kind = (dtype, sizes.size, dense)
         if kind not in self._operators:
             self._operators[kind] = layer_operator(
@@ -186,7 +186,8 @@ class CaptureCalls:
                 scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
             if tickets.numel() < (count := max(each.tickets for each in either)):
                 tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
-        self._memory = Memory(scratch, tickets)
+        # A CUDA graph may hold the address of the former.
+        self._memory, self._former = Memory(scratch, tickets), [*self._former, self._memory]
 
     def run(self, batch: LayerBatch, out: Capture, step: torch.Tensor) -> None:
         """Capture all layers of a batch into step `step`, an int64 tensor [] on the device, of buffers `out`."""

@@ -128,6 +128,9 @@ def key_state(cache: Any, module: Any, before: KeyState | None = None) -> KeySta
     if before is not None and packed is None and before.tensor() is keys and before.version == version_of(keys):
         return before
     keys = keys if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
+    # The buffer of a static cache, in which a forward has written.
+    if before is not None and packed is None and keys is not None and before.tensor() is keys:
+        return before._replace(version=version_of(keys), keys=keys.shape[2])
     quantised = packed if isinstance(packed, (tuple, list)) else (packed,)
     parts = (keys, *quantised, getattr(layer, "_pending_beam_idx", None))
     located = [_address(part) for part in parts if isinstance(part, torch.Tensor)]
@@ -166,12 +169,17 @@ def _layer(cache: Any, module: Any) -> Any:
     return layers[index] if layers is not None and index is not None and index < len(layers) else None
 
 
-def capacity_of(reaches: Iterable[Sequence[Reach | None]]) -> int | None:
-    """How many tokens a cache can hold; None if it grows. Of layers with a window it is at least the window."""
+def most_keys(reaches: Iterable[Sequence[Reach | None]]) -> int | None:
+    """The keys of the largest buffer of a cache; None if it has layers that grow."""
     possible = [reach for layer in reaches for reach in layer]
     if not possible or any(reach is None or reach.capacity is None for reach in possible):
         return None
     return max(reach.capacity for reach in possible if reach is not None and reach.capacity is not None)
+
+
+def has_windows(reaches: Iterable[Sequence[Reach | None]]) -> bool:
+    """Whether layers of a cache keep the last keys only, so that it holds more tokens than keys."""
+    return any(reach is not None and reach.window is not None for layer in reaches for reach in layer)
 
 
 def keep_with(cache: Any, value: Any) -> None:

@@ -93,6 +93,8 @@ def changed(what: str) -> UpstreamChanged:
 # The arguments of a forward
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, including those caught by **kwargs."""
+    if not args:
+        return dict(kwargs)
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
     except TypeError:

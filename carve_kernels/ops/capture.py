@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +16,8 @@ from carve_kernels.ops.capture_checks import check_arguments, check_out, check_v
 from carve_kernels.ops.layer_operator import LayerOperator as LayerOperator
 from carve_kernels.ops.layer_operator import layer_operator as layer_operator
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
+
+_NUMBERS = (float, int)
 
 
 def capture(
@@ -119,30 +123,61 @@ def capture_layers(
     undefined elsewhere. Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend
     that cannot serve. Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
+    layers, slot = Layers(query, key, sink), Slot(out, step, first)
+    options = CaptureOptions(scale, mask, positions, softcap, window)
+    # A compiler sees one operator, which chooses its backend when it runs.
+    if not torch.compiler.is_compiling():
+        # The compiled operator refuses bad tensors in a small part of the time of the checks below, which say more.
+        with contextlib.suppress(Exception):
+            if _capture_in_one_call(layers, tokens, options, slot, backend):
+                return
+    _check_layers(layers, tokens, options, slot)
+    memory = Memory.new(NONE, query[0].device)
+    torch.ops.carve_kernels.capture_layers_in.default(
+        list(query), list(key), tokens, None, mask, positions, list(sink), None, float(scale), float(softcap or 0.0),
+        int(window or 0), False, step, first, *memory, *out, backend,
+    )  # fmt: skip
+
+
+def _capture_in_one_call(
+    layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot, backend: str
+) -> bool:
+    """Capture by a compiled operator, which checks the tensors; False for what it might take and should not."""
+    scale, mask, positions, softcap, window, *_ = options
+    query, key, sink = layers
+    numbers = type(scale) in _NUMBERS and math.isfinite(scale) and type(slot.first) is int
+    if softcap is not None:
+        numbers = numbers and type(softcap) in _NUMBERS and 0 < softcap < math.inf
+    if window is not None:
+        numbers = numbers and type(window) is int and window > 0
+    if not numbers or (mask is not None and positions is not None) or slot.step is None or slot.step.dim():
+        return False
+    if any(one.dtype != torch.float32 or not one.is_contiguous() or one.requires_grad for one in sink):
+        return False
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (*query, *key)):
+        return False
+    given = (*query, *key, *sink, tokens, slot.step, *slot.out, *(() if mask is None else (mask,)))
+    # Beside one tensor without data, every operator does nothing.
+    if any(one.is_meta for one in given) or (positions is not None and positions.is_meta):
+        return False
+    module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options, out=slot.out)
+    if not hasattr(module, "layers_operator"):
+        return False
+    module.call(layers, tokens, options, slot)
+    return True
+
+
+def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot) -> None:
+    (query, key, sink), (out, step, first) = layers, slot
     if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
         raise ValueError(
             f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
         )
     for layer in range(len(query)):
-        options = CaptureOptions(scale, mask, positions, softcap, window, sink[layer] if sink else None)
-        check_arguments(query[layer], key[layer], tokens, options)
-    checks.number("scale", scale)
+        check_arguments(query[layer], key[layer], tokens, options._replace(sink=sink[layer] if sink else None))
+    checks.number("scale", options.scale)
     checks.integer("first", first, low=0)
-    checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
-    checks.device("step", step, query[0])
+    checks.device("step", checks.tensor("step", step, shape=(), dtypes=(torch.int64,)), query[0])
     check_out(query[0], tokens, "mean", out, in_steps=True)
     if first + len(query) > out.maps.shape[1]:
         raise ValueError(f"first: expected first + {len(query)} layers to fit in {out.maps.shape[1]}, got {first}")
-    layers = Layers(list(query), list(key), list(sink))
-    options = CaptureOptions(float(scale), mask, positions, softcap, window)
-    slot = Slot(out, step, first)
-    # A compiler sees one operator, which chooses its backend when it runs.
-    if not torch.compiler.is_compiling():
-        module = resolve("capture", backend, query[0].device, query[0], key[0], tokens, options)
-        if hasattr(module, "layers_operator") and module.forward_layers(layers, tokens, options, slot):
-            return
-    memory = Memory.new(NONE, query[0].device)
-    torch.ops.carve_kernels.capture_layers_in.default(
-        *layers[:2], tokens, None, mask, positions, layers.sink, None, options.scale, float(softcap or 0.0),
-        int(window or 0), False, step, first, *memory, *out, backend,
-    )  # fmt: skip

@@ -136,6 +136,7 @@ void parse_inputs(const CaptureOperands& in, CaptureParams& p) {
   p.key_heads = key.sizes[1];
   p.keys = key.sizes[2];
   p.type = parse_float(query);
+  check(p.heads > 0, "query: expected at least one head, got ", query);
   check(p.key_heads > 0 && p.heads % p.key_heads == 0, "key: expected a number of heads that divides the ", p.heads,
         " of query, got ", key);
   check(in.tokens.dims == 2, "tokens: expected 2 dimensions, got ", in.tokens);
@@ -188,6 +189,11 @@ Output parse_output(const Operand& out, const char* name, const Sizes& shape, bo
   return {data + first * out.strides[1], out.sizes[0], out.strides[0], out.strides[1], out.strides + 2};
 }
 
+// Whether a stepped output has the steps and layers of another.
+bool has_slots(const Operand& out, const Operand& other) {
+  return out.sizes[0] == other.sizes[0] && out.sizes[1] == other.sizes[1];
+}
+
 // The parameters of the kernels, apart from the current step, whose offset the CPU and the GPU add by themselves.
 struct CaptureCall {
   CaptureParams params;
@@ -224,7 +230,10 @@ CaptureCall parse_capture(const CaptureOperands& in) {
   call.maps = parse_output(in.maps, "maps", shape, stepped, in.first, layers);
   call.mass = parse_output(in.mass, "mass", rows, stepped, in.first, layers);
   call.entropy = parse_output(in.entropy, "entropy", rows, stepped, in.first, layers);
-  call.steps = std::min({call.maps.steps, call.mass.steps, call.entropy.steps});
+  check(!stepped || has_slots(in.mass, in.maps), "mass: expected the steps and layers of maps, got ", in.mass);
+  check(!stepped || has_slots(in.entropy, in.maps), "entropy: expected the steps and layers of maps, got ",
+        in.entropy);
+  call.steps = call.maps.steps;
   p.maps_strides[0] = call.maps.strides[0];
   p.maps_strides[1] = in.each ? call.maps.strides[1] : 0;
   p.maps_strides[2] = call.maps.strides[in.each ? 2 : 1];

@@ -157,6 +157,9 @@ def test_capture_layers_refuses_what_it_cannot_read(name: str) -> None:
         ({"mass": good["mass"][0]}, "mass: unexpected number of dimensions"),
         ({"mass": good["mass"].half()}, "mass: expected float32"),
         ({"entropy": good["entropy"][:, :1]}, "entropy: expected first"),
+        ({"mass": good["mass"][:2]}, "mass: expected the steps and layers of maps"),
+        ({"entropy": good["entropy"].repeat(1, 2, 1, 1)}, "entropy: expected the steps and layers of maps"),
+        ({"query": [part[:, :0] for part in query], "mask": None, "sink": []}, "query: expected at least one head"),
     ]
     for changes, message in wrong:
         with pytest.raises(RuntimeError, match=f"capture: {message}"):

@@ -21,7 +21,7 @@ def forward(
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
     is_direct = out is not None and out.maps.stride(-1) == 1
     written = out if out is not None and is_direct else Capture.empty(query, tokens, options.heads)
-    _call(Layers.single(query, key, options.sink), tokens, options, Slot(written))
+    call(Layers.single(query, key, options.sink), tokens, options, Slot(written))
     if out is None or out is written:
         return written
     for target, values in zip(out, written, strict=True):
@@ -40,7 +40,7 @@ def forward_layers(
     """Capture several layers into one step of buffers by one call; False where the layers differ too much for that."""
     if slot.out.maps.stride(-1) != 1 or not is_one_call(supports, layers, slot.out):
         return False
-    _call(layers, tokens, options, slot, span, memory)
+    call(layers, tokens, options, slot, span, memory)
     return True
 
 
@@ -49,7 +49,7 @@ def layers_operator() -> torch._ops.OpOverload:
     return torch.ops.carve_kernels.capture_layers.default
 
 
-def _call(
+def call(
     layers: Layers,
     tokens: Tensor,
     options: CaptureOptions,
@@ -57,5 +57,6 @@ def _call(
     span: Tensor | None = None,
     memory: Memory | None = None,
 ) -> None:
+    """Call the operator; it ignores `memory` and `span`."""
     unused = memory or Memory.new(NONE, layers.query[0].device)
     layers_operator()(*operands(layers, tokens, options, slot, span, unused))

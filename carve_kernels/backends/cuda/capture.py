@@ -30,7 +30,7 @@ def forward(
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32; see `carve_kernels.capture`."""
     out = out or Capture.empty(query, tokens, options.heads)
-    _launch(Layers.single(query, key, options.sink), tokens, options, Slot(out))
+    call(Layers.single(query, key, options.sink), tokens, options, Slot(out))
     return out
 
 
@@ -45,7 +45,7 @@ def forward_layers(
     """Capture several layers into one step of buffers by one call; False where the layers differ too much for that."""
     if not is_one_call(supports, layers, slot.out):
         return False
-    _launch(layers, tokens, options, slot, span, memory)
+    call(layers, tokens, options, slot, span, memory)
     return True
 
 
@@ -59,7 +59,7 @@ def scratch_needs(_device: torch.device, **sizes: Any) -> ScratchNeeds:
     return plan.scratch_needs(**sizes)
 
 
-def _launch(
+def call(
     layers: Layers,
     tokens: Tensor,
     options: CaptureOptions,
@@ -67,13 +67,12 @@ def _launch(
     span: Tensor | None = None,
     memory: Memory | None = None,
 ) -> None:
+    """Call the operator, with memory of its own if there is none."""
     if memory is None:
         query, key = layers.query[0], layers.key[0]
         batch, query_heads, rows, size = query.shape
-        needs = plan.scratch_needs(
-            layers=len(layers.query), batch=batch, query_heads=query_heads, key_heads=key.shape[1], rows=rows,
-            keys=key.shape[2], size=size, tokens=tokens.shape[1], element_bytes=query.element_size(),
-            lse=options.lse is not None, each=options.heads == "each", aligned=plan.is_aligned(layers.key),
-        )  # fmt: skip
+        sizes = (len(layers.query), batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
+        each = options.heads == "each"
+        needs = plan.most_scratch(*sizes, query.element_size(), lse=options.lse is not None, each=each)
         memory = Memory.new(needs, query.device)
     layers_operator()(*operands(layers, tokens, options, slot, span, memory))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ MOST_SIZE = 256
 # As in csrc/cuda/regions/regions.cuh. About as many blocks as 132 multiprocessors of 2048 threads run at a time. The
 # result does not depend on it.
 MOST_BLOCKS = 1024
-
-_VECTOR_BYTES = 16
 
 
 class CapturePlan(NamedTuple):
@@ -51,7 +48,10 @@ def capture_plan(
     lse: bool = False,
     aligned: bool = True,
 ) -> CapturePlan:
-    """The plan of one call; `lse`: the log-sum-exp is given; `aligned`: see `is_aligned`."""
+    """The plan of one call.
+
+    `lse`: the log-sum-exp is given. `aligned`: every key starts at a multiple of 16 bytes and is whole vectors of them.
+    """
     sizes = (layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes, lse, aligned)
     return _ask(cuda.operators, sizes)
 
@@ -62,6 +62,12 @@ def scratch_needs(*, each: bool = False, **sizes: Any) -> ScratchNeeds:
     return ScratchNeeds(plan.scratch_bytes, plan.tickets)
 
 
+def most_scratch(*sizes: int, lse: bool) -> ScratchNeeds:
+    """What `scratch_needs` asks for at most, whether keys are aligned or not; the sizes are those up to `lse`."""
+    aligned, other = (_ask(cuda.operators, (*sizes, lse, one)) for one in (True, False))
+    return ScratchNeeds(max(aligned.scratch_bytes, other.scratch_bytes), max(aligned.tickets, other.tickets))
+
+
 # Most calls of a process have the sizes of an earlier one.
 @functools.lru_cache(maxsize=1024)
 def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> CapturePlan:
@@ -69,14 +75,3 @@ def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> CaptureP
     operators.capture_plan_cuda.default([int(one) for one in sizes], out)
     numbers = out.tolist()
     return CapturePlan(*numbers[:2], bool(numbers[2]), bool(numbers[3]), *numbers[4:])
-
-
-def is_aligned(keys: Iterable[torch.Tensor]) -> bool:
-    """Whether every key starts at a multiple of 16 bytes and has whole vectors of 16 bytes."""
-    return all(_is_aligned(key) for key in keys)
-
-
-def _is_aligned(key: torch.Tensor) -> bool:
-    unit = _VECTOR_BYTES // key.element_size()
-    whole = key.shape[3] % unit == 0 and not any(stride % unit for stride in key.stride()[:3])
-    return whole and key.data_ptr() % _VECTOR_BYTES == 0

@@ -56,7 +56,8 @@ class TrackedPrompt:
 
     def note_keys(self, cache: Any, modules: Sequence[nn.Module]) -> None:
         """Note where the keys of the cache are, and how often they were written to."""
-        self._keys = [caches.key_state(cache, module) for module in modules]
+        before = self._keys or [None] * len(modules)
+        self._keys = [caches.key_state(cache, *each) for each in zip(modules, before, strict=True)]
 
     def synchronise(self) -> None:
         """Read how many tokens the replays of a CUDA graph have added."""

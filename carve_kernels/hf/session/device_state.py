@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from carve_kernels.hf.attention_patch import CaptureCalls
 from carve_kernels.maps import UNCAPTURED, new_buffers
 from carve_kernels.types import Capture
 
@@ -17,8 +17,8 @@ class DeviceState:
     ========  =======  ==========  =================================================================================
     name      dtype    shape       meaning
     ========  =======  ==========  =================================================================================
-    columns   int32    [B N + 2]   `tokens` [B, N], the visual tokens, and `span` [2], the lowest and the highest one
-    counts    int64    [2]         `total`, the tokens after the current step, and `slot`, where `later` takes its maps
+    columns   int32    [4 + B N]   `span` [2], the lowest and the highest visual token, and `tokens` [B, N], all of them
+    counts    int64    [4]         `total`, the tokens after the current step, and `slot`, where `later` takes its maps
     first     float32              maps of the prefill, [1, L, B, Q, N]
     later     float32              maps of the steps, [T + 1, L, B, 1, N]; graphs write what is beyond T into the last
     fed       int64    [B, T + 1]  the token fed at each step, -1 where it is unknown
@@ -27,20 +27,20 @@ class DeviceState:
     row       int64    [B, 1]      the captured row of a step
     ========  =======  ==========  =================================================================================
 
-    A step that follows the one before changes `counts` by one operator. `_host` is what `counts` was last set to.
+    `calls` is the CaptureCalls with the scratch. A step that follows the one before changes `counts` by one operator;
+    `_host` is what `counts` was last set to. The parts of `columns` and `counts` start at multiples of 16 bytes, since
+    compilers copy inputs that do not.
     """
 
-    def __init__(
-        self, calls: CaptureCalls, tokens: torch.Tensor, layers: int, rows: int, conditions: Iterable[str]
-    ) -> None:
+    def __init__(self, calls: Any, tokens: torch.Tensor, layers: int, rows: int, conditions: Iterable[str]) -> None:
         batch, count = tokens.shape
         self.calls, self.device = calls, tokens.device
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.columns = torch.empty(batch * count + 2, dtype=torch.int32, device=self.device)
+            self.columns = torch.zeros(4 + batch * count, dtype=torch.int32, device=self.device)
             self.tokens, self.span = self.split(self.columns, batch)
-            self.counts = torch.empty(2, dtype=torch.int64, device=self.device)
-            self.total, self.slot, self.slots = self.counts[0], self.counts[1], self.counts[1:]
+            self.counts = torch.zeros(4, dtype=torch.int64, device=self.device)
+            self.total, self.slot, self.slots = self.counts[0], self.counts[2], self.counts[2:3]
             self.zero = torch.zeros((), dtype=torch.int64, device=self.device)
             self.row = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
             self.first = new_buffers((1, layers, batch, rows), count, self.device)
@@ -56,7 +56,7 @@ class DeviceState:
     @staticmethod
     def split(columns: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens [B, N] and their span [2] in `columns`."""
-        tokens, span = columns.split_with_sizes([columns.shape[0] - 2, 2])
+        span, _, tokens = columns.split_with_sizes([2, 2, columns.shape[0] - 4])
         return tokens.view(batch, -1), span
 
     def fits(self, tokens: torch.Tensor, rows: int, steps: int) -> bool:
@@ -69,7 +69,8 @@ class DeviceState:
         used = tokens[tokens >= 0]
         ends = used.aminmax() if used.numel() else (tokens.new_zeros(()), tokens.new_full((), -1))
         with torch.inference_mode(False), torch.no_grad():
-            self.columns.copy_(torch.cat([tokens.flatten(), torch.stack(tuple(ends))]))
+            self.span.copy_(torch.stack(tuple(ends)))
+            self.tokens.copy_(tokens)
             self._host = None
             self.move(total, -1)
             self.select(0)
@@ -108,7 +109,7 @@ class DeviceState:
 
     def read(self) -> int:
         """The tokens so far, read from the device: the replays of a graph count there."""
-        total, slot = self.counts.tolist()
+        total, _, slot, _ = self.counts.tolist()
         self._host = total, slot
         return int(total)
 

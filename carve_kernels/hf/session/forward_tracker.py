@@ -220,10 +220,12 @@ class ForwardTracker:
         """A decode step that goes into a CUDA graph: each replay is the next step, of which Python sees nothing."""
         if record.step == 0:
             record.reaches = caches.reaches(cache, self._modules)
-        if caches.capacity_of(record.reaches) is None:
+        fixed = caches.most_keys(record.reaches) is not None and not caches.has_windows(record.reaches)
+        if not fixed or not isinstance(caches.cached_tokens(cache), torch.Tensor):
             raise ValueError(
-                f"cache: expected a static cache in a CUDA graph, got a {type(cache).__name__}, whose keys are in "
-                "other memory at each step; use StaticCache"
+                "cache: expected a static cache without sliding windows in a CUDA graph, whose keys stay in one buffer "
+                f"and are counted on the device, got a {type(cache).__name__} with others; use StaticCache, or "
+                "torch.compile(mode='reduce-overhead')"
             )
         if record.on_layer is not None:
             raise ValueError("on_layer: expected None in a CUDA graph, whose replays call no function")
@@ -326,7 +328,7 @@ class ForwardTracker:
             self._options,
             rows,
             tokens,
-            state=self._state(rows, tokens.to(device), total, caches.capacity_of(reaches), replaced),
+            state=self._state(rows, tokens.to(device), total, reaches, replaced),
             reaches=reaches,
             past=past,
             length=length,
@@ -337,13 +339,19 @@ class ForwardTracker:
         return prompt.record
 
     def _state(
-        self, rows: Rows, tokens: torch.Tensor, total: int, capacity: int | None, replaced: TrackedPrompt | None
+        self,
+        rows: Rows,
+        tokens: torch.Tensor,
+        total: int,
+        reaches: list[tuple[caches.Reach | None, ...]],
+        replaced: TrackedPrompt | None,
     ) -> DeviceState:
         """The tensors of a new record: those of the prompt that it replaces, if they fit, for graphs that hold them."""
         options, (batch, captured) = self._options, rows.columns.shape
         later = options.max_steps - 1 if rows.last else 0
-        # A cache that grows is in no graph: its buffers grow, too.
-        steps = 0 if capacity is None else min(later, capacity)
+        capacity = caches.most_keys(reaches)
+        # No graph holds the buffers beside a cache that grows: they grow, too.
+        steps = 0 if capacity is None else later if caches.has_windows(reaches) else min(later, capacity)
         before = None if replaced is None else replaced.record
         if replaced is not None and before is not None and before.state.fits(tokens, captured, steps):
             replaced.record = None

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds
 from carve_kernels.backends.triton import capture
 from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.backends.triton import offline_driver
 
 KERNELS = (capture_statistics_kernel, capture_map_kernel)
@@ -49,11 +50,13 @@ def calls() -> dict[str, Any]:
     tokens = torch.zeros(1, 7, dtype=torch.int32)
     out = Capture(torch.empty(1, 1, 7), torch.empty(1, 1), torch.empty(1, 1))
     mask = torch.ones(1, 1, 1, 400, dtype=torch.bool)
+    memory = Memory.new(ScratchNeeds(1 << 16, 64), query.device)
 
     def forward(
         key: torch.Tensor = key, tokens: torch.Tensor = tokens, scale: float = 0.125, out: Capture = out, **options: Any
     ) -> Any:
-        return lambda: capture.forward(query, key, tokens, CaptureOptions(scale, **options), out=out)
+        layers, asked = Layers.single(query, key, None), CaptureOptions(scale, **options)
+        return lambda: capture.forward_layers(layers, tokens, asked, Slot(out), None, memory)
 
     first_three = Capture(out.maps[..., :1], out.mass, out.entropy)
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds
 
 # More elements than a block of any kernel covers beyond its last row.
 BAND = 4096
@@ -52,8 +53,8 @@ def _poison(dtype: torch.dtype, written: bool) -> Any:
     return True if dtype == torch.bool else torch.iinfo(dtype).max // 2
 
 
-def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
-    """Give guarded memory to `Tensor.new_empty` and to the scratch of the backend's modules."""
+def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give guarded memory to `Tensor.new_empty` and to the scratch of backends."""
     shipped = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
@@ -63,13 +64,10 @@ def guard_allocations(guards: Guards, monkeypatch: pytest.MonkeyPatch, *modules:
         sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
         return guards.new("output", sizes, options.get("dtype", self.dtype))
 
-    def scratch(_device: torch.device, _stream: int, needed: int) -> torch.Tensor:
-        return guards.new("scratch", (needed,), torch.float32)
-
-    def tickets(_device: torch.device, _stream: int, needed: int) -> torch.Tensor:
-        return guards.put("tickets", torch.zeros(needed, dtype=torch.int32), written=True)
+    def new(needs: ScratchNeeds, _device: torch.device) -> Memory:
+        scratch = guards.new("scratch", (needs.bytes // torch.float32.itemsize,), torch.float32)
+        tickets = guards.put("tickets", torch.zeros(needs.tickets, dtype=torch.int32), written=True)
+        return Memory(scratch.view(torch.uint8), tickets)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    for module in modules:
-        monkeypatch.setattr(module, "_scratch", SimpleNamespace(take=scratch))
-        monkeypatch.setattr(module, "_tickets", SimpleNamespace(take=tickets))
+    monkeypatch.setattr(Memory, "new", new)

@@ -76,7 +76,7 @@ def test_nothing_outside_the_tensors_is_accessed(name: str, spacing: int, monkey
         *(guards.put(f"out {part.ndim}", spread(part, spacing), written=True) for part in poisoned(case, heads))
     )
     with monkeypatch.context() as patched:
-        guard_allocations(guards, patched, capture)
+        guard_allocations(guards, patched)
         capture.forward(
             *[guarded(what, value) for what, value in zip(("query", "key", "tokens"), arguments, strict=True)],
             CaptureOptions(**{what: guarded(what, value) for what, value in options.items()}, heads=heads), out=out,

@@ -54,7 +54,7 @@ def test_nothing_outside_the_tensors_is_accessed(
     guards = Guards()
     guarded = guards.put("task", task), guards.put("general", general)
     with monkeypatch.context() as patched:
-        guard_allocations(guards, patched, contrast)
+        guard_allocations(guards, patched)
         found = launch(*guarded, grid, size, **options)
     guards.check()
     for view, true in zip(found, truth, strict=True) if isinstance(found, list) else [(found, truth)]:

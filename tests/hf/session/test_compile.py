@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -73,6 +75,105 @@ def test_a_decode_step_is_one_graph_at_any_step(backend: str) -> None:
     assert counting.graphs == 0
     assert torch.equal(repeated.maps.values, captured.maps.values)
     assert torch.equal(decode(model, compiled, inputs, static(model)), plain)
+
+
+def test_a_compiled_step_has_one_more_operator_and_keeps_no_memory() -> None:
+    torch._dynamo.reset()
+    model, inputs = family("llava")[0], inputs_of("llava", 1)
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _examples: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=keep)
+    decode(model, compiled, inputs, static(model))
+    with capture_attention(compiled, layers="all") as session:
+        cache = static(model)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+            before = addresses(session)
+            step = {"input_ids": torch.tensor([[7]]), "position_ids": inputs["input_ids"].new_tensor([[50]])}
+            compiled(**step, past_key_values=cache, use_cache=True)
+        # All that is kept was allocated before the step, in no memory pool of a graph.
+        assert addresses(session) <= before
+    plain, captured = (Counter(str(node.target) for node in graph.nodes if node.op[:4] == "call") for graph in graphs)
+    assert captured - plain == Counter(["carve_kernels.capture_layers.default"]) and not plain - captured
+    given = [node for node in graphs[1].find_nodes(op="placeholder") if "record" in node.name]
+    # A graph takes static inputs where they are; it copies others, and their maps would be lost.
+    assert len(given) == 8
+    assert {node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in given} == {"unguarded"}
+
+
+def addresses(session: Any) -> set[int]:
+    """The memory of the current record's tensors."""
+    found: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                walk(each)
+        elif isinstance(value, dict):
+            walk(list(value.values()))
+        elif type(value).__module__.startswith("carve_kernels"):
+            walk(vars(value))
+
+    walk(session._tracker.record)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_cuda_graphs_of_a_compiled_step(backend: str) -> None:
+    """Plain and captured graphs of one model share a pool, which keeps its size."""
+    torch._dynamo.reset()
+    model, inputs = tiny_llava()[0].cuda(), inputs_of("llava", 1).to("cuda")
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    def run(step: Any, steps: int, session: bool) -> tuple[torch.Tensor, Any]:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=320)
+        context = capture_attention(step, layers=[1, 2], backend=backend) if session else nullcontext()
+        with torch.no_grad(), context as captured:
+            logits = [model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]]
+            for number in range(steps):
+                if number == steps - 200:
+                    sizes.append(torch.cuda.memory_stats()["reserved_bytes.all.current"])
+                torch.compiler.cudagraph_mark_step_begin()
+                token = logits[-1].argmax(-1)[:, None]
+                logits.append(step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone())
+            sizes.append(torch.cuda.memory_stats()["reserved_bytes.all.current"])
+        return torch.stack(logits, 1), captured
+
+    sizes: list[int] = []
+    plain, _ = run(compiled, DECODED, False)
+    _, expected = run(model, DECODED, True)
+    with torch._inductor.config.patch("triton.fast_path_cudagraph_asserts", True):
+        for _ in range(3):
+            logits, captured = run(compiled, DECODED, True)
+            assert torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)
+            assert captured.maps.steps == expected.maps.steps and bool(captured.maps.valid.all())
+            assert torch.allclose(captured.maps.values, expected.maps.values, rtol=2e-4, atol=1e-7)
+            assert torch.allclose(run(compiled, DECODED, False)[0], plain, rtol=1e-3, atol=1e-4)
+    sizes.clear()
+    run(compiled, 210, True)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_static_generate_compiles_by_itself_on_a_gpu(prompts: int) -> None:
+    torch._dynamo.reset()
+    model, inputs = tiny_llava()[0].cuda(), inputs_of("llava", prompts).to("cuda")
+    with capture_attention(model, layers=[0, 3]) as session:
+        generate(model, inputs, cache_implementation="static", disable_compile=True)
+    with capture_attention(model, layers=[0, 3]) as captured:
+        for _ in range(2):
+            generate(model, inputs, cache_implementation="static")
+    assert hasattr(model, "_compiled_call")
+    assert captured.maps.steps == session.maps.steps
+    assert torch.allclose(captured.maps.values, session.maps.values, rtol=2e-4, atol=1e-7)
 
 
 def test_a_growing_cache_compiles_too() -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache, StaticCache
 
 from carve_kernels import AttentionMaps, capture_attention
@@ -22,6 +25,7 @@ from tests.support.graphs import Graphs, Operators, capturing
 
 TOKENS = [70, 45, 12, 33, 51, 8]
 CAPACITY = 100
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "decoding.md"
 BOTH = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -34,7 +38,7 @@ class Decoder:
         self.device = torch.device(device)
         self.model = copy.deepcopy(family(name)[0]).to(self.device)
         self.graphs = graphs or Graphs(self.device)
-        self.cache = static(self.model, capacity)
+        self.cache: Any = static(self.model, capacity)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.graph: Any = None
         self.logits: Any = None
@@ -140,7 +144,7 @@ def test_graphs_of_two_prompts_share_a_pool_with_a_plain_one(device: str) -> Non
         for number in maps:
             same(maps[number], eager_maps(device, TOKENS[:4], number))
         one.replay(TOKENS[4])
-        with pytest.raises(ValueError, match="^maps: expected replays of CUDA graphs of the last prompt only"):
+        with pytest.raises(ValueError, match=r"^maps: expected replays of CUDA graphs"):
             _ = session.maps
 
 
@@ -179,19 +183,66 @@ def test_a_graph_may_be_replayed_after_its_session(device: str) -> None:
     with capture_attention(decoder.model, layers=[1, 2]) as session:
         decoder.prefill()
         decoder.capture()
-        decoder.replay(TOKENS[0])
-        maps = session.maps
-        state = session._tracker._prompts.get(decoder.cache).record.state  # type: ignore[union-attr]
-        total = int(state.total)
-        kept = state.later.maps.untyped_storage()._weak_ref()
-    del session, state
+        record: Any = session._tracker.record
+        kept = [StorageWeakRef(each.untyped_storage()) for each in (record.state.later.maps, record.state.counts)]
+    del session, record
     gc.collect()
-    assert not torch.UntypedStorage._expired(kept)
-    decoder.replay(TOKENS[1])
-    assert int(maps.steps[-1]) == 1 and total == maps.tokens.max() * 0 + total
-    del decoder.cache
+    # A graph holds addresses only, so their memory stays until the cache, which it needs as well, is gone.
+    assert not any(each.expired() for each in kept)
+    decoder.replay(TOKENS[0])
+    decoder.cache = decoder.graph = None
     gc.collect()
-    torch.UntypedStorage._free_weak_ref(kept)
+    assert all(each.expired() for each in kept)
+
+
+@pytest.mark.gpu
+def test_replays_on_another_stream() -> None:
+    decoder, stream = Decoder("cuda"), torch.cuda.Stream()
+    with capture_attention(decoder.model, layers=[1, 2]) as session:
+        decoder.prefill()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decoder.step(TOKENS[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        decoder.capture()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for token in TOKENS[1:4]:
+                decoder.replay(token)
+        torch.cuda.current_stream().wait_stream(stream)
+    same(session.maps, eager_maps("cuda", TOKENS[:4]))
+
+
+@pytest.mark.gpu
+def test_the_graph_of_the_docs() -> None:
+    code = re.search(r"```py\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    model, inputs = copy.deepcopy(family("llava")[0]).cuda(), inputs_of("llava", 1).to("cuda")
+    names = {"torch": torch, "StaticCache": StaticCache, "capture_attention": capture_attention}
+    names |= {"model": model, "inputs": inputs}
+    exec(code[1], names)
+    maps: Any = names["maps"]
+    assert len(maps.steps) == int(maps.valid[0, 0, :, 0].sum()) <= 102
+    with capture_attention(model, layers=[3], max_steps=256) as session:
+        model.generate(
+            **inputs, max_new_tokens=102, do_sample=False, cache_implementation="static", disable_compile=True
+        )
+    same(maps, session.maps)
+
+
+@pytest.mark.gpu
+def test_many_replays_keep_the_size_of_the_pool() -> None:
+    decoder = Decoder("cuda", capacity=400)
+    with capture_attention(decoder.model, layers="all", max_steps=300) as session:
+        decoder.prefill()
+        decoder.step(TOKENS[0])
+        decoder.capture()
+        decoder.replay(TOKENS[1])
+        before = torch.cuda.memory_stats()["reserved_bytes.all.current"]
+        for _ in range(200):
+            decoder.replay(TOKENS[2])
+        assert torch.cuda.memory_stats()["reserved_bytes.all.current"] == before
+    assert len(session.maps.steps) == 203
 
 
 def refusals() -> dict[str, tuple[str, Callable[[Decoder], None], dict[str, Any]]]:
@@ -199,11 +250,18 @@ def refusals() -> dict[str, tuple[str, Callable[[Decoder], None], dict[str, Any]
         decoder.cache = DynamicCache()
         decoder.prefill()
 
+    def sliding(decoder: Decoder) -> None:
+        config = copy.deepcopy(decoder.model.config.get_text_config())
+        config.sliding_window, config.layer_types = 16, ["full_attention", "sliding_attention"] * 2
+        decoder.cache = StaticCache(config=config, max_cache_len=CAPACITY)
+        decoder.prefill()
+
     def nothing(_decoder: Decoder) -> None:
         pass
 
     return {
-        "a cache that grows": ("cache: expected a static cache in a CUDA graph", dynamic, {}),
+        "a cache that grows": ("cache: expected a static cache", dynamic, {}),
+        "a window": ("cache: expected a static cache without sliding windows", sliding, {}),
         "no prompt": ("model: expected one token after a cache of this session", nothing, {}),
         "a function": (
             "on_layer: expected None in a CUDA graph", Decoder.prefill, {"on_layer": lambda *_arguments: None},
