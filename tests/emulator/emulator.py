@@ -24,7 +24,7 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-_library = schemas.define(NAMESPACE, ("capture_layers", "capture_scratch_cuda", "regions_cuda"))
+schemas.define(NAMESPACE, ("capture_layers", "capture_scratch_cuda", "regions_cuda"))
 operators = getattr(torch.ops, NAMESPACE)
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
