@@ -194,7 +194,7 @@ bool has_slots(const Operand& out, const Operand& other) {
   return out.sizes[0] == other.sizes[0] && out.sizes[1] == other.sizes[1];
 }
 
-// The parameters of the kernels, apart from the current step, whose offset the CPU and the GPU add by themselves.
+// The parameters of the kernels, without the current step, whose offset the CPU and the GPU add by themselves.
 struct CaptureCall {
   CaptureParams params;
   std::vector<CaptureLayer> layers;

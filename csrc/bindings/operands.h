@@ -15,7 +15,7 @@
 namespace carve {
 namespace {
 
-// Throws with this message; apart from its callers, which it would make slower.
+// Throws with this message; never inlined, since it would make its callers slower.
 template <typename... T>
 [[noreturn]] __attribute__((noinline, cold)) void fail(const T&... message) {
   std::ostringstream text;
@@ -101,7 +101,9 @@ class Operand : public TensorOwner {
     return true;
   }
 
-  bool is_on_device_of(const Operand& other) const { return device_type == other.device_type && device == other.device; }
+  bool is_on_device_of(const Operand& other) const {
+    return device_type == other.device_type && device == other.device;
+  }
 
   int32_t dtype;
   int32_t device_type;
@@ -149,7 +151,7 @@ std::ostream& operator<<(std::ostream& stream, const Operand& tensor) {
   return stream << "]" << (tensor.is_contiguous() ? "" : " that is not contiguous");
 }
 
-// The arguments of a boxed operator in order; taking one passes its ownership.
+// The arguments of a boxed operator in order; each that is read passes its ownership.
 class OperandStack {
  public:
   explicit OperandStack(const StableIValue* stack) : next_(stack) {}

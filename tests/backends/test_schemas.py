@@ -20,7 +20,7 @@ def registered() -> list[str]:
 
 
 def outputs(op: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The arguments that the schema marks as written, apart from those that the operator keeps."""
+    """The arguments that the schema marks as written, except for those that the operator keeps."""
     kept = KEPT.get(op._schema.name, frozenset())
     written = [
         argument.alias_info is not None and argument.alias_info.is_write and argument.name not in kept

@@ -24,9 +24,9 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-_library = schemas.define(NAMESPACE, ("capture_layers", "capture_plan_cuda", "regions_cuda"))
+schemas.define(NAMESPACE, ("capture_layers", "capture_plan_cuda", "regions_cuda"))
 operators = getattr(torch.ops, NAMESPACE)
-# Bytes of scores that a launch stores at most: less than on a GPU, so that small captures take the launches of large ones.
+# Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.
 MOST_SCORES = 1 << 19
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.

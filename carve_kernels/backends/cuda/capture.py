@@ -72,7 +72,6 @@ def call(
         query, key = layers.query[0], layers.key[0]
         batch, query_heads, rows, size = query.shape
         sizes = (len(layers.query), batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
-        each = options.heads == "each"
-        needs = plan.most_scratch(*sizes, query.element_size(), lse=options.lse is not None, each=each)
+        needs = plan.most_scratch(*sizes, query.element_size(), lse=options.lse is not None)
         memory = Memory.new(needs, query.device)
     layers_operator()(*operands(layers, tokens, options, slot, span, memory))

@@ -45,19 +45,12 @@ SCHEMAS: dict[str, str] = {
 }
 
 
-def define(namespace: str, names: Iterable[str]) -> torch.library.Library:
-    """Define operators by name, each with a fake that does nothing: the outputs exist already.
-
-    They last as long as the result.
-    """
-    library = torch.library.Library(namespace, "FRAGMENT")
+def define(namespace: str, names: Iterable[str]) -> None:
+    """Define operators by name, each with a fake that does nothing: the outputs exist already."""
     for name in names:
-        library.define(f"{name}{SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"{namespace}::{name}", lambda *_arguments, **_keywords: None, lib=library)
-        if name == "capture_layers":
-            # It returns nothing that could have a gradient, and torch's own kernel for this key is a quarter of a call.
-            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    return library
+        operator = f"{namespace}::{name}"
+        torch.library.define(operator, SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(operator, lambda *_arguments, **_keywords: None)
 
 
-_library = define(NAMESPACE, SCHEMAS)
+define(NAMESPACE, SCHEMAS)
