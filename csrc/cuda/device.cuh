@@ -71,7 +71,7 @@ __device__ __forceinline__ T& block_shared() {
   return *reinterpret_cast<T*>(bytes);
 }
 
-// Volatile, so that what a loop reads again and again is not moved out of it into registers that are needed for keys.
+// Volatile, so that what a loop reads in every turn is not moved out of it into registers that are needed for keys.
 __device__ __forceinline__ uint4 load_shared(const uint4* address) {
   uint4 value;
   asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -74,4 +74,5 @@ def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> CaptureP
     out = torch.empty(len(CapturePlan._fields), dtype=torch.int64, device="cpu")
     operators.capture_plan_cuda.default([int(one) for one in sizes], out)
     numbers = out.tolist()
-    return CapturePlan(*numbers[:2], bool(numbers[2]), bool(numbers[3]), *numbers[4:])
+    plan = CapturePlan._make(numbers)
+    return plan._replace(is_plain=bool(plan.is_plain), is_reread=bool(plan.is_reread))

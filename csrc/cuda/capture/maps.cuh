@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_maps(const __grid_constan
         from += step;
       }
       if (chunk == 0 && head == 0) {
-        // While the scores are on their way.
+        // While the scores are being loaded.
         merge_heads(launch, problem, row, shared);
         __syncthreads();
       }

@@ -25,8 +25,8 @@ __device__ __forceinline__ float lanes_max(float value) {
   return value;
 }
 
-// Shared memory of a block: keys and queries as float32, with rows whose starts lie four banks apart, and the statistics of
-// the queries.
+// Shared memory of a block: keys and queries as float32, with rows that start four banks after each other, and the
+// statistics of the queries.
 struct PlainShared {
   int pitch;
   int queries;

@@ -68,7 +68,8 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
   plan.padded = ceil_div(p.keys, 32) * 32;
   const int64_t layers = std::min<int64_t>({p.layer_count, kLayersAtOnce, std::max<int64_t>(1, kMostBlocks / p.batch)});
   const int64_t row_bytes = p.batch * p.heads * plan.padded * kScoreBytes;
-  const bool is_many = !plan.is_plain && p.heads / p.key_heads * p.rows >= kManyQueries;
+  // The second read takes 16 rows at a time.
+  const bool is_many = !plan.is_plain && p.heads / p.key_heads * std::min<int64_t>(p.rows, 16) >= kManyQueries;
   plan.is_reread = !plan.is_plain && (p.lse != nullptr || (is_many && row_bytes * p.rows > kCachedScores));
   plan.layers = layers;
   plan.rows = std::min<int64_t>(p.rows, kMostBlocks / 2);
@@ -92,7 +93,7 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
   if (plan.is_reread) {
     tokens = block_keys(p, false);
   } else {
-    // Up to five blocks a multiprocessor, all at the same time: each merges the splits anew.
+    // Up to five blocks a multiprocessor, all at the same time: each merges the splits.
     const int64_t groups = std::max<int64_t>(1, ceil_div(p.token_count, kThreadsOfBlock));
     const int64_t lines = plan.layers * p.batch * plan.rows;
     plan.token_chunks = std::min({groups, kMostTokenChunks, ceil_div(groups * lines, 5 * kMultiprocessors)});

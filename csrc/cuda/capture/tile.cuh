@@ -110,7 +110,7 @@ __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const
 }
 
 // The products of kTiles tiles of queries and the keys of a warp: scores[tile][h][n] is query g + 8h and score n. Even and
-// odd steps are summed apart: tensor cores truncate each sum, and chains half as long lose half as much.
+// odd steps have sums of their own: tensor cores truncate each sum, and chains half as long lose half as much.
 template <typename S, int kTiles>
 __device__ __forceinline__ void multiply(const uint4 (&keys)[S::kKeyTiles][S::kPieces], const uint4* staged,
                                          float (&scores)[kTiles][2][S::kScores]) {
