@@ -23,7 +23,8 @@ carve::Float parse_element(int64_t bytes) {
 // The sizes and the numbers of the plan are those of the schema.
 void capture_plan_cuda(const std::vector<int64_t>& sizes, const Tensor& out) {
   constexpr size_t kSizes = 11;
-  STD_TORCH_CHECK(sizes.size() == kSizes, "capture_plan_cuda: sizes: expected ", kSizes, " numbers, got ", sizes.size());
+  STD_TORCH_CHECK(sizes.size() == kSizes, "capture_plan_cuda: sizes: expected ", kSizes, " numbers, got ",
+                  sizes.size());
   for (int64_t size : sizes) {
     STD_TORCH_CHECK(size >= 0, "capture_plan_cuda: sizes: expected numbers of at least 0, got ", size);
   }
@@ -41,11 +42,13 @@ void capture_plan_cuda(const std::vector<int64_t>& sizes, const Tensor& out) {
   params.type = parse_element(sizes[8]);
   params.lse = sizes[9] != 0 ? &known : nullptr;
   const carve::CapturePlan plan = carve::plan_capture(params, sizes[10] != 0);
-  const int64_t numbers[] = {plan.bytes,        plan.tickets,    plan.is_plain, plan.is_reread,    plan.layers,      plan.rows,
-                             plan.query_blocks, plan.split_keys, plan.splits,   plan.token_chunks, plan.token_blocks};
+  const int64_t numbers[] = {plan.bytes,  plan.tickets,      plan.is_plain,   plan.is_reread,
+                             plan.layers, plan.rows,         plan.query_blocks, plan.split_keys,
+                             plan.splits, plan.token_chunks, plan.token_blocks};
   constexpr int64_t kNumbers = sizeof(numbers) / sizeof(numbers[0]);
   carve::check_tensor(out, "capture_plan_cuda", "out", 1, ScalarType::Long);
-  STD_TORCH_CHECK(out.size(0) == kNumbers, "capture_plan_cuda: out: expected ", kNumbers, " numbers, got ", out.size(0));
+  STD_TORCH_CHECK(out.size(0) == kNumbers, "capture_plan_cuda: out: expected ", kNumbers, " numbers, got ",
+                  out.size(0));
   std::copy(numbers, numbers + kNumbers, out.mutable_data_ptr<int64_t>());
 }
 

@@ -1,5 +1,6 @@
-// Access to device memory, and the instructions that C++ has no name for. The tests replace this header by one that runs
-// kernels on a CPU, checks addresses and counts bytes, so kernels access device memory only through these functions.
+// Access to device memory, and the instructions that C++ has no name for. The tests replace this header by one that
+// runs kernels on a CPU, checks addresses and counts bytes, so kernels access device memory only through these
+// functions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +25,8 @@ __device__ __forceinline__ T load_uniform(const T* address) {
   return __ldg(address);
 }
 
-// 16 bytes that are read once: not kept in the L1 cache. Volatile, so that the loads stay where they are issued, all of a
-// tile before the first use.
+// 16 bytes that are read once: not kept in the L1 cache. Volatile, so that the loads stay where they are issued, all of
+// a tile before the first use.
 __device__ __forceinline__ uint4 load_stream(const void* address) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -34,8 +35,8 @@ __device__ __forceinline__ uint4 load_stream(const void* address) {
   return value;
 }
 
-// A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent, and
-// never moved over a fence or `wait_for_launch`, as __ldcg may be.
+// A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent,
+// and never moved over a fence or `wait_for_launch`, as __ldcg may be.
 __device__ __forceinline__ float load_coherent(const float* address) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
@@ -76,14 +77,16 @@ __device__ __forceinline__ uint4 load_shared(const uint4* address) {
   uint4 value;
   asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address))));
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address)))
+               : "memory");
   return value;
 }
 
-// sums[16 x 8] += a[16 x 16] * b[16 x 8], in the lane layout of mma.m16n8k16. With (g, t) = (lane / 4, lane % 4), `a` has
-// columns 2t 2t+1 of rows g and g + 8, then columns 2t+8 2t+9 of them; `b0` `b1` have rows 2t 2t+1 and 2t+8 2t+9 of column
-// g; `sums` has columns 2t 2t+1 of row g, then of row g + 8.
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1, __nv_bfloat16) {
+// sums[16 x 8] += a[16 x 16] * b[16 x 8], in the lane layout of mma.m16n8k16. With (g, t) = (lane / 4, lane % 4), `a`
+// has columns 2t 2t+1 of rows g and g + 8, then columns 2t+8 2t+9 of them; `b0` `b1` have rows 2t 2t+1 and 2t+8 2t+9 of
+// column g; `sums` has columns 2t 2t+1 of row g, then of row g + 8.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1,
+                                             __nv_bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));

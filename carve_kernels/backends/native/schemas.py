@@ -30,11 +30,11 @@ SCHEMAS: dict[str, str] = {
     "capture_layers": f"({_CAPTURE}) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
-    # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or 1:
-    # whether tensor cores are not used, whether keys are read again; layers and rows at a time, blocks of the queries of
-    # a key head, keys of a split, splits, groups of 128 tokens of a block, blocks of tokens. The sizes are layers, batch,
-    # heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the log-sum-exp is given,
-    # whether keys are aligned to 16 bytes.
+    # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or
+    # 1: whether tensor cores are not used, whether keys are read again; layers and rows at a time, blocks of the
+    # queries of a key head, keys of a split, splits, groups of 128 tokens of a block, blocks of tokens. The sizes are
+    # layers, batch, heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the
+    # log-sum-exp is given, whether keys are aligned to 16 bytes.
     "capture_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
     # Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: default).
     "isa_cpu": "(int wanted, Tensor(a!) out) -> ()",

@@ -21,8 +21,8 @@ void check(bool holds, const char* message) {
 
 void check_amount(const char* name, int64_t needed, int64_t given, const char* unit) {
   if (given >= needed) return;
-  throw std::runtime_error(std::string("capture_layers: ") + name + ": expected at least " + std::to_string(needed) + unit +
-                           ", got " + std::to_string(given));
+  throw std::runtime_error(std::string("capture_layers: ") + name + ": expected at least " + std::to_string(needed) +
+                           unit + ", got " + std::to_string(given));
 }
 
 // Whether every key of every layer starts at a multiple of 16 bytes and is whole vectors of them, with rows that

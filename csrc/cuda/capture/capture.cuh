@@ -19,8 +19,8 @@ constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 constexpr float kLowest = -3.402823466e38f;
 
 // A score is the product of a query and a key or, with a softcap, its tanh; `factor` makes it a logit in base 2. It is
-// computed once and not rounded again: the exponent factor * score - maximum is one fma, so the digits that large logits
-// lose are those that all of a row have in common.
+// computed once and not rounded again: the exponent factor * score - maximum is one fma, so the digits that large
+// logits lose are those that all of a row have in common.
 struct Logit {
   float factor;
   float residual;    // what `factor` lost when it was rounded, as a share of it
@@ -40,7 +40,7 @@ struct CaptureLaunch {
   Logit logit;
   int64_t lse_rows;     // rows of `lse`
   float* scores;        // [layers, batch, heads, rows, padded], or null
-  float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum); null with `lse`
+  float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum)
   float4* parts;        // [layers, batch, rows, token_blocks]: mass, entropy and number of a block's tokens
   const int32_t* span;  // the keys whose scores are stored; null: no scores are
   int padded;           // keys, rounded up to a tile of a warp

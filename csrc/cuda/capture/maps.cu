@@ -9,8 +9,8 @@ void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid) {
   const dim3 blocks(static_cast<unsigned>(launch.token_blocks), static_cast<unsigned>(p.rows),
                     static_cast<unsigned>(grid.layers * p.batch));
   const size_t bytes = sizeof(MapsShared) + sizeof(float2) * static_cast<size_t>(p.heads);
-  carve::launch({"capture_maps", blocks, kThreads, bytes, static_cast<cudaStream_t>(launch.device.stream), grid.overlaps},
-                capture_maps, launch);
+  const auto stream = static_cast<cudaStream_t>(launch.device.stream);
+  carve::launch({"capture_maps", blocks, kThreads, bytes, stream, grid.overlaps}, capture_maps, launch);
 }
 
 }  // namespace carve

@@ -13,8 +13,8 @@ __device__ __forceinline__ void add_stats(float other_top, float other_sum, floa
   top = larger;
 }
 
-// The maximum of a row and one over its sum, from the splits first, first + step, ... Many loads are in flight: one after
-// the other they would take as many times the latency of the L2 cache.
+// The maximum of a row and one over its sum, from the splits first, first + step, ... Many loads are in flight: one
+// after the other they would take as many times the latency of the L2 cache.
 template <int kInFlight>
 __device__ __forceinline__ void merge_splits(const float2* stats, int splits, int first, int step, float& top,
                                              float& sum) {
@@ -36,8 +36,9 @@ __device__ __forceinline__ void merge_splits(const float2* stats, int splits, in
   }
 }
 
-// A natural logit in base 2, less a maximum of scores times `factor`. Either may be of thousands, whose digits the product
-// with log2(e) would lose: its low part is added, and what `factor` lost of its own digits is taken from the maximum.
+// A natural logit in base 2, less a maximum of scores times `factor`. Either may be of thousands, whose digits the
+// product with log2(e) would lose: its low part is added, and what `factor` lost of its own digits is taken from the
+// maximum.
 __device__ __forceinline__ float above(const Logit& logit, float natural, float top) {
   return fmaf(natural, kLog2E, -top) + fmaf(natural, kLog2ELow, -top * logit.residual);
 }
@@ -80,8 +81,9 @@ __device__ __forceinline__ float lanes_sum(float value) {
   return value;
 }
 
-// The parts load_part(0) to load_part(count - 1) as one, by kLanes lanes of a warp, in a fixed order; all of them have it.
-// Entropies add up without cancellation: one token with all the mass has exactly 0. Every lane of the warp has to call it.
+// The parts load_part(0) to load_part(count - 1) as one, by kLanes lanes of a warp, in a fixed order; all of them have
+// it. Entropies add up without cancellation: one token with all the mass has exactly 0. Every lane of the warp has to
+// call it.
 template <int kLanes, typename LoadPart>
 __device__ __forceinline__ Part merge_parts(int count, LoadPart load_part) {
   constexpr int kKept = 4;
@@ -141,8 +143,8 @@ __device__ __forceinline__ void store_part(float4* to, const Part& part) {
   store(to, make_float4(part.mass, part.entropy, part.used, 0.0f));
 }
 
-// Whether this block is the last of those that share a ticket; it leaves the ticket as it was, 0. What the others stored
-// before they took theirs is visible to the thread that takes it, and after a barrier to the block.
+// Whether this block is the last of those that share a ticket; it leaves the ticket as it was, 0. What the others
+// stored before they took theirs is visible to the thread that takes it, and after a barrier to the block.
 __device__ __forceinline__ bool take_ticket(unsigned* ticket, int blocks) {
   fence();
   const bool is_last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(blocks);
@@ -153,8 +155,8 @@ __device__ __forceinline__ bool take_ticket(unsigned* ticket, int blocks) {
 
 // Mass and entropy of a row from the parts of its blocks, by kLanes lanes. Every lane of the warp has to call it.
 template <int kLanes>
-__device__ __forceinline__ void summarize(const CaptureLaunch& launch, const Problem& problem, const Outputs& out, int row,
-                                          bool exists) {
+__device__ __forceinline__ void summarize(const CaptureLaunch& launch, const Problem& problem, const Outputs& out,
+                                          int row, bool exists) {
   const CaptureParams& p = launch.params;
   const float4* parts = parts_of(launch, problem, exists ? row : 0);
   const Part all = merge_parts<kLanes>(exists ? launch.token_blocks : 0, [&](int block) {

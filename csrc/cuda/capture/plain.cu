@@ -1,5 +1,5 @@
-// The first kernel for float32, and for keys whose rows are not whole vectors of 16 bytes: scores and statistics by fused
-// multiply-adds from shared memory.
+// The first kernel for float32, and for keys whose rows are not whole vectors of 16 bytes: scores and statistics by
+// fused multiply-adds from shared memory.
 
 #include <algorithm>
 
@@ -29,12 +29,13 @@ __device__ __forceinline__ float lanes_max(float value) {
 // statistics of the queries.
 struct PlainShared {
   int pitch;
-  int queries;
 
-  __device__ __forceinline__ explicit PlainShared(int size, int queries) : pitch((size + 3) / 4 * 4 + 4), queries(queries) {}
+  __device__ __forceinline__ explicit PlainShared(int size) : pitch((size + 3) / 4 * 4 + 4) {}
   __device__ __forceinline__ float* keys() const { return &block_shared<float>(); }
   __device__ __forceinline__ float* staged() const { return keys() + kTileKeys * pitch; }
-  __device__ __forceinline__ float2* stats() const { return reinterpret_cast<float2*>(staged() + kTileQueries * pitch); }
+  __device__ __forceinline__ float2* stats() const {
+    return reinterpret_cast<float2*>(staged() + kTileQueries * pitch);
+  }
 };
 
 size_t plain_bytes(int64_t size, int64_t queries) {
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
   const int first_query = static_cast<int>(blockIdx.y) / static_cast<int>(p.key_heads) * launch.queries_at_once;
   const int rows = static_cast<int>(p.rows), group = static_cast<int>(p.heads / p.key_heads);
   const int count = min(launch.queries_at_once, group * rows - first_query);
-  const PlainShared shared(size, count);
+  const PlainShared shared(size);
   const int width = shared.pitch - 4;
   const CaptureLayer& layer = problem.arguments;
   const int low = load(launch.span), high = load(launch.span + 1);
@@ -155,13 +156,14 @@ void launch_plain_type(const CaptureLaunch& launch, const CaptureGrid& grid) {
                 capture_plain<T>, launch);
 }
 
+struct SpanShared {
+  int low[32];
+  int high[32];
+};
+
 // The lowest and the highest token that is a key, by one block.
 __global__ void __launch_bounds__(1024) capture_span(const __grid_constant__ CaptureLaunch launch, int32_t* span) {
-  struct Ends {
-    int low[32];
-    int high[32];
-  };
-  Ends& shared = block_shared<Ends>();
+  SpanShared& shared = block_shared<SpanShared>();
   const CaptureParams& p = launch.params;
   int low = 0x7fffffff, high = -1;
   for (int64_t item = threadIdx.x; item < p.batch * p.token_count; item += blockDim.x) {
@@ -193,7 +195,8 @@ void launch_plain(const CaptureLaunch& launch, const CaptureGrid& grid) {
 }
 
 void launch_span(const CaptureLaunch& launch, int32_t* span) {
-  carve::launch({"capture_span", 1, 1024, 256, static_cast<cudaStream_t>(launch.device.stream)}, capture_span, launch, span);
+  carve::launch({"capture_span", 1, 1024, sizeof(SpanShared), static_cast<cudaStream_t>(launch.device.stream)},
+                capture_span, launch, span);
 }
 
 }  // namespace carve

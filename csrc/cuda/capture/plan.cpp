@@ -27,9 +27,9 @@ int64_t block_keys(const CaptureParams& p, bool is_plain) { return is_plain ? 32
 // Queries of a key head in one block, which its shared memory of 99 KB has to hold; see stream_bytes.
 int64_t most_queries(const CaptureParams& p, bool is_plain) { return is_plain ? 64 : p.size <= 128 ? 256 : 128; }
 
-// The splits of the keys, for as many blocks as run at the same time: two on a multiprocessor where each has work for long
-// enough, three where not, since the start of a block, which reads its queries, costs as much as 100 to 300 keys. Splits
-// are of up to 2048 keys, so that the last blocks do not end alone.
+// The splits of the keys, for as many blocks as run at the same time: two on a multiprocessor where each has work for
+// long enough, three where not, since the start of a block, which reads its queries, costs as much as 100 to 300 keys.
+// Splits are of up to 2048 keys, so that the last blocks do not end alone.
 void plan_splits(const CaptureParams& p, CapturePlan& plan) {
   const int64_t queries = p.heads / p.key_heads * plan.rows, unit = block_keys(p, plan.is_plain);
   plan.query_blocks = ceil_div(queries, most_queries(p, plan.is_plain));
@@ -48,8 +48,9 @@ void plan_splits(const CaptureParams& p, CapturePlan& plan) {
 void plan_scratch(const CaptureParams& p, int64_t layers, int64_t row_bytes, CapturePlan& plan) {
   const int64_t lines = layers * p.batch * p.rows;
   const int64_t at_once = 3 * kMultiprocessors / (p.batch * p.key_heads * plan.query_blocks);
-  const int64_t splits = std::max(std::min(layers * ceil_div(p.keys, block_keys(p, plan.is_plain)), std::max(at_once, layers)),
-                                  layers * ceil_div(p.keys, kMostSplitKeys));
+  const int64_t shortest = layers * ceil_div(p.keys, block_keys(p, plan.is_plain));
+  const int64_t splits =
+      std::max(std::min(shortest, std::max(at_once, layers)), layers * ceil_div(p.keys, kMostSplitKeys));
   const int64_t stats = p.lse == nullptr ? p.batch * p.rows * p.heads * splits : 0;
   plan.stats = 16;
   plan.parts = plan.stats + ceil_div(stats * kStatBytes, 16) * 16;

@@ -32,9 +32,9 @@ struct CapturePlan {
   int64_t tickets;
 };
 
-// From the sizes, `type` and whether `lse` is null. `is_aligned`: every key starts at a multiple of 16 bytes and is whole
-// vectors of them. With less scratch than a plan wants, keys are read again instead of their scores being stored, if that
-// is possible.
+// From the sizes, `type` and whether `lse` is null. `is_aligned`: every key starts at a multiple of 16 bytes and is
+// whole vectors of them. With less scratch than a plan wants, keys are read again instead of their scores being stored,
+// if that is possible.
 CapturePlan plan_capture(const CaptureParams& sizes, bool is_aligned, int64_t scratch_bytes = INT64_MAX);
 
 }  // namespace carve

@@ -1,6 +1,7 @@
-// The second kernel where the first has stored no scores, or where the log-sum-exp is known: it reads the keys of the tokens
-// and multiplies them by all queries. A score costs 4 bytes written and 4 read for each query of a key head; a key of 128
-// elements costs 256 once more: from 32 queries on the second read is cheaper, if the scores do not fit into the L2 cache.
+// The second kernel where the first has stored no scores, or where the log-sum-exp is known: it reads the keys of the
+// tokens and multiplies them by all queries. A score costs 4 bytes written and 4 read for each query of a key head; a
+// key of 128 elements costs 256 once more: from 32 queries on the second read is cheaper, if the scores do not fit into
+// the L2 cache.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +38,8 @@ struct RereadRows {
 
 // Maximum and factor of the queries of some tiles, one query a thread.
 template <typename S, typename Place>
-__device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const Problem& problem, int queries, Place place,
-                                              float2* normals) {
+__device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const Problem& problem, int queries,
+                                              Place place, float2* normals) {
   const CaptureParams& p = launch.params;
   for (int number = threadIdx.x; number < queries; number += kThreads) {
     int head, row;
@@ -57,8 +58,8 @@ __device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const
   }
 }
 
-// A block: up to 16 rows and, for each warp, one tile of tokens at a time, with all heads. Grid: [token blocks, row blocks,
-// layers x batch].
+// A block: up to 16 rows and, for each warp, one tile of tokens at a time, with all heads. Grid: [token blocks, row
+// blocks, layers x batch].
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;

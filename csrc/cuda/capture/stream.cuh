@@ -1,5 +1,5 @@
-// The first kernel: it reads each key once, and leaves the scores of the keys around the tokens and, for each split of the
-// keys, the maximum and the sum of every query. Each element type has a source file that includes this.
+// The first kernel: it reads each key once, and leaves the scores of the keys around the tokens and, for each split of
+// the keys, the maximum and the sum of every query. Each element type has a source file that includes this.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,9 @@ struct StreamQuery {
   Visible visible;
 };
 
-// How many queries of a key head a block takes: up to 8, whose statistics stay in registers; up to 64; up to 256, two tiles
-// at a time, whose independent instructions hide the latency that more blocks would. kBlocks run on a multiprocessor.
+// How many queries of a key head a block takes: up to 8, whose statistics stay in registers; up to 64; up to 256, two
+// tiles at a time, whose independent instructions hide the latency that more blocks would. kBlocks run on a
+// multiprocessor.
 struct Few {
   static constexpr int kMostTiles = 1;
   static constexpr int kTiles = 1;
@@ -38,8 +39,8 @@ struct Many {
   static constexpr int kBlocks = 2;
 };
 
-// Shared memory of a block: queries of A; a maximum and a sum for both halves of a tile and lane; what the queries see. The
-// maxima and sums of the warps replace the queries in the end.
+// Shared memory of a block: queries of A; a maximum and a sum for both halves of a tile and lane; what the queries see.
+// The maxima and sums of the warps replace the queries in the end.
 template <typename S>
 struct StreamShared {
   int tiles;
@@ -250,10 +251,10 @@ void launch_stream_queries(const CaptureLaunch& launch, const CaptureGrid& grid)
   const CaptureParams& p = launch.params;
   const int64_t queries = std::min<int64_t>(launch.queries_at_once, p.heads / p.key_heads * p.rows);
   const int tiles = static_cast<int>((queries + 16 * Q::kTiles - 1) / (16 * Q::kTiles)) * Q::kTiles;
-  const dim3 blocks(static_cast<unsigned>(launch.splits),
-                    static_cast<unsigned>(p.key_heads * launch.query_blocks), static_cast<unsigned>(grid.layers * p.batch));
-  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), static_cast<cudaStream_t>(launch.device.stream)},
-                capture_stream<S, Q>, launch);
+  const dim3 blocks(static_cast<unsigned>(launch.splits), static_cast<unsigned>(p.key_heads * launch.query_blocks),
+                    static_cast<unsigned>(grid.layers * p.batch));
+  const auto stream = static_cast<cudaStream_t>(launch.device.stream);
+  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), stream}, capture_stream<S, Q>, launch);
 }
 
 template <typename S>

@@ -1,10 +1,10 @@
 // Products of queries and keys on tensor cores, straight from the registers that the keys were loaded into.
 //
 // Queries are A and keys are B of mma.m16n8k16: a fragment of B is then two consecutive words of what one 16-byte load
-// brought, and no register is moved. Lane (g, t) = (lane / 4, lane % 4) loads the 16 bytes at elements 32j + 8t of key g of
-// a tile of eight; words 0 1 and 2 3 of them are B of steps 2j and 2j + 1, and A has the elements in the same order.
-// Column n of tile i of a warp is key 16 (i / 2) + 4 (n / 2) + 2 (i % 2) + n % 2, so that a lane ends with the keys
-// 16p + 4t .. + 3 of queries g and g + 8, which it stores with one instruction.
+// brought, and no register is moved. Lane (g, t) = (lane / 4, lane % 4) loads the 16 bytes at elements 32j + 8t of key
+// g of a tile of eight; words 0 1 and 2 3 of them are B of steps 2j and 2j + 1, and A has the elements in the same
+// order. Column n of tile i of a warp is key 16 (i / 2) + 4 (n / 2) + 2 (i % 2) + n % 2, so that a lane ends with the
+// keys 16p + 4t .. + 3 of queries g and g + 8, which it stores with one instruction.
 #pragma once
 
 #include "cuda/capture/capture.cuh"
@@ -12,9 +12,9 @@
 namespace carve {
 namespace {
 
-// kPieces x 32 elements a key; kKeyTiles x 8 keys a warp: 8 KB in the 64 registers of each lane, where heads are of 128 or
-// 256. Two to three blocks of four warps have 64 to 96 KB in flight on a multiprocessor; bandwidth times latency is 15 to
-// 25 KB.
+// kPieces x 32 elements a key; kKeyTiles x 8 keys a warp: 8 KB in the 64 registers of each lane, where heads are of 128
+// or 256. Two to three blocks of four warps have 64 to 96 KB in flight on a multiprocessor; bandwidth times latency is
+// 15 to 25 KB.
 template <typename T, int kPieces_, int kKeyTiles_>
 struct Shape {
   using Element = T;
@@ -77,12 +77,12 @@ __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const P
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Tiles of 16 queries to shared memory, in the order of A. `place(number, head, row)` says which query has a number, and
-// whether there is one. All loads of four pieces are in flight together: one after the other they would cost as many times
-// the latency of memory.
+// Tiles of 16 queries to shared memory, in the order of A. `place(number, head, row)` says which query has a number,
+// and whether there is one. All loads of four pieces are in flight together: one after the other they would cost as
+// many times the latency of memory.
 template <typename S, typename Place>
-__device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const Problem& problem, int tiles, Place place,
-                                              uint4* staged) {
+__device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const Problem& problem, int tiles,
+                                              Place place, uint4* staged) {
   const Lane lane;
   constexpr int kAtOnce = 4;
   const int pieces = tiles * S::kPieces;
@@ -109,8 +109,8 @@ __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const
   }
 }
 
-// The products of kTiles tiles of queries and the keys of a warp: scores[tile][h][n] is query g + 8h and score n. Even and
-// odd steps have sums of their own: tensor cores truncate each sum, and chains half as long lose half as much.
+// The products of kTiles tiles of queries and the keys of a warp: scores[tile][h][n] is query g + 8h and score n. Even
+// and odd steps have sums of their own: tensor cores truncate each sum, and chains half as long lose half as much.
 template <typename S, int kTiles>
 __device__ __forceinline__ void multiply(const uint4 (&keys)[S::kKeyTiles][S::kPieces], const uint4* staged,
                                          float (&scores)[kTiles][2][S::kScores]) {
