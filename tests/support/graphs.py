@@ -27,6 +27,12 @@ def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def pool_bytes() -> int:
+    """The memory in the pools of all CUDA graphs."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
 class FakeGraph(TorchDispatchMode):
     """Records operators on the CPU; at the end of the capture memory is as it was before, as after a capture on a GPU.
 

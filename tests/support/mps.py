@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from carve_kernels.ops import capture
+from carve_kernels.ops import layer_operator
 
 DEVICE = torch.device("mps:0")
 # Their numbers in c10::DeviceType.
@@ -106,7 +106,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = [leaf for leaf in given if isinstance(leaf, _OnMps)]
     here = [leaf for leaf in given if not isinstance(leaf, _OnMps)]
     if there and func.namespace == "carve_kernels":
-        return _ours(func, args)
+        return _ours(func, args, kwargs)
     requested = kwargs.get("device")
     if there and func.overloadpacket.__name__ not in _CROSSING:
         _refuse(func, here)
@@ -124,13 +124,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map_only(torch.Tensor, back, found)
 
 
-def _ours(func: Any, args: Any) -> Any:
+def _ours(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator of this package in Python, with its calls checked as well."""
     name = func.name()
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "MPS"):
         raise NotImplementedError(f"Could not run '{name}' with arguments from the 'MPS' backend")
     with _Operators():
-        return getattr(capture, f"_{name.removeprefix('carve_kernels::')}")(*args)
+        return getattr(layer_operator, f"_{name.removeprefix('carve_kernels::')}")(*args, **kwargs)
 
 
 def _refuse(func: Any, here: list[torch.Tensor]) -> None:

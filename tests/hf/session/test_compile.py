@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from carve_kernels import capture_attention
 from tests.support.families import family, generate, inputs_of
+from tests.support.graphs import pool_bytes
 from tests.support.tiny_models import tiny_llava
 
 DECODED = 5
@@ -139,11 +140,11 @@ def test_cuda_graphs_of_a_compiled_step(backend: str) -> None:
             logits = [model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]]
             for number in range(steps):
                 if number == steps - 200:
-                    sizes.append(torch.cuda.memory_stats()["reserved_bytes.all.current"])
+                    sizes.append(pool_bytes())
                 torch.compiler.cudagraph_mark_step_begin()
                 token = logits[-1].argmax(-1)[:, None]
                 logits.append(step(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].clone())
-            sizes.append(torch.cuda.memory_stats()["reserved_bytes.all.current"])
+            sizes.append(pool_bytes())
         return torch.stack(logits, 1), captured
 
     sizes: list[int] = []

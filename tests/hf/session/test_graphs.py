@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 from carve_kernels import AttentionMaps, capture_attention
 from tests.support.families import family, inputs_of
-from tests.support.graphs import Graphs, Operators, capturing
+from tests.support.graphs import Graphs, Operators, capturing, pool_bytes
 
 TOKENS = [70, 45, 12, 33, 51, 8]
 CAPACITY = 100
@@ -238,10 +238,10 @@ def test_many_replays_keep_the_size_of_the_pool() -> None:
         decoder.step(TOKENS[0])
         decoder.capture()
         decoder.replay(TOKENS[1])
-        before = torch.cuda.memory_stats()["reserved_bytes.all.current"]
+        before = pool_bytes()
         for _ in range(200):
             decoder.replay(TOKENS[2])
-        assert torch.cuda.memory_stats()["reserved_bytes.all.current"] == before
+        assert pool_bytes() == before
     assert len(session.maps.steps) == 203
 
 
