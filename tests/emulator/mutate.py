@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.emulator.emulator import ROOT, compiler, headers
+from tests.emulator.emulator import ROOT, compiler
 from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
@@ -33,6 +33,7 @@ SANITIZERS = {
 }
 # The argument that says how much a program runs; without one it runs its default amount.
 AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"], ("capture", "results"): ["seeds"]}
+AMOUNTS |= {("capture", "races"): ["first"]}
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
 ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp"))}
 
@@ -69,22 +70,16 @@ def sources(stage: str, root: Path) -> list[Path]:
 
 
 def compile_one(path: Path, root: Path, options: list[str]) -> Path:
-    """An object; compiled once for the same text of the source, its headers and the options."""
-    name = path.relative_to(root).as_posix()
-    included = [*headers(root), *sorted((root / "tests/native").glob("*.h"))]
-    if name.startswith("csrc/cpu/"):
-        # The CPU kernels include no header of the device: a fault in one does not compile them again.
-        on_cpu = {root / "csrc/carve.h", *(root / "csrc/cpu").rglob("*.h")}
-        included = [header for header in included if header in on_cpu]
-    texts = b"".join(header.read_bytes() for header in included)
-    digest = hashlib.sha256(repr([name, options]).encode() + path.read_bytes() + texts)
+    """An object, compiled once for the same options and preprocessed text: a fault compiles what includes it alone."""
+    include = [f"-I{root / folder}" for folder in ("tests/emulator/emulated", "csrc", "tests")]
+    command = [compiler() or "g++", *options, *include, "-x", "c++", str(path)]
+    text = subprocess.run([*command, "-E", "-P"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr([path.relative_to(root).as_posix(), options]).encode() + text)
     target = BUILT / f"{path.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{root / folder}" for folder in ("tests/emulator/emulated", "csrc", "tests")]
-        command = [compiler() or "g++", *options, *include, "-x", "c++", "-c", str(path), "-o", str(fresh)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "-c", "-o", str(fresh)], check=True)
         os.replace(fresh, target)
     return target
 
