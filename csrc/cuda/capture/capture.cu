@@ -80,6 +80,14 @@ CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t 
     layer.entropy += first_row * p.entropy_strides[1];
     launch.query_is_aligned = launch.query_is_aligned && query_is_aligned(layer, p.size);
   }
+  launch.batch = static_cast<int>(p.batch);
+  launch.heads = static_cast<int>(p.heads);
+  launch.key_heads = static_cast<int>(p.key_heads);
+  launch.group = launch.heads / launch.key_heads;
+  launch.rows = static_cast<int>(rows);
+  launch.keys = static_cast<int>(p.keys);
+  launch.size = static_cast<int>(p.size);
+  launch.rows_inverse = 1.0f / static_cast<float>(rows);
   launch.row_shift = 0;
   while (launch.row_shift < 4 && 1 << launch.row_shift < rows) ++launch.row_shift;
   return launch;

@@ -12,7 +12,7 @@ namespace carve {
 constexpr int kThreads = static_cast<int>(kThreadsOfBlock);
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSize = 256;
-constexpr int kMostChunks = static_cast<int>(kMostTokenChunks);
+constexpr int kMostParts = static_cast<int>(kMostTokenParts);
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLog2ELow = 1.92596299e-8f;  // log2(e) - kLog2E
 // The maximum of no scores: finite, so that no difference of maxima is NaN.
@@ -38,6 +38,14 @@ struct CaptureLaunch {
   CaptureParams params;  // its `layers` is null; `rows`, and all pointers, are those of the rows of this launch
   CaptureDevice device;
   Logit logit;
+  // Sizes of this launch: 32 bits, and no division before the first load.
+  int batch;
+  int heads;
+  int key_heads;
+  int group;  // heads of a key head
+  int rows;
+  int keys;
+  int size;
   int64_t lse_rows;     // rows of `lse`
   float* scores;        // [layers, batch, heads, rows, padded], or null
   float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum)
@@ -48,8 +56,9 @@ struct CaptureLaunch {
   int splits;
   int queries_at_once;  // queries of a key head that a block of the first kernel takes
   int query_blocks;
+  float rows_inverse;   // 1 / rows
   int row_shift;        // of the second read: 2^row_shift rows in a tile
-  int token_chunks;     // up to kMostChunks; times 128 tokens are what a block of `capture_maps` takes
+  int token_chunks;     // times 128 tokens are what a block of `capture_maps` takes
   int token_blocks;     // of the second kernel
   bool query_is_aligned;  // every query starts at a multiple of 16 bytes and is contiguous
 };
@@ -62,17 +71,16 @@ struct Problem {
   const CaptureLayer& arguments;
 
   __device__ __forceinline__ explicit Problem(const CaptureLaunch& launch)
-      : layer(blockIdx.z / static_cast<unsigned>(launch.params.batch)),
-        batch(blockIdx.z % static_cast<unsigned>(launch.params.batch)),
+      : layer(launch.batch == 1 ? blockIdx.z : blockIdx.z / static_cast<unsigned>(launch.batch)),
+        batch(static_cast<int>(blockIdx.z) - layer * launch.batch),
         arguments(launch.layers[layer]) {}
 
   // The number of a (layer, row of the batch, head, row), and of a (layer, row of the batch, row).
-  __device__ __forceinline__ int line(const CaptureParams& p, int head, int row) const {
-    const int heads = static_cast<int>(p.heads), rows = static_cast<int>(p.rows);
-    return (static_cast<int>(blockIdx.z) * heads + head) * rows + row;
+  __device__ __forceinline__ int line(const CaptureLaunch& launch, int head, int row) const {
+    return (static_cast<int>(blockIdx.z) * launch.heads + head) * launch.rows + row;
   }
-  __device__ __forceinline__ int row_line(const CaptureParams& p, int row) const {
-    return static_cast<int>(blockIdx.z) * static_cast<int>(p.rows) + row;
+  __device__ __forceinline__ int row_line(const CaptureLaunch& launch, int row) const {
+    return static_cast<int>(blockIdx.z) * launch.rows + row;
   }
 };
 
@@ -102,6 +110,12 @@ __device__ __forceinline__ Visible visible_to(const CaptureParams& p, int batch,
   const int64_t last = index_at(p.positions, batch, row), first = p.window == 0 ? 0 : last - p.window + 1;
   return {first < 0 ? 0 : first > end ? end + 1 : static_cast<int>(first),
           last > end ? end : last < 0 ? -1 : static_cast<int>(last)};
+}
+
+// A query of a group as head * rows + row: exact, since there are fewer than 2^22 of them and at most 4096 rows.
+__device__ __forceinline__ void split_query(const CaptureLaunch& launch, int query, int& head, int& row) {
+  head = static_cast<int>((static_cast<float>(query) + 0.5f) * launch.rows_inverse);
+  row = query - head * launch.rows;
 }
 
 __device__ __forceinline__ bool mask_has(const CaptureParams& p, int batch, int head, int row, int key) {

@@ -81,35 +81,21 @@ __device__ __forceinline__ float lanes_sum(float value) {
   return value;
 }
 
-// The parts load_part(0) to load_part(count - 1) as one, by kLanes lanes of a warp, in a fixed order; all of them have
-// it. Entropies add up without cancellation: one token with all the mass has exactly 0. Every lane of the warp has to
-// call it.
-template <int kLanes, typename LoadPart>
-__device__ __forceinline__ Part merge_parts(int count, LoadPart load_part) {
-  constexpr int kKept = 4;
+// Parts in shared memory as one, by kLanes lanes of a warp, in a fixed order; all of them have it. Entropies add up
+// without cancellation: one token with all the mass has exactly 0. Every lane of the warp has to call it.
+template <int kLanes>
+__device__ __forceinline__ Part merge_parts(const Part* parts, int count) {
   const int first = threadIdx.x % kLanes;
-  Part kept[kKept], all;
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    if (first + i * kLanes < count) kept[i] = load_part(first + i * kLanes);
-  }
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) all.mass += kept[i].mass, all.used += kept[i].used;
+  Part all;
 #pragma unroll 1
-  for (int number = first + kKept * kLanes; number < count; number += kLanes) {
-    const Part part = load_part(number);
-    all.mass += part.mass, all.used += part.used;
+  for (int number = first; number < count; number += kLanes) {
+    all.mass += parts[number].mass, all.used += parts[number].used;
   }
   all.mass = lanes_sum<kLanes>(all.mass), all.used = lanes_sum<kLanes>(all.used);
-  const auto add = [&](const Part& part) {
-    const float share = part.mass / all.mass;
-    all.entropy += fmaf(share, part.entropy, entropy_term(share));
-  };
-  if (all.mass != 0.0f) {
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) add(kept[i]);
 #pragma unroll 1
-    for (int number = first + kKept * kLanes; number < count; number += kLanes) add(load_part(number));
+  for (int number = first; number < count && all.mass != 0.0f; number += kLanes) {
+    const float share = parts[number].mass / all.mass;
+    all.entropy += fmaf(share, parts[number].entropy, entropy_term(share));
   }
   all.entropy = lanes_sum<kLanes>(all.entropy);
   return all;
@@ -136,7 +122,7 @@ __device__ __forceinline__ Outputs outputs_of(const CaptureLaunch& launch, const
 
 // The parts of a row's blocks.
 __device__ __forceinline__ float4* parts_of(const CaptureLaunch& launch, const Problem& problem, int row) {
-  return launch.parts + static_cast<int64_t>(problem.row_line(launch.params, row)) * launch.token_blocks;
+  return launch.parts + static_cast<int64_t>(problem.row_line(launch, row)) * launch.token_blocks;
 }
 
 __device__ __forceinline__ void store_part(float4* to, const Part& part) {
@@ -153,17 +139,25 @@ __device__ __forceinline__ bool take_ticket(unsigned* ticket, int blocks) {
   return is_last;
 }
 
-// Mass and entropy of a row from the parts of its blocks, by kLanes lanes. Every lane of the warp has to call it.
+// Copies the parts of a row's blocks to shared memory, by kLanes lanes.
 template <int kLanes>
-__device__ __forceinline__ void summarize(const CaptureLaunch& launch, const Problem& problem, const Outputs& out,
-                                          int row, bool exists) {
-  const CaptureParams& p = launch.params;
-  const float4* parts = parts_of(launch, problem, exists ? row : 0);
-  const Part all = merge_parts<kLanes>(exists ? launch.token_blocks : 0, [&](int block) {
-    const float4 part = load_coherent(parts + block);
-    return Part{part.x, part.y, part.z};
-  });
-  if (threadIdx.x % kLanes != 0 || !exists) return;
+__device__ __forceinline__ void load_parts(const float4* from, int count, Part* to) {
+  constexpr int kInFlight = 4;
+#pragma unroll 1
+  for (int start = threadIdx.x % kLanes; start < count; start += kInFlight * kLanes) {
+    float4 parts[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (start + i * kLanes < count) parts[i] = load_coherent(from + start + i * kLanes);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (start + i * kLanes < count) to[start + i * kLanes] = Part{parts[i].x, parts[i].y, parts[i].z};
+    }
+  }
+}
+
+__device__ __forceinline__ void store_row(const CaptureParams& p, const Outputs& out, int row, const Part& all) {
   store(out.mass + row * p.mass_strides[1], all.mass);
   store(out.entropy + row * p.entropy_strides[1],
         all.used < 2.0f || all.mass == 0.0f ? 0.0f : all.entropy / logf(all.used));

@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
   start_next_launch();
   const CaptureParams& p = launch.params;
   const Problem problem(launch);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = static_cast<int>(p.size);
-  const int key_head = static_cast<int>(blockIdx.y) % static_cast<int>(p.key_heads);
-  const int first_query = static_cast<int>(blockIdx.y) / static_cast<int>(p.key_heads) * launch.queries_at_once;
-  const int rows = static_cast<int>(p.rows), group = static_cast<int>(p.heads / p.key_heads);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = launch.size;
+  const int key_head = static_cast<int>(blockIdx.y) % launch.key_heads;
+  const int first_query = static_cast<int>(blockIdx.y) / launch.key_heads * launch.queries_at_once;
+  const int rows = launch.rows, group = launch.group;
   const int count = min(launch.queries_at_once, group * rows - first_query);
   const PlainShared shared(size);
   const int width = shared.pitch - 4;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
   const int low = load(launch.span), high = load(launch.span + 1);
 
   const int begin = static_cast<int>(blockIdx.x) * launch.split_keys;
-  const int end = min(begin + launch.split_keys, static_cast<int>(p.keys));
+  const int end = min(begin + launch.split_keys, launch.keys);
   for (int query = threadIdx.x; query < count; query += kThreads) shared.stats()[query] = make_float2(kLowest, 0.0f);
   const T* from = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
                   key_head * layer.key_strides[1];
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
           score = -INFINITY;
         }
         if (is_kept && key < end) {
-          store(launch.scores + static_cast<int64_t>(problem.line(p, head, row)) * launch.padded + key, score);
+          store(launch.scores + static_cast<int64_t>(problem.line(launch, head, row)) * launch.padded + key, score);
         }
         if (p.lse != nullptr) continue;
         float2 state = shared.stats()[number];
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_plain(const __grid_consta
   __syncthreads();
   for (int number = threadIdx.x; number < count && p.lse == nullptr; number += kThreads) {
     const int query = first_query + number;
-    const int line = problem.line(p, key_head * group + query / rows, query % rows);
+    const int line = problem.line(launch, key_head * group + query / rows, query % rows);
     store(launch.stats + static_cast<int64_t>(line) * launch.splits + blockIdx.x, shared.stats()[number]);
   }
 }

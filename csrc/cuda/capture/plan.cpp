@@ -15,6 +15,7 @@ constexpr int64_t kCachedScores = kMostScores / 12;  // of a layer: the scores o
 constexpr int64_t kManyQueries = 32;                 // from which a second read costs fewer bytes than stored scores
 constexpr int64_t kMultiprocessors = 132;  // of an H100; the result depends on the splits, so not on the device
 constexpr int64_t kMostSplitKeys = 2048;
+constexpr int64_t kMostRows = 4096;  // at a time; see split_query
 constexpr int64_t kScoreBytes = 4;
 constexpr int64_t kStatBytes = 8;
 constexpr int64_t kPartBytes = 16;
@@ -25,7 +26,9 @@ int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t block_keys(const CaptureParams& p, bool is_plain) { return is_plain ? 32 : p.size <= 128 ? 128 : 64; }
 
 // Queries of a key head in one block, which its shared memory of 99 KB has to hold; see stream_bytes.
-int64_t most_queries(const CaptureParams& p, bool is_plain) { return is_plain ? 64 : p.size <= 128 ? 256 : 128; }
+int64_t most_queries(const CaptureParams& p, bool is_plain) {
+  return is_plain || is_general(p) ? 64 : p.size <= 128 ? 256 : 128;
+}
 
 // The splits of the keys, for as many blocks as run at the same time: two on a multiprocessor where each has work for
 // long enough, three where not, since the start of a block, which reads its queries, costs as much as 100 to 300 keys.
@@ -73,7 +76,7 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
   const bool is_many = !plan.is_plain && p.heads / p.key_heads * std::min<int64_t>(p.rows, 16) >= kManyQueries;
   plan.is_reread = !plan.is_plain && (p.lse != nullptr || (is_many && row_bytes * p.rows > kCachedScores));
   plan.layers = layers;
-  plan.rows = std::min<int64_t>(p.rows, kMostBlocks / 2);
+  plan.rows = std::min(p.rows, kMostRows);
   if (!plan.is_reread) {
     const int64_t most = std::max<int64_t>(1, kMostScores / std::max<int64_t>(1, row_bytes));
     plan.rows = std::min(plan.rows, most);
@@ -85,7 +88,7 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
     // Allocated for more keys, where none would be stored.
     plan.is_reread = true;
     plan.layers = layers;
-    plan.rows = std::min<int64_t>(p.rows, kMostBlocks / 2);
+    plan.rows = std::min(p.rows, kMostRows);
     plan_splits(p, plan);
     plan_scratch(p, layers, row_bytes, plan);
   }
@@ -97,7 +100,9 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
     // Up to five blocks a multiprocessor, all at the same time: each merges the splits.
     const int64_t groups = std::max<int64_t>(1, ceil_div(p.token_count, kThreadsOfBlock));
     const int64_t lines = plan.layers * p.batch * plan.rows;
-    plan.token_chunks = std::min({groups, kMostTokenChunks, ceil_div(groups * lines, 5 * kMultiprocessors)});
+    // Its shared memory has room for the parts of a block's warps and for those of a row's blocks.
+    const int64_t chunks = std::max(ceil_div(groups, kMostTokenParts), ceil_div(groups * lines, 5 * kMultiprocessors));
+    plan.token_chunks = std::min({groups, chunks, kMostTokenParts / 4});
     tokens *= plan.token_chunks;
   }
   plan.token_blocks = std::max<int64_t>(1, ceil_div(p.token_count, tokens));

@@ -7,7 +7,7 @@ namespace carve {
 
 constexpr int64_t kMostBlocks = 65535;    // on the second and third axis of a grid
 constexpr int64_t kThreadsOfBlock = 128;  // of every kernel
-constexpr int64_t kMostTokenChunks = 32;  // that a block of the maps takes
+constexpr int64_t kMostTokenParts = 256;  // of warps in a block of capture_maps, and of blocks in a row
 // As many as fit into the 4 KB of arguments that every driver accepts; more layers take further launches.
 constexpr int64_t kLayersAtOnce = 32;
 
@@ -31,6 +31,9 @@ struct CapturePlan {
   int64_t bytes;    // of the scratch
   int64_t tickets;
 };
+
+// Whether there is a mask, a softcap or a negative scale: their kernels are larger, and take fewer queries at a time.
+inline bool is_general(const CaptureParams& p) { return p.mask != nullptr || p.softcap != 0.0f || p.scale < 0.0f; }
 
 // From the sizes, `type` and whether `lse` is null. `is_aligned`: every key starts at a multiple of 16 bytes and is
 // whole vectors of them. With less scratch than a plan wants, keys are read again instead of their scores being stored,

@@ -21,18 +21,21 @@ struct StreamQuery {
 // tiles at a time, whose independent instructions hide the latency that more blocks would. kBlocks run on a
 // multiprocessor.
 struct Few {
+  static constexpr int kAtOnce = 1;
   static constexpr int kMostTiles = 1;
   static constexpr int kTiles = 1;
   static constexpr int kHalves = 1;
   static constexpr int kBlocks = 3;
 };
 struct Some {
+  static constexpr int kAtOnce = 4;
   static constexpr int kMostTiles = 4;
   static constexpr int kTiles = 1;
   static constexpr int kHalves = 2;
   static constexpr int kBlocks = 3;
 };
 struct Many {
+  static constexpr int kAtOnce = 4;
   static constexpr int kMostTiles = 16;
   static constexpr int kTiles = 2;
   static constexpr int kHalves = 2;
@@ -64,7 +67,8 @@ size_t stream_bytes(int tiles) {
 __device__ __forceinline__ void clip_to_visible(const CaptureParams& p, int batch, int& begin, int& end) {
   if (p.positions.data == nullptr) return;
   int first = end, last = begin - 1;
-  for (int row = threadIdx.x % 32; row < p.rows; row += 32) {
+#pragma unroll 1
+  for (int row = threadIdx.x % 32; row < static_cast<int>(p.rows); row += 32) {
     const Visible visible = visible_to(p, batch, row);
     first = min(first, visible.first), last = max(last, visible.last);
   }
@@ -76,12 +80,13 @@ __device__ __forceinline__ void clip_to_visible(const CaptureParams& p, int batc
   begin = max(begin, first), end = min(end, last + 1);
 }
 
-// Scores of hidden keys become -inf; products become scores first, where those differ.
-template <typename S>
+// Scores of hidden keys become -inf; products become scores first, where those differ. kGeneral: there may be a mask, a
+// softcap or a negative scale, whose instructions take as long to load as a short capture takes.
+template <typename S, bool kGeneral>
 __device__ __forceinline__ void hide(const CaptureLaunch& launch, const Problem& problem, const StreamQuery& query,
                                      int base, float (&scores)[S::kScores]) {
   const Lane lane;
-  if (launch.logit.changes()) {
+  if (kGeneral && launch.logit.changes()) {
 #pragma unroll
     for (int n = 0; n < S::kScores; ++n) scores[n] = launch.logit.score(scores[n]);
   }
@@ -92,9 +97,8 @@ __device__ __forceinline__ void hide(const CaptureLaunch& launch, const Problem&
     }
   }
   const CaptureParams& p = launch.params;
-  if (p.mask != nullptr && query.line >= 0) {
-    const int rows = static_cast<int>(p.rows), row = query.line % rows;
-    const int head = query.line / rows % static_cast<int>(p.heads);
+  if (kGeneral && p.mask != nullptr && query.line >= 0) {
+    const int row = query.line % launch.rows, head = query.line / launch.rows % launch.heads;
 #pragma unroll
     for (int n = 0; n < S::kScores; ++n) {
       const int key = base + key_of_score(n, lane.t);
@@ -123,16 +127,17 @@ __device__ __forceinline__ void add_scores(const float (&scores)[kScores], float
 
 // A block: one split of the keys of one key head, and some of its queries. Grid: [splits, key heads x query blocks,
 // layers x batch].
-template <typename S, typename Q>
+template <typename S, typename Q, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;
   start_next_launch();
   const CaptureParams& p = launch.params;
   const Problem problem(launch);
   const Lane lane;
-  const int key_head = static_cast<int>(blockIdx.y) % static_cast<int>(p.key_heads);
-  const int first_query = static_cast<int>(blockIdx.y) / static_cast<int>(p.key_heads) * launch.queries_at_once;
-  const int rows = static_cast<int>(p.rows), group = static_cast<int>(p.heads / p.key_heads);
+  const int query_block = launch.query_blocks == 1 ? 0 : static_cast<int>(blockIdx.y) / launch.key_heads;
+  const int key_head = static_cast<int>(blockIdx.y) - query_block * launch.key_heads;
+  const int first_query = query_block * launch.queries_at_once;
+  const int rows = launch.rows, group = launch.group;
   const int count = min(launch.queries_at_once, group * rows - first_query);
   const int tiles = Q::kMostTiles == 1 ? 1 : (count + 16 * Q::kTiles - 1) / (16 * Q::kTiles) * Q::kTiles;
   const StreamShared<S> shared{tiles};
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   const T* from = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
                   key_head * layer.key_strides[1];
   const int stride = static_cast<int>(layer.key_strides[2]);
-  const int last_key = static_cast<int>(p.keys) - 1, size = static_cast<int>(p.size);
+  const int last_key = launch.keys - 1, size = launch.size;
   int base = static_cast<int>(blockIdx.x) * launch.split_keys, end = min(base + launch.split_keys, last_key + 1);
   int first = base;
   clip_to_visible(p, problem.batch, first, end);
@@ -154,18 +159,20 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   if (base < end) load_tile(base);
 
   const auto place = [&](int number, int& head, int& row) {
-    const int query = first_query + number;
-    head = key_head * group + query / rows, row = query % rows;
+    split_query(launch, first_query + number, head, row);
+    head += key_head * group;
     return number < count;
   };
-  stage_queries<S>(launch, problem, tiles, place, shared.staged());
+  stage_queries<S, Q::kAtOnce, Q::kHalves>(launch, problem, tiles, place, shared.staged());
+#pragma unroll 1
   for (int number = threadIdx.x; number < tiles * 16; number += kThreads) {
     StreamQuery query{-1, {0, last_key}};
     int head, row;
-    if (place(number, head, row)) query = {problem.line(p, head, row), visible_to(p, problem.batch, row)};
+    if (place(number, head, row)) query = {problem.line(launch, head, row), visible_to(p, problem.batch, row)};
     shared.queries()[number] = query;
   }
   if constexpr (Q::kMostTiles > 1) {
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       shared.states()[tile * kThreads + threadIdx.x] = make_float4(kLowest, 0.0f, kLowest, 0.0f);
     }
@@ -189,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
 #pragma unroll
         for (int h = 0; h < Q::kHalves; ++h) {
           const StreamQuery query = shared.queries()[(tile + i) * 16 + 8 * h + lane.g];
-          hide<S>(launch, problem, query, base, scores[i][h]);
+          hide<S, kGeneral>(launch, problem, query, base, scores[i][h]);
           if (is_kept && query.line >= 0) {
             float* to = launch.scores + static_cast<int64_t>(query.line) * launch.padded + base + 4 * lane.t;
 #pragma unroll
@@ -235,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int number = threadIdx.x; number < min(count, tiles * 16); number += kThreads) {
     float2 total = shared.parts()[number];
 #pragma unroll
@@ -246,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   }
 }
 
-template <typename S, typename Q>
+template <typename S, typename Q, bool kGeneral>
 void launch_stream_queries(const CaptureLaunch& launch, const CaptureGrid& grid) {
   const CaptureParams& p = launch.params;
   const int64_t queries = std::min<int64_t>(launch.queries_at_once, p.heads / p.key_heads * p.rows);
@@ -254,16 +262,18 @@ void launch_stream_queries(const CaptureLaunch& launch, const CaptureGrid& grid)
   const dim3 blocks(static_cast<unsigned>(launch.splits), static_cast<unsigned>(p.key_heads * launch.query_blocks),
                     static_cast<unsigned>(grid.layers * p.batch));
   const auto stream = static_cast<cudaStream_t>(launch.device.stream);
-  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), stream}, capture_stream<S, Q>, launch);
+  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), stream}, capture_stream<S, Q, kGeneral>, launch);
 }
 
 template <typename S>
 void launch_stream_shape(const CaptureLaunch& launch, const CaptureGrid& grid) {
   const CaptureParams& p = launch.params;
   const int64_t queries = std::min<int64_t>(launch.queries_at_once, p.heads / p.key_heads * p.rows);
-  if (queries <= 8) return launch_stream_queries<S, Few>(launch, grid);
-  if (queries <= 16 * Some::kMostTiles) return launch_stream_queries<S, Some>(launch, grid);
-  return launch_stream_queries<S, Many>(launch, grid);
+  // The plan gives a general block no more than Some.
+  if (is_general(p)) return launch_stream_queries<S, Some, true>(launch, grid);
+  if (queries <= 8) return launch_stream_queries<S, Few, false>(launch, grid);
+  if (queries <= 16 * Some::kMostTiles) return launch_stream_queries<S, Some, false>(launch, grid);
+  return launch_stream_queries<S, Many, false>(launch, grid);
 }
 
 template <typename T>

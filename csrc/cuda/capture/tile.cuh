@@ -67,24 +67,24 @@ __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const P
   const T* from = static_cast<const T*>(problem.arguments.query) + problem.batch * strides[0] + head * strides[1] +
                   row * strides[2] + element * strides[3];
   if (launch.query_is_aligned) return load(reinterpret_cast<const uint4*>(from));
-  unsigned words[4];
-#pragma unroll
+  unsigned long long low = 0, high = 0;
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const auto low = load(reinterpret_cast<const unsigned short*>(from + 2 * i * strides[3]));
-    const auto high = load(reinterpret_cast<const unsigned short*>(from + (2 * i + 1) * strides[3]));
-    words[i] = low | static_cast<unsigned>(high) << 16;
+    const auto* word = reinterpret_cast<const unsigned short*>(from + i * strides[3]);
+    low |= static_cast<unsigned long long>(load(word)) << 16 * i;
+    high |= static_cast<unsigned long long>(load(word + 4 * strides[3])) << 16 * i;
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  return make_uint4(static_cast<unsigned>(low), static_cast<unsigned>(low >> 32), static_cast<unsigned>(high),
+                    static_cast<unsigned>(high >> 32));
 }
 
 // Tiles of 16 queries to shared memory, in the order of A. `place(number, head, row)` says which query has a number,
-// and whether there is one. All loads of four pieces are in flight together: one after the other they would cost as
-// many times the latency of memory.
-template <typename S, typename Place>
+// and whether there is one. The loads of kAtOnce pieces are in flight together: one after the other they would cost as
+// many times the latency of memory. kHalves is 1 where there are no more than eight queries.
+template <typename S, int kAtOnce, int kHalves, typename Place>
 __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const Problem& problem, int tiles,
                                               Place place, uint4* staged) {
   const Lane lane;
-  constexpr int kAtOnce = 4;
   const int pieces = tiles * S::kPieces;
 #pragma unroll 1
   for (int start = lane.warp; start < pieces; start += kWarps * kAtOnce) {
@@ -95,8 +95,11 @@ __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const
       int head = 0, row = 0;
       bool exists = piece < pieces && place(tile * 16 + lane.g, head, row);
       upper[n] = load_query<typename S::Element>(launch, problem, head, row, element, exists);
-      exists = piece < pieces && place(tile * 16 + 8 + lane.g, head, row);
-      lower[n] = load_query<typename S::Element>(launch, problem, head, row, element, exists);
+      lower[n] = make_uint4(0, 0, 0, 0);
+      if constexpr (kHalves == 2) {
+        exists = piece < pieces && place(tile * 16 + 8 + lane.g, head, row);
+        lower[n] = load_query<typename S::Element>(launch, problem, head, row, element, exists);
+      }
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
