@@ -35,6 +35,18 @@ __device__ __forceinline__ uint4 load_stream(const void* address) {
   return value;
 }
 
+// The same address in registers of its own, for loads at constant distances: the compiler would otherwise add each
+// distance to the parts that the address is made of.
+__device__ __forceinline__ const char* computed(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+
+// Brings the line of an address to the L2 cache, for a load that has no registers yet.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent,
 // and never moved over a fence or `wait_for_launch`, as __ldcg may be.
 __device__ __forceinline__ float load_coherent(const float* address) {

@@ -42,6 +42,7 @@ bool keys_are_aligned(const CaptureParams& p) {
 bool query_is_aligned(const CaptureLayer& layer, int64_t size) {
   bool aligned = reinterpret_cast<uintptr_t>(layer.query) % 16 == 0 && (size < 2 || layer.query_strides[3] == 1);
   for (int i = 0; i < 3; ++i) aligned = aligned && layer.query_strides[i] % 8 == 0;
+  aligned = aligned && layer.query_strides[1] < 1 << 30 && layer.query_strides[2] < 1 << 30;
   return aligned;
 }
 

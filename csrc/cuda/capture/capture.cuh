@@ -60,7 +60,7 @@ struct CaptureLaunch {
   int row_shift;        // of the second read: 2^row_shift rows in a tile
   int token_chunks;     // times 128 tokens are what a block of `capture_maps` takes
   int token_blocks;     // of the second kernel
-  bool query_is_aligned;  // every query starts at a multiple of 16 bytes and is contiguous
+  bool query_is_aligned;  // every query starts at a multiple of 16 bytes, is contiguous and near the next
 };
 static_assert(sizeof(CaptureLaunch) <= 4096);
 

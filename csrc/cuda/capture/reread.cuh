@@ -60,7 +60,7 @@ __device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const
 }
 
 // A block: up to 16 rows and, for each warp, one tile of tokens, with all heads. Grid: [token blocks, row blocks,
-// layers x batch]. kGeneral: there may be a mask, a softcap or a negative scale, or a map for each head is written.
+// layers x batch]. kGeneral: see is_general; or a map for each head is written.
 template <typename S, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;
@@ -86,12 +86,15 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
   int* own_keys = shared.keys + 32 * lane.warp;
   own_keys[in_warp] = in_warp < S::kTileKeys ? key_of_token(p, problem.batch, first_token + in_warp) : -1;
   __syncwarp();
-  const int stride = static_cast<int>(layer.key_strides[2]);
   uint4 keys[S::kKeyTiles][S::kPieces];
   const auto load_tile = [&](int key_head) {
-    const T* from = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
-                    key_head * layer.key_strides[1];
-    load_keys<S>([&](int column) { return from + int64_t{max(own_keys[column], 0)} * stride; }, size, keys);
+    const T* first = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0];
+    const auto rows_of = [&](int head) {
+      return KeyRows(first + head * layer.key_strides[1], layer.key_strides[2]);
+    };
+    const auto key_at = [&](int column) { return max(own_keys[column], 0); };
+    load_keys<S, !kGeneral>(rows_of(key_head), key_at, size, keys);
+    if (key_head + 1 < launch.key_heads) prefetch_keys<S>(rows_of(key_head + 1), key_at);
   };
   load_tile(0);
   float sums[2][S::kScores] = {};
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
         return member < group && local < rows.count;
       };
       __syncthreads();
-      stage_queries<S, 4, 2>(launch, problem, tiles, place, shared.staged);
+      stage_queries<S, kGeneral ? 2 : 4, 2>(launch, problem, tiles, place, shared.staged);
       if (waits) wait_for_launch(), waits = false;
       stage_normals<S>(launch, problem, tiles * 16, place, shared.normals);
       __syncthreads();

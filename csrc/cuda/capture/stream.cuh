@@ -80,8 +80,7 @@ __device__ __forceinline__ void clip_to_visible(const CaptureParams& p, int batc
   begin = max(begin, first), end = min(end, last + 1);
 }
 
-// Scores of hidden keys become -inf; products become scores first, where those differ. kGeneral: there may be a mask, a
-// softcap or a negative scale, whose instructions take as long to load as a short capture takes.
+// Scores of hidden keys become -inf; products become scores first, where those differ. kGeneral: see is_general.
 template <typename S, bool kGeneral>
 __device__ __forceinline__ void hide(const CaptureLaunch& launch, const Problem& problem, const StreamQuery& query,
                                      int base, float (&scores)[S::kScores]) {
@@ -143,9 +142,9 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   const StreamShared<S> shared{tiles};
 
   const CaptureLayer& layer = problem.arguments;
-  const T* from = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
-                  key_head * layer.key_strides[1];
-  const int stride = static_cast<int>(layer.key_strides[2]);
+  const KeyRows key_rows(static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
+                             key_head * layer.key_strides[1],
+                         layer.key_strides[2]);
   const int last_key = launch.keys - 1, size = launch.size;
   int base = static_cast<int>(blockIdx.x) * launch.split_keys, end = min(base + launch.split_keys, last_key + 1);
   int first = base;
@@ -153,8 +152,11 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   if (first > base) base += (first - base) / S::kBlockKeys * S::kBlockKeys;
   base += lane.warp * S::kTileKeys;
   uint4 keys[S::kKeyTiles][S::kPieces];
+  // Loads the keys of a tile, and prefetches those of the next.
   const auto load_tile = [&](int start) {
-    load_keys<S>([&](int column) { return from + int64_t{min(start + column, last_key)} * stride; }, size, keys);
+    load_keys<S, !kGeneral>(key_rows, [&](int column) { return min(start + column, last_key); }, size, keys);
+    const int next = start + S::kBlockKeys;
+    if (next < end) prefetch_keys<S>(key_rows, [&](int column) { return min(next + column, last_key); });
   };
   if (base < end) load_tile(base);
 

@@ -42,31 +42,60 @@ __device__ __forceinline__ int key_of_column(int tile, int g) {
 // The key of score n of a lane.
 __device__ __forceinline__ int key_of_score(int n, int t) { return 16 * (n / 4) + 4 * t + n % 4; }
 
-// The keys of a warp: `key_at(column)` is the address of one.
-template <typename S, typename KeyAt>
-__device__ __forceinline__ void load_keys(KeyAt key_at, int size, uint4 (&keys)[S::kKeyTiles][S::kPieces]) {
+// Rows of keys, a multiple of 16 bytes that 32 bits hold after each other.
+struct KeyRows {
+  const char* first;
+  unsigned stride;  // in bytes
+
+  template <typename T>
+  __device__ __forceinline__ KeyRows(const T* first, int64_t stride)
+      : first(reinterpret_cast<const char*>(first)), stride(static_cast<unsigned>(stride) * sizeof(T)) {}
+  __device__ __forceinline__ const char* row(int key) const {
+    return first + static_cast<uint64_t>(static_cast<unsigned>(key)) * stride;
+  }
+};
+
+// The keys of a warp: `key_at(column)` is the number of one. kWhole: a head has exactly kPieces x 32 elements.
+template <typename S, bool kWhole, typename KeyAt>
+__device__ __forceinline__ void load_keys(const KeyRows& rows, KeyAt key_at, int size,
+                                          uint4 (&keys)[S::kKeyTiles][S::kPieces]) {
   const Lane lane;
 #pragma unroll
   for (int i = 0; i < S::kKeyTiles; ++i) {
-    const typename S::Element* from = key_at(key_of_column(i, lane.g)) + 8 * lane.t;
+    const char* from = computed(rows.row(key_at(key_of_column(i, lane.g))) + 16 * lane.t);
 #pragma unroll
     for (int j = 0; j < S::kPieces; ++j) {
-      keys[i][j] = make_uint4(0, 0, 0, 0);
-      if (32 * j + 8 * lane.t < size) keys[i][j] = load_stream(from + 32 * j);
+      if constexpr (!kWhole) keys[i][j] = make_uint4(0, 0, 0, 0);
+      if (kWhole || 32 * j + 8 * lane.t < size) keys[i][j] = load_stream(from + 64 * j);
     }
   }
 }
 
-// Eight elements of a query from `element` on; zeros where there is no query or no element.
-template <typename T>
+// The same keys into the L2 cache: their loads wait for registers until the keys before them have been multiplied.
+template <typename S, typename KeyAt>
+__device__ __forceinline__ void prefetch_keys(const KeyRows& rows, KeyAt key_at) {
+  constexpr int kLineBytes = 128, kLines = S::kPieces * 64 / kLineBytes;  // of a key
+#pragma unroll
+  for (int i = 0; i < S::kTileKeys * kLines / 32; ++i) {
+    const int line = static_cast<int>(threadIdx.x) % 32 + 32 * i;
+    prefetch(computed(rows.row(key_at(line / kLines)) + line % kLines * kLineBytes));
+  }
+}
+
+// Eight elements of a query from `element` on; zeros where there is no query or no element. kAligned: 16 bytes at once.
+template <typename T, bool kAligned>
 __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const Problem& problem, int head, int row,
                                             int element, bool exists) {
-  const CaptureParams& p = launch.params;
+  if (!exists || element >= launch.size) return make_uint4(0, 0, 0, 0);
   const int64_t* strides = problem.arguments.query_strides;
-  if (!exists || element >= p.size) return make_uint4(0, 0, 0, 0);
-  const T* from = static_cast<const T*>(problem.arguments.query) + problem.batch * strides[0] + head * strides[1] +
-                  row * strides[2] + element * strides[3];
-  if (launch.query_is_aligned) return load(reinterpret_cast<const uint4*>(from));
+  const T* from = static_cast<const T*>(problem.arguments.query) + problem.batch * strides[0];
+  if constexpr (kAligned) {
+    const char* bytes = reinterpret_cast<const char*>(from) +
+                        static_cast<uint64_t>(static_cast<unsigned>(head)) * static_cast<unsigned>(strides[1] * 2) +
+                        static_cast<uint64_t>(static_cast<unsigned>(row)) * static_cast<unsigned>(strides[2] * 2);
+    return load(reinterpret_cast<const uint4*>(bytes + 2 * element));
+  }
+  from += head * strides[1] + row * strides[2] + element * strides[3];
   unsigned long long low = 0, high = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
@@ -78,12 +107,10 @@ __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const P
                     static_cast<unsigned>(high >> 32));
 }
 
-// Tiles of 16 queries to shared memory, in the order of A. `place(number, head, row)` says which query has a number,
-// and whether there is one. The loads of kAtOnce pieces are in flight together: one after the other they would cost as
-// many times the latency of memory. kHalves is 1 where there are no more than eight queries.
-template <typename S, int kAtOnce, int kHalves, typename Place>
-__device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const Problem& problem, int tiles,
-                                              Place place, uint4* staged) {
+template <typename S, int kAtOnce, int kHalves, bool kAligned, typename Place>
+__device__ __forceinline__ void stage_pieces(const CaptureLaunch& launch, const Problem& problem, int tiles, Place place,
+                                             uint4* staged) {
+  using T = typename S::Element;
   const Lane lane;
   const int pieces = tiles * S::kPieces;
 #pragma unroll 1
@@ -94,11 +121,11 @@ __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const
       const int piece = start + n * kWarps, tile = piece / S::kPieces, element = 32 * (piece % S::kPieces) + 8 * lane.t;
       int head = 0, row = 0;
       bool exists = piece < pieces && place(tile * 16 + lane.g, head, row);
-      upper[n] = load_query<typename S::Element>(launch, problem, head, row, element, exists);
+      upper[n] = load_query<T, kAligned>(launch, problem, head, row, element, exists);
       lower[n] = make_uint4(0, 0, 0, 0);
       if constexpr (kHalves == 2) {
         exists = piece < pieces && place(tile * 16 + 8 + lane.g, head, row);
-        lower[n] = load_query<typename S::Element>(launch, problem, head, row, element, exists);
+        lower[n] = load_query<T, kAligned>(launch, problem, head, row, element, exists);
       }
     }
 #pragma unroll
@@ -109,6 +136,19 @@ __device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const
       to[0] = make_uint4(upper[n].x, lower[n].x, upper[n].y, lower[n].y);
       to[32] = make_uint4(upper[n].z, lower[n].z, upper[n].w, lower[n].w);
     }
+  }
+}
+
+// Tiles of 16 queries to shared memory, in the order of A. `place(number, head, row)` says which query has a number,
+// and whether there is one. The loads of kAtOnce pieces are in flight together: one after the other they would cost as
+// many times the latency of memory. kHalves is 1 where there are no more than eight queries.
+template <typename S, int kAtOnce, int kHalves, typename Place>
+__device__ __forceinline__ void stage_queries(const CaptureLaunch& launch, const Problem& problem, int tiles,
+                                              Place place, uint4* staged) {
+  if (launch.query_is_aligned) {
+    stage_pieces<S, kAtOnce, kHalves, true>(launch, problem, tiles, place, staged);
+  } else {
+    stage_pieces<S, 1, kHalves, false>(launch, problem, tiles, place, staged);
   }
 }
 
