@@ -42,11 +42,6 @@ __device__ __forceinline__ const char* computed(const char* address) {
   return address;
 }
 
-// Brings the line of an address to the L2 cache, for a load that has no registers yet.
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent,
 // and never moved over a fence or `wait_for_launch`, as __ldcg may be.
 __device__ __forceinline__ float load_coherent(const float* address) {

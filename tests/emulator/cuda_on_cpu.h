@@ -277,7 +277,6 @@ void store(T* address, T value) {
   *address = value;
 }
 inline uint4 load_stream(const void* address) { return load(static_cast<const uint4*>(address)); }
-inline void prefetch(const void*) {}
 inline const char* computed(const char* address) { return address; }
 inline uint4 load_shared(const uint4* address) { return *address; }
 inline float exp2_fast(float x) { return std::exp2(x); }

@@ -33,11 +33,8 @@ struct Logit {
   }
 };
 
+// What every block reads before its first load of keys comes first, in few lines of the constant cache.
 struct CaptureLaunch {
-  CaptureLayer layers[kLayersAtOnce];
-  CaptureParams params;  // its `layers` is null; `rows`, and all pointers, are those of the rows of this launch
-  CaptureDevice device;
-  Logit logit;
   // Sizes of this launch: 32 bits, and no division before the first load.
   int batch;
   int heads;
@@ -46,21 +43,25 @@ struct CaptureLaunch {
   int rows;
   int keys;
   int size;
-  int64_t lse_rows;     // rows of `lse`
-  float* scores;        // [layers, batch, heads, rows, padded], or null
-  float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum)
-  float4* parts;        // [layers, batch, rows, token_blocks]: mass, entropy and number of a block's tokens
-  const int32_t* span;  // the keys whose scores are stored; null: no scores are
   int padded;           // keys, rounded up to a tile of a warp
   int split_keys;       // a multiple of the keys that a block takes at a time
   int splits;
   int queries_at_once;  // queries of a key head that a block of the first kernel takes
   int query_blocks;
   float rows_inverse;   // 1 / rows
+  Logit logit;
   int row_shift;        // of the second read: 2^row_shift rows in a tile
   int token_chunks;     // times 128 tokens are what a block of `capture_maps` takes
   int token_blocks;     // of the second kernel
   bool query_is_aligned;  // every query starts at a multiple of 16 bytes, is contiguous and near the next
+  float* scores;        // [layers, batch, heads, rows, padded], or null
+  float2* stats;        // [layers, batch, heads, rows, splits]: maximum, and sum of 2^(logit - maximum)
+  float4* parts;        // [layers, batch, rows, token_blocks]: mass, entropy and number of a block's tokens
+  const int32_t* span;  // the keys whose scores are stored; null: no scores are
+  int64_t lse_rows;     // rows of `lse`
+  CaptureParams params;  // its `layers` is null; `rows`, and all pointers, are those of the rows of this launch
+  CaptureDevice device;
+  CaptureLayer layers[kLayersAtOnce];
 };
 static_assert(sizeof(CaptureLaunch) <= 4096);
 

@@ -88,13 +88,10 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
   __syncwarp();
   uint4 keys[S::kKeyTiles][S::kPieces];
   const auto load_tile = [&](int key_head) {
-    const T* first = static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0];
-    const auto rows_of = [&](int head) {
-      return KeyRows(first + head * layer.key_strides[1], layer.key_strides[2]);
-    };
-    const auto key_at = [&](int column) { return max(own_keys[column], 0); };
-    load_keys<S, !kGeneral>(rows_of(key_head), key_at, size, keys);
-    if (key_head + 1 < launch.key_heads) prefetch_keys<S>(rows_of(key_head + 1), key_at);
+    const KeyRows key_rows(static_cast<const T*>(layer.key) + problem.batch * layer.key_strides[0] +
+                               key_head * layer.key_strides[1],
+                           layer.key_strides[2]);
+    load_keys<S, !kGeneral>(key_rows, [&](int column) { return max(own_keys[column], 0); }, size, keys);
   };
   load_tile(0);
   float sums[2][S::kScores] = {};
@@ -109,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
         return member < group && local < rows.count;
       };
       __syncthreads();
-      stage_queries<S, kGeneral ? 2 : 4, 2>(launch, problem, tiles, place, shared.staged);
+      stage_queries<S, kGeneral ? 1 : 4, 2>(launch, problem, tiles, place, shared.staged);
       if (waits) wait_for_launch(), waits = false;
       stage_normals<S>(launch, problem, tiles * 16, place, shared.normals);
       __syncthreads();

@@ -152,11 +152,8 @@ __global__ void __launch_bounds__(kThreads, Q::kBlocks) capture_stream(const __g
   if (first > base) base += (first - base) / S::kBlockKeys * S::kBlockKeys;
   base += lane.warp * S::kTileKeys;
   uint4 keys[S::kKeyTiles][S::kPieces];
-  // Loads the keys of a tile, and prefetches those of the next.
   const auto load_tile = [&](int start) {
     load_keys<S, !kGeneral>(key_rows, [&](int column) { return min(start + column, last_key); }, size, keys);
-    const int next = start + S::kBlockKeys;
-    if (next < end) prefetch_keys<S>(key_rows, [&](int column) { return min(next + column, last_key); });
   };
   if (base < end) load_tile(base);
 

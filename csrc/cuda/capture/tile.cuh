@@ -71,17 +71,6 @@ __device__ __forceinline__ void load_keys(const KeyRows& rows, KeyAt key_at, int
   }
 }
 
-// The same keys into the L2 cache: their loads wait for registers until the keys before them have been multiplied.
-template <typename S, typename KeyAt>
-__device__ __forceinline__ void prefetch_keys(const KeyRows& rows, KeyAt key_at) {
-  constexpr int kLineBytes = 128, kLines = S::kPieces * 64 / kLineBytes;  // of a key
-#pragma unroll
-  for (int i = 0; i < S::kTileKeys * kLines / 32; ++i) {
-    const int line = static_cast<int>(threadIdx.x) % 32 + 32 * i;
-    prefetch(computed(rows.row(key_at(line / kLines)) + line % kLines * kLineBytes));
-  }
-}
-
 // Eight elements of a query from `element` on; zeros where there is no query or no element. kAligned: 16 bytes at once.
 template <typename T, bool kAligned>
 __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const Problem& problem, int head, int row,
