@@ -192,7 +192,7 @@ CAPTURE = (
     Fault(_MAPS, "a part before all warps have theirs", f"  {WAIT}\n  if (threadIdx.x >= 32) return;",
           "  if (threadIdx.x >= 32) return;"),
     Fault(_MAPS, "the parts of the other warps are lost",
-          "for (int warp = 1; warp < kWarps; ++warp) total", "if (false) total"),
+          "for (int warp = 1; warp < kWarps; ++warp) total", "for (int warp = kWarps; false;) total"),
     Fault(_REREAD, "statistics before they are written", "if (waits) wait_for_launch(), waits = false;", ""),
     Fault(_REREAD, "queries are replaced while they are used",
           f"      {WAIT}\n      stage_queries", "      stage_queries"),
