@@ -231,8 +231,8 @@ void check_all(const std::string& amount) {
       // Rows in turns; keys that are not whole vectors, with two blocks of queries.
       {2, 4, 2, 9, 2000, 16, 10}, {1, 10, 1, 7, 70, 33, 9},
   };
-  // More layers than one launch has arguments for, and more than one chunk of tokens in a block; more than one tile of keys
-  // in a split, for up to 8 queries, for 32 and without tensor cores; more heads than a thread of the second kernel reads at a time.
+  // More layers than one launch has arguments for, and more than one chunk of tokens in a block. More than one tile of
+  // keys in a split, for up to 8 queries, for 32 and without tensor cores. More heads than a thread reads at a time.
   const std::vector<std::pair<Shape, Call>> others = {
       {{1, 1, 1, 9, 20, 16, 300}, {"33 layers", false, false, carve::kLayersAtOnce + 1, true, false}},
       {{4, 4, 4, 1, 260, 16, 20}, {"9 layers", false, false, 9, false, true}},
