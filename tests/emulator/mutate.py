@@ -32,8 +32,12 @@ SANITIZERS = {
     "races": ["-fsanitize=thread", "-g"],
 }
 # The argument that says how much a program runs; without one it runs its default amount.
-AMOUNTS = {("regions", "results"): ["all"], ("regions", "races"): ["few"], ("capture", "results"): ["seeds"]}
-AMOUNTS |= {("capture", "races"): ["first"]}
+AMOUNTS = {
+    ("regions", "results"): ["all"],
+    ("regions", "races"): ["few"],
+    ("capture", "results"): ["seeds"],
+    ("capture", "races"): ["first"],
+}
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
 ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp"))}
 

@@ -149,8 +149,8 @@ def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
     # A plain division is off by up to two units: a token with all the mass would have an entropy above 0.
     share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0)[:, None])
     terms = -share * tl.log2(tl.where(share > 0, share, 1.0))
-    # Counted for each row, in the layout of the means: a sum over fewer elements than threads is stored to shared memory
-    # by several warps.
+    # Counted for each row, in the layout of the means: of a sum over fewer elements than threads, several warps store
+    # the same part to shared memory.
     count = tl.zeros_like(mean) + used.to(tl.float32)[None, :]
     spread, count = tl.reduce((terms, count), 1, add_pairs)
     at = partial_at + block * PARTIALS

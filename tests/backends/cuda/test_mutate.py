@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.emulator.emulator import ROOT, compiler
-from tests.emulator.faults import FAULTS, LABEL, RANK, SELECT, Fault
+from tests.emulator.faults import CAPTURE, FAULTS, LABEL, RANK, SELECT, Fault
 from tests.emulator.mutate import Verdict, judge, plant
 
-FEW = (SELECT[0], LABEL[6], RANK[1])
+FEW = (SELECT[0], LABEL[6], RANK[1], CAPTURE[0])
+AMOUNTS = {"regions": [], "capture": ["few"]}
 
 
 def copy_of(file: str, root: Path) -> Path:
@@ -45,15 +46,22 @@ def test_a_pattern_that_is_gone_is_an_error(tmp_path: Path) -> None:
 def right() -> Verdict:
     if compiler() is None:
         pytest.skip("the mutants need a C++ compiler")
-    return judge("regions", "results", amount=[])
+    return judge("regions", "results", amount=AMOUNTS["regions"])
 
 
 def test_without_a_fault_nothing_is_caught(right: Verdict) -> None:
     assert not right.fails, right.reason
 
 
+@pytest.mark.slow
+def test_without_a_fault_capture_is_right(right: Verdict) -> None:
+    verdict = judge("capture", "results", amount=AMOUNTS["capture"])
+    assert not verdict.fails, verdict.reason
+
+
 @pytest.mark.parametrize(
     "fault", [FEW[0], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FEW[1:])], ids=lambda fault: fault.name
 )
 def test_planted_faults_are_caught(right: Verdict, fault: Fault) -> None:
-    assert judge(fault.stage, "results", fault, amount=[], limit=120 + 10 * right.seconds).fails
+    limit = 120 + 10 * right.seconds
+    assert judge(fault.stage, "results", fault, amount=AMOUNTS[fault.stage], limit=limit).fails
