@@ -135,7 +135,7 @@ __device__ __forceinline__ bool take_ticket(unsigned* ticket, int blocks) {
   fence();
   const bool is_last = atomicAdd(ticket, 1u) + 1 == static_cast<unsigned>(blocks);
   fence();
-  if (is_last) store(ticket, 0u);
+  if (is_last) atomicExch(ticket, 0u);
   return is_last;
 }
 

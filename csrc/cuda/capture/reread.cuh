@@ -62,7 +62,7 @@ __device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const
 // A block: up to 16 rows and, for each warp, one tile of tokens, with all heads. Grid: [token blocks, row blocks,
 // layers x batch]. kGeneral: see is_general; or a map for each head is written.
 template <typename S, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
+__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;
   using Shared = RereadShared<S>;
   Shared& shared = block_shared<Shared>();
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 3) capture_reread(const __grid_const
         return member < group && local < rows.count;
       };
       __syncthreads();
-      stage_queries<S, kGeneral ? 1 : 4, 2>(launch, problem, tiles, place, shared.staged);
+      stage_queries<S, 4, 2>(launch, problem, tiles, place, shared.staged);
       if (waits) wait_for_launch(), waits = false;
       stage_normals<S>(launch, problem, tiles * 16, place, shared.normals);
       __syncthreads();
