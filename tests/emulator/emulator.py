@@ -27,7 +27,7 @@ NAMESPACE = "carve_emulated"
 schemas.define(NAMESPACE, ("capture_layers", "capture_plan_cuda", "regions_cuda"))
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.
-MOST_SCORES = 1 << 19
+MOST_SCORES = 1 << 18
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
 CPU_INFO = Path("/proc/cpuinfo")

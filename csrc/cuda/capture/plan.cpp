@@ -11,7 +11,7 @@ namespace carve {
 namespace {
 
 constexpr int64_t kMostScores = CARVE_MOST_SCORES;   // bytes of scores at a time
-constexpr int64_t kCachedScores = kMostScores / 12;  // of a layer: the scores of six stay in the L2 cache beside keys
+constexpr int64_t kCachedScores = kMostScores / 6;   // of a layer, up to which storing them was faster on an H100
 constexpr int64_t kManyQueries = 32;                 // from which a second read costs fewer bytes than stored scores
 constexpr int64_t kMultiprocessors = 132;  // of an H100; the result depends on the splits, so not on the device
 constexpr int64_t kMostSplitKeys = 2048;
