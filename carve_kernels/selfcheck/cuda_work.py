@@ -139,7 +139,7 @@ def _maps(sizes: CaptureSizes, plan: CapturePlan, lse: bool) -> Work:
     of_head = _FLOAT if lse else _STAT * len(_splits(sizes.keys, plan))
     of_block = sizes.query_heads * of_head * has_scores + _THREADS // 32 * _STEP + _PART
     read = plan.token_blocks * of_block + sizes.tokens * (_TOKEN + sizes.query_heads * _FLOAT * has_scores)
-    written = plan.token_blocks * _PART + sizes.tokens * _FLOAT + 3 * _FLOAT
+    written = plan.token_blocks * _PART + sizes.tokens * _FLOAT + 2 * _FLOAT
     copies = sizes.layers * sizes.batch * sizes.rows
     return Work(copies * read, copies * written, 0, 1)
 
@@ -154,8 +154,7 @@ def _reread(sizes: CaptureSizes, plan: CapturePlan, lse: bool) -> Work:
         rows = min(_ROWS_OF_A_TILE, sizes.rows - start)
         read += tokens * sizes.key_heads * vector + sizes.tokens * _TOKEN
         read += plan.token_blocks * (sizes.query_heads * rows * of_query + rows * _PART + _THREADS // 32 * _STEP)
-        # One ticket for all rows of a tile.
-        written += rows * (plan.token_blocks * _PART + sizes.tokens * _FLOAT + 2 * _FLOAT) + _FLOAT
+        written += rows * (plan.token_blocks * _PART + sizes.tokens * _FLOAT + 2 * _FLOAT)
         padded = min(_ROWS_OF_A_TILE, 1 << (sizes.rows - 1).bit_length())
         pairs += tokens * sizes.key_heads * _up(sizes.query_heads // sizes.key_heads * padded, _ROWS_OF_A_TILE)
     copies = sizes.layers * sizes.batch

@@ -10,6 +10,8 @@ from carve_kernels.backends.triton import capture_plan
 
 PARTIALS = tl.constexpr(capture_plan.PARTIALS)
 MOST_SPLITS = tl.constexpr(capture_plan.MOST_SPLITS)
+# Blocks of tokens that are summed at a time.
+BLOCK_PARTIAL = tl.constexpr(32)
 
 
 @triton.jit
@@ -135,11 +137,6 @@ def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, l
 
 
 @triton.jit
-def add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
     """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
 
@@ -148,15 +145,11 @@ def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
     mass = tl.sum(mean, 1)
     # A plain division is off by up to two units: a token with all the mass would have an entropy above 0.
     share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0)[:, None])
-    terms = -share * tl.log2(tl.where(share > 0, share, 1.0))
-    # Counted for each row, in the layout of the means: of a sum over fewer elements than threads, several warps store
-    # the same part to shared memory.
-    count = tl.zeros_like(mean) + used.to(tl.float32)[None, :]
-    spread, count = tl.reduce((terms, count), 1, add_pairs)
+    spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), 1)
     at = partial_at + block * PARTIALS
     tl.store(at, mass, mask=fits)
     tl.store(at + 1, spread, mask=fits)
-    tl.store(at + 2, count, mask=fits)
+    tl.store(at + 2, tl.zeros_like(mass) + tl.sum(used.to(tl.float32), 0), mask=fits)
     # All threads store before the ticket is taken: it releases their partials and acquires those of other blocks.
     tl.debug_barrier()
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == blocks - 1
@@ -171,8 +164,6 @@ def summary(partial_at, fits, blocks, BLOCK_ROW: tl.constexpr):
 
     By the chain rule of entropy, where no term is below 0 and nothing cancels: H = sum of share * H(block) + H(shares).
     """
-    # Where rows are fewer than warps, every warp has all of them: else several warps would store the same sum.
-    BLOCK_PARTIAL: tl.constexpr = 256 if BLOCK_ROW < 8 else 32
     offset = tl.arange(0, BLOCK_PARTIAL)
     mass = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
     count = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)

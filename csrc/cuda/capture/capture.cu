@@ -86,6 +86,8 @@ CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t 
   launch.key_heads = static_cast<int>(p.key_heads);
   launch.group = launch.heads / launch.key_heads;
   launch.rows = static_cast<int>(rows);
+  // The last rows may be fewer than the plan's.
+  launch.query_blocks = (launch.group * launch.rows + launch.queries_at_once - 1) / launch.queries_at_once;
   launch.keys = static_cast<int>(p.keys);
   launch.size = static_cast<int>(p.size);
   launch.rows_inverse = 1.0f / static_cast<float>(rows);
@@ -147,7 +149,6 @@ void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
   launch.split_keys = static_cast<int>(plan.split_keys);
   launch.splits = static_cast<int>(plan.splits);
   launch.queries_at_once = static_cast<int>(plan.queries_at_once);
-  launch.query_blocks = static_cast<int>(plan.query_blocks);
   launch.token_chunks = static_cast<int>(plan.token_chunks);
   launch.token_blocks = static_cast<int>(plan.token_blocks);
 
