@@ -276,7 +276,8 @@ inline std::string run(dim3 grid, dim3 block, size_t shared_bytes, bool overlaps
   if (block.count() % kWarp != 0 || block.count() > 1024) return "a block is up to 32 whole warps";
   if (shared_bytes > 99 << 10) return "more than 99 KB of shared memory";
   if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535) return "invalid configuration of the grid";
-  m.grid = grid, m.block = block, m.shared_bytes = shared_bytes, m.overlaps = overlaps, m.body = std::move(body), m.error.clear();
+  m.grid = grid, m.block = block, m.shared_bytes = shared_bytes, m.overlaps = overlaps;
+  m.body = std::move(body), m.error.clear();
   m.random.seed(m.seed);
   EMULATED_TSAN(m.main_thread = __tsan_get_current_fiber();)
   std::vector<unsigned> waiting(grid.count());

@@ -100,7 +100,7 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
     // Up to five blocks a multiprocessor, all at the same time: each merges the splits.
     const int64_t groups = std::max<int64_t>(1, ceil_div(p.token_count, kThreadsOfBlock));
     const int64_t lines = plan.layers * p.batch * plan.rows;
-    // Its shared memory has room for the parts of a block's warps and for those of a row's blocks.
+    // Its shared memory holds the parts of a block's warps and those of a row's blocks.
     const int64_t chunks = std::max(ceil_div(groups, kMostTokenParts), ceil_div(groups * lines, 5 * kMultiprocessors));
     plan.token_chunks = std::min({groups, chunks, kMostTokenParts / 4});
     tokens *= plan.token_chunks;

@@ -32,8 +32,9 @@ struct CapturePlan {
   int64_t tickets;
 };
 
-// Whether there is a mask, a softcap or a negative scale, or heads are not of 64, 128 or 256 elements. Such captures have
-// kernels of their own, which take fewer queries at a time: a short capture takes no longer than to load instructions.
+// Whether there is a mask, a softcap or a negative scale, or heads are not of 64, 128 or 256 elements. Such captures
+// have kernels of their own, which take fewer queries at a time: a short capture takes no longer than to load
+// instructions.
 inline bool is_general(const CaptureParams& p) {
   const bool is_whole = p.size == 64 || p.size == 128 || p.size == 256;
   return !is_whole || p.mask != nullptr || p.softcap != 0.0f || p.scale < 0.0f;

@@ -62,7 +62,8 @@ __device__ __forceinline__ void stage_normals(const CaptureLaunch& launch, const
 // A block: up to 16 rows and, for each warp, one tile of tokens, with all heads. Grid: [token blocks, row blocks,
 // layers x batch]. kGeneral: see is_general; or a map for each head is written.
 template <typename S, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) capture_reread(const __grid_constant__ CaptureLaunch launch) {
+__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
+    capture_reread(const __grid_constant__ CaptureLaunch launch) {
   using T = typename S::Element;
   using Shared = RereadShared<S>;
   Shared& shared = block_shared<Shared>();
@@ -206,18 +207,18 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) capture_reread(con
   }
   __syncthreads();
   if (!shared.is_last) return;
-  constexpr int kRoom = static_cast<int>(sizeof(shared.staged) / sizeof(Part)) / kRowsAtOnce;
-  Part* room = reinterpret_cast<Part*>(shared.staged) + row * kRoom;
+  constexpr int kCapacity = static_cast<int>(sizeof(shared.staged) / sizeof(Part)) / kRowsAtOnce;
+  Part* merged = reinterpret_cast<Part*>(shared.staged) + row * kCapacity;
   Part total;
   int carried = 0;
 #pragma unroll 1
-  for (int start = 0; start < launch.token_blocks; start += kRoom - 1) {
-    const int count = exists ? min(kRoom - 1, launch.token_blocks - start) : 0;
-    load_parts<kLanes>(parts + start, count, room + carried);
+  for (int start = 0; start < launch.token_blocks; start += kCapacity - 1) {
+    const int count = exists ? min(kCapacity - 1, launch.token_blocks - start) : 0;
+    load_parts<kLanes>(parts + start, count, merged + carried);
     __syncwarp();
-    total = merge_parts<kLanes>(room, exists ? carried + count : 0);
+    total = merge_parts<kLanes>(merged, exists ? carried + count : 0);
     __syncwarp();
-    if (threadIdx.x % kLanes == 0) room[0] = total;
+    if (threadIdx.x % kLanes == 0) merged[0] = total;
     carried = 1;
   }
   if (exists && threadIdx.x % kLanes == 0) store_row(p, out, rows.begin + row, total);

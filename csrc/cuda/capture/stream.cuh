@@ -261,7 +261,8 @@ void launch_stream_queries(const CaptureLaunch& launch, const CaptureGrid& grid)
   const dim3 blocks(static_cast<unsigned>(launch.splits), static_cast<unsigned>(p.key_heads * launch.query_blocks),
                     static_cast<unsigned>(grid.layers * p.batch));
   const auto stream = static_cast<cudaStream_t>(launch.device.stream);
-  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), stream}, capture_stream<S, Q, kGeneral>, launch);
+  carve::launch({"capture_stream", blocks, kThreads, stream_bytes<S>(tiles), stream}, capture_stream<S, Q, kGeneral>,
+                launch);
 }
 
 template <typename S>

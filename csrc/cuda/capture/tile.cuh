@@ -97,8 +97,8 @@ __device__ __forceinline__ uint4 load_query(const CaptureLaunch& launch, const P
 }
 
 template <typename S, int kAtOnce, int kHalves, bool kAligned, typename Place>
-__device__ __forceinline__ void stage_pieces(const CaptureLaunch& launch, const Problem& problem, int tiles, Place place,
-                                             uint4* staged) {
+__device__ __forceinline__ void stage_pieces(const CaptureLaunch& launch, const Problem& problem, int tiles,
+                                             Place place, uint4* staged) {
   using T = typename S::Element;
   const Lane lane;
   const int pieces = tiles * S::kPieces;
