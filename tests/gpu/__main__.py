@@ -31,7 +31,7 @@ NUMBERS = "benchmarks.json"
 # Workers of pytest; each has its own context on the GPU, about half a gigabyte.
 _MOST_WORKERS = 12
 # Seconds that the benchmarks get less than their step, for a measurement that took longer than expected.
-_MARGIN = 15.0
+_MARGIN = 30.0
 
 
 def steps(folder: Path, *, missing: str | None) -> list[Step]:
