@@ -186,8 +186,9 @@ class CaptureCalls:
                 scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
             if tickets.numel() < (count := max(each.tickets for each in either)):
                 tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
-        # A CUDA graph may hold the address of the former.
-        self._memory, self._former = Memory(scratch, tickets), [*self._former, self._memory]
+        if scratch is not self._memory.scratch or tickets is not self._memory.tickets:
+            # A CUDA graph may hold the address of the former.
+            self._memory, self._former = Memory(scratch, tickets), [*self._former, self._memory]
 
     def run(self, batch: LayerBatch, out: Capture, step: torch.Tensor) -> None:
         """Capture all layers of a batch into step `step`, an int64 tensor [] on the device, of buffers `out`."""

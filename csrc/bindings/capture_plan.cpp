@@ -28,7 +28,9 @@ void capture_plan_cuda(const std::vector<int64_t>& sizes, const Tensor& out) {
   for (int64_t size : sizes) {
     STD_TORCH_CHECK(size >= 0, "capture_plan_cuda: sizes: expected numbers of at least 0, got ", size);
   }
-  STD_TORCH_CHECK(sizes[3] > 0, "capture_plan_cuda: sizes: expected at least one key head");
+  STD_TORCH_CHECK(sizes[3] > 0 && sizes[2] % sizes[3] == 0,
+                  "capture_plan_cuda: sizes: expected a number of key heads that divides that of heads, got ", sizes[3],
+                  " and ", sizes[2]);
   const float known = 0.0f;
   carve::CaptureParams params{};
   params.layer_count = sizes[0];

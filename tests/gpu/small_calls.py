@@ -1,4 +1,4 @@
-"""Calls of every kernel on small, odd shapes, for compute-sanitizer: `python -m tests.gpu.small_calls`.
+"""Calls of every kernel on small, odd shapes, for compute-sanitizer: `python -m tests.gpu.small_calls [BACKEND...]`.
 
 Inputs are made on the CPU and answers are judged there, so that hardly any kernel but ours runs.
 """
@@ -53,6 +53,6 @@ def run(device: torch.device, backends: tuple[str, ...], announce: Callable[[str
 
 
 if __name__ == "__main__":
-    found = run(torch.device("cuda"), PREFERRED["cuda"], print)
+    found = run(torch.device("cuda"), tuple(sys.argv[1:]) or PREFERRED["cuda"], print)
     print("\n".join(found) or "all right", flush=True)
     sys.exit(bool(found))

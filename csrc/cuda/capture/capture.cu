@@ -53,7 +53,9 @@ Logit logit_of(const CaptureParams& p) {
   Logit logit{};
   logit.factor = static_cast<float>(exact);
   logit.residual = static_cast<float>((exact - logit.factor) / logit.factor);
+  // Not exactly 0, which is no softcap.
   logit.inner = has_cap ? p.scale / std::abs(p.softcap) : 0.0f;
+  if (has_cap && logit.inner == 0.0f) logit.inner = 1e-30f;
   logit.is_negative = !has_cap && p.scale < 0.0f;
   return logit;
 }
@@ -96,14 +98,13 @@ CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t 
   return launch;
 }
 
-// Whether dependent launches may overlap on a device: from compute capability 9.0 on.
+// Whether dependent launches may overlap on the current device: where the kernels that run there were compiled for compute
+// capability 9.0 or later, since others do not wait.
 bool overlaps_launches(int device) {
   static std::atomic<signed char> known[kDevices];
   signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
   if (found == 0) {
-    int major = 0;
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    found = major >= 9 ? 1 : -1;
+    found = maps_wait_for_launch() ? 1 : -1;
     if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
   }
   return found > 0;
@@ -117,7 +118,11 @@ void launch_part(const CaptureLaunch& launch, const CapturePlan& plan, const Cap
   } else if (launch.params.lse == nullptr && has_scores) {
     is_half ? launch_stream_half(launch, grid) : launch_stream_bfloat(launch, grid);
   }
-  if (!plan.is_reread || !has_scores) return launch_maps(launch, grid);
+  if (!plan.is_reread) {
+    CaptureGrid alone = grid;
+    alone.overlaps = grid.overlaps && has_scores;
+    return launch_maps(launch, alone);
+  }
   is_half ? launch_reread_half(launch, grid) : launch_reread_bfloat(launch, grid);
 }
 
@@ -129,7 +134,7 @@ void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
   const CapturePlan plan = plan_capture(p, keys_are_aligned(p), device.scratch_bytes);
   const int64_t most = 0x7fffffff;
   check(p.batch <= kMostBlocks && p.key_heads * plan.query_blocks <= kMostBlocks && p.keys < most &&
-            plan.token_blocks <= most && plan.layers * p.batch * p.heads * plan.rows <= most,
+            (plan.is_reread || plan.token_blocks <= kMostTokenParts) && plan.token_blocks <= most && plan.layers * p.batch * p.heads * plan.rows <= most,
         "query, key, tokens: expected sizes whose blocks fit into a grid");
   check_amount("scratch", plan.bytes, device.scratch_bytes, " bytes");
   check(reinterpret_cast<uintptr_t>(device.scratch) % 16 == 0, "scratch: expected 16 bytes of alignment");

@@ -124,7 +124,7 @@ __device__ __forceinline__ bool mask_has(const CaptureParams& p, int batch, int 
   return load(p.mask + batch * strides[0] + head * strides[1] + row * strides[2] + key * strides[3]) != 0;
 }
 
-// The launches of one element type and size of head; see stream.cuh, reread.cuh and plain.cuh.
+// The launches of one element type and size of head; see stream.cuh, reread.cuh and plain.cu.
 struct CaptureGrid {
   int layers;
   int64_t row_blocks;  // of the second read
@@ -137,5 +137,7 @@ void launch_reread_half(const CaptureLaunch& launch, const CaptureGrid& grid);
 void launch_plain(const CaptureLaunch& launch, const CaptureGrid& grid);
 void launch_span(const CaptureLaunch& launch, int32_t* span);
 void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid);
+// Whether the compiled kernels for the current device have instructions that wait for the launch before.
+bool maps_wait_for_launch();
 
 }  // namespace carve

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_maps(const __grid_constan
     }
     if (__shfl_sync(kAllLanes, goes_on, 0) == 0) return;
     count = launch.token_blocks;
+    __syncwarp();
     load_parts<32>(parts, count, shared.parts);
     __syncwarp();
   }

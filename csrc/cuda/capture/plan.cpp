@@ -15,7 +15,8 @@ constexpr int64_t kCachedScores = kMostScores / 6;   // of a layer, up to which 
 constexpr int64_t kManyQueries = 32;                 // from which a second read costs fewer bytes than stored scores
 constexpr int64_t kMultiprocessors = 132;  // of an H100; the result depends on the splits, so not on the device
 constexpr int64_t kMostSplitKeys = 2048;
-constexpr int64_t kMostRows = 4096;  // at a time; see split_query
+constexpr int64_t kMostRows = 4096;        // at a time; see split_query
+constexpr int64_t kMostGroup = 1 << 22;    // queries of a key head at a time; see split_query
 constexpr int64_t kScoreBytes = 4;
 constexpr int64_t kStatBytes = 8;
 constexpr int64_t kPartBytes = 16;
@@ -28,6 +29,10 @@ int64_t block_keys(const CaptureParams& p, bool is_plain) { return is_plain ? 32
 // Queries of a key head in one block, which its shared memory of 99 KB has to hold; see stream_bytes.
 int64_t most_queries(const CaptureParams& p, bool is_plain) {
   return is_plain || is_general(p) ? 64 : p.size <= 128 ? 256 : 128;
+}
+
+int64_t most_rows(const CaptureParams& p) {
+  return std::min({p.rows, kMostRows, std::max<int64_t>(1, kMostGroup / (p.heads / p.key_heads) - 1)});
 }
 
 // The splits of the keys, for as many blocks as run at the same time: two on a multiprocessor where each has work for
@@ -74,9 +79,11 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
   const int64_t row_bytes = p.batch * p.heads * plan.padded * kScoreBytes;
   // The second read takes 16 rows at a time.
   const bool is_many = !plan.is_plain && p.heads / p.key_heads * std::min<int64_t>(p.rows, 16) >= kManyQueries;
-  plan.is_reread = !plan.is_plain && (p.lse != nullptr || (is_many && row_bytes * p.rows > kCachedScores));
+  const bool is_empty = p.keys == 0 || p.token_count == 0;
+  plan.is_reread = !plan.is_plain && !is_empty &&
+                   (p.lse != nullptr || row_bytes > kMostScores || (is_many && row_bytes * p.rows > kCachedScores));
   plan.layers = layers;
-  plan.rows = std::min(p.rows, kMostRows);
+  plan.rows = most_rows(p);
   if (!plan.is_reread) {
     const int64_t most = std::max<int64_t>(1, kMostScores / std::max<int64_t>(1, row_bytes));
     plan.rows = std::min(plan.rows, most);
@@ -88,7 +95,7 @@ CapturePlan plan_capture(const CaptureParams& p, bool is_aligned, int64_t scratc
     // Allocated for more keys, where none would be stored.
     plan.is_reread = true;
     plan.layers = layers;
-    plan.rows = std::min(p.rows, kMostRows);
+    plan.rows = most_rows(p);
     plan_splits(p, plan);
     plan_scratch(p, layers, row_bytes, plan);
   }

@@ -48,7 +48,8 @@ def test_the_needs_are_asked_for_by_sizes() -> None:
     wrong: list[tuple[list[int], torch.Tensor, str]] = [
         (sizes[1:], out, "sizes: expected 11 numbers, got 10"),
         ([*sizes[:3], -1, *sizes[4:]], out, "sizes: expected numbers of at least 0, got -1"),
-        ([*sizes[:3], 0, *sizes[4:]], out, "sizes: expected at least one key head"),
+        ([*sizes[:3], 0, *sizes[4:]], out, "sizes: expected a number of key heads that divides"),
+        ([*sizes[:2], 2, *sizes[3:]], out, "sizes: expected a number of key heads that divides that of heads, got 4 and 2"),
         ([*sizes[:8], 8, *sizes[9:]], out, "sizes: expected elements of 2 or 4 bytes, got 8"),
         (sizes, torch.zeros(3, dtype=torch.int64), "out: expected 11 numbers, got 3"),
         (sizes, torch.zeros(2), "out: unexpected dtype"),
