@@ -185,7 +185,7 @@ def test_without_cuda_the_rest_is_built(tree: Path, nvcc: str, reason: str) -> N
     assert message.count("the CUDA kernels are NOT built") == 1 and reason in message
     assert "the compiled operators are NOT built" not in message
     linked = tree.joinpath(LIBRARY).read_text()
-    assert "csrc/cpu/capture/capture.cpp" in linked and "csrc/cuda" not in linked and "cudart" not in linked
+    assert "csrc/cpu/capture/capture.cpp" in linked and ".cu.o" not in linked and "cudart" not in linked
     assert not any("CARVE_CUDA_ARCHITECTURES" in line and line.split()[-1] in linked for line in commands(tree))
 
 
@@ -193,7 +193,7 @@ def test_cuda_kernels_that_do_not_link_are_left_out(tree: Path) -> None:
     broken = f'case "$*" in *cudart*) echo no cudart >&2; exit 1;; esac\n{COMPILER.format(log="/dev/null")}'
     message = install(CXX=script(tree.parent / "linker", broken), CUDACXX=script(tree.parent / "nvcc", "true"))
     assert message.count("the CUDA kernels are NOT built") == 1 and "no cudart" in message
-    assert "csrc/cuda" not in tree.joinpath(LIBRARY).read_text()
+    assert ".cu.o" not in tree.joinpath(LIBRARY).read_text()
 
 
 def test_cuda_kernels_are_linked_in(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_only_what_a_change_reaches_is_compiled_again(parts: Any, tree: Path, mo
         assert parts["build"](tree / "library.so")[0] is None
         return {re.findall(r"-c (\S+)", line)[0] for line in commands(tree) if " -c " in line}
 
-    found = [*tree.glob("csrc/cpu/**/*.cpp"), *tree.glob("csrc/bindings/*.cpp")]
+    found = [path for folder in ("cpu", "cuda", "bindings") for path in tree.glob(f"csrc/{folder}/**/*.cpp")]
     sources = {path.relative_to(tree).as_posix() for path in found if not path.name.endswith("_cuda.cpp")}
     assert compiled() == sources
     assert compiled() == set()

@@ -279,9 +279,17 @@ def key_value_size(config: Any) -> int:
 def heads_of(config: Any) -> tuple[int, int, int]:
     """The numbers of query heads and key heads of most layers, and the size of a head."""
     query_heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or query_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    key_heads = _of_all_layers(config, "num_key_value_heads") or query_heads
+    size = _of_all_layers(config, "head_dim") or config.hidden_size // query_heads
     return int(query_heads), int(key_heads), int(size)
+
+
+def _of_all_layers(config: Any, name: str) -> Any:
+    """An attribute of a config; None if there is none, or if it is one for each layer, which some configs refuse."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def types_of_layers(config: Any) -> list[str] | None:

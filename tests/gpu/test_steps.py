@@ -114,7 +114,7 @@ def test_the_steps_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> 
     assert [one.name for one in steps.values() if one.skip is not None] == ["build"]
     assert "-n" in steps["tests"].command(9) and steps["memcheck"].command(9)[0] == "/bin/compute-sanitizer"
     words = steps["benchmarks"].command(300.0)
-    assert words[words.index("--budget") + 1] == "285" and words[-1] == "/folder/benchmarks.json"
+    assert words[words.index("--budget") + 1] == "270" and words[-1] == "/folder/benchmarks.json"
     # Logs, the numbers and the summary.
     assert len(steps) + 2 <= 8
     assert sum(one.least for one in steps.values()) < command.SECONDS

@@ -41,7 +41,7 @@ class DeviceState:
             self.tokens, self.span = self.split(self.columns, batch)
             self.counts = torch.zeros(4, dtype=torch.int64, device=self.device)
             self.total, self.slot, self.slots = self.counts[0], self.counts[2], self.counts[2:3]
-            self.zero = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.zero, self.one = (torch.full((), each, dtype=torch.int64, device=self.device) for each in (0, 1))
             self.row = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
             self.first = new_buffers((1, layers, batch, rows), count, self.device)
             self.deferred = {name: torch.zeros((), dtype=torch.bool, device=self.device) for name in conditions}
@@ -84,7 +84,7 @@ class DeviceState:
     def move(self, total: int, slot: int) -> None:
         """Set `counts`, by one operator where both are one more than they were."""
         if self._host == (total - 1, slot - 1):
-            self.counts.add_(1)
+            self.counts.add_(self.one)
         elif self._host != (total, slot):
             self.total.fill_(total)
             self.slot.fill_(slot)
@@ -99,7 +99,7 @@ class DeviceState:
     def move_in_graph(self) -> None:
         """The next step, at each replay of a CUDA graph; those beyond `later` share its last slot."""
         self.graphed = True
-        self.counts.add_(1)
+        self.counts.add_(self.one)
         self.slot.clamp_max_(self.steps)
 
     @property

@@ -167,6 +167,15 @@ def test_any_number_of_rows_with_every_option(case: Case, heads: str, negative: 
         close(part, mine, right, roundings(case.size + 64 + case.query_heads))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_zero_gives_every_visible_key_the_same_share(dtype: torch.dtype, softcap: float | None) -> None:
+    (query, key, tokens), options = planted(Case(dtype=dtype, batch=1, softcap=softcap))
+    options["scale"] = 0.0
+    found = capture(query, key, tokens, **options, backend="cuda")
+    assert alike(found, reference.forward(query, key, tokens, CaptureOptions(**options)))
+
+
 def banded(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor of NaN between two bands of 64 sevens in the same memory, and that memory."""
     size = torch.Size(shape).numel()

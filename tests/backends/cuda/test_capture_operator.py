@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from carve_kernels import BackendUnavailable, capture
+from carve_kernels import capture_layers as capture_public
 from carve_kernels.types import Capture
 from tests.emulator import emulator
 from tests.support.attention import Case, planted, poisoned
@@ -49,7 +50,7 @@ def test_the_needs_are_asked_for_by_sizes() -> None:
         (sizes[1:], out, "sizes: expected 11 numbers, got 10"),
         ([*sizes[:3], -1, *sizes[4:]], out, "sizes: expected numbers of at least 0, got -1"),
         ([*sizes[:3], 0, *sizes[4:]], out, "sizes: expected a number of key heads that divides"),
-        ([*sizes[:2], 2, *sizes[3:]], out, "sizes: expected a number of key heads that divides that of heads, got 4 and 2"),
+        ([*sizes[:2], 2, *sizes[3:]], out, "sizes: expected a number of key heads .*, got 4 and 2"),
         ([*sizes[:8], 8, *sizes[9:]], out, "sizes: expected elements of 2 or 4 bytes, got 8"),
         (sizes, torch.zeros(3, dtype=torch.int64), "out: expected 11 numbers, got 3"),
         (sizes, torch.zeros(2), "out: unexpected dtype"),
@@ -57,6 +58,20 @@ def test_the_needs_are_asked_for_by_sizes() -> None:
     for numbers, target, message in wrong:
         with pytest.raises(RuntimeError, match=f"capture_plan_cuda: {message}"):
             op(numbers, target)
+
+
+def test_more_key_heads_than_heads_are_named_before_anything_is_planned() -> None:
+    query, key, tokens = torch.ones(1, 2, 1, 32), torch.ones(1, 4, 9, 32), torch.zeros(1, 3, dtype=torch.int32)
+    out = Capture(torch.zeros(1, 1, 1, 1, 3), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="key: expected a number of heads that divides the query's 2, got 4"):
+        capture_public([query], [key], tokens, scale=1.0, step=torch.tensor(0), out=out, backend="cuda")
+
+
+def test_more_tokens_than_a_row_has_parts_are_named() -> None:
+    query, key = torch.ones(1, 1, 1, 32), torch.ones(1, 1, 4, 32)
+    tokens = torch.full((1, 2**21 + 1), -1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="tokens: expected sizes whose blocks fit"):
+        capture(query, key, tokens, scale=1.0, backend="cuda", check=False)
 
 
 def test_a_refusal_of_the_backend_says_why() -> None:
