@@ -211,7 +211,6 @@ CAPTURE = (
     Fault(_REREAD, "the part of a row before all warps have theirs", f"  {WAIT}\n  // Eight lanes a row",
           "  // Eight lanes a row"),
     Fault(_REREAD, "sums replace queries that are still used", f"  {WAIT}\n  float* own", "  float* own"),
-    Fault(_REREAD, "the blocks before are not carried", "merged[0] = total;", "{}"),
     Fault(_REREAD, "padded rows are stored", "own_row < rows.count;", "true;", "addresses"),
     Fault(_PLAIN, "multiply before all is staged", f"      {WAIT}\n      float scores", "      float scores"),
     Fault(_PLAIN, "keys are replaced while they are used", f"    {WAIT}\n#pragma unroll 4\n    for (int item",

@@ -167,6 +167,19 @@ def test_any_number_of_rows_with_every_option(case: Case, heads: str, negative: 
         close(part, mine, right, roundings(case.size + 64 + case.query_heads))
 
 
+def test_more_blocks_of_tokens_than_the_last_one_adds_up_at_a_time() -> None:
+    case = Case(
+        batch=1, query_heads=1, key_heads=1, rows=1, keys=60, size=64, tokens=9, view="all", ragged=False,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    (query, key, _), options = planted(case)
+    tokens = torch.randint(0, 60, (1, 22_000), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    lse = (query.float() @ key.float().mT * options["scale"]).logsumexp(-1)
+    found = capture(query, key, tokens, **options, lse=lse, backend="cuda")
+    truth = reference.forward(query.double(), key.double(), tokens, CaptureOptions(**options, lse=lse.double()))
+    assert relative(found.mass, truth.mass) < 1e-4 and relative(found.entropy, truth.entropy) < 1e-4
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_of_zero_gives_every_visible_key_the_same_share(dtype: torch.dtype, softcap: float | None) -> None:
