@@ -23,7 +23,7 @@ class LayerOperator(NamedTuple):
              scratch, tickets, maps, mass, entropy)`, positional: the schema of `carve_kernels::capture_layers`.
              All layers of a call have the same shapes and dtypes, sinks are contiguous float32
     needs    `needs(layers=, batch=, query_heads=, key_heads=, rows=, keys=, size=, tokens=, element_bytes=,
-             lse=False, each=False, aligned=True)`: the `ScratchNeeds` of such a call, never more for fewer layers
+             lse=False, aligned=True)`: the `ScratchNeeds` of such a call, never more for fewer layers
     =======  ====================================================================================================
     """
 

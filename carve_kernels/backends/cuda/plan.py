@@ -56,7 +56,7 @@ def capture_plan(
     return _ask(cuda.operators, sizes)
 
 
-def scratch_needs(*, each: bool = False, **sizes: Any) -> ScratchNeeds:
+def scratch_needs(**sizes: Any) -> ScratchNeeds:
     """The scratch and the tickets of one call with the arguments of `capture_plan`, also for maps of each head."""
     plan = capture_plan(**sizes)
     return ScratchNeeds(plan.scratch_bytes, plan.tickets)

@@ -87,10 +87,9 @@ def scratch_needs(
     tokens: int,
     element_bytes: int,
     lse: bool = False,
-    each: bool = False,
     aligned: bool = True,
 ) -> ScratchNeeds:
-    """The scratch and the tickets of one call on a device; neither depends on `each` and `aligned`."""
+    """The scratch and the tickets of one call on a device; neither depends on `aligned`."""
     if not batch or not rows:
         return ScratchNeeds(0, 0)
     grid = plan(query_heads, key_heads, rows, keys, size, element_bytes)
@@ -132,7 +131,7 @@ def _launch(layers: Layers, tokens: Tensor, options: CaptureOptions, slot: Slot,
     statistics = 0 if lse is not None else depth * batch * query_heads * rows * grid.splits
     needs = scratch_needs(
         device, layers=depth, batch=batch, query_heads=query_heads, key_heads=key_heads, rows=rows, keys=keys,
-        size=size, tokens=tokens.shape[1], element_bytes=element_size, lse=lse is not None, each=heads == "each",
+        size=size, tokens=tokens.shape[1], element_bytes=element_size, lse=lse is not None,
     )  # fmt: skip
     memory = memory or Memory.new(needs, device)
     check_memory(memory, needs)

@@ -26,10 +26,10 @@ def _served() -> Iterator[None]:
         yield
 
 
-def needs_of(case: Case, layers: int = 1, *, each: bool = False) -> ScratchNeeds:
+def needs_of(case: Case, layers: int = 1) -> ScratchNeeds:
     return scratch_needs(
         layers=layers, batch=case.batch, query_heads=case.query_heads, key_heads=case.key_heads, rows=case.rows,
-        keys=case.keys, size=case.size, tokens=case.tokens, element_bytes=4, each=each,
+        keys=case.keys, size=case.size, tokens=case.tokens, element_bytes=4,
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_the_scratch_has_the_size_asked_for_and_no_state(each: bool) -> None:
     case = LONG.but(keys=700)
     (query, key, tokens), options = planted(case)
     heads = "each" if each else "mean"
-    needs = needs_of(case, each=each)
+    needs = needs_of(case)
     slot = Slot(poisoned(case, heads))
     asked = CaptureOptions(**options, heads=heads)  # type: ignore[arg-type]
     results = []
