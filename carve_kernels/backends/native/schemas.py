@@ -20,6 +20,14 @@ _CAPTURE = (
     "Tensor(b!) tickets, Tensor(c!) maps, Tensor(d!) mass, Tensor(e!) entropy"
 )
 
+# Attention of one row a batch entry and the capture of it: `output` [B, A, 1, E] in the dtype of the query, and the
+# outputs of capture_layers for one layer.
+_ATTEND = (
+    "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? span, Tensor? mask, Tensor? positions, "
+    "Tensor? sink, float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) scratch, "
+    "Tensor(b!) tickets, Tensor(c!) output, Tensor(d!) maps, Tensor(e!) mass, Tensor(f!) entropy"
+)
+
 SCHEMAS: dict[str, str] = {
     "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
@@ -36,6 +44,13 @@ SCHEMAS: dict[str, str] = {
     # layers, batch, heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the
     # log-sum-exp is given, whether keys are aligned to 16 bytes.
     "capture_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
+    "attend_layer": f"({_ATTEND}) -> ()",
+    # By the named backend or "auto", on every device, with any number of rows.
+    "attend_layer_in": f"({_ATTEND}, str backend) -> ()",
+    # Writes how a call of attend_layer is divided: bytes of scratch, number of tickets, keys of a split, splits, groups
+    # of 128 tokens of a block, blocks of tokens. The sizes are batch, heads, key heads, keys, head size of the keys and
+    # of the values, tokens.
+    "attention_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
     # Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: default).
     "isa_cpu": "(int wanted, Tensor(a!) out) -> ()",
     # Writes the architectures that the compiled kernels are for, such as 90 for sm_90a; 0 in the slots that are left.

@@ -26,6 +26,7 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.fused_attention import log_unfused
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -361,7 +362,10 @@ class ForwardTracker:
         if dtype is not None:
             heads = names.heads_of(text_backbone(self._model).config)
             for count in (captured, 1):
-                calls.reserve(dtype, LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1]))
+                sizes = LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1])
+                calls.reserve(dtype, sizes)
+            if options.fused and isinstance(reason := calls.reserve_attention(dtype, sizes, heads[2]), str):
+                log_unfused(reason)
         state = DeviceState(calls, tokens, len(options.layers), captured, CONDITIONS)
         if steps:
             state.grow(steps)
