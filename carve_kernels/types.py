@@ -145,7 +145,7 @@ class Slot(NamedTuple):
 
 
 class CaptureOptions(NamedTuple):
-    """The options of a capture, or of an attention, in one argument below the public functions; `carve_kernels.capture` describes each."""
+    """The options of a capture or an attention, in one argument; `carve_kernels.capture` describes each."""
 
     scale: float
     mask: torch.Tensor | None = None

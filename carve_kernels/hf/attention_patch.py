@@ -114,8 +114,8 @@ class LayerSizes(NamedTuple):
         batch, query_heads, rows, size = query.shape
         return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
 
-    def with_room(self) -> LayerSizes:
-        """These sizes, with room for more keys: there is one more at each step."""
+    def rounded_up(self) -> LayerSizes:
+        """These sizes with more keys, up to a power of two: there is one more at each step."""
         return self._replace(keys=1 << (self.keys - 1).bit_length())
 
     def covers(self, other: LayerSizes) -> bool:
@@ -240,7 +240,7 @@ class CaptureCalls:
             if not self._is_reserved(kind, sizes):
                 if is_capturing(self._device):
                     return "a step in a CUDA graph is the first of these sizes"
-                operator = self.reserve_attention(query.dtype, sizes.with_room(), value.shape[3])
+                operator = self.reserve_attention(query.dtype, sizes.rounded_up(), value.shape[3])
         if operator is None or isinstance(operator, str):
             return operator or "there is no operator"
         return operator.supports(query, key, value) or operator
@@ -279,7 +279,7 @@ class CaptureCalls:
             if not self._is_reserved(kind, sizes):
                 if is_capturing(self._device):
                     raise self._too_late(sizes)
-                self.reserve(query.dtype, sizes.with_room(), dense=kind[2])
+                self.reserve(query.dtype, sizes.rounded_up(), dense=kind[2])
         # A kind that a compiled step meets first brings its own scratch, and keeps none.
         known = kind in self._operators
         run = self._operators[kind].run if known else self._unprepared

@@ -53,11 +53,11 @@ def attention(
     dtype of the query, Capture), a pair. A row that sees no key gives zeros. Keys and values that no row of an entry of
     the batch sees may hold any value.
 
-    The backend cuda reads keys and values once for both: for one row in bfloat16 or float16, head sizes that are
-    multiples of 8 up to 256, and rows of keys and values that are dense and start at multiples of 16 bytes. What it does
-    not serve, `auto` computes by scaled_dot_product_attention and `capture`, one after the other, and one line in the log
-    `carve_kernels` says why; there, a mask or positions cost a copy of keys and values, and outputs with a softcap or a
-    sink, which sdpa does not know, are computed in float32 by plain torch.
+    The backend cuda reads keys and values once for both. It serves one row in bfloat16 or float16, head sizes that are
+    multiples of 8 up to 256, and rows of keys and values that are dense and start at multiples of 16 bytes. What it
+    does not serve, `auto` computes by scaled_dot_product_attention and `capture`, one after the other, and one line in
+    the log `carve_kernels` says why. There, a mask or positions cost a copy of keys and values; outputs with a softcap
+    or a sink, which sdpa does not know, are computed in float32 by plain torch.
 
     Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend that cannot serve.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3; splits of the keys as in Flash-Decoding.

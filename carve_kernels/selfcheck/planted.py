@@ -80,9 +80,7 @@ def planted(case: Case) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def planted_value(case: Case, size: int, options: dict[str, Any]) -> torch.Tensor:
-    """Values [B, KV, S, size] beside what `planted` returns: a slice of a longer cache that holds NaN, as keys hold that
-    no row sees.
-    """
+    """Values [B, KV, S, size] beside the result of `planted`: a slice of a longer cache of NaN, as are hidden keys."""
     random = torch.Generator().manual_seed(case.seed + 1)
     cache = torch.full((case.batch, case.key_heads, case.keys + 3, size + 8), float("nan"))
     value = cache[:, :, : case.keys, :size]

@@ -32,13 +32,16 @@ def supports(
         return f"query is {query.dtype}, this backend serves bfloat16 and float16; {_FIX}"
     for name, size in (("query", query.shape[3]), ("value", value.shape[3])):
         if size % 8 or not 0 < size <= plan.MOST_SIZE:
-            return f"{name} has heads of {size} elements, this backend serves multiples of 8 up to {plan.MOST_SIZE}; {_FIX}"
+            wanted = f"multiples of 8 up to {plan.MOST_SIZE}"
+            return f"{name} has heads of {size} elements, this backend serves {wanted}; {_FIX}"
     if torch.is_grad_enabled() and value.requires_grad:
         return f"value requires a gradient, which this backend does not compute; {_FIX}"
     if reason := capture_limit(query, key, out) or dense_key_limit(key):
         return reason
     if value.stride(3) != 1:
-        return f"value has stride {value.stride(3)} in its last dimension, this backend serves 1; use value.contiguous()"
+        return (
+            f"value has stride {value.stride(3)} in its last dimension, this backend serves 1; use value.contiguous()"
+        )
     for name, tensor in (("key", key), ("value", value)):
         if not _is_aligned(tensor):
             return f"{name} has rows that do not start at multiples of {_VECTOR} bytes; use {name}.contiguous()"

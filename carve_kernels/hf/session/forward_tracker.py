@@ -14,6 +14,7 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention_patch import CaptureCalls, LayerSizes
+from carve_kernels.hf.fused_attention import log_unfused
 from carve_kernels.hf.model import (
     decoder_layers,
     devices_of,
@@ -26,7 +27,6 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.fused_attention import log_unfused
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
 

@@ -12,11 +12,11 @@ from torch import nn
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import LayerBatch
 from carve_kernels.hf.caches import Reach
+from carve_kernels.hf.fused_attention import log_unfused, why_not
 from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.fused_attention import log_unfused, why_not
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
 from carve_kernels.types import Capture, RowsSpec, VisualLayout
@@ -206,9 +206,10 @@ class Record:
         if not (self.fused and self.active and self.decoding):
             return None
         options = names.attention_options(query, keywords)
-        operator: AttentionOperator | str | None = why_not(attention, module, query, mask, args, options)
+        tensors = query, key, value
+        operator: AttentionOperator | str | None = why_not(attention, module, tensors, mask, args, options)
         if operator is None:
-            operator = self.state.calls.attention_for(query, key, value, self.state.tokens)
+            operator = self.state.calls.attention_for(*tensors, self.state.tokens)
         if isinstance(operator, str):
             log_unfused(operator)
             return None
@@ -222,13 +223,15 @@ class Record:
         except ValueError as error:
             self.error = error
             raise
-        tensors = query, key, value
         output = self.state.calls.attend(operator, shared, index, tensors, sink, self.target, self.slot)
         self._finish(index, query)
         return output.transpose(1, 2), None
 
     def _finish(self, index: int, query: torch.Tensor) -> None:
         """After a layer was captured, or put into a batch."""
+        if index == len(self.layers) - 1:
+            # It holds the mask of the step.
+            self.shared = None
         self.dtype = str(query.dtype).removeprefix("torch.")
         if self.on_layer is not None:
             slot = max(0, self.step - 1)
@@ -253,7 +256,7 @@ class Record:
     ) -> tuple[Any, ...]:
         """Check that a layer attends over the columns of the prompt as it was passed to the model.
 
-        Returns what layers have in common that are captured in one call; in it, whether they may see the last keys only.
+        Returns what layers that are captured in one call have in common, also whether they may see the last keys only.
         """
         layer, compiling = self.layers[index], torch.compiler.is_compiling()
         if options.bias is not None:

@@ -70,9 +70,9 @@ def capture_attention(
     max_steps  the number of forward passes captured of one generation; later ones are not, with a warning in the log
     on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
     backend    the backend of the capture
-    fused      True: in decode steps, one operator computes the attention of a captured layer and its map, and reads its
-               keys and values once; outputs then differ in the last bits from those of the model's own attention. A step
-               that it does not serve calls the model's own, as prefills do; one line in the log says why
+    fused      True: in decode steps, one operator computes the attention of a captured layer and its map; outputs then
+               differ from those of the model's own attention in the last bits. Where it does not serve, the model's own
+               is called, as in prefills, and one line in the log says why
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
@@ -208,11 +208,13 @@ def _check_fused(model: nn.Module, module: nn.Module, backend: str) -> None:
     """Raise BackendUnavailable for a backend that cannot attend and capture in an attention module of a model."""
     device, dtype = next(iter(devices_of(module)), None), dtype_of(module)
     reason: Any = why_not("attention", backend)
-    if reason is None and device is not None and dtype is not None:
+    if reason is not None:
+        reason = f"{backend} cannot serve attention: {reason}"
+    elif device is not None and dtype is not None:
         size = names.heads_of(text_backbone(model).config)[2]
         reason = attention_operator(backend, device, dtype=dtype, size=size, value_size=size)
     if isinstance(reason, str):
-        raise checks.BackendUnavailable(f"fused: expected a backend that attends and captures, got {backend!r}: {reason}")
+        raise checks.BackendUnavailable(f"fused: expected a backend that attends and captures: {reason}")
 
 
 def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:

@@ -14,14 +14,15 @@ from carve_kernels.hf import names
 def why_not(
     attention: names.Attention,
     module: nn.Module,
-    query: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     mask: Any,
     args: tuple[Any, ...],
     options: names.AttentionOptions,
 ) -> str | None:
     """Why a call of `attention` is not softmax over the keys that its mask shows, of one row, or None.
 
-    `args` are its positional arguments after the mask, whose meaning only the function knows.
+    `tensors` are query, key and value, `args` the positional arguments after the mask, whose meaning only the function
+    knows.
     """
     implementation = names.implementation_of(module) or ""
     flash = names.is_flash(implementation)
@@ -29,8 +30,10 @@ def why_not(
         return f"the attention implementation is {implementation}, one of sdpa and FlashAttention can be replaced"
     if args:
         return "the attention is called with positional arguments"
-    if query.shape[2] != 1:
+    if tensors[0].shape[2] != 1:
         return "a step has more than one row, as without a cache"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "the output of the attention needs a gradient"
     if options.dropout:
         return "the attention has dropout"
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype != torch.bool:
@@ -44,4 +47,6 @@ def log_unfused(reason: str) -> None:
     """Log once for each reason that the model's own attention is called, and the capture beside it."""
     # A compiler breaks its graph at a log.
     if not torch.compiler.is_compiling():
-        warn_once(f"fused: {reason}", f"fused: the model's attention is called, and its rows captured beside it: {reason}")
+        warn_once(
+            f"fused: {reason}", f"fused: the model's attention is called, and its rows captured beside it: {reason}"
+        )
