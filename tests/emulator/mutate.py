@@ -37,7 +37,6 @@ AMOUNTS = {
     ("regions", "races"): ["few"],
     ("capture", "results"): ["seeds"],
     ("capture", "races"): ["first"],
-    ("attention", "results"): ["seeds"],
     ("attention", "races"): ["first"],
 }
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
