@@ -20,8 +20,7 @@ _CAPTURE = (
     "Tensor(b!) tickets, Tensor(c!) maps, Tensor(d!) mass, Tensor(e!) entropy"
 )
 
-# Attention of one row a batch entry and the capture of it: `output` [B, A, 1, E] in the dtype of the query, and the
-# outputs of capture_layers for one layer.
+# One layer's attention, into `output`, and the capture of its row.
 _ATTEND = (
     "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? span, Tensor? mask, Tensor? positions, "
     "Tensor? sink, float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) scratch, "
@@ -36,20 +35,18 @@ SCHEMAS: dict[str, str] = {
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
     "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
     "capture_layers": f"({_CAPTURE}) -> ()",
+    "attend_layer": f"({_ATTEND}) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
+    "attend_layer_in": f"({_ATTEND}, str backend) -> ()",
     # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or
     # 1: whether tensor cores are not used, whether keys are read again; layers and rows at a time, blocks of the
     # queries of a key head, keys of a split, splits, groups of 128 tokens of a block, blocks of tokens. The sizes are
     # layers, batch, heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the
     # log-sum-exp is given, whether keys are aligned to 16 bytes.
     "capture_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
-    "attend_layer": f"({_ATTEND}) -> ()",
-    # By the named backend or "auto", on every device, with any number of rows.
-    "attend_layer_in": f"({_ATTEND}, str backend) -> ()",
-    # Writes how a call of attend_layer is divided: bytes of scratch, number of tickets, keys of a split, splits, groups
-    # of 128 tokens of a block, blocks of tokens. The sizes are batch, heads, key heads, keys, head size of the keys and
-    # of the values, tokens.
+    # The same for attend_layer: bytes of scratch, number of tickets, keys of a split, splits, groups of 128 tokens of a
+    # block, blocks of tokens. The sizes are batch, heads, key heads, keys, head size, elements of a value, tokens.
     "attention_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
     # Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: default).
     "isa_cpu": "(int wanted, Tensor(a!) out) -> ()",
