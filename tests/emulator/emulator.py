@@ -130,7 +130,7 @@ def serving(stage: str) -> Iterator[None]:
     """Within this context the CUDA backend of a stage serves tensors on a CPU."""
     if compiler() is None:
         pytest.skip("no C++ compiler builds the emulator")
-    library(stage)
+    library(next(name for name, stages in STAGES.items() if stage in stages))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "devices", lambda: ("cpu",))
         patch.setattr(cuda, "unavailable", lambda: None)

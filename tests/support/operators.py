@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import carve_kernels.ops.layer_operator  # noqa: F401  (registers the implementation of capture_layers_in)
+import carve_kernels.ops.attention_operator
+import carve_kernels.ops.layer_operator  # noqa: F401  (they register the operators that call a backend by its name)
 from carve_kernels.backends import cpu
 from carve_kernels.backends.cuda.regions import scratch_bytes
 from tests.emulator import emulator
@@ -82,6 +83,23 @@ def capture_layers_in() -> tuple[Any, ...]:
     return (*capture_layers(), "reference")
 
 
+def attend_layer() -> tuple[Any, ...]:
+    layers = capture_layers()
+    query, key = (tensors[0].to(torch.bfloat16) for tensors in layers[:2])
+    value = torch.randn(*key.shape[:3], 24, dtype=torch.bfloat16)
+    output = torch.zeros(*query.shape[:3], 24, dtype=torch.bfloat16)
+    _, _, tokens, span, mask, positions, sinks, _, *options = layers
+    return (query, key, value, tokens, span, mask, positions, sinks[0], *options[:-3], output, *options[-3:])
+
+
+def attend_layer_in() -> tuple[Any, ...]:
+    return (*attend_layer(), "auto")
+
+
+def attention_plan_cuda() -> tuple[Any, ...]:
+    return [1, 28, 4, 4096, 128, 128, 1024], torch.full((6,), -1)
+
+
 def capture_plan_cuda() -> tuple[Any, ...]:
     return [6, 1, 28, 4, 1, 4096, 128, 1024, 2, 0, 1], torch.full((11,), -1)
 
@@ -100,10 +118,13 @@ def isa_cpu() -> tuple[Any, ...]:
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_emulated::capture_layers": capture_layers,
+    "carve_emulated::attend_layer": attend_layer,
+    "carve_emulated::attention_plan_cuda": attention_plan_cuda,
     "carve_emulated::capture_plan_cuda": capture_plan_cuda,
     "carve_emulated::regions_cuda": regions_cuda,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::capture_layers_in": capture_layers_in,
+    "carve_kernels::attend_layer_in": attend_layer_in,
     "carve_kernels::contrast_cpu": contrast_cpu,
     "carve_kernels::cuda_build": cuda_build,
     "carve_kernels::cuda_versions": cuda_versions,
@@ -113,6 +134,8 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
 # What an operator may leave as it is: a CPU uses no scratch, and tickets are 0 after every call.
 KEPT: dict[str, frozenset[str]] = {
     "carve_emulated::capture_layers": frozenset({"tickets"}),
+    "carve_emulated::attend_layer": frozenset({"tickets"}),
+    "carve_kernels::attend_layer_in": frozenset({"scratch", "tickets"}),
     "carve_kernels::capture_layers": frozenset({"scratch", "tickets"}),
     "carve_kernels::capture_layers_in": frozenset({"scratch", "tickets"}),
 }
@@ -122,7 +145,7 @@ def operator(name: str) -> Any:
     namespace, short = name.split("::")
     if namespace == emulator.NAMESPACE:
         emulated("regions" if short.startswith("regions") else "capture")
-    elif short != "capture_layers_in" and (reason := cpu.unavailable()):
+    elif not short.endswith("_in") and (reason := cpu.unavailable()):
         pytest.skip(reason)
     return getattr(getattr(torch.ops, namespace), short).default
 
