@@ -85,7 +85,7 @@ def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs:
     if stage not in SUPPORT or type(backend) is not str or backend not in _CHOICES:
         checks.choice("stage", stage, STAGES)
         checks.choice("backend", backend, _CHOICES)
-    candidates = _order(stage, device.type) if backend == "auto" else (backend,)
+    candidates = tried(stage, device.type) if backend == "auto" else (backend,)
     reasons: list[str] = []
     for name in candidates:
         missing = why_not(stage, name, device)
@@ -107,8 +107,8 @@ def warn_once(reason: str, message: str) -> None:
         _log.warning("%s", message)
 
 
-def _order(stage: str, device: str) -> tuple[str, ...]:
-    """The backends that `auto` tries."""
+def tried(stage: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries for a stage on a type of device, in this order."""
     preferred = PREFERRED.get(device, ())
     return preferred if stage in FALLBACK else (*preferred, "reference")
 
@@ -120,14 +120,14 @@ def explain() -> str:
     for (stage, backend), why in missing.items():
         lines.append(f"{stage:<10}{backend:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip())
     for where in (*PREFERRED, "other"):
-        order = {stage: [name for name in _order(stage, where) if SUPPORT[stage][name] is None] for stage in STAGES}
+        order = {stage: [name for name in tried(stage, where) if SUPPORT[stage][name] is None] for stage in STAGES}
         serving = {stage: [name for name in order[stage] if missing[stage, name] is None] for stage in STAGES}
         picks = ", ".join(f"{stage}={(*serving[stage], FALLBACK.get(stage, 'none'))[0]}" for stage in STAGES)
         lines.append(f"backend='auto' on {where} tensors: {picks}")
         for stage in STAGES:
             if any((stage, name) in BEST_FOR for name in order[stage]):
-                tried = [_describe(stage, name, missing[stage, name] is not None) for name in order[stage]]
-                lines.append(f"  {stage}: {', then '.join([*tried, *filter(None, [FALLBACK.get(stage)])])}")
+                remarks = [_describe(stage, name, missing[stage, name] is not None) for name in order[stage]]
+                lines.append(f"  {stage}: {', then '.join([*remarks, *filter(None, [FALLBACK.get(stage)])])}")
     lines.append("A backend requested by name says which arguments it does not serve; auto uses the next one.")
     return "\n".join(lines)
 

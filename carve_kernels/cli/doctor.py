@@ -89,25 +89,28 @@ def _problem(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     if stage == "capture":
         query, key = torch.ones(1, 2, 1, 32, device=device), torch.ones(1, 2, 12, 32, device=device)
         return [query, key, torch.arange(6, dtype=torch.int32, device=device)[None]], {"scale": 0.1}
+    if stage == "attention":
+        row, cache = (torch.ones(1, 2, count, 32, dtype=torch.bfloat16, device=device) for count in (1, 12))
+        return [row, cache, cache, torch.arange(6, dtype=torch.int32, device=device)[None]], {"scale": 0.1}
     if stage == "contrast":
         return [ramp.view(1, 1, 12), ramp.view(1, 1, 12), (3, 4), (6, 8)], {"lam": 0.1}
     return [ramp.view(3, 4)], {"keep": 0.4, "top": 2}
 
 
 def _backend_rows(backends: dict[tuple[str, str], str | None]) -> Iterator[tuple[str, str, Text, str]]:
-    orders: dict[str, tuple[str, ...]] = {}
+    types: dict[str, str] = {}
     if backends:
         import torch
 
-        from carve_kernels.backends import PREFERRED
+        from carve_kernels.backends import tried
 
-        orders = {"a CPU": PREFERRED["cpu"]} | ({"a GPU": PREFERRED["cuda"]} if torch.cuda.is_available() else {})
+        types = {"a CPU": "cpu"} | ({"a GPU": "cuda"} if torch.cuda.is_available() else {})
     working = {cell for cell, why in backends.items() if why is None}
     for (stage, backend), why in backends.items():
         devices = [
             device
-            for device, order in orders.items()
-            if backend == next((other for other in (*order, "reference") if (stage, other) in working), None)
+            for device, name in types.items()
+            if backend == next((other for other in tried(stage, name) if (stage, other) in working), None)
         ]
         yield stage, backend, _yes(why is None), why or (f"auto uses it on {' and '.join(devices)}" if devices else "")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from carve_kernels.types import Capture, Regions
+from carve_kernels.types import Attended, Capture, Regions
 
 LEAST_CORRELATION = 1 - 1e-6
 _TINY = torch.finfo(torch.float32).tiny
@@ -53,6 +53,22 @@ def close(name: str, result: torch.Tensor, reference: torch.Tensor, truth: torch
 def captures(result: Capture, reference: Capture, truth: Capture, slack: float) -> Verdict:
     fields = zip(Capture._fields, result, reference, truth, strict=True)
     return worst([close(*field, slack) for field in fields])
+
+
+def attended(result: Attended, reference: Attended, truth: Attended, sizes: torch.Tensor, slack: float) -> Verdict:
+    """Compare an attention: `sizes` [B, A, R, E] are the sums of the weighted sizes of the values of each output.
+
+    An output may be far smaller than what it is a sum of, whose weights are rounded to its dtype.
+    """
+    output = result.output
+    if output.shape != truth.output.shape or output.dtype != reference.output.dtype:
+        return _wrong(f"output: expected {reference.output.dtype} of shape {list(truth.output.shape)}, got another")
+    if not bool(output.isfinite().all()):
+        return _wrong(f"output: {int((~output.isfinite()).sum())} of {output.numel()} elements are NaN or inf")
+    error = float(((output.double() - truth.output).abs() / sizes.clamp(min=_TINY)).amax()) if output.numel() else 0.0
+    allowed = torch.finfo(output.dtype).eps + 2 * slack
+    problem = f"output: error {error:.1e} of its summands, allowed {allowed:.1e}" if error > allowed else None
+    return worst([Verdict(problem, error, allowed), captures(result.capture, reference.capture, truth.capture, slack)])
 
 
 def identical(result: Regions, truth: Regions) -> Verdict:

@@ -10,12 +10,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from carve_kernels.backends.reference.attention import attend
+from carve_kernels.ops.attention import attention
 from carve_kernels.ops.capture import capture, capture_layers
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.ops.regions import regions
-from carve_kernels.selfcheck.judging import Verdict, captures, close, identical, roundings, worst
-from carve_kernels.selfcheck.planted import Case, exact, maps, planted, poisoned
-from carve_kernels.types import Capture, Size
+from carve_kernels.selfcheck.judging import Verdict, attended, captures, close, identical, roundings, worst
+from carve_kernels.selfcheck.planted import Case, exact, maps, planted, planted_value, poisoned
+from carve_kernels.types import Capture, CaptureOptions, Size
 
 
 class Trial(NamedTuple):
@@ -53,6 +55,11 @@ _CASES = {
     "long": _BASE.but(batch=1, rows=1, keys=9001, tokens=4003, query_heads=8, size=128, view="all", gain=1.0),
 }
 _QUICK = ("one row", "nine rows", "mask, padding", "sinks, softcap, window")
+# Attention of decode steps: the cases above with one row, and the head size of the values.
+_ATTENDED = {
+    "one row": 64, "mask, padding": 64, "sinks, softcap, window": 64, "a mask for each head": 72, "window": 40,
+    "softcap": 64, "sinks": 256, "no groups": 128, "groups of seven": 128, "one key": 8, "no token": 64, "long": 96,
+}  # fmt: skip
 
 
 def trials(*, quick: bool) -> list[Build]:
@@ -70,6 +77,12 @@ def trials(*, quick: bool) -> list[Build]:
             for size in _SIZES
             for rows in (1, 12)
         ]
+    builds += [
+        partial(_attention, f"{name}, {str(dtype).removeprefix('torch.')}", _CASES[name].but(rows=1, dtype=dtype), size)
+        for name, size in _ATTENDED.items()
+        for dtype in (_HALF, torch.float16)
+        if name in _QUICK or not quick
+    ]
     builds += [
         partial(_capture, "each head", _BASE.but(dtype=_HALF), heads="each"),
         partial(_capture, "known lse", _BASE.but(view="all", ragged=False), lse=True),
@@ -93,6 +106,9 @@ def _timed(quick: bool) -> list[Build]:
         name = f"6 layers, {case.query_heads} on {case.key_heads} heads, {keys} keys, {rows} rows"
         case = case.but(keys=keys, rows=rows, tokens=keys * 4 // 5, view=view)
         builds.append(partial(_layers, name, case, 6, timed=True))
+        if rows == 1:
+            name = f"one layer, {case.query_heads} on {case.key_heads} heads, {keys} keys"
+            builds.append(partial(_attention, name, case, case.size, timed=True))
     pixels = f"{side} x {side} pixels"
     return [
         *builds,
@@ -152,6 +168,24 @@ def _slots(result: Capture, reference: Capture, truth: Capture, slack: float) ->
     others = [other for buffer in result for other in (buffer[0], buffer[1, 0], buffer[1, -1])]
     is_untouched = all(bool(other.isnan().all()) for other in others)
     return verdict if is_untouched else Verdict("out: a slot of another step or layer was written", float("inf"), 0.0)
+
+
+def _attention(name: str, case: Case, value_size: int, timed: bool = False) -> Trial:
+    """One row attends, and is captured; the output is the transpose of a dense one, as in a model."""
+    (query, key, tokens), options = planted(case)
+    value = planted_value(case, value_size, options)
+    if timed:
+        key, value = key.contiguous(), value.contiguous()
+    (doubled, doubled_key, _), exact_options = exact((query, key, tokens), options)
+    truth = attention(doubled, doubled_key, value.double(), tokens, **exact_options, backend="reference")
+    sizes = attend(doubled, doubled_key, value.double().abs(), CaptureOptions(**exact_options))
+    reference = attention(query, key, value, tokens, **options, backend="reference")
+    output = torch.full((case.batch, 1, case.query_heads, value_size), torch.nan, dtype=case.dtype).transpose(1, 2)
+    options |= {"output": output, "out": poisoned(case)}
+    judge = partial(attended, reference=reference, truth=truth, sizes=sizes, slack=_slack(case))
+    names = ("batch", "query_heads", "key_heads", "keys", "size", "tokens")
+    numbers = {one: getattr(case, one) for one in names} | {"value_size": value_size}
+    return Trial("attention", name, attention, (query, key, value, tokens), options, judge, numbers if timed else None)
 
 
 def _contrasts(quick: bool) -> list[Build]:

@@ -137,7 +137,7 @@ def test_what_the_first_backend_does_not_serve_goes_to_the_next(plant: Plant, ca
     with pytest.raises(checks.BackendUnavailable, match="cuda cannot serve capture: 9 rows are more than 8"):
         chosen(9, "cuda")
     table = explain().splitlines()
-    index = table.index("backend='auto' on cuda tensors: capture=cuda, contrast=cuda, regions=cuda")
+    index = table.index("backend='auto' on cuda tensors: capture=cuda, contrast=cuda, regions=cuda, attention=cuda")
     cuda, triton = (f"{backend} ({BEST_FOR['capture', backend]})" for backend in ("cuda", "triton"))
     assert table[index + 1] == f"  capture: {cuda}, then {triton}, then reference"
     assert "any number of rows" in table[index + 1]
@@ -174,7 +174,23 @@ def test_with_both_missing_the_reference_serves(plant: Plant, caplog: pytest.Log
     plant(cuda=MISSING["no compiler"], triton=MISSING["no triton"])
     assert {chosen(rows) for rows in (1, 9)} == {"reference"}
     assert len(warnings(caplog)) == 2
-    assert "on cuda tensors: capture=reference, contrast=reference, regions=reference" in explain()
+    table = explain()
+    assert (
+        "on cuda tensors: capture=reference, contrast=reference, regions=reference, attention=sdpa and capture" in table
+    )
+
+
+def test_what_auto_does_instead_of_the_reference(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
+    plant(cuda=MISSING["no compiler"])
+    found = backends.choose("attention", "auto", CUDA, 1)
+    assert not isinstance(found, str) and found.__name__ == "planted.triton.stage"
+    for device in (CPU, torch.device("mps")):
+        found = backends.choose("attention", "auto", device, 1)
+        assert isinstance(found, str) and "reference" not in backends.tried("attention", device.type)
+    assert warnings(caplog) == []
+    with pytest.raises(checks.BackendUnavailable, match="no backend but the reference serves attention on mps"):
+        resolve("attention", "auto", torch.device("mps"), 1)
+    assert "  attention: cuda (" in explain() and "triton, then sdpa and capture\n" in explain()
 
 
 def test_a_stage_that_is_not_implemented_is_not_logged(

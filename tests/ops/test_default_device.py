@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import BackendUnavailable, capture, capture_layers, contrast, regions
+from carve_kernels import BackendUnavailable, attention, capture, capture_layers, contrast, regions
 from carve_kernels.backends import STAGES, cpu
 from carve_kernels.backends.native import extension
 from carve_kernels.types import Capture
 from tests.emulator import emulator
+from tests.support.attended import planted_value
 from tests.support.attention import Case, planted
 from tests.support.planted_maps import backends, maps
 
@@ -32,6 +33,18 @@ def _capture() -> Callable[[str], list[torch.Tensor]]:
         layered = {**options, "sink": [options["sink"].bfloat16()]}
         capture_layers([query], [key], tokens, step=step, out=out, **layered, backend=backend)
         return [*found, *(part.clone() for part in out)]
+
+    return call
+
+
+def _attention() -> Callable[[str], list[torch.Tensor]]:
+    case = Case(rows=1, sink=True, dtype=torch.bfloat16)
+    (query, key, tokens), options = planted(case)
+    value = planted_value(case, 64, options)
+
+    def call(backend: str) -> list[torch.Tensor]:
+        output, captured = attention(query, key, value, tokens, **options, backend=backend)
+        return [output, *captured]
 
     return call
 
@@ -56,7 +69,12 @@ def _regions() -> Callable[[str], list[torch.Tensor]]:
     return call
 
 
-PROBLEMS: dict[str, Callable[[], Any]] = {"capture": _capture, "contrast": _contrast, "regions": _regions}
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "capture": _capture,
+    "contrast": _contrast,
+    "regions": _regions,
+    "attention": _attention,
+}
 
 
 @pytest.mark.parametrize(("stage", "chosen"), [(stage, name) for stage in STAGES for name in backends(stage)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from carve_kernels import capture, capture_layers, contrast, regions
+from carve_kernels import attention, capture, capture_layers, contrast, regions
 from carve_kernels.types import Capture
 from tests.ops.conftest import running_on
 from tests.support.attention import Case, planted, poisoned
@@ -50,6 +50,13 @@ def test_every_public_function_can_be_moved() -> None:
     arguments = {"scale": options["scale"], "step": torch.tensor(1), "out": out}
     assert running_on("cpu", capture_layers)([query], [key], tokens, **arguments) is None
     assert out.maps[0].isnan().all() and torch.equal(out.maps[1, 0], capture(query, key, tokens, **options).maps)
+    value, output = torch.randn(*key.shape[:3], 24), torch.full((1, case.query_heads, 1, 24), torch.nan)
+    wanted = attention(query, key, value, tokens, scale=options["scale"])
+    for given in ({}, {"output": output}, {"output": output.clone(), "out": poisoned(case)}):
+        attended = running_on("cpu", attention)(query, key, value, tokens, scale=options["scale"], **given)
+        assert torch.equal(attended.output, wanted.output) and torch.equal(attended.capture.maps, wanted.capture.maps)
+        assert attended.output is given.get("output", attended.output)
+        assert attended.capture is given.get("out", attended.capture)
     task, general = maps((4, 6))
     saliency = running_on("cpu", contrast)(task, general, (4, 6), (9, 9))
     assert torch.equal(saliency, contrast(task, general, (4, 6), (9, 9)))

@@ -17,7 +17,7 @@ from carve_kernels.selfcheck import timing
 from carve_kernels.selfcheck.judging import captures, close, identical
 from carve_kernels.selfcheck.moving import move, same_bits, tensors
 from carve_kernels.selfcheck.trials import Trial, trials
-from carve_kernels.types import Capture, Regions
+from carve_kernels.types import Attended, Capture, Regions
 
 CPU = torch.device("cpu")
 
@@ -83,14 +83,29 @@ def test_no_fault_passes_any_trial(fault: str) -> None:
             continue
         right = answer(trial)
         assert trial.judge(right).problem is None, trial.name
-        if isinstance(right, Capture):
-            faulty: Any = right._replace(maps=FAULTS[fault](right.maps))
+        if isinstance(right, Attended):
+            faulty: Any = right._replace(capture=right.capture._replace(maps=FAULTS[fault](right.capture.maps)))
+        elif isinstance(right, Capture):
+            faulty = right._replace(maps=FAULTS[fault](right.maps))
         else:
             faulty = [FAULTS[fault](view) for view in right] if isinstance(right, list) else FAULTS[fault](right)
         verdict = trial.judge(faulty)
         assert verdict.problem is not None, trial.name
         passed += 1
     assert passed > 20
+
+
+@pytest.mark.parametrize("fault", ["zeros", "nan", "another token", "flat"])
+def test_outputs_of_attention_are_judged(fault: str) -> None:
+    for build in trials(quick=True):
+        trial = build()
+        if trial.stage == "attention":
+            right = answer(trial)
+            verdict = trial.judge(right._replace(output=FAULTS[fault](right.output)))
+            assert verdict.problem is not None and verdict.problem.startswith("output: "), trial.name
+    assert "expected torch.bfloat16 of shape" in str(
+        first("attention").judge(answer(first("attention"))._replace(output=torch.zeros(1))).problem
+    )
 
 
 def test_mass_and_entropy_are_judged_too() -> None:
@@ -174,7 +189,8 @@ def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "stage"), [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "regions")]
+    ("backend", "stage"),
+    [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "attention"), ("cuda", "regions")],
 )
 def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) -> None:
     if SUPPORT[stage][backend] is not None:

@@ -77,6 +77,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(selfcheck.UNITS, ("contrast", "cuda"), "vector")
     monkeypatch.setitem(selfcheck.UNITS, ("contrast", "reference"), "vector")
     monkeypatch.setitem(selfcheck.UNITS, ("capture", "reference"), "matrix")
+    monkeypatch.setitem(selfcheck.UNITS, ("attention", "reference"), "matrix")
     monkeypatch.setitem(selfcheck.UNITS, ("regions", "reference"), "vector")
     yield
 
@@ -94,7 +95,7 @@ def test_a_gpu_is_checked_timed_and_predicted() -> None:
     assert {entry["backend"] for entry in found["checks"]} == {"cuda", "reference"}
     assert found["gpu"]["bandwidth"] == pytest.approx(3.35e12, rel=1e-3)
     timed = [entry for entry in found["timings"] if entry["backend"] == "cuda"]
-    assert [entry["stage"] for entry in timed] == ["capture", "capture", "contrast", "regions"]
+    assert [entry["stage"] for entry in timed] == ["capture", "attention", "capture", "contrast", "regions"]
     for entry in timed:
         # Two launches, and a third of a microsecond for a megabyte.
         predicted = entry["predicted"]
