@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from carve_kernels.hf.loading import load as load
     from carve_kernels.hf.session.session import capture_attention as capture_attention
     from carve_kernels.maps import AttentionMaps as AttentionMaps
+    from carve_kernels.ops.attention import attention as attention
     from carve_kernels.ops.capture import capture as capture
     from carve_kernels.ops.capture import capture_layers as capture_layers
     from carve_kernels.ops.contrast import contrast as contrast
@@ -37,6 +38,7 @@ _SOURCES = {
     "Preset": "pipeline",
     "View": "types",
     "VisualLayout": "types",
+    "attention": "ops.attention",
     "capture": "ops.capture",
     "capture_attention": "hf.session",
     "capture_layers": "ops.capture",

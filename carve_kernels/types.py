@@ -117,6 +117,13 @@ class Capture(NamedTuple):
         return cls(*(query.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
+class Attended(NamedTuple):
+    """What one attention returns: its output [B, A, R, E] in the dtype of the query, and the capture of its rows."""
+
+    output: torch.Tensor
+    capture: Capture
+
+
 class Layers(NamedTuple):
     """The captured rows, the keys and the sinks of each layer; `sink` is empty where there are none."""
 
@@ -138,7 +145,7 @@ class Slot(NamedTuple):
 
 
 class CaptureOptions(NamedTuple):
-    """The options of a capture, in one argument below the public functions; `carve_kernels.capture` describes each."""
+    """The options of a capture or an attention, in one argument; `carve_kernels.capture` describes each."""
 
     scale: float
     mask: torch.Tensor | None = None

@@ -21,6 +21,7 @@ NAMES = [
     "Preset",
     "View",
     "VisualLayout",
+    "attention",
     "capture",
     "capture_attention",
     "capture_layers",

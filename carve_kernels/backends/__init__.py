@@ -18,7 +18,7 @@ import torch
 
 from carve_kernels import checks
 
-STAGES = ("capture", "contrast", "regions")
+STAGES = ("capture", "contrast", "regions", "attention")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Why a backend does not implement a stage, or None where it does.
@@ -37,10 +37,20 @@ SUPPORT: dict[str, dict[str, str | None]] = {
         "use backend='auto' or backend='cuda'",
         "cuda": None,
     },
+    "attention": {
+        "reference": None,
+        "cpu": "no kernel of this backend attends and captures; backend='auto' calls sdpa and capture",
+        "triton": "no kernel of this backend attends and captures; backend='auto' calls sdpa and capture, or cuda",
+        "cuda": None,
+    },
 }
 
-# The backends that `auto` tries on a type of device, best first; the reference comes after them on every device.
+# The backends that `auto` tries on a type of device, best first; the reference comes after them on every device, or
+# what FALLBACK says.
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+# What the public function of a stage does under `auto` where none of those backends serves, instead of the reference.
+FALLBACK: dict[str, str] = {"attention": "sdpa and capture"}
 
 # What a backend is best for on its own device. Its stage's `supports` decides for given arguments.
 BEST_FOR: dict[tuple[str, str], str] = {
@@ -48,6 +58,7 @@ BEST_FOR: dict[tuple[str, str], str] = {
     ("capture", "triton"): "GPUs that the compiled kernels are not for: Triton compiles its own",
     ("contrast", "triton"): "two launches, whatever the number of layers, steps and views",
     ("regions", "cuda"): "the labels stay on the device, only boxes and scores leave it",
+    ("attention", "cuda"): "decode steps in bfloat16 or float16: keys and values are read once",
 }
 
 _CHOICES = ("auto", *BACKENDS)
@@ -62,11 +73,19 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
     A backend requested by name serves or raises `BackendUnavailable`; `auto` takes the first that serves. It warns once
     about a backend that is missing or broken here, and silently skips one that does not serve these arguments.
     """
+    module = choose(stage, backend, device, *args, **kwargs)
+    if isinstance(module, str):
+        raise checks.BackendUnavailable(f"backend={backend!r}: {module}")
+    return module
+
+
+def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> ModuleType | str:
+    """As `resolve`, but where no backend serves, the reasons."""
     # `choice` builds the message; calling it every time would be a tenth of what a call costs.
     if stage not in SUPPORT or type(backend) is not str or backend not in _CHOICES:
         checks.choice("stage", stage, STAGES)
         checks.choice("backend", backend, _CHOICES)
-    candidates = (*PREFERRED.get(device.type, ()), "reference") if backend == "auto" else (backend,)
+    candidates = _order(stage, device.type) if backend == "auto" else (backend,)
     reasons: list[str] = []
     for name in candidates:
         missing = why_not(stage, name, device)
@@ -75,11 +94,23 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
             _log.debug("%s: %s serves on %s (backend=%r)", stage, name, device, backend)
             return _module(stage, name)
         _log.debug("%s: %s does not serve on %s: %s", stage, name, device, reason)
-        if missing and backend == "auto" and SUPPORT[stage][name] is None and missing not in _warned:
-            _warned.add(missing)
-            _log.warning("backend %s unavailable, using the next one: %s", name, missing)
+        if missing and backend == "auto" and SUPPORT[stage][name] is None and stage not in FALLBACK:
+            warn_once(missing, f"backend {name} unavailable, using the next one: {missing}")
         reasons.append(f"{name} cannot serve {stage}: {reason}")
-    raise checks.BackendUnavailable(f"backend={backend!r}: " + "; ".join(reasons))
+    return "; ".join(reasons) or f"no backend but the reference serves {stage} on {device}"
+
+
+def warn_once(reason: str, message: str) -> None:
+    """Log a warning, unless one was logged for the same reason."""
+    if reason not in _warned:
+        _warned.add(reason)
+        _log.warning("%s", message)
+
+
+def _order(stage: str, device: str) -> tuple[str, ...]:
+    """The backends that `auto` tries."""
+    preferred = PREFERRED.get(device, ())
+    return preferred if stage in FALLBACK else (*preferred, "reference")
 
 
 def explain() -> str:
@@ -88,15 +119,15 @@ def explain() -> str:
     lines = [f"torch {torch.__version__}", f"{'stage':<10}{'backend':<11}{'serves':<8}why not, and how to fix it"]
     for (stage, backend), why in missing.items():
         lines.append(f"{stage:<10}{backend:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip())
-    for where, backends in [*PREFERRED.items(), ("other", ())]:
-        order = {stage: [name for name in (*backends, "reference") if SUPPORT[stage][name] is None] for stage in STAGES}
+    for where in (*PREFERRED, "other"):
+        order = {stage: [name for name in _order(stage, where) if SUPPORT[stage][name] is None] for stage in STAGES}
         serving = {stage: [name for name in order[stage] if missing[stage, name] is None] for stage in STAGES}
-        picks = ", ".join(f"{stage}={(*serving[stage], 'none')[0]}" for stage in STAGES)
+        picks = ", ".join(f"{stage}={(*serving[stage], FALLBACK.get(stage, 'none'))[0]}" for stage in STAGES)
         lines.append(f"backend='auto' on {where} tensors: {picks}")
         for stage in STAGES:
             if any((stage, name) in BEST_FOR for name in order[stage]):
-                tried = (_describe(stage, name, missing[stage, name] is not None) for name in order[stage])
-                lines.append(f"  {stage}: {', then '.join(tried)}")
+                tried = [_describe(stage, name, missing[stage, name] is not None) for name in order[stage]]
+                lines.append(f"  {stage}: {', then '.join([*tried, *filter(None, [FALLBACK.get(stage)])])}")
     lines.append("A backend requested by name says which arguments it does not serve; auto uses the next one.")
     return "\n".join(lines)
 

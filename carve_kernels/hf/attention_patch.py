@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from carve_kernels.backends.native.scratch import Memory, no_scratch
+from carve_kernels.backends.native.scratch import Memory, ScratchNeeds, no_scratch
 from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.names import Attention, own_entry, set_entry
+from carve_kernels.ops.attention_operator import AttentionOperator, attention_operator
 from carve_kernels.ops.layer_operator import LayerOperator, layer_operator
 from carve_kernels.types import Capture
 
-# Attribute of a module: (recorder, index) pairs, whose `record` is called after each call of its attention.
+# Attribute of a module: (recorder, index) pairs, whose `record` is called after each call of its attention. The
+# `attend` of the first that is `fused` may replace that call, and is its record then.
 RECORDERS = "_carve_recorders"
 # Attribute of a module: a function that is called in place of its attention, with that as first argument; it returns
 # None for forwards that it leaves alone.
@@ -56,9 +58,18 @@ def wrap(attention: Attention) -> Attention:
             output = instead(attention, module, query, key, value, attention_mask, *args, **options)
             if output is not None:
                 return output
-        output = attention(module, query, key, value, attention_mask, *args, **options)
-        for recorder, index in getattr(module, RECORDERS, ()):
-            recorder.record(index, module, query, key, attention_mask, options)
+        recorders = getattr(module, RECORDERS, ())
+        output = recorded = None
+        for recorder, index in recorders:
+            if recorder.fused:
+                output = recorder.attend(index, attention, module, query, key, value, attention_mask, args, options)
+                recorded = None if output is None else recorder
+                break
+        if output is None:
+            output = attention(module, query, key, value, attention_mask, *args, **options)
+        for recorder, index in recorders:
+            if recorder is not recorded:
+                recorder.record(index, module, query, key, attention_mask, options)
         return output
 
     return recorded_attention
@@ -102,6 +113,10 @@ class LayerSizes(NamedTuple):
     def of(cls, query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> LayerSizes:
         batch, query_heads, rows, size = query.shape
         return cls(batch, query_heads, key.shape[1], rows, key.shape[2], size, tokens.shape[1])
+
+    def rounded_up(self) -> LayerSizes:
+        """These sizes with more keys, up to a power of two: there is one more at each step."""
+        return self._replace(keys=1 << (self.keys - 1).bit_length())
 
     def covers(self, other: LayerSizes) -> bool:
         """Whether memory for these sizes is enough for a layer of the other ones; fewer rows may need more of it."""
@@ -152,7 +167,8 @@ class LayerBatch:
 
 
 class CaptureCalls:
-    """The calls that capture batches of layers on one device: their operator and the memory they share.
+    """The calls that capture layers on one device, in batches or beside the attention of one: their operators and the
+    memory they share.
 
     The memory is allocated by `reserve`, before a forward, so that no graph's memory pool holds it. A larger call
     allocates again, but not in a step that is compiled or goes into a CUDA graph.
@@ -162,6 +178,7 @@ class CaptureCalls:
         self._backend, self._device, self._layers = backend, device, layers
         self._operators: dict[tuple[Any, ...], LayerOperator] = {}
         self._reserved: list[tuple[tuple[Any, ...], LayerSizes]] = []
+        self._attending: dict[tuple[Any, ...], AttentionOperator | str] = {}
         self._former: list[Memory] = []
         self._unprepared = partial(torch.ops.carve_kernels.capture_layers_in.default, backend=backend)
         self._none = self._memory = Memory(*(torch.empty(0, dtype=kind, device=device) for kind in _MEMORY))
@@ -178,17 +195,80 @@ class CaptureCalls:
         if needs is no_scratch:
             return
         asked = {**sizes._asdict(), "layers": self._layers, "element_bytes": dtype.itemsize}
-        either = [needs(**asked, aligned=aligned) for aligned in (True, False)]
+        self._allocate(*(needs(**asked, aligned=aligned) for aligned in (True, False)))
+
+    def _allocate(self, *needs: ScratchNeeds) -> None:
         scratch, tickets = self._memory
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            if scratch.numel() < (count := max(each.bytes for each in either)):
+            if scratch.numel() < (count := max(each.bytes for each in needs)):
                 scratch = torch.empty(count, dtype=torch.uint8, device=self._device)
-            if tickets.numel() < (count := max(each.tickets for each in either)):
+            if tickets.numel() < (count := max(each.tickets for each in needs)):
                 tickets = torch.zeros(count, dtype=torch.int32, device=self._device)
         if scratch is not self._memory.scratch or tickets is not self._memory.tickets:
             # A CUDA graph may hold the address of the former.
             self._memory, self._former = Memory(scratch, tickets), [*self._former, self._memory]
+
+    def reserve_attention(self, dtype: torch.dtype, sizes: LayerSizes, value_size: int) -> AttentionOperator | str:
+        """Allocate memory for attention of one row and up to these keys and tokens, and choose its operator.
+
+        Returns the operator, or why there is none.
+        """
+        kind = (dtype, sizes.size, value_size)
+        if kind not in self._attending:
+            self._attending[kind] = attention_operator(
+                self._backend, self._device, dtype=dtype, size=sizes.size, value_size=value_size
+            )
+        operator = self._attending[kind]
+        if not isinstance(operator, str):
+            self._reserved.append((kind, sizes))
+            asked = {name: count for name, count in sizes._asdict().items() if name != "rows"}
+            self._allocate(operator.needs(**asked, value_size=value_size))
+        return operator
+
+    def attention_for(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: torch.Tensor
+    ) -> AttentionOperator | str:
+        """The operator that attends and captures one row of a layer, with its memory, or why there is none."""
+        kind = (query.dtype, query.shape[3], value.shape[3])
+        operator = self._attending.get(kind)
+        if torch.compiler.is_compiling():
+            if operator is None:
+                return "a compiled step is the first with these head sizes"
+        elif not isinstance(operator, str):
+            sizes = LayerSizes.of(query, key, tokens)
+            if not self._is_reserved(kind, sizes):
+                if is_capturing(self._device):
+                    return "a step in a CUDA graph is the first of these sizes"
+                operator = self.reserve_attention(query.dtype, sizes.rounded_up(), value.shape[3])
+        if operator is None or isinstance(operator, str):
+            return operator or "there is no operator"
+        return operator.supports(query, key, value) or operator
+
+    def attend(
+        self,
+        operator: AttentionOperator,
+        batch: LayerBatch,
+        index: int,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sink: torch.Tensor | None,
+        out: Capture,
+        step: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend over a query, keys and values, and capture them as layer `index`; the output [B, A, 1, E].
+
+        What layers have in common is in `batch`, whose own layers are left alone. `step` and `out` as in `run`.
+        """
+        query, _, value = tensors
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        operator.run(
+            *tensors, batch.tokens, batch.span, batch.mask, batch.positions, sink, batch.scale, batch.softcap,
+            batch.window or 0, False, step, index, *self._memory, output, *out,
+        )  # fmt: skip
+        return output
+
+    def _is_reserved(self, kind: tuple[Any, ...], sizes: LayerSizes) -> bool:
+        return any(reserved == kind and others.covers(sizes) for reserved, others in self._reserved)
 
     def run(self, batch: LayerBatch, out: Capture, step: torch.Tensor) -> None:
         """Capture all layers of a batch into step `step`, an int64 tensor [] on the device, of buffers `out`."""
@@ -196,12 +276,10 @@ class CaptureCalls:
         kind = (query.dtype, query.shape[3], key.stride(3) == 1 or key.shape[3] == 1)
         if not torch.compiler.is_compiling():
             sizes = LayerSizes.of(query, key, batch.tokens)
-            if not any(reserved == kind and others.covers(sizes) for reserved, others in self._reserved):
+            if not self._is_reserved(kind, sizes):
                 if is_capturing(self._device):
                     raise self._too_late(sizes)
-                # Keys grow by one at each step.
-                roomy = sizes._replace(keys=1 << (sizes.keys - 1).bit_length())
-                self.reserve(query.dtype, roomy, dense=kind[2])
+                self.reserve(query.dtype, sizes.rounded_up(), dense=kind[2])
         # A kind that a compiled step meets first brings its own scratch, and keeps none.
         known = kind in self._operators
         run = self._operators[kind].run if known else self._unprepared

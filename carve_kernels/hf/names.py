@@ -133,7 +133,7 @@ class AttentionOptions(NamedTuple):
     `scale` multiplies the scores and `softcap` bounds them (0: no bound); `window` is how many keys a row sees; `sink`
     is one extra score per head; `causal` overrides the module's own setting unless it is None; `bias` is added to the
     scores; `paged` is a paged cache; `segments` names the argument with the starts of packed prompts; `positions` are
-    the positions of the rows.
+    the positions of the rows; `dropout` is the share of probabilities that is dropped.
     """
 
     scale: float
@@ -145,6 +145,7 @@ class AttentionOptions(NamedTuple):
     paged: Any
     segments: str | None
     positions: Any
+    dropout: float
 
     @property
     def beyond_sdpa(self) -> str | None:
@@ -167,6 +168,7 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
         paged=options.get("cache"),
         segments=segments_in(options),
         positions=options.get("position_ids"),
+        dropout=float(options.get("dropout") or 0.0),
     )
 
 
@@ -247,6 +249,16 @@ def set_entry(registry: Any, name: str, entry: Attention | None) -> None:
 def is_builtin(entry: str) -> bool:
     """Whether an entry is one of transformers' own attention functions."""
     return entry in (_EAGER, "sdpa", "flex_attention") or entry.startswith("flash_attention_")
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether an implementation is FlashAttention of some version."""
+    return "flash" in implementation
+
+
+def is_own(attention: Attention) -> bool:
+    """Whether an attention function is one of transformers, not a replacement by other code."""
+    return getattr(attention, "__module__", "").startswith("transformers.")
 
 
 def attention_in(layer: nn.Module) -> nn.Module | None:

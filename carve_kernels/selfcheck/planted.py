@@ -79,6 +79,21 @@ def planted(case: Case) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return (query.transpose(1, 2), key, tokens), options
 
 
+def planted_value(case: Case, size: int, options: dict[str, Any]) -> torch.Tensor:
+    """Values [B, KV, S, size] beside the result of `planted`: a slice of a longer cache of NaN, as are hidden keys."""
+    random = torch.Generator().manual_seed(case.seed + 1)
+    cache = torch.full((case.batch, case.key_heads, case.keys + 3, size + 8), float("nan"))
+    value = cache[:, :, : case.keys, :size]
+    value.copy_(torch.randn(value.shape, generator=random))
+    value = cache.to(case.dtype)[:, :, : case.keys, :size]
+    if (mask := options.get("mask")) is not None:
+        value.masked_fill_(~mask.any(2).any(1)[:, None, :, None], float("nan"))
+    if (positions := options.get("positions")) is not None:
+        for entry, last in enumerate(positions.amax(1).tolist() if case.rows else ()):
+            value[entry, :, last + 1 :] = float("inf")
+    return value
+
+
 def exact(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor], options: dict[str, Any]) -> tuple[Any, Any]:
     """The same arguments in float64, for the reference."""
     query, key, tokens = arguments

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from carve_kernels.selfcheck.moving import move
+from carve_kernels.selfcheck.moving import move, tensors
+from carve_kernels.types import Attended
 from tests.emulator import emulator
 
-_PUBLIC = ("capture", "capture_layers", "contrast", "regions")
+_PUBLIC = ("attention", "capture", "capture_layers", "contrast", "regions")
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +49,13 @@ def running_on(device: str, call: Callable[..., Any]) -> Callable[..., Any]:
         if has_check and there.get("check") is None:
             there["check"] = True
         result = call(*move(arguments, device), **there)
-        out = options.get("out")
-        if out is None:
-            return move(result, "cpu")
-        for target, values in zip(out, there["out"], strict=True):
-            target.copy_(values)
-        return None if result is None else out
+        given = {name: options[name] for name in ("output", "out") if options.get(name) is not None}
+        for name, value in given.items():
+            for target, values in zip(tensors(value), tensors(there[name]), strict=True):
+                target.copy_(values)
+        moved = move(result, "cpu")
+        if isinstance(moved, Attended):
+            return Attended(given.get("output", moved.output), given.get("out", moved.capture))
+        return moved if result is None else given.get("out", moved)
 
     return run

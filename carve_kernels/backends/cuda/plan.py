@@ -34,6 +34,17 @@ class CapturePlan(NamedTuple):
     token_blocks: int
 
 
+class AttentionPlan(NamedTuple):
+    """How a call of the operator `attend_layer` is divided; csrc/cuda/attention/plan.h describes each."""
+
+    scratch_bytes: int
+    tickets: int
+    split_keys: int
+    splits: int
+    token_chunks: int
+    token_blocks: int
+
+
 def capture_plan(
     *,
     layers: int,
@@ -76,3 +87,17 @@ def _ask(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> CaptureP
     numbers = out.tolist()
     plan = CapturePlan._make(numbers)
     return plan._replace(is_plain=bool(plan.is_plain), is_reread=bool(plan.is_reread))
+
+
+def attention_plan(
+    *, batch: int, query_heads: int, key_heads: int, keys: int, size: int, value_size: int, tokens: int
+) -> AttentionPlan:
+    """The plan of one call; a call with fewer keys or tokens never needs more scratch."""
+    return _ask_attention(cuda.operators, (batch, query_heads, key_heads, keys, size, value_size, tokens))
+
+
+@functools.lru_cache(maxsize=1024)
+def _ask_attention(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -> AttentionPlan:
+    out = torch.empty(len(AttentionPlan._fields), dtype=torch.int64, device="cpu")
+    operators.attention_plan_cuda.default([int(one) for one in sizes], out)
+    return AttentionPlan._make(out.tolist())

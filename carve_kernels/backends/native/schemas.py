@@ -20,6 +20,13 @@ _CAPTURE = (
     "Tensor(b!) tickets, Tensor(c!) maps, Tensor(d!) mass, Tensor(e!) entropy"
 )
 
+# One layer's attention, into `output`, and the capture of its row.
+_ATTEND = (
+    "Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? span, Tensor? mask, Tensor? positions, "
+    "Tensor? sink, float scale, float softcap, int window, bool each, Tensor? step, int first, Tensor(a!) scratch, "
+    "Tensor(b!) tickets, Tensor(c!) output, Tensor(d!) maps, Tensor(e!) mass, Tensor(f!) entropy"
+)
+
 SCHEMAS: dict[str, str] = {
     "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
@@ -28,13 +35,10 @@ SCHEMAS: dict[str, str] = {
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
     "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
     "capture_layers": f"({_CAPTURE}) -> ()",
-    # A decode step of one layer: its attention, into `output`, and the capture of its row.
-    "attend_layer": "(Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? span, Tensor? mask, "
-    "Tensor? positions, Tensor? sink, float scale, float softcap, int window, bool each, Tensor? step, int first, "
-    "Tensor(a!) scratch, Tensor(b!) tickets, Tensor(c!) output, Tensor(d!) maps, Tensor(e!) mass, "
-    "Tensor(f!) entropy) -> ()",
+    "attend_layer": f"({_ATTEND}) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
+    "attend_layer_in": f"({_ATTEND}, str backend) -> ()",
     # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or
     # 1: whether tensor cores are not used, whether keys are read again; layers and rows at a time, blocks of the
     # queries of a key head, keys of a split, splits, groups of 128 tokens of a block, blocks of tokens. The sizes are

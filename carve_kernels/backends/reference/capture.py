@@ -23,12 +23,7 @@ def forward(
     query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, *, out: Capture | None = None
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32, or in float64 for float64 input; see `carve_kernels.capture`."""
-    scores = _scores(query, key, options.scale)
-    if options.softcap is not None:
-        scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
-    visible = _visible_keys(options, key.shape[2])
-    if visible is not None:
-        scores = scores.masked_fill_(~visible, -math.inf)
+    scores = logits(query, key, options)
     dtype, sink = scores.dtype, options.sink
 
     # The maximum and the sum below it stay two numbers: one logarithm would be rounded to the digits of the maximum.
@@ -69,8 +64,17 @@ def forward(
     return out
 
 
+def logits(query: Tensor, key: Tensor, options: CaptureOptions) -> Tensor:
+    """The logits [B, A, R, S], -inf at keys that a row does not see, in float64 for float64 input, else in float32."""
+    scores = _scores(query, key, options.scale)
+    if options.softcap is not None:
+        scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
+    visible = visible_keys(options, key.shape[2])
+    return scores if visible is None else scores.masked_fill_(~visible, -math.inf)
+
+
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """scale * query @ key^T as [B, A, R, S], in float64 for float64 input, else in float32."""
+    """scale * query @ key^T as [B, A, R, S]."""
     batch, query_heads, rows, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -83,7 +87,7 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return scores.mul_(scale).view(batch, query_heads, rows, keys)
 
 
-def _visible_keys(options: CaptureOptions, keys: int) -> Tensor | None:
+def visible_keys(options: CaptureOptions, keys: int) -> Tensor | None:
     """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all."""
     if options.positions is None:
         return options.mask

@@ -10,7 +10,6 @@ import torch
 from carve_kernels import checks
 from carve_kernels.hf import names
 
-_FLASH = "flash"
 # Rows of a block mask that are evaluated at a time.
 _ROWS = 256
 # Implementations that add a mask to the scores, whatever its dtype.
@@ -38,7 +37,7 @@ def visibility(
     sdpa and eager get a 4-D mask, bool or additive; flex a BlockMask; flash a 2-D padding mask or None, and the window.
     None under sdpa means all keys for a single row, else causal from the top left, so that no row sees later keys.
     """
-    flash = _FLASH in implementation
+    flash = names.is_flash(implementation)
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         selected = mask
         # The mask of a decode step fits as it is.
@@ -130,7 +129,7 @@ def bias_error() -> ValueError:
 
 def refuse_packed(implementation: str, attention_mask: Any, segments: str | None, positions: Any, length: int) -> None:
     """Raise ValueError where FlashAttention separates several prompts packed into one row."""
-    if _FLASH not in implementation or attention_mask is not None or length == 1:
+    if not names.is_flash(implementation) or attention_mask is not None or length == 1:
         return
     name = segments
     if positions is not None and positions.shape == (1, length) and not bool((positions.diff() == 1).all()):

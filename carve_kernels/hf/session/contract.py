@@ -307,7 +307,7 @@ def _attention_calls(model: Any, implementation: str, inputs: dict[str, torch.Te
         stack.callback(names.set_implementation, model, "sdpa")
         names.set_implementation(model, implementation)
         stack.enter_context(patched(*names.attention_entry(next(iter(modules)), 0)))
-        recorder = SimpleNamespace(record=lambda _index, *call: calls.append(call))
+        recorder = SimpleNamespace(fused=False, record=lambda _index, *call: calls.append(call))
         for module in modules:
             setattr(module, RECORDERS, ((recorder, 0),))
             stack.callback(delattr, module, RECORDERS)

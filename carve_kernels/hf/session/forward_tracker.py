@@ -14,6 +14,7 @@ from torch import nn
 from carve_kernels import checks
 from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention_patch import CaptureCalls, LayerSizes
+from carve_kernels.hf.fused_attention import log_unfused
 from carve_kernels.hf.model import (
     decoder_layers,
     devices_of,
@@ -361,7 +362,10 @@ class ForwardTracker:
         if dtype is not None:
             heads = names.heads_of(text_backbone(self._model).config)
             for count in (captured, 1):
-                calls.reserve(dtype, LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1]))
+                sizes = LayerSizes(batch, *heads[:2], count, keys, heads[2], tokens.shape[1])
+                calls.reserve(dtype, sizes)
+            if options.fused and isinstance(reason := calls.reserve_attention(dtype, sizes, heads[2]), str):
+                log_unfused(reason)
         state = DeviceState(calls, tokens, len(options.layers), captured, CONDITIONS)
         if steps:
             state.grow(steps)

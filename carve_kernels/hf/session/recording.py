@@ -12,11 +12,13 @@ from torch import nn
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import LayerBatch
 from carve_kernels.hf.caches import Reach
+from carve_kernels.hf.fused_attention import log_unfused, why_not
 from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
+from carve_kernels.ops.attention_operator import AttentionOperator
 from carve_kernels.types import Capture, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
@@ -44,6 +46,7 @@ class SessionOptions(NamedTuple):
     max_steps: int
     on_layer: OnLayer | None
     backend: str
+    fused: bool = False
 
 
 class Record:
@@ -63,7 +66,7 @@ class Record:
         eos: tuple[int, ...],
     ) -> None:
         self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
-        self.on_layer = options.on_layer
+        self.on_layer, self.fused = options.on_layer, options.fused
         self.last, self.weight = rows.last, rows.weight
         self.state = state
         state.start(tokens, past + length)
@@ -86,6 +89,9 @@ class Record:
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
         self.batch: LayerBatch | None = None
+        # Whether the current forward is a decode step, and what its layers that attend and capture have in common.
+        self.decoding = False
+        self.shared: LayerBatch | None = None
 
     def advance(self, ids: torch.Tensor | None, total: int, row: int) -> None:
         """Prepare for a decode step, after which there are `total` tokens; `row` of its query is captured."""
@@ -112,7 +118,8 @@ class Record:
 
     def _begin(self, row: int) -> None:
         self.forward_length, self.last_layer, self.lowest_row = row + 1, -1, row
-        self.batch = None
+        self.batch = self.shared = None
+        self.decoding = True
         self.rows, self.slot = self.state.row, self.state.slot
 
     def _feed(self, ids: torch.Tensor | None) -> None:
@@ -173,10 +180,8 @@ class Record:
         options = names.attention_options(query, keywords)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
             query, key = query.detach(), key.detach()
-        windowed = self._check(index, query, key, options)
+        alike = self._check(index, query, key, mask, options)
         _, heads, length, size = query.shape
-        kind = (query.dtype, heads, key.shape[1], size, key.stride(3))
-        alike = (options.scale, options.softcap, key.shape[2], options.window, length, version_of(mask), windowed, kind)
         rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
         batch = self.batch
         if batch is None or not batch.accepts(index, alike, mask):
@@ -185,9 +190,49 @@ class Record:
         if length > 1 or self.rows.shape[1] > 1:
             query = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
         batch.add(query, key, None if options.sink is None else self._sink(index, options.sink))
-        self.dtype = str(query.dtype).removeprefix("torch.")
         if index == len(self.layers) - 1 or not self.batching:
             self._flush()
+        self._finish(index, query)
+
+    def attend(
+        self, index: int, attention: names.Attention, module: nn.Module, query: torch.Tensor, key: torch.Tensor,
+        value: torch.Tensor, mask: Any, args: tuple[Any, ...], keywords: dict[str, Any],
+    ) -> tuple[torch.Tensor, None] | None:  # fmt: skip
+        """Attend and capture a layer of a decode step by one operator; returns what its attention would.
+
+        None, and nothing is captured, in other forwards, and where the operator does not serve: once, a line in the log
+        says why. After an error there are no maps.
+        """
+        if not (self.fused and self.active and self.decoding):
+            return None
+        options = names.attention_options(query, keywords)
+        tensors = query, key, value
+        operator: AttentionOperator | str | None = why_not(attention, module, tensors, mask, args, options)
+        if operator is None:
+            operator = self.state.calls.attention_for(*tensors, self.state.tokens)
+        if isinstance(operator, str):
+            log_unfused(operator)
+            return None
+        try:
+            alike = self._check(index, query, key, mask, options)
+            self._flush()
+            shared = self.shared
+            if shared is None or shared.alike != alike or shared.attention_mask is not mask:
+                shared = self.shared = self._new_batch(index, module, alike, mask, self.rows, options)
+            sink = None if options.sink is None else self._sink(index, options.sink)
+        except ValueError as error:
+            self.error = error
+            raise
+        output = self.state.calls.attend(operator, shared, index, tensors, sink, self.target, self.slot)
+        self._finish(index, query)
+        return output.transpose(1, 2), None
+
+    def _finish(self, index: int, query: torch.Tensor) -> None:
+        """After a layer was captured, or put into a batch."""
+        if index == len(self.layers) - 1:
+            # It holds the mask of the step.
+            self.shared = None
+        self.dtype = str(query.dtype).removeprefix("torch.")
         if self.on_layer is not None:
             slot = max(0, self.step - 1)
             self.on_layer(self.layers[index], self.step, Capture(*(buffer[slot, index] for buffer in self.target)))
@@ -206,10 +251,12 @@ class Record:
                 self.sinks[index] = sink, version_of(sink), converted
         return converted
 
-    def _check(self, index: int, query: torch.Tensor, key: torch.Tensor, options: names.AttentionOptions) -> bool:
+    def _check(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, mask: Any, options: names.AttentionOptions
+    ) -> tuple[Any, ...]:
         """Check that a layer attends over the columns of the prompt as it was passed to the model.
 
-        Returns whether it may see the last keys only.
+        Returns what layers that are captured in one call have in common, also whether they may see the last keys only.
         """
         layer, compiling = self.layers[index], torch.compiler.is_compiling()
         if options.bias is not None:
@@ -239,7 +286,9 @@ class Record:
                 raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
         elif not windowed and all(keys != each.capacity for each in possible):
             self.state.deferred["cache"].logical_or_(self.state.total != keys)
-        return windowed
+        _, heads, length, size = query.shape
+        kind = (query.dtype, heads, key.shape[1], size, key.stride(3))
+        return options.scale, options.softcap, keys, options.window, length, version_of(mask), windowed, kind
 
     def _new_batch(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from carve_kernels import checks
-from carve_kernels.backends import BACKENDS
+from carve_kernels.backends import BACKENDS, why_not
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import RECORDERS, patched
 from carve_kernels.hf.model import (
@@ -18,6 +18,7 @@ from carve_kernels.hf.model import (
     check_decoder,
     decoder_layers,
     devices_of,
+    dtype_of,
     text_backbone,
     unwrap,
     wrapped_models,
@@ -28,6 +29,7 @@ from carve_kernels.hf.session.forward_tracker import ForwardTracker, check_token
 from carve_kernels.hf.session.generate_guard import guarded
 from carve_kernels.hf.session.recording import OnLayer, SessionOptions
 from carve_kernels.maps import AttentionMaps
+from carve_kernels.ops.attention_operator import attention_operator
 from carve_kernels.presets import layers_of
 from carve_kernels.types import RowsSpec, VisualLayout
 
@@ -42,6 +44,7 @@ def capture_attention(
     max_steps: int = 64,
     on_layer: OnLayer | None = None,
     backend: str = "auto",
+    fused: bool = False,
 ) -> CaptureSession:
     """A session in which forwards and `generate` of a model also capture the attention of selected rows.
 
@@ -67,6 +70,9 @@ def capture_attention(
     max_steps  the number of forward passes captured of one generation; later ones are not, with a warning in the log
     on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
     backend    the backend of the capture
+    fused      True: in decode steps, one operator computes the attention of a captured layer and its map; outputs then
+               differ from those of the model's own attention in the last bits. Where it does not serve, the model's own
+               is called, as in prefills, and one line in the log says why
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
@@ -87,6 +93,8 @@ def capture_attention(
     modules = _modules(model, numbers)
     if on_layer is not None and not callable(on_layer):
         raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
+    if not isinstance(fused, bool):
+        raise TypeError(f"fused: expected True or False, got {checks.describe(fused)}")
     options = SessionOptions(
         numbers,
         check_rows(rows, None if processor is None else tokenizer_of(processor)),
@@ -95,7 +103,10 @@ def capture_attention(
         checks.integer("max_steps", max_steps, low=1),
         on_layer,
         checks.choice("backend", backend, ("auto", *BACKENDS)),
+        fused,
     )
+    if fused and backend != "auto":
+        _check_fused(model, modules[0], backend)
     return CaptureSession(model, modules, options)
 
 
@@ -103,7 +114,7 @@ class CaptureSession:
     """The session that `capture_attention` returns."""
 
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
-        self.layers = options.layers
+        self.layers, self.fused = options.layers, options.fused
         self._outer, self._model, self._modules = model, unwrap(model), modules
         entries = map(names.attention_entry, modules, options.layers)
         self._entries = {(id(registry), name): (registry, name) for registry, name in entries}.values()
@@ -150,6 +161,11 @@ class CaptureSession:
         if record is not None and self._tracker.running:
             record.record(index, *call)
 
+    def attend(self, index: int, *call: Any) -> Any:
+        """Called before the attention of a captured layer; its output if it was computed and captured, else None."""
+        record = self._tracker.record
+        return record.attend(index, *call) if record is not None and self._tracker.running else None
+
     def _install(self, stack: ExitStack) -> None:
         stack.enter_context(guarded(self._model, self._tracker))
         for index, module in enumerate(self._modules):
@@ -186,6 +202,19 @@ def _modules(model: nn.Module, layers: tuple[int, ...]) -> list[nn.Module]:
             "session for the layers of each device"
         )
     return captured
+
+
+def _check_fused(model: nn.Module, module: nn.Module, backend: str) -> None:
+    """Raise BackendUnavailable for a backend that cannot attend and capture in an attention module of a model."""
+    device, dtype = next(iter(devices_of(module)), None), dtype_of(module)
+    reason: Any = why_not("attention", backend)
+    if reason is not None:
+        reason = f"{backend} cannot serve attention: {reason}"
+    elif device is not None and dtype is not None:
+        size = names.heads_of(text_backbone(model).config)[2]
+        reason = attention_operator(backend, device, dtype=dtype, size=size, value_size=size)
+    if isinstance(reason, str):
+        raise checks.BackendUnavailable(f"fused: expected a backend that attends and captures: {reason}")
 
 
 def _add_recorder(stack: ExitStack, module: nn.Module, entry: tuple[CaptureSession, int]) -> None:

@@ -320,7 +320,9 @@ def play(data: st.DataObject) -> World:
     model = model_of(kind, implementation) if implementation == "sdpa" else eager_of(kind)
     tokens = None if fixed is None else fixed.columns
     assert tokens is None or tokens.shape == (batch, IMAGE_TOKENS)
-    with warnings.catch_warnings(), capture_attention(model, layers="all", tokens=tokens) as session:
+    # Steps that attend and capture in one operator, or the capture after each attention.
+    options: dict[str, Any] = data.draw(st.sampled_from([{}, {"backend": "reference", "fused": True}]))
+    with warnings.catch_warnings(), capture_attention(model, layers="all", tokens=tokens, **options) as session:
         warnings.simplefilter("ignore")
         world = World(data.draw, session, model, kind, batch, fixed)
         for operation in data.draw(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=7)):
