@@ -49,14 +49,18 @@ struct Values {
     for (int64_t row = 0; row < p.batch * p.key_heads * p.keys; ++row) {
       for (int64_t gap = size; gap < size + kGap; ++gap) at(row, gap) = 0x7fff;
     }
-    if (p.positions.data == nullptr) return;
-    // Hidden by the position: anything may be there.
+    // What no head sees may hold anything.
     for (int64_t row = 0; row < p.batch * p.key_heads * p.keys; ++row) {
-      const int64_t last = p.positions.at(row / (p.key_heads * p.keys), 0), key = row % p.keys;
-      for (int64_t element = 0; element < size && (key > last || key <= last - p.window); ++element) {
-        at(row, element) = 0x7fff;
-      }
+      const int64_t batch = row / (p.key_heads * p.keys), key = row % p.keys;
+      for (int64_t element = 0; element < size && !sees(p, batch, key); ++element) at(row, element) = 0x7fff;
     }
+  }
+
+  static bool sees(const carve::CaptureParams& p, int64_t batch, int64_t key) {
+    if (p.mask != nullptr) return p.mask[batch * p.mask_strides[0] + key * p.mask_strides[3]] != 0;
+    if (p.positions.data == nullptr) return true;
+    const int64_t last = p.positions.at(batch, 0);
+    return key <= last && (p.window == 0 || key > last - p.window);
   }
 
   uint16_t& at(int64_t row, int64_t element) { return values[row * (size + kGap) + element]; }
@@ -82,11 +86,7 @@ std::vector<Expected> attend(const carve::CaptureParams& p, Values& values, int6
   std::vector<Expected> result(static_cast<size_t>(values.size));
   double sum = layer.sink == nullptr ? 0.0 : std::exp(double{layer.sink[head]});
   for (int64_t key = 0; key < p.keys; ++key) {
-    if (p.mask != nullptr && !p.mask[batch * p.mask_strides[0] + key * p.mask_strides[3]]) continue;
-    if (p.positions.data != nullptr) {
-      const int64_t last = p.positions.at(batch, 0);
-      if (key > last || (p.window != 0 && key <= last - p.window)) continue;
-    }
+    if (!Values::sees(p, batch, key)) continue;
     double logit = 0.0;
     for (int64_t i = 0; i < p.size; ++i) {
       logit += double{float_of(query[i * layer.query_strides[3]], p.type)} *

@@ -62,6 +62,29 @@ __device__ __forceinline__ unsigned word_of(const uint4& words, int which) {
   return which == 0 ? words.x : which == 1 ? words.y : which == 2 ? words.z : words.w;
 }
 
+// Values of keys that a mask hides from all queries of the block become zeros: they may hold anything, and 0 times NaN
+// would be NaN. A lane has the values of the keys whose scores it has.
+template <typename S>
+__device__ __forceinline__ void hide_values(const float (&scores)[S::kScores], bool exists,
+                                            uint4 (&values)[ValueShape<S>::kSteps][4][ValueShape<S>::kPieces]) {
+  using V = ValueShape<S>;
+  unsigned seen = 0;
+#pragma unroll
+  for (int n = 0; n < S::kScores; ++n) seen |= static_cast<unsigned>(exists && scores[n] != -INFINITY) << n;
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) seen |= __shfl_xor_sync(kAllLanes, seen, distance);
+#pragma unroll
+  for (int step = 0; step < V::kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int piece = 0; piece < V::kPieces; ++piece) {
+        if ((seen >> (4 * step + i) & 1) == 0) values[step][i][piece] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+}
+
 // Adds the products of a tile's probabilities and values.
 template <typename S>
 __device__ __forceinline__ void add_values(const float (&shares)[S::kScores],
@@ -156,6 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_stream(const __grid_consta
     if (next < end) load_tile_keys(next);
     float(&shares)[S::kScores] = scores[0][0];
     hide<S, kGeneral>(capture, problem, query, base, shares);
+    if (kGeneral && p.mask != nullptr) hide_values<S>(shares, query.line >= 0, values);
     if (base <= high && base + S::kTileKeys - 1 >= low && query.line >= 0) {
       float* to = capture.scores + static_cast<int64_t>(query.line) * capture.padded + base + 4 * lane.t;
 #pragma unroll
@@ -239,8 +263,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend_stream(const __grid_consta
 template <typename S>
 void launch_attend_shape(const AttentionLaunch& launch) {
   const CaptureLaunch& capture = launch.capture;
-  const dim3 blocks(static_cast<unsigned>(capture.splits),
-                    static_cast<unsigned>(capture.key_heads * capture.query_blocks), static_cast<unsigned>(capture.batch));
+  const auto heads = static_cast<unsigned>(capture.key_heads * capture.query_blocks);
+  const dim3 blocks(static_cast<unsigned>(capture.splits), heads, static_cast<unsigned>(capture.batch));
   const bool is_whole = capture.size == 32 * S::kPieces && launch.value.size == capture.size;
   const auto kernel = is_general(capture.params) || !is_whole ? attend_stream<S, true> : attend_stream<S, false>;
   const auto stream = static_cast<cudaStream_t>(capture.device.stream);

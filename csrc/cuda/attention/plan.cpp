@@ -32,7 +32,8 @@ AttentionPlan plan_attention(const CaptureParams& p, int64_t value_size) {
   const int64_t at_once = std::max<int64_t>(1, kBlocks / (p.batch * p.key_heads * plan.query_blocks));
   plan.split_keys = ceil_div(std::min(std::max(ceil_div(p.keys, at_once), unit), kMostSplitKeys), unit) * unit;
   plan.splits = std::max<int64_t>(1, ceil_div(p.keys, plan.split_keys));
-  const int64_t most = std::max({int64_t{1}, std::min(ceil_div(p.keys, unit), at_once), ceil_div(p.keys, kMostSplitKeys)});
+  const int64_t shortest = std::min(ceil_div(p.keys, unit), at_once);
+  const int64_t most = std::max({int64_t{1}, shortest, ceil_div(p.keys, kMostSplitKeys)});
   const int64_t lines = p.batch * p.heads;
 
   // Up to five blocks a multiprocessor, all at the same time: each merges the splits.
