@@ -243,7 +243,7 @@ class CaptureCalls:
                 operator = self.reserve_attention(query.dtype, sizes.rounded_up(), value.shape[3])
         if operator is None or isinstance(operator, str):
             return operator or "there is no operator"
-        return operator.supports(query, key, value) or operator
+        return operator.limit(query, key, value) or operator
 
     def attend(
         self,

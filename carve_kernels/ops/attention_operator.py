@@ -30,14 +30,14 @@ class AttentionOperator(NamedTuple):
               scratch, tickets, output, maps, mass, entropy)`, positional: the schema of `carve_kernels::attend_layer`
     needs     `needs(batch=, query_heads=, key_heads=, keys=, size=, value_size=, tokens=)`: the `ScratchNeeds` of such
               a call, never more for fewer keys or tokens
-    supports  `supports(query, key, value)`: why these tensors cannot be served, or None
+    limit     `limit(query, key, value)`: why these tensors cannot be served, or None; a compiler can read it
     ========  ==========================================================================================================
     """
 
     backend: str
     run: Callable[..., None]
     needs: Callable[..., ScratchNeeds]
-    supports: Callable[..., str | None]
+    limit: Callable[..., str | None]
 
 
 def attention_operator(
@@ -54,7 +54,7 @@ def attention_operator(
         return module
     name = module.__name__.split(".")[-2]
     if hasattr(module, "attention_operator"):
-        return AttentionOperator(name, module.attention_operator(), module.scratch_needs, module.supports)
+        return AttentionOperator(name, module.attention_operator(), module.scratch_needs, module.limit)
     run = functools.partial(torch.ops.carve_kernels.attend_layer_in.default, backend=name)
     return AttentionOperator(name, run, lambda **_sizes: NONE, module.supports)
 

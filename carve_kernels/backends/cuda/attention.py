@@ -26,6 +26,15 @@ def supports(
     out: Capture | None = None,
 ) -> str | None:
     """Why these arguments cannot be served, or None."""
+    if output is not None and output.stride(3) != 1:
+        return f"output has stride {output.stride(3)} in its last dimension, this backend serves 1; {_FIX}"
+    if reason := capture_limit(query, key, out) or limit(query, key, value):
+        return reason
+    return cuda.foreign(query.device.index) if query.device.type == "cuda" else None
+
+
+def limit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why a GPU that the kernels are for cannot serve these tensors, or None; a compiler can read it."""
     if query.shape[2] != 1:
         return f"query has other than one row for each entry of the batch, as a prefill has; {_FIX}"
     if query.dtype not in _HALVES:
@@ -36,7 +45,7 @@ def supports(
             return f"{name} has heads of {size} elements, this backend serves {wanted}; {_FIX}"
     if torch.is_grad_enabled() and value.requires_grad:
         return f"value requires a gradient, which this backend does not compute; {_FIX}"
-    if reason := capture_limit(query, key, out) or dense_key_limit(key):
+    if reason := dense_key_limit(key):
         return reason
     if value.stride(3) != 1:
         return (
@@ -45,9 +54,7 @@ def supports(
     for name, tensor in (("key", key), ("value", value)):
         if not _is_aligned(tensor):
             return f"{name} has rows that do not start at multiples of {_VECTOR} bytes; use {name}.contiguous()"
-    if output is not None and output.stride(3) != 1:
-        return f"output has stride {output.stride(3)} in its last dimension, this backend serves 1; {_FIX}"
-    return cuda.foreign(query.device.index) if query.device.type == "cuda" else None
+    return None
 
 
 def forward(
@@ -91,8 +98,7 @@ def scratch_needs(**sizes: int) -> ScratchNeeds:
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes."""
     width = tensor.element_size()
-    # A compiler knows no addresses; memory that torch allocates starts at more than 16 bytes.
-    start = tensor.storage_offset() * width if torch.compiler.is_compiling() else tensor.data_ptr()
-    if start % _VECTOR:
+    # A compiler knows no addresses; the operator refuses what starts elsewhere, and no cache does.
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % _VECTOR:
         return False
     return all(tensor.shape[axis] <= 1 or tensor.stride(axis) * width % _VECTOR == 0 for axis in range(3))

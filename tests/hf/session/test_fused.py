@@ -433,42 +433,59 @@ class Counting:
         return graph.forward
 
 
+def compiled_steps(model: Any, step: Any, **options: Any) -> tuple[torch.Tensor, Any]:
+    """A prefill by a model, steps by another callable; all logits of the steps, and the maps."""
+    inputs = dict(inputs_of("llava", 1))
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), capture_attention(step, layers=[1, 2], **options) as session:
+        model(**inputs, past_key_values=cache, use_cache=True)
+        logits = [
+            step(
+                input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True,
+                position_ids=torch.tensor([[length + index]]),
+            ).logits
+            for index, token in enumerate(TOKENS)
+        ]  # fmt: skip
+    return torch.stack(logits), session.maps
+
+
 @pytest.mark.parametrize("compiler", ["counting", "aot_eager"])
 def test_a_compiled_step_attends_and_captures(compiler: str) -> None:
     torch._dynamo.reset()
     model, counting = family("llava")[0], Counting()
     compiled = torch.compile(model, fullgraph=True, backend=counting if compiler == "counting" else compiler)
-    inputs = inputs_of("llava", 1)
-
-    def decode(step: Any, **options: Any) -> tuple[torch.Tensor, Any]:
-        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
-        length = inputs["input_ids"].shape[1]
-        with torch.no_grad(), capture_attention(step, layers=[1, 2], **options) as session:
-            model(**inputs, past_key_values=cache, use_cache=True)
-            logits = [
-                step(
-                    input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True,
-                    position_ids=torch.tensor([[length + index]]),
-                ).logits
-                for index, token in enumerate(TOKENS)
-            ]  # fmt: skip
-        return torch.stack(logits), session.maps
-
-    expected, unfused = decode(model)
-    logits, maps = decode(compiled, **FUSED)
+    expected, unfused = compiled_steps(model, model)
+    logits, maps = compiled_steps(model, compiled, **FUSED)
     if compiler == "counting":
-        assert counting.graphs == 1 and counting.operators["carve_kernels.attend_layer_in.default"] == 2
+        assert counting.graphs == 1 and counting.operators[OPERATOR] == 2
         assert not any("capture_layers" in name for name in counting.operators)
     assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
     assert maps.steps == unfused.steps and bool(maps.valid.all())
     assert torch.allclose(maps.values, unfused.values, rtol=2e-4, atol=1e-7)
-    if compiler == "counting":
-        # On a CPU `auto` has no operator, so that the model's attention stays in the graph.
-        counting.operators.clear()
-        torch._dynamo.reset()
-        _, maps = decode(compiled, fused=True)
-        assert counting.operators and not any("attend_layer" in name for name in counting.operators)
-        assert torch.allclose(maps.values, unfused.values, rtol=2e-4, atol=1e-7)
+
+
+def test_on_a_cpu_a_compiled_step_has_the_attention_of_the_model() -> None:
+    torch._dynamo.reset()
+    model, counting = family("llava")[0], Counting()
+    expected, unfused = compiled_steps(model, model)
+    logits, maps = compiled_steps(model, torch.compile(model, fullgraph=True, backend=counting), fused=True)
+    assert counting.graphs == 1 and not any("attend_layer" in name for name in counting.operators)
+    assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(maps.values, unfused.values, rtol=2e-4, atol=1e-7)
+
+
+def test_the_emulated_kernels_attend_in_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, counting = tiny_llava()[0].to(torch.bfloat16), Counting()
+    expected, unfused = compiled_steps(model, model)
+    with entered(CUDA):
+        monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
+        logits, maps = compiled_steps(model, torch.compile(model, fullgraph=True, backend=counting), fused=True)
+    assert counting.graphs == 1 and counting.operators["carve_emulated.attend_layer.default"] == 2
+    close_to(logits, expected, torch.bfloat16)
+    assert torch.allclose(maps.values, unfused.values, rtol=0.1, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -476,9 +493,7 @@ def test_the_emulated_kernels_attend_in_a_session(dtype: torch.dtype, monkeypatc
     model = tiny_llava()[0].to(dtype)
     expected, unfused = of_steps(model, torch.device("cpu"))
     with entered(CUDA):
-        # The emulator has kernels of attention only; a prefill is captured by the backend for CPUs.
-        monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda", "cpu"))
-        monkeypatch.setitem(backends.SUPPORT["capture"], "cuda", "the emulator has it in another library")
+        monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
         for run in (of_steps, in_graphs):
             logits, maps = run(model, torch.device("cpu"), fused=True)
             assert not torch.equal(maps.values, unfused.values)
