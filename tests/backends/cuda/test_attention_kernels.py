@@ -30,7 +30,7 @@ def _served() -> Iterator[None]:
 
 def attended(case: Case, value_size: int = 64, heads: str = "mean") -> Attended:
     arguments, options = problem(case, value_size)
-    return attention(*arguments, **options, heads=heads, **outputs(case, arguments, heads), backend="cuda")  # type: ignore[arg-type]
+    return attention(*arguments, **options, heads=heads, **outputs(case, arguments, heads), backend="cuda")  # type: ignore[arg-type, misc]
 
 
 def same(one: Attended, other: Attended) -> bool:
@@ -66,7 +66,7 @@ def test_each_row_of_a_batch_is_attended_alone() -> None:
         (dict(query_heads=4, key_heads=1, keys=70, size=64, tokens=9), 64),
     ],
 )
-def test_the_kernels_move_the_bytes_of_the_roofline(sizes: dict[str, int], value_size: int) -> None:
+def test_the_kernels_move_the_bytes_of_the_roofline(sizes: dict[str, Any], value_size: int) -> None:
     case = Case(batch=1, rows=1, view="all", ragged=False, dtype=torch.bfloat16, gain=0.0, **sizes)
     arguments, options = problem(case, value_size)
     emulator.counters("capture")
@@ -81,7 +81,7 @@ def test_the_kernels_move_the_bytes_of_the_roofline(sizes: dict[str, int], value
 
 
 def test_each_key_and_value_is_read_once() -> None:
-    sizes = dict(query_heads=28, key_heads=4, keys=4096, size=128, tokens=3276)
+    sizes: dict[str, Any] = dict(query_heads=28, key_heads=4, keys=4096, size=128, tokens=3276)
     work = attention_work(batch=1, value_size=128, **sizes)
     once = 2 * 4 * 4096 * 128 * 2
     assert work.read_bytes < 1.25 * once and work.launches == 2
