@@ -14,6 +14,7 @@ from rich.table import Table
 from benchmarks import opponent_work
 from benchmarks.gpu import predicted as fitted
 from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
+from carve_kernels.selfcheck.cuda_work import attention_work
 from carve_kernels.selfcheck.roofline import GPUS, REACHED, UNITS, Gpu, Unit, predict, work_of
 from carve_kernels.selfcheck.work import Work
 
@@ -98,7 +99,8 @@ def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], 
         entries += [_entry("capture", cost, labels) for cost in (*captures(case), *opponents(case))]
         advance(str(case))
     entries += [_entry("pixels", cost, {}) for cost in pixels()]
-    return entries + [_beside(case) for case in fitted.H100 if case.geometry in geometries]
+    entries += [_beside(case) for case in fitted.H100 if case.geometry in geometries]
+    return entries + [_attended(case) for case in fitted.SDPA if case.geometry in geometries]
 
 
 def _beside(case: Case) -> Entry:
@@ -114,6 +116,24 @@ def _beside(case: Case) -> Entry:
         **{f"measured: {name}": value for name, value in zip(MEASURED, fitted.H100[case], strict=True)},
     }
     return {"table": "beside", "way": own.name, "labels": labels, "work": own.work._asdict(), "us": times}
+
+
+def _attended(case: Case) -> Entry:
+    """One row of one layer attended and captured on an H100 in a graph, beside what sdpa alone took there."""
+    heads, key_heads, size = GEOMETRIES[case.geometry]
+    tokens = int(VISUAL_SHARE * case.length)
+    work = attention_work(
+        batch=1, query_heads=heads, key_heads=key_heads, keys=case.length, size=size, value_size=size, tokens=tokens,
+        span=tokens,
+    )  # fmt: skip
+    times = {
+        "K and V at 3.0 TB/s": 2e6 * fitted.key_bytes(case, 1) / (REACHED * GPUS["H100"].bandwidth),
+        "least": 1e6 * predict(work, GPUS["H100"], graphs=True).seconds,
+        "predicted": 1e6 * fitted.attention_seconds(case),
+        "measured: sdpa alone": fitted.SDPA[case],
+    }
+    labels = {"heads": f"{heads} on {key_heads}", "S": case.length}
+    return {"table": "attended", "way": "attention, cuda", "labels": labels, "work": work._asdict(), "us": times}
 
 
 def _entry(table: str, cost: Cost, labels: dict[str, Any], step: Work | None = None) -> Entry:
@@ -151,6 +171,7 @@ _TITLES = {
     "decode": f"predicted, not timed: {LAYERS} layers in a decode step of {HEADLINE}, {HEADLINE_LENGTH} keys, one row",
     "capture": f"predicted, not timed: capture of {LAYERS} layers, {VISUAL_SHARE:.0%} visual tokens, bf16",
     "beside": f"predicted, not timed: capture of {LAYERS} layers on an H100 in a graph, us, beside what it measured",
+    "attended": "predicted, not timed: attention and capture of one row of one layer on an H100 in a graph, us",
     "pixels": f"predicted, not timed: {LAYERS} x {STEPS} maps of {GRID} x {GRID} tokens on {SIDE} x {SIDE} pixels",
 }
 
@@ -190,7 +211,7 @@ def _layout(entries: list[Entry]) -> Iterator[tuple[str, list[str], list[list[st
         if not chosen:
             continue
         work = ["MB", "MFLOP", "launches"]
-        if table == "beside":
+        if table in ("beside", "attended"):
             rows = [[*map(str, entry["labels"].values()), *map(_us, entry["us"].values())] for entry in chosen]
             yield title, [*chosen[0]["labels"], *chosen[0]["us"]], rows
         elif table == "capture":

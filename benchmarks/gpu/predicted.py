@@ -1,4 +1,4 @@
-"""What six captured layers take on an H100 in a CUDA graph: predicted, beside what one H100 measured.
+"""What captures and fused attention take on an H100 in a CUDA graph: predicted, beside what one H100 measured.
 
 The prediction is a sum of four terms: the launches, the bytes of K, the scores of the first kernel, the second kernel.
 Its rates were fitted to the times of a trial kernel of the same design (2026, one H100 80GB HBM3, torch 2.11), which
@@ -70,9 +70,32 @@ TARGETS = {
 }
 
 
+# Microseconds of one row of `scaled_dot_product_attention` in one layer, without a capture.
+SDPA = {
+    Case(_7B, 1024, 1, "bf16"): 11.4,
+    Case(_7B, 2048, 1, "bf16"): 12.9,
+    Case(_7B, 4096, 1, "bf16"): 15.1,
+    Case(_7B, 16384, 1, "bf16"): 50.2,
+    Case(_7B, 32768, 1, "bf16"): 43.0,
+    Case(_LLAVA, 1024, 1, "bf16"): 18.0,
+    Case(_LLAVA, 4096, 1, "bf16"): 41.1,
+    Case(_LLAVA, 16384, 1, "bf16"): 107.7,
+    Case(_3B, 4096, 1, "bf16"): 17.1,
+}
+# What the two kernels of a capture take beyond the bytes of K: those of the trial took 10.3 to 11.2 us on the day on
+# which sdpa was measured and one empty kernel in a graph took 4.0 us; today's took 11.9 to 12.9 on a day on which that
+# took 5.1. Multiplying by values and merging outputs is 0.5 us more, by the instructions on the path.
+_ATTENDING = 11.4e-6
+
+
 def key_bytes(case: Case, layers: int = LAYERS) -> int:
     _, key_heads, size = GEOMETRIES[case.geometry]
     return layers * key_heads * case.length * size * DTYPES[case.dtype].itemsize
+
+
+def attention_seconds(case: Case) -> float:
+    """Predicted seconds on an H100 in a graph for one layer and one row of `carve_kernels.attention`."""
+    return _ATTENDING + 2 * key_bytes(case, 1) / _RATE
 
 
 def score_bytes(case: Case, layers: int = LAYERS) -> int:

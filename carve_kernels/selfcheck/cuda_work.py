@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from carve_kernels.backends import cuda
-from carve_kernels.backends.cuda.plan import MOST_BLOCKS, CapturePlan, capture_plan
+from carve_kernels.backends.cuda.plan import MOST_BLOCKS, CapturePlan, attention_plan, capture_plan
 from carve_kernels.backends.native import extension
 from carve_kernels.backends.native.region_buffers import most_regions
 from carve_kernels.checks import BackendUnavailable
@@ -18,6 +18,8 @@ _THREADS = 128
 _SOME = 64
 _ROWS_OF_A_TILE = 16
 _PLAIN_KEYS, _PLAIN_QUERIES = 32, 8
+# As in csrc/cuda/attention/plan.cpp.
+_ATTENDED = 8
 
 _FLOAT = 4
 _TOKEN = 4
@@ -71,12 +73,67 @@ def capture_work(
     return work
 
 
+def attention_work(
+    *,
+    batch: int,
+    query_heads: int,
+    key_heads: int,
+    keys: int,
+    size: int,
+    value_size: int,
+    tokens: int,
+    span: int | None = None,
+    seeks_span: bool = False,
+) -> Work:
+    """What `attention` moves for one row of halves that sees all keys, as `capture_work` counts it.
+
+    Each key and each value is read once, by a block for every eight heads of a key head. The bytes are, without
+    queries, statistics and the outputs of the splits::
+
+        batch * (2 * key_heads * keys * (size + value_size) + query_heads * (4 * (span + tokens) + 2 * value_size))
+    """
+    _check_library()
+    plan = attention_plan(
+        batch=batch, query_heads=query_heads, key_heads=key_heads, keys=keys, size=size, value_size=value_size,
+        tokens=tokens,
+    )  # fmt: skip
+    work = Work(0, 0, 0, 0)
+    if seeks_span and keys and tokens:
+        work += Work(batch * tokens * _TOKEN, _SPAN, 0, 1)
+    widest = max(size, value_size)
+    tile, width = _block_keys(widest) // 4, 64 if widest <= 64 else 128 if widest <= 128 else 256
+    group = query_heads // key_heads
+    at_once = _ceil(group, _ceil(group, _ATTENDED))
+    kept = _up(keys if span is None else min(span, keys), tile)
+    read = written = pairs = 0
+    for queries in (min(at_once, group - start) for start in range(0, group, at_once)):
+        for start in range(0, keys, plan.split_keys):
+            length = _up(min(plan.split_keys, keys - start), tile)
+            read += length * 2 * (size + value_size) + queries * 2 * size + (_THREADS * _SPAN if tokens else 0)
+            written += queries * (_STAT + _FLOAT * value_size)
+            pairs += length * (16 + _ATTENDED)
+        written += (kept if tokens else 0) * queries * _FLOAT
+    work += Work(batch * key_heads * read, batch * key_heads * written, batch * key_heads * pairs * width * 2, 1)
+    # Each block of tokens merges the statistics of all heads; a head's block reads those of its splits in every lane.
+    splits = plan.splits
+    passes = _ceil(value_size, 4 * 32)
+    read = query_heads * splits * (32 * passes * _STAT + _FLOAT * value_size)
+    read += plan.token_blocks * (query_heads * _STAT * splits * bool(tokens) + _THREADS // 32 * _STEP + _PART)
+    read += tokens * (_TOKEN + query_heads * _FLOAT)
+    written = query_heads * 2 * value_size + plan.token_blocks * _PART + tokens * _FLOAT + 2 * _FLOAT
+    return work + Work(batch * read, batch * written, 0, 1)
+
+
 def _plan(sizes: CaptureSizes, *, lse: bool, aligned: bool) -> CapturePlan:
+    _check_library()
+    return capture_plan(**sizes._asdict(), lse=lse, aligned=aligned)
+
+
+def _check_library() -> None:
     reason = extension.unavailable()
     # An emulator has operators of its own.
     if reason is not None and cuda.operators is torch.ops.carve_kernels:
         raise BackendUnavailable(reason)
-    return capture_plan(**sizes._asdict(), lse=lse, aligned=aligned)
 
 
 def _parts(sizes: CaptureSizes, plan: CapturePlan) -> Iterator[tuple[int, int]]:

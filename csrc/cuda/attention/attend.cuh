@@ -145,14 +145,13 @@ __global__ void __launch_bounds__(kThreads, 2) attend_stream(const __grid_consta
   base += lane.warp * S::kTileKeys;
   uint4 keys[S::kKeyTiles][S::kPieces];
   uint4 values[V::kSteps][4][V::kPieces];
-  // Hidden keys and values are not read: they may hold anything.
+  // Hidden values are not read: they may hold anything.
+  const auto visible_key = [&](int key) { return max(min(key, visible.last), visible.first); };
   const auto load_tile_keys = [&](int start) {
-    const auto key_at = [&](int column) { return max(min(start + column, visible.last), visible.first); };
-    load_keys<S, !kGeneral>(key_rows, key_at, capture.size, keys);
+    load_keys<S, !kGeneral>(key_rows, [&](int column) { return visible_key(start + column); }, capture.size, keys);
   };
   const auto load_tile_values = [&](int start) {
-    const auto key_at = [&](int column) { return max(min(start + column, visible.last), visible.first); };
-    load_values<S, !kGeneral>(value_rows, key_at, value_size, values);
+    load_values<S, !kGeneral>(value_rows, [&](int key) { return visible_key(start + key); }, value_size, values);
   };
   if (base < end) {
     load_tile_keys(base);
