@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.gpu import capture, decode, host, pixels, predicted, sections, timing
+from benchmarks.gpu import attention, capture, decode, host, pixels, predicted, sections, timing
 from benchmarks.gpu.stack import Stack
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.cases import Case
@@ -29,7 +29,7 @@ SIZES = replace(sections.QUICK, backends=("reference",))
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
-    for module in (capture, pixels, sections):
+    for module in (attention, capture, decode, pixels, sections):
         monkeypatch.setattr(module, "in_graph", lambda run, _device: run)
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode: compiled(model, backend="eager"))
@@ -66,6 +66,12 @@ def test_every_section_is_measured_and_written() -> None:
     assert len(found["regions, from the call to the boxes"]) == 2
     assert [line["labels"]["how"] for line in found["decode step"]] == list(decode.MODES)
     assert all(set(line["seconds"]) == {"plain", "session"} for line in found["decode step"])
+    (attended,) = found["attention and capture of one layer"]
+    assert set(attended["seconds"]) == {attention.ATTENTION, attention.SDPA, attention.BOTH}
+    (large,) = found["decode step of a 7B"]
+    assert set(large["seconds"]) == {decode.PLAIN, decode.SESSION, decode.FUSED}
+    # On a CPU sdpa and capture serve a fused session.
+    assert large["labels"]["fused"] == 0
     assert {"engine", "stages of the engine", "small kernels", "capture"} <= set(found)
 
 
@@ -125,6 +131,33 @@ def test_wrong_buffers_are_found(fault: str) -> None:
 
     with pytest.raises(WrongAnswer):
         stack.check(fault, broken)
+
+
+@pytest.mark.parametrize("fault", ["zeros", "a head of another", "five percent too large"])
+def test_a_wrong_output_of_attention_is_found(fault: str) -> None:
+    layer = attention.Layer(SIZES.attended[0], CPU)
+    honest = layer.fused("reference")
+    layer.check("honest", honest)
+    layer.check("sdpa", layer.sdpa)
+
+    def broken() -> None:
+        honest()
+        if fault == "zeros":
+            layer.output.zero_()
+        elif fault == "five percent too large":
+            layer.output.mul_(1.05)
+        else:
+            layer.output.copy_(layer.output.roll(1, 1))
+
+    with pytest.raises(WrongAnswer):
+        layer.check(fault, broken)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_fused_session_says_how_many_layers_it_fused() -> None:
+    clock = timing.Clock(CPU, rounds=1, flush=2**10)
+    (line,) = decode.measure_in_one_graph(SIZES.large_shape, SIZES.length, clock, backend="reference")
+    assert line["labels"]["fused"] == line["labels"]["captured"] > 0
 
 
 def test_other_logits_are_found() -> None:

@@ -2,6 +2,7 @@
 
 device    the copy rate, and what kernels cost that do nothing
 capture   capture of six layers against the usual ways, by geometry, keys and rows
+attention attention and capture of one layer against sdpa
 host      what a call costs the host, in units of one torch operator
 pixels    contrast and regions
 decode    decode steps of a model with a session, eager, compiled and in CUDA graphs

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu import capture, decode, engine, host, pixels
+from benchmarks.gpu import attention, capture, decode, engine, host, pixels
 from benchmarks.gpu.timing import FLUSH, Clock, card, copy_rate, in_graph, microseconds
 from benchmarks.support.cases import Case
 from benchmarks.support.lines import Line, line
 from benchmarks.support.models import Shape
 from benchmarks.support.timing import Spread
 
-SECTIONS = ("device", "capture", "host", "pixels", "decode", "engine")
+SECTIONS = ("device", "capture", "attention", "host", "pixels", "decode", "engine")
 Report = dict[str, Any]
 
 
@@ -31,10 +31,12 @@ class Sizes:
     first: Sequence[Case] = tuple(capture.FIRST)
     others: Sequence[Case] = tuple(capture.OTHERS)
     layers: int = capture.LAYERS
+    attended: Sequence[Case] = tuple(attention.CASES)
     host_case: Case = host.CASE
     calls: int = host.CALLS
     side: int = 1024
     decode_shape: Shape = decode.SHAPE
+    large_shape: Shape = decode.LARGE_SHAPE
     length: int = decode.LENGTH
     engine_shape: Shape = engine.SHAPE
     visual: Sequence[int] = engine.VISUAL
@@ -49,10 +51,12 @@ QUICK = Sizes(
     first=(Case("smolvlm", 512, 1, "bf16"), Case("smolvlm", 512, 8, "bf16")),
     others=(),
     layers=2,
+    attended=(Case("smolvlm", 512, 1, "bf16"),),
     host_case=Case("smolvlm", 512, 1, "bf16"),
     calls=2,
     side=64,
     decode_shape=Shape(4, 256, "bfloat16"),
+    large_shape=Shape(4, 256, "bfloat16"),
     length=128,
     engine_shape=Shape(2, 256, "bfloat16"),
     visual=(64,),
@@ -135,13 +139,21 @@ def _tasks(report: Report, device: torch.device, sizes: Sizes) -> Iterator[Task]
         rate = rates.get("copy_rate", 3.0e12)
         yield from capture.measure(case, clock, rate=rate, layers=sizes.layers, backends=sizes.backends)
 
+    def of_attention(case: Case) -> Iterator[Line]:
+        rate = rates.get("copy_rate", 3.0e12)
+        yield from attention.measure(case, clock, rate=rate, backend=sizes.backends[0])
+
     yield Task("device", "device", 5, of_device)
     for case in sizes.first:
         yield Task("capture", f"capture {case}", 4, partial(of_case, case))
+    for case in sizes.attended:
+        yield Task("attention", f"attention {case}", 4, partial(of_attention, case))
     for backend in sizes.backends:
         run = partial(host.measure, sizes.host_case, backend, clock, layers=sizes.layers, calls=sizes.calls)
         yield Task("host", f"host, {backend}", 5, run)
     yield Task("pixels", "pixels", 10, partial(pixels.measure, sizes.side, clock))
+    run = partial(decode.measure_in_one_graph, sizes.large_shape, sizes.length, clock)
+    yield Task("decode", f"decode of a 7B, {decode.IN_ONE_GRAPH}", 40, run)
     for how in decode.MODES:
         enough = 15 if how == decode.EAGER else 70
         yield Task(

@@ -176,6 +176,8 @@ def _attention(name: str, case: Case, value_size: int, timed: bool = False) -> T
     value = planted_value(case, value_size, options)
     if timed:
         key, value = key.contiguous(), value.contiguous()
+        first = (case.keys - case.tokens) // 2
+        tokens = torch.arange(first, first + case.tokens, dtype=torch.int32)[None]
     (doubled, doubled_key, _), exact_options = exact((query, key, tokens), options)
     truth = attention(doubled, doubled_key, value.double(), tokens, **exact_options, backend="reference")
     sizes = attend(doubled, doubled_key, value.double().abs(), CaptureOptions(**exact_options))
@@ -184,7 +186,8 @@ def _attention(name: str, case: Case, value_size: int, timed: bool = False) -> T
     options |= {"output": output, "out": poisoned(case)}
     judge = partial(attended, reference=reference, truth=truth, sizes=sizes, slack=_slack(case))
     names = ("batch", "query_heads", "key_heads", "keys", "size", "tokens")
-    numbers = {one: getattr(case, one) for one in names} | {"value_size": value_size}
+    numbers: dict[str, Any] = {one: getattr(case, one) for one in names}
+    numbers |= {"value_size": value_size, "span": case.tokens, "seeks_span": True}
     return Trial("attention", name, attention, (query, key, value, tokens), options, judge, numbers if timed else None)
 
 
