@@ -206,8 +206,8 @@ void check_all(const std::string& amount) {
       {{2, 6, 2, 1, 67, 40, 35}, 24},    {{1, 7, 1, 1, 300, 64, 140}, 64},  {{1, 3, 3, 1, 140, 128, 9}, 128},
       {{1, 20, 1, 1, 40, 16, 4}, 72},    {{1, 2, 1, 1, 90, 256, 300}, 256}, {{1, 2, 2, 1, 33, 192, 20}, 128},
       {{1, 2, 1, 1, 0, 32, 4}, 32},      {{1, 2, 1, 1, 30, 32, 0}, 32},     {{1, 1, 1, 1, 1, 64, 1}, 64},
-      // More splits than the second kernel's warps read at a time.
-      {{1, 2, 1, 1, 4300, 8, 30}, 8},    {{140, 1, 1, 1, 270, 8, 2}, 8},
+      // Splits of different maxima; more of them than the second kernel's warps read at a time.
+      {{1, 2, 1, 1, 900, 128, 30}, 64},  {{1, 2, 1, 1, 4300, 8, 30}, 8},    {{140, 1, 1, 1, 270, 8, 2}, 8},
   };
   const bool is_first = amount == "first";
   if (is_first) cases.resize(2);
