@@ -93,6 +93,7 @@ PASSED = {
 # What any function refuses: an argument of another type, or an empty list.
 PLAIN = {
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
+    Refusal("fused", "TypeError", "hf/session/session.py"),
     Refusal("probes", "TypeError", "hf/profile/profile.py"),
     Refusal("probes", "ValueError", "hf/profile/profile.py"),
 }
