@@ -35,6 +35,24 @@ struct ContrastParams {
 
 void contrast_cpu(const ContrastParams& params);
 
+// Further arguments of a contrast on a device. All arrays of ContrastParams but `views` are device memory.
+struct ContrastDevice {
+  // In elements, of a layer and a step of the maps, whose tokens are contiguous.
+  int64_t task_strides[2];
+  int64_t general_strides[2];
+  void* scratch;  // aligned to 16 bytes; any contents
+  int64_t scratch_bytes;
+  int device;
+  void* stream;
+};
+
+// The bytes of scratch of a contrast, from its numbers of layers, steps and tokens.
+int64_t contrast_cuda_scratch(const ContrastParams& sizes);
+
+// Launches the kernels and does not wait. Throws std::runtime_error if a launch fails, or for sizes that they cannot
+// divide.
+void contrast_cuda(const ContrastParams& params, const ContrastDevice& device);
+
 enum class Float { kFloat32, kFloat16, kBfloat16 };
 
 // A matrix of int32 or, where `is_int64`, int64; `data` is null where there is none.

@@ -23,6 +23,10 @@ _CAPTURE = (
 SCHEMAS: dict[str, str] = {
     "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
+    # Task and general may have any strides but 1 along the tokens; weights are float64 on their device. The scratch takes
+    # `contrast_scratch` bytes (backends/cuda/plan.py).
+    "contrast_cuda": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, "
+    "float lam, bool lam_is_mean, int normalize, Tensor(a!) scratch, Tensor(b!) out) -> ()",
     "regions_cpu": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, "
     "Tensor(b!) boxes, Tensor(c!) scores, Tensor(d!) outcome) -> ()",
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
