@@ -74,9 +74,10 @@ def _layers(work: Work, layers: int) -> Work:
 
 
 def pixels(side: int = SIDE) -> Iterator[Cost]:
-    work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(side, side))
-    if work is not None:
-        yield Cost("contrast, triton", work, UNITS["contrast", "triton"])
+    for backend in ("cuda", "triton"):
+        work = work_of("contrast", backend, layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(side, side))
+        if work is not None:
+            yield Cost(f"contrast, {backend}", work, UNITS["contrast", backend])
     work = work_of("regions", "cuda", height=side, width=side)
     if work is not None:
         yield Cost("regions, cuda", work, UNITS["regions", "cuda"])

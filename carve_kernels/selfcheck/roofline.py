@@ -45,6 +45,7 @@ GPUS = {gpu.name: gpu for gpu in _FAMILIES.values()}
 UNITS: dict[tuple[str, str], Unit] = {
     ("capture", "cuda"): "matrix",
     ("capture", "triton"): "matrix",
+    ("contrast", "cuda"): "vector",
     ("contrast", "triton"): "vector",
     ("regions", "cuda"): "vector",
 }

@@ -23,7 +23,7 @@ _CAPTURE = (
 SCHEMAS: dict[str, str] = {
     "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
-    # Task and general may have any strides but 1 along the tokens; weights are float64 on their device. The scratch takes
+    # Task and general have stride 1 along the tokens; the weights are float64, on their device. The scratch takes
     # `contrast_scratch` bytes (backends/cuda/plan.py).
     "contrast_cuda": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, "
     "float lam, bool lam_is_mean, int normalize, Tensor(a!) scratch, Tensor(b!) out) -> ()",

@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kContrastThreads, 2) contrast_grid(const __gri
   }
 #pragma unroll 1
   for (int first = begin; kMean && first < end; first += kMapsAtOnce) {
-    // Also orders the weights above before the means.
-    __syncthreads();
+    // The sums of the maps before are read.
+    if (first > begin) __syncthreads();
     const int count = min(end - first, kMapsAtOnce);
     const float mean = mean_each(launch, first, count, shared);
     const int map = static_cast<int>(threadIdx.x) / 4;

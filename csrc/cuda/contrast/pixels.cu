@@ -43,8 +43,7 @@ struct Range {
   __device__ __forceinline__ float apply(float value) const { return span > 0.0f ? value / span : 0.0f; }
 };
 
-// These propagate NaN, so that the range is NaN, too.
-__device__ __forceinline__ float lower(float a, float b) { return b < a || b != b ? b : a; }
+// Propagates NaN, so that every span is NaN, too.
 __device__ __forceinline__ float higher(float a, float b) { return b > a || b != b ? b : a; }
 
 // A value of the grid: its chunks, in a fixed order.
@@ -72,11 +71,11 @@ __device__ __forceinline__ Range range_of(const PixelsLaunch& launch, PixelsShar
 #pragma unroll 1
   for (int token = threadIdx.x; token < launch.tokens; token += kContrastThreads) {
     const float value = add_chunks(launch, token);
-    low = lower(low, value), high = higher(high, value), sum += value;
+    low = fminf(low, value), high = higher(high, value), sum += value;
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    low = lower(low, __shfl_xor_sync(kAllLanes, low, distance));
+    low = fminf(low, __shfl_xor_sync(kAllLanes, low, distance));
     high = higher(high, __shfl_xor_sync(kAllLanes, high, distance));
     sum += __shfl_xor_sync(kAllLanes, sum, distance);
   }
@@ -87,13 +86,14 @@ __device__ __forceinline__ Range range_of(const PixelsLaunch& launch, PixelsShar
   low = shared.low[0], high = shared.high[0], sum = shared.sum[0];
 #pragma unroll
   for (int warp = 1; warp < kContrastWarps; ++warp) {
-    low = lower(low, shared.low[warp]), high = higher(high, shared.high[warp]), sum += shared.sum[warp];
+    low = fminf(low, shared.low[warp]), high = higher(high, shared.high[warp]), sum += shared.sum[warp];
   }
   if (launch.normalize == Normalize::kSum) return {0.0f, sum};
   return launch.normalize == Normalize::kMax ? Range{0.0f, high} : Range{low, high - low};
 }
 
-// The cells above and below a row of pixels, in one column of cells. A cell without weight is not read: it may be NaN.
+// The cells above and below a row of pixels, in one column of cells. A cell without weight is not read: it may be NaN,
+// or no cell of this view.
 __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelView& view, int y, int column,
                                        float low) {
   const Axis axis{view.grid_h, view.height};
@@ -106,7 +106,7 @@ __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelVi
 #pragma unroll
     for (int t = 0; t < kTapsAtOnce; ++t) {
       const int row = first + tap + t;
-      weights[t] = tap + t < taps ? axis.weight(row, y) : 0.0f;
+      weights[t] = axis.weight(row, y);
       from[t] = launch.partials + view.first_token + row * view.grid_w + column;
     }
 #pragma unroll 1
@@ -130,7 +130,7 @@ __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelVi
     }
 #pragma unroll
     for (int t = 0; t < kTapsAtOnce; ++t) {
-      if (weights[t] > 0.0f) sum = fmaf(weights[t], cells[t] - low, sum);
+      sum = fmaf(weights[t], cells[t] - low, sum);
       total += weights[t];
     }
   }
@@ -173,7 +173,7 @@ __device__ __forceinline__ const PixelView& view_of_block(const PixelsLaunch& la
 
 // A block: a tile of pixels of one view. Rows of cells become rows of pixels in shared memory, then columns do. A
 // thread has four columns and, from its first row on, every so many rows.
-__global__ void __launch_bounds__(kContrastThreads, 4) contrast_pixels(const __grid_constant__ PixelsLaunch launch) {
+__global__ void __launch_bounds__(kContrastThreads, 3) contrast_pixels(const __grid_constant__ PixelsLaunch launch) {
   start_next_launch();
   PixelsShared& shared = block_shared<PixelsShared>();
   const PixelView& view = view_of_block(launch);
