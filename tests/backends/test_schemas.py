@@ -94,9 +94,9 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
     op = operator("carve_kernels::contrast_cpu")
     good = contrast_cpu()
     wrong: list[tuple[int, Any, str]] = [
-        (0, good[0].double(), "dtype"),
-        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "contiguous"),
-        (0, torch.rand(3, 19), "dimensions"),
+        (0, good[0].double(), "task: expected float32"),
+        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "task: expected a contiguous"),
+        (0, torch.rand(3, 19), "with 3 dimensions"),
         (0, torch.rand(3, 3, 19), "layers"),
         (1, torch.rand(2, 2, 19), "steps"),
         (1, torch.rand(2, 1, 18), "tokens"),

@@ -10,6 +10,7 @@ import torch
 
 import carve_kernels.ops.layer_operator  # noqa: F401  (registers the implementation of capture_layers_in)
 from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.plan import contrast_scratch
 from carve_kernels.backends.cuda.regions import scratch_bytes
 from tests.emulator import emulator
 
@@ -27,6 +28,11 @@ def contrast_cpu() -> tuple[Any, ...]:
         3,
         torch.full((11 * 7 + 3,), float("nan")),
     )
+
+
+def contrast_cuda() -> tuple[Any, ...]:
+    *inputs, out = contrast_cpu()
+    return (*inputs, torch.full((contrast_scratch(6, 19),), 255, dtype=torch.uint8), out)
 
 
 def regions_cpu() -> tuple[Any, ...]:
@@ -101,6 +107,7 @@ def isa_cpu() -> tuple[Any, ...]:
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_emulated::capture_layers": capture_layers,
     "carve_emulated::capture_plan_cuda": capture_plan_cuda,
+    "carve_emulated::contrast_cuda": contrast_cuda,
     "carve_emulated::regions_cuda": regions_cuda,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::capture_layers_in": capture_layers_in,
@@ -121,7 +128,7 @@ KEPT: dict[str, frozenset[str]] = {
 def operator(name: str) -> Any:
     namespace, short = name.split("::")
     if namespace == emulator.NAMESPACE:
-        emulated("regions" if short.startswith("regions") else "capture")
+        emulated(short.partition("_")[0])
     elif short != "capture_layers_in" and (reason := cpu.unavailable()):
         pytest.skip(reason)
     return getattr(getattr(torch.ops, namespace), short).default

@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kContrastThreads, 2) contrast_grid(const __gri
       for (int i = 0; i < kMapsAtOnce; ++i) {
         const float2 map = shared.maps[min(first + i, end - 1) - begin];
         const float divisor = values.general[i] + map.y;
-        // A divisor of 0 gives a ratio of 0, not NaN.
+        // A divisor of 0 gives a ratio of 0, not NaN, and so does a map past the last, whose values are 0.
         const float ratio = divisor > 0.0f ? values.task[i] / divisor : 0.0f;
-        if (first + i < end) fused += map.x * ratio;
+        fused += map.x * ratio;
       }
       if (first + kMapsAtOnce < end) values = load_values(launch, first + kMapsAtOnce, end, token);
     }
