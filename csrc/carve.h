@@ -125,6 +125,18 @@ struct CaptureDevice {
 // Throws std::runtime_error if a CUDA call fails, or if the scratch or the tickets are too few.
 void capture_cuda(const CaptureParams& params, const CaptureDevice& device);
 
+// What attention reads and writes beside a capture of one layer and one row.
+struct AttentionValue {
+  const void* value;         // [batch, key_heads, keys, size], of the type of the key; the last stride is 1
+  int64_t value_strides[3];
+  int64_t size;
+  void* output;  // [batch, heads, size], of the type of the query; the last stride is 1
+  int64_t output_strides[2];
+};
+
+// The output of attention, and the capture of its row, from one read of keys and values; errors as of capture_cuda.
+void attend_cuda(const CaptureParams& params, const AttentionValue& value, const CaptureDevice& device);
+
 enum class Score { kSum, kMean, kMax };
 
 // Why there is no region.

@@ -20,27 +20,6 @@ inline void check(bool holds, const T&... message) {
 
 // The arguments, in the order of the schema.
 struct CaptureOperands {
-  explicit CaptureOperands(OperandStack stack)
-      : query(stack.tensors()),
-        key(stack.tensors()),
-        tokens(stack.tensor()),
-        span(stack.maybe_tensor()),
-        mask(stack.maybe_tensor()),
-        positions(stack.maybe_tensor()),
-        sink(stack.tensors()),
-        lse(stack.maybe_tensor()),
-        scale(stack.scalar<double>()),
-        softcap(stack.scalar<double>()),
-        window(stack.scalar<int64_t>()),
-        each(stack.scalar<bool>()),
-        step(stack.maybe_tensor()),
-        first(stack.scalar<int64_t>()),
-        scratch(stack.tensor()),
-        tickets(stack.tensor()),
-        maps(stack.tensor()),
-        mass(stack.tensor()),
-        entropy(stack.tensor()) {}
-
   std::vector<Operand> query;
   std::vector<Operand> key;
   Operand tokens;
@@ -61,6 +40,15 @@ struct CaptureOperands {
   Operand mass;
   Operand entropy;
 };
+
+CaptureOperands read_capture(OperandStack stack) {
+  // Braces: from left to right.
+  return CaptureOperands{stack.tensors(),         stack.tensors(),         stack.tensor(),          stack.maybe_tensor(),
+                         stack.maybe_tensor(),    stack.maybe_tensor(),    stack.tensors(),         stack.maybe_tensor(),
+                         stack.scalar<double>(),  stack.scalar<double>(),  stack.scalar<int64_t>(), stack.scalar<bool>(),
+                         stack.maybe_tensor(),    stack.scalar<int64_t>(), stack.tensor(),          stack.tensor(),
+                         stack.tensor(),          stack.tensor(),          stack.tensor()};
+}
 
 // A kernel that reads memory of another device leaves CUDA unusable in the whole process.
 inline void check_device(const Operand& query, const Operand& tensor, const char* name) {

@@ -24,7 +24,7 @@ int64_t read_step(const std::optional<carve::Operand>& step, int64_t steps) {
 // Ignores span, scratch and tickets.
 void capture_layers(StableIValue* stack, uint64_t inputs, uint64_t) {
   check(inputs == carve::kCaptureArguments, "expected ", carve::kCaptureArguments, " arguments, got ", inputs);
-  const carve::CaptureOperands in{carve::OperandStack(stack)};
+  const carve::CaptureOperands in = carve::read_capture(carve::OperandStack(stack));
   carve::CaptureCall call = carve::parse_capture(in);
   check(call.params.token_count < 2 || in.maps.strides[in.maps.dims - 1] == 1,
         "maps: expected stride 1 along the tokens");

@@ -104,6 +104,26 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, u
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// Two floats as the halves of a word, the first as the low one.
+__device__ __forceinline__ unsigned pack(float low, float high, __nv_bfloat16) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ unsigned pack(float low, float high, __half) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// The low, and the high, halves of two words as one word.
+__device__ __forceinline__ unsigned low_halves(unsigned first, unsigned second) {
+  return __byte_perm(first, second, 0x5410);
+}
+__device__ __forceinline__ unsigned high_halves(unsigned first, unsigned second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
 // 2^x, of 2 ulp; 0 for -inf, and for results below the normal numbers.
 __device__ __forceinline__ float exp2_fast(float x) {
   float result;

@@ -291,6 +291,21 @@ inline float half_of(unsigned word, int which, __nv_bfloat16) {
   return emulated::bits<float>(which == 0 ? word << 16 : word & 0xffff0000u);
 }
 
+inline unsigned pack(float low, float high, __nv_bfloat16) {
+  const auto rounded = [](float value) -> unsigned {
+    const unsigned bits = emulated::bits<unsigned>(value);
+    // To nearest, ties to even; a NaN keeps its upper bits.
+    return value != value ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+inline unsigned pack(float low, float high, __half) {
+  const auto rounded = [](float value) -> unsigned { return emulated::bits<uint16_t>(static_cast<_Float16>(value)); };
+  return rounded(low) | rounded(high) << 16;
+}
+inline unsigned low_halves(unsigned first, unsigned second) { return (first & 0xffff) | second << 16; }
+inline unsigned high_halves(unsigned first, unsigned second) { return first >> 16 | (second & 0xffff0000u); }
+
 // As csrc/cuda/device.cuh describes it. The values of a row of `a` are in four lanes, as are those of a column of `b`.
 template <typename Element>
 void multiply_add(float (&sums)[4], const uint4& a, unsigned b0, unsigned b1, Element element, EMULATED_HERE) {

@@ -24,7 +24,8 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-schemas.define(NAMESPACE, ("capture_layers", "capture_plan_cuda", "contrast_cuda", "regions_cuda"))
+OPERATORS = ("capture_layers", "capture_plan_cuda", "attend_layer", "attention_plan_cuda", "contrast_cuda", "regions_cuda")
+schemas.define(NAMESPACE, OPERATORS)
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.
 MOST_SCORES = 1 << 18
@@ -47,10 +48,17 @@ class Counters(NamedTuple):
     switches: int
 
 
-def sources(stage: str, root: Path = ROOT) -> list[Path]:
-    kernels = sorted(path for kind in ("*.cu", "*.cpp") for path in (root / "csrc/cuda" / stage).glob(kind))
-    names = (f"{stage}_cuda.cpp", f"{stage}_plan.cpp")
-    return [*kernels, *(path for name in names if (path := root / "csrc/bindings" / name).exists())]
+# The stages of a library: the kernels of attention use those of capture.
+STAGES = {"capture": ("capture", "attention"), "regions": ("regions",)}
+
+
+def sources(library: str, root: Path = ROOT) -> list[Path]:
+    paths = []
+    for stage in STAGES[library]:
+        paths += sorted(path for kind in ("*.cu", "*.cpp") for path in (root / "csrc/cuda" / stage).glob(kind))
+        names = (f"{stage}_cuda.cpp", f"{stage}_plan.cpp")
+        paths += [path for name in names if (path := root / "csrc/bindings" / name).exists()]
+    return paths
 
 
 def headers(root: Path = ROOT) -> list[Path]:

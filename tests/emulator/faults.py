@@ -45,11 +45,15 @@ _PIXELS = "contrast/pixels.cu"
 _DIVIDED = "contrast/contrast.cu"
 _COMMON = "capture/capture.cuh"
 _TILE = "capture/tile.cuh"
+_HIDE = "capture/hide.cuh"
 _STREAM = "capture/stream.cuh"
 _MERGE = "capture/merge.cuh"
 _MAPS = "capture/maps.cuh"
 _REREAD = "capture/reread.cuh"
 _PLAIN = "capture/plain.cu"
+_ATTEND = "attention/attend.cuh"
+_FINISH = "attention/finish.cuh"
+_ATTENTION = "attention/attention.cu"
 
 # fmt: off
 SELECT = (
@@ -210,10 +214,10 @@ CAPTURE = (
     Fault(_TILE, "pieces past the last are staged", "if (piece >= pieces) break;", ""),
     Fault(_STREAM, "multiply before the queries are staged", f"{WAIT}\n\n  while (base < end)",
           "\n  while (base < end)"),
-    Fault(_STREAM, "hidden keys count",
+    Fault(_HIDE, "hidden keys count",
           "if (!query.visible.has(base + key_of_score(n, lane.t))) scores[n] = -INFINITY;", ""),
-    Fault(_STREAM, "masked keys count", "!mask_has(p, problem.batch, head, row, key)", "false"),
-    Fault(_STREAM, "no softcap", "if (kGeneral && launch.logit.changes())", "if (false)"),
+    Fault(_HIDE, "masked keys count", "!mask_has(p, problem.batch, head, row, key)", "false"),
+    Fault(_HIDE, "no softcap", "if (kGeneral && launch.logit.changes())", "if (false)"),
     Fault(_STREAM, "clipped a block too far", "(first - base) / S::kBlockKeys * S::kBlockKeys",
           "(first - base + S::kBlockKeys - 1) / S::kBlockKeys * S::kBlockKeys"),
     Fault(_STREAM, "tiles at the ends of the tokens are not stored",
@@ -285,6 +289,53 @@ CAPTURE = (
     Fault(_PLAIN, "the highest token of half a warp", "for (int distance = 16; distance > 0; distance /= 2) {\n    low",
           "for (int distance = 8; distance > 0; distance /= 2) {\n    low"),
 )
+
+ATTENTION = (
+    Fault(_ATTEND, "values of the next keys",
+          "key_at(16 * step + 4 * lane.t + i)", "key_at(16 * step + 4 * lane.t + 3 - i)"),
+    Fault(_ATTEND, "elements past the end of a value",
+          "if (kWhole || 64 * piece + 8 * lane.g < size) ", "", "addresses"),
+    Fault(_ATTEND, "the halves of two words in another order",
+          "low_halves(third, fourth),\n", "low_halves(fourth, third),\n"),
+    Fault(_ATTEND, "the second half of the keys is lost", "multiply_add(outputs[piece][m], a, low, high, T());",
+          "multiply_add(outputs[piece][m], a, low, 0u, T());"),
+    Fault(_ATTEND, "multiply before the query is staged", f"{WAIT}\n\n  while (base < end)", "\n  while (base < end)"),
+    Fault(_ATTEND, "values that a window hides",
+          "max(min(start + column, visible.last), visible.first); };\n    load_values",
+          "min(start + column, capture.keys - 1); };\n    load_values"),
+    Fault(_ATTEND, "keys that a position hides", "visible.first); };\n    load_keys", "0); };\n    load_keys"),
+    Fault(_ATTEND, "started a block too late", "(visible.first - base) / S::kBlockKeys * S::kBlockKeys",
+          "(visible.first - base + S::kBlockKeys - 1) / S::kBlockKeys * S::kBlockKeys"),
+    Fault(_ATTEND, "ends before the last visible key", "visible.last + 1);", "visible.last);"),
+    Fault(_ATTEND, "the query of another head", "first_head = key_head * capture.group + first_query;",
+          "first_head = key_head * capture.group;"),
+    Fault(_ATTEND, "scores around the tokens alone inside", "base <= high && base + S::kTileKeys - 1 >= low",
+          "base >= low && base + S::kTileKeys - 1 <= high"),
+    Fault(_ATTEND, "lanes of a query with maxima of their own",
+          "    larger = fmaxf(larger, __shfl_xor_sync(kAllLanes, larger, 2));\n", ""),
+    Fault(_ATTEND, "outputs keep an old maximum", "outputs[piece][m][i] *= i % 2 == 0 ? first_shrink : second_shrink;",
+          "outputs[piece][m][i] *= 1.0f;"),
+    Fault(_ATTEND, "outputs shrink by another query", "i % 2 == 0 ? first_shrink", "i / 2 == 0 ? first_shrink"),
+    Fault(_ATTEND, "the sum keeps an old maximum", "sum = sum * shrink + ", "sum = sum + "),
+    Fault(_ATTEND, "a lane's keys alone are summed", "  sum += __shfl_xor_sync(kAllLanes, sum, 2);\n", ""),
+    Fault(_ATTEND, "warps are merged before all have stored",
+          f"  {WAIT}\n  // The warps as one", "  // The warps as one"),
+    Fault(_ATTEND, "warps are merged without their maxima",
+          "exp2_fast(shared.stats[warp][number].x - total.x)", "1.0f"),
+    Fault(_ATTEND, "outputs of queries that do not exist", "item < count * quarters", "item < kQueries * quarters",
+          "addresses"),
+    Fault(_FINISH, "outputs before they are written", "  wait_for_launch();\n", ""),
+    Fault(_FINISH, "splits in turns of one warp", "split = warp; split < splits", "split = 0; split < splits"),
+    Fault(_FINISH, "outputs of the splits without their maxima", "exp2_fast(stats[i].x - larger)", "1.0f"),
+    Fault(_FINISH, "outputs are added before all warps have theirs", f"  {WAIT}\n  float2 total", "  float2 total"),
+    Fault(_FINISH, "one warp has the sum of all", "exp2_fast(shared.stats[other].x - normal.x) * normal.y",
+          "normal.y"),
+    Fault(_FINISH, "the elements past 128 are lost",
+          "start < size; start += 128", "start < min(size, 128); start += 128"),
+    Fault(_FINISH, "the output of another head", "head * value.output_strides[1];", "head * value.size;"),
+    Fault(_FINISH, "the other type", "is_half ? pack(even, odd, __half())", "!is_half ? pack(even, odd, __half())"),
+    Fault(_ATTENTION, "the span is not sought", "launch_span(capture, span);", ""),
+)
 # fmt: on
 
-FAULTS = (*SELECT, *LABEL, *RANK, *CONTRAST, *CAPTURE)
+FAULTS = (*SELECT, *LABEL, *RANK, *CONTRAST, *CAPTURE, *ATTENTION)

@@ -39,9 +39,12 @@ AMOUNTS = {
     ("regions", "races"): ["few"],
     ("capture", "results"): ["seeds"],
     ("capture", "races"): ["first"],
+    ("attention", "races"): ["first"],
 }
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
-ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp"))}
+ONE_TYPE = {
+    stage: (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp")) for stage in ("capture", "attention")
+}
 
 
 class Verdict(NamedTuple):
@@ -68,7 +71,10 @@ def copy_sources(root: Path) -> None:
 
 
 def sources(stage: str, root: Path) -> list[Path]:
-    patterns = (f"csrc/cuda/{stage}/*.cu", f"csrc/cuda/{stage}/*.cpp", f"csrc/cpu/{stage}/*.cpp")
+    # The kernels of attention use those of capture.
+    used = ("capture", "attention") if stage == "attention" else (stage,)
+    folders = [f"csrc/{device}/{name}" for name in used for device in ("cuda", "cpu")]
+    patterns = [f"{folder}/*.{kind}" for folder in folders for kind in ("cu", "cpp")]
     skipped = ONE_TYPE.get(stage, ([], ()))[1]
     kernels = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in skipped]
     shared = ("csrc/cpu/simd/isa.cpp", "tests/native/parallel.cpp", f"tests/emulator/{stage}_cuda.cpp")

@@ -32,6 +32,11 @@ SCHEMAS: dict[str, str] = {
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
     "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
     "capture_layers": f"({_CAPTURE}) -> ()",
+    # A decode step of one layer: its attention, into `output`, and the capture of its row.
+    "attend_layer": "(Tensor query, Tensor key, Tensor value, Tensor tokens, Tensor? span, Tensor? mask, "
+    "Tensor? positions, Tensor? sink, float scale, float softcap, int window, bool each, Tensor? step, int first, "
+    "Tensor(a!) scratch, Tensor(b!) tickets, Tensor(c!) output, Tensor(d!) maps, Tensor(e!) mass, "
+    "Tensor(f!) entropy) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
     # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or
@@ -40,6 +45,9 @@ SCHEMAS: dict[str, str] = {
     # layers, batch, heads, key heads, rows, keys, head size, tokens, bytes of an element; then 0 or 1: whether the
     # log-sum-exp is given, whether keys are aligned to 16 bytes.
     "capture_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
+    # The same for attend_layer: bytes of scratch, number of tickets, keys of a split, splits, groups of 128 tokens of a
+    # block, blocks of tokens. The sizes are batch, heads, key heads, keys, head size, elements of a value, tokens.
+    "attention_plan_cuda": "(int[] sizes, Tensor(a!) out) -> ()",
     # Writes the instructions in use and the best of this machine; wanted sets them first (-2: no change, -1: default).
     "isa_cpu": "(int wanted, Tensor(a!) out) -> ()",
     # Writes the architectures that the compiled kernels are for, such as 90 for sm_90a; 0 in the slots that are left.

@@ -19,26 +19,6 @@ void check(bool holds, const char* message) {
   if (!holds) throw std::runtime_error(std::string("capture_layers: ") + message);
 }
 
-void check_amount(const char* name, int64_t needed, int64_t given, const char* unit) {
-  if (given >= needed) return;
-  throw std::runtime_error(std::string("capture_layers: ") + name + ": expected at least " + std::to_string(needed) +
-                           unit + ", got " + std::to_string(given));
-}
-
-// Whether every key of every layer starts at a multiple of 16 bytes and is whole vectors of them, with rows that
-// 32 bits of stride reach.
-bool keys_are_aligned(const CaptureParams& p) {
-  const int64_t elements = p.type == Float::kFloat32 ? 4 : 8;
-  bool aligned = p.size % elements == 0;
-  for (int64_t index = 0; index < p.layer_count; ++index) {
-    const CaptureLayer& layer = p.layers[index];
-    aligned = aligned && reinterpret_cast<uintptr_t>(layer.key) % 16 == 0;
-    for (int64_t stride : layer.key_strides) aligned = aligned && stride % elements == 0;
-    aligned = aligned && layer.key_strides[2] < 1 << 30;
-  }
-  return aligned;
-}
-
 bool query_is_aligned(const CaptureLayer& layer, int64_t size) {
   bool aligned = reinterpret_cast<uintptr_t>(layer.query) % 16 == 0 && (size < 2 || layer.query_strides[3] == 1);
   for (int i = 0; i < 3; ++i) aligned = aligned && layer.query_strides[i] % 8 == 0;
@@ -60,7 +40,69 @@ Logit logit_of(const CaptureParams& p) {
   return logit;
 }
 
-// Moves all pointers to some rows of some layers.
+void launch_part(const CaptureLaunch& launch, const CapturePlan& plan, const CaptureGrid& grid) {
+  const bool is_half = launch.params.type == Float::kFloat16;
+  const bool has_scores = launch.params.keys > 0 && launch.params.token_count > 0;
+  if (plan.is_plain) {
+    if (has_scores) launch_plain(launch, grid);
+  } else if (launch.params.lse == nullptr && has_scores) {
+    is_half ? launch_stream_half(launch, grid) : launch_stream_bfloat(launch, grid);
+  }
+  if (!plan.is_reread) {
+    CaptureGrid alone = grid;
+    alone.overlaps = grid.overlaps && has_scores;
+    return launch_maps(launch, alone);
+  }
+  is_half ? launch_reread_half(launch, grid) : launch_reread_bfloat(launch, grid);
+}
+
+}  // namespace
+
+bool keys_are_aligned(const CaptureParams& p) {
+  const int64_t elements = p.type == Float::kFloat32 ? 4 : 8;
+  bool aligned = p.size % elements == 0;
+  for (int64_t index = 0; index < p.layer_count; ++index) {
+    const CaptureLayer& layer = p.layers[index];
+    aligned = aligned && reinterpret_cast<uintptr_t>(layer.key) % 16 == 0;
+    for (int64_t stride : layer.key_strides) aligned = aligned && stride % elements == 0;
+    aligned = aligned && layer.key_strides[2] < 1 << 30;
+  }
+  return aligned;
+}
+
+void check_memory(const char* name, const CapturePlan& plan, const CaptureDevice& device) {
+  const auto check_amount = [name](const char* argument, int64_t needed, int64_t given, const char* unit) {
+    if (given >= needed) return;
+    throw std::runtime_error(std::string(name) + ": " + argument + ": expected at least " + std::to_string(needed) +
+                             unit + ", got " + std::to_string(given));
+  };
+  check_amount("scratch", plan.bytes, device.scratch_bytes, " bytes");
+  if (reinterpret_cast<uintptr_t>(device.scratch) % 16 != 0) {
+    throw std::runtime_error(std::string(name) + ": scratch: expected 16 bytes of alignment");
+  }
+  check_amount("tickets", plan.tickets, device.ticket_count, "");
+}
+
+CaptureLaunch whole_of(const CaptureParams& p, const CapturePlan& plan, const CaptureDevice& device) {
+  CaptureLaunch launch{};
+  launch.params = p;
+  launch.params.layers = nullptr;
+  launch.device = device;
+  launch.logit = logit_of(p);
+  launch.lse_rows = p.rows;
+  auto* bytes = static_cast<unsigned char*>(device.scratch);
+  launch.stats = reinterpret_cast<float2*>(bytes + plan.stats);
+  launch.parts = reinterpret_cast<float4*>(bytes + plan.parts);
+  launch.scores = reinterpret_cast<float*>(bytes + plan.scores);
+  launch.padded = static_cast<int>(plan.padded);
+  launch.split_keys = static_cast<int>(plan.split_keys);
+  launch.splits = static_cast<int>(plan.splits);
+  launch.queries_at_once = static_cast<int>(plan.queries_at_once);
+  launch.token_chunks = static_cast<int>(plan.token_chunks);
+  launch.token_blocks = static_cast<int>(plan.token_blocks);
+  return launch;
+}
+
 CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t first_layer, int64_t layers,
                       int64_t first_row, int64_t rows) {
   CaptureLaunch launch = all;
@@ -98,8 +140,6 @@ CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t 
   return launch;
 }
 
-// Whether dependent launches may overlap on the current device: where the kernels that run there were compiled for compute
-// capability 9.0 or later, since others do not wait.
 bool overlaps_launches(int device) {
   static std::atomic<signed char> known[kDevices];
   signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
@@ -110,24 +150,6 @@ bool overlaps_launches(int device) {
   return found > 0;
 }
 
-void launch_part(const CaptureLaunch& launch, const CapturePlan& plan, const CaptureGrid& grid) {
-  const bool is_half = launch.params.type == Float::kFloat16;
-  const bool has_scores = launch.params.keys > 0 && launch.params.token_count > 0;
-  if (plan.is_plain) {
-    if (has_scores) launch_plain(launch, grid);
-  } else if (launch.params.lse == nullptr && has_scores) {
-    is_half ? launch_stream_half(launch, grid) : launch_stream_bfloat(launch, grid);
-  }
-  if (!plan.is_reread) {
-    CaptureGrid alone = grid;
-    alone.overlaps = grid.overlaps && has_scores;
-    return launch_maps(launch, alone);
-  }
-  is_half ? launch_reread_half(launch, grid) : launch_reread_bfloat(launch, grid);
-}
-
-}  // namespace
-
 void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
   check(p.size <= kMaxSize, "query: expected heads of up to 256 elements");
   if (p.batch == 0 || p.rows == 0 || p.heads == 0) return;
@@ -136,27 +158,8 @@ void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {
   check(p.batch <= kMostBlocks && p.key_heads * plan.query_blocks <= kMostBlocks && p.keys < most &&
             (plan.is_reread || plan.token_blocks <= kMostTokenParts) && plan.token_blocks <= most && plan.layers * p.batch * p.heads * plan.rows <= most,
         "query, key, tokens: expected sizes whose blocks fit into a grid");
-  check_amount("scratch", plan.bytes, device.scratch_bytes, " bytes");
-  check(reinterpret_cast<uintptr_t>(device.scratch) % 16 == 0, "scratch: expected 16 bytes of alignment");
-  check_amount("tickets", plan.tickets, device.ticket_count, "");
-
-  CaptureLaunch launch{};
-  launch.params = p;
-  launch.params.layers = nullptr;
-  launch.device = device;
-  launch.logit = logit_of(p);
-  launch.lse_rows = p.rows;
-  auto* bytes = static_cast<unsigned char*>(device.scratch);
-  launch.stats = reinterpret_cast<float2*>(bytes + plan.stats);
-  launch.parts = reinterpret_cast<float4*>(bytes + plan.parts);
-  launch.scores = reinterpret_cast<float*>(bytes + plan.scores);
-  launch.padded = static_cast<int>(plan.padded);
-  launch.split_keys = static_cast<int>(plan.split_keys);
-  launch.splits = static_cast<int>(plan.splits);
-  launch.queries_at_once = static_cast<int>(plan.queries_at_once);
-  launch.token_chunks = static_cast<int>(plan.token_chunks);
-  launch.token_blocks = static_cast<int>(plan.token_blocks);
-
+  check_memory("capture_layers", plan, device);
+  CaptureLaunch launch = whole_of(p, plan, device);
   const DeviceGuard guard(device.device);
   CaptureGrid grid{};
   grid.overlaps = overlaps_launches(device.device);

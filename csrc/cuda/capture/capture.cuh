@@ -137,6 +137,20 @@ void launch_reread_half(const CaptureLaunch& launch, const CaptureGrid& grid);
 void launch_plain(const CaptureLaunch& launch, const CaptureGrid& grid);
 void launch_span(const CaptureLaunch& launch, int32_t* span);
 void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid);
+
+// What comes before the launches, on the host; see capture.cu.
+// Whether every key of every layer starts at a multiple of 16 bytes and is whole vectors of them, with rows that
+// 32 bits of stride reach.
+bool keys_are_aligned(const CaptureParams& params);
+// Throws std::runtime_error, which starts with the name of an operator, if a plan wants more memory than there is.
+void check_memory(const char* name, const CapturePlan& plan, const CaptureDevice& device);
+// The arguments of a plan's launches but those of `part_of`: some layers and rows, to which all pointers are moved.
+CaptureLaunch whole_of(const CaptureParams& params, const CapturePlan& plan, const CaptureDevice& device);
+CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& params, int64_t first_layer, int64_t layers,
+                      int64_t first_row, int64_t rows);
+// Whether dependent launches may overlap on the current device: where the kernels that run there were compiled for
+// compute capability 9.0 or later, since others do not wait.
+bool overlaps_launches(int device);
 // Whether the compiled kernels for the current device have instructions that wait for the launch before.
 bool maps_wait_for_launch();
 

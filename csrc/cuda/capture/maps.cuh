@@ -14,6 +14,13 @@ struct MapsShared {
   float2 normals[1];  // [heads], padded to a multiple of kHeadsAtOnce
 };
 
+inline size_t maps_bytes(int64_t heads) {
+  // Four threads a head: all that they write.
+  constexpr int64_t kPadded = kThreads / 4;
+  static_assert(kPadded % kHeadsAtOnce == 0);
+  return sizeof(MapsShared) + sizeof(float2) * static_cast<size_t>((heads + kPadded - 1) / kPadded * kPadded);
+}
+
 // The statistics of all heads, by four threads a head.
 __device__ __forceinline__ void merge_heads(const CaptureLaunch& launch, const Problem& problem, int row,
                                             MapsShared& shared) {
@@ -41,16 +48,15 @@ __device__ __forceinline__ void merge_heads(const CaptureLaunch& launch, const P
   }
 }
 
-// A block: some tokens of one row. A thread has a token and all heads. Grid: [token blocks, rows, layers x batch].
+// One of the blocks of tokens of a row. A thread has a token and all heads.
 template <bool kEach>
-__global__ void __launch_bounds__(kThreads, 5) capture_maps(const __grid_constant__ CaptureLaunch launch) {
+__device__ __forceinline__ void write_maps(const CaptureLaunch& launch, const Problem& problem, int row, int block) {
   MapsShared& shared = block_shared<MapsShared>();
   const CaptureParams& p = launch.params;
-  const Problem problem(launch);
-  const int row = blockIdx.y, heads = launch.heads;
+  const int heads = launch.heads;
   const int64_t step = int64_t{launch.rows} * launch.padded;
   const float* scores = launch.scores + static_cast<int64_t>(problem.line(launch, 0, row)) * launch.padded;
-  int64_t token = static_cast<int64_t>(blockIdx.x) * launch.token_chunks * kThreads + threadIdx.x;
+  int64_t token = int64_t{block} * launch.token_chunks * kThreads + threadIdx.x;
   const Visible visible = visible_to(p, problem.batch, row);
   const Outputs out = outputs_of(launch, problem);
   float* maps = out.maps + row * p.maps_strides[2];
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 5) capture_maps(const __grid_constan
     unsigned goes_on = 0;
     if (threadIdx.x == 0 && is_last) store_row(p, out, row, all);
     if (threadIdx.x == 0 && !is_last) {
-      store_part(parts + blockIdx.x, all);
+      store_part(parts + block, all);
       goes_on = take_ticket(launch.device.tickets + problem.row_line(launch, row), launch.token_blocks);
     }
     if (__shfl_sync(kAllLanes, goes_on, 0) == 0) return;

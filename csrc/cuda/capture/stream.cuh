@@ -4,18 +4,12 @@
 
 #include <algorithm>
 
+#include "cuda/capture/hide.cuh"
 #include "cuda/capture/merge.cuh"
-#include "cuda/capture/tile.cuh"
 #include "cuda/launch.cuh"
 
 namespace carve {
 namespace {
-
-// A query of a block.
-struct StreamQuery {
-  int line;  // of `stats` and `scores`; -1: there is none
-  Visible visible;
-};
 
 // How many queries of a key head a block takes: up to 8, whose statistics stay in registers; up to 64; up to 256, two
 // tiles at a time, whose independent instructions hide the latency that more blocks would. kBlocks run on a
@@ -78,32 +72,6 @@ __device__ __forceinline__ void clip_to_visible(const CaptureParams& p, int batc
     last = max(last, __shfl_xor_sync(kAllLanes, last, distance));
   }
   begin = max(begin, first), end = min(end, last + 1);
-}
-
-// Scores of hidden keys become -inf; products become scores first, where those differ. kGeneral: see is_general.
-template <typename S, bool kGeneral>
-__device__ __forceinline__ void hide(const CaptureLaunch& launch, const Problem& problem, const StreamQuery& query,
-                                     int base, float (&scores)[S::kScores]) {
-  const Lane lane;
-  if (kGeneral && launch.logit.changes()) {
-#pragma unroll
-    for (int n = 0; n < S::kScores; ++n) scores[n] = launch.logit.score(scores[n]);
-  }
-  if (base < query.visible.first || base + S::kTileKeys - 1 > query.visible.last) {
-#pragma unroll
-    for (int n = 0; n < S::kScores; ++n) {
-      if (!query.visible.has(base + key_of_score(n, lane.t))) scores[n] = -INFINITY;
-    }
-  }
-  const CaptureParams& p = launch.params;
-  if (kGeneral && p.mask != nullptr && query.line >= 0) {
-    const int row = query.line % launch.rows, head = query.line / launch.rows % launch.heads;
-#pragma unroll
-    for (int n = 0; n < S::kScores; ++n) {
-      const int key = base + key_of_score(n, lane.t);
-      if (key < p.keys && !mask_has(p, problem.batch, head, row, key)) scores[n] = -INFINITY;
-    }
-  }
 }
 
 template <int kScores>

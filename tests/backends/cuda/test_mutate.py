@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.emulator.emulator import ROOT, compiler
-from tests.emulator.faults import CAPTURE, FAULTS, LABEL, RANK, SELECT, Fault
+from tests.emulator.faults import ATTENTION, CAPTURE, FAULTS, LABEL, RANK, SELECT, Fault
 from tests.emulator.mutate import Verdict, judge, plant
 
-FEW = (SELECT[0], LABEL[6], RANK[1], CAPTURE[0])
-AMOUNTS = {"regions": [], "capture": []}
+FEW = (SELECT[0], LABEL[6], RANK[1], CAPTURE[0], ATTENTION[0])
+AMOUNTS = {"regions": [], "capture": [], "attention": ["few"]}
 
 
 def copy_of(file: str, root: Path) -> Path:
