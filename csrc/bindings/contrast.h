@@ -1,7 +1,9 @@
 // Checks of the arguments of the contrast operators, and their translation into ContrastParams.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "bindings/operands.h"
@@ -10,10 +12,17 @@
 namespace carve {
 namespace {
 
-// `task` and, with them, the tensors of a contrast; `name` is that of the operator, for messages.
+// The maps of a task, [layers, steps, tokens], in a tensor that may have further dimensions of one element.
+struct TaskMaps {
+  const Operand& tensor;
+  int64_t sizes[3];
+  int64_t strides[3];
+};
+
+// The tensors of a contrast; `name` is that of the operator, for messages.
 struct ContrastOperands {
   const char* name;
-  const Operand& task;  // [layers, steps, tokens]
+  TaskMaps task;
   const Operand& general;
   const Operand& layer_weights;
   const Operand& step_weights;
@@ -34,6 +43,14 @@ inline void check_contrast(const char* name, bool holds, const T&... message) {
 inline void check_kind(const char* name, const Operand& tensor, const char* argument, int64_t dims, int32_t dtype) {
   check_contrast(name, tensor.dtype == dtype && tensor.dims == dims, argument, ": expected ", name_dtype(dtype),
                  " with ", dims, " dimensions, got ", tensor);
+}
+
+TaskMaps parse_task(const char* name, const Operand& task) {
+  check_kind(name, task, "task", 3, kDtypes.float32);
+  TaskMaps maps{task, {}, {}};
+  std::copy_n(task.sizes, 3, maps.sizes);
+  std::copy_n(task.strides, 3, maps.strides);
+  return maps;
 }
 
 // Four numbers a view: grid_h, grid_w, height, width. The views have to use all tokens and all pixels.
@@ -63,7 +80,6 @@ std::vector<ViewShape> parse_shapes(const char* name, const std::vector<int64_t>
 ContrastCall parse_contrast(const ContrastOperands& in, const std::vector<int64_t>& shapes, double lam,
                             bool lam_is_mean, int64_t normalize) {
   const char* name = in.name;
-  check_kind(name, in.task, "task", 3, kDtypes.float32);
   check_kind(name, in.general, "general", 3, kDtypes.float32);
   check_kind(name, in.layer_weights, "layer_weights", 1, kDtypes.float64);
   check_kind(name, in.step_weights, "step_weights", 1, kDtypes.float64);
@@ -71,7 +87,7 @@ ContrastCall parse_contrast(const ContrastOperands& in, const std::vector<int64_
   for (const auto& [tensor, argument] :
        {std::pair(&in.general, "general"), std::pair(&in.layer_weights, "layer_weights"),
         std::pair(&in.step_weights, "step_weights"), std::pair(&in.out, "out")}) {
-    check_contrast(name, tensor->is_on_device_of(in.task), argument, ": expected a tensor on the device of task");
+    check_contrast(name, tensor->is_on_device_of(in.task.tensor), argument, ": expected a tensor on the device of task");
   }
   for (const auto& [tensor, argument] : {std::pair(&in.layer_weights, "layer_weights"),
                                          std::pair(&in.step_weights, "step_weights"), std::pair(&in.out, "out")}) {
@@ -94,7 +110,7 @@ ContrastCall parse_contrast(const ContrastOperands& in, const std::vector<int64_
   check_contrast(name, normalize >= 0 && normalize <= static_cast<int64_t>(Normalize::kMinmax),
                  "normalize: expected a number from 0 to 3, got ", normalize);
   call.views = parse_shapes(name, shapes, p.tokens, in.out.numel());
-  p.task = static_cast<const float*>(in.task.data());
+  p.task = static_cast<const float*>(in.task.tensor.data());
   p.general = static_cast<const float*>(in.general.data());
   p.layer_weights = static_cast<const double*>(in.layer_weights.data());
   p.step_weights = static_cast<const double*>(in.step_weights.data());

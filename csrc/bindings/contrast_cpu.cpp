@@ -19,9 +19,10 @@ void contrast_cpu(StableIValue* stack, uint64_t inputs, uint64_t) {
   const auto lam_is_mean = given.scalar<bool>();
   const auto normalize = given.scalar<int64_t>();
   const carve::Operand out = given.tensor();
+  const carve::TaskMaps maps = carve::parse_task(name, task);
   carve::check_contrast(name, task.is_contiguous(), "task: expected a contiguous tensor, got ", task);
   carve::check_contrast(name, general.is_contiguous(), "general: expected a contiguous tensor, got ", general);
-  const carve::ContrastCall call = carve::parse_contrast({name, task, general, layer_weights, step_weights, out},
+  const carve::ContrastCall call = carve::parse_contrast({name, maps, general, layer_weights, step_weights, out},
                                                          shapes, lam, lam_is_mean, normalize);
   carve::contrast_cpu(call.params);
 }

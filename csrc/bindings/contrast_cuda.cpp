@@ -20,7 +20,8 @@ void contrast_cuda(StableIValue* stack, uint64_t inputs, uint64_t) {
   const auto lam_is_mean = given.scalar<bool>();
   const auto normalize = given.scalar<int64_t>();
   const carve::Operand scratch = given.tensor(), out = given.tensor();
-  const carve::ContrastOperands in{name, task, general, layer_weights, step_weights, out};
+  const carve::TaskMaps maps = carve::parse_task(name, task);
+  const carve::ContrastOperands in{name, maps, general, layer_weights, step_weights, out};
   const carve::ContrastCall call = carve::parse_contrast(in, shapes, lam, lam_is_mean, normalize);
   carve::contrast_cuda(call.params, carve::parse_contrast_device(in, call, scratch));
 }

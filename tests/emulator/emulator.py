@@ -24,7 +24,14 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-OPERATORS = ("capture_layers", "capture_plan_cuda", "attend_layer", "attention_plan_cuda", "contrast_cuda", "regions_cuda")
+OPERATORS = (
+    "capture_layers",
+    "capture_plan_cuda",
+    "attend_layer",
+    "attention_plan_cuda",
+    "contrast_cuda",
+    "regions_cuda",
+)
 schemas.define(NAMESPACE, OPERATORS)
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.

@@ -196,7 +196,6 @@ CONTRAST = (
     Fault(_PIXELS, "vectors past the last column", "      if (start < right) {\n", "      {\n", "addresses"),
     Fault(_PIXELS, "pixels before all rows are there", f"  {WAIT}\n  if (own_row >= at_once) return;",
           "  if (own_row >= at_once) return;"),
-    Fault(_PIXELS, "rows of more threads than a row has", "  if (own_row >= at_once) return;\n", "", "addresses"),
 )
 
 CAPTURE = (
