@@ -50,7 +50,7 @@ bool run(int kind, carve::RegionsParams params, int64_t most_blocks) {
   const int64_t bytes = carve::regions_cuda_scratch(params.height, params.width, params.connectivity);
   const std::unique_ptr<unsigned char[]> scratch(new unsigned char[bytes]);
   std::memset(scratch.get(), 0xab, bytes);
-  carve::regions_cuda(result.fill(params), {0, nullptr, scratch.get(), result.outcome.data(), most_blocks});
+  carve::regions_cuda(result.fill(params), {0, nullptr, scratch.get(), result.outcome.data(), most_blocks, 0});
   return std::memcmp(result.mask.get(), expected.mask.get(), count) == 0 && result.boxes == expected.boxes &&
          result.scores == expected.scores && result.outcome == expected.outcome;
 }
