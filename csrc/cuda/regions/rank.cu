@@ -110,57 +110,33 @@ struct Sorted {
   __device__ __forceinline__ Ranked at(uint32_t index) const {
     return {load_settled(keys + index), load_settled(firsts + index)};
   }
-  __device__ __forceinline__ bool is_before(uint32_t index, const Ranked& than) const {
-    const Key key = load_settled(keys + index);
-    return key != than.key ? key < than.key : load_settled(firsts + index) < than.first;
-  }
 };
 
-// The regions of a sorted range that are better, plus its beginning.
-__device__ __forceinline__ uint32_t find_place(const Sorted& sorted, uint32_t begin, uint32_t end, const Ranked& of) {
-  while (begin < end) {
-    const uint32_t middle = begin + (end - begin) / 2;
-    const bool is_before = sorted.is_before(middle, of);
-    begin = is_before ? middle + 1 : begin;
-    end = is_before ? end : middle;
-  }
-  return begin;
-}
-
-// Several searches at a time: each waits for its loads.
-constexpr uint32_t kSearches = 4;
-
-// The regions of several sorted ranges that are better.
-__device__ __forceinline__ uint32_t count_better(const Sorted& sorted, const uint32_t* begins, const uint32_t* ends,
-                                                 const Ranked& than) {
-  uint32_t at[kSearches];
+// Several searches at a time: in each, the regions of the sorted range from `at` on that are better than another.
+// `at` moves past them. A length of 0 searches nowhere.
+template <int kSearches>
+__device__ __forceinline__ void pass_better(const Sorted& sorted, uint32_t (&at)[kSearches],
+                                            const uint32_t (&ends)[kSearches], const Ranked (&than)[kSearches]) {
   uint32_t longest = 0;
-  uint32_t better = 0;
 #pragma unroll
-  for (uint32_t i = 0; i < kSearches; ++i) {
-    at[i] = begins[i];
-    better -= at[i];
-    const uint32_t length = ends[i] - begins[i];
-    longest = length > longest ? length : longest;
-  }
-  if (longest == 0) return 0;
+  for (int i = 0; i < kSearches; ++i) longest = ends[i] - at[i] > longest ? ends[i] - at[i] : longest;
+  if (longest == 0) return;
   for (uint32_t by = 1u << (31 - __clz(static_cast<int>(longest))); by > 0; by /= 2) {
     Key keys[kSearches];
 #pragma unroll
-    for (uint32_t i = 0; i < kSearches; ++i) {
+    for (int i = 0; i < kSearches; ++i) {
       // Loaded in any case: a branch would wait for the load before.
       keys[i] = load_settled(sorted.keys + (ends[i] - at[i] >= by ? at[i] + by - 1 : 0));
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kSearches; ++i) {
-      if (ends[i] - at[i] < by || keys[i] > than.key) continue;
-      if (keys[i] < than.key || load_settled(sorted.firsts + at[i] + by - 1) < than.first) at[i] += by;
+    for (int i = 0; i < kSearches; ++i) {
+      if (ends[i] - at[i] < by || keys[i] > than[i].key) continue;
+      if (keys[i] < than[i].key || load_settled(sorted.firsts + at[i] + by - 1) < than[i].first) at[i] += by;
     }
   }
-#pragma unroll
-  for (uint32_t i = 0; i < kSearches; ++i) better += at[i];
-  return better;
 }
+
+constexpr int kSearches = 8;
 
 struct MergeShared {
   // Of each run of the group: where the elements between the block's first and its last one are.
@@ -171,7 +147,7 @@ struct MergeShared {
 // Merges sorted runs of one length, up to `fan` at a time, from one buffer into the other; a single run stays. Elements
 // that cannot be among the kept ones are left out. A block has adjacent elements of one run: it finds where they belong
 // in each other run, and then its threads search there.
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, uint32_t fan, int from) {
   auto& shared = block_shared<MergeShared>();
   start_next_launch();
@@ -197,12 +173,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 
     uint32_t places[2] = {0, 0};
     uint32_t before = 0;
-    const uint32_t other_begin = group + threadIdx.x * run;
-    if (threadIdx.x < runs && other_begin != own_begin) {
-      const uint32_t other_end = end_of_run(other_begin);
-      places[0] = find_place(sorted, other_begin, other_end, sorted.at(start));
-      places[1] = find_place(sorted, places[0], other_end, sorted.at(block_end - 1));
-      before = places[0] - other_begin;
+    if (threadIdx.x < runs && group + threadIdx.x * run != own_begin) {
+      const uint32_t other = group + threadIdx.x * run;
+      places[0] = places[1] = other;
+      const uint32_t other_end = end_of_run(other);
+      pass_better<2>(sorted, places, {other_end, other_end}, {sorted.at(start), sorted.at(block_end - 1)});
+      before = places[0] - other;
     }
     shared.begins[threadIdx.x] = places[0];
     shared.ends[threadIdx.x] = places[1];
@@ -215,7 +191,18 @@ __global__ void __launch_bounds__(kBlockThreads)
       const Ranked own = sorted.at(start + threadIdx.x);
       place += threadIdx.x;
       for (uint32_t other = 0; other < runs; other += kSearches) {
-        place += count_better(sorted, &shared.begins[other], &shared.ends[other], own);
+        uint32_t at[kSearches], ends[kSearches];
+        Ranked owns[kSearches];
+#pragma unroll
+        for (int i = 0; i < kSearches; ++i) {
+          at[i] = shared.begins[other + i];
+          ends[i] = shared.ends[other + i];
+          owns[i] = own;
+          place -= at[i];
+        }
+        pass_better<kSearches>(sorted, at, ends, owns);
+#pragma unroll
+        for (int i = 0; i < kSearches; ++i) place += at[i];
       }
       if (place < kept) {
         store(job.sorted_keys[1 - from] + group + place, own.key);
