@@ -173,8 +173,11 @@ struct RegionsDevice {
   int device;
   void* stream;
   void* scratch;     // regions_cuda_scratch(...) bytes, aligned to 16
-  int64_t* outcome;  // [6]: kept, reason and box of RegionsOutcome
+  int64_t* outcome;  // [6 + 5 * outcome_rows]: kept, reason and box of RegionsOutcome; then as below
   int64_t most_blocks;  // in a launch; the result does not depend on it
+  // The first rows of `boxes` and then, as bits, of `scores` once more after the outcome: one copy to the host brings
+  // all that most callers read there. Rows past the kept regions are not written. 0: none.
+  int64_t outcome_rows;
 };
 
 // The largest number of regions that an image of this size can have.

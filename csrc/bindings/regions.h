@@ -8,7 +8,9 @@
 
 namespace carve {
 
+// The numbers of an outcome, and of each box and score that follow them.
 constexpr int64_t kRegionsOutcome = 6;
+constexpr int64_t kRegionsRow = 5;
 
 // `name` is the name of the operator, for messages.
 inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor& saliency, double keep, int64_t top,
@@ -43,7 +45,6 @@ inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor
                   ": mask: expected the shape of saliency");
   STD_TORCH_CHECK(boxes.size(1) == 4, name, ": boxes: expected four numbers for each region");
   STD_TORCH_CHECK(scores.size(0) == params.capacity, name, ": scores: expected as many as boxes");
-  STD_TORCH_CHECK(outcome.size(0) == kRegionsOutcome, name, ": outcome: expected ", kRegionsOutcome, " numbers");
   params.saliency = saliency.const_data_ptr();
   params.mask = mask.mutable_data_ptr<bool>();
   params.boxes = boxes.mutable_data_ptr<int64_t>();

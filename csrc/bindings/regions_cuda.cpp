@@ -29,6 +29,11 @@ void regions_cuda(const Tensor& saliency, double keep, int64_t top, int64_t floo
                   std::min(most, limit), " rows");
   STD_TORCH_CHECK(most_blocks > 0 && most_blocks <= kMostBlocks, name, ": most_blocks: expected 1 to ", kMostBlocks,
                   ", got ", most_blocks);
+  const int64_t rows = (outcome.size(0) - carve::kRegionsOutcome) / carve::kRegionsRow;
+  STD_TORCH_CHECK(rows >= 0 && rows <= params.capacity &&
+                      outcome.size(0) == carve::kRegionsOutcome + carve::kRegionsRow * rows,
+                  name, ": outcome: expected ", carve::kRegionsOutcome, " numbers and ", carve::kRegionsRow,
+                  " for each of up to ", params.capacity, " boxes, got ", outcome.size(0));
   carve::check_tensor(scratch, name, "scratch", 1, ScalarType::Byte);
   const int64_t bytes = carve::regions_cuda_scratch(params.height, params.width, connectivity);
   STD_TORCH_CHECK(scratch.size(0) >= bytes, name, ": scratch: expected at least ", bytes, " bytes");
@@ -38,6 +43,7 @@ void regions_cuda(const Tensor& saliency, double keep, int64_t top, int64_t floo
   device.scratch = scratch.mutable_data_ptr();
   device.outcome = outcome.mutable_data_ptr<int64_t>();
   device.most_blocks = most_blocks;
+  device.outcome_rows = rows;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(device.scratch) % 16 == 0, name, ": scratch: expected 16-byte alignment");
   carve::regions_cuda(params, device);
 }
