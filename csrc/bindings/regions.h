@@ -52,4 +52,17 @@ inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor
   return params;
 }
 
+// An outcome on a CPU, which is no copy of boxes and scores.
+inline void check_outcome(const char* name, const torch::stable::Tensor& outcome) {
+  STD_TORCH_CHECK(outcome.size(0) == kRegionsOutcome, name, ": outcome: expected ", kRegionsOutcome, " numbers, got ",
+                  outcome.size(0));
+}
+
+inline void store_outcome(const RegionsOutcome& found, torch::stable::Tensor& outcome) {
+  int64_t* written = outcome.mutable_data_ptr<int64_t>();
+  *written++ = found.kept;
+  *written++ = static_cast<int64_t>(found.reason);
+  for (int64_t edge : found.box) *written++ = edge;
+}
+
 }  // namespace carve
