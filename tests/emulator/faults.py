@@ -193,7 +193,7 @@ CONTRAST = (
           ">= launch.view[index + 1].first_block", "> launch.view[index + 1].first_block"),
     Fault(_PIXELS, "rows of pixels past the last", "min(top + view.rows, view.height)", "top + view.rows", "addresses"),
     Fault(_PIXELS, "columns of pixels past the last", "if (start + i * by < right) store", "store", "addresses"),
-    Fault(_PIXELS, "vectors past the last column", "      if (start < right) {\n", "      {\n", "addresses"),
+    Fault(_PIXELS, "vectors past the last column", "      if (start < right) {\n", "      {\n"),
     Fault(_PIXELS, "pixels before all rows are there", f"  {WAIT}\n  if (own_row >= at_once) return;",
           "  if (own_row >= at_once) return;"),
 )

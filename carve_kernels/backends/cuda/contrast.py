@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from carve_kernels.backends import cuda
 from carve_kernels.backends.cuda.plan import MOST_MAPS, contrast_scratch
 from carve_kernels.backends.native.limits import contrast_limit
+from carve_kernels.backends.native.weights import on_device
 from carve_kernels.types import NORMALIZE, ContrastOptions, Views
 
 # As in csrc/cuda/contrast/contrast.cuh.
@@ -48,12 +47,6 @@ def forward(task: torch.Tensor, general: torch.Tensor, views: Views, options: Co
         0.0 if lam == "mean" else float(lam), lam == "mean", NORMALIZE.index(normalize), scratch, out,
     )  # fmt: skip
     return out
-
-
-@functools.lru_cache(maxsize=1024)
-def on_device(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Weights on a device, cached: the host waits for each copy to it."""
-    return torch.tensor(weights, dtype=torch.float64, device="cpu").to(device)
 
 
 def _cells_of_a_quad(cells: int, pixels: int) -> int:

@@ -14,7 +14,7 @@ _STATE_BYTES = 6 * 2**11 * 4 + 112
 _REGION_BYTES = 52
 _PIXEL_BYTES = 4
 # Boxes and scores that come to the host with the number of regions: 10 KB, a microsecond or two of the bus.
-_OUTCOME_ROWS = 256
+OUTCOME_ROWS = 256
 
 
 def supports(saliency: torch.Tensor, _options: RegionOptions) -> str | None:
@@ -32,7 +32,7 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     saliency = saliency.detach().contiguous()
     height, width = saliency.shape
     scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
-    buffers = allocate(saliency, options, outcome_rows=_OUTCOME_ROWS)
+    buffers = allocate(saliency, options, outcome_rows=OUTCOME_ROWS)
     cuda.operators.regions_cuda.default(saliency, *numbers(options), MOST_BLOCKS, scratch, *buffers)
     return read(buffers)
 
