@@ -131,7 +131,7 @@ def capture_layers(
         with contextlib.suppress(Exception):
             if _capture_in_one_call(layers, tokens, options, slot, backend):
                 return
-    check_layers(layers, tokens, options, slot)
+    _check_layers(layers, tokens, options, slot)
     memory = Memory.new(NONE, query[0].device)
     torch.ops.carve_kernels.capture_layers_in.default(
         list(query), list(key), tokens, None, mask, positions, list(sink), None, float(scale), float(softcap or 0.0),
@@ -171,8 +171,7 @@ def _capture_in_one_call(
     return True
 
 
-def check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot) -> None:
-    """Check the arguments of a capture of several layers."""
+def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot) -> None:
     (query, key, sink), (out, step, first) = layers, slot
     if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
         raise ValueError(

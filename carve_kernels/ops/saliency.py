@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,15 +10,15 @@ import torch
 
 from carve_kernels import checks
 from carve_kernels.backends.native.limits import dense_sinks
-from carve_kernels.backends.native.region_buffers import RegionBuffers, allocate, read
+from carve_kernels.backends.native.region_buffers import RegionBuffers, allocate, most_selected, read
 from carve_kernels.backends.native.scratch import Memory
 from carve_kernels.numerics import float64_device
-from carve_kernels.ops.capture import check_layers
+from carve_kernels.ops.capture_checks import check_arguments, check_out
 from carve_kernels.ops.capture_checks import check_values as check_capture
 from carve_kernels.ops.contrast import check_values, contrast_options, is_several, views_of
 from carve_kernels.ops.regions import region_options
 from carve_kernels.ops.saliency_operator import SaliencyOperator, operands, saliency_operator
-from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Slot, Views
+from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views
 
 _Each = torch.Tensor | Sequence[torch.Tensor]
 
@@ -120,10 +120,10 @@ def saliency(
     queries (slice one), general maps of several steps (pick one), regions of several views. Raises BackendUnavailable
     for a backend that cannot serve a stage. Source: CARVE, arXiv 2509.06461, with the general map of one step.
     """
-    sinks = () if sink is None else _each("sink", sink)
-    layers = Layers(_each("query", query), _each("key", key), sinks)
+    layers = Layers(_each("query", query), _each("key", key), () if sink is None else _each("sink", sink))
     options = CaptureOptions(scale, mask, positions, softcap, window)
-    count = _check_one(layers.query, tokens)
+    _check_layers(layers, tokens, options)
+    count = len(layers.query)
     general = _check_general(general, layers.query[0], count, tokens.shape[1])
     views = views_of(grid, size, tokens.shape[1])
     contrasted = contrast_options(lam, layer_weights, None, normalize, layers=count, steps=1)
@@ -134,20 +134,15 @@ def saliency(
     with torch.no_grad():
         operator = saliency_operator(backend, layers, tokens, options, general, views, contrasted, selection)
         buffers = _allocate(layers, tokens, views, selection, operator) if out is None else out.buffers
-        check_layers(layers, tokens, options, Slot(buffers.capture, buffers.step))
         if out is not None:
-            _check_out(out, views, selection, operator)
+            check_out(layers.query[0], tokens, "mean", buffers.capture, in_steps=True)
+            _check_out(out, views, is_several(grid), selection, operator)
         if is_checked:
-            for layer in range(count):
-                check_capture(
-                    layers.query[layer],
-                    layers.key[layer],
-                    tokens,
-                    options._replace(sink=sinks[layer] if sinks else None),
-                )
+            for one_query, one_key, one_options in _each_layer(layers, options):
+                check_capture(one_query, one_key, tokens, one_options)
             check_values("general", general)
         operator.run(
-            list(layers.query), list(layers.key), tokens, None, mask, positions, list(dense_sinks(sinks)), None,
+            list(layers.query), list(layers.key), tokens, None, mask, positions, list(dense_sinks(layers.sink)), None,
             float(scale), float(softcap or 0.0), int(window or 0), False, buffers.step, 0, *buffers.memory,
             *buffers.capture, *operands(general, views, contrasted, selection, operator), buffers.pixels,
             *buffers.regions,
@@ -166,18 +161,27 @@ def _each(name: str, value: Any) -> list[torch.Tensor]:
     return given
 
 
-def _check_one(query: Sequence[torch.Tensor], tokens: torch.Tensor) -> int:
-    """Refuse more than one row of the batch or of queries; the number of layers."""
-    if not query:
-        raise ValueError("query: expected at least one layer, got none")
+def _each_layer(layers: Layers, options: CaptureOptions) -> Iterator[tuple[torch.Tensor, torch.Tensor, CaptureOptions]]:
+    for layer, (query, key) in enumerate(zip(layers.query, layers.key, strict=True)):
+        yield query, key, options._replace(sink=layers.sink[layer] if layers.sink else None)
+
+
+def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions) -> None:
+    """Refuse what `capture` does, and more than one row of the batch or of queries."""
+    query, key, sink = layers
+    if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
+        raise ValueError(
+            f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
+        )
     for one in query:
         if one.dim() != 4 or one.shape[0] != 1 or one.shape[2] != 1:
             raise ValueError(
                 "query: expected shape [1, A, 1, D], one row of the batch and one of queries (slice the one you want), "
                 f"got {checks.describe(one)}"
             )
-    checks.tensor("tokens", tokens, shape=(1, "N"), dtypes=(torch.int32, torch.int64))
-    return len(query)
+    for one_query, one_key, one_options in _each_layer(layers, options):
+        check_arguments(one_query, one_key, tokens, one_options)
+    checks.number("scale", options.scale)
 
 
 def _check_general(general: torch.Tensor, query: torch.Tensor, layers: int, tokens: int) -> torch.Tensor:
@@ -189,7 +193,7 @@ def _check_general(general: torch.Tensor, query: torch.Tensor, layers: int, toke
     flat = general[:, 0] if isinstance(general, torch.Tensor) and general.dim() == 3 else general
     checks.tensor("general", flat, shape=(layers, tokens), dtypes=(torch.float32,))
     checks.device("general", general, query)
-    return flat.detach()[:, None].contiguous()
+    return (general if general.dim() == 3 else general[:, None]).detach()
 
 
 def _region_options(regions: Mapping[str, Any], views: Views) -> RegionOptions:
@@ -231,20 +235,24 @@ def _allocate(
     return SaliencyBuffers(capture, step, pixels, found, Memory.new(operator.needs, device))
 
 
-def _check_out(out: Saliency, views: Views, regions: RegionOptions | None, operator: SaliencyOperator) -> None:
+def _check_out(
+    out: Saliency, views: Views, several: bool, regions: RegionOptions | None, operator: SaliencyOperator
+) -> None:
     """Refuse the memory of a call with other pixels or regions, or with fewer keys."""
-    buffers = out.buffers
-    pixels = sum(height * width for _, (height, width) in views)
-    if buffers.pixels.numel() != pixels or (regions is not None and buffers.pixels.shape != views[0][1]):
-        sizes = ", ".join(f"{height} x {width}" for _, (height, width) in views)
-        raise ValueError(f"out: expected the saliency of {sizes} pixels, got {checks.describe(buffers.pixels)}")
     if (regions is not None) != out.has_regions:
         wanted = "with regions" if regions is not None else "without regions"
         raise ValueError(f"out: expected a saliency {wanted}, as this call, got another")
-    if buffers.memory.scratch.numel() < operator.needs.bytes or buffers.memory.tickets.numel() < operator.needs.tickets:
+    given = out.pixels if isinstance(out.pixels, list) else [out.pixels]
+    if several != isinstance(out.pixels, list) or [image.shape for image in given] != [size for _, size in views]:
+        sizes = " and ".join(f"{height} x {width}" for _, (height, width) in views)
+        raise ValueError(f"out: expected a saliency of {sizes} pixels, got {' and '.join(map(checks.describe, given))}")
+    if regions is not None and len(out.buffers.regions.boxes) < most_selected(*views[0][1], regions):
+        raise ValueError("out: expected a saliency of as many regions, got one of a call with other options of regions")
+    memory = out.buffers.memory
+    if memory.scratch.numel() < operator.needs.bytes or memory.tickets.numel() < operator.needs.tickets:
         raise ValueError(
             f"out: expected the saliency of a call with as many keys, whose scratch has {operator.needs.bytes} bytes, "
-            f"got one with {buffers.memory.scratch.numel()}"
+            f"got one with {memory.scratch.numel()}"
         )
 
 

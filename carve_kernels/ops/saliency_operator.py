@@ -93,12 +93,14 @@ def operands(
 ) -> list[Any]:
     """The arguments of `carve_kernels::saliency` between those of a capture and the outputs."""
     lam, layer_weights, step_weights, normalize = contrast
-    device = general.device if operator.is_compiled else torch.device("cpu")
-    by_layer, by_step = (on_device(tuple(weights.tolist()), device) for weights in (layer_weights, step_weights))
+    if operator.is_compiled:
+        general, device = general.contiguous(), general.device
+        layer_weights, step_weights = (on_device(tuple(one.tolist()), device) for one in (layer_weights, step_weights))
     shapes = [number for grid, size in views for number in (*grid, *size)]
     is_mean = isinstance(lam, str)
     return [
-        general, by_layer, by_step, shapes, 0.0 if is_mean else float(lam), is_mean, NORMALIZE.index(normalize),
+        general, layer_weights, step_weights, shapes,
+        0.0 if is_mean else float(lam), is_mean, NORMALIZE.index(normalize),
         # Without top and floor there are no regions.
         *numbers(regions or _NO_REGIONS), operator.most_blocks,
     ]  # fmt: skip

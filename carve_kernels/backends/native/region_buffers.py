@@ -47,6 +47,13 @@ def most_regions(height: int, width: int, connectivity: int) -> int:
     return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
 
 
+def most_selected(height: int, width: int, options: RegionOptions) -> int:
+    """The largest number of regions that are selected in an image."""
+    keep, top, floor, connectivity, _ = options
+    most = most_regions(height, width, connectivity)
+    return min(most, max(floor or 0, int(most * keep)) if top is None else top)
+
+
 def numbers(options: RegionOptions) -> tuple[float, int, int, int, int]:
     """The options as an operator takes them."""
     keep, top, floor, connectivity, score = options
@@ -55,10 +62,8 @@ def numbers(options: RegionOptions) -> tuple[float, int, int, int, int]:
 
 def allocate(saliency: torch.Tensor, options: RegionOptions, *, outcome_rows: int = 0) -> RegionBuffers:
     """Outputs for as many regions as may be selected, and at most `outcome_rows` of them also in the outcome."""
-    keep, top, floor, connectivity, _ = options
     height, width = saliency.shape
-    most = most_regions(height, width, connectivity)
-    capacity = min(most, max(floor or 0, int(most * keep)) if top is None else top)
+    capacity = most_selected(height, width, options)
     return RegionBuffers(
         saliency.new_empty(saliency.shape, dtype=torch.bool),
         saliency.new_empty(capacity, 4, dtype=torch.int64),
