@@ -30,6 +30,7 @@ NAMES = [
     "layout_of",
     "load",
     "regions",
+    "saliency",
     "zoom",
 ]
 

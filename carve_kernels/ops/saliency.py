@@ -20,8 +20,6 @@ from carve_kernels.ops.regions import region_options
 from carve_kernels.ops.saliency_operator import SaliencyOperator, operands, saliency_operator
 from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views
 
-_Each = torch.Tensor | Sequence[torch.Tensor]
-
 
 class SaliencyBuffers(NamedTuple):
     """All that a call writes to: captures [1, L, 1, 1, N], pixels of all views, regions, what its kernels share."""
@@ -67,8 +65,8 @@ class Saliency:
 
 
 def saliency(
-    query: _Each,
-    key: _Each,
+    query: torch.Tensor | Sequence[torch.Tensor],
+    key: torch.Tensor | Sequence[torch.Tensor],
     tokens: torch.Tensor,
     general: torch.Tensor,
     grid: Size | Sequence[Size],
@@ -79,7 +77,7 @@ def saliency(
     positions: torch.Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    sink: _Each | None = None,
+    sink: torch.Tensor | Sequence[torch.Tensor] | None = None,
     lam: float | str = "mean",
     layer_weights: Sequence[float] | torch.Tensor | None = None,
     normalize: str = "none",

@@ -58,7 +58,7 @@ const std::vector<Options> kOptions = {
     {Normalize::kMax, -1.0, 1, false, false, true},     {Normalize::kMinmax, 1e-4, 1, false, false, true},
 };
 
-// Maps [rows, tokens], contiguous and as rows that are `stride` apart between NaN; the first of two has a bright spot.
+// Maps [rows, tokens], contiguous, and with a stride of rows and NaN between them; the first of two has a bright spot.
 struct Maps {
   int64_t rows, tokens, stride;
   Guarded<float> strided, dense;

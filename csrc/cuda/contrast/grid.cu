@@ -33,7 +33,7 @@ __device__ __forceinline__ double load_double(const double* address) {
 }
 
 // Sums of eight values over the lanes of a warp, lane 4 i having that of value i, and the lanes after it the same: each
-// exchange halves the values instead of taking all of them.
+// exchange halves the values.
 __device__ __forceinline__ float sum_each(float (&values)[kMapsAtOnce]) {
   const unsigned lane = threadIdx.x % 32;
 #pragma unroll
