@@ -18,7 +18,6 @@ from carve_kernels import contrast, regions, saliency
 from carve_kernels.selfcheck.planted import Case, planted
 from carve_kernels.selfcheck.roofline import gpu_of, predict
 
-
 SALIENCY, WITH_REGIONS = "saliency", "saliency with regions"
 # As roofline.saliencies counts them; a small side is for a quick run.
 HEADS, KEY_HEADS, HEAD_SIZE, KEYS, QUICK_KEYS = 28, 4, 128, 4096, 1200
@@ -28,8 +27,8 @@ def measure(side: int, clock: Clock) -> Iterator[Line]:
     yield from _contrast(side, clock)
     smooth = contrast(*bench_pixels.maps(), (GRID, GRID), (side, side), lam=LAM)
     noise = torch.rand(side, side, generator=torch.Generator().manual_seed(1))
-    for name, saliency in (("smooth", smooth), ("white noise", noise)):
-        yield _regions(name, saliency, clock)
+    for name, image in (("smooth", smooth), ("white noise", noise)):
+        yield _regions(name, image, clock)
     yield _saliency(side, clock)
 
 
@@ -82,8 +81,8 @@ def _contrast(side: int, clock: Clock) -> Iterator[Line]:
         yield line("contrast: ms, and times contrast", labels, over(seconds, CONTRAST), goals, seconds=seconds)
 
 
-def _regions(name: str, saliency: torch.Tensor, clock: Clock) -> Line:
-    array, here = saliency.numpy(), saliency.to(clock.device)
+def _regions(name: str, image: torch.Tensor, clock: Clock) -> Line:
+    array, here = image.numpy(), image.to(clock.device)
     runs: dict[str, Run] = {REGIONS: lambda: regions(here, keep=KEEP, floor=FLOOR)}
     found, (mask, boxes) = runs[REGIONS](), bench_pixels.cut(array)
     if not mask.any() or mask.all():

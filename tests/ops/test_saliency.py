@@ -11,10 +11,11 @@ import torch
 
 from carve_kernels import BackendUnavailable, backends, capture, capture_layers, contrast, regions, saliency
 from carve_kernels.ops.saliency import Saliency
+from carve_kernels.selfcheck.moving import move
 from carve_kernels.types import Capture
 from tests.emulator import emulator
 from tests.support.attention import Case, planted
-from tests.support.graphs import FakeGraph, Operators
+from tests.support.graphs import FakeGraph, Graphs, Operators
 from tests.support.planted_maps import maps
 
 CASE = Case(batch=1, rows=1, keys=61, tokens=12, query_heads=6, key_heads=2, size=32, view="all", ragged=False)
@@ -307,3 +308,23 @@ def test_the_memory_of_another_call_is_refused() -> None:
         saliency(*arguments, **options, out=saliency(*other[:4], (2, 4), SIZE, **options))
     with pytest.raises(ValueError, match="regions: expected a saliency that was computed with regions="):
         plain.regions()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selected", [None, WANTED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_graph_replays_the_stages_to_the_bit(dtype: torch.dtype, selected: Any) -> None:
+    device = torch.device("cuda")
+    arguments, options = problem(CASE.but(keys=700, tokens=192, size=64, dtype=dtype), regions=selected)
+    arguments[4:] = [(12, 16), (336, 448)]
+    there = move(arguments, device)
+    memory = saliency(*there, **options)
+    assert_equal(memory, stages("cuda", there, options))
+    torch.cuda.synchronize()
+    graph, _ = Graphs(device).capture(lambda: saliency(*there, **options, out=memory))
+    for seed in (11, 12):
+        newer, _ = problem(CASE.but(keys=700, tokens=192, size=64, dtype=dtype, seed=seed))
+        for old, new in zip((*there[0], *there[1]), (*newer[0], *newer[1]), strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert_equal(memory, stages("cuda", there, options))
