@@ -75,12 +75,30 @@ def _layers(work: Work, layers: int) -> Work:
 
 
 def pixels(side: int = SIDE) -> Iterator[Cost]:
-    work = work_of("contrast", "triton", layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(side, side))
-    if work is not None:
-        yield Cost("contrast, triton", work, UNITS["contrast", "triton"])
+    for backend in ("cuda", "triton"):
+        work = work_of("contrast", backend, layers=LAYERS, steps=STEPS, grid=(GRID, GRID), size=(side, side))
+        if work is not None:
+            yield Cost(f"contrast, {backend}", work, UNITS["contrast", backend])
     work = work_of("regions", "cuda", height=side, width=side)
     if work is not None:
         yield Cost("regions, cuda", work, UNITS["regions", "cuda"])
+
+
+def saliencies(side: int = SIDE) -> Iterator[Cost]:
+    """A heat map of a token in one operator: a captured row, contrast with a general map, and with regions."""
+    heads, key_heads, size = GEOMETRIES[HEADLINE]
+    sizes = {"layers": LAYERS, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": 1}
+    sizes |= {"keys": HEADLINE_LENGTH, "size": size, "tokens": GRID * GRID, "element_bytes": 2}
+    stages = [
+        work_of("capture", "cuda", **sizes, span=GRID * GRID, seeks_span=True),
+        work_of("contrast", "cuda", layers=LAYERS, steps=1, grid=(GRID, GRID), size=(side, side)),
+        work_of("regions", "cuda", height=side, width=side),
+    ]
+    capture, contrast, regions = stages
+    if capture is not None and contrast is not None:
+        yield Cost("saliency, cuda", capture + contrast)
+        if regions is not None:
+            yield Cost("saliency with regions, cuda", capture + contrast + regions)
 
 
 def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], None]) -> list[Entry]:
@@ -88,7 +106,7 @@ def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], 
     step = decode_step(HEADLINE_LENGTH)
     case = Case(HEADLINE, HEADLINE_LENGTH, 1, "bf16")
     entries = [_entry("decode", Cost("the whole step", step), {}, step)]
-    for cost in (*captures(case), *captures(case, lse=True)):
+    for cost in (*captures(case), *captures(case, lse=True), *saliencies()):
         entries.append(_entry("decode", cost, {}, step))
     entries.append(_entry("decode", Cost("common idiom", _layers(opponent_work.idiom(case), LAYERS)), {}, step))
     entries.append(_entry("decode", Cost("eager attention", _layers(opponent_work.eager(case, 1), LAYERS)), {}, step))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from carve_kernels.ops.capture import capture_layers as capture_layers
     from carve_kernels.ops.contrast import contrast as contrast
     from carve_kernels.ops.regions import regions as regions
+    from carve_kernels.ops.saliency import saliency as saliency
     from carve_kernels.ops.zoom import zoom as zoom
     from carve_kernels.pipeline import Preset as Preset
     from carve_kernels.pipeline import carve as carve
@@ -48,6 +49,7 @@ _SOURCES = {
     "layout_of": "hf.layouts",
     "load": "hf.loading",
     "regions": "ops.regions",
+    "saliency": "ops.saliency",
     "zoom": "ops.zoom",
 }
 

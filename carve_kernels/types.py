@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from carve_kernels import deprecation
-from carve_kernels.numerics import float64_device
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -188,11 +187,14 @@ class Regions:
     name    dtype  shape   meaning
     ======  =====  ======  ==============================================================
     mask    bool   [H, W]  pixels of the selected regions
-    boxes   int64  [K, 4]  x0 y0 x1 y1 of each selected region, best first, x1 y1 exclusive
-    scores  float64 [K]    score of each selected region; on the CPU for a saliency on MPS, which has no float64
+    boxes   int64  [K, 4]  x0 y0 x1 y1 of each selected region, best first, x1 y1 exclusive; on the CPU
+    scores  float64 [K]    score of each selected region; on the CPU
     box     int    4       union of the boxes; the whole image where no region was selected
     reason  str            why no region was selected, or None
     ======  =====  ======  ==============================================================
+
+    The mask is on the saliency's device. Boxes and scores are on the CPU on every device: they come with the box, so
+    that reading them does not wait for the device again.
     """
 
     mask: torch.Tensor
@@ -205,8 +207,8 @@ class Regions:
     def whole(cls, saliency: torch.Tensor, reason: str) -> Regions:
         """No region of a saliency: the mask and the box are the whole image, and the reason says why."""
         height, width = saliency.shape
-        boxes = torch.empty(0, 4, dtype=torch.int64, device=saliency.device)
-        scores = torch.empty(0, dtype=torch.float64, device=float64_device(saliency.device))
+        boxes = torch.empty(0, 4, dtype=torch.int64, device="cpu")
+        scores = torch.empty(0, dtype=torch.float64, device="cpu")
         return cls(torch.ones_like(saliency, dtype=torch.bool), boxes, scores, (0, 0, width, height), reason)
 
 

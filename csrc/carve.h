@@ -35,6 +35,24 @@ struct ContrastParams {
 
 void contrast_cpu(const ContrastParams& params);
 
+// Further arguments of a contrast on a device. All arrays of ContrastParams but `views` are device memory.
+struct ContrastDevice {
+  // In elements, of a layer and a step of the maps, whose tokens are contiguous.
+  int64_t task_strides[2];
+  int64_t general_strides[2];
+  void* scratch;  // aligned to 16 bytes; any contents
+  int64_t scratch_bytes;
+  int device;
+  void* stream;
+};
+
+// The bytes of scratch of a contrast, from its numbers of layers, steps and tokens.
+int64_t contrast_cuda_scratch(const ContrastParams& sizes);
+
+// Launches the kernels and does not wait. Throws std::runtime_error if a launch fails, or for sizes that they cannot
+// divide.
+void contrast_cuda(const ContrastParams& params, const ContrastDevice& device);
+
 enum class Float { kFloat32, kFloat16, kBfloat16 };
 
 // A matrix of int32 or, where `is_int64`, int64; `data` is null where there is none.
@@ -155,8 +173,11 @@ struct RegionsDevice {
   int device;
   void* stream;
   void* scratch;     // regions_cuda_scratch(...) bytes, aligned to 16
-  int64_t* outcome;  // [6]: kept, reason and box of RegionsOutcome
+  int64_t* outcome;  // [6 + 5 * outcome_rows]: kept, reason and box of RegionsOutcome; then as below
   int64_t most_blocks;  // in a launch; the result does not depend on it
+  // The first rows of `boxes` and then, as bits, of `scores` once more after the outcome: one copy to the host brings
+  // all that most callers read there. Rows past the kept regions are not written. 0: none.
+  int64_t outcome_rows;
 };
 
 // The largest number of regions that an image of this size can have.

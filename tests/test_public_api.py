@@ -31,6 +31,7 @@ NAMES = [
     "layout_of",
     "load",
     "regions",
+    "saliency",
     "zoom",
 ]
 

@@ -24,12 +24,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Why a backend does not implement a stage, or None where it does.
 SUPPORT: dict[str, dict[str, str | None]] = {
     "capture": {"reference": None, "cpu": None, "triton": None, "cuda": None},
-    "contrast": {
-        "reference": None,
-        "cpu": None,
-        "triton": None,
-        "cuda": "not implemented in CUDA: Triton serves it in two launches; use backend='auto' or backend='triton'",
-    },
+    "contrast": {"reference": None, "cpu": None, "triton": None, "cuda": None},
     "regions": {
         "reference": None,
         "cpu": None,
@@ -56,7 +51,8 @@ FALLBACK: dict[str, str] = {"attention": "sdpa and capture"}
 BEST_FOR: dict[tuple[str, str], str] = {
     ("capture", "cuda"): "any number of rows, layers and heads in one call, which C++ checks and launches",
     ("capture", "triton"): "GPUs that the compiled kernels are not for: Triton compiles its own",
-    ("contrast", "triton"): "two launches, whatever the number of layers, steps and views",
+    ("contrast", "cuda"): "two launches that C++ makes, the second beside the end of the first",
+    ("contrast", "triton"): "GPUs that the compiled kernels are not for: Triton compiles its own",
     ("regions", "cuda"): "the labels stay on the device, only boxes and scores leave it",
     ("attention", "cuda"): "decode steps in bfloat16 or float16: keys and values are read once",
 }

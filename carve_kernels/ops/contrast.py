@@ -69,20 +69,27 @@ def contrast(
         raise ValueError(f"general: expected {steps} steps or 1 to go with task, got {checks.describe(general)}")
     if general.device != task.device:
         raise ValueError(f"general: expected a tensor on {task.device} like task, got {checks.describe(general)}")
-    if lam != "mean":
-        lam = checks.number("lam", lam, low=0)
-    checks.choice("normalize", normalize, NORMALIZE)
-    views = _views(grid, size, tokens)
+    options = contrast_options(lam, layer_weights, step_weights, normalize, layers=layers, steps=steps)
+    views = views_of(grid, size, tokens)
     if check or (check is None and task.device.type == "cpu"):
-        _check_values("task", task)
-        _check_values("general", general)
-    by_layer = weights("layer_weights", layer_weights, [1.0] * layers)
-    by_step = weights("step_weights", step_weights, range(1, steps + 1))
-    options = ContrastOptions(lam, by_layer, by_step, normalize)
+        check_values("task", task)
+        check_values("general", general)
     module = resolve("contrast", backend, task.device, task, general, views, options)
     pixels = module.forward(task, general, views, options).split([height * width for _, (height, width) in views])
     maps = [values.view(shape) for values, (_, shape) in zip(pixels, views, strict=True)]
     return maps if is_several(grid) else maps[0]
+
+
+def contrast_options(
+    lam: Any, layer_weights: Any, step_weights: Any, normalize: Any, *, layers: int, steps: int
+) -> ContrastOptions:
+    """Check the options of a contrast."""
+    if lam != "mean":
+        lam = checks.number("lam", lam, low=0)
+    checks.choice("normalize", normalize, NORMALIZE)
+    by_layer = weights("layer_weights", layer_weights, [1.0] * layers)
+    by_step = weights("step_weights", step_weights, range(1, steps + 1))
+    return ContrastOptions(lam, by_layer, by_step, normalize)
 
 
 def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
@@ -98,7 +105,7 @@ def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
     return torch.tensor(listed, dtype=torch.float64, device="cpu")
 
 
-def _views(grid: Any, size: Any, tokens: int) -> Views:
+def views_of(grid: Any, size: Any, tokens: int) -> Views:
     """Check one grid and size, or as many of each."""
     if not is_several(grid):
         views = [(checks.size("grid", grid), checks.size("size", size))]
@@ -119,7 +126,8 @@ def is_several(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(view, (list, tuple)) for view in value)
 
 
-def _check_values(name: str, value: torch.Tensor) -> None:
+def check_values(name: str, value: torch.Tensor) -> None:
+    """Refuse maps that are not finite or below 0."""
     least, most = value.aminmax()
     low, high = least.item(), most.item()
     if not 0 <= low <= high < float("inf"):

@@ -59,17 +59,24 @@ def regions(
     Source: the threshold and the region selection of CARVE (arXiv 2509.06461), where top is K; floor is the release's.
     """
     checks.tensor("saliency", saliency, shape=("H", "W"), dtypes=(torch.float32, torch.float64))
-    keep = share("keep", keep)
-    top, floor = limits(top, floor)
-    checks.choice("connectivity", connectivity, CONNECTIVITY)
-    checks.choice("score", score, SCORES)
-    options = RegionOptions(keep, top, floor, connectivity, score)
+    options = region_options(keep=keep, top=top, floor=floor, connectivity=connectivity, score=score)
     result: Regions = resolve("regions", backend, saliency.device, saliency, options).forward(saliency, options)
     # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")
     if is_checked and result.reason is not None and bool(saliency.isnan().any()):
         raise ValueError(f"saliency: expected no NaN, got {int(saliency.isnan().sum())} in {checks.describe(saliency)}")
     return result
+
+
+def region_options(
+    *, keep: float, top: int | None = None, floor: int | None = None, connectivity: int = 4, score: str = "sum"
+) -> RegionOptions:
+    """Check the options of `regions`."""
+    keep = share("keep", keep)
+    top, floor = limits(top, floor)
+    checks.choice("connectivity", connectivity, CONNECTIVITY)
+    checks.choice("score", score, SCORES)
+    return RegionOptions(keep, top, floor, connectivity, score)
 
 
 def share(name: str, value: float) -> float:

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 import torch
 
 from carve_kernels.backends import cuda
-from carve_kernels.backends.cuda.plan import MOST_BLOCKS, CapturePlan, attention_plan, capture_plan
+from carve_kernels.backends.cuda.plan import (
+    MAPS_AT_ONCE,
+    MOST_BLOCKS,
+    CapturePlan,
+    attention_plan,
+    capture_plan,
+    contrast_chunks,
+)
 from carve_kernels.backends.native import extension
 from carve_kernels.backends.native.region_buffers import most_regions
 from carve_kernels.checks import BackendUnavailable
-from carve_kernels.selfcheck.work import CaptureSizes, Work
+from carve_kernels.selfcheck.work import CaptureSizes, Work, cells_of_tiles
+from carve_kernels.types import Size
 
 # As in csrc/cuda/capture: plan.h, tile.cuh, stream.cuh, plain.cu and reread.cuh.
 _THREADS = 128
@@ -27,6 +35,12 @@ _STEP = 8
 _STAT = 8
 _PART = 16
 _SPAN = 8
+
+# As in csrc/cuda/contrast/contrast.cuh.
+_CONTRAST_THREADS = 256
+_TOKEN_BLOCKS = 8
+_QUAD = 4
+_WANTED_BLOCKS, _MOST_TILE_ROWS = 256, 16
 
 # As in csrc/cuda/regions/regions.cuh and rank.cu.
 _REGION_THREADS = 256
@@ -230,6 +244,49 @@ def _ceil(value: int, by: int) -> int:
 
 def _up(value: int, unit: int) -> int:
     return _ceil(value, unit) * unit
+
+
+def contrast_work(
+    *,
+    layers: int,
+    steps: int,
+    grid: Size,
+    size: Size,
+    general_steps: int | None = None,
+    lam: float | str = "mean",
+    normalize: str = "none",
+) -> Work:
+    """What `contrast` moves for one view of up to a few thousand tokens in a row.
+
+    The first kernel reads every map once, and a general map once more for each block of tokens where its mean is added;
+    the second reads the chunks of the cells of each row of pixels. `general_steps` changes what comes from memory, not
+    what is loaded.
+    """
+    del general_steps
+    maps, tokens, (height, width) = layers * steps, grid[0] * grid[1], size
+    chunks = contrast_chunks(maps)
+    of_chunk = _ceil(maps, chunks)
+    chunks = _ceil(maps, of_chunk)
+    blocks = _ceil(tokens, _CONTRAST_THREADS)
+    if lam == "mean":
+        blocks = _ceil(blocks, _ceil(blocks, _TOKEN_BLOCKS))
+    read = 2 * maps * tokens * _FLOAT + blocks * maps * 2 * _STEP
+    read += blocks * maps * tokens * _FLOAT if lam == "mean" else 0
+    # The values of the padded maps of a chunk are not loaded, but divided.
+    divided = chunks * _up(of_chunk, MAPS_AT_ONCE) * tokens
+
+    quads = _ceil(width, _QUAD)
+    across = _ceil(quads, _CONTRAST_THREADS)
+    quads = _ceil(quads, across)
+    at_once = _CONTRAST_THREADS // quads
+    wanted = _WANTED_BLOCKS // (1 if normalize == "none" else 2)
+    rows = min(max(_ceil(min(height * across // wanted, _MOST_TILE_ROWS), at_once), 1) * at_once, height)
+    cells = cells_of_tiles(grid[0], height, 1) * cells_of_tiles(grid[1], width, _QUAD * quads)
+    read += chunks * cells * _FLOAT
+    if normalize != "none":
+        read += across * _ceil(height, rows) * chunks * tokens * _FLOAT
+    operations = 2 * (divided + chunks * cells + 2 * height * width)
+    return Work(read, chunks * tokens * _FLOAT + height * width * _FLOAT, operations, 2)
 
 
 def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float = 0.4, connectivity: int = 4) -> Work:

@@ -46,6 +46,7 @@ UNITS: dict[tuple[str, str], Unit] = {
     ("capture", "cuda"): "matrix",
     ("capture", "triton"): "matrix",
     ("attention", "cuda"): "matrix",
+    ("contrast", "cuda"): "vector",
     ("contrast", "triton"): "vector",
     ("regions", "cuda"): "vector",
 }

@@ -33,3 +33,15 @@ class Work(NamedTuple):
         if not isinstance(other, Work):
             return NotImplemented
         return Work(*(mine + yours for mine, yours in zip(self, other, strict=True)))
+
+
+def cells_of_tiles(cells: int, pixels: int, tile: int) -> int:
+    """How many cells of an axis tiles of pixels read to resize it, counting a cell once for each tile."""
+    count = 0
+    for first in range(0, pixels, tile):
+        last = min(first + tile, pixels) - 1
+        # A pixel has weights for the cells whose centre is nearer than the filter's radius, both ends excluded.
+        low = ((2 * first + 1) * cells - 2 * max(cells, pixels) - pixels) // (2 * pixels) + 1
+        high = -(-((2 * last + 1) * cells + 2 * max(cells, pixels) - pixels) // (2 * pixels)) - 1
+        count += min(high, cells - 1) - max(low, 0) + 1
+    return count

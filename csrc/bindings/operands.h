@@ -101,6 +101,9 @@ class Operand : public TensorOwner {
     return true;
   }
 
+  // Stays owned by this operand.
+  AtenTensorHandle handle() const { return handle_; }
+
   bool is_on_device_of(const Operand& other) const {
     return device_type == other.device_type && device == other.device;
   }

@@ -8,7 +8,9 @@
 
 namespace carve {
 
+// The numbers of an outcome, and of each box and score that follow them.
 constexpr int64_t kRegionsOutcome = 6;
+constexpr int64_t kRegionsRow = 5;
 
 // `name` is the name of the operator, for messages.
 inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor& saliency, double keep, int64_t top,
@@ -43,12 +45,24 @@ inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor
                   ": mask: expected the shape of saliency");
   STD_TORCH_CHECK(boxes.size(1) == 4, name, ": boxes: expected four numbers for each region");
   STD_TORCH_CHECK(scores.size(0) == params.capacity, name, ": scores: expected as many as boxes");
-  STD_TORCH_CHECK(outcome.size(0) == kRegionsOutcome, name, ": outcome: expected ", kRegionsOutcome, " numbers");
   params.saliency = saliency.const_data_ptr();
   params.mask = mask.mutable_data_ptr<bool>();
   params.boxes = boxes.mutable_data_ptr<int64_t>();
   params.scores = scores.mutable_data_ptr<double>();
   return params;
+}
+
+// An outcome on a CPU, which is no copy of boxes and scores.
+inline void check_outcome(const char* name, const torch::stable::Tensor& outcome) {
+  STD_TORCH_CHECK(outcome.size(0) == kRegionsOutcome, name, ": outcome: expected ", kRegionsOutcome, " numbers, got ",
+                  outcome.size(0));
+}
+
+inline void store_outcome(const RegionsOutcome& found, torch::stable::Tensor& outcome) {
+  int64_t* written = outcome.mutable_data_ptr<int64_t>();
+  *written++ = found.kept;
+  *written++ = static_cast<int64_t>(found.reason);
+  for (int64_t edge : found.box) *written++ = edge;
 }
 
 }  // namespace carve

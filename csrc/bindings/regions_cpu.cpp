@@ -13,11 +13,8 @@ void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor
                  Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   const carve::RegionsParams params = carve::parse_regions("regions_cpu", saliency, keep, top, floor, connectivity,
                                                            score, mask, boxes, scores, outcome);
-  const carve::RegionsOutcome result = carve::regions_cpu(params);
-  int64_t* written = outcome.mutable_data_ptr<int64_t>();
-  *written++ = result.kept;
-  *written++ = static_cast<int64_t>(result.reason);
-  for (int64_t edge : result.box) *written++ = edge;
+  carve::check_outcome("regions_cpu", outcome);
+  carve::store_outcome(carve::regions_cpu(params), outcome);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace carve {
 
@@ -64,7 +65,44 @@ __device__ __forceinline__ float4 load_coherent(const float4* address) {
 }
 template <typename T>
 __device__ __forceinline__ T load_coherent(const T* address) {
-  return __ldcg(address);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    unsigned bits;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(address) : "memory");
+    memcpy(&value, &bits, sizeof(T));
+  } else {
+    unsigned long long bits;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(bits) : "l"(address) : "memory");
+    memcpy(&value, &bits, sizeof(T));
+  }
+  return value;
+}
+__device__ __forceinline__ uint4 load_coherent(const uint4* address) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
+// A value that an earlier launch wrote and none writes now: read after `wait_for_launch`, and never moved over it, but
+// from the L1 cache where it is there.
+template <typename T>
+__device__ __forceinline__ T load_settled(const T* address) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    unsigned bits;
+    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(bits) : "l"(address) : "memory");
+    memcpy(&value, &bits, sizeof(T));
+  } else {
+    unsigned long long bits;
+    asm volatile("ld.global.ca.u64 %0, [%1];" : "=l"(bits) : "l"(address) : "memory");
+    memcpy(&value, &bits, sizeof(T));
+  }
+  return value;
 }
 
 template <typename T>
@@ -84,6 +122,16 @@ __device__ __forceinline__ uint4 load_shared(const uint4* address) {
   uint4 value;
   asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address)))
+               : "memory");
+  return value;
+}
+
+// A value of shared memory that other threads of the block change by atomics.
+__device__ __forceinline__ int load_shared(const int* address) {
+  int value;
+  asm volatile("ld.volatile.shared.s32 %0, [%1];"
+               : "=r"(value)
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address)))
                : "memory");
   return value;

@@ -12,7 +12,7 @@ import torch
 
 from carve_kernels.backends.native import extension
 from tests.emulator.emulator import NAMESPACE as EMULATED
-from tests.support.operators import KEPT, SAMPLES, capture_layers, contrast_cpu, operator, regions_cpu
+from tests.support.operators import KEPT, SAMPLES, capture_layers, contrast_cpu, operator, regions_cpu, saliency
 
 
 def registered() -> list[str]:
@@ -94,9 +94,9 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
     op = operator("carve_kernels::contrast_cpu")
     good = contrast_cpu()
     wrong: list[tuple[int, Any, str]] = [
-        (0, good[0].double(), "dtype"),
-        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "contiguous"),
-        (0, torch.rand(3, 19), "dimensions"),
+        (0, good[0].double(), "task: expected float32"),
+        (0, torch.rand(19, 3, 2).permute(2, 1, 0), "task: expected a contiguous"),
+        (0, torch.rand(3, 19), "with 3 dimensions"),
         (0, torch.rand(3, 3, 19), "layers"),
         (1, torch.rand(2, 2, 19), "steps"),
         (1, torch.rand(2, 1, 18), "tokens"),
@@ -193,6 +193,34 @@ def test_no_operator_takes_a_stream() -> None:
     for name in registered():
         op = getattr(torch.ops.carve_kernels, name.removeprefix("carve_kernels::"))
         assert "stream" not in str(op.default._schema)
+
+
+@pytest.mark.parametrize("name", ["carve_kernels::saliency", "carve_emulated::saliency"])
+def test_saliency_refuses_what_it_cannot_read(name: str) -> None:
+    op = operator(name)
+    good = dict(zip([argument.name for argument in op._schema.arguments], saliency(), strict=True))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"step": None, "query": good["query"][:1], "key": good["key"][:1], "sink": []}, "capture: maps: unexpected"),
+        ({"each": True}, "capture: maps: unexpected"),
+        ({"maps": torch.zeros(2, 2, 1, 1, 6)}, "capture: mass: expected the steps and layers"),
+        (
+            {name: torch.zeros(1, 3, 1, 1, *([6] * (name == "maps"))) for name in ("maps", "mass", "entropy")},
+            "saliency: maps: expected one step of the layers of query",
+        ),
+        ({"general": torch.rand(2, 2, 6)}, "saliency: general: expected 1 or 1 steps"),
+        ({"general": torch.rand(3, 1, 6)}, "saliency: general: expected the layers and tokens of task"),
+        ({"layer_weights": torch.ones(3, dtype=torch.float64)}, "saliency: layer_weights: expected one for each layer"),
+        ({"shapes": [2, 3, 7, 7]}, "saliency: shapes: 0 tokens and 7 pixels belong to no view"),
+        ({"normalize": 5}, "saliency: normalize: expected a number"),
+        ({"floor": 2}, "saliency: top, floor: expected one of them"),
+        ({"keep": 0.0}, "saliency: keep: expected a share"),
+        ({"selected": torch.zeros(8, 7, dtype=torch.bool)}, "saliency: mask: expected the shape of saliency"),
+        ({"saliency": torch.zeros(56)}, "saliency: saliency: expected 2 dimensions"),
+        ({"outcome": torch.zeros(7, dtype=torch.int64)}, "saliency: outcome: expected 6 numbers"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(**{**good, **changes})
 
 
 def test_isa_cpu_refuses_unknown_instructions() -> None:

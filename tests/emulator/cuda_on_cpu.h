@@ -86,9 +86,14 @@ void touch(const T* address, int64_t& counter) {
   maybe_switch(8);
 }
 
+inline bool is_shared(const void* address) {
+  const unsigned char* begin = me().block->shared.get();
+  return address >= begin && address < begin + machine().shared_bytes;
+}
+
 template <typename T, typename Change>
 T atomically(T* address, Change change) {
-  check_waited();
+  if (!is_shared(address)) check_waited();
   maybe_switch(1);
   T before = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &before, change(before), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -271,6 +276,11 @@ T load_coherent(const T* address) {
   return value;
 }
 template <typename T>
+T load_settled(const T* address) {
+  emulated::check_waited();
+  return load(address);
+}
+template <typename T>
 void store(T* address, T value) {
   emulated::check_waited();
   emulated::touch(address, emulated::machine().counters.written_bytes);
@@ -279,6 +289,10 @@ void store(T* address, T value) {
 inline uint4 load_stream(const void* address) { return load(static_cast<const uint4*>(address)); }
 inline const char* computed(const char* address) { return address; }
 inline uint4 load_shared(const uint4* address) { return *address; }
+inline int load_shared(const int* address) {
+  emulated::maybe_switch(8);
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline void fence() { __threadfence(); }
 inline void start_next_launch() {}

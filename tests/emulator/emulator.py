@@ -24,9 +24,16 @@ from carve_kernels.backends.native import schemas
 ROOT = Path(__file__).resolve().parents[2]
 # Under the package's own names, other kernels serve tensors on a CPU.
 NAMESPACE = "carve_emulated"
-schemas.define(
-    NAMESPACE, ("capture_layers", "capture_plan_cuda", "attend_layer", "attention_plan_cuda", "regions_cuda")
+OPERATORS = (
+    "capture_layers",
+    "capture_plan_cuda",
+    "attend_layer",
+    "attention_plan_cuda",
+    "contrast_cuda",
+    "regions_cuda",
+    "saliency",
 )
+schemas.define(NAMESPACE, OPERATORS)
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.
 MOST_SCORES = 1 << 18
@@ -49,17 +56,28 @@ class Counters(NamedTuple):
     switches: int
 
 
-# The stages of a library: the kernels of attention use those of capture.
-STAGES = {"capture": ("capture", "attention"), "regions": ("regions",)}
+class Library(NamedTuple):
+    """The stages whose kernels a library has, and the bindings that it registers, of those that exist."""
+
+    kernels: tuple[str, ...]
+    bindings: tuple[str, ...]
+
+
+LIBRARIES = {
+    # The kernels of attention use those of capture.
+    "capture": Library(("capture", "attention"), ("capture_cuda", "capture_plan", "attention_cuda", "attention_plan")),
+    "contrast": Library(("contrast",), ("contrast_cuda",)),
+    "regions": Library(("regions",), ("regions_cuda",)),
+    # An operator that runs the kernels of three stages; each of them has operators of its own above.
+    "saliency": Library(("capture", "contrast", "regions"), ("saliency_cuda",)),
+}
 
 
 def sources(library: str, root: Path = ROOT) -> list[Path]:
-    paths = []
-    for stage in STAGES[library]:
-        paths += sorted(path for kind in ("*.cu", "*.cpp") for path in (root / "csrc/cuda" / stage).glob(kind))
-        names = (f"{stage}_cuda.cpp", f"{stage}_plan.cpp")
-        paths += [path for name in names if (path := root / "csrc/bindings" / name).exists()]
-    return paths
+    kernels, bindings = LIBRARIES[library]
+    patterns = [f"csrc/cuda/{stage}/{kind}" for stage in kernels for kind in ("*.cu", "*.cpp")]
+    paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+    return [*paths, *(root / f"csrc/bindings/{name}.cpp" for name in bindings)]
 
 
 def headers(root: Path = ROOT) -> list[Path]:
@@ -84,36 +102,50 @@ def build(stage: str, root: Path = ROOT) -> Path:
         f"-DCARVE_CUDA_NAMESPACE={NAMESPACE}",
         *include,
     ]
-    digest = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
-    for path in [*sources(stage, root), *headers(root)]:
-        digest.update(path.read_bytes())
-    target = ROOT / "build/emulated" / f"{stage}-{digest.hexdigest()[:16]}.so"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    common = hashlib.sha256(repr([options, torch.__version__, compiler()]).encode())
+    for path in headers(root):
+        common.update(path.read_bytes())
+    folder = ROOT / "build/emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {path: folder / f"{path.stem}-{_digest(common, path)}.o" for path in sources(stage, root)}
+    names = "".join(path.name for path in objects.values())
+    target = folder / f"{stage}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
     with target.with_suffix(".lock").open("w") as lock:
         # One of several test processes compiles; the others wait for it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            compile_library(sources(stage, root), root, options, target)
+            compile_library(objects, options, target)
     return target
 
 
-def compile_library(paths: list[Path], root: Path, options: list[str], target: Path) -> None:
+def _digest(common: hashlib._Hash, path: Path) -> str:
+    digest = common.copy()
+    digest.update(str(path).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_library(objects: dict[Path, Path], options: list[str], target: Path) -> None:
+    """Link the objects, and compile those of them that no other library has compiled."""
     torch_root = Path(torch.__file__).parent
     command = compiler() or "g++"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [str(Path(folder, "-".join(path.relative_to(root).parts) + ".o")) for path in paths]
+        missing = {path: built for path, built in objects.items() if not built.exists()}
         jobs = [
             subprocess.Popen(
-                [command, *options, "-x", "c++", "-c", str(path), "-o", out], stderr=subprocess.PIPE, text=True
+                [command, *options, "-x", "c++", "-c", str(path), "-o", str(Path(folder, built.name))],
+                stderr=subprocess.PIPE,
+                text=True,
             )
-            for path, out in zip(paths, objects, strict=True)
+            for path, built in missing.items()
         ]
         errors = [job.communicate()[1] for job in jobs]
         if any(job.returncode for job in jobs):
             raise RuntimeError("\n".join(errors)[:4000])
+        for built in missing.values():
+            os.replace(Path(folder, built.name), built)
         fresh = Path(folder, target.name)
-        link = [command, "-shared", *objects, "-o", str(fresh), f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-        subprocess.run(link, check=True)
+        link = [command, "-shared", *map(str, objects.values()), "-o", str(fresh), f"-L{torch_root / 'lib'}"]
+        subprocess.run([*link, "-ltorch_cpu"], check=True)
         os.replace(fresh, target)
 
 
@@ -130,7 +162,7 @@ def serving(stage: str) -> Iterator[None]:
     """Within this context the CUDA backend of a stage serves tensors on a CPU."""
     if compiler() is None:
         pytest.skip("no C++ compiler builds the emulator")
-    library(next(name for name, stages in STAGES.items() if stage in stages))
+    library(next(name for name, parts in LIBRARIES.items() if stage in (name, *parts.kernels)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "devices", lambda: ("cpu",))
         patch.setattr(cuda, "unavailable", lambda: None)

@@ -40,6 +40,9 @@ _SELECT = "regions/select.cu"
 _SHARED = "regions/regions.cuh"
 _LABEL = "regions/label.cu"
 _RANK = "regions/rank.cu"
+_GRID = "contrast/grid.cu"
+_PIXELS = "contrast/pixels.cu"
+_DIVIDED = "contrast/contrast.cu"
 _COMMON = "capture/capture.cuh"
 _TILE = "capture/tile.cuh"
 _HIDE = "capture/hide.cuh"
@@ -138,6 +141,63 @@ RANK = (
     Fault(_RANK, "the union box without an atomic", "atomicMin(address, value)", "*address = value", "races"),
     Fault(_RANK, "the mask has all regions",
           "label != kOff && load(job.left + ~label) == kChosen", "label != kOff"),
+)
+
+CONTRAST = (
+    Fault(_GRID, "maps before they are written", "  wait_for_launch();\n", ""),
+    Fault(_GRID, "the layer stays at its last step", "layer += is_last, step", "step"),
+    Fault(_GRID, "a mean of half the lanes",
+          "  values[0] += __shfl_xor_sync(kAllLanes, values[0], 2);\n", ""),
+    Fault(_GRID, "the sums of other maps", "const float own = is_upper ? values[i + kept] : values[i];",
+          "const float own = is_upper ? values[i] : values[i + kept];"),
+    Fault(_GRID, "means before all warps have summed", f"  {WAIT}\n  float total", "  float total"),
+    Fault(_GRID, "sums are replaced while they are read", f"if (first > begin) {WAIT}", "", "races"),
+    Fault(_GRID, "maps past the chunk in the means", "if (i < count && token < launch.tokens)",
+          "if (token < launch.tokens)", "addresses"),
+    Fault(_GRID, "tokens past the last", "if (first + i < end && token < launch.tokens)", "if (first + i < end)",
+          "addresses"),
+    Fault(_GRID, "values past the last map", "values.task[i] = values.general[i] = 0.0f;",
+          "values.task[i] = values.general[i] = 1.0f;"),
+    Fault(_GRID, "weights before they are there", f"  {WAIT}\n\n  float* to", "  float* to"),
+    Fault(_GRID, "a divisor of 0", "divisor > 0.0f ? values.task[i] / divisor : 0.0f", "values.task[i] / divisor"),
+    Fault(_GRID, "the weight of another step",
+          "load_double(launch.step_weights + at.step)", "load_double(launch.step_weights)"),
+    Fault(_GRID, "the later tokens of a block are lost", "has_next = token <= last_token;", "has_next = false;"),
+    Fault(_GRID, "the maps of the first tokens again",
+          "if (has_next) values = load_values(launch, begin, end, token);", ""),
+    Fault(_GRID, "later maps of a chunk are the first ones",
+          "first + kMapsAtOnce, end, token);", "begin, end, token);"),
+    Fault(_DIVIDED, "a general map of every step", "p.general_steps == 1 ? 0 : device.general_strides[1]",
+          "device.general_strides[1]", "addresses"),
+    Fault(_DIVIDED, "vectors that are not aligned",
+          " && reinterpret_cast<uintptr_t>(out) % 16 == 0", ""),
+    Fault(_DIVIDED, "fewer cells of a row than it has", " + 1 + taps)", ")"),
+    Fault(_PIXELS, "the grid before it is written", "  wait_for_launch();\n", ""),
+    Fault(_PIXELS, "NaN is no maximum", "b > a || b != b ? b : a", "b > a ? b : a"),
+    Fault(_PIXELS, "the range before all warps have theirs",
+          f"  {WAIT}\n  low = shared.low[0]", "  low = shared.low[0]"),
+    Fault(_PIXELS, "the range of half a warp", "int distance = 16", "int distance = 8"),
+    Fault(_PIXELS, "the range of one warp", "for (int warp = 1;", "for (int warp = kContrastWarps;"),
+    Fault(_PIXELS, "the minimum is subtracted from what the maximum divides", "Range{0.0f, high}", "Range{low, high}"),
+    Fault(_PIXELS, "flat maps are divided", "span > 0.0f ? value / span : 0.0f", "value / span"),
+    Fault(_PIXELS, "chunks past the last", "if (weights[t] > 0.0f && chunk + i < launch.chunks)",
+          "if (weights[t] > 0.0f)", "addresses"),
+    Fault(_PIXELS, "rows of cells past the last", "if (weights[t] > 0.0f && chunk + i < launch.chunks)",
+          "if (chunk + i < launch.chunks)", "addresses"),
+    Fault(_PIXELS, "the tokens of the first view", "launch.partials + view.first_token + row", "launch.partials + row"),
+    Fault(_PIXELS, "the same chunk again", "int64_t{chunk + i} * launch.tokens", "int64_t{chunk} * launch.tokens"),
+    Fault(_PIXELS, "weights that do not add up to one", "  return sum / total;\n}\n\n// The two cells",
+          "  return sum / static_cast<float>(2 * axis.longer());\n}\n\n// The two cells"),
+    Fault(_PIXELS, "a cell without weight is read", "far_weight > 0.0f ? near + 1 : near", "near + 1"),
+    Fault(_PIXELS, "the first cell is that of the row", "near = first - first_cell;", "near = first;"),
+    Fault(_PIXELS, "the first cell of a shrinking row is that of the row", "cells[cell - first_cell]", "cells[cell]"),
+    Fault(_PIXELS, "the first tile of a view is the last of the one before",
+          ">= launch.view[index + 1].first_block", "> launch.view[index + 1].first_block"),
+    Fault(_PIXELS, "rows of pixels past the last", "min(top + view.rows, view.height)", "top + view.rows", "addresses"),
+    Fault(_PIXELS, "columns of pixels past the last", "if (start + i * by < right) store", "store", "addresses"),
+    Fault(_PIXELS, "vectors past the last column", "      if (start < right) {\n", "      {\n"),
+    Fault(_PIXELS, "pixels before all rows are there", f"  {WAIT}\n  if (own_row >= at_once) return;",
+          "  if (own_row >= at_once) return;"),
 )
 
 CAPTURE = (
@@ -282,4 +342,4 @@ ATTENTION = (
 )
 # fmt: on
 
-FAULTS = (*SELECT, *LABEL, *RANK, *CAPTURE, *ATTENTION)
+FAULTS = (*SELECT, *LABEL, *RANK, *CONTRAST, *CAPTURE, *ATTENTION)

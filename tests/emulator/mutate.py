@@ -33,6 +33,8 @@ SANITIZERS = {
 }
 # The argument that says how much a program runs; without one it runs its default amount.
 AMOUNTS = {
+    ("contrast", "results"): ["all"],
+    ("contrast", "races"): ["few"],
     ("regions", "results"): ["all"],
     ("regions", "races"): ["few"],
     ("capture", "results"): ["seeds"],

@@ -190,7 +190,14 @@ def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("backend", "stage"),
-    [("triton", "capture"), ("triton", "contrast"), ("cuda", "capture"), ("cuda", "attention"), ("cuda", "regions")],
+    [
+        ("triton", "capture"),
+        ("triton", "contrast"),
+        ("cuda", "capture"),
+        ("cuda", "attention"),
+        ("cuda", "contrast"),
+        ("cuda", "regions"),
+    ],
 )
 def test_the_kernels_for_a_gpu_pass_the_small_cases(backend: str, stage: str) -> None:
     if SUPPORT[stage][backend] is not None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import carve_kernels.ops.attention_operator
-import carve_kernels.ops.layer_operator  # noqa: F401  (they register the operators that call a backend by its name)
+import carve_kernels.ops.saliency_operator  # noqa: F401  (they register the operators that call a backend by its name)
 from carve_kernels.backends import cpu
+from carve_kernels.backends.cuda.plan import contrast_scratch
 from carve_kernels.backends.cuda.regions import scratch_bytes
 from tests.emulator import emulator
 
@@ -28,6 +29,11 @@ def contrast_cpu() -> tuple[Any, ...]:
         3,
         torch.full((11 * 7 + 3,), float("nan")),
     )
+
+
+def contrast_cuda() -> tuple[Any, ...]:
+    *inputs, out = contrast_cpu()
+    return (*inputs, torch.full((contrast_scratch(6, 19),), 255, dtype=torch.uint8), out)
 
 
 def regions_cpu() -> tuple[Any, ...]:
@@ -100,6 +106,25 @@ def attention_plan_cuda() -> tuple[Any, ...]:
     return [1, 28, 4, 4096, 128, 128, 1024], torch.full((6,), -1)
 
 
+def saliency() -> tuple[Any, ...]:
+    layers, tokens, size = 2, 6, (7, 8)
+    given = list(capture_layers())
+    mask, maps = torch.rand(1, 1, 1, 9) < 0.9, torch.zeros(1, layers, 1, 1, tokens)
+    given[:3] = [query[:1] for query in given[0]], [key[:1] for key in given[1]], torch.arange(2, 8)[None]
+    given[3:5], given[12] = [None, mask], torch.tensor(0)
+    given[16:] = [maps, torch.zeros(1, layers, 1, 1), torch.zeros(1, layers, 1, 1)]
+    general, weights = torch.rand(layers, 1, tokens), torch.rand(layers, dtype=torch.float64)
+    numbers = (0.1, False, 3, 0.4, 2, 0, 4, 1, 64)
+    buffers = (torch.zeros(size, dtype=torch.bool), torch.full((2, 4), -1), torch.zeros(2, dtype=torch.float64))
+    step_weights = torch.ones(1, dtype=torch.float64)
+    pixels = torch.full(size, torch.nan)
+    return (*given, general, weights, step_weights, [2, 3, *size], *numbers, pixels, *buffers, torch.full((6,), -1))
+
+
+def saliency_in() -> tuple[Any, ...]:
+    return (*saliency(), "reference")
+
+
 def capture_plan_cuda() -> tuple[Any, ...]:
     return [6, 1, 28, 4, 1, 4096, 128, 1024, 2, 0, 1], torch.full((11,), -1)
 
@@ -121,7 +146,9 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_emulated::attend_layer": attend_layer,
     "carve_emulated::attention_plan_cuda": attention_plan_cuda,
     "carve_emulated::capture_plan_cuda": capture_plan_cuda,
+    "carve_emulated::contrast_cuda": contrast_cuda,
     "carve_emulated::regions_cuda": regions_cuda,
+    "carve_emulated::saliency": saliency,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::capture_layers_in": capture_layers_in,
     "carve_kernels::attend_layer_in": attend_layer_in,
@@ -130,6 +157,8 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::cuda_versions": cuda_versions,
     "carve_kernels::isa_cpu": isa_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
+    "carve_kernels::saliency": saliency,
+    "carve_kernels::saliency_in": saliency_in,
 }
 # What an operator may leave as it is: a CPU uses no scratch, and tickets are 0 after every call.
 KEPT: dict[str, frozenset[str]] = {
@@ -138,13 +167,17 @@ KEPT: dict[str, frozenset[str]] = {
     "carve_kernels::attend_layer_in": frozenset({"scratch", "tickets"}),
     "carve_kernels::capture_layers": frozenset({"scratch", "tickets"}),
     "carve_kernels::capture_layers_in": frozenset({"scratch", "tickets"}),
+    "carve_emulated::saliency": frozenset({"tickets", "boxes", "scores"}),
+    "carve_kernels::saliency": frozenset({"scratch", "tickets", "boxes", "scores"}),
+    "carve_kernels::saliency_in": frozenset({"scratch", "tickets", "boxes", "scores"}),
 }
 
 
 def operator(name: str) -> Any:
     namespace, short = name.split("::")
     if namespace == emulator.NAMESPACE:
-        emulated("regions" if short.startswith("regions") else "capture")
+        stage = short.partition("_")[0]
+        emulated("capture" if stage in ("attend", "attention") else stage)
     elif not short.endswith("_in") and (reason := cpu.unavailable()):
         pytest.skip(reason)
     return getattr(getattr(torch.ops, namespace), short).default

@@ -17,6 +17,11 @@ MOST_SIZE = 256
 # result does not depend on it.
 MOST_BLOCKS = 1024
 
+# As in csrc/cuda/contrast/contrast.cuh: maps in flight in a thread, and the chunks that they are divided into.
+MAPS_AT_ONCE = 8
+FEW_CHUNKS, MOST_CHUNKS = 8, 32
+MOST_MAPS = MOST_CHUNKS * 4096
+
 
 class CapturePlan(NamedTuple):
     """How a call of the operator `capture_layers` is divided into launches; csrc/cuda/capture/plan.h describes each."""
@@ -101,3 +106,13 @@ def _ask_attention(operators: torch._ops._OpNamespace, sizes: tuple[int, ...]) -
     out = torch.empty(len(AttentionPlan._fields), dtype=torch.int64, device="cpu")
     operators.attention_plan_cuda.default([int(one) for one in sizes], out)
     return AttentionPlan._make(out.tolist())
+
+
+def contrast_chunks(maps: int) -> int:
+    """The chunks of the maps (layers times steps) of a contrast; each leaves a value for every token."""
+    return min(max(min(maps, FEW_CHUNKS), -(-maps // MAPS_AT_ONCE)), MOST_CHUNKS)
+
+
+def contrast_scratch(maps: int, tokens: int) -> int:
+    """The bytes of the scratch of the operator `contrast_cuda`."""
+    return contrast_chunks(maps) * tokens * torch.float32.itemsize

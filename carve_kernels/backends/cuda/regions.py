@@ -1,4 +1,4 @@
-"""Regions on the device: radix selection, union-find over runs, sums by integer atomics, merge sort."""
+"""Regions on the device: radix selection, union-find in tiles and then between them, integer sums, merge sort."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.native.region_buffers import allocate, most_regions, numbers, read, too_large
 from carve_kernels.types import RegionOptions, Regions
 
-# Histograms of 2^11 bins for six passes and some numbers; 40 bytes for each possible region, 4 for each pixel.
-_STATE_BYTES = 6 * 2**11 * 4 + 104
-_REGION_BYTES = 40
+# Histograms of 2^11 bins for six passes and some numbers; 52 bytes for each possible region, 4 for each pixel.
+_STATE_BYTES = 6 * 2**11 * 4 + 112
+_REGION_BYTES = 52
 _PIXEL_BYTES = 4
+# Boxes and scores that come to the host with the number of regions: 10 KB, a microsecond or two of the bus.
+OUTCOME_ROWS = 256
 
 
 def supports(saliency: torch.Tensor, _options: RegionOptions) -> str | None:
@@ -23,14 +25,14 @@ def supports(saliency: torch.Tensor, _options: RegionOptions) -> str | None:
 def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     """The selected regions, or the whole image and the reason; see `carve_kernels.regions`.
 
-    Mask, boxes and scores stay on the device. One copy of six numbers to the host, for the union box and the reason,
-    waits for the device at the end. Scratch takes 4 bytes a pixel and 40 for each region that an image of this size can
-    have, in all 24 bytes a pixel (14 with 8-connectivity).
+    The mask stays on the device. One copy to the host, of the union box, the reason and the first 256 boxes and scores,
+    waits for the device at the end; of more regions two further copies follow. Scratch takes 4 bytes a pixel and 52 for
+    each region that an image of this size can have, in all 30 bytes a pixel (17 with 8-connectivity).
     """
     saliency = saliency.detach().contiguous()
     height, width = saliency.shape
     scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
-    buffers = allocate(saliency, options)
+    buffers = allocate(saliency, options, outcome_rows=OUTCOME_ROWS)
     cuda.operators.regions_cuda.default(saliency, *numbers(options), MOST_BLOCKS, scratch, *buffers)
     return read(buffers)
 

@@ -27,9 +27,21 @@ _ATTEND = (
     "Tensor(b!) tickets, Tensor(c!) output, Tensor(d!) maps, Tensor(e!) mass, Tensor(f!) entropy"
 )
 
+# A capture into one step of maps for one row of queries, their contrast with general maps and, unless top and floor are
+# 0, the regions of the saliency, which is then [H, W]. All stages share the scratch.
+_SALIENCY = (
+    f"{_CAPTURE}, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
+    "bool lam_is_mean, int normalize, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
+    "Tensor(f!) saliency, Tensor(g!) selected, Tensor(h!) boxes, Tensor(i!) scores, Tensor(j!) outcome"
+)
+
 SCHEMAS: dict[str, str] = {
     "contrast_cpu": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
     "bool lam_is_mean, int normalize, Tensor(a!) out) -> ()",
+    # Task and general have stride 1 along the tokens; the weights are float64, on their device. The scratch takes
+    # `contrast_scratch` bytes (backends/cuda/plan.py).
+    "contrast_cuda": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, "
+    "float lam, bool lam_is_mean, int normalize, Tensor(a!) scratch, Tensor(b!) out) -> ()",
     "regions_cpu": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, "
     "Tensor(b!) boxes, Tensor(c!) scores, Tensor(d!) outcome) -> ()",
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
@@ -39,6 +51,9 @@ SCHEMAS: dict[str, str] = {
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
     "attend_layer_in": f"({_ATTEND}, str backend) -> ()",
+    "saliency": f"({_SALIENCY}) -> ()",
+    # By the named backend or "auto", on every device.
+    "saliency_in": f"({_SALIENCY}, str backend) -> ()",
     # Writes how a call of capture_layers on a GPU is divided into launches: bytes of scratch, number of tickets; 0 or
     # 1: whether tensor cores are not used, whether keys are read again; layers and rows at a time, blocks of the
     # queries of a key head, keys of a split, splits, groups of 128 tokens of a block, blocks of tokens. The sizes are

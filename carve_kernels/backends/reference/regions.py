@@ -6,7 +6,6 @@ import numpy
 import torch
 
 from carve_kernels.backends.reference.labels import label
-from carve_kernels.numerics import float64_device
 from carve_kernels.types import RegionOptions, Regions
 
 # Resizing changes a flat map by a few roundings.
@@ -40,11 +39,10 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     is_selected[selected + 1] = True
     boxes = boxes[selected]
     x0, y0, x1, y1 = (int(edge) for edge in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
-    device = saliency.device
     return Regions(
-        mask=torch.from_numpy(is_selected[labels]).to(device),
-        boxes=torch.from_numpy(boxes).to(device),
-        scores=torch.from_numpy(scores[selected]).to(float64_device(device)),
+        mask=torch.from_numpy(is_selected[labels]).to(saliency.device),
+        boxes=torch.from_numpy(boxes),
+        scores=torch.from_numpy(scores[selected]),
         box=(x0, y0, x1, y1),
     )
 

@@ -1,6 +1,7 @@
-// Connected regions of the pixels at or above the threshold: runs along the rows, union-find, sums and boxes.
+// The parts of regions: a block labels a tile of 32 x 64 pixels in shared memory, by union-find over the runs of its rows.
 
 #include "cuda/regions/regions.cuh"
+#include "cuda/regions/union.cuh"
 
 namespace carve {
 namespace {
@@ -11,269 +12,343 @@ constexpr double kFlat = 16.0 * std::numeric_limits<T>::epsilon();
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+constexpr uint32_t kTilePixels = kTileWidth * kTileHeight;
+// Half of the pixels: no two pixels of one colour of a checkerboard touch.
+constexpr uint32_t kTileParts = kTilePixels / 2;
+
+// 28 KB: four blocks share a multiprocessor of 128 KB.
+struct LabelShared {
+  PickShared pick;
+  uint32_t bits[kTileHeight];    // of each row, the pixels above the threshold
+  uint32_t firsts[kTileHeight];  // and the first pixels of parts
+  uint32_t before[kTileHeight];  // the parts that begin in the rows above
+  uint32_t begin;  // the number of the tile's first part among those of all tiles
+  uint32_t parts;
+  // For the first pixel of each run: its parent, which never follows it (itself, if a root); in the end, of a root, ~n
+  // where n is the number of its part in the tile.
+  int32_t labels[kTilePixels];
+  // For each part.
+  Key amounts[kTileParts];
+  uint32_t columns[kTileParts];  // those that it has pixels in, as bits
+  int32_t bottoms[kTileParts];
+  uint32_t pixels[kTileParts];
+};
+
 // Computed by every block, with the same result. Products are rounded before they are added, as in NumPy.
 template <class T>
-__device__ __forceinline__ Reason find_threshold(const RegionsJob& job, PickShared& shared, T& threshold) {
+struct Threshold {
+  T value;
+  double peak;
+  Reason reason;
+};
+
+template <class T>
+__device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, PickShared& shared) {
   const RegionsState* state = job.state;
   constexpr int kLast = kPasses<T> - 1;
-  const PickedDigit picked = pick_digit(state->counts[kLast], load(&state->rank[kLast]), shared);
-  const Key prefix = load(&state->prefix[kLast]) << (shift_before<T>(kLast) - shift_after<T>(kLast));
+  const PickedDigit picked = pick_digit(state->counts[kLast], load_coherent(&state->rank[kLast]), shared);
+  const Key prefix = load_coherent(&state->prefix[kLast]) << (shift_before<T>(kLast) - shift_after<T>(kLast));
   const Key key = prefix | picked.digit;
-  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : load(&state->next);
+  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : load_coherent(&state->next);
   if (next == ~Key(0)) next = key;  // the greatest value of all
   const T below = value_of<T>(static_cast<BitsOf<T>>(key));
   const T above = value_of<T>(static_cast<BitsOf<T>>(next));
   const T weight = static_cast<T>(job.weight);
+  Threshold<T> found;
   if constexpr (sizeof(T) == 4) {
     const float part = __fmul_rn(__fsub_rn(above, below), weight);
-    threshold = job.from_above ? __fsub_rn(above, part) : __fadd_rn(below, part);
+    found.value = job.from_above ? __fsub_rn(above, part) : __fadd_rn(below, part);
   } else {
     const double part = __dmul_rn(__dsub_rn(above, below), weight);
-    threshold = job.from_above ? __dsub_rn(above, part) : __dadd_rn(below, part);
+    found.value = job.from_above ? __dsub_rn(above, part) : __dadd_rn(below, part);
   }
-  const double low = value_of<T>(static_cast<BitsOf<T>>(load(&state->low)));
-  const double high = value_of<T>(static_cast<BitsOf<T>>(load(&state->high)));
-  if (!(low > -kInfinity && high < kInfinity)) return Reason::kNotFinite;
-  if (__dsub_rn(high, low) <= __dmul_rn(kFlat<T>, peak_of<T>(state))) return Reason::kConstant;
-  // The range of extreme values overflows to an infinite or NaN threshold, which no value reaches.
-  return high >= static_cast<double>(threshold) ? Reason::kNone : Reason::kNoPixel;
+  const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
+  const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
+  found.peak = -low > high ? -low : high;
+  if (!(low > -kInfinity && high < kInfinity)) {
+    found.reason = Reason::kNotFinite;
+  } else if (__dsub_rn(high, low) <= __dmul_rn(kFlat<T>, found.peak)) {
+    found.reason = Reason::kConstant;
+  } else {
+    // The range of extreme values overflows to an infinite or NaN threshold, which no value reaches.
+    found.reason = high >= static_cast<double>(found.value) ? Reason::kNone : Reason::kNoPixel;
+  }
+  return found;
 }
 
-// The runs among the 32 pixels of a step, as bits. A run that continues from the previous step has no head here.
-struct StepRuns {
-  uint32_t heads;
-  uint32_t own;   // the heads up to this lane, the last of which starts this lane's run
-  uint32_t head;  // the first pixel of this lane's run, if it is in one
+// What does not depend on the values of a tile.
+struct Tile {
+  uint32_t x, y;  // of its first pixel
+
+  __device__ __forceinline__ bool has(const RegionsJob& job, uint32_t row, uint32_t column) const {
+    return x + column < job.width && y + row < job.height;
+  }
+  __device__ __forceinline__ uint32_t pixel(const RegionsJob& job, uint32_t row, uint32_t column) const {
+    return (y + row) * job.width + x + column;
+  }
 };
 
-__device__ __forceinline__ StepRuns find_runs_of_step(uint32_t bits, uint32_t row_starts, uint32_t goes_on,
-                                                      uint32_t pixel, uint32_t head_before) {
-  const uint32_t lane = lane_of_thread();
-  StepRuns runs;
-  runs.heads = bits & (row_starts | ~(bits << 1 | goes_on));
-  runs.own = runs.heads & (kAllLanes >> (31 - lane));
-  runs.head = runs.own != 0 ? pixel - lane + (31 - __clz(static_cast<int>(runs.own))) : head_before;
-  return runs;
+__device__ __forceinline__ uint32_t count_tiles_across(const RegionsJob& job) {
+  return (job.width + kTileWidth - 1) / kTileWidth;
 }
 
-// The parent of each pixel is the first pixel of its run in the chunk.
+__device__ __forceinline__ Tile find_tile(const RegionsJob& job, uint32_t number) {
+  const uint32_t across = count_tiles_across(job);
+  return {number % across * kTileWidth, number / across * kTileHeight};
+}
+
+__device__ __forceinline__ uint32_t first_row_of_warp() { return threadIdx.x / 32 * kSteps; }
+
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads) label_kernel(const __grid_constant__ RegionsJob job) {
-  auto& shared = block_shared<PickShared>();
-  T threshold;
-  const Reason reason = find_threshold<T>(job, shared, threshold);
-  if (reason != Reason::kNone) {
+__device__ __forceinline__ void load_rows(const RegionsJob& job, const Tile& tile, T (&values)[kSteps]) {
+  const T* from = static_cast<const T*>(job.saliency);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row_of_warp() + step;
+    const uint32_t lane = lane_of_thread();
+    values[step] = tile.has(job, row, lane) ? load(from + tile.pixel(job, row, lane)) : T(0);
+  }
+}
+
+__device__ __forceinline__ uint32_t run_starts(uint32_t bits) { return bits & ~(bits << 1); }
+__device__ __forceinline__ bool has_bit(uint32_t bits, uint32_t lane) { return bits >> lane & 1; }
+__device__ __forceinline__ uint32_t lanes_up_to(uint32_t lane) { return kAllLanes >> (31 - lane); }
+
+// The first of the lanes whose bits end in this lane without a gap: `starts` has the first lanes of all.
+__device__ __forceinline__ uint32_t first_lane_of_run(uint32_t starts, uint32_t lane) {
+  return 31 - __clz(static_cast<int>(starts & lanes_up_to(lane)));
+}
+
+// The first pixel in the tile of the run that a pixel is in.
+__device__ __forceinline__ int32_t head_of(uint32_t bits, uint32_t row, uint32_t lane) {
+  return static_cast<int32_t>(row * kTileWidth + first_lane_of_run(run_starts(bits), lane));
+}
+
+// Joins the runs of a row to those above that they touch.
+__device__ __forceinline__ void join_rows(const RegionsJob& job, int32_t* labels, uint32_t row, uint32_t bits,
+                                          uint32_t above) {
+  const uint32_t lane = lane_of_thread();
+  if (!has_bit(bits, lane)) return;
+  const SharedParents parents{labels};
+  const auto join_to = [&](uint32_t other) { join(parents, head_of(bits, row, lane), head_of(above, row - 1, other)); };
+  const bool has_left = lane > 0 && has_bit(bits, lane - 1);
+  const bool touches_left = lane > 0 && has_bit(above, lane - 1);
+  if (has_bit(above, lane)) {
+    // If the pixels on the left touch, too, they join the two runs.
+    if (!has_left || !touches_left) join_to(lane);
+  } else if (job.is_eight) {
+    if (!has_left && touches_left) join_to(lane - 1);
+    if (lane < 31 && has_bit(above, lane + 1) && !has_bit(bits, lane + 1)) join_to(lane + 1);
+  }
+}
+
+// The number of the part in the tile.
+__device__ __forceinline__ uint32_t find_number(const int32_t* labels, int32_t pixel) {
+  int32_t label = load_shared(labels + pixel);
+  while (label >= 0) label = load_shared(labels + label);
+  return static_cast<uint32_t>(~label);
+}
+
+// Numbers the tile's parts by their first pixels. Called by one warp; thread 0 returns the number of the first part
+// among all tiles, which nobody waits for until it is used.
+__device__ __forceinline__ uint32_t number_parts(const RegionsJob& job, LabelShared& shared) {
+  const uint32_t lane = lane_of_thread();
+  static_assert(kTileHeight == 64, "two rows for each lane");
+  const uint32_t counts[2] = {static_cast<uint32_t>(__popc(shared.firsts[2 * lane])),
+                              static_cast<uint32_t>(__popc(shared.firsts[2 * lane + 1]))};
+  uint32_t before = counts[0] + counts[1];
+  for (unsigned by = 1; by < 32; by *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, before, by);
+    if (lane >= by) before += other;
+  }
+  const uint32_t parts = __shfl_sync(kAllLanes, before, 31);
+  before -= counts[0] + counts[1];
+  shared.before[2 * lane] = before;
+  shared.before[2 * lane + 1] = before + counts[0];
+  if (lane != 0) return 0;
+  shared.parts = parts;
+  return parts == 0 ? 0 : atomicAdd(&job.state->parts, parts);
+}
+
+// What a warp adds to the parts of a row: the sums of the pixels above each lane that end there.
+struct RowSums {
+  uint32_t ends;  // lanes whose pixels end in this row
+  Key amount;
+  uint32_t pixels;
+};
+
+// The lanes side by side that end in a row are of one part: the last one adds for all of them. Sums are integers in
+// two's complement, so their order is irrelevant.
+__device__ __forceinline__ void add_row(LabelShared& shared, uint32_t row, RowSums sums, uint32_t number, Score score) {
+  const uint32_t lane = lane_of_thread();
+  const uint32_t first = first_lane_of_run(run_starts(sums.ends) | 1, lane);
+  uint32_t longer = sums.ends & sums.ends << 1;
+  for (uint32_t by = 1; longer != 0; by *= 2) {
+    const Key other = __shfl_up_sync(kAllLanes, sums.amount, by);
+    const uint32_t others = __shfl_up_sync(kAllLanes, sums.pixels, by);
+    if (lane >= first + by) {
+      sums.amount = score != Score::kMax ? sums.amount + other : other > sums.amount ? other : sums.amount;
+      sums.pixels += others;
+    }
+    longer &= longer << by;
+  }
+  const bool is_last = has_bit(sums.ends & ~(sums.ends >> 1), lane);
+  if (!is_last) return;
+  if (score == Score::kMax) {
+    atomicMax(&shared.amounts[number], sums.amount);
+  } else {
+    atomicAdd(&shared.amounts[number], sums.amount);
+  }
+  if (score == Score::kMean) atomicAdd(&shared.pixels[number], sums.pixels);
+  atomicOr(&shared.columns[number], lanes_up_to(lane) & ~(lanes_up_to(first) >> 1));
+  atomicMax(&shared.bottoms[number], static_cast<int32_t>(row));
+}
+
+template <class T>
+__device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& shared, const Tile& tile,
+                                           const T (&values)[kSteps], const Threshold<T>& threshold) {
+  const uint32_t lane = lane_of_thread();
+  const uint32_t first_row = first_row_of_warp();
+  uint32_t bits[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    bits[step] = __ballot_sync(kAllLanes, tile.has(job, row, lane) && values[step] >= threshold.value);
+    if (lane == 0) shared.bits[row] = bits[step];
+    const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
+    if (has_bit(run_starts(bits[step]), lane)) shared.labels[pixel] = pixel;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    const uint32_t above = step > 0 ? bits[step > 0 ? step - 1 : 0] : row > 0 ? shared.bits[row - 1] : 0;
+    join_rows(job, shared.labels, row, bits[step], above);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
+    const bool is_first = has_bit(run_starts(bits[step]), lane) && shared.labels[pixel] == pixel;
+    const uint32_t firsts = __ballot_sync(kAllLanes, is_first);
+    if (lane == 0) shared.firsts[row] = firsts;
+  }
+  __syncthreads();
+  const uint32_t begin = threadIdx.x < 32 ? number_parts(job, shared) : 0;
+  __syncthreads();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    const uint32_t firsts = shared.firsts[row];
+    if (!has_bit(firsts, lane)) continue;
+    const uint32_t number = shared.before[row] + __popc(firsts & (lanes_up_to(lane) >> 1));
+    shared.labels[row * kTileWidth + lane] = ~static_cast<int32_t>(number);
+    shared.amounts[number] = 0;
+    shared.columns[number] = 0;
+    shared.bottoms[number] = 0;
+    shared.pixels[number] = 0;
+  }
+  __syncthreads();
+
+  uint32_t numbers[kSteps];
+  RowSums sums{0, 0, 0};
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    const uint32_t above = step > 0 ? bits[step > 0 ? step - 1 : 0] : 0;
+    const uint32_t below = step + 1 < kSteps ? bits[step + 1 < kSteps ? step + 1 : 0] : 0;
+    numbers[step] = 0;
+    if (bits[step] == 0) continue;
+    if (has_bit(bits[step], lane)) {
+      // A pixel below one of its part is in the same part.
+      const bool goes_on = has_bit(above, lane);
+      numbers[step] = goes_on ? numbers[step > 0 ? step - 1 : 0]
+                              : find_number(shared.labels, head_of(bits[step], row, lane));
+      const double value = values[step];
+      const Key amount = job.score == Score::kMax
+                             ? key_of(value)
+                             : static_cast<Key>(__double2ll_rn(__dmul_rn(__ddiv_rn(value, threshold.peak), job.one)));
+      if (!goes_on) {
+        sums.amount = amount;
+        sums.pixels = 0;
+      } else if (job.score != Score::kMax) {
+        sums.amount += amount;
+      } else if (amount > sums.amount) {
+        sums.amount = amount;
+      }
+      ++sums.pixels;
+    }
+    sums.ends = bits[step] & ~below;
+    if (sums.ends != 0) add_row(shared, row, sums, numbers[step], job.score);
+  }
+  if (threadIdx.x == 0) shared.begin = begin;
+  __syncthreads();
+
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t row = first_row + step;
+    if (!tile.has(job, row, lane)) continue;
+    const uint32_t pixel = tile.pixel(job, row, lane);
+    const uint32_t part = shared.begin + numbers[step];
+    store(job.labels + pixel, has_bit(bits[step], lane) ? static_cast<int32_t>(part) : kOff);
+    if (has_bit(shared.firsts[row], lane)) store(job.firsts + part, static_cast<int32_t>(pixel));
+  }
+  for (uint32_t number = threadIdx.x; number < shared.parts; number += kBlockThreads) {
+    const uint32_t part = shared.begin + number;
+    const uint32_t columns = shared.columns[number];
+    store(job.parents + part, static_cast<int32_t>(part));
+    store(job.amounts + part, shared.amounts[number]);
+    store(job.left + part, static_cast<int32_t>(tile.x + __ffs(static_cast<int>(columns)) - 1));
+    store(job.right + part, static_cast<int32_t>(tile.x + 32 - __clz(static_cast<int>(columns))));
+    store(job.bottom + part, static_cast<int32_t>(tile.y) + shared.bottoms[number] + 1);
+    if (job.score == Score::kMean) store(job.pixels + part, shared.pixels[number]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, 4) label_kernel(const __grid_constant__ RegionsJob job) {
+  auto& shared = block_shared<LabelShared>();
+  start_next_launch();
+  const uint32_t tiles = count_tiles_across(job) * ((job.height + kTileHeight - 1) / kTileHeight);
+  uint32_t number = blockIdx.x;
+  Tile tile = find_tile(job, number);
+  T values[kSteps];
+  load_rows(job, tile, values);
+  wait_for_launch();
+  const Threshold<T> threshold = find_threshold<T>(job, shared.pick);
+  if (threshold.reason != Reason::kNone) {
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
-    store(&job.state->reason, static_cast<int32_t>(reason));
-    store(job.outcome + 1, static_cast<int64_t>(reason));
+    store(&job.state->reason, static_cast<int32_t>(threshold.reason));
+    store(job.outcome + 1, static_cast<int64_t>(threshold.reason));
     store(job.outcome + 2, int64_t(0));
     store(job.outcome + 3, int64_t(0));
     store(job.outcome + 4, static_cast<int64_t>(job.width));
     store(job.outcome + 5, static_cast<int64_t>(job.height));
     return;
   }
-  const T* values = static_cast<const T*>(job.saliency);
-  const uint32_t lane = lane_of_thread();
-  const uint32_t warps = gridDim.x * (kBlockThreads / 32);
-  for (uint32_t chunk = blockIdx.x * (kBlockThreads / 32) + threadIdx.x / 32; chunk * kChunkPixels < job.count;
-       chunk += warps) {
-    uint32_t bits[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = chunk * kChunkPixels + step * 32 + lane;
-      bits[step] = pixel < job.count && load(values + pixel) >= threshold;
-    }
-    uint32_t head = 0;
-    uint32_t goes_on = 0;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = chunk * kChunkPixels + step * 32 + lane;
-      const bool is_on = bits[step] != 0;
-      const uint32_t all = __ballot_sync(kAllLanes, is_on);
-      const uint32_t row_starts = __ballot_sync(kAllLanes, pixel % job.width == 0);
-      const StepRuns runs = find_runs_of_step(all, row_starts, goes_on, pixel, head);
-      if (pixel < job.count) store(job.labels + pixel, is_on ? static_cast<int32_t>(runs.head) : kOff);
-      head = __shfl_sync(kAllLanes, runs.head, 31);
-      goes_on = all >> 31;
-    }
-  }
-}
-
-// The root of a pixel. The grandparent becomes the parent of each visited pixel, which halves the path for later calls.
-// Labels only decrease, so concurrent updates are safe.
-__device__ __forceinline__ int32_t find_root(int32_t* labels, int32_t pixel) {
-  int32_t parent = load_coherent(labels + pixel);
-  while (parent != pixel) {
-    const int32_t grandparent = load_coherent(labels + parent);
-    if (grandparent != parent) atomicMin(labels + pixel, grandparent);
-    pixel = parent;
-    parent = grandparent;
-  }
-  return pixel;
-}
-
-// Only a root gets a new parent, one that precedes it. If another thread has joined it meanwhile, its root is found
-// again.
-__device__ __forceinline__ void join(int32_t* labels, uint32_t one, uint32_t other) {
-  int32_t high = static_cast<int32_t>(one);
-  int32_t low = static_cast<int32_t>(other);
   while (true) {
-    high = find_root(labels, high);
-    low = find_root(labels, low);
-    if (high == low) return;
-    if (high < low) {
-      const int32_t swapped = high;
-      high = low;
-      low = swapped;
-    }
-    if (atomicCAS(labels + high, high, low) == high) return;
-  }
-}
-
-// One thread per pixel: only the few pixels where runs meet have work, and the number of threads hides its latency.
-__global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_constant__ RegionsJob job) {
-  if (has_reason(job.state)) return;
-  const uint32_t width = job.width;
-  const auto is_on = [&](uint32_t pixel) { return load_coherent(job.labels + pixel) != kOff; };
-  for (uint32_t pixel = blockIdx.x * kBlockThreads + threadIdx.x; pixel < job.count;
-       pixel += gridDim.x * kBlockThreads) {
-    if (!is_on(pixel)) continue;
-    const uint32_t x = pixel % width;
-    const bool has_left = x > 0 && is_on(pixel - 1);
-    if (has_left && pixel % kChunkPixels == 0) join(job.labels, pixel, pixel - 1);
-    if (pixel < width) continue;
-    const uint32_t above = pixel - width;
-    if (is_on(above)) {
-      // If the pixels on the left touch, too, they join the two runs.
-      if (!has_left || !is_on(above - 1)) join(job.labels, pixel, above);
-    } else if (job.is_eight) {
-      if (x > 0 && !has_left && is_on(above - 1)) join(job.labels, pixel, above - 1);
-      if (x + 1 < width && is_on(above + 1) && !is_on(pixel + 1)) join(job.labels, pixel, above + 1);
-    }
-  }
-}
-
-// Numbers the roots in any order; the lanes of a warp share one atomic addition.
-__global__ void __launch_bounds__(kBlockThreads) number_kernel(const __grid_constant__ RegionsJob job) {
-  if (has_reason(job.state)) return;
-  const uint32_t lane = lane_of_thread();
-  for (uint32_t start = blockIdx.x * kBlockThreads; start < job.count; start += gridDim.x * kBlockThreads) {
-    const uint32_t pixel = start + threadIdx.x;
-    const bool is_root = pixel < job.count && load_coherent(job.labels + pixel) == static_cast<int32_t>(pixel);
-    const uint32_t roots = __ballot_sync(kAllLanes, is_root);
-    if (roots == 0) continue;
-    uint32_t number = 0;
-    if (lane == 0) number = atomicAdd(&job.state->regions, static_cast<uint32_t>(__popc(roots)));
-    number = __shfl_sync(kAllLanes, number, 0) + __popc(roots & ((1u << lane) - 1));
-    if (!is_root) continue;
-    store(job.labels + pixel, ~static_cast<int32_t>(number));
-    store(job.keys[0] + number, Key(0));
-    store(job.firsts[0] + number, static_cast<int32_t>(pixel));
-    store(job.left + number, static_cast<int32_t>(job.width));
-    store(job.right + number, 0);
-    store(job.bottom + number, 0);
-    store(job.pixels + number, uint32_t(0));
-  }
-}
-
-// The number n of a pixel's region, as ~n. Paths are shortened as in find_root.
-__device__ __forceinline__ int32_t find_number(int32_t* labels, uint32_t head) {
-  int32_t pixel = static_cast<int32_t>(head);
-  int32_t label = load_coherent(labels + pixel);
-  while (label >= 0) {
-    const int32_t next = load_coherent(labels + label);
-    atomicMin(labels + pixel, next);
-    pixel = label;
-    label = next;
-  }
-  // The first pixel of every run gets the number: the mask then finds it in two steps.
-  if (pixel != static_cast<int32_t>(head)) atomicMin(labels + head, label);
-  return label;
-}
-
-// Adds a run to its region. Most runs do not widen the box, and a read costs less than an atomic.
-__device__ __forceinline__ void add_run(const RegionsJob& job, uint32_t head, uint32_t pixel, Key amount) {
-  const int32_t number = ~find_number(job.labels, head);
-  const uint32_t pixels = pixel - head + 1;
-  const int32_t right = static_cast<int32_t>(pixel % job.width) + 1;
-  const int32_t left = right - static_cast<int32_t>(pixels);
-  const int32_t bottom = static_cast<int32_t>(pixel / job.width) + 1;
-  if (left < load_coherent(job.left + number)) atomicMin(job.left + number, left);
-  if (right > load_coherent(job.right + number)) atomicMax(job.right + number, right);
-  if (bottom > load_coherent(job.bottom + number)) atomicMax(job.bottom + number, bottom);
-  if (job.score == Score::kMax) {
-    if (amount > load_coherent(job.keys[0] + number)) atomicMax(job.keys[0] + number, amount);
-    return;
-  }
-  atomicAdd(job.keys[0] + number, amount);
-  if (job.score == Score::kMean) atomicAdd(job.pixels + number, pixels);
-}
-
-// Runs are summed within a warp, so that a region of a million pixels takes a few thousand atomics. Sums are integers
-// in two's complement: their order is irrelevant.
-template <class T>
-__global__ void __launch_bounds__(kBlockThreads) measure_kernel(const __grid_constant__ RegionsJob job) {
-  if (has_reason(job.state)) return;
-  const T* values = static_cast<const T*>(job.saliency);
-  const double peak = peak_of<T>(job.state);
-  const bool is_max = job.score == Score::kMax;
-  const uint32_t lane = lane_of_thread();
-  const uint32_t warps = gridDim.x * (kBlockThreads / 32);
-  for (uint32_t chunk = blockIdx.x * (kBlockThreads / 32) + threadIdx.x / 32; chunk * kChunkPixels < job.count;
-       chunk += warps) {
-    uint32_t bits[kSteps + 1];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = chunk * kChunkPixels + step * 32 + lane;
-      bits[step] = pixel < job.count && load_coherent(job.labels + pixel) != kOff;
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) bits[step] = __ballot_sync(kAllLanes, bits[step] != 0);
-    bits[kSteps] = 0;  // a run ends with the chunk
-    uint32_t head = 0;
-    Key carried = 0;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = chunk * kChunkPixels + step * 32 + lane;
-      const uint32_t x = pixel % job.width;
-      const uint32_t row_starts = __ballot_sync(kAllLanes, x == 0);
-      const uint32_t row_ends = __ballot_sync(kAllLanes, x + 1 == job.width);
-      const uint32_t goes_on = step == 0 ? 0 : bits[step - 1] >> 31;
-      const StepRuns runs = find_runs_of_step(bits[step], row_starts, goes_on, pixel, head);
-      const uint32_t ends = bits[step] & (row_ends | ~(bits[step] >> 1 | bits[step + 1] << 31));
-      Key amount = 0;
-      if (bits[step] >> lane & 1) {
-        const double value = load(values + pixel);
-        amount = is_max ? key_of(value) : static_cast<Key>(__double2ll_rn(__dmul_rn(__ddiv_rn(value, peak), job.one)));
-      }
-      const auto join_amounts = [&](Key other) { amount = !is_max ? amount + other : other > amount ? other : amount; };
-      if (lane == 0 && goes_on && !(runs.heads & 1)) join_amounts(carried);
-      const uint32_t first_lane = runs.own != 0 ? 31 - __clz(static_cast<int>(runs.own)) : 0;
-      for (uint32_t by = 1; by < 32; by *= 2) {
-        const Key other = __shfl_up_sync(kAllLanes, amount, by);
-        if (lane >= first_lane + by) join_amounts(other);
-      }
-      if (ends >> lane & 1) add_run(job, runs.head, pixel, amount);
-      head = __shfl_sync(kAllLanes, runs.head, 31);
-      carried = __shfl_sync(kAllLanes, amount, 31);
-    }
+    label_tile(job, shared, tile, values, threshold);
+    number += gridDim.x;
+    if (number >= tiles) return;
+    tile = find_tile(job, number);
+    load_rows(job, tile, values);
+    __syncthreads();
   }
 }
 
 template <class T>
-void launch_all(const RegionsJob& job, const RegionsLaunches& how) {
-  const unsigned blocks = count_blocks(job.count, kBlockPixels, how.most_blocks);
-  launch({"label_kernel", blocks, kBlockThreads, sizeof(PickShared), how.stream}, label_kernel<T>, job);
-  const unsigned pixel_blocks = count_blocks(job.count, kBlockThreads, kSteps * how.most_blocks);
-  launch({"join_kernel", pixel_blocks, kBlockThreads, 0, how.stream}, join_kernel, job);
-  launch({"number_kernel", pixel_blocks, kBlockThreads, 0, how.stream}, number_kernel, job);
-  launch({"measure_kernel", blocks, kBlockThreads, 0, how.stream}, measure_kernel<T>, job);
+void launch_tiles(const RegionsJob& job, const RegionsLaunches& how) {
+  const int64_t across = (job.width + kTileWidth - 1) / kTileWidth;
+  const int64_t down = (job.height + kTileHeight - 1) / kTileHeight;
+  const unsigned blocks = count_blocks(across * down, 1, how.most_blocks);
+  launch(how.of("label_kernel", blocks, kBlockThreads, sizeof(LabelShared)), label_kernel<T>, job);
 }
 
 }  // namespace
 
 void launch_label(const RegionsJob& job, bool is_double, const RegionsLaunches& how) {
-  is_double ? launch_all<double>(job, how) : launch_all<float>(job, how);
+  is_double ? launch_tiles<double>(job, how) : launch_tiles<float>(job, how);
 }
 
 }  // namespace carve

@@ -1,17 +1,18 @@
 // Sorts the regions from the best to the worst, keeps the best and writes the mask.
 
+#include <cmath>
+
 #include "cuda/regions/regions.cuh"
 
 namespace carve {
 namespace {
 
-// Tiles of 2^10 regions are sorted in shared memory: 12 bytes each are 12 KB per block, and 512 threads have a pair
-// each. Then runs are merged 128 at a time: 2^10 -> 2^17 -> 2^24 -> 2^31 regions, so an image takes at most three
-// launches and a smooth one with few regions none. An element finds its position by searching the other runs of its
-// group.
-constexpr uint32_t kTile = 1 << 10;
+// Tiles of 2^11 regions are sorted in shared memory: 12 bytes each are 24 KB per block, and 1024 threads have a pair
+// each. Then runs are merged, all of an image of up to 2^19 regions by one launch, and a smooth one with few regions
+// by none. An element finds its position by searching the other runs of its group.
+constexpr uint32_t kTile = 1 << 11;
 constexpr int kTileThreads = kTile / 2;
-constexpr uint32_t kFan = 128;
+constexpr uint32_t kMostRuns = kBlockThreads;  // of a group: a thread of a block for each
 
 struct TileShared {
   Key keys[kTile];
@@ -26,11 +27,11 @@ __device__ __forceinline__ double score_of_sum(const RegionsJob& job, Key sum) {
 }
 
 template <class T>
-__device__ __forceinline__ Key rank_key(const RegionsJob& job, uint32_t number) {
-  const Key measured = load_coherent(job.keys[0] + number);
+__device__ __forceinline__ Key rank_key(const RegionsJob& job, int32_t number) {
+  const Key measured = load_settled(job.amounts + number);
   if (job.score == Score::kMax) return ~measured;
   if (job.score == Score::kSum) return ~(measured ^ Key(1) << 63);
-  return ~key_of(__ddiv_rn(score_of_sum<T>(job, measured), static_cast<double>(load(job.pixels + number))));
+  return ~key_of(__ddiv_rn(score_of_sum<T>(job, measured), static_cast<double>(load_settled(job.pixels + number))));
 }
 
 template <class T>
@@ -38,22 +39,43 @@ __device__ __forceinline__ double score_of_key(const RegionsJob& job, Key key) {
   return job.score == Score::kSum ? score_of_sum<T>(job, ~key ^ Key(1) << 63) : value_of<double>(~key);
 }
 
+struct Ranked {
+  Key key;
+  int32_t first;
+};
+
 __device__ __forceinline__ bool is_better(Key key, int32_t first, Key other_key, int32_t other_first) {
   return key != other_key ? key < other_key : first < other_first;
+}
+
+__device__ __forceinline__ uint32_t count_kept(const RegionsJob& job, uint32_t regions) {
+  const int64_t share = static_cast<int64_t>(__dmul_rn(static_cast<double>(regions), job.keep));
+  const int64_t limit = job.top > 0 ? job.top : job.floor > share ? job.floor : share;
+  return limit < regions ? static_cast<uint32_t>(limit) : regions;
 }
 
 // A bitonic network over the least power of two that holds the tile.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_constant__ RegionsJob job) {
   auto& tile = block_shared<TileShared>();
+  start_next_launch();
+  wait_for_launch();
   if (has_reason(job.state)) return;
-  const uint32_t regions = load(&job.state->regions);
+  const uint32_t regions = load_coherent(&job.state->regions);
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
     const uint32_t padded = size < 2 ? 2 : 1u << (32 - __clz(static_cast<int>(size - 1)));
     for (uint32_t index = threadIdx.x; index < padded; index += kTileThreads) {
-      tile.keys[index] = index < size ? rank_key<T>(job, start + index) : ~Key(0);
-      tile.firsts[index] = index < size ? load_coherent(job.firsts[0] + start + index) : INT32_MAX;
+      Key key = ~Key(0);
+      int32_t first = INT32_MAX;
+      if (index < size) {
+        const int32_t root = load_settled(job.roots + start + index);
+        key = rank_key<T>(job, root);
+        first = load_settled(job.firsts + root);
+        store(job.amounts + root, key);
+      }
+      tile.keys[index] = key;
+      tile.firsts[index] = first;
     }
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
@@ -74,48 +96,120 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
     }
     // No barrier: a thread loads the next tile into the same elements that it stores here.
     for (uint32_t index = threadIdx.x; index < size; index += kTileThreads) {
-      store(job.keys[0] + start + index, tile.keys[index]);
-      store(job.firsts[0] + start + index, tile.firsts[index]);
+      store(job.sorted_keys[0] + start + index, tile.keys[index]);
+      store(job.sorted_firsts[0] + start + index, tile.firsts[index]);
     }
   }
 }
 
-__device__ __forceinline__ uint32_t count_better(const Key* keys, const int32_t* firsts, uint32_t size, Key key,
-                                                 int32_t first) {
-  uint32_t low = 0;
-  uint32_t high = size;
-  while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    const Key other = load(keys + middle);
-    const bool is_before = other != key ? other < key : load(firsts + middle) < first;
-    low = is_before ? middle + 1 : low;
-    high = is_before ? high : middle;
+// The regions from the best to the worst.
+struct Sorted {
+  const Key* keys;
+  const int32_t* firsts;
+
+  __device__ __forceinline__ Ranked at(uint32_t index) const {
+    return {load_settled(keys + index), load_settled(firsts + index)};
   }
-  return low;
+};
+
+// Several searches at a time: in each, the regions of the sorted range from `at` on that are better than another.
+// `at` moves past them. A length of 0 searches nowhere.
+template <int kSearches>
+__device__ __forceinline__ void pass_better(const Sorted& sorted, uint32_t (&at)[kSearches],
+                                            const uint32_t (&ends)[kSearches], const Ranked (&than)[kSearches]) {
+  uint32_t longest = 0;
+#pragma unroll
+  for (int i = 0; i < kSearches; ++i) longest = ends[i] - at[i] > longest ? ends[i] - at[i] : longest;
+  if (longest == 0) return;
+  for (uint32_t by = 1u << (31 - __clz(static_cast<int>(longest))); by > 0; by /= 2) {
+    Key keys[kSearches];
+#pragma unroll
+    for (int i = 0; i < kSearches; ++i) {
+      // Loaded in any case: a branch would wait for the load before.
+      keys[i] = load_settled(sorted.keys + (ends[i] - at[i] >= by ? at[i] + by - 1 : 0));
+    }
+#pragma unroll
+    for (int i = 0; i < kSearches; ++i) {
+      if (ends[i] - at[i] < by || keys[i] > than[i].key) continue;
+      if (keys[i] < than[i].key || load_settled(sorted.firsts + at[i] + by - 1) < than[i].first) at[i] += by;
+    }
+  }
 }
 
-// Merges sorted runs of one length, kFan at a time, from one buffer into the other; a single run stays.
-__global__ void __launch_bounds__(kBlockThreads)
-    merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, int from) {
-  const uint32_t regions = load(&job.state->regions);
+constexpr int kSearches = 8;
+
+struct MergeShared {
+  // Of each run of the group: where the elements between the block's first and its last one are.
+  uint32_t begins[kMostRuns], ends[kMostRuns];
+  uint32_t before[kBlockThreads / 32];  // of each warp's runs, the elements before the block's first one
+};
+
+// Merges sorted runs of one length, up to `fan` at a time, from one buffer into the other; a single run stays. Elements
+// that cannot be among the kept ones are left out. A block has adjacent elements of one run: it finds where they belong
+// in each other run, and then its threads search there.
+__global__ void __launch_bounds__(kBlockThreads, 4)
+    merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, uint32_t fan, int from) {
+  auto& shared = block_shared<MergeShared>();
+  start_next_launch();
+  wait_for_launch();
+  const uint32_t regions = load_coherent(&job.state->regions);
   if (has_reason(job.state) || regions <= run) return;
-  const Key* keys = job.keys[from];
-  const int32_t* firsts = job.firsts[from];
-  const int64_t group_size = static_cast<int64_t>(run) * kFan;
-  for (uint32_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < regions; index += gridDim.x * kBlockThreads) {
-    const Key key = load(keys + index);
-    const int32_t first = load(firsts + index);
-    const int64_t group = index / group_size * group_size;
-    const int64_t end = group + group_size < regions ? group + group_size : regions;
-    const int64_t own_run = index / run * run;
-    int64_t sorted = group + (index - own_run);
-    for (int64_t start = group; start < end; start += run) {
-      if (start == own_run) continue;
-      const uint32_t size = static_cast<uint32_t>(end - start < run ? end - start : run);
-      sorted += count_better(keys + start, firsts + start, size, key, first);
+  const uint32_t kept = count_kept(job, regions);
+  const Sorted sorted{job.sorted_keys[from], job.sorted_firsts[from]};
+  const int64_t group_size = static_cast<int64_t>(run) * fan;
+  static_assert(kTile % kBlockThreads == 0, "the elements of a block are of one run");
+  for (uint32_t start = blockIdx.x * kBlockThreads; start < regions; start += gridDim.x * kBlockThreads) {
+    const uint32_t own_begin = start / run * run;
+    if (start - own_begin >= kept) continue;
+    const auto end_of_run = [&](uint32_t begin) {
+      const uint32_t length = run < kept ? run : kept;
+      return regions - begin < length ? regions : begin + length;
+    };
+    const uint32_t own_end = end_of_run(own_begin);
+    const uint32_t block_end = own_end - start < kBlockThreads ? own_end : start + kBlockThreads;
+    const uint32_t group = static_cast<uint32_t>(start / group_size * group_size);
+    const uint32_t group_end = group + group_size < regions ? static_cast<uint32_t>(group + group_size) : regions;
+    const uint32_t runs = (group_end - group + run - 1) / run;
+
+    uint32_t places[2] = {0, 0};
+    uint32_t before = 0;
+    if (threadIdx.x < runs && group + threadIdx.x * run != own_begin) {
+      const uint32_t other = group + threadIdx.x * run;
+      places[0] = places[1] = other;
+      const uint32_t other_end = end_of_run(other);
+      pass_better<2>(sorted, places, {other_end, other_end}, {sorted.at(start), sorted.at(block_end - 1)});
+      before = places[0] - other;
     }
-    store(job.keys[1 - from] + sorted, key);
-    store(job.firsts[1 - from] + sorted, first);
+    shared.begins[threadIdx.x] = places[0];
+    shared.ends[threadIdx.x] = places[1];
+    for (int with = 16; with > 0; with /= 2) before += __shfl_xor_sync(kAllLanes, before, with);
+    if (lane_of_thread() == 0) shared.before[threadIdx.x / 32] = before;
+    __syncthreads();
+    uint32_t place = start - own_begin;
+    for (uint32_t warp = 0; warp < kBlockThreads / 32; ++warp) place += shared.before[warp];
+    if (place < kept && start + threadIdx.x < block_end) {
+      const Ranked own = sorted.at(start + threadIdx.x);
+      place += threadIdx.x;
+      for (uint32_t other = 0; other < runs; other += kSearches) {
+        uint32_t at[kSearches], ends[kSearches];
+        Ranked owns[kSearches];
+#pragma unroll
+        for (int i = 0; i < kSearches; ++i) {
+          at[i] = shared.begins[other + i];
+          ends[i] = shared.ends[other + i];
+          owns[i] = own;
+          place -= at[i];
+        }
+        pass_better<kSearches>(sorted, at, ends, owns);
+#pragma unroll
+        for (int i = 0; i < kSearches; ++i) place += at[i];
+      }
+      if (place < kept) {
+        store(job.sorted_keys[1 - from] + group + place, own.key);
+        store(job.sorted_firsts[1 - from] + group + place, own.first);
+      }
+    }
+    __syncthreads();
   }
 }
 
@@ -127,66 +221,97 @@ __device__ __forceinline__ void widen(int64_t* edge, int64_t to, bool is_least) 
   if (!is_least && value > before) atomicMax(address, value);
 }
 
-// One thread per kept region.
+// Writes the box and the score of a kept region, and whether it widens their union.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job) {
-  if (has_reason(job.state)) return;
-  const int64_t regions = load(&job.state->regions);
-  const int64_t share = static_cast<int64_t>(__dmul_rn(static_cast<double>(regions), job.keep));
-  const int64_t limit = job.top > 0 ? job.top : job.floor > share ? job.floor : share;
-  const int64_t kept = limit < regions ? limit : regions;
-  int from = 0;
-  for (int64_t run = kTile; run < regions; run *= kFan) from = 1 - from;
-  if (blockIdx.x == 0 && threadIdx.x == 0) store(job.outcome, kept);
-  for (int64_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < kept; index += gridDim.x * kBlockThreads) {
-    const int32_t first = load(job.firsts[from] + index);
-    const int32_t number = ~load(job.labels + first);
-    const int64_t box[4] = {load_coherent(job.left + number), first / static_cast<int32_t>(job.width),
-                            load(job.right + number), load(job.bottom + number)};
-    store(job.left + number, kChosen);
-    store(job.scores + index, score_of_key<T>(job, load(job.keys[from] + index)));
+__device__ __forceinline__ void write_region(const RegionsJob& job, const Sorted& sorted, int64_t index) {
+  const Ranked region = sorted.at(static_cast<uint32_t>(index));
+  const int32_t root = load_settled(job.parents + load_settled(job.labels + region.first));
+  const int64_t box[4] = {load_settled(job.left + root), region.first / static_cast<int32_t>(job.width),
+                          load_settled(job.right + root), load_settled(job.bottom + root)};
+  const double score = score_of_key<T>(job, region.key);
+  const bool is_again = index < job.outcome_rows;
+  store(job.scores + index, score);
+  if (is_again) store(job.outcome + 6 + 4 * job.outcome_rows + index, static_cast<int64_t>(bits_of(score)));
 #pragma unroll
-    for (int edge = 0; edge < 4; ++edge) {
-      store(job.boxes + 4 * index + edge, box[edge]);
-      widen(job.outcome + 2 + edge, box[edge], edge < 2);
-    }
+  for (int edge = 0; edge < 4; ++edge) {
+    store(job.boxes + 4 * index + edge, box[edge]);
+    if (is_again) store(job.outcome + 6 + 4 * index + edge, box[edge]);
+    widen(job.outcome + 2 + edge, box[edge], edge < 2);
   }
 }
 
-// One thread per pixel, which is at most two steps from the number of its region.
-__global__ void __launch_bounds__(kBlockThreads) mask_kernel(const __grid_constant__ RegionsJob job) {
+// The first threads write a kept region each, and all of them the mask: a region is kept if it is not worse than the
+// last kept one.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job, int fan) {
+  start_next_launch();
+  wait_for_launch();
   const bool is_whole = has_reason(job.state);
-  for (uint32_t pixel = blockIdx.x * kBlockThreads + threadIdx.x; pixel < job.count;
-       pixel += gridDim.x * kBlockThreads) {
-    bool is_kept = is_whole;
-    if (!is_whole) {
-      int32_t label = load(job.labels + pixel);
-      while (label >= 0) label = load(job.labels + label);
-      is_kept = label != kOff && load(job.left + ~label) == kChosen;
+  Ranked last{0, 0};
+  if (!is_whole) {
+    const uint32_t regions = load_coherent(&job.state->regions);
+    const uint32_t kept = count_kept(job, regions);
+    int from = 0;
+    for (int64_t run = kTile; run < regions; run *= fan) from = 1 - from;
+    const Sorted sorted{job.sorted_keys[from], job.sorted_firsts[from]};
+    last = sorted.at(kept - 1);
+    if (blockIdx.x == 0 && threadIdx.x == 0) store(job.outcome, static_cast<int64_t>(kept));
+    for (int64_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < kept; index += gridDim.x * kBlockThreads) {
+      write_region<T>(job, sorted, index);
     }
-    store(job.mask + pixel, is_kept);
+  }
+  for (uint32_t start = blockIdx.x * kBlockPixels; start < job.count; start += gridDim.x * kBlockPixels) {
+    int32_t labels[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
+      labels[step] = !is_whole && pixel < job.count ? load_settled(job.labels + pixel) : kOff;
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (labels[step] != kOff) labels[step] = load_settled(job.parents + labels[step]);
+    }
+    Key keys[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      keys[step] = labels[step] != kOff ? load_settled(job.amounts + labels[step]) : ~Key(0);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
+      if (pixel >= job.count) break;
+      bool is_kept = is_whole || keys[step] < last.key;
+      if (keys[step] == last.key && labels[step] != kOff) {
+        is_kept = load_settled(job.firsts + labels[step]) <= last.first;
+      }
+      store(job.mask + pixel, is_kept);
+    }
   }
 }
 
 template <class T>
 void launch_all(const RegionsJob& job, int64_t most_regions, const RegionsLaunches& how) {
-  launch({"sort_tiles_kernel", count_blocks(most_regions, kTile, how.most_blocks), kTileThreads, sizeof(TileShared),
-          how.stream},
+  launch(how.of("sort_tiles_kernel", count_blocks(most_regions, kTile, how.most_blocks), kTileThreads,
+                sizeof(TileShared)),
          sort_tiles_kernel<T>, job);
+  // As few merges as can be, and no more runs at a time than they need.
+  const int64_t runs = (most_regions + kTile - 1) / kTile;
+  int64_t most = 1;
+  int merges = 0;
+  for (; most < runs; most *= kMostRuns) ++merges;
+  uint32_t fan = 2;
+  while (std::pow(static_cast<double>(fan), merges) < static_cast<double>(runs)) ++fan;
   int from = 0;
-  for (int64_t run = kTile; run < most_regions; run *= kFan) {
-    launch({"merge_kernel", count_blocks(most_regions, kBlockThreads, how.most_blocks), kBlockThreads, 0, how.stream},
-           merge_kernel, job, static_cast<uint32_t>(run), from);
+  int64_t run = kTile;
+  for (int merge = 0; merge < merges; ++merge) {
+    launch(how.of("merge_kernel", count_blocks(most_regions, kBlockThreads, how.most_blocks), kBlockThreads,
+                  sizeof(MergeShared)),
+           merge_kernel, job, static_cast<uint32_t>(run), fan, from);
     from = 1 - from;
+    run *= fan;
   }
-  const int64_t share = static_cast<int64_t>(static_cast<double>(most_regions) * job.keep);
-  const int64_t limit = job.top > 0 ? job.top : job.floor > share ? job.floor : share;
-  launch({"keep_kernel", count_blocks(limit < most_regions ? limit : most_regions, kBlockThreads, how.most_blocks),
-          kBlockThreads, 0, how.stream},
-         keep_kernel<T>, job);
-  launch({"mask_kernel", count_blocks(job.count, kBlockThreads, kSteps * how.most_blocks), kBlockThreads, 0,
-          how.stream},
-         mask_kernel, job);
+  launch(how.of("keep_kernel", count_blocks(job.count, kBlockPixels, how.most_blocks), kBlockThreads), keep_kernel<T>,
+         job, static_cast<int>(fan));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Regions of a saliency on a GPU: values computed on the host, scratch memory, and the launches in their order.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "cuda/regions/regions.cuh"
@@ -50,6 +51,7 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
   job.boxes = p.boxes;
   job.scores = p.scores;
   job.outcome = device.outcome;
+  job.outcome_rows = device.outcome_rows;
   int bits = 0;
   while (job.count >> bits != 0) ++bits;
   job.one = std::ldexp(1.0, std::min(36, 62 - bits));
@@ -57,12 +59,30 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
 
   ScratchAllocator scratch(device.scratch);
   job.state = scratch.take<RegionsState>(1);
-  for (Key*& keys : job.keys) keys = scratch.take<Key>(most_regions);
-  for (int32_t*& firsts : job.firsts) firsts = scratch.take<int32_t>(most_regions);
-  for (int32_t** edges : {&job.left, &job.right, &job.bottom}) *edges = scratch.take<int32_t>(most_regions);
-  job.pixels = scratch.take<uint32_t>(most_regions);
+  job.amounts = scratch.take<Key>(most_regions);
+  for (Key*& keys : job.sorted_keys) keys = scratch.take<Key>(most_regions);
+  for (int32_t*& firsts : job.sorted_firsts) firsts = scratch.take<int32_t>(most_regions);
+  for (int32_t** numbers : {&job.parents, &job.firsts, &job.left, &job.right, &job.bottom}) {
+    *numbers = scratch.take<int32_t>(most_regions);
+  }
+  // In use until the regions are sorted for the first time, into buffer 0: the memory of buffer 1.
+  job.pixels = reinterpret_cast<uint32_t*>(job.sorted_keys[1]);
+  job.roots = job.sorted_firsts[1];
   job.labels = scratch.take<int32_t>(job.count);
   return job;
+}
+
+// Whether dependent launches may overlap on the current device, asked once: kernels that were compiled for less than
+// compute capability 9.0 do not wait.
+bool overlaps_launches(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];
+  signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
+  if (found == 0) {
+    found = regions_wait_for_launch() ? 1 : -1;
+    if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
+  }
+  return found > 0;
 }
 
 }  // namespace
@@ -73,19 +93,21 @@ int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity) 
 }
 
 int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity) {
-  constexpr int64_t kRegionBytes = 2 * (sizeof(Key) + sizeof(int32_t)) + 4 * sizeof(int32_t);
+  constexpr int64_t kRegionBytes = 3 * sizeof(Key) + 7 * sizeof(int32_t);
   return static_cast<int64_t>(sizeof(RegionsState)) + kRegionBytes * count_most_regions(height, width, connectivity) +
          static_cast<int64_t>(sizeof(int32_t)) * height * width;
 }
 
 void regions_cuda(const RegionsParams& params, const RegionsDevice& device) {
   const DeviceGuard guard(device.device);
-  const RegionsLaunches how{static_cast<cudaStream_t>(device.stream), device.most_blocks};
+  const RegionsLaunches how{static_cast<cudaStream_t>(device.stream), device.most_blocks,
+                            overlaps_launches(device.device)};
   const int64_t most_regions = count_most_regions(params.height, params.width, params.connectivity);
   const RegionsJob job = describe(params, device, most_regions);
   launch_select(job, params.is_double, how);
   if (job.count == 0) return;
   launch_label(job, params.is_double, how);
+  launch_join(job, most_regions, how);
   launch_rank(job, params.is_double, most_regions, how);
 }
 

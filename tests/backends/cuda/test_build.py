@@ -38,9 +38,8 @@ def test_every_kernel_is_inside_for_every_architecture(architectures: set[str]) 
     assert {kernel.architecture for kernel in kernels} == architectures
     named = {kernel[1:] for kernel in kernels}
     assert {(architecture, *kernel) for architecture in architectures for kernel in named} == set(map(tuple, kernels))
-    assert {"capture_stream", "capture_maps", "capture_reread", "capture_plain", "capture_span"} <= {
-        kernel.name for kernel in kernels
-    }
+    captures = {"capture_stream", "capture_maps", "capture_reread", "capture_plain", "capture_span"}
+    assert {*captures, "contrast_grid", "contrast_pixels"} <= {kernel.name for kernel in kernels}
 
 
 def test_no_kernel_spills_or_has_a_stack(architectures: set[str]) -> None:

@@ -194,7 +194,7 @@ def test_the_operator_refuses_too_little_scratch() -> None:
         call(values, buffers, scratch[4:])
 
 
-@pytest.mark.parametrize("fail", [1, 3, 6, 12])
+@pytest.mark.parametrize("fail", [1, 3, 6, 10])
 def test_a_failed_launch_is_an_error_with_its_name(fail: int) -> None:
     with emulator.running("regions", fail=fail), pytest.raises(RuntimeError, match=r"\w+: planted failure"):
         device.forward(torch.rand(40, 60), RegionOptions(keep=0.2, top=2))
