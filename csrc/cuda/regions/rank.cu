@@ -7,11 +7,11 @@
 namespace carve {
 namespace {
 
-// Tiles of 2^11 regions are sorted in shared memory: 12 bytes each are 24 KB per block, and 1024 threads have a pair
+// Tiles of 2^11 regions are sorted in shared memory: 12 bytes each are 24 KB per block, and 512 threads have two pairs
 // each. Then runs are merged, all of an image of up to 2^19 regions by one launch, and a smooth one with few regions
 // by none. An element finds its position by searching the other runs of its group.
 constexpr uint32_t kTile = 1 << 11;
-constexpr int kTileThreads = kTile / 2;
+constexpr int kTileThreads = kTile / 4;
 constexpr uint32_t kMostRuns = kBlockThreads;  // of a group: a thread of a block for each
 
 struct TileShared {
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
       for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
-        const uint32_t low = 2 * threadIdx.x - (threadIdx.x & (distance - 1));
-        const uint32_t high = low + distance;
-        if (high < padded) {
+        for (uint32_t pair = threadIdx.x; pair < padded / 2; pair += kTileThreads) {
+          const uint32_t low = 2 * pair - (pair & (distance - 1));
+          const uint32_t high = low + distance;
           const Key keys[2] = {tile.keys[low], tile.keys[high]};
           const int32_t firsts[2] = {tile.firsts[low], tile.firsts[high]};
           const bool is_rising = (low & width) == 0;
@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
             tile.firsts[low] = firsts[1], tile.firsts[high] = firsts[0];
           }
         }
-        __syncthreads();
+        // The pairs of a warp are within 64 adjacent regions where they are at most 32 apart.
+        const bool is_near = distance > 1 ? distance <= 32 : width <= 32 && width < padded;
+        is_near ? __syncwarp() : __syncthreads();
       }
     }
     // No barrier: a thread loads the next tile into the same elements that it stores here.
@@ -147,7 +149,7 @@ struct MergeShared {
 // Merges sorted runs of one length, up to `fan` at a time, from one buffer into the other; a single run stays. Elements
 // that cannot be among the kept ones are left out. A block has adjacent elements of one run: it finds where they belong
 // in each other run, and then its threads search there.
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, uint32_t fan, int from) {
   auto& shared = block_shared<MergeShared>();
   start_next_launch();
