@@ -46,10 +46,13 @@ template <class T>
 __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, PickShared& shared) {
   const RegionsState* state = job.state;
   constexpr int kLast = kPasses<T> - 1;
-  const PickedDigit picked = pick_digit(state->counts[kLast], load_coherent(&state->rank[kLast]), shared);
   const Key prefix = load_coherent(&state->prefix[kLast]) << (shift_before<T>(kLast) - shift_after<T>(kLast));
+  const Key next_prefix = load_coherent(&state->next);
+  const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
+  const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
+  const PickedDigit picked = pick_digit(state->counts[kLast], load_coherent(&state->rank[kLast]), shared);
   const Key key = prefix | picked.digit;
-  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : load_coherent(&state->next);
+  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : next_prefix;
   if (next == ~Key(0)) next = key;  // the greatest value of all
   const T below = value_of<T>(static_cast<BitsOf<T>>(key));
   const T above = value_of<T>(static_cast<BitsOf<T>>(next));
@@ -62,8 +65,6 @@ __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, Pi
     const double part = __dmul_rn(__dsub_rn(above, below), weight);
     found.value = job.from_above ? __dsub_rn(above, part) : __dadd_rn(below, part);
   }
-  const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
-  const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
   found.peak = -low > high ? -low : high;
   if (!(low > -kInfinity && high < kInfinity)) {
     found.reason = Reason::kNotFinite;

@@ -4,6 +4,11 @@
 
 #include "cuda/regions/regions.cuh"
 
+// The tests merge a few runs in several launches.
+#ifndef CARVE_MOST_RUNS
+#define CARVE_MOST_RUNS 256
+#endif
+
 namespace carve {
 namespace {
 
@@ -12,7 +17,8 @@ namespace {
 // by none. An element finds its position by searching the other runs of its group.
 constexpr uint32_t kTile = 1 << 11;
 constexpr int kTileThreads = kTile / 4;
-constexpr uint32_t kMostRuns = kBlockThreads;  // of a group: a thread of a block for each
+constexpr int64_t kMostRuns = CARVE_MOST_RUNS;  // of a group: a thread of a block for each
+static_assert(kMostRuns > 1 && kMostRuns <= kBlockThreads);
 
 struct TileShared {
   Key keys[kTile];
@@ -142,7 +148,7 @@ constexpr int kSearches = 8;
 
 struct MergeShared {
   // Of each run of the group: where the elements between the block's first and its last one are.
-  uint32_t begins[kMostRuns], ends[kMostRuns];
+  uint32_t begins[kBlockThreads], ends[kBlockThreads];
   uint32_t before[kBlockThreads / 32];  // of each warp's runs, the elements before the block's first one
 };
 
