@@ -26,12 +26,12 @@ _STAT = 8
 _PART = 16
 _SPAN = 8
 
-# As in csrc/cuda/regions/regions.cuh and rank.cu.
+# As in csrc/cuda/regions: regions.cuh, digits.cuh, select.cu and rank.cu.
 _REGION_THREADS = 256
 _WARP = 32
 _STEPS = 8
-_DIGIT_BITS = 11
-_MOST_PASSES = 6
+_SELECT_THREADS, _SELECTED_PIXELS = 512, 512 * 16
+_DIGIT_BITS = {4: (13, 10, 9), 8: (13, 11, 10, 10, 10, 10)}
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 64
 _SORTED_REGIONS, _SORT_THREADS = 1 << 11, 512
 _MERGED_RUNS = 256
@@ -186,8 +186,8 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
         read_bytes = height * width * ((passes + 1) * element_bytes + 4 + 12 * keep)
     """
     pixels = height * width
-    passes = -(-8 * element_bytes // _DIGIT_BITS)
-    histogram = 4 << _DIGIT_BITS
+    counters = [4 << bits for bits in _DIGIT_BITS[element_bytes]]
+    passes = len(counters)
     most = most_regions(height, width, connectivity)
     merges, runs = 0, 1
     while runs < -(-most // _SORTED_REGIONS):
@@ -199,8 +199,9 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     # above the threshold, its region and the score of that.
     read = (passes + 1) * pixels * element_bytes + pixels * 4 + keep * pixels * 12
     # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
-    read += (passes - 1) * blocks * (histogram + _REGION_THREADS * 12)
-    read += _blocks(across * down, 1) * (histogram + _REGION_THREADS * 36)
+    select_blocks = _blocks(pixels, _SELECTED_PIXELS)
+    read += select_blocks * (sum(counters[:-1]) + (passes - 1) * _SELECT_THREADS * 12)
+    read += _blocks(across * down, 1) * (counters[-1] + _REGION_THREADS * 36)
     # On both sides of an edge between tiles, a pixel and the one before it.
     read += edges * 16 + _blocks(edges, _REGION_THREADS) * _REGION_THREADS // _WARP * 4
     # These are launched for the most regions possible: each warp reads whether there are regions, each thread how many.
@@ -209,7 +210,7 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     read += of_regions * 4 + of_regions // _WARP * 4
     # And for the mask, what the last kept region is.
     read += blocks * _REGION_THREADS * 16 + blocks * _REGION_THREADS // _WARP * 4
-    written = _MOST_PASSES * histogram + 4 * pixels + pixels
+    written = sum(4 << bits for bits in _DIGIT_BITS[8]) + 4 * pixels + pixels
     return Work(round(read), round(written), 0, 1 + passes + 4 + merges + 1)
 
 

@@ -1,5 +1,7 @@
 // The parts of regions: a block labels a tile of 32 x 64 pixels in shared memory, by union-find over the runs of its rows.
 
+#include <limits>
+
 #include "cuda/regions/regions.cuh"
 #include "cuda/regions/union.cuh"
 
@@ -46,13 +48,14 @@ template <class T>
 __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, PickShared& shared) {
   const RegionsState* state = job.state;
   constexpr int kLast = kPasses<T> - 1;
-  const Key prefix = load_coherent(&state->prefix[kLast]) << (shift_before<T>(kLast) - shift_after<T>(kLast));
+  const Key prefix = load_coherent(&state->prefix[kLast]) << digit_bits<T>(kLast);
   const Key next_prefix = load_coherent(&state->next);
   const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
   const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
-  const PickedDigit picked = pick_digit(state->counts[kLast], load_coherent(&state->rank[kLast]), shared);
+  const PickedDigit picked = pick_digit<count_digits<T>(kLast), kBlockThreads>(
+      state->counts + counts_before<T>(kLast), load_coherent(&state->rank[kLast]), shared);
   const Key key = prefix | picked.digit;
-  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : next_prefix;
+  Key next = picked.is_repeated ? key : picked.next < count_digits<T>(kLast) ? prefix | picked.next : next_prefix;
   if (next == ~Key(0)) next = key;  // the greatest value of all
   const T below = value_of<T>(static_cast<BitsOf<T>>(key));
   const T above = value_of<T>(static_cast<BitsOf<T>>(next));

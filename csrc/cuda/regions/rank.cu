@@ -254,10 +254,10 @@ template <class T>
 __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job, int fan) {
   start_next_launch();
   wait_for_launch();
+  const uint32_t regions = load_coherent(&job.state->regions);
   const bool is_whole = has_reason(job.state);
   Ranked last{0, 0};
   if (!is_whole) {
-    const uint32_t regions = load_coherent(&job.state->regions);
     const uint32_t kept = count_kept(job, regions);
     int from = 0;
     for (int64_t run = kTile; run < regions; run *= fan) from = 1 - from;
