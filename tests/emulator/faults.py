@@ -37,7 +37,7 @@ class Fault(NamedTuple):
 WAIT = "__syncthreads();"
 
 _SELECT = "regions/select.cu"
-_SHARED = "regions/regions.cuh"
+_DIGITS = "regions/digits.cuh"
 _LABEL = "regions/label.cu"
 _RANK = "regions/rank.cu"
 _JOIN = "regions/join.cu"
@@ -52,34 +52,41 @@ _PLAIN = "capture/plain.cu"
 
 # fmt: off
 SELECT = (
-    Fault(_SELECT, "count before all counters are cleared", f"  {WAIT}\n\n  const int shift", "  const int shift"),
+    Fault(_SELECT, "count before all counters are cleared", f"  {WAIT}\n\n  constexpr int kKnown", "  constexpr int kKnown"),
     Fault(_SELECT, "add the counts before all are counted",
           f"  {WAIT}\n  for (uint32_t digit", "  for (uint32_t digit"),
     Fault(_SELECT, "add the counts before those of all blocks are cleared",
-          "if (pass == 0) wait_for_launch();", ""),
+          "if constexpr (kPass == 0) wait_for_launch();", ""),
     Fault(_SELECT, "find the digit before all blocks have counted",
           "    wait_for_launch();\n    prefix", "    prefix"),
-    Fault(_SELECT, "count without an atomic", "atomicAdd(&shared.counts[(keys[step] >> shift) & digit_mask], 1u)",
-          "shared.counts[(keys[step] >> shift) & digit_mask] += 1u", "races"),
-    Fault(_SELECT, "add the counts without an atomic", "atomicAdd(&state->counts[pass][digit], shared.counts[digit])",
-          "state->counts[pass][digit] += shared.counts[digit]", "races"),
+    Fault(_SELECT, "count without an atomic",
+          "atomicAdd(&shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts], 1u)",
+          "shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts] += 1u", "races"),
+    Fault(_SELECT, "add the counts without an atomic",
+          "atomicAdd(&state->counts[counts_before<T>(kPass) + digit], shared.counts[digit])",
+          "state->counts[counts_before<T>(kPass) + digit] += shared.counts[digit]", "races"),
     Fault(_SELECT, "read past the last pixel", "pixel < job.count ? key_of(load(values + pixel)) : 0",
           "key_of(load(values + pixel))", "addresses"),
     Fault(_SELECT, "count past the last pixel",
-          "if (start + step * kBlockThreads + threadIdx.x >= job.count) break;", ""),
+          "if (start + step * kThreads + threadIdx.x >= job.count) break;", ""),
     Fault(_SELECT, "the first pixels of a block again", "    load_keys<T>(job, start, keys);\n  }", "  }"),
     Fault(_SELECT, "count the digits of other prefixes", "leading == prefix", "leading >= prefix"),
     Fault(_SELECT, "the next value is this one", "leading > prefix)", "leading >= prefix)"),
-    Fault(_SELECT, "the least of half a warp", "int with = 16", "int with = 8", occurrence=1, count=2),
-    Fault(_SELECT, "the greatest of half a warp", "int with = 16", "int with = 8", occurrence=2, count=2),
-    Fault(_SELECT, "a pass does not hand on its rank", "store(&state->rank[pass], picked.rank);", ""),
-    Fault(_SHARED, "negative values in the wrong order", "(bits & kTop) ? ~BitsOf<T>(0) : kTop", "kTop"),
-    Fault(_SHARED, "a lane short in the scan of counts", "lane_of_thread() >= by", "lane_of_thread() > by"),
-    Fault(_SHARED, "search the rank before all warps have summed", f"{WAIT}\n  before -= sum;", "before -= sum;"),
-    Fault(_SHARED, "search the next digit before there is a digit", f"{WAIT}\n  uint32_t next", "uint32_t next"),
-    Fault(_SHARED, "read the next digit before all have searched",
+    Fault(_SELECT, "the least of half a warp", "int with = 16", "int with = 8"),
+    Fault(_SELECT, "the least of one warp", "lane_of_thread() < kThreads / 32 ?", "lane_of_thread() < 1 ?"),
+    Fault(_SELECT, "the least of a block before all warps have theirs",
+          f"= least;\n  {WAIT}\n  least", "= least;\n  least"),
+    Fault(_SELECT, "the greatest before the least is read",
+          f"    {WAIT}\n    greatest = ~", "    greatest = ~", "races"),
+    Fault(_SELECT, "a pass does not hand on its rank", "store(&state->rank[kPass], picked.rank);", ""),
+    Fault(_SELECT, "counters are left", "kMostCounts / kClearedCounts, kBlockThreads", "1, kBlockThreads"),
+    Fault(_DIGITS, "negative values in the wrong order", "(bits & kTop) ? ~BitsOf<T>(0) : kTop", "kTop"),
+    Fault(_DIGITS, "a lane short in the scan of counts", "lane_of_thread() >= by", "lane_of_thread() > by"),
+    Fault(_DIGITS, "search the rank before all warps have summed", f"{WAIT}\n  before -= sum;", "before -= sum;"),
+    Fault(_DIGITS, "search the next digit before there is a digit", f"{WAIT}\n  uint32_t next", "uint32_t next"),
+    Fault(_DIGITS, "read the next digit before all have searched",
           f"{WAIT}\n  return shared.picked;", "return shared.picked;"),
-    Fault(_SHARED, "the next digit without an atomic",
+    Fault(_DIGITS, "the next digit without an atomic",
           "atomicMin(&shared.picked.next, next);", "shared.picked.next = next;"),
 )
 
