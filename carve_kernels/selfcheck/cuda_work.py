@@ -183,7 +183,7 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
 
     Equals, without the counts of the selection, which every block reads, and other small terms::
 
-        read_bytes = height * width * ((passes + 1) * element_bytes + 4 + 12 * keep)
+        read_bytes = height * width * ((passes + 1 + keep) * element_bytes + 4 + 12 * keep)
     """
     pixels = height * width
     counters = [4 << bits for bits in _DIGIT_BITS[element_bytes]]
@@ -195,9 +195,9 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     across, down = -(-width // _LABEL_WIDTH), -(-height // _LABEL_HEIGHT)
     edges = (across - 1) * height + (down - 1) * width
     blocks = _blocks(pixels, _REGION_THREADS * _STEPS)
-    # The selection reads the saliency once in each pass, labelling once; the mask reads the label of each pixel and,
-    # above the threshold, its region and the score of that.
-    read = (passes + 1) * pixels * element_bytes + pixels * 4 + keep * pixels * 12
+    # The selection reads the saliency once in each pass, labelling once and the pixels above the threshold again; the
+    # mask reads the label of each pixel and, above the threshold, its region and the score of that.
+    read = (passes + 1 + keep) * pixels * element_bytes + pixels * 4 + keep * pixels * 12
     # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
     select_blocks = _blocks(pixels, _SELECTED_PIXELS)
     read += select_blocks * (sum(counters[:-1]) + (passes - 1) * _SELECT_THREADS * 12)

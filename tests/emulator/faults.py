@@ -52,7 +52,8 @@ _PLAIN = "capture/plain.cu"
 
 # fmt: off
 SELECT = (
-    Fault(_SELECT, "count before all counters are cleared", f"  {WAIT}\n\n  constexpr int kKnown", "  constexpr int kKnown"),
+    Fault(_SELECT, "count before all counters are cleared",
+          f"  {WAIT}\n\n  constexpr int kKnown", "  constexpr int kKnown"),
     Fault(_SELECT, "add the counts before all are counted",
           f"  {WAIT}\n  for (uint32_t digit", "  for (uint32_t digit"),
     Fault(_SELECT, "add the counts before those of all blocks are cleared",

@@ -135,7 +135,11 @@ __device__ __forceinline__ PickedDigit pick_digit(const uint32_t* counts, uint32
   for (uint32_t index = kRange; index-- > 0;) {
     if (begin + index > shared.picked.digit && range[index] != 0) next = begin + index;
   }
-  if (next < kCounts) atomicMin(&shared.picked.next, next);
+  // Of a warp, the first thread that has one has the least.
+  const uint32_t lanes = __ballot_sync(kAllLanes, next < kCounts);
+  if (lane_of_thread() + 1 == static_cast<uint32_t>(__ffs(static_cast<int>(lanes)))) {
+    atomicMin(&shared.picked.next, next);
+  }
   __syncthreads();
   return shared.picked;
 }

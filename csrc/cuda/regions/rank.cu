@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
     const uint32_t padded = size < 2 ? 2 : 1u << (32 - __clz(static_cast<int>(size - 1)));
+#pragma unroll 1
     for (uint32_t index = threadIdx.x; index < padded; index += kTileThreads) {
       Key key = ~Key(0);
       int32_t first = INT32_MAX;
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
       for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
+#pragma unroll 1
         for (uint32_t pair = threadIdx.x; pair < padded / 2; pair += kTileThreads) {
           const uint32_t low = 2 * pair - (pair & (distance - 1));
           const uint32_t high = low + distance;

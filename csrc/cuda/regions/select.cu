@@ -97,21 +97,23 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   auto& shared = block_shared<SelectShared<T, kPass>>();
   RegionsState* state = job.state;
   start_next_launch();
-  uint32_t start = blockIdx.x * kPixels;
-  Bits keys[kLoads];
-  load_keys<T>(job, start, keys);
   for (uint32_t digit = threadIdx.x; digit < kCounts; digit += kThreads) shared.counts[digit] = 0;
-  Bits prefix = 0;
-  if constexpr (kPass > 0) {
-    wait_for_launch();
-    prefix = find_prefix<T, kPass>(state, shared.pick);
-  }
-  __syncthreads();
 
   constexpr int kKnown = shift_before<T>(kPass);
+  Bits prefix = 0;
   Bits least = ~Bits(0);
   Bits greatest = 0;
-  while (true) {
+#pragma unroll 1
+  for (uint32_t start = blockIdx.x * kPixels; start < job.count; start += gridDim.x * kPixels) {
+    Bits keys[kLoads];
+    load_keys<T>(job, start, keys);
+    if (start == blockIdx.x * kPixels) {
+      if constexpr (kPass > 0) {
+        wait_for_launch();
+        prefix = find_prefix<T, kPass>(state, shared.pick);
+      }
+      __syncthreads();
+    }
 #pragma unroll
     for (int step = 0; step < kLoads; ++step) {
       if (start + step * kThreads + threadIdx.x >= job.count) break;
@@ -121,9 +123,6 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
       if ((kPass == 0 || leading > prefix) && keys[step] < least) least = keys[step];
       if (keys[step] > greatest) greatest = keys[step];
     }
-    start += gridDim.x * kPixels;
-    if (start >= job.count) break;
-    load_keys<T>(job, start, keys);
   }
   // The first pass counts while the counters of all blocks are cleared.
   if constexpr (kPass == 0) wait_for_launch();
