@@ -126,24 +126,12 @@ __device__ __forceinline__ int32_t head_of(uint32_t bits, uint32_t row, uint32_t
   return static_cast<int32_t>(row * kTileWidth + first_lane_of_run(run_starts(bits), lane));
 }
 
-// Joins the runs of a row to those above that they touch.
-__device__ __forceinline__ void join_rows(const RegionsJob& job, int32_t* labels, uint32_t row, uint32_t bits,
-                                          uint32_t above) {
-  const uint32_t lane = lane_of_thread();
-  if (!has_bit(bits, lane)) return;
-  const uint32_t here = 1u << lane;
-  uint32_t touched;
-  if (above & here) {
-    // If the pixels on the left touch, too, they join the two runs.
-    touched = bits & above & here >> 1 ? 0 : here;
-  } else {
-    // Over corners, where no pixels side by side touch.
-    touched = job.is_eight ? above & ~bits & (here << 1 | here >> 1) : 0;
-  }
-  for (; touched != 0; touched &= touched - 1) {
-    const uint32_t other = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
-    join(SharedParents{labels}, head_of(bits, row, lane), head_of(above, row - 1, other));
-  }
+// Of each run above that the run touches whose first pixel is in this lane, one pixel, as bits.
+__device__ __forceinline__ uint32_t find_touched(uint32_t bits, uint32_t above, bool is_eight) {
+  const uint32_t from_here = ~(lanes_up_to(lane_of_thread()) >> 1);
+  const uint32_t gaps = ~bits & from_here;
+  const uint32_t run = gaps == 0 ? from_here : from_here & ((gaps & (0u - gaps)) - 1);
+  return run_starts(above & (is_eight ? run | run << 1 | run >> 1 : run));
 }
 
 // The number of the part in the tile.
@@ -220,13 +208,40 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     const uint32_t row = begin + step;
     const uint32_t bits = __ballot_sync(kAllLanes, tile.has(job, row, lane) && values[step] >= threshold.value);
     if (lane == 0) shared.bits[row] = bits;
+  }
+  __syncthreads();
+  // Most tiles of a smooth image have nothing.
+  if (!__any_sync(kAllLanes, (shared.bits[lane] | shared.bits[32 + lane]) != 0)) {
+#pragma unroll 1
+    for (uint32_t row = begin; row < end; ++row) {
+      if (tile.has(job, row, lane)) store(job.labels + tile.pixel(job, row, lane), kOff);
+    }
+    return;
+  }
+  // Runs start below the first run that they touch, as far as the warp's rows go.
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
+    const uint32_t bits = shared.bits[row];
+    if (!has_bit(run_starts(bits), lane)) continue;
+    const uint32_t above = row > begin ? shared.bits[row - 1] : 0;
+    const uint32_t touched = find_touched(bits, above, job.is_eight);
     const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
-    if (has_bit(run_starts(bits), lane)) shared.labels[pixel] = pixel;
+    const uint32_t first = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
+    shared.labels[pixel] = touched == 0 ? pixel : head_of(above, row - 1, first);
   }
   __syncthreads();
 #pragma unroll 1
   for (uint32_t row = begin; row < end; ++row) {
-    join_rows(job, shared.labels, row, shared.bits[row], row > 0 ? shared.bits[row - 1] : 0);
+    const uint32_t bits = shared.bits[row];
+    if (!has_bit(run_starts(bits), lane)) continue;
+    const uint32_t above = row > 0 ? shared.bits[row - 1] : 0;
+    uint32_t touched = find_touched(bits, above, job.is_eight);
+    if (row > begin) touched &= touched - 1;
+    for (; touched != 0; touched &= touched - 1) {
+      const uint32_t other = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
+      join(SharedParents{shared.labels}, static_cast<int32_t>(row * kTileWidth + lane),
+           head_of(above, row - 1, other));
+    }
   }
   __syncthreads();
 #pragma unroll 1
