@@ -205,7 +205,8 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     # On both sides of an edge between tiles, a pixel and the one before it.
     read += edges * 16 + _blocks(edges, _REGION_THREADS) * _REGION_THREADS // _WARP * 4
     # These are launched for the most regions possible: each warp reads whether there are regions, each thread how many.
-    of_regions = (1 + merges) * _blocks(most, _REGION_THREADS) * _REGION_THREADS
+    of_regions = _blocks(most, _REGION_THREADS) * _REGION_THREADS
+    of_regions += merges * _blocks(most, _REGION_THREADS, -(-MOST_BLOCKS // 3)) * _REGION_THREADS
     of_regions += _blocks(most, _SORTED_REGIONS) * _SORT_THREADS
     read += of_regions * 4 + of_regions // _WARP * 4
     # And for the mask, what the last kept region is.
@@ -214,5 +215,5 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     return Work(round(read), round(written), 0, 1 + passes + 4 + merges + 1)
 
 
-def _blocks(elements: int, of_a_block: int) -> int:
-    return max(1, min(-(-elements // of_a_block), MOST_BLOCKS))
+def _blocks(elements: int, of_a_block: int, most: int = MOST_BLOCKS) -> int:
+    return max(1, min(-(-elements // of_a_block), most))

@@ -277,14 +277,22 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
       const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
       labels[step] = !is_whole && pixel < job.count ? load_settled(job.labels + pixel) : kOff;
     }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (labels[step] != kOff) labels[step] = load_settled(job.parents + labels[step]);
-    }
     Key keys[kSteps];
+    bool is_empty = true;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      keys[step] = labels[step] != kOff ? load_settled(job.amounts + labels[step]) : ~Key(0);
+      keys[step] = ~Key(0);
+      is_empty = is_empty && labels[step] == kOff;
+    }
+    if (!is_empty) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (labels[step] != kOff) labels[step] = load_settled(job.parents + labels[step]);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (labels[step] != kOff) keys[step] = load_settled(job.amounts + labels[step]);
+      }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -313,10 +321,11 @@ void launch_all(const RegionsJob& job, int64_t most_regions, const RegionsLaunch
   while (std::pow(static_cast<double>(fan), merges) < static_cast<double>(runs)) ++fan;
   int from = 0;
   int64_t run = kTile;
+  // Three blocks share a multiprocessor, and most images have no runs to merge.
+  const unsigned blocks = count_blocks(most_regions, kBlockThreads, (how.most_blocks + 2) / 3);
   for (int merge = 0; merge < merges; ++merge) {
-    launch(how.of("merge_kernel", count_blocks(most_regions, kBlockThreads, how.most_blocks), kBlockThreads,
-                  sizeof(MergeShared)),
-           merge_kernel, job, static_cast<uint32_t>(run), fan, from);
+    launch(how.of("merge_kernel", blocks, kBlockThreads, sizeof(MergeShared)), merge_kernel, job,
+           static_cast<uint32_t>(run), fan, from);
     from = 1 - from;
     run *= fan;
   }
