@@ -25,7 +25,7 @@ from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
 FLAGS = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-pthread", "-ffp-contract=off"]
-FLAGS += ["-DCARVE_MOST_SCORES=262144"]
+FLAGS += ["-DCARVE_MOST_SCORES=262144", "-DCARVE_MOST_RUNS=4"]
 SANITIZERS = {
     "results": [],
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
