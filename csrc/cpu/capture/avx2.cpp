@@ -15,9 +15,20 @@ namespace {
 
 #include "cpu/capture/kernels-inl.h"
 
+#include "cpu/capture/dots-inl.h"
+
+constexpr CaptureKernels kWithDots = {
+    {few_dot_kernels<FloatProduct<float>, MOST>(), few_dot_kernels<FloatProduct<Float16>, MOST>(),
+     few_dot_kernels<FloatProduct<Bfloat16>, MOST>()},
+    softmax_row,
+    relate_tops,
+    gather_row,
+    mean_row,
+};
+
 }  // namespace
 
-const CaptureKernels& capture_kernels_avx2() { return kKernels; }
+const CaptureKernels& capture_kernels_avx2() { return kWithDots; }
 
 }  // namespace carve
 

@@ -15,9 +15,21 @@ namespace {
 
 #include "cpu/capture/kernels-inl.h"
 
+#include "cpu/capture/dots-inl.h"
+
+constexpr int64_t kFewRows = 8;
+
+constexpr CaptureKernels kWithDots = {
+    {score_kernels<float>(), score_kernels<Float16>(), few_dot_kernels<FloatProduct<Bfloat16>, kFewRows>()},
+    softmax_row,
+    relate_tops,
+    gather_row,
+    mean_row,
+};
+
 }  // namespace
 
-const CaptureKernels& capture_kernels_avx512() { return kKernels; }
+const CaptureKernels& capture_kernels_avx512() { return kWithDots; }
 
 }  // namespace carve
 
