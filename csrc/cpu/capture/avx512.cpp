@@ -17,10 +17,8 @@ namespace {
 
 #include "cpu/capture/dots-inl.h"
 
-constexpr int64_t kFewRows = 8;
-
 constexpr CaptureKernels kWithDots = {
-    {score_kernels<float>(), score_kernels<Float16>(), few_dot_kernels<FloatProduct<Bfloat16>, kFewRows>()},
+    {score_kernels<float>(), score_kernels<Float16>(), few_dot_kernels<FloatProduct<Bfloat16>>()},
     softmax_row,
     relate_tops,
     gather_row,

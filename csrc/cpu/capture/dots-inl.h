@@ -229,26 +229,29 @@ constexpr ScoreKernels dot_kernels() {
   return {dot_packed_floats<Product>, no_panel, pack_dots<Product>, score_dots<Product>};
 }
 
-// Dot products for up to kMost rows; more of them are worth a panel.
-template <class Product, int64_t kMost>
+// Dot products where packing a panel costs more than it saves, which is measured with AVX2: for more rows of a panel
+// the larger tiles pay, the sooner the fewer products there are for each tree.
+constexpr bool has_few_rows(int64_t rows, int64_t size) { return rows <= (size < 128 ? 7 : 10); }
+
+template <class Product>
 struct FewRows {
   using Element = typename Product::Element;
 
   static int64_t packed(int64_t rows, int64_t size) {
-    return rows <= kMost ? dot_packed_floats<Product>(rows, size) : packed_floats(rows, size);
+    return has_few_rows(rows, size) ? dot_packed_floats<Product>(rows, size) : packed_floats(rows, size);
   }
 
   static void pack(const float* query, int64_t rows, int64_t size, float* packed) {
-    rows <= kMost ? pack_dots<Product>(query, rows, size, packed) : pack_query(query, rows, size, packed);
+    has_few_rows(rows, size) ? pack_dots<Product>(query, rows, size, packed) : pack_query(query, rows, size, packed);
   }
 
   static void scores(const ScoreBlock& block) {
-    block.rows <= kMost ? score_dots<Product>(block) : score_keys<Element>(block);
+    has_few_rows(block.rows, block.size) ? score_dots<Product>(block) : score_keys<Element>(block);
   }
 };
 
-template <class Product, int64_t kMost>
+template <class Product>
 constexpr ScoreKernels few_dot_kernels() {
-  using Few = FewRows<Product, kMost>;
+  using Few = FewRows<Product>;
   return {Few::packed, panel_floats, Few::pack, Few::scores};
 }
