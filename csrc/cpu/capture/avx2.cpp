@@ -18,9 +18,9 @@ namespace {
 #include "cpu/capture/dots-inl.h"
 
 constexpr CaptureKernels kWithDots = {
-    {few_dot_kernels<FloatProduct<float>>(),
-     few_dot_kernels<FloatProduct<Float16>>(),
-     few_dot_kernels<FloatProduct<Bfloat16>>()},
+    {dot_kernels<FloatProduct<float>>(),
+     dot_kernels<FloatProduct<Float16>>(),
+     dot_kernels<FloatProduct<Bfloat16>>()},
     softmax_row,
     relate_tops,
     gather_row,

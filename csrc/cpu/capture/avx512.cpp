@@ -18,7 +18,7 @@ namespace {
 #include "cpu/capture/dots-inl.h"
 
 constexpr CaptureKernels kWithDots = {
-    {score_kernels<float>(), score_kernels<Float16>(), few_dot_kernels<FloatProduct<Bfloat16>>()},
+    {score_kernels<float>(), score_kernels<Float16>(), dot_kernels<FloatProduct<Bfloat16>>()},
     softmax_row,
     relate_tops,
     gather_row,

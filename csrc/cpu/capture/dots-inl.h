@@ -22,6 +22,9 @@ struct FloatProduct {
   static constexpr int64_t kParts = 2;
   static constexpr int64_t kStep = 2 * kLanes;
 
+  // Measured with AVX2: the larger tiles of a panel pay the sooner, the fewer products there are for each tree.
+  static bool serves(int64_t rows, int64_t size) { return rows <= (size < 64 ? 2 : size < 128 ? 6 : 9); }
+
   template <int64_t kPart>
   static CARVE_INLINE Vector load_key(const T* from) {
     return load(from + kPart * kLanes);
@@ -179,8 +182,8 @@ void score_tile(const typename Product::Element* const* lines, int64_t size, con
       for (int64_t row = 0; row < kRows; row += kTreeRows) {
         float line[kLanes];
         store(line, sum_each(sums + row * kKeys));
-#pragma GCC unroll 4
-        for (int64_t of_tree = 0; of_tree < kTreeRows && row + of_tree < kRows; ++of_tree) {
+        const int64_t count = kRows - row < kTreeRows ? kRows - row : kTreeRows;
+        for (int64_t of_tree = 0; of_tree < count; ++of_tree) {
           __builtin_memcpy(scores + (row + of_tree) * stride + first, line + of_tree * kKeys, kKeys * sizeof(float));
         }
       }
@@ -222,36 +225,26 @@ void score_dots(const ScoreBlock& block) {
   }
 }
 
-int64_t no_panel(int64_t /*size*/) { return 0; }
-
+// Dot products for as many rows as the product serves better than a panel, which more of them share.
 template <class Product>
-constexpr ScoreKernels dot_kernels() {
-  return {dot_packed_floats<Product>, no_panel, pack_dots<Product>, score_dots<Product>};
-}
-
-// Dot products where packing a panel costs more than it saves, which is measured with AVX2: for more rows of a panel
-// the larger tiles pay, the sooner the fewer products there are for each tree.
-constexpr bool has_few_rows(int64_t rows, int64_t size) { return rows <= (size < 128 ? 7 : 10); }
-
-template <class Product>
-struct FewRows {
+struct DotScores {
   using Element = typename Product::Element;
 
   static int64_t packed(int64_t rows, int64_t size) {
-    return has_few_rows(rows, size) ? dot_packed_floats<Product>(rows, size) : packed_floats(rows, size);
+    return Product::serves(rows, size) ? dot_packed_floats<Product>(rows, size) : packed_floats(rows, size);
   }
 
   static void pack(const float* query, int64_t rows, int64_t size, float* packed) {
-    has_few_rows(rows, size) ? pack_dots<Product>(query, rows, size, packed) : pack_query(query, rows, size, packed);
+    Product::serves(rows, size) ? pack_dots<Product>(query, rows, size, packed) : pack_query(query, rows, size, packed);
   }
 
   static void scores(const ScoreBlock& block) {
-    has_few_rows(block.rows, block.size) ? score_dots<Product>(block) : score_keys<Element>(block);
+    Product::serves(block.rows, block.size) ? score_dots<Product>(block) : score_keys<Element>(block);
   }
 };
 
 template <class Product>
-constexpr ScoreKernels few_dot_kernels() {
-  using Few = FewRows<Product>;
-  return {Few::packed, panel_floats, Few::pack, Few::scores};
+constexpr ScoreKernels dot_kernels() {
+  using Scores = DotScores<Product>;
+  return {Scores::packed, panel_floats, Scores::pack, Scores::scores};
 }
