@@ -68,8 +68,9 @@ auto each_lane(const Function& function) {
 }
 
 EMULATED float from_half(uint16_t bits) {
-  const float size = (bits & 0x7c00) == 0 ? std::ldexp(static_cast<float>(bits & 1023), -24)
-                                          : std::ldexp(static_cast<float>((bits & 1023) + 1024), ((bits >> 10) & 31) - 25);
+  const int exponent = (bits >> 10) & 31;
+  const int mantissa = (bits & 1023) + (exponent == 0 ? 0 : 1024);
+  const float size = std::ldexp(static_cast<float>(mantissa), exponent == 0 ? -24 : exponent - 25);
   const bool special = (bits & 0x7c00) == 0x7c00;
   const float value = !special ? size : (bits & 1023) == 0 ? INFINITY : NAN;
   return (bits & 0x8000) != 0 ? -value : value;
@@ -77,11 +78,17 @@ EMULATED float from_half(uint16_t bits) {
 
 EMULATED __m128i _mm_loadu_si128(const __m128i* from) { return load_as<__m128i>(from); }
 EMULATED __m256i _mm256_loadu_si256(const __m256i* from) { return load_as<__m256i>(from); }
-EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* from) { return load_masked<__m256i, uint16_t>(mask, from); }
+EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* from) {
+  return load_masked<__m256i, uint16_t>(mask, from);
+}
 EMULATED __m512i _mm512_loadu_si512(const void* from) { return load_as<__m512i>(from); }
-EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) { return load_masked<__m512i, uint16_t>(mask, from); }
+EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) {
+  return load_masked<__m512i, uint16_t>(mask, from);
+}
 EMULATED __m512 _mm512_loadu_ps(const void* from) { return load_as<__m512>(from); }
-EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* from) { return load_masked<__m512, float>(mask, from); }
+EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* from) {
+  return load_masked<__m512, float>(mask, from);
+}
 EMULATED __m512 _mm512_set1_ps(float value) { return __m512{} + value; }
 EMULATED __m512i _mm512_set1_epi32(int32_t value) { return (__m512i)(Words{} + static_cast<uint32_t>(value)); }
 EMULATED __m512i _mm512_slli_epi32(__m512i value, int count) { return (__m512i)((Words)value << count); }
@@ -157,7 +164,9 @@ EMULATED __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
 }
 
 // Each accumulation is rounded to nearest even; subnormal operands and results are zero.
-EMULATED float flushed(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+EMULATED float flushed(float value) {
+  return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
+}
 
 EMULATED float from_bfloat(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;

@@ -1,6 +1,6 @@
-// Scores by dot products: keys are read as they lie in memory, neither packed nor transposed. A tile is a few query rows
-// times a few keys; each of its scores is a vector of partial sums, and one tree of shuffles adds up the lanes of all of
-// them at once. The order of the additions of a score is the same in every tile.
+// Scores by dot products: keys are read as they lie in memory, neither packed nor transposed. A tile is a few query
+// rows times a few keys; each of its scores is a vector of partial sums, and one tree of shuffles adds up the lanes of
+// all of them at once. The order of the additions of a score is the same in every tile.
 
 constexpr int64_t kDotRows = 4;
 // Keys of a block: its scores of one row fill a vector.
@@ -22,7 +22,7 @@ struct FloatProduct {
   static constexpr int64_t kParts = 2;
   static constexpr int64_t kStep = 2 * kLanes;
 
-  // Measured with AVX2: the larger tiles of a panel pay the sooner, the fewer products there are for each tree.
+  // Measured with AVX2. The fewer products there are for each tree, the sooner the larger tiles of a panel pay.
   static bool serves(int64_t rows, int64_t size) { return rows <= (size < 64 ? 2 : size < 128 ? 6 : 9); }
 
   template <int64_t kPart>
@@ -230,8 +230,11 @@ template <class Product>
 struct DotScores {
   using Element = typename Product::Element;
 
+  // Enough for fewer rows as well, which the last unit of a plan may have.
   static int64_t packed(int64_t rows, int64_t size) {
-    return Product::serves(rows, size) ? dot_packed_floats<Product>(rows, size) : packed_floats(rows, size);
+    const int64_t dots = dot_packed_floats<Product>(rows, size);
+    const int64_t panel = packed_floats(rows, size);
+    return dots > panel ? dots : panel;
   }
 
   static void pack(const float* query, int64_t rows, int64_t size, float* packed) {

@@ -69,8 +69,8 @@ int check_available(int number, const std::string& name) {
                              "' on this machine, got '" + name + "'");
   }
   if (static_cast<Isa>(number) == Isa::kAvx512Bf16 && !has_pair_products()) {
-    throw std::runtime_error("CARVE_KERNELS_CPU: expected instructions of this machine, which lacks AVX512_BF16, got '" +
-                             name + "'");
+    throw std::runtime_error("CARVE_KERNELS_CPU: expected 'avx512' or 'amx' on this machine, which lacks AVX512_BF16, "
+                             "got '" + name + "'");
   }
   return number;
 }
