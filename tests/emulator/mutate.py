@@ -43,7 +43,8 @@ AMOUNTS = {
 }
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
 ONE_TYPE = {
-    stage: (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp")) for stage in ("capture", "attention")
+    stage: (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"))
+    for stage in ("capture", "attention")
 }
 
 
