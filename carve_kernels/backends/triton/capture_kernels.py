@@ -145,8 +145,11 @@ def capture_map_kernel(
     for start in tl.range(0, query_heads, BLOCK_HEAD, num_stages=1):
         head = start + tl.arange(0, BLOCK_HEAD)
         live = head < query_heads
-        at = (head * (rows * padded))[:, None] + column[None, :]
-        score = tl.load(score_ptr + at, mask=live[:, None] & seen[None, :], other=float("-inf"), cache_modifier=".cg")
+        # In one dimension, whose elements all versions of Triton give to threads alike: neighbours to neighbours.
+        at = tl.reshape((head * (rows * padded))[:, None] + column[None, :], [BLOCK_HEAD * BLOCK_TOKEN])
+        there = tl.reshape(live[:, None] & seen[None, :], [BLOCK_HEAD * BLOCK_TOKEN])
+        score = tl.load(score_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        score = tl.reshape(score, [BLOCK_HEAD, BLOCK_TOKEN])
         top, share = parts.normaliser(
             statistics_ptr, sums, sink_ptr, stride_sink_a, head, splits, rows, query_heads, residual
         )
@@ -245,10 +248,8 @@ def capture_reread_kernel(
     ticket_ptr += layer * (batch * row_tiles) + unit
     if parts.last_of_row(partial_at, ticket_ptr, mean, used, (row < rows)[:, None], block, blocks, 1):
         mass, entropy = parts.summary(partial_at, (row < rows)[:, None], blocks, 1, parts.BLOCK_PARTIAL)
-        row = row[:, None]
-        mass_at = step * stride_mass_t + out_layer * stride_mass_l + b * stride_mass_b + row * stride_mass_r
-        entropy_at = (
-            step * stride_entropy_t + out_layer * stride_entropy_l + b * stride_entropy_b + row * stride_entropy_r
-        )
-        tl.store(mass_ptr + mass_at, mass, mask=row < rows_to_write)
-        tl.store(entropy_ptr + entropy_at, entropy, mask=row < rows_to_write)
+        mass_ptr += step * stride_mass_t + out_layer * stride_mass_l + b * stride_mass_b
+        entropy_ptr += step * stride_entropy_t + out_layer * stride_entropy_l + b * stride_entropy_b
+        fits = (row < rows_to_write)[:, None]
+        tl.store(mass_ptr + row[:, None] * stride_mass_r, mass, mask=fits)
+        tl.store(entropy_ptr + row[:, None] * stride_entropy_r, entropy, mask=fits)

@@ -62,9 +62,7 @@ def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles
         return Tiles(TileConfig(min(block, 128), 4, stages), TileConfig(min(block, 64), 4, min(stages, 3)))
     # 64 lanes x 64 keys are 16 scores and their 64-bit mask addresses for each of 256 threads; 128 threads spill.
     # With 256 dimensions the query of the kernel that rereads keys and 32 tokens spill as well.
-    return Tiles(
-        TileConfig(min(block, 64), 4, 2), TileConfig(min(block, 64) if size < 256 else 16, 8, min(stages, 3))
-    )
+    return Tiles(TileConfig(min(block, 64), 4, 2), TileConfig(min(block, 64) if size < 256 else 16, 8, min(stages, 3)))
 
 
 def row_name(architecture: str, element_size: int, lanes: int, size: int) -> str:
