@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from carve_kernels.backends.triton.capture_plan import BLOCK_TOKEN, PARTIALS, Plan, ceiling, plan
+from carve_kernels.backends.triton.capture_plan import BLOCK_PARTIAL, BLOCK_TOKEN, PARTIALS, Plan, ceiling, plan
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, plan_grid
 from carve_kernels.backends.triton.tiles import Tiles, row_of
 from carve_kernels.selfcheck.work import CaptureSizes, Work
@@ -59,7 +59,7 @@ def _scores(sizes: CaptureSizes, grid: Plan, tiles: Tiles, span: int | None) -> 
 def _maps(sizes: CaptureSizes, grid: Plan) -> Work:
     """The second kernel: every program reads the scores of all heads at its tokens, and their statistics."""
     blocks = max(ceiling(sizes.tokens, BLOCK_TOKEN), 1)
-    partials = blocks * PARTIALS * _FLOAT
+    partials = blocks * (BLOCK_TOKEN // BLOCK_PARTIAL) * PARTIALS * _FLOAT
     scores = sizes.query_heads * sizes.tokens * _FLOAT if sizes.keys else 0
     read = sizes.tokens * _TOKEN + scores + blocks * sizes.query_heads * grid.splits * _STAT + partials
     written = sizes.tokens * _FLOAT + partials + 2 * _FLOAT + _TOKEN

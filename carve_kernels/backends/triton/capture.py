@@ -20,6 +20,7 @@ from carve_kernels.backends.triton.capture_kernels import (
 )
 from carve_kernels.backends.triton.capture_plan import (
     BLOCK_HEAD,
+    BLOCK_PARTIAL,
     BLOCK_TOKEN,
     LOG2E,
     MOST_PROGRAMS,
@@ -127,8 +128,10 @@ def _division(
     layers, batch, query_heads, _, rows, keys, _, element_bytes, lse = sizes
     grid = plan(*sizes)
     tile = tiles_of(device, element_bytes, grid.block_row * grid.block_group, grid.block_size)
-    block = tile.reread.block if lse else BLOCK_TOKEN
-    return grid, plan_scratch(layers, batch, query_heads, rows, keys, ceiling(tokens, block), lse), tile
+    blocks = (
+        ceiling(tokens, tile.reread.block) if lse else ceiling(tokens, BLOCK_TOKEN) * (BLOCK_TOKEN // BLOCK_PARTIAL)
+    )
+    return grid, plan_scratch(layers, batch, query_heads, rows, keys, blocks, lse), tile
 
 
 def _output_strides(slot: Slot) -> Iterator[int]:
@@ -271,6 +274,6 @@ def _launch(
             query_heads, rows, keys, grid.splits, tokens.shape[1], grid.padded, sums, parts.statistics, parts.partials,
             steps, slot.first, limit, factor, residual,
         ),
-        (BLOCK_HEAD, BLOCK_TOKEN, window is not None, heads == "each", has_batch, overlaps),
+        (BLOCK_HEAD, BLOCK_TOKEN, BLOCK_PARTIAL, window is not None, heads == "each", has_batch, overlaps),
         device=device, warps=warps_of(device, BLOCK_TOKEN), stages=1, registers=_REGISTERS, overlaps=overlaps,
     )  # fmt: skip

@@ -108,8 +108,8 @@ def capture_map_kernel(
     batch: tl.int32, query_heads: tl.int32, rows: tl.int32, keys: tl.int32, splits: tl.int32, tokens: tl.int32,
     padded: tl.int32, sums: tl.int64, statistics: tl.int64, partials: tl.int64, steps: tl.int64, first: tl.int64,
     window: tl.int64, factor: tl.float32, residual: tl.float32,
-    BLOCK_HEAD: tl.constexpr, BLOCK_TOKEN: tl.constexpr, HAS_WINDOW: tl.constexpr, EACH: tl.constexpr,
-    HAS_BATCH: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr, BLOCK_TOKEN: tl.constexpr, BLOCK_PARTIAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    EACH: tl.constexpr, HAS_BATCH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Maps of a block of tokens of a row from stored scores; the last block of the row adds up mass and entropy."""
     block, row, layer, b = tl.program_id(0), tl.program_id(1), tl.program_id(2), 0
@@ -162,10 +162,16 @@ def capture_map_kernel(
     mean = tl.where(used, mean / query_heads, 0.0)
     if not EACH:
         tl.store(map_ptr, mean, mask=slot < written)
-    blocks = tl.num_programs(0)
+    # A warp's tokens are a block of their own, which needs no barrier.
+    warp = tl.arange(0, BLOCK_TOKEN // BLOCK_PARTIAL)[:, None]
+    blocks = tl.num_programs(0) * (BLOCK_TOKEN // BLOCK_PARTIAL)
     partial_at = scratch_ptr + partials + (unit * rows + here) * (blocks * parts.PARTIALS)
+    own_at = partial_at + (block * (BLOCK_TOKEN // BLOCK_PARTIAL) + warp) * parts.PARTIALS
+    mean = tl.reshape(mean, [BLOCK_TOKEN // BLOCK_PARTIAL, BLOCK_PARTIAL])
+    used = tl.reshape(used, [BLOCK_TOKEN // BLOCK_PARTIAL, BLOCK_PARTIAL])
     ticket_ptr += unit * rows + row
-    if parts.last_of_row(partial_at, ticket_ptr, mean, used, here < rows, block, blocks, 0):
+    index = tl.arange(0, BLOCK_PARTIAL)[None, :]
+    if parts.last_of_row(own_at, ticket_ptr, mean, used, index, warp >= 0, tl.num_programs(0), 1):
         mass, entropy = parts.summary(partial_at, here < rows, blocks, 0, BLOCK_TOKEN)
         mass_ptr += step * stride_mass_t + (first + layer) * stride_mass_l + b * stride_mass_b
         entropy_ptr += step * stride_entropy_t + (first + layer) * stride_entropy_l + b * stride_entropy_b
@@ -246,7 +252,9 @@ def capture_reread_kernel(
         tl.store(map_ptr + at, mean, mask=(row < rows_to_write)[:, None] & (slot < tokens)[None, :])
     partial_at = scratch_ptr + ((layer.to(tl.int64) * batch + b) * rows + row)[:, None] * (blocks * parts.PARTIALS)
     ticket_ptr += layer * (batch * row_tiles) + unit
-    if parts.last_of_row(partial_at, ticket_ptr, mean, used, (row < rows)[:, None], block, blocks, 1):
+    own_at = partial_at + block * parts.PARTIALS
+    index = tl.arange(0, BLOCK_TOKEN)[None, :]
+    if parts.last_of_row(own_at, ticket_ptr, mean, used[None, :], index, (row < rows)[:, None], blocks, 1):
         mass, entropy = parts.summary(partial_at, (row < rows)[:, None], blocks, 1, parts.BLOCK_PARTIAL)
         mass_ptr += step * stride_mass_t + out_layer * stride_mass_l + b * stride_mass_b
         entropy_ptr += step * stride_entropy_t + out_layer * stride_entropy_l + b * stride_entropy_b

@@ -169,20 +169,25 @@ def known_normaliser(lse_ptr, lse_at, live, residual):
 
 
 @triton.jit
-def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks, AXIS: tl.constexpr):
-    """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
+def last_of_row(partial_at, ticket_ptr, mean, used, token, fits, blocks, AXIS: tl.constexpr):
+    """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last of `blocks`.
 
-    The tokens of `mean` are its last axis, AXIS, which is 1 long in `partial_at` and `fits`. The partials of each row
-    are [blocks, PARTIALS]. The last block resets the ticket to 0 for the next call or replay.
+    The tokens, numbered by `token`, are the last axis, AXIS, of `mean` and `used`, which is 1 long in `partial_at` and
+    `fits`. The partials of each row are [blocks, PARTIALS]. The last block resets the ticket to 0 for the next call or
+    replay.
     """
-    mass = tl.sum(mean, AXIS, keep_dims=True)
+    nothing = tl.zeros_like(mean)
+    mass = tl.sum(mean, AXIS, keep_dims=True) + nothing
     # A plain division is off by up to two units: a token with all the mass would have an entropy above 0.
-    share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0) + tl.zeros_like(mean))
-    spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), AXIS, keep_dims=True)
-    at = partial_at + block * PARTIALS
+    share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0))
+    spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), AXIS, keep_dims=True) + nothing
+    count = tl.sum(used.to(tl.float32) + nothing, AXIS, keep_dims=True) + nothing
+    # By the thread of the first token, where the sums are: nothing is moved between threads.
+    fits &= token == 0
+    at = partial_at + token * 0
     tl.store(at, mass, mask=fits)
     tl.store(at + 1, spread, mask=fits)
-    tl.store(at + 2, tl.zeros_like(mass) + tl.sum(used.to(tl.float32), 0), mask=fits)
+    tl.store(at + 2, count, mask=fits)
     # All threads store before the ticket is taken: it releases their partials and acquires those of other blocks.
     tl.debug_barrier()
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == blocks - 1

@@ -25,6 +25,8 @@ MOST_LANES = {2: 64, 4: 16}
 # Tokens of a program of the second kernel: one for each thread, which has all heads of it, 32 at a time.
 BLOCK_TOKEN = 128
 BLOCK_HEAD = 32
+# Tokens whose mass and entropy are added up by one warp.
+BLOCK_PARTIAL = 32
 
 # Three programs on each of an H100's 132 multiprocessors run at the same time. The result depends on the splits, so
 # they depend neither on the device nor on the number of layers: six are captured, as the presets do.
@@ -37,7 +39,7 @@ _LONG_SPLIT = 2048
 PLAIN, SOFTCAP, NEGATIVE = 0, 1, 2
 
 # Bytes of scores at a time, and rows times layers: more are captured in turns.
-MOST_SCORES = 64 << 20
+MOST_SCORES = 96 << 20
 MOST_LINES = 1024
 # Programs on the second and the third axis of a grid.
 MOST_PROGRAMS = 65535
@@ -107,7 +109,7 @@ def plan_scratch(
 ) -> Scratch:
     """The scratch of one call, never less for fewer keys, layers or rows: a session allocates it once."""
     lines = batch * (rows * layers if lse else min(rows * layers, MOST_LINES))
-    partials = lines * max(token_blocks, 1) * PARTIALS
+    partials = lines * max(token_blocks, BLOCK_TOKEN // BLOCK_PARTIAL) * PARTIALS
     if lse:
         return Scratch(0, 0, partials, lines)
     row = batch * query_heads * SPLIT_UNIT * ceiling(keys, SPLIT_UNIT)
