@@ -31,6 +31,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Whether dependent launches may overlap on the current device, asked once: kernels that were compiled for less than
+// compute capability 9.0 do not wait.
+bool overlaps_launches(int device);
+
 struct Launch {
   const char* name;  // for error messages
   dim3 grid;

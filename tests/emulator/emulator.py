@@ -77,7 +77,7 @@ LIBRARIES = {
 
 def sources(library: str, root: Path = ROOT) -> list[Path]:
     kernels, bindings = LIBRARIES[library]
-    patterns = [f"csrc/cuda/{stage}/{kind}" for stage in kernels for kind in ("*.cu", "*.cpp")]
+    patterns = ["csrc/cuda/*.cu", *(f"csrc/cuda/{stage}/{kind}" for stage in kernels for kind in ("*.cu", "*.cpp"))]
     paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     return [*paths, *(root / f"csrc/bindings/{name}.cpp" for name in bindings)]
 

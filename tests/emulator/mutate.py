@@ -77,6 +77,7 @@ def sources(stage: str, root: Path) -> list[Path]:
     folders = [f"csrc/{device}/{name}" for name in used for device in ("cuda", "cpu")]
     patterns = [f"{folder}/*.{kind}" for folder in folders for kind in ("cu", "cpp")]
     skipped = ONE_TYPE.get(stage, ([], ()))[1]
+    patterns.append("csrc/cuda/*.cu")
     kernels = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.name not in skipped]
     shared = ("csrc/cpu/simd/isa.cpp", "tests/native/parallel.cpp", f"tests/emulator/{stage}_cuda.cpp")
     return [*kernels, *(root / name for name in shared)]

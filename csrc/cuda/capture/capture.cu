@@ -4,7 +4,6 @@
 #include "cuda/capture/plan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <string>
 
@@ -12,8 +11,6 @@
 
 namespace carve {
 namespace {
-
-constexpr int kDevices = 64;
 
 void check(bool holds, const char* message) {
   if (!holds) throw std::runtime_error(std::string("capture_layers: ") + message);
@@ -138,16 +135,6 @@ CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& p, int64_t 
   launch.row_shift = 0;
   while (launch.row_shift < 4 && 1 << launch.row_shift < rows) ++launch.row_shift;
   return launch;
-}
-
-bool overlaps_launches(int device) {
-  static std::atomic<signed char> known[kDevices];
-  signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
-  if (found == 0) {
-    found = maps_wait_for_launch() ? 1 : -1;
-    if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
-  }
-  return found > 0;
 }
 
 void capture_cuda(const CaptureParams& p, const CaptureDevice& device) {

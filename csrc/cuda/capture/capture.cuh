@@ -148,10 +148,5 @@ void check_memory(const char* name, const CapturePlan& plan, const CaptureDevice
 CaptureLaunch whole_of(const CaptureParams& params, const CapturePlan& plan, const CaptureDevice& device);
 CaptureLaunch part_of(const CaptureLaunch& all, const CaptureParams& params, int64_t first_layer, int64_t layers,
                       int64_t first_row, int64_t rows);
-// Whether dependent launches may overlap on the current device: where the kernels that run there were compiled for
-// compute capability 9.0 or later, since others do not wait.
-bool overlaps_launches(int device);
-// Whether the compiled kernels for the current device have instructions that wait for the launch before.
-bool maps_wait_for_launch();
 
 }  // namespace carve

@@ -22,11 +22,4 @@ void launch_maps(const CaptureLaunch& launch, const CaptureGrid& grid) {
                 p.each ? capture_maps<true> : capture_maps<false>, launch);
 }
 
-bool maps_wait_for_launch() {
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(capture_maps<false>)),
-             "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90;
-}
-
 }  // namespace carve

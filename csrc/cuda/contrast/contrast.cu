@@ -1,7 +1,6 @@
 // Contrast on a GPU: how the work is divided, and the launches.
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -9,8 +8,6 @@
 
 namespace carve {
 namespace {
-
-constexpr int kDevices = 64;
 
 void check(bool holds, const char* message) {
   if (!holds) throw std::runtime_error(std::string("contrast_cuda: ") + message);
@@ -23,18 +20,6 @@ int64_t count_chunks(int64_t maps) {
 }
 
 int64_t maps_of_chunk(int64_t maps) { return divide_up(maps, count_chunks(maps)); }
-
-// Whether dependent launches may overlap on the current device: where the kernels that run there were compiled for
-// compute capability 9.0 or later, since others do not wait.
-bool overlaps_launches(int device) {
-  static std::atomic<signed char> known[kDevices];
-  signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
-  if (found == 0) {
-    found = contrast_waits_for_launch() ? 1 : -1;
-    if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
-  }
-  return found > 0;
-}
 
 GridLaunch describe(const ContrastParams& p, const ContrastDevice& device) {
   GridLaunch launch{};

@@ -78,7 +78,5 @@ struct ContrastGrid {
 void launch_grid(const GridLaunch& launch, bool lam_is_mean, const ContrastGrid& how);
 // `blended`: the floats of the largest tile.
 void launch_pixels(const PixelsLaunch& launch, int64_t blended, const ContrastGrid& how);
-// Whether the compiled kernels for the current device have instructions that wait for the launch before.
-bool contrast_waits_for_launch();
 
 }  // namespace carve

@@ -240,11 +240,4 @@ void launch_pixels(const PixelsLaunch& launch, int64_t blended, const ContrastGr
                 contrast_pixels, launch);
 }
 
-bool contrast_waits_for_launch() {
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(contrast_pixels)),
-             "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90;
-}
-
 }  // namespace carve

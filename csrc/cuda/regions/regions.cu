@@ -1,7 +1,6 @@
 // Regions of a saliency on a GPU: values computed on the host, scratch memory, and the launches in their order.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "cuda/regions/regions.cuh"
@@ -70,19 +69,6 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
   job.roots = job.sorted_firsts[1];
   job.labels = scratch.take<int32_t>(job.count);
   return job;
-}
-
-// Whether dependent launches may overlap on the current device, asked once: kernels that were compiled for less than
-// compute capability 9.0 do not wait.
-bool overlaps_launches(int device) {
-  constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];
-  signed char found = device < kDevices ? known[device].load(std::memory_order_relaxed) : static_cast<signed char>(0);
-  if (found == 0) {
-    found = regions_wait_for_launch() ? 1 : -1;
-    if (device < kDevices) known[device].store(found, std::memory_order_relaxed);
-  }
-  return found > 0;
 }
 
 }  // namespace

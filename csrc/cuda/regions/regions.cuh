@@ -98,7 +98,4 @@ void launch_label(const RegionsJob& job, bool is_double, const RegionsLaunches& 
 void launch_join(const RegionsJob& job, int64_t most_regions, const RegionsLaunches& how);
 void launch_rank(const RegionsJob& job, bool is_double, int64_t most_regions, const RegionsLaunches& how);
 
-// Whether kernels that were compiled for the current device wait for the launch before them.
-bool regions_wait_for_launch();
-
 }  // namespace carve

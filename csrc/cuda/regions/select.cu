@@ -157,10 +157,4 @@ void launch_select(const RegionsJob& job, bool is_double, const RegionsLaunches&
   is_double ? launch_passes<double>(job, how) : launch_passes<float>(job, how);
 }
 
-bool regions_wait_for_launch() {
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(clear_kernel)), "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90;
-}
-
 }  // namespace carve

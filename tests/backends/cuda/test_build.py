@@ -18,7 +18,7 @@ from tests.backends.cuda import resources
 
 ROOT = Path(__file__).resolve().parents[3]
 # Of a thread, for as many blocks on a multiprocessor of 65536 registers as the kernels that have more than 128 ask for.
-MOST_REGISTERS = {"capture_stream": 255, "capture_reread": 255}
+MOST_REGISTERS = {"attend_stream": 255, "capture_stream": 255, "capture_reread": 255}
 
 
 @pytest.fixture
