@@ -20,6 +20,7 @@ namespace carve {
 #ifdef CARVE_X86
 const CaptureKernels& capture_kernels_avx2() { std::abort(); }
 const CaptureKernels& capture_kernels_avx512() { std::abort(); }
+const CaptureKernels& capture_kernels_avx512_bf16() { std::abort(); }
 const CaptureKernels& capture_kernels_amx() { std::abort(); }
 #endif
 void launch_stream_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }

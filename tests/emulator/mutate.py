@@ -39,7 +39,7 @@ AMOUNTS = {
     ("capture", "races"): ["first"],
 }
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
-ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp"))}
+ONE_TYPE = {"capture": (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"))}
 
 
 class Verdict(NamedTuple):
