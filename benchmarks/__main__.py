@@ -65,7 +65,9 @@ def capture(
 def cpu(
     quick: Quick = False,
     cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: the cells with goals.")] = "all",
-    part: Annotated[Literal["all", "capture"], typer.Option(help="What to measure.")] = "all",
+    part: Annotated[
+        Literal["all", "capture"], typer.Option(help="capture: alone, and only against the fast opponents.")
+    ] = "all",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
@@ -85,7 +87,8 @@ def cpu(
         total += bench_pixels.CELLS * len(counts) + len(lengths) + 3
     with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
-        entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance))
+        slow = (bench_capture.EAGER, bench_capture.REPEAT) if part == "all" else ()
+        entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance, slow=slow))
         if part == "all":
             for count in counts:
                 entries += bench_pixels.measure(side, count, budget=seconds, advance=advance)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,12 +122,31 @@ def test_cpu_reports_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for line in report["results"]:
         found.setdefault(line["table"].partition(":")[0], []).append(line)
     assert [line["labels"]["caches"] for line in found["capture"]] == ["warm", "cold"] * 2
-    assert all({"capture", "(b) repeat", "(c) folded", "(f) read"} <= set(line["seconds"]) for line in found["capture"])
+    ways = {"capture", "(b) repeat", "(c) folded", "(d) folded fp32", "(f) read"}
+    assert all(ways <= set(line["seconds"]) for line in found["capture"])
+    # SmolVLM: three heads of 64 for each KV head.
+    assert [line["labels"]["products a key"] for line in found["capture"]] == [192, 192, 1536, 1536]
+    for line in found["capture"]:
+        products = 9 * 512 * 64 * line["labels"]["R"]
+        assert line["ratios"]["products a ns"]["median"] == pytest.approx(
+            1e-9 * products / line["seconds"]["capture"]["median"]
+        )
+        assert ", torch " in line["labels"]["instructions"] and " and oneDNN " in line["labels"]["instructions"]
     assert set(found["contrast"][0]["ratios"]) == {"torch", "(f) fill", "(d) release"}
     assert [line["labels"]["saliency"] for line in found["regions"]] == ["smooth", "white noise"]
     assert {"decode step", "captures of a prefill", "one row", "call overhead"} <= set(found)
     assert files[1].read_text().startswith("Command: `python -m benchmarks")
     assert all(f"### {line['table']}" in files[1].read_text() for line in report["results"])
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"), [("avx2", "avx2 AVX2"), ("avx512_bf16", "avx512 AVX512_CORE_BF16"), ("amx", "None None")]
+)
+def test_opponents_get_no_more_instructions_than_the_kernels(name: str, limits: str) -> None:
+    program = "import os, benchmarks; print(*map(os.environ.get, ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA')))"
+    environment = {"PATH": os.environ["PATH"], "CARVE_KERNELS_CPU": name}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == limits
 
 
 def test_a_cold_call_reads_the_least_recently_read_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ int main() {
   int failures = 0;
   for (const Level& level : levels()) {
     for (int64_t size : {1, 7, 8, 16, 24, 31, 33, 40, 64, 72, 80, 128}) {
-      for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+      for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 13, 17}) {
         for (int64_t keys : {1, 5, 16, 37}) {
           failures += check<float>(level, carve::Float::kFloat32, rows, keys, size);
           failures += check<uint16_t>(level, carve::Float::kFloat16, rows, keys, size);
