@@ -29,7 +29,6 @@ FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "me
 RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 """The layer types without softmax attention."""
 
-# The argument of an attention function with the share of probabilities that is dropped.
 DROPOUT = "dropout"
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _SOFTMAX = ("full_attention", "sliding_attention")
