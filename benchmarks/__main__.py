@@ -65,6 +65,7 @@ def capture(
 def cpu(
     quick: Quick = False,
     cells: Annotated[Literal["all", "headline"], typer.Option(help="headline: the cells with goals.")] = "all",
+    part: Annotated[Literal["all", "capture"], typer.Option(help="What to measure.")] = "all",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
@@ -79,17 +80,20 @@ def cpu(
     side, shape, row_length = 1024, Shape(28, 1024, "bfloat16"), 2048
     if quick:
         chosen, seconds, side, shape, row_length = bench_capture.QUICK_GOALS, 0.0, 64, Shape(2, 256, "bfloat16"), 256
-    total = (len(chosen) + bench_pixels.CELLS) * len(counts) + len(lengths) + 3
+    total = len(chosen) * len(counts)
+    if part == "all":
+        total += bench_pixels.CELLS * len(counts) + len(lengths) + 3
     with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
         entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance))
-        for count in counts:
-            entries += bench_pixels.measure(side, count, budget=seconds, advance=advance)
-        torch.set_num_threads(max(counts))
-        entries += bench_session.decode(shape, lengths, rounds=3 if quick else 40, advance=advance)
-        entries += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
-        entries += bench_capture.one_row(row_length, budget=seconds, advance=advance)
-        entries += bench_capture.overhead(budget=seconds, advance=advance)
+        if part == "all":
+            for count in counts:
+                entries += bench_pixels.measure(side, count, budget=seconds, advance=advance)
+            torch.set_num_threads(max(counts))
+            entries += bench_session.decode(shape, lengths, rounds=3 if quick else 40, advance=advance)
+            entries += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
+            entries += bench_capture.one_row(row_length, budget=seconds, advance=advance)
+            entries += bench_capture.overhead(budget=seconds, advance=advance)
         report["results"] = _without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))

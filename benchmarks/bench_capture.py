@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -26,6 +28,8 @@ from carve_kernels.backends import BACKENDS, resolve
 from carve_kernels.types import CaptureOptions
 
 AUTO, EAGER, REPEAT, FOLDED, READ = "capture", "(a) eager", "(b) repeat", "(c) folded", "(f) read"
+CONVERTED = "(d) folded fp32"
+RATE, SHARE = "products a ns", "of sgemm's"
 SDPA = "sdpa prefill"
 # The longest sequence whose [S, S] probabilities are computed.
 EAGER_LENGTH = 2048
@@ -38,6 +42,8 @@ HEADLINE = [
     Case("qwen2.5-vl-7b", 8192, 1, "fp32"),
     *(Case(geometry, 8192, 1, "bf16") for geometry in GEOMETRIES if geometry != "qwen2.5-vl-7b"),
 ]
+# What one row of bf16 under grouped heads has to reach without AMX, in times folded torch.
+LEAST = {"avx512_bf16": 2.0, "avx2": 1.3}
 # Seconds of a call above which an opponent is left out; (c) and (f) never are.
 SLOW = 2.0
 # Seconds of a call below which the keys are still cached from the call before.
@@ -68,6 +74,11 @@ def folded(inputs: Problem) -> torch.Tensor:
     return scores.softmax(-1, dtype=torch.float32).mean(1)[..., inputs.tokens[0]]
 
 
+def converted(inputs: Problem) -> torch.Tensor:
+    """The same on keys converted to float32: faster where the machine does not multiply bf16."""
+    return folded(replace(inputs, query=inputs.query.float(), key=inputs.key.float()))
+
+
 def read(inputs: Problem) -> torch.Tensor:
     return inputs.key.view(torch.float32).sum()
 
@@ -76,6 +87,7 @@ _WAYS = {
     EAGER: eager,
     REPEAT: repeat,
     FOLDED: folded,
+    CONVERTED: converted,
     READ: read,
 }
 
@@ -169,6 +181,7 @@ def measure_goals(
 ) -> Iterator[Line]:
     """The CPU backend against its goals. Cases with the same keys share them; answers are checked before timing."""
     copies = KeyCopies()
+    rates = {count: product_rate(count) for count in threads}
     shared: dict[tuple[str, int, str], list[int]] = {}
     for case in cases:
         shared.setdefault((case.geometry, case.length, case.dtype), []).append(case.rows)
@@ -181,7 +194,7 @@ def measure_goals(
             check_truth(str(case), expected[:, -rows:])
             for count in threads:
                 torch.set_num_threads(count)
-                yield from _goal_lines(case, inputs, expected[:, -rows:], copies, count, budget)
+                yield from _goal_lines(case, inputs, expected[:, -rows:], copies, count, budget, rates[count])
                 advance(f"{case}, {count} threads")
 
 
@@ -193,8 +206,26 @@ def _last(inputs: Problem, rows: int) -> Problem:
     return replace(inputs, query=inputs.query[:, :, -rows:], positions=positions, hidden=hidden)
 
 
+def product_rate(threads: int, size: int = 1024, rounds: int = 10) -> float:
+    """Products a nanosecond in a square float32 product of torch: about what the multipliers can do."""
+    torch.set_num_threads(threads)
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 1e-9 * size**3 / best
+
+
 def _goal_lines(
-    case: Case, inputs: Problem, expected: torch.Tensor, copies: KeyCopies, threads: int, budget: float
+    case: Case,
+    inputs: Problem,
+    expected: torch.Tensor,
+    copies: KeyCopies,
+    threads: int,
+    budget: float,
+    rate: float,
 ) -> Iterator[Line]:
     # Dense keys: on a slice of a longer cache torch's product, unlike capture, is up to twenty times slower.
     cold = [replace(inputs, key=key) for key in copies.keys]
@@ -208,7 +239,9 @@ def _goal_lines(
             now = current()
             return capture(now.query, now.key, now.tokens, **now.options).maps
 
-        return {AUTO: run_capture} | {name: (lambda way=way: way(current())) for name, way in _WAYS.items()}
+        ways = {name: (lambda way=way: way(current())) for name, way in _WAYS.items()}
+        # Where the dtype is float32, nothing is converted.
+        return {AUTO: run_capture} | {name: run for name, run in ways.items() if name != CONVERTED or _is_half(case)}
 
     slow = []
     for name, run in runs(cached).items():
@@ -224,7 +257,7 @@ def _goal_lines(
     for caches, problems in (("warm", cached), ("cold", cold)):
         ways = runs(problems)
         before: Before = warm if caches == "warm" else copies
-        quick = {name: ways[name] for name in (AUTO, FOLDED, READ)}
+        quick = {name: ways[name] for name in (AUTO, FOLDED, CONVERTED, READ) if name in ways}
         seconds = paired(quick, rounds=301, before=before, budget=budget)
         ratios = over(seconds, AUTO)
         for name, took in slow:
@@ -238,8 +271,22 @@ def _goal_lines(
             "dtype": case.dtype,
             "threads": threads,
             "caches": caches,
+            "instructions": f"{describe()['instructions']}, torch {torch_instructions()}",
+            "products a key": case.rows * inputs.group * inputs.key.shape[3],
         }
+        products = case.rows * inputs.query.shape[1] * case.length * inputs.key.shape[3]
+        speeds = [1e-9 * products / one for one in seconds[AUTO]]
+        ratios |= {RATE: Spread.of(speeds), SHARE: Spread.of([speed / rate for speed in speeds])}
         yield line("capture: ms, and times capture", labels, ratios, _goals(case), seconds=seconds)
+
+
+def torch_instructions() -> str:
+    """The levels of torch's own kernels and of oneDNN, which the environment may limit."""
+    return f"{torch.backends.cpu.get_cpu_capability()} and oneDNN {os.environ.get('ONEDNN_MAX_CPU_ISA', 'unlimited')}"
+
+
+def _is_half(case: Case) -> bool:
+    return case.dtype != "fp32"
 
 
 def _only(warmed: Run) -> Before:
@@ -256,10 +303,15 @@ def _only(warmed: Run) -> Before:
 
 
 def _goals(case: Case) -> list[Goal]:
+    instructions = describe()["instructions"]
+    geometry = GEOMETRIES[case.geometry]
+    is_grouped = geometry.heads > geometry.key_heads
+    if instructions in LEAST and is_grouped and case.rows == 1 and case.dtype == "bf16":
+        return [Goal(FOLDED, LEAST[instructions]), Goal(CONVERTED, 1.0)]
     if case == Case("qwen2.5-vl-7b", 32768, 1, "bf16"):
         return [Goal(READ, 0.7), Goal(FOLDED, 3), Goal(REPEAT, 50)]
     if case == Case("qwen2.5-vl-7b", 8192, 32, "bf16"):
-        return [Goal(FOLDED, 6 if describe()["instructions"] == "amx" else 3)]
+        return [Goal(FOLDED, 6 if instructions == "amx" else 3)]
     return [Goal(FOLDED, 1.0), Goal(FOLDED, 0.9, at="p10")]
 
 

@@ -94,21 +94,22 @@ def saliency(
         pixels = contrast(out.maps[0, :, 0], general, grid, size, lam=lam, layer_weights=layer_weights, ...)
         found = carve_kernels.regions(pixels, **regions)                 # if there are `regions`
 
-    =============  ==================  ===============  ==========================================================
-    name           dtype               shape            meaning
-    =============  ==================  ===============  ==========================================================
-    query          float               L x [1, A, 1, D]  the row of each layer; a tensor is one layer
+    =============  ==================  =================  ========================================================
+    name           dtype               shape              meaning
+    =============  ==================  =================  ========================================================
+    query          float               L x [1, A, 1, D]   the row of each layer; a tensor is one layer
     key            as query            L x [1, KV, S, D]  the keys of each layer
-    tokens         int32, int64        [1, N]           columns of the visual tokens of all views, in order
-    general        float32             [L, N]           maps of the general instruction, or [L, 1, N]
-    grid, size     int                 (GH, GW), (H, W)  as in `contrast`, several views included
-    mask, ...      as in `capture`                      mask [1, 1 or A, 1, S], positions [1, 1], softcap, window
-    sink           float               L x [A]          one more logit for each head of each layer
-    lam, ...       as in `contrast`                     lam, layer_weights [L], normalize
-    regions        dict                                 the options of `regions`, such as {"keep": 0.4, "top": 2}
-    out            Saliency                             of an earlier call of these shapes: nothing is allocated
-    check          bool or None                         as in `capture` and `contrast`; None = on the CPU only
-    =============  ==================  ===============  ==========================================================
+    tokens         int32, int64        [1, N]             columns of the visual tokens of all views, in order
+    general        float32             [L, N]             maps of the general instruction, or [L, 1, N]
+    grid, size     int                 (GH, GW), (H, W)   as in `contrast`, several views included
+    mask, ...      as in `capture`                        mask [1, 1 or A, 1, S], positions [1, 1], softcap, window
+    sink           float               L x [A]            one more logit for each head of each layer
+    lam, ...       as in `contrast`                       lam, layer_weights [L], normalize
+    regions        dict                                   options of `regions`, such as {"keep": 0.4, "top": 2}
+    out            Saliency                               of an earlier call of these shapes, to write into
+    check          bool or None                           as in `capture` and `contrast`; None = on the CPU only
+    (result)       Saliency                               pixels [H, W], the maps, and the regions when asked for
+    =============  ==================  =================  ========================================================
 
     With `out`, cpu and cuda run one operator that neither allocates nor waits, so that a CUDA graph can record the call
     and be replayed for every new token; `Saliency.regions()` then reads the regions when they are wanted. Keys may be

@@ -42,12 +42,15 @@ _TOKEN_BLOCKS = 8
 _QUAD = 4
 _WANTED_BLOCKS, _MOST_TILE_ROWS = 256, 16
 
-# As in csrc/cuda/regions/regions.cuh and rank.cu.
+# As in csrc/cuda/regions: regions.cuh, digits.cuh, select.cu and rank.cu.
 _REGION_THREADS = 256
+_WARP = 32
 _STEPS = 8
-_DIGIT_BITS = 11
-_TILE_REGIONS = 1 << 10
-_MERGED_RUNS = 128
+_SELECT_THREADS, _SELECTED_PIXELS = 512, 512 * 16
+_DIGIT_BITS = {4: (13, 10, 9), 8: (13, 11, 10, 10, 10, 10)}
+_LABEL_WIDTH, _LABEL_HEIGHT = 32, 64
+_SORTED_REGIONS, _SORT_THREADS = 1 << 11, 512
+_MERGED_RUNS = 256
 
 
 def capture_work(
@@ -294,29 +297,37 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
 
     Equals, without the counts of the selection, which every block reads, and other small terms::
 
-        read_bytes = height * width * ((passes + 1 + keep) * element_bytes + (4 + 5 * keep) * 4)
+        read_bytes = height * width * ((passes + 1 + keep) * element_bytes + 4 + 12 * keep)
     """
     pixels = height * width
-    passes = -(-8 * element_bytes // _DIGIT_BITS)
-    histogram = 4 << _DIGIT_BITS
-    blocks = max(1, min(-(-pixels // (_REGION_THREADS * _STEPS)), MOST_BLOCKS))
-    # The selection reads the saliency once in each pass, labelling once, the sums the pixels above the threshold.
-    read = (passes + 1 + keep) * pixels * element_bytes
-    # Union-find reads a label, and above the threshold the left, upper and diagonal ones; numbers and sums read it
-    # once; the mask follows it to the run's first pixel and to the region.
-    read += ((1 + 3 * keep) + 1 + 1 + (1 + 2 * keep)) * pixels * 4
-    # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
-    read += blocks * (passes * (histogram + _REGION_THREADS * 12) + _REGION_THREADS * 32)
-    # The sums are in shares of the peak, which each thread reads from the range.
-    read += blocks * _REGION_THREADS * 16
-    # The sort and its merges are launched for the most regions possible, and each thread reads how many there are.
+    counters = [4 << bits for bits in _DIGIT_BITS[element_bytes]]
+    passes = len(counters)
     most = most_regions(height, width, connectivity)
-    merges, run = 0, _TILE_REGIONS
-    while run < most:
-        merges, run = merges + 1, run * _MERGED_RUNS
-    read += min(-(-most // _TILE_REGIONS), MOST_BLOCKS) * _TILE_REGIONS // 2 * 4
-    read += merges * min(-(-most // _REGION_THREADS), MOST_BLOCKS) * _REGION_THREADS * 4
-    # In union-find, numbering and the mask each warp reads whether there are regions.
-    read += 3 * pixels // 32 * 4
-    written = passes * histogram + 4 * pixels + pixels
-    return Work(round(read), round(written), 0, 1 + passes + 4 + 1 + merges + 2)
+    merges, runs = 0, 1
+    while runs < -(-most // _SORTED_REGIONS):
+        merges, runs = merges + 1, runs * _MERGED_RUNS
+    across, down = -(-width // _LABEL_WIDTH), -(-height // _LABEL_HEIGHT)
+    edges = (across - 1) * height + (down - 1) * width
+    blocks = _blocks(pixels, _REGION_THREADS * _STEPS)
+    # The selection reads the saliency once in each pass, labelling once and the pixels above the threshold again; the
+    # mask reads the label of each pixel and, above the threshold, its region and the score of that.
+    read = (passes + 1 + keep) * pixels * element_bytes + pixels * 4 + keep * pixels * 12
+    # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
+    select_blocks = _blocks(pixels, _SELECTED_PIXELS)
+    read += select_blocks * (sum(counters[:-1]) + (passes - 1) * _SELECT_THREADS * 12)
+    read += _blocks(across * down, 1) * (counters[-1] + _REGION_THREADS * 36)
+    # On both sides of an edge between tiles, a pixel and the one before it.
+    read += edges * 16 + _blocks(edges, _REGION_THREADS) * _REGION_THREADS // _WARP * 4
+    # These are launched for the most regions possible: each warp reads whether there are regions, each thread how many.
+    of_regions = _blocks(most, _REGION_THREADS) * _REGION_THREADS
+    of_regions += merges * _blocks(most, _REGION_THREADS, -(-MOST_BLOCKS // 3)) * _REGION_THREADS
+    of_regions += _blocks(most, _SORTED_REGIONS) * _SORT_THREADS
+    read += of_regions * 4 + of_regions // _WARP * 4
+    # And for the mask, what the last kept region is.
+    read += blocks * _REGION_THREADS * 16 + blocks * _REGION_THREADS // _WARP * 4
+    written = sum(4 << bits for bits in _DIGIT_BITS[8]) + 4 * pixels + pixels
+    return Work(round(read), round(written), 0, 1 + passes + 4 + merges + 1)
+
+
+def _blocks(elements: int, of_a_block: int, most: int = MOST_BLOCKS) -> int:
+    return max(1, min(-(-elements // of_a_block), most))

@@ -225,8 +225,8 @@ def test_saliency_refuses_what_it_cannot_read(name: str) -> None:
 
 def test_isa_cpu_refuses_unknown_instructions() -> None:
     op = operator("carve_kernels::isa_cpu")
-    with pytest.raises(RuntimeError, match="expected a number up to 3"):
-        op(4, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="expected a number up to 4"):
+        op(5, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="expected two int64"):
         op(-2, torch.zeros(2))
 

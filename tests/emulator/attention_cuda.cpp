@@ -13,16 +13,8 @@
 #include "native/capture_problem.h"
 
 #ifdef BFLOAT_ALONE
-// For a quick build, as in capture_cuda.cpp.
-#include "cpu/capture/kernels.h"
+#include "emulator/bfloat_alone.h"
 namespace carve {
-#ifdef CARVE_X86
-const CaptureKernels& capture_kernels_avx2() { std::abort(); }
-const CaptureKernels& capture_kernels_avx512() { std::abort(); }
-const CaptureKernels& capture_kernels_amx() { std::abort(); }
-#endif
-void launch_stream_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
-void launch_reread_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
 void launch_attend_half(const AttentionLaunch&) { std::abort(); }
 }  // namespace carve
 #endif

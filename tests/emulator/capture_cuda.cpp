@@ -15,16 +15,7 @@
 #include "native/capture_problem.h"
 
 #ifdef BFLOAT_ALONE
-// For a quick build: all types compile the same source, and the CPU kernels without vector instructions are enough.
-namespace carve {
-#ifdef CARVE_X86
-const CaptureKernels& capture_kernels_avx2() { std::abort(); }
-const CaptureKernels& capture_kernels_avx512() { std::abort(); }
-const CaptureKernels& capture_kernels_amx() { std::abort(); }
-#endif
-void launch_stream_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
-void launch_reread_half(const CaptureLaunch&, const CaptureGrid&) { std::abort(); }
-}  // namespace carve
+#include "emulator/bfloat_alone.h"
 #endif
 
 namespace {

@@ -35,8 +35,9 @@ const std::vector<Problem> kProblems = {
     {2, 5, {{17, 16, 14, 40}, {3, 3, 4, 4}}},
     {1, 1, {{1, 1, 1, 1}}},
     {3, 2, {{7, 11, 61, 52}}},
-    // Two tiles in a row, the second with fewer pixels: with and without vectors, and where rows shrink.
-    {1, 3, {{5, 4, 3, 1036}, {3, 3, 4, 1037}, {1, 1100, 2, 1033}}},
+    // Two tiles in a row, the second with fewer pixels: with and without vectors, and where rows shrink. The pixels are
+    // whole vectors in all, so that those of the first view are aligned.
+    {1, 3, {{5, 4, 3, 1036}, {3, 3, 4, 1037}, {1, 1100, 2, 1034}}},
     // No vectors behind a view of an odd number of pixels; an axis that shrinks, and both; the same size.
     {2, 2, {{1, 1, 3, 3}, {4, 9, 20, 16}, {2, 50, 9, 7}, {31, 7, 5, 40}, {24, 24, 24, 24}, {9, 16, 1, 1}}},
     // A chunk of more maps than a thread has in flight; more than eight chunks.

@@ -37,6 +37,8 @@ schemas.define(NAMESPACE, OPERATORS)
 operators = getattr(torch.ops, NAMESPACE)
 # Bytes of scores that a launch stores: less than on a GPU, so that small captures take the launches of large ones.
 MOST_SCORES = 1 << 18
+# Sorted runs of regions that a launch merges, for the same reason.
+MOST_RUNS = 16
 ORDERS = ("forward", "reverse", "shuffled")
 # nvcc fuses a product and a sum into one operation with one rounding; so does this build where the CPU has FMA.
 CPU_INFO = Path("/proc/cpuinfo")
@@ -98,6 +100,7 @@ def build(stage: str, root: Path = ROOT) -> Path:
         *FLAGS,
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-DCARVE_MOST_SCORES={MOST_SCORES}",
+        f"-DCARVE_MOST_RUNS={MOST_RUNS}",
         "-DCARVE_CUDA_KEY=CPU",
         f"-DCARVE_CUDA_NAMESPACE={NAMESPACE}",
         *include,

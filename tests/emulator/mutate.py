@@ -25,7 +25,7 @@ from tests.emulator.faults import FAULTS, Fault
 
 BUILT = ROOT / "build/mutants"
 FLAGS = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-D_GLIBCXX_ASSERTIONS", "-pthread", "-ffp-contract=off"]
-FLAGS += ["-DCARVE_MOST_SCORES=262144"]
+FLAGS += ["-DCARVE_MOST_SCORES=262144", "-DCARVE_MOST_RUNS=4"]
 SANITIZERS = {
     "results": [],
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -43,7 +43,8 @@ AMOUNTS = {
 }
 # Every element type compiles the same headers: one is enough to plant faults in, against the plain CPU kernels.
 ONE_TYPE = {
-    stage: (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "amx.cpp")) for stage in ("capture", "attention")
+    stage: (["-DBFLOAT_ALONE"], ("half.cu", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"))
+    for stage in ("capture", "attention")
 }
 
 

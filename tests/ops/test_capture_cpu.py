@@ -144,7 +144,7 @@ def test_layers_of_different_shapes_go_one_by_one() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("sse9", "CARVE_KERNELS_CPU: expected one of 'plain', 'avx2', 'avx512', 'amx', got 'sse9'"), ("plain", "plain")],
+    [("sse9", "CARVE_KERNELS_CPU: expected one of 'plain', 'avx2', 'avx512', 'avx512_bf16', 'amx', got 'sse9'"), ("plain", "plain")],
 )
 def test_the_environment_names_the_instructions(name: str, message: str) -> None:
     result = subprocess.run(

@@ -90,6 +90,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_saliency_is_its_three_stages_to_the_bit(backend: str, name: str) -> None:
+    if backend == "triton" and name not in ("float lam", "positions"):
+        pytest.skip("its interpreter takes a second a case")
     case, options = CASES[name]
     arguments, options = problem(case, 1 if name == "one layer" else LAYERS, **options)
     if backend != "triton":

@@ -9,7 +9,7 @@ import torch
 from carve_kernels.backends.native import extension
 
 # The sets of instructions that the kernels are compiled for, in the order of carve::Isa.
-ISAS = ("plain", "avx2", "avx512", "amx")
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def devices() -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from carve_kernels.backends.cuda.plan import MOST_BLOCKS
 from carve_kernels.backends.native.region_buffers import allocate, most_regions, numbers, read, too_large
 from carve_kernels.types import RegionOptions, Regions
 
-# Histograms of 2^11 bins for six passes and some numbers; 52 bytes for each possible region, 4 for each pixel.
-_STATE_BYTES = 6 * 2**11 * 4 + 112
+# Counters of the digits of all passes and some numbers; 52 bytes for each possible region, 4 for each pixel.
+_STATE_BYTES = (2**13 + 2**11 + 4 * 2**10) * 4 + 112
 _REGION_BYTES = 52
 _PIXEL_BYTES = 4
 # Boxes and scores that come to the host with the number of regions: 10 KB, a microsecond or two of the bus.

@@ -77,7 +77,7 @@ def read(buffers: RegionBuffers) -> Regions:
 
     One copy waits for the device. Regions that are not all in the rows of the outcome take two more.
     """
-    outcome = _fetch(buffers.outcome)
+    outcome = _fetch(buffers.outcome, pinned=True)
     count, reason, x0, y0, x1, y1 = outcome[:_NUMBERS].tolist()
     rows = (len(outcome) - _NUMBERS) // 5
     if count <= rows:
@@ -89,16 +89,15 @@ def read(buffers: RegionBuffers) -> Regions:
     return Regions(buffers.mask, boxes, scores, (x0, y0, x1, y1), REASONS[reason])
 
 
-def _fetch(numbers: torch.Tensor) -> torch.Tensor:
-    """The numbers on the host, which waits for them; from a GPU into pinned memory, which PyTorch keeps for reuse."""
+def _fetch(numbers: torch.Tensor, *, pinned: bool = False) -> torch.Tensor:
+    """The numbers on the host, which waits for them; `pinned`: from a GPU to memory that PyTorch keeps for reuse."""
     if numbers.device.type == "cpu":
         return numbers
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=numbers.is_cuda)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=pinned and numbers.is_cuda)
     return host.copy_(numbers)
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    here = _fetch(rows[:count])
     # The memory of the worst case is freed where it is more than a few pages.
-    if rows.device.type != "cpu" or len(rows) <= _FEW_ROWS:
-        return rows[:count].cpu()
-    return rows[:count].clone()
+    return here.clone() if rows.device.type == "cpu" and len(rows) > _FEW_ROWS else here

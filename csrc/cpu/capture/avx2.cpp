@@ -15,9 +15,21 @@ namespace {
 
 #include "cpu/capture/kernels-inl.h"
 
+#include "cpu/capture/dots-inl.h"
+
+constexpr CaptureKernels kWithDots = {
+    {dot_kernels<FloatProduct<float>>(),
+     dot_kernels<FloatProduct<Float16>>(),
+     dot_kernels<FloatProduct<Bfloat16>>()},
+    softmax_row,
+    relate_tops,
+    gather_row,
+    mean_row,
+};
+
 }  // namespace
 
-const CaptureKernels& capture_kernels_avx2() { return kKernels; }
+const CaptureKernels& capture_kernels_avx2() { return kWithDots; }
 
 }  // namespace carve
 

@@ -15,9 +15,19 @@ namespace {
 
 #include "cpu/capture/kernels-inl.h"
 
+#include "cpu/capture/dots-inl.h"
+
+constexpr CaptureKernels kWithDots = {
+    {score_kernels<float>(), score_kernels<Float16>(), dot_kernels<FloatProduct<Bfloat16>>()},
+    softmax_row,
+    relate_tops,
+    gather_row,
+    mean_row,
+};
+
 }  // namespace
 
-const CaptureKernels& capture_kernels_avx512() { return kKernels; }
+const CaptureKernels& capture_kernels_avx512() { return kWithDots; }
 
 }  // namespace carve
 

@@ -107,6 +107,7 @@ const CaptureKernels& capture_kernels_plain();
 #ifdef CARVE_X86
 const CaptureKernels& capture_kernels_avx2();
 const CaptureKernels& capture_kernels_avx512();
+const CaptureKernels& capture_kernels_avx512_bf16();
 const CaptureKernels& capture_kernels_amx();
 #endif
 

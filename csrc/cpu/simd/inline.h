@@ -17,3 +17,6 @@
 #define CARVE_BEGIN_TARGET(features) CARVE_PRAGMA(GCC target(features))
 #define CARVE_END_TARGET
 #endif
+
+// Compilers repeat a load in each instruction that uses its value; a value that is kept is loaded once.
+#define CARVE_KEEP(kind, value) __asm__("" : "+" kind(value))

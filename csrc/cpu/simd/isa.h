@@ -9,7 +9,7 @@
 
 namespace carve {
 
-enum class Isa { kPlain, kAvx2, kAvx512, kAmx };
+enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The best that processor, system and compiler allow. AMX needs a permission of the system, requested once.
 Isa best_isa();

@@ -44,6 +44,46 @@ CARVE_INLINE float largest_lane(Vector value) {
   return _mm_cvtss_f32(_mm_max_ss(pairs, _mm_movehdup_ps(pairs)));
 }
 
+// 16 elements of bfloat16, each in one half of a 32-bit lane.
+CARVE_INLINE __m256i load_pairs(const Bfloat16* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+CARVE_INLINE __m256i load_some_pairs(const Bfloat16* from, int64_t count) {
+  if (count == kLanes) return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  Bfloat16 line[2 * kLanes] = {};
+  for (int64_t element = 0; element < count; ++element) line[element] = from[element];
+  return load_pairs(line);
+}
+
+CARVE_INLINE Vector even_elements(__m256i pairs) { return (Vector)_mm256_slli_epi32(pairs, 16); }
+
+CARVE_INLINE Vector odd_elements(__m256i pairs) {
+  return (Vector)_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000)));
+}
+
+template <typename T>
+CARVE_INLINE void keep(T& value) {
+  CARVE_KEEP("x", value);
+}
+
+// Lane i is the sum of the lanes of sums[i].
+CARVE_INLINE Vector sum_each(const Vector* sums) {
+  __m256 halves[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    halves[i] = _mm256_add_ps(_mm256_blend_ps(sums[i], sums[i + 4], 0xf0),
+                              _mm256_permute2f128_ps(sums[i], sums[i + 4], 0x21));
+  }
+  __m256 pairs[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = _mm256_add_ps(_mm256_blend_ps(halves[2 * i], halves[2 * i + 1], 0xcc),
+                             _mm256_shuffle_ps(halves[2 * i], halves[2 * i + 1], 0x4e));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88), _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd));
+}
+
 CARVE_INLINE void transpose(Vector (&tile)[kLanes]) {
   __m256 pairs[kLanes];
   for (int i = 0; i < 8; i += 2) {

@@ -53,6 +53,47 @@ CARVE_INLINE float sum_lanes(Vector value) { return _mm512_reduce_add_ps(value);
 
 CARVE_INLINE float largest_lane(Vector value) { return _mm512_reduce_max_ps(value); }
 
+// 32 elements of bfloat16, each in one half of a 32-bit lane.
+CARVE_INLINE __m512i load_pairs(const Bfloat16* from) { return _mm512_loadu_si512(from); }
+
+CARVE_INLINE __m512i load_some_pairs(const Bfloat16* from, int64_t count) {
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), from);
+}
+
+CARVE_INLINE Vector even_elements(__m512i pairs) { return (Vector)_mm512_slli_epi32(pairs, 16); }
+
+CARVE_INLINE Vector odd_elements(__m512i pairs) {
+  return (Vector)_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000)));
+}
+
+template <typename T>
+CARVE_INLINE void keep(T& value) {
+  CARVE_KEEP("v", value);
+}
+
+// Lane i is the sum of the lanes of sums[i].
+CARVE_INLINE Vector sum_each(const Vector* sums) {
+  __m512 halves[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const Vector a = sums[i + (i & 4)], b = sums[i + (i & 4) + 4];
+    halves[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+  }
+  __m512 quarters[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = halves[i], b = halves[i + 4];
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  __m512 pairs[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = quarters[2 * i], b = quarters[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+  }
+  return _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+}
+
 CARVE_INLINE void transpose(Vector (&tile)[kLanes]) {
   __m512 pairs[kLanes];
   for (int i = 0; i < 16; i += 2) {

@@ -1,5 +1,7 @@
 // The parts of regions: a block labels a tile of 32 x 64 pixels in shared memory, by union-find over the runs of its rows.
 
+#include <limits>
+
 #include "cuda/regions/regions.cuh"
 #include "cuda/regions/union.cuh"
 
@@ -46,10 +48,14 @@ template <class T>
 __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, PickShared& shared) {
   const RegionsState* state = job.state;
   constexpr int kLast = kPasses<T> - 1;
-  const PickedDigit picked = pick_digit(state->counts[kLast], load_coherent(&state->rank[kLast]), shared);
-  const Key prefix = load_coherent(&state->prefix[kLast]) << (shift_before<T>(kLast) - shift_after<T>(kLast));
+  const Key prefix = load_coherent(&state->prefix[kLast]) << digit_bits<T>(kLast);
+  const Key next_prefix = load_coherent(&state->next);
+  const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
+  const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
+  const PickedDigit picked = pick_digit<count_digits<T>(kLast), kBlockThreads>(
+      state->counts + counts_before<T>(kLast), load_coherent(&state->rank[kLast]), shared);
   const Key key = prefix | picked.digit;
-  Key next = picked.is_repeated ? key : picked.next < kDigits ? prefix | picked.next : load_coherent(&state->next);
+  Key next = picked.is_repeated ? key : picked.next < count_digits<T>(kLast) ? prefix | picked.next : next_prefix;
   if (next == ~Key(0)) next = key;  // the greatest value of all
   const T below = value_of<T>(static_cast<BitsOf<T>>(key));
   const T above = value_of<T>(static_cast<BitsOf<T>>(next));
@@ -62,8 +68,6 @@ __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, Pi
     const double part = __dmul_rn(__dsub_rn(above, below), weight);
     found.value = job.from_above ? __dsub_rn(above, part) : __dadd_rn(below, part);
   }
-  const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
-  const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
   found.peak = -low > high ? -low : high;
   if (!(low > -kInfinity && high < kInfinity)) {
     found.reason = Reason::kNotFinite;
@@ -97,14 +101,12 @@ __device__ __forceinline__ Tile find_tile(const RegionsJob& job, uint32_t number
   return {number % across * kTileWidth, number / across * kTileHeight};
 }
 
-__device__ __forceinline__ uint32_t first_row_of_warp() { return threadIdx.x / 32 * kSteps; }
-
 template <class T>
 __device__ __forceinline__ void load_rows(const RegionsJob& job, const Tile& tile, T (&values)[kSteps]) {
   const T* from = static_cast<const T*>(job.saliency);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row_of_warp() + step;
+    const uint32_t row = threadIdx.x / 32 * kSteps + step;
     const uint32_t lane = lane_of_thread();
     values[step] = tile.has(job, row, lane) ? load(from + tile.pixel(job, row, lane)) : T(0);
   }
@@ -124,22 +126,12 @@ __device__ __forceinline__ int32_t head_of(uint32_t bits, uint32_t row, uint32_t
   return static_cast<int32_t>(row * kTileWidth + first_lane_of_run(run_starts(bits), lane));
 }
 
-// Joins the runs of a row to those above that they touch.
-__device__ __forceinline__ void join_rows(const RegionsJob& job, int32_t* labels, uint32_t row, uint32_t bits,
-                                          uint32_t above) {
-  const uint32_t lane = lane_of_thread();
-  if (!has_bit(bits, lane)) return;
-  const SharedParents parents{labels};
-  const auto join_to = [&](uint32_t other) { join(parents, head_of(bits, row, lane), head_of(above, row - 1, other)); };
-  const bool has_left = lane > 0 && has_bit(bits, lane - 1);
-  const bool touches_left = lane > 0 && has_bit(above, lane - 1);
-  if (has_bit(above, lane)) {
-    // If the pixels on the left touch, too, they join the two runs.
-    if (!has_left || !touches_left) join_to(lane);
-  } else if (job.is_eight) {
-    if (!has_left && touches_left) join_to(lane - 1);
-    if (lane < 31 && has_bit(above, lane + 1) && !has_bit(bits, lane + 1)) join_to(lane + 1);
-  }
+// Of each run above that the run touches whose first pixel is in this lane, one pixel, as bits.
+__device__ __forceinline__ uint32_t find_touched(uint32_t bits, uint32_t above, bool is_eight) {
+  const uint32_t from_here = ~(lanes_up_to(lane_of_thread()) >> 1);
+  const uint32_t gaps = ~bits & from_here;
+  const uint32_t run = gaps == 0 ? from_here : from_here & ((gaps & (0u - gaps)) - 1);
+  return run_starts(above & (is_eight ? run | run << 1 | run >> 1 : run));
 }
 
 // The number of the part in the tile.
@@ -150,7 +142,7 @@ __device__ __forceinline__ uint32_t find_number(const int32_t* labels, int32_t p
 }
 
 // Numbers the tile's parts by their first pixels. Called by one warp; thread 0 returns the number of the first part
-// among all tiles, which nobody waits for until it is used.
+// among all tiles, which it waits for where that is used.
 __device__ __forceinline__ uint32_t number_parts(const RegionsJob& job, LabelShared& shared) {
   const uint32_t lane = lane_of_thread();
   static_assert(kTileHeight == 64, "two rows for each lane");
@@ -204,42 +196,66 @@ __device__ __forceinline__ void add_row(LabelShared& shared, uint32_t row, RowSu
   atomicMax(&shared.bottoms[number], static_cast<int32_t>(row));
 }
 
+// The loops over the rows of a warp are not unrolled: after other kernels the code comes from memory, too.
 template <class T>
 __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& shared, const Tile& tile,
                                            const T (&values)[kSteps], const Threshold<T>& threshold) {
   const uint32_t lane = lane_of_thread();
-  const uint32_t first_row = first_row_of_warp();
-  uint32_t bits[kSteps];
+  const uint32_t begin = threadIdx.x / 32 * kSteps;
+  const uint32_t end = begin + kSteps;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
-    bits[step] = __ballot_sync(kAllLanes, tile.has(job, row, lane) && values[step] >= threshold.value);
-    if (lane == 0) shared.bits[row] = bits[step];
-    const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
-    if (has_bit(run_starts(bits[step]), lane)) shared.labels[pixel] = pixel;
+    const uint32_t row = begin + step;
+    const uint32_t bits = __ballot_sync(kAllLanes, tile.has(job, row, lane) && values[step] >= threshold.value);
+    if (lane == 0) shared.bits[row] = bits;
   }
   __syncthreads();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
-    const uint32_t above = step > 0 ? bits[step > 0 ? step - 1 : 0] : row > 0 ? shared.bits[row - 1] : 0;
-    join_rows(job, shared.labels, row, bits[step], above);
+  // Most tiles of a smooth image have nothing.
+  if (!__any_sync(kAllLanes, (shared.bits[lane] | shared.bits[32 + lane]) != 0)) {
+#pragma unroll 1
+    for (uint32_t row = begin; row < end; ++row) {
+      if (tile.has(job, row, lane)) store(job.labels + tile.pixel(job, row, lane), kOff);
+    }
+    return;
+  }
+  // Runs start below the first run that they touch, as far as the warp's rows go.
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
+    const uint32_t bits = shared.bits[row];
+    if (!has_bit(run_starts(bits), lane)) continue;
+    const uint32_t above = row > begin ? shared.bits[row - 1] : 0;
+    const uint32_t touched = find_touched(bits, above, job.is_eight);
+    const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
+    const uint32_t first = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
+    shared.labels[pixel] = touched == 0 ? pixel : head_of(above, row - 1, first);
   }
   __syncthreads();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
+    const uint32_t bits = shared.bits[row];
+    if (!has_bit(run_starts(bits), lane)) continue;
+    const uint32_t above = row > 0 ? shared.bits[row - 1] : 0;
+    uint32_t touched = find_touched(bits, above, job.is_eight);
+    if (row > begin) touched &= touched - 1;
+    for (; touched != 0; touched &= touched - 1) {
+      const uint32_t other = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
+      join(SharedParents{shared.labels}, static_cast<int32_t>(row * kTileWidth + lane),
+           head_of(above, row - 1, other));
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
     const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
-    const bool is_first = has_bit(run_starts(bits[step]), lane) && shared.labels[pixel] == pixel;
+    const bool is_first = has_bit(run_starts(shared.bits[row]), lane) && shared.labels[pixel] == pixel;
     const uint32_t firsts = __ballot_sync(kAllLanes, is_first);
     if (lane == 0) shared.firsts[row] = firsts;
   }
   __syncthreads();
-  const uint32_t begin = threadIdx.x < 32 ? number_parts(job, shared) : 0;
+  const uint32_t first_part = threadIdx.x < 32 ? number_parts(job, shared) : 0;
   __syncthreads();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
     const uint32_t firsts = shared.firsts[row];
     if (!has_bit(firsts, lane)) continue;
     const uint32_t number = shared.before[row] + __popc(firsts & (lanes_up_to(lane) >> 1));
@@ -249,27 +265,26 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     shared.bottoms[number] = 0;
     shared.pixels[number] = 0;
   }
+  if (threadIdx.x == 0) shared.begin = first_part;
   __syncthreads();
 
-  uint32_t numbers[kSteps];
+  const T* from = static_cast<const T*>(job.saliency);
   RowSums sums{0, 0, 0};
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
-    const uint32_t above = step > 0 ? bits[step > 0 ? step - 1 : 0] : 0;
-    const uint32_t below = step + 1 < kSteps ? bits[step + 1 < kSteps ? step + 1 : 0] : 0;
-    numbers[step] = 0;
-    if (bits[step] == 0) continue;
-    if (has_bit(bits[step], lane)) {
-      // A pixel below one of its part is in the same part.
-      const bool goes_on = has_bit(above, lane);
-      numbers[step] = goes_on ? numbers[step > 0 ? step - 1 : 0]
-                              : find_number(shared.labels, head_of(bits[step], row, lane));
-      const double value = values[step];
+  uint32_t number = 0;
+  uint32_t above = 0;
+#pragma unroll 1
+  for (uint32_t row = begin; row < end; ++row) {
+    const uint32_t bits = shared.bits[row];
+    const uint32_t below = row + 1 < end ? shared.bits[row + 1] : 0;
+    const uint32_t pixel = tile.pixel(job, row, lane);
+    if (has_bit(bits, lane)) {
+      const double value = load(from + pixel);
       const Key amount = job.score == Score::kMax
                              ? key_of(value)
                              : static_cast<Key>(__double2ll_rn(__dmul_rn(__ddiv_rn(value, threshold.peak), job.one)));
-      if (!goes_on) {
+      // A pixel below one of its part is in the same part.
+      if (!has_bit(above, lane)) {
+        number = find_number(shared.labels, head_of(bits, row, lane));
         sums.amount = amount;
         sums.pixels = 0;
       } else if (job.score != Score::kMax) {
@@ -279,30 +294,26 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
       }
       ++sums.pixels;
     }
-    sums.ends = bits[step] & ~below;
-    if (sums.ends != 0) add_row(shared, row, sums, numbers[step], job.score);
+    if (tile.has(job, row, lane)) {
+      const uint32_t part = shared.begin + number;
+      store(job.labels + pixel, has_bit(bits, lane) ? static_cast<int32_t>(part) : kOff);
+      if (has_bit(shared.firsts[row], lane)) store(job.firsts + part, static_cast<int32_t>(pixel));
+    }
+    sums.ends = bits & ~below;
+    if (sums.ends != 0) add_row(shared, row, sums, number, job.score);
+    above = bits;
   }
-  if (threadIdx.x == 0) shared.begin = begin;
   __syncthreads();
 
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t row = first_row + step;
-    if (!tile.has(job, row, lane)) continue;
-    const uint32_t pixel = tile.pixel(job, row, lane);
-    const uint32_t part = shared.begin + numbers[step];
-    store(job.labels + pixel, has_bit(bits[step], lane) ? static_cast<int32_t>(part) : kOff);
-    if (has_bit(shared.firsts[row], lane)) store(job.firsts + part, static_cast<int32_t>(pixel));
-  }
-  for (uint32_t number = threadIdx.x; number < shared.parts; number += kBlockThreads) {
-    const uint32_t part = shared.begin + number;
-    const uint32_t columns = shared.columns[number];
+  for (uint32_t index = threadIdx.x; index < shared.parts; index += kBlockThreads) {
+    const uint32_t part = shared.begin + index;
+    const uint32_t columns = shared.columns[index];
     store(job.parents + part, static_cast<int32_t>(part));
-    store(job.amounts + part, shared.amounts[number]);
+    store(job.amounts + part, shared.amounts[index]);
     store(job.left + part, static_cast<int32_t>(tile.x + __ffs(static_cast<int>(columns)) - 1));
     store(job.right + part, static_cast<int32_t>(tile.x + 32 - __clz(static_cast<int>(columns))));
-    store(job.bottom + part, static_cast<int32_t>(tile.y) + shared.bottoms[number] + 1);
-    if (job.score == Score::kMean) store(job.pixels + part, shared.pixels[number]);
+    store(job.bottom + part, static_cast<int32_t>(tile.y) + shared.bottoms[index] + 1);
+    if (job.score == Score::kMean) store(job.pixels + part, shared.pixels[index]);
   }
 }
 
@@ -311,30 +322,28 @@ __global__ void __launch_bounds__(kBlockThreads, 4) label_kernel(const __grid_co
   auto& shared = block_shared<LabelShared>();
   start_next_launch();
   const uint32_t tiles = count_tiles_across(job) * ((job.height + kTileHeight - 1) / kTileHeight);
-  uint32_t number = blockIdx.x;
-  Tile tile = find_tile(job, number);
-  T values[kSteps];
-  load_rows(job, tile, values);
-  wait_for_launch();
-  const Threshold<T> threshold = find_threshold<T>(job, shared.pick);
-  if (threshold.reason != Reason::kNone) {
-    if (blockIdx.x != 0 || threadIdx.x != 0) return;
-    store(&job.state->reason, static_cast<int32_t>(threshold.reason));
-    store(job.outcome + 1, static_cast<int64_t>(threshold.reason));
-    store(job.outcome + 2, int64_t(0));
-    store(job.outcome + 3, int64_t(0));
-    store(job.outcome + 4, static_cast<int64_t>(job.width));
-    store(job.outcome + 5, static_cast<int64_t>(job.height));
-    return;
-  }
-  while (true) {
-    label_tile(job, shared, tile, values, threshold);
-    number += gridDim.x;
-    if (number >= tiles) return;
-    tile = find_tile(job, number);
+  Threshold<T> threshold;
+#pragma unroll 1
+  for (uint32_t number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const Tile tile = find_tile(job, number);
+    T values[kSteps];
     load_rows(job, tile, values);
+    if (number == blockIdx.x) {
+      wait_for_launch();
+      threshold = find_threshold<T>(job, shared.pick);
+      if (threshold.reason != Reason::kNone) break;
+    }
+    // What the tile before has in shared memory was stored.
     __syncthreads();
+    label_tile(job, shared, tile, values, threshold);
   }
+  if (threshold.reason == Reason::kNone || blockIdx.x != 0 || threadIdx.x != 0) return;
+  store(&job.state->reason, static_cast<int32_t>(threshold.reason));
+  store(job.outcome + 1, static_cast<int64_t>(threshold.reason));
+  store(job.outcome + 2, int64_t(0));
+  store(job.outcome + 3, int64_t(0));
+  store(job.outcome + 4, static_cast<int64_t>(job.width));
+  store(job.outcome + 5, static_cast<int64_t>(job.height));
 }
 
 template <class T>

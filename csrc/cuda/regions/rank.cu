@@ -4,15 +4,21 @@
 
 #include "cuda/regions/regions.cuh"
 
+// The tests merge a few runs in several launches.
+#ifndef CARVE_MOST_RUNS
+#define CARVE_MOST_RUNS 256
+#endif
+
 namespace carve {
 namespace {
 
-// Tiles of 2^11 regions are sorted in shared memory: 12 bytes each are 24 KB per block, and 1024 threads have a pair
+// Tiles of 2^11 regions are sorted in shared memory: 12 bytes each are 24 KB per block, and 512 threads have two pairs
 // each. Then runs are merged, all of an image of up to 2^19 regions by one launch, and a smooth one with few regions
 // by none. An element finds its position by searching the other runs of its group.
 constexpr uint32_t kTile = 1 << 11;
-constexpr int kTileThreads = kTile / 2;
-constexpr uint32_t kMostRuns = kBlockThreads;  // of a group: a thread of a block for each
+constexpr int kTileThreads = kTile / 4;
+constexpr int64_t kMostRuns = CARVE_MOST_RUNS;  // of a group: a thread of a block for each
+static_assert(kMostRuns > 1 && kMostRuns <= kBlockThreads);
 
 struct TileShared {
   Key keys[kTile];
@@ -65,6 +71,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
     const uint32_t padded = size < 2 ? 2 : 1u << (32 - __clz(static_cast<int>(size - 1)));
+#pragma unroll 1
     for (uint32_t index = threadIdx.x; index < padded; index += kTileThreads) {
       Key key = ~Key(0);
       int32_t first = INT32_MAX;
@@ -80,9 +87,10 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
       for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
-        const uint32_t low = 2 * threadIdx.x - (threadIdx.x & (distance - 1));
-        const uint32_t high = low + distance;
-        if (high < padded) {
+#pragma unroll 1
+        for (uint32_t pair = threadIdx.x; pair < padded / 2; pair += kTileThreads) {
+          const uint32_t low = 2 * pair - (pair & (distance - 1));
+          const uint32_t high = low + distance;
           const Key keys[2] = {tile.keys[low], tile.keys[high]};
           const int32_t firsts[2] = {tile.firsts[low], tile.firsts[high]};
           const bool is_rising = (low & width) == 0;
@@ -91,7 +99,9 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
             tile.firsts[low] = firsts[1], tile.firsts[high] = firsts[0];
           }
         }
-        __syncthreads();
+        // The pairs of a warp are within 64 adjacent regions where they are at most 32 apart.
+        const bool is_near = distance > 1 ? distance <= 32 : width <= 32 && width < padded;
+        is_near ? __syncwarp() : __syncthreads();
       }
     }
     // No barrier: a thread loads the next tile into the same elements that it stores here.
@@ -140,14 +150,14 @@ constexpr int kSearches = 8;
 
 struct MergeShared {
   // Of each run of the group: where the elements between the block's first and its last one are.
-  uint32_t begins[kMostRuns], ends[kMostRuns];
+  uint32_t begins[kBlockThreads], ends[kBlockThreads];
   uint32_t before[kBlockThreads / 32];  // of each warp's runs, the elements before the block's first one
 };
 
 // Merges sorted runs of one length, up to `fan` at a time, from one buffer into the other; a single run stays. Elements
 // that cannot be among the kept ones are left out. A block has adjacent elements of one run: it finds where they belong
 // in each other run, and then its threads search there.
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     merge_kernel(const __grid_constant__ RegionsJob job, uint32_t run, uint32_t fan, int from) {
   auto& shared = block_shared<MergeShared>();
   start_next_launch();
@@ -246,10 +256,10 @@ template <class T>
 __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_constant__ RegionsJob job, int fan) {
   start_next_launch();
   wait_for_launch();
+  const uint32_t regions = load_coherent(&job.state->regions);
   const bool is_whole = has_reason(job.state);
   Ranked last{0, 0};
   if (!is_whole) {
-    const uint32_t regions = load_coherent(&job.state->regions);
     const uint32_t kept = count_kept(job, regions);
     int from = 0;
     for (int64_t run = kTile; run < regions; run *= fan) from = 1 - from;
@@ -267,14 +277,22 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
       const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
       labels[step] = !is_whole && pixel < job.count ? load_settled(job.labels + pixel) : kOff;
     }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (labels[step] != kOff) labels[step] = load_settled(job.parents + labels[step]);
-    }
     Key keys[kSteps];
+    bool is_empty = true;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      keys[step] = labels[step] != kOff ? load_settled(job.amounts + labels[step]) : ~Key(0);
+      keys[step] = ~Key(0);
+      is_empty = is_empty && labels[step] == kOff;
+    }
+    if (!is_empty) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (labels[step] != kOff) labels[step] = load_settled(job.parents + labels[step]);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (labels[step] != kOff) keys[step] = load_settled(job.amounts + labels[step]);
+      }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -303,10 +321,11 @@ void launch_all(const RegionsJob& job, int64_t most_regions, const RegionsLaunch
   while (std::pow(static_cast<double>(fan), merges) < static_cast<double>(runs)) ++fan;
   int from = 0;
   int64_t run = kTile;
+  // Three blocks share a multiprocessor, and most images have no runs to merge.
+  const unsigned blocks = count_blocks(most_regions, kBlockThreads, (how.most_blocks + 2) / 3);
   for (int merge = 0; merge < merges; ++merge) {
-    launch(how.of("merge_kernel", count_blocks(most_regions, kBlockThreads, how.most_blocks), kBlockThreads,
-                  sizeof(MergeShared)),
-           merge_kernel, job, static_cast<uint32_t>(run), fan, from);
+    launch(how.of("merge_kernel", blocks, kBlockThreads, sizeof(MergeShared)), merge_kernel, job,
+           static_cast<uint32_t>(run), fan, from);
     from = 1 - from;
     run *= fan;
   }

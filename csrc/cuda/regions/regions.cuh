@@ -1,20 +1,17 @@
-// Shared by the kernels of regions: the arguments of a call, its scratch memory, and values as sortable integers.
+// Shared by the kernels of regions: the arguments of a call, its scratch memory, and how they are launched.
 #pragma once
 
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 
 #include "carve.h"
 #include "cuda/launch.cuh"
+#include "cuda/regions/digits.cuh"
 
 namespace carve {
 
-using Key = unsigned long long;  // the 64-bit type of the atomics
-
-// Pixel kernels: a step is 32 adjacent pixels of a warp, and each warp has eight steps in flight. With up to 48
-// registers five blocks of 256 threads share a multiprocessor (5 x 256 x 48 of 65536), and 5 x 256 threads x 8 loads
-// x 4 bytes are 40 KB in flight in each, where 3.35 TB/s x 600 ns / 132 = 15 KB hide the latency of memory.
+// Pixel kernels: a step is 32 adjacent pixels of a warp, and each warp has eight steps in flight. With up to 64
+// registers four blocks of 256 threads share a multiprocessor (4 x 256 x 64 of 65536), and 4 x 256 threads x 8 loads
+// x 4 bytes are 32 KB in flight in each, where 3.35 TB/s x 600 ns / 132 = 15 KB hide the latency of memory.
 constexpr int kBlockThreads = 256;
 constexpr int kSteps = 8;
 constexpr uint32_t kBlockPixels = kBlockThreads * kSteps;
@@ -23,17 +20,11 @@ constexpr uint32_t kBlockPixels = kBlockThreads * kSteps;
 constexpr uint32_t kTileWidth = 32;
 constexpr uint32_t kTileHeight = kSteps * (kBlockThreads / 32);
 
-// 2^11 counters of 4 bytes take 8 KB of shared memory per block, 40 KB for the five blocks of a multiprocessor. A float
-// takes three passes (11 + 11 + 10 bits), a double six (5 x 11 + 9).
-constexpr int kDigitBits = 11;
-constexpr uint32_t kDigits = 1u << kDigitBits;
-constexpr int kMostPasses = 6;
-
 constexpr int32_t kOff = -1;  // the label of a pixel below the threshold
 
 // One per call. A part is what a tile has of a region.
 struct RegionsState {
-  alignas(16) uint32_t counts[kMostPasses][kDigits];
+  alignas(16) uint32_t counts[kMostCounts];  // of the digits of all passes
   Key low, high;             // the keys of the least and the greatest value
   Key next;                  // the least key with greater leading digits than the threshold's
   Key prefix[kMostPasses];   // before each pass, the digits that are known
@@ -72,107 +63,12 @@ struct RegionsJob {
   int32_t* sorted_firsts[2];
 };
 
-__device__ __forceinline__ unsigned lane_of_thread() { return threadIdx.x % 32; }
-
-// An integer for each value that sorts like the value; both zeros have the same.
-template <class T>
-using BitsOf = std::conditional_t<sizeof(T) == 4, uint32_t, Key>;
-
-__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
-__device__ __forceinline__ Key bits_of(double value) { return static_cast<Key>(__double_as_longlong(value)); }
-__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ double from_bits(Key bits) { return __longlong_as_double(static_cast<long long>(bits)); }
-
-template <class T>
-__device__ __forceinline__ BitsOf<T> key_of(T value) {
-  constexpr BitsOf<T> kTop = BitsOf<T>(1) << (8 * sizeof(T) - 1);
-  const BitsOf<T> bits = bits_of(value == T(0) ? T(0) : value);
-  return bits ^ ((bits & kTop) ? ~BitsOf<T>(0) : kTop);
-}
-
-template <class T>
-__device__ __forceinline__ T value_of(BitsOf<T> key) {
-  constexpr BitsOf<T> kTop = BitsOf<T>(1) << (8 * sizeof(T) - 1);
-  return from_bits(key ^ ((key & kTop) ? kTop : ~BitsOf<T>(0)));
-}
-
-template <class T>
-constexpr int kPasses = (8 * static_cast<int>(sizeof(T)) + kDigitBits - 1) / kDigitBits;
-
-// The digit of a pass is the bits from shift_after to shift_before; the last pass may have fewer bits.
-template <class T>
-__device__ __forceinline__ int shift_after(int pass) {
-  const int left = 8 * static_cast<int>(sizeof(T)) - kDigitBits * (pass + 1);
-  return left > 0 ? left : 0;
-}
-template <class T>
-__device__ __forceinline__ int shift_before(int pass) {
-  return 8 * static_cast<int>(sizeof(T)) - kDigitBits * pass;
-}
-
 // The largest absolute value of the saliency, which is 1 in fixed point.
 template <class T>
 __device__ __forceinline__ double peak_of(const RegionsState* state) {
   const double low = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->low)));
   const double high = value_of<T>(static_cast<BitsOf<T>>(load_coherent(&state->high)));
   return -low > high ? -low : high;
-}
-
-// The digit of a pass that contains the rank.
-struct PickedDigit {
-  uint32_t digit;
-  uint32_t rank;       // among the values with this digit
-  uint32_t next;       // the least greater digit that occurs, or kDigits
-  uint32_t is_repeated;  // the value of the next rank has the same digit
-};
-
-struct PickShared {
-  uint32_t warp_sums[kBlockThreads / 32];
-  PickedDigit picked;
-};
-
-// Called by all threads of a block; each has a contiguous range of the counts.
-__device__ __forceinline__ PickedDigit pick_digit(const uint32_t* counts, uint32_t rank, PickShared& shared) {
-  constexpr uint32_t kRange = kDigits / kBlockThreads;
-  const uint32_t begin = threadIdx.x * kRange;
-  uint32_t range[kRange];
-  uint32_t sum = 0;
-  static_assert(kRange % 4 == 0);
-#pragma unroll
-  for (uint32_t index = 0; index < kRange; index += 4) {
-    const uint4 four = load_coherent(reinterpret_cast<const uint4*>(counts + begin + index));
-    range[index] = four.x, range[index + 1] = four.y, range[index + 2] = four.z, range[index + 3] = four.w;
-  }
-#pragma unroll
-  for (uint32_t index = 0; index < kRange; ++index) sum += range[index];
-  uint32_t before = sum;
-  for (unsigned by = 1; by < 32; by *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, before, by);
-    if (lane_of_thread() >= by) before += other;
-  }
-  if (lane_of_thread() == 31) shared.warp_sums[threadIdx.x / 32] = before;
-  if (threadIdx.x == 0) shared.picked.next = kDigits;
-  __syncthreads();
-  before -= sum;
-  for (unsigned warp = 0; warp < threadIdx.x / 32; ++warp) before += shared.warp_sums[warp];
-#pragma unroll
-  for (uint32_t index = 0; index < kRange; ++index) {
-    if (before <= rank && rank - before < range[index]) {
-      shared.picked.digit = begin + index;
-      shared.picked.rank = rank - before;
-      shared.picked.is_repeated = rank - before + 1 < range[index];
-    }
-    before += range[index];
-  }
-  __syncthreads();
-  uint32_t next = kDigits;
-#pragma unroll
-  for (uint32_t index = kRange; index-- > 0;) {
-    if (begin + index > shared.picked.digit && range[index] != 0) next = begin + index;
-  }
-  if (next < kDigits) atomicMin(&shared.picked.next, next);
-  __syncthreads();
-  return shared.picked;
 }
 
 // Whether a previous kernel found a reason for no regions. One lane reads it for its warp.

@@ -5,17 +5,27 @@
 namespace carve {
 namespace {
 
+// Large blocks: the counters of every block are added to those of all, and a block of 512 threads leaves room for
+// another one on its multiprocessor, which loads its pixels while this one counts.
+constexpr int kThreads = 512;
+constexpr int kLoads = 16;
+constexpr uint32_t kPixels = kThreads * kLoads;
+constexpr uint32_t kClearedCounts = 2048;  // by a block
+static_assert(kMostCounts % kClearedCounts == 0);
+
+template <class T, int kPass>
 struct SelectShared {
-  uint32_t counts[kDigits];
+  uint32_t counts[count_digits<T>(kPass)];
+  BitsOf<T> least[kThreads / 32];
   PickShared pick;
 };
 
-// One block per pass. The outcome starts as the empty union of boxes, which regions then widen.
+// The outcome starts as the empty union of boxes, which regions then widen.
 __global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_constant__ RegionsJob job) {
   start_next_launch();
   RegionsState* state = job.state;
-  for (uint32_t digit = threadIdx.x; digit < kDigits; digit += kBlockThreads) {
-    store(&state->counts[blockIdx.x][digit], uint32_t(0));
+  for (uint32_t digit = threadIdx.x; digit < kClearedCounts; digit += kBlockThreads) {
+    store(&state->counts[blockIdx.x * kClearedCounts + digit], uint32_t(0));
   }
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
   store(&state->low, ~Key(0));
@@ -35,106 +45,114 @@ __global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_const
   store(job.outcome + 5, static_cast<int64_t>(is_empty ? job.height : 0));
 }
 
+// The least value of a block, in thread 0. Called by all threads, each set of values with its own shared memory.
 template <class Bits>
-__device__ __forceinline__ void reduce_min(Key* address, Bits least) {
-  for (int with = 16; with > 0; with /= 2) {
-    const Bits other = __shfl_xor_sync(kAllLanes, least, with);
-    least = other < least ? other : least;
-  }
-  if (lane_of_thread() == 0 && least != ~Bits(0)) atomicMin(address, static_cast<Key>(least));
+__device__ __forceinline__ Bits find_least(Bits least, Bits (&shared)[kThreads / 32]) {
+  const auto reduce = [&] {
+    for (int with = 16; with > 0; with /= 2) {
+      const Bits other = __shfl_xor_sync(kAllLanes, least, with);
+      least = other < least ? other : least;
+    }
+  };
+  reduce();
+  if (lane_of_thread() == 0) shared[threadIdx.x / 32] = least;
+  __syncthreads();
+  least = lane_of_thread() < kThreads / 32 ? shared[lane_of_thread()] : ~Bits(0);
+  reduce();
+  return least;
 }
 
 template <class T>
-__device__ __forceinline__ void load_keys(const RegionsJob& job, uint32_t start, BitsOf<T> (&keys)[kSteps]) {
+__device__ __forceinline__ void load_keys(const RegionsJob& job, uint32_t start, BitsOf<T> (&keys)[kLoads]) {
   const T* values = static_cast<const T*>(job.saliency);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
+  for (int step = 0; step < kLoads; ++step) {
+    const uint32_t pixel = start + step * kThreads + threadIdx.x;
     keys[step] = pixel < job.count ? key_of(load(values + pixel)) : 0;
   }
 }
 
 // The digits that are known before a pass, which hands them on. Called by all threads of a block.
-template <class Bits>
-__device__ __forceinline__ Bits find_prefix(RegionsState* state, int pass, PickShared& shared) {
-  const uint32_t rank = load_coherent(&state->rank[pass - 1]);
-  const Key before = load_coherent(&state->prefix[pass - 1]);
-  const PickedDigit picked = pick_digit(state->counts[pass - 1], rank, shared);
-  const Bits prefix = static_cast<Bits>(before << kDigitBits) | picked.digit;
+template <class T, int kPass>
+__device__ __forceinline__ BitsOf<T> find_prefix(RegionsState* state, PickShared& shared) {
+  constexpr int kLast = kPass - 1;
+  const uint32_t rank = load_coherent(&state->rank[kLast]);
+  const Key before = load_coherent(&state->prefix[kLast]);
+  const PickedDigit picked =
+      pick_digit<count_digits<T>(kLast), kThreads>(state->counts + counts_before<T>(kLast), rank, shared);
+  const BitsOf<T> prefix = static_cast<BitsOf<T>>(before << digit_bits<T>(kLast)) | picked.digit;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    store(&state->prefix[pass], static_cast<Key>(prefix));
-    store(&state->rank[pass], picked.rank);
+    store(&state->prefix[kPass], static_cast<Key>(prefix));
+    store(&state->rank[kPass], picked.rank);
   }
   return prefix;
 }
 
 // Each block counts in shared memory: neighbouring pixels often have the same digit, and there increments of one
 // counter by the lanes of a warp are a single operation, as long as no result is used.
-template <class T>
-__global__ void __launch_bounds__(kBlockThreads) select_kernel(const __grid_constant__ RegionsJob job, int pass) {
+template <class T, int kPass>
+__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ RegionsJob job) {
   using Bits = BitsOf<T>;
-  auto& shared = block_shared<SelectShared>();
+  constexpr uint32_t kCounts = count_digits<T>(kPass);
+  auto& shared = block_shared<SelectShared<T, kPass>>();
   RegionsState* state = job.state;
   start_next_launch();
-  uint32_t start = blockIdx.x * kBlockPixels;
-  Bits keys[kSteps];
-  load_keys<T>(job, start, keys);
-  for (uint32_t digit = threadIdx.x; digit < kDigits; digit += kBlockThreads) shared.counts[digit] = 0;
-  Bits prefix = 0;
-  if (pass > 0) {
-    wait_for_launch();
-    prefix = find_prefix<Bits>(state, pass, shared.pick);
-  }
-  __syncthreads();
+  for (uint32_t digit = threadIdx.x; digit < kCounts; digit += kThreads) shared.counts[digit] = 0;
 
-  const int shift = shift_after<T>(pass);
-  const int known = shift_before<T>(pass);
-  const Bits digit_mask = (Bits(1) << (known - shift)) - 1;
+  constexpr int kKnown = shift_before<T>(kPass);
+  Bits prefix = 0;
   Bits least = ~Bits(0);
   Bits greatest = 0;
-  while (true) {
+#pragma unroll 1
+  for (uint32_t start = blockIdx.x * kPixels; start < job.count; start += gridDim.x * kPixels) {
+    Bits keys[kLoads];
+    load_keys<T>(job, start, keys);
+    if (start == blockIdx.x * kPixels) {
+      if constexpr (kPass > 0) {
+        wait_for_launch();
+        prefix = find_prefix<T, kPass>(state, shared.pick);
+      }
+      __syncthreads();
+    }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (start + step * kBlockThreads + threadIdx.x >= job.count) break;
+    for (int step = 0; step < kLoads; ++step) {
+      if (start + step * kThreads + threadIdx.x >= job.count) break;
       // Two shifts: before the first pass no bit is known, and a shift by the full width is undefined.
-      const Bits leading = (keys[step] >> 1) >> (known - 1);
-      if (leading == prefix) atomicAdd(&shared.counts[(keys[step] >> shift) & digit_mask], 1u);
-      if ((pass == 0 || leading > prefix) && keys[step] < least) least = keys[step];
+      const Bits leading = (keys[step] >> 1) >> (kKnown - 1);
+      if (leading == prefix) atomicAdd(&shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts], 1u);
+      if ((kPass == 0 || leading > prefix) && keys[step] < least) least = keys[step];
       if (keys[step] > greatest) greatest = keys[step];
     }
-    start += gridDim.x * kBlockPixels;
-    if (start >= job.count) break;
-    load_keys<T>(job, start, keys);
   }
   // The first pass counts while the counters of all blocks are cleared.
-  if (pass == 0) wait_for_launch();
+  if constexpr (kPass == 0) wait_for_launch();
   __syncthreads();
-  for (uint32_t digit = threadIdx.x; digit < kDigits; digit += kBlockThreads) {
-    if (shared.counts[digit] != 0) atomicAdd(&state->counts[pass][digit], shared.counts[digit]);
+  for (uint32_t digit = threadIdx.x; digit < kCounts; digit += kThreads) {
+    if (shared.counts[digit] != 0) atomicAdd(&state->counts[counts_before<T>(kPass) + digit], shared.counts[digit]);
   }
-  if (pass > 0 && pass < kPasses<T> - 1) return;
-  reduce_min(pass == 0 ? &state->low : &state->next, least);
-  if (pass > 0) return;
-  for (int with = 16; with > 0; with /= 2) {
-    const Bits other = __shfl_xor_sync(kAllLanes, greatest, with);
-    greatest = other > greatest ? other : greatest;
+  if constexpr (kPass == 0 || kPass == kPasses<T> - 1) {
+    least = find_least(least, shared.least);
+    if (threadIdx.x == 0) atomicMin(kPass == 0 ? &state->low : &state->next, static_cast<Key>(least));
   }
-  if (lane_of_thread() == 0) atomicMax(&state->high, static_cast<Key>(greatest));
+  if constexpr (kPass == 0) {
+    __syncthreads();
+    greatest = ~find_least(static_cast<Bits>(~greatest), shared.least);
+    if (threadIdx.x == 0) atomicMax(&state->high, static_cast<Key>(greatest));
+  }
 }
 
-template <class T>
+template <class T, int kPass = 0>
 void launch_passes(const RegionsJob& job, const RegionsLaunches& how) {
-  const unsigned blocks = count_blocks(job.count, kBlockPixels, how.most_blocks);
-  for (int pass = 0; pass < kPasses<T>; ++pass) {
-    launch(how.of("select_kernel", blocks, kBlockThreads, sizeof(SelectShared)), select_kernel<T>, job, pass);
-  }
+  const unsigned blocks = count_blocks(job.count, kPixels, how.most_blocks);
+  launch(how.of("select_kernel", blocks, kThreads, sizeof(SelectShared<T, kPass>)), select_kernel<T, kPass>, job);
+  if constexpr (kPass + 1 < kPasses<T>) launch_passes<T, kPass + 1>(job, how);
 }
 
 }  // namespace
 
 void launch_select(const RegionsJob& job, bool is_double, const RegionsLaunches& how) {
   // What ran before may still use the outcome, or the scratch: this launch waits for its end.
-  launch({"clear_kernel", kMostPasses, kBlockThreads, 0, how.stream}, clear_kernel, job);
+  launch({"clear_kernel", kMostCounts / kClearedCounts, kBlockThreads, 0, how.stream}, clear_kernel, job);
   if (job.count == 0) return;
   is_double ? launch_passes<double>(job, how) : launch_passes<float>(job, how);
 }

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.emulator.emulator import ROOT, compiler
-from tests.emulator.faults import ATTENTION, CAPTURE, FAULTS, LABEL, RANK, SELECT, Fault
+from tests.emulator.faults import ATTENTION, CAPTURE, FAULTS, JOIN, LABEL, RANK, SELECT, Fault
 from tests.emulator.mutate import Verdict, judge, plant
 
-FEW = (SELECT[0], LABEL[6], RANK[1], CAPTURE[0], ATTENTION[0])
+FEW = (SELECT[0], LABEL[13], JOIN[6], RANK[6], CAPTURE[0], ATTENTION[0])
 AMOUNTS = {"regions": [], "capture": [], "attention": ["few"]}
 
 

@@ -135,12 +135,19 @@ def test_a_few_blocks_do_the_work_of_many(
             assert_same(device.forward(values, RegionOptions(**options)), wanted)
 
 
-def test_more_regions_than_one_merge_takes() -> None:
-    values = checkerboard(512, 516)
-    options: dict[str, Any] = {"keep": share_above(values), "floor": 3}
+@pytest.mark.parametrize(
+    ("rows", "columns", "limit"),
+    [(150, 152, {"floor": 3}), (150, 153, {"top": 1900}), (513, 516, {"floor": 3}), (513, 517, {"top": 2300})],
+)
+def test_more_regions_than_one_block_sorts(rows: int, columns: int, limit: dict[str, int]) -> None:
+    # The larger images have more runs than one launch merges.
+    values = checkerboard(rows, columns)
+    options: dict[str, Any] = {"keep": share_above(values), **limit}
     found = device.forward(values, RegionOptions(**options))
     assert_same(found, reference.forward(values, RegionOptions(**options)))
-    assert len(found.boxes) == int(512 * 516 / 2 * options["keep"]) and 512 * 516 / 2 > 128 * 1024
+    kept = limit.get("top", int(rows * columns / 2 * options["keep"]))
+    assert len(found.boxes) == kept > device._OUTCOME_ROWS
+    assert rows * columns / 2 > (5 if rows == 150 else emulator.MOST_RUNS) * 2048
 
 
 def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: torch.Tensor, **changes: Any) -> None:
@@ -148,9 +155,10 @@ def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: t
     emulator.operators.regions_cuda(values, *arguments.values(), scratch, *buffers)
 
 
-def test_nothing_outside_the_buffers_is_written() -> None:
+@pytest.mark.parametrize("rows", [0, 2, 999])
+def test_nothing_outside_the_buffers_is_written(rows: int) -> None:
     values = torch.randn(37, 41)
-    plain = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
+    plain = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3), outcome_rows=rows)
     scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
     stores, parts = [], []
     for part in (values, scratch, *plain):
@@ -182,6 +190,15 @@ def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message
     buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
     with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
         call(values, buffers, torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8), **changes)
+
+
+@pytest.mark.parametrize("numbers", [5, 7, 6 + 5 * 4])
+def test_the_operator_refuses_an_outcome_of_another_size(numbers: int) -> None:
+    values = torch.rand(4, 5)
+    buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
+    with pytest.raises(RuntimeError, match=f"outcome: expected 6 numbers and 5 for each of up to 3 boxes, got {numbers}"):
+        scratch = torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8)
+        call(values, buffers._replace(outcome=torch.empty(numbers, dtype=torch.int64)), scratch)
 
 
 def test_the_operator_refuses_too_little_scratch() -> None:

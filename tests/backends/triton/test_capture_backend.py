@@ -25,7 +25,7 @@ from tests.support.tolerances import close, roundings
 if not triton.knobs.runtime.interpret:
     pytest.skip("guards and counters want the interpreter", allow_module_level=True)
 
-STATISTICS, MAP = "capture_statistics_kernel", "capture_map_kernel"
+SCORES, MAP, REREAD = "capture_scores_kernel", "capture_map_kernel", "capture_reread_kernel"
 # Three splits of the keys and two blocks of tokens, with padding.
 LONG = Case(batch=2, query_heads=4, key_heads=2, rows=2, keys=800, size=32, tokens=300, view="all")
 
@@ -127,7 +127,7 @@ def test_layers_in_one_call_have_the_bits_of_each_alone_and_two_launches(view: s
         capture_layers(
             query, key, tokens, step=torch.tensor(1), first=1, out=out, sink=sink, backend="triton", **options
         )
-    assert traffic.launches == [STATISTICS, MAP]
+    assert traffic.launches == [SCORES, MAP]
     for index, layer in enumerate(zip(query, key, sink, strict=True), start=1):
         alone = public(*layer[:2], tokens, sink=layer[2], backend="triton", **options)
         for buffer, part in zip(out, alone, strict=True):
@@ -147,7 +147,7 @@ def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
     out = slots(case, steps=1, layers=4)
     with interpreter.traffic() as traffic:
         capture_layers(query, key, tokens, scale=0.125, step=torch.tensor(0), out=out, backend="triton")
-    assert traffic.launches == [STATISTICS, MAP] * 4
+    assert traffic.launches == [SCORES, MAP] * 4
     for layer in range(4):
         right(Capture(*(part[0, layer] for part in out)), (query[layer], key[layer], tokens), {"scale": 0.125})
 
@@ -181,7 +181,7 @@ def test_one_launch_where_the_lse_is_given() -> None:
     with interpreter.traffic() as traffic:
         lse = spread(logits.double().logsumexp(-1))
         found = capture.forward(*arguments, CaptureOptions(**options, lse=lse))
-    assert traffic.launches == [MAP]
+    assert traffic.launches == [REREAD]
     right(found, arguments, options)
 
 

@@ -1,0 +1,3 @@
+#include "native/emulated_avx512.h"
+
+#include "cpu/capture/avx512.cpp"
