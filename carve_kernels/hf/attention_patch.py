@@ -214,7 +214,7 @@ class CaptureCalls:
 
         Returns the operator, or why there is none.
         """
-        kind = (dtype, sizes.size, value_size)
+        kind = ("attention", dtype, sizes.size, value_size)
         if kind not in self._attending:
             self._attending[kind] = attention_operator(
                 self._backend, self._device, dtype=dtype, size=sizes.size, value_size=value_size
@@ -230,7 +230,7 @@ class CaptureCalls:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: torch.Tensor
     ) -> AttentionOperator | str:
         """The operator that attends and captures one row of a layer, with its memory, or why there is none."""
-        kind = (query.dtype, query.shape[3], value.shape[3])
+        kind = ("attention", query.dtype, query.shape[3], value.shape[3])
         operator = self._attending.get(kind)
         if torch.compiler.is_compiling():
             if operator is None:

@@ -29,6 +29,7 @@ FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "me
 RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 """The layer types without softmax attention."""
 
+DROPOUT = "dropout"
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 _SOFTMAX = ("full_attention", "sliding_attention")
 _ATTENTION = re.compile(r"^(?!.*(Linear|Lightning|Cross)).*Attention", re.IGNORECASE)
@@ -168,7 +169,7 @@ def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> Attent
         paged=options.get("cache"),
         segments=segments_in(options),
         positions=options.get("position_ids"),
-        dropout=float(options.get("dropout") or 0.0),
+        dropout=float(options.get(DROPOUT) or 0.0),
     )
 
 

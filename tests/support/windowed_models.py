@@ -19,7 +19,7 @@ SHAPE = {
 }
 
 
-def model_of(name: str) -> Any:
+def model_of(name: str, **changes: Any) -> Any:
     import transformers
 
     config, model, options = {
@@ -30,7 +30,7 @@ def model_of(name: str) -> Any:
     }[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        instance = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **options)).eval()
+        instance = getattr(transformers, model)(getattr(transformers, config)(**SHAPE, **options, **changes)).eval()
         with torch.no_grad():
             for key, parameter in instance.named_parameters():
                 if "q_proj.weight" in key or "k_proj.weight" in key or "sinks" in key:

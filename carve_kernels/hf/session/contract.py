@@ -173,11 +173,12 @@ def eager_lookup(models: Models) -> None:
 
 
 def scale_and_mask(models: Models) -> None:
-    """An attention function gets its scale, and under sdpa padding as a bool mask [B, 1, S, S]."""
+    """An attention function gets its scale and dropout, and under sdpa padding as a bool mask [B, 1, S, S]."""
     padded = {**models.prompt, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
     _, query, _, mask, options = _attention_calls(models.text, "sdpa", padded)[0]
     scale = names.attention_options(query, options).scale
     _expect("scale", round(scale, 6), round(_HEAD_SIZE**-0.5, 6))
+    _expect("dropout", options.get(names.DROPOUT), 0.0)
     _expect("mask", (mask.dtype, list(mask.shape)), (torch.bool, [1, 1, _PROMPT, _PROMPT]))
     _expect("keys visible to the last row", mask[0, 0, -1].tolist(), [False, True, True, True, True])
 

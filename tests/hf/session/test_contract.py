@@ -70,6 +70,10 @@ def _other_scale(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "attention_options", lambda query, options: real(query, options)._replace(scale=1.0))
 
 
+def _other_dropout(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "DROPOUT", "drop_rate")
+
+
 def _no_eager(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(names, "_EAGER", "eager_attention")
 
@@ -122,6 +126,7 @@ BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
     "crop": (_other_crop, {"cache on the second step"}),
     "buffers": (_other_buffers, {"cache on the second step"}),
     "scale": (_other_scale, {"scale and mask", "map of a forward", "maps of generate"}),
+    "dropout": (_other_dropout, {"scale and mask"}),
     "eager": (_no_eager, {"eager lookup"}),
     "registry": (_no_registry, {"attention lookup", "map of a forward"}),
     "image token": (_no_image_token, {"image token", "map of a forward"}),

@@ -70,9 +70,9 @@ def test_steps_attend_and_capture_in_one_operator(name: str, batch: int, cache: 
     assert logged() == []
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
-def test_sliding_windows(name: str) -> None:
-    model = model_of(name)
+@pytest.mark.parametrize("layer_types", [None, ["full_attention", "sliding_attention"] * 2])
+def test_sliding_windows(layer_types: list[str] | None) -> None:
+    model = model_of("mistral") if layer_types is None else model_of("gemma3", layer_types=layer_types)
     model.set_attn_implementation("sdpa")
     ids = torch.randint(5, 90, (2, 24), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
