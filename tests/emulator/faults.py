@@ -253,7 +253,7 @@ RANK = (
 
 CONTRAST = (
     Fault(_GRID, "maps before they are written", "  wait_for_launch();\n", ""),
-    Fault(_GRID, "the layer stays at its last step", "layer += is_last, step", "step"),
+    Fault(_GRID, "a layer is left once", "    step = is_last ? 0 : step;\n", ""),
     Fault(_GRID, "a mean of half the lanes",
           "  values[0] += __shfl_xor_sync(kAllLanes, values[0], 2);\n", ""),
     Fault(_GRID, "the sums of other maps", "const float own = is_upper ? values[i + kept] : values[i];",

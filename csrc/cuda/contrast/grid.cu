@@ -12,16 +12,16 @@ struct GridShared {
   float2 maps[1];  // [maps_of_chunk]: weight, and what is added to the general map
 };
 
-// The layer and the step of a map; the next map costs no division.
+// The layer and the step of a map.
 struct MapIndex {
   int layer, step;
 
   __device__ __forceinline__ MapIndex(const GridLaunch& launch, int map)
       : layer(map / launch.steps), step(map - layer * launch.steps) {}
-  // Whether the next map is one of the next layer.
+  // To the step of the next map, without a division; whether that is in the next layer.
   __device__ __forceinline__ bool advance(const GridLaunch& launch) {
     const bool is_last = ++step == launch.steps;
-    layer += is_last, step = is_last ? 0 : step;
+    step = is_last ? 0 : step;
     return is_last;
   }
 };
