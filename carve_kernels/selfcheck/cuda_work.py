@@ -284,7 +284,8 @@ def contrast_work(
     at_once = _CONTRAST_THREADS // quads
     wanted = _WANTED_BLOCKS // (1 if normalize == "none" else 2)
     rows = min(max(_ceil(min(height * across // wanted, _MOST_TILE_ROWS), at_once), 1) * at_once, height)
-    cells = cells_of_tiles(grid[0], height, 1) * cells_of_tiles(grid[1], width, _QUAD * quads)
+    taps = _up(_ceil(2 * max(grid[0], height), height), 2)
+    cells = height * taps * cells_of_tiles(grid[1], width, _QUAD * quads)
     read += chunks * cells * _FLOAT
     if normalize != "none":
         read += across * _ceil(height, rows) * chunks * tokens * _FLOAT

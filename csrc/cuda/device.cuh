@@ -43,6 +43,12 @@ __device__ __forceinline__ const char* computed(const char* address) {
   return address;
 }
 
+// The same value, computed before what is volatile after it, such as `wait_for_launch`, and not where it is used.
+__device__ __forceinline__ float computed(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 // A value that other threads of this launch or of the one before write: not from the L1 cache, which is not coherent,
 // and never moved over a fence or `wait_for_launch`, as __ldcg may be.
 __device__ __forceinline__ float load_coherent(const float* address) {

@@ -40,9 +40,9 @@ const std::vector<Problem> kProblems = {
     {1, 3, {{5, 4, 3, 1036}, {3, 3, 4, 1037}, {1, 1100, 2, 1034}}},
     // No vectors behind a view of an odd number of pixels; an axis that shrinks, and both; the same size.
     {2, 2, {{1, 1, 3, 3}, {4, 9, 20, 16}, {2, 50, 9, 7}, {31, 7, 5, 40}, {24, 24, 24, 24}, {9, 16, 1, 1}}},
-    // A chunk of more maps than a thread has in flight; more than eight chunks.
+    // A chunk of more maps than a thread has in flight; more than eight chunks, of several layers each.
     {3, 100, {{3, 5, 7, 9}}},
-    {9, 8, {{2, 3, 5, 8}}},
+    {36, 2, {{2, 3, 5, 8}}},
     // More blocks of tokens than read their general maps whole.
     {2, 1, {{50, 47, 40, 43}}},
     // More rows of a tile than threads reach at once.

@@ -288,6 +288,7 @@ void store(T* address, T value) {
 }
 inline uint4 load_stream(const void* address) { return load(static_cast<const uint4*>(address)); }
 inline const char* computed(const char* address) { return address; }
+inline float computed(float value) { return value; }
 inline uint4 load_shared(const uint4* address) { return *address; }
 inline int load_shared(const int* address) {
   emulated::maybe_switch(8);

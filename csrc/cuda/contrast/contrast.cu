@@ -28,6 +28,8 @@ GridLaunch describe(const ContrastParams& p, const ContrastDevice& device) {
   std::copy_n(device.task_strides, 2, launch.task_strides);
   launch.general_strides[0] = device.general_strides[0];
   launch.general_strides[1] = p.general_steps == 1 ? 0 : device.general_strides[1];
+  launch.task_jump = launch.task_strides[0] - (p.steps - 1) * launch.task_strides[1];
+  launch.general_jump = launch.general_strides[0] - (p.steps - 1) * launch.general_strides[1];
   launch.layer_weights = p.layer_weights;
   launch.step_weights = p.step_weights;
   launch.partials = static_cast<float*>(device.scratch);

@@ -36,6 +36,8 @@ struct GridLaunch {
   const float* general;  // [layers, steps, tokens]; the stride of a step is 0 where there is one for all
   int64_t task_strides[2];
   int64_t general_strides[2];
+  int64_t task_jump;     // from the last step of a layer to the first of the next
+  int64_t general_jump;
   const double* layer_weights;
   const double* step_weights;
   float* partials;  // [chunks, tokens]

@@ -12,15 +12,17 @@ struct GridShared {
   float2 maps[1];  // [maps_of_chunk]: weight, and what is added to the general map
 };
 
-// The layer and the step of a map; the next map costs no division.
+// The layer and the step of a map.
 struct MapIndex {
   int layer, step;
 
   __device__ __forceinline__ MapIndex(const GridLaunch& launch, int map)
       : layer(map / launch.steps), step(map - layer * launch.steps) {}
-  __device__ __forceinline__ void advance(const GridLaunch& launch) {
+  // To the step of the next map, without a division; whether that is in the next layer.
+  __device__ __forceinline__ bool advance(const GridLaunch& launch) {
     const bool is_last = ++step == launch.steps;
-    layer += is_last, step = is_last ? 0 : step;
+    step = is_last ? 0 : step;
+    return is_last;
   }
 };
 
@@ -54,10 +56,10 @@ __device__ __forceinline__ float sum_each(float (&values)[kMapsAtOnce]) {
 __device__ __forceinline__ float mean_each(const GridLaunch& launch, int first, int count, GridShared& shared) {
   const float* rows[kMapsAtOnce];
   MapIndex at(launch, first);
+  rows[0] = launch.general + at.layer * launch.general_strides[0] + at.step * launch.general_strides[1];
 #pragma unroll
-  for (int i = 0; i < kMapsAtOnce; ++i) {
-    rows[i] = launch.general + at.layer * launch.general_strides[0] + at.step * launch.general_strides[1];
-    at.advance(launch);
+  for (int i = 1; i < kMapsAtOnce; ++i) {
+    rows[i] = rows[i - 1] + (at.advance(launch) ? launch.general_jump : launch.general_strides[1]);
   }
   float sums[kMapsAtOnce] = {};
 #pragma unroll 1
@@ -97,16 +99,18 @@ struct Values {
 __device__ __forceinline__ Values load_values(const GridLaunch& launch, int first, int end, int token) {
   Values values;
   MapIndex at(launch, first);
+  const float* task = launch.task + at.layer * launch.task_strides[0] + at.step * launch.task_strides[1] + token;
+  const float* general =
+      launch.general + at.layer * launch.general_strides[0] + at.step * launch.general_strides[1] + token;
 #pragma unroll
   for (int i = 0; i < kMapsAtOnce; ++i) {
     values.task[i] = values.general[i] = 0.0f;
     if (first + i < end && token < launch.tokens) {
-      const int64_t task = at.layer * launch.task_strides[0] + at.step * launch.task_strides[1];
-      const int64_t general = at.layer * launch.general_strides[0] + at.step * launch.general_strides[1];
-      values.task[i] = load_coherent(launch.task + task + token);
-      values.general[i] = load_coherent(launch.general + general + token);
+      values.task[i] = load_coherent(task), values.general[i] = load_coherent(general);
     }
-    at.advance(launch);
+    const bool is_next_layer = at.advance(launch);
+    task += is_next_layer ? launch.task_jump : launch.task_strides[1];
+    general += is_next_layer ? launch.general_jump : launch.general_strides[1];
   }
   return values;
 }
@@ -141,25 +145,25 @@ __global__ void __launch_bounds__(kContrastThreads, 2) contrast_grid(const __gri
   __syncthreads();
 
   float* to = launch.partials + int64_t{blockIdx.y} * launch.tokens;
+  int first = begin;
+  float fused = 0.0f;
 #pragma unroll 1
   for (bool has_next = true; has_next;) {
-    float fused = 0.0f;
-#pragma unroll 1
-    for (int first = begin; first < end; first += kMapsAtOnce) {
 #pragma unroll
-      for (int i = 0; i < kMapsAtOnce; ++i) {
-        const float2 map = shared.maps[min(first + i, end - 1) - begin];
-        const float divisor = values.general[i] + map.y;
-        // A divisor of 0 gives a ratio of 0, not NaN, and so does a map past the last, whose values are 0.
-        const float ratio = divisor > 0.0f ? values.task[i] / divisor : 0.0f;
-        fused += map.x * ratio;
-      }
-      if (first + kMapsAtOnce < end) values = load_values(launch, first + kMapsAtOnce, end, token);
+    for (int i = 0; i < kMapsAtOnce; ++i) {
+      const float2 map = shared.maps[min(first + i, end - 1) - begin];
+      const float divisor = values.general[i] + map.y;
+      // A divisor of 0 gives a ratio of 0, not NaN, and so does a map past the last, whose values are 0.
+      const float ratio = divisor > 0.0f ? values.task[i] / divisor : 0.0f;
+      fused += map.x * ratio;
     }
-    if (token < launch.tokens) store(to + token, fused);
-    token += kContrastThreads;
-    has_next = token <= last_token;
-    if (has_next) values = load_values(launch, begin, end, token);
+    first += kMapsAtOnce;
+    if (first >= end) {
+      if (token < launch.tokens) store(to + token, fused);
+      first = begin, fused = 0.0f, token += kContrastThreads;
+      has_next = token <= last_token;
+    }
+    if (has_next) values = load_values(launch, first, end, token);
   }
 }
 

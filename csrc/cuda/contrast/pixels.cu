@@ -92,12 +92,13 @@ __device__ __forceinline__ Range range_of(const PixelsLaunch& launch, PixelsShar
   return launch.normalize == Normalize::kMax ? Range{0.0f, high} : Range{low, high - low};
 }
 
-// The cells above and below a row of pixels, in one column of cells. A cell without weight is not read: it may be NaN,
-// or no cell of this view.
+// The cells above and below a row of pixels, in one column of cells. A cell without weight does not count: it may be
+// NaN, or no cell of this view, and the first one is read instead.
 __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelView& view, int y, int column,
                                        float low) {
   const Axis axis{view.grid_h, view.height};
   const int first = axis.first(y), taps = axis.taps();
+  const float* cell = launch.partials + view.first_token + first * view.grid_w + column;
   float sum = 0.0f, total = 0.0f;
 #pragma unroll 1
   for (int tap = 0; tap < taps; tap += kTapsAtOnce) {
@@ -105,21 +106,19 @@ __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelVi
     const float* from[kTapsAtOnce];
 #pragma unroll
     for (int t = 0; t < kTapsAtOnce; ++t) {
-      const int row = first + tap + t;
-      weights[t] = axis.weight(row, y);
-      from[t] = launch.partials + view.first_token + row * view.grid_w + column;
+      weights[t] = axis.weight(first + tap + t, y);
+      from[t] = weights[t] > 0.0f ? cell + (tap + t) * view.grid_w : cell;
     }
 #pragma unroll 1
     for (int chunk = 0; chunk < launch.chunks; chunk += kChunksAtOnce) {
       float parts[kTapsAtOnce][kChunksAtOnce];
 #pragma unroll
-      for (int t = 0; t < kTapsAtOnce; ++t) {
+      for (int i = 0; i < kChunksAtOnce; ++i) {
 #pragma unroll
-        for (int i = 0; i < kChunksAtOnce; ++i) {
+        for (int t = 0; t < kTapsAtOnce; ++t) {
           parts[t][i] = 0.0f;
-          if (weights[t] > 0.0f && chunk + i < launch.chunks) {
-            parts[t][i] = load_coherent(from[t] + int64_t{chunk + i} * launch.tokens);
-          }
+          if (chunk + i < launch.chunks) parts[t][i] = load_coherent(from[t]);
+          from[t] += launch.tokens;
         }
       }
 #pragma unroll
@@ -130,7 +129,7 @@ __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelVi
     }
 #pragma unroll
     for (int t = 0; t < kTapsAtOnce; ++t) {
-      sum = fmaf(weights[t], cells[t] - low, sum);
+      sum = fmaf(weights[t], weights[t] > 0.0f ? cells[t] - low : 0.0f, sum);
       total += weights[t];
     }
   }
@@ -139,16 +138,20 @@ __device__ __forceinline__ float blend(const PixelsLaunch& launch, const PixelVi
 
 // The two cells of a pixel where the axis grows, from the first of the tile on, and their shares.
 struct Pair {
-  int near, far;
+  int near;
   float near_share, far_share;
 
   __device__ __forceinline__ Pair(const Axis& axis, int pixel, int first_cell) {
     const int first = axis.first(pixel);
     const float near_weight = axis.weight(first, pixel), far_weight = axis.weight(first + 1, pixel);
     near = first - first_cell;
+    const float scale = 1.0f / (near_weight + far_weight);
+    near_share = computed(near_weight * scale), far_share = computed(far_weight * scale);
+  }
+
+  __device__ __forceinline__ float of(const float* cells) const {
     // 0 * NaN is NaN: instead of a cell without weight, read the one that has all of it.
-    far = far_weight > 0.0f ? near + 1 : near;
-    near_share = near_weight / (near_weight + far_weight), far_share = far_weight / (near_weight + far_weight);
+    return fmaf(near_share, cells[near], far_share * cells[far_share > 0.0f ? near + 1 : near]);
   }
 };
 
@@ -192,6 +195,7 @@ __global__ void __launch_bounds__(kContrastThreads, 3) contrast_pixels(const __g
       Pair(axis, min(start, right - 1), first_cell), Pair(axis, min(start + by, right - 1), first_cell),
       Pair(axis, min(start + 2 * by, right - 1), first_cell), Pair(axis, min(start + 3 * by, right - 1), first_cell)};
 
+  // What follows depends on the first kernel; all before it does not.
   wait_for_launch();
   Range range{0.0f, 0.0f};
   const bool is_normalized = launch.normalize != Normalize::kNone;
@@ -208,17 +212,17 @@ __global__ void __launch_bounds__(kContrastThreads, 3) contrast_pixels(const __g
 #pragma unroll 1
   for (int y = top + own_row; y < bottom; y += at_once) {
     const float* row = shared.blended + (y - top) * view.most_cells;
+    float* to = view.out + int64_t{y} * view.width + start;
+    if (!grows) {
+#pragma unroll 1
+      for (int i = 0; i < kQuad && start + i * by < right; ++i) {
+        store(to + i * by, reduce(axis, start + i * by, first_cell, row));
+      }
+      continue;
+    }
     float values[kQuad];
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      const Pair& pair = pairs[i];
-      if (grows) {
-        values[i] = fmaf(pair.near_share, row[pair.near], pair.far_share * row[pair.far]);
-      } else {
-        values[i] = reduce(axis, min(start + i * by, right - 1), first_cell, row);
-      }
-    }
-    float* to = view.out + int64_t{y} * view.width + start;
+    for (int i = 0; i < kQuad; ++i) values[i] = pairs[i].of(row);
     if (view.is_vector) {
       if (start < right) {
         store(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
