@@ -1,4 +1,4 @@
-"""contrast and regions at 1024 x 1024 pixels against plain torch and the steps of the release."""
+"""contrast and regions at 1024 x 1024 pixels against plain torch and the steps of the release; larger noise alone."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ import torch
 
 from benchmarks import bench_pixels, roofline
 from benchmarks.bench_pixels import CONTRAST, FILL, FLOOR, GRID, KEEP, LAM, REGIONS, RELEASE, STEPS_OF_RELEASE, TORCH
-from benchmarks.gpu.timing import Clock, in_graph
+from benchmarks.gpu import predicted_regions
+from benchmarks.gpu.timing import Clock, in_graph, microseconds
 from benchmarks.support.answers import WrongAnswer, check_maps
 from benchmarks.support.lines import Goal, Line, line, over
 from benchmarks.support.timing import Run, no_preparation, paired
 from carve_kernels import contrast, regions
+from carve_kernels.backends.cuda import regions as compiled
 from carve_kernels.selfcheck.roofline import gpu_of, predict
+from carve_kernels.types import RegionOptions
 
 
 def measure(side: int, clock: Clock) -> Iterator[Line]:
     yield from _contrast(side, clock)
     smooth = contrast(*bench_pixels.maps(), (GRID, GRID), (side, side), lam=LAM)
-    noise = torch.rand(side, side, generator=torch.Generator().manual_seed(1))
+    noise, larger = (torch.rand(n, n, generator=torch.Generator().manual_seed(1)) for n in (side, 2 * side))
     for name, saliency in (("smooth", smooth), ("white noise", noise)):
         yield _regions(name, saliency, clock)
+    if clock.device.type != "cuda":
+        return
+    for name, saliency in (("smooth", smooth), ("white noise", noise), ("white noise", larger)):
+        yield regions_in_graph(name, saliency, clock)
 
 
 def _contrast(side: int, clock: Clock) -> Iterator[Line]:
@@ -63,6 +70,28 @@ def _regions(name: str, saliency: torch.Tensor, clock: Clock) -> Line:
     labels = {"saliency": name, "pixels": f"{array.shape[0]} x {array.shape[1]}"}
     labels["least of its kernels, us"] = _least("regions", array.shape[0], clock.device, graphs=False)
     return line("regions, from the call to the boxes: ms", labels, {}, [], seconds=seconds)
+
+
+def regions_in_graph(name: str, saliency: torch.Tensor, clock: Clock) -> Line:
+    """The kernels alone, replayed from a graph, with the memory of one call."""
+    here, options = saliency.to(clock.device), RegionOptions(KEEP, floor=FLOOR)
+    scratch, buffers = compiled.memory(here, options)
+    run = in_graph(lambda: compiled.launch(here, options, scratch, buffers), clock.device)
+    run()
+    found, wanted = compiled.read(buffers), regions(saliency, keep=KEEP, floor=FLOOR, backend="reference")
+    if not torch.equal(found.mask.cpu(), wanted.mask) or not torch.equal(found.boxes, wanted.boxes):
+        raise WrongAnswer(f"{REGIONS} in a graph, {name}: expected the regions of the reference, got others")
+    seconds = clock.replayed({"graph": run})
+    side = saliency.shape[0]
+    foretold = predicted_regions.seconds(name, side)
+    labels = {
+        "saliency": name,
+        "pixels": f"{side} x {side}",
+        "predicted on an H100, us": "-" if foretold is None else f"{1e6 * foretold:.0f}",
+    }
+    goal = predicted_regions.GOALS.get((name, side))
+    goals = [] if goal is None else [Goal("us", goal, most=True)]
+    return line("regions in a graph", labels, {"us": microseconds(seconds["graph"])}, goals, seconds=seconds)
 
 
 def _least(stage: str, side: int, device: torch.device, *, graphs: bool) -> str:
