@@ -1,7 +1,7 @@
 """What regions take on an H100 in a CUDA graph: predicted from counts, kernel by kernel; not timed.
 
-Every term is added, as if nothing overlapped. `python -m benchmarks.gpu.predicted_regions` prints the tables of
-benchmarks/results/2026-11-28-regions-predicted.md, which says where the counts and the rates come from.
+Every term is added, as if the work of a kernel never overlapped. `python -m benchmarks.gpu.predicted_regions` prints
+the tables of benchmarks/results/2026-11-28-regions-predicted.md, which says where counts and rates come from.
 """
 
 from __future__ import annotations
@@ -59,89 +59,78 @@ GOALS = {(SMOOTH, 1024): 60.0, (NOISE, 1024): 120.0, (NOISE, 2048): 1224.0}
 _WARP = 32
 _SECTOR = 32
 _SELECT_BLOCK, _BLOCK, _TILE = 512 * 16, 256 * 8, 32 * 64
-_SORTED, _KEPT = 2048, 0.2
+_SORTED, _RUNS, _KEPT = 2048, 256, 0.2
 
 
 def kernels(image: Image) -> list[Kernel]:
     """The launches of a call in their order.
 
     Instructions of a warp are those of the compiled kernels for sm_90 that it runs: once for straight code, eight times
-    for the rows of a tile, where an empty tile, one of long runs and one of noise take 450, 2450 and 3010.
+    for the rows of a tile, where an empty tile, one of long runs and one of noise take 450, 2450 and 3010. The second
+    and the third digit and the labels load the saliency while the kernel before them ends.
     """
     pixels, noisy = image.side**2, image.name == NOISE
     mb = pixels * 4 / 1e6
     selecting, blocks, tiles = pixels // _SELECT_BLOCK, pixels // _BLOCK, pixels // _TILE
-    merges = -(-pixels // 2 // _SORTED) > 256
+    two_merges = -(-pixels // 2 // _SORTED) > _RUNS
     runs = -(-image.regions // _SORTED)
-    # From the least distance on, a step of the network waits for half of its elements, loaded from shared memory.
-    steps = sum(range(1, min(image.regions, _SORTED).bit_length() + 1))
+    # A bitonic network has one step for each distance of each width.
+    steps = sum(range(1, (min(image.regions, _SORTED) - 1).bit_length() + 1))
+    edges = 3 * pixels // 64
     launches = [
         Kernel("clear"),
         Kernel(
-            "select, first digit",
-            dram_mb=mb,
-            instructions=544 * 16 * selecting,
-            added=image.counters[0],
+            "select, first digit", dram_mb=mb, instructions=370 * 16 * selecting, added=image.counters[0],
             added_to_one=2 * selecting,
         ),
         Kernel(
-            "select, second",
-            cache_mb=mb + selecting * 0.0328,
-            instructions=1000 * 16 * selecting,
+            "select, second digit", cache_mb=selecting * 0.0328, instructions=800 * 16 * selecting,
             added=image.counters[1],
         ),
         Kernel(
-            "select, third",
-            cache_mb=mb + selecting * 0.0041,
-            instructions=792 * 16 * selecting,
-            added=image.counters[2],
-            added_to_one=selecting,
+            "select, third digit", cache_mb=selecting * 0.0041, instructions=620 * 16 * selecting,
+            added=image.counters[2], added_to_one=selecting,
         ),
         Kernel(
-            "label",
-            cache_mb=2 * mb + tiles * 0.002 + image.parts * 28e-6,
+            "label", cache_mb=mb + tiles * 0.002 + image.parts * 28e-6, added_to_one=image.tiles,
             instructions=8 * (image.tiles * (3010 if noisy else 2450) + (tiles - image.tiles) * 450),
-            added_to_one=image.tiles,
         ),
         Kernel(
-            "join",
-            cache_mb=3 * pixels // 64 * 4 * _SECTOR / 1e6,
-            instructions=250 * 3 * pixels // 64 / _WARP,
-            added=image.joined,
-            other=1.0,
+            "join", cache_mb=edges * 4 * _SECTOR / 1e6, instructions=250 * edges / _WARP, added=image.joined, other=1.0
         ),
         Kernel(
-            "add",
-            cache_mb=image.parts * 3 * _SECTOR / 8e6,
-            instructions=60 * 8192 + 100 * image.parts / _WARP,
-            added=6 * (image.parts - image.regions),
-            added_to_one=image.regions // _WARP,
+            "add", cache_mb=image.parts * 12e-6, instructions=60 * 8192 + 100 * image.parts / _WARP,
+            added=6 * (image.parts - image.regions), added_to_one=image.regions // _WARP,
         ),
-        Kernel("sort", cache_mb=image.regions * (3 * _SECTOR + 24) / 1e6, other=0.09 * steps * max(1, runs / 264)),
-    ]
-    launches += _merges(image, runs, two=merges)
-    launches.append(
-        Kernel("keep", cache_mb=1.25 * mb + (_KEPT * pixels * 2 * _SECTOR / (1 if noisy else _WARP) / 1e6),
-               instructions=8 * blocks * (600 if noisy else 380), other=1.0)
-    )  # fmt: skip
+        Kernel(
+            "sort", cache_mb=image.regions * (3 * _SECTOR + 24) / 1e6,
+            other=steps * (0.06 if runs == 1 else 0.09) * max(1.0, runs / 264),
+        ),
+    ]  # fmt: skip
+    launches += _merges(image, runs, two=two_merges)
+    looked_up = _KEPT * pixels * 2 * _SECTOR / (1 if noisy else _WARP)
+    instructions = 8 * blocks * (600 if noisy else 380)
+    launches.append(Kernel("keep", cache_mb=1.25 * mb + looked_up / 1e6, instructions=instructions, other=1.0))
     return launches
 
 
 def _merges(image: Image, runs: int, *, two: bool) -> list[Kernel]:
-    """A block searches the other runs of its group for its first element, then 256 threads search where theirs are."""
+    """The merges of sorted runs, of which a smooth image has one.
+
+    A block searches the other runs of its group for the places of its first and last element, eleven steps or more of
+    0.3 us; where it has kept elements, its threads search between them, eight runs at a time, nine steps of 0.12 us.
+    """
     if runs == 1:
         return [Kernel("merge", launches=2 if two else 1, is_idle=True)]
-    if not two:
-        # Two rounds of blocks, of which a fifth have kept elements, eleven steps of 0.3; nine of 0.12 for eight runs.
-        return [Kernel("merge", instructions=_KEPT * image.regions / _WARP * runs * 9 * 9,
-                       other=2 * 11 * 0.3 + runs / 8 * 9 * 0.12)]  # fmt: skip
+    warps = image.regions / _WARP
     rounds = -(-image.regions // 256 // 342)
-    return [
-        Kernel("merge, 32 runs", instructions=image.regions / _WARP * 31 * 9 * 9,
-               other=rounds * (11 * 0.3 + 4 * 9 * 0.12)),
-        Kernel("merge, the rest", instructions=_KEPT * image.regions / _WARP * 8 * 10 * 9,
-               other=rounds * 16 * 0.3 + 10 * 0.12),
-    ]  # fmt: skip
+    if not two:
+        other = rounds * 11 * 0.3 + runs / 8 * 9 * 0.12
+        return [Kernel("merge", instructions=_KEPT * warps * runs * 9 * 9, other=other)]
+    first = Kernel("merge, 32 runs", instructions=warps * 31 * 9 * 9, other=rounds * (11 * 0.3 + 4 * 9 * 0.12))
+    groups = -(-runs // 32)
+    other = rounds * 16 * 0.3 + 10 * 0.12
+    return [first, Kernel("merge, the rest", instructions=_KEPT * warps * groups * 10 * 9, other=other)]
 
 
 def seconds(name: str, side: int) -> float | None:
@@ -152,14 +141,20 @@ def seconds(name: str, side: int) -> float | None:
     return None
 
 
-if __name__ == "__main__":
+def main() -> None:
+    heads = ("kernel", "DRAM, MB", "L2, MB", "instructions of warps, M", "scattered additions", "us")
     for image in IMAGES:
         print(f"\n### {image.name}, {image.side} x {image.side}\n")
-        print("| kernel | DRAM, MB | L2, MB | instructions of warps, M | scattered additions | us |\n|" + " --- |" * 6)
+        print(f"| {' | '.join(heads)} |")
+        print(f"|{' --- |' * len(heads)}")
         total = 0.0
         for at, kernel in enumerate(kernels(image)):
             spent = kernel.microseconds(first=at == 0)
             total += spent
-            print(f"| {kernel.name} | {kernel.dram_mb:.1f} | {kernel.cache_mb:.1f} | {kernel.instructions / 1e6:.1f} | "
-                  f"{kernel.added} | {spent:.1f} |")  # fmt: skip
+            counts = f"{kernel.dram_mb:.1f} | {kernel.cache_mb:.1f} | {kernel.instructions / 1e6:.1f} | {kernel.added}"
+            print(f"| {kernel.name} | {counts} | {spent:.1f} |")
         print(f"| all | | | | | {total:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
