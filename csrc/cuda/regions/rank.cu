@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
             tile.firsts[low] = firsts[1], tile.firsts[high] = firsts[0];
           }
         }
-        // The pairs of a warp are within 64 adjacent regions where they are at most 32 apart.
+        // The pairs of a warp are within 64 adjacent regions where their distance is at most 32.
         const bool is_near = distance > 1 ? distance <= 32 : width <= 32 && width < padded;
         is_near ? __syncwarp() : __syncthreads();
       }

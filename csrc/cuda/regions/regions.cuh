@@ -76,11 +76,11 @@ __device__ __forceinline__ bool has_reason(const RegionsState* state) {
   return __any_sync(kAllLanes, lane_of_thread() == 0 && load_coherent(&state->reason) != 0);
 }
 
-// How many of the pixels from `first` on, `apart` from each other, are a thread's and in the image: at most `most`. To
+// How many of a thread's pixels, from `first` on and `stride` from one to the next, are in the image: at most `most`. To
 // compare a step with this number takes fewer instructions than to compare every pixel with the last one.
-__device__ __forceinline__ int count_steps(const RegionsJob& job, uint32_t first, uint32_t apart, int most) {
+__device__ __forceinline__ int count_steps(const RegionsJob& job, uint32_t first, uint32_t stride, int most) {
   if (first >= job.count) return 0;
-  const uint32_t steps = (job.count - first + apart - 1) / apart;
+  const uint32_t steps = (job.count - first + stride - 1) / stride;
   return steps < static_cast<uint32_t>(most) ? static_cast<int>(steps) : most;
 }
 

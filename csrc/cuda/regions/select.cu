@@ -5,8 +5,8 @@
 namespace carve {
 namespace {
 
-// Large blocks: the counters of every block are added to those of all, and a block of 512 threads leaves room for
-// another one on its multiprocessor, which loads its pixels while this one counts.
+// Large blocks: the counters of every block are added to those of all, and a block of 512 threads shares its
+// multiprocessor with one of the next launch, which loads its pixels while this one counts.
 constexpr int kThreads = 512;
 template <class T>
 constexpr int kLoads = 64 / sizeof(T);
