@@ -83,7 +83,8 @@ __device__ __forceinline__ BitsOf<T> find_prefix(RegionsState* state, PickShared
 // Each block counts in shared memory: neighbouring pixels often have the same digit, and there increments of one
 // counter by the lanes of a warp are a single operation, as long as no result is used.
 template <class T, int kPass>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) select_kernel(const __grid_constant__ RegionsJob job) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    select_kernel(const __grid_constant__ RegionsJob job) {
   using Bits = BitsOf<T>;
   constexpr uint32_t kCounts = count_digits<T>(kPass);
   auto& shared = block_shared<SelectShared<T, kPass>>();
