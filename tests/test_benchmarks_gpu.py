@@ -13,12 +13,26 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.gpu import attention, capture, decode, host, pixels, predicted, predicted_triton, sections, timing
+from benchmarks.gpu import (
+    attention,
+    capture,
+    decode,
+    host,
+    pixels,
+    predicted,
+    predicted_regions,
+    predicted_triton,
+    sections,
+    timing,
+)
 from benchmarks.gpu.stack import Stack
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.cases import Case
 from benchmarks.support.lines import Line
+from carve_kernels import regions
 from carve_kernels.backends.native import extension
+from carve_kernels.selfcheck.cuda_work import regions_work
+from tests.emulator import emulator
 from tests.support import fake_cuda
 
 CPU = torch.device("cpu")
@@ -108,6 +122,29 @@ def test_a_lost_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "measure", lost)
     report = measured(SIZES, "host", "pixels")
     assert [failed["task"] for failed in report["failed"]] == ["host, reference"] and not report["results"]
+
+
+@pytest.mark.usefixtures("card")
+def test_regions_in_a_graph_are_checked_and_compared_with_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = timing.Clock(CPU, rounds=2, flush=2**10)
+    noise = torch.rand(70, 70, generator=torch.Generator().manual_seed(1))
+    with emulator.serving("regions"):
+        found = pixels.regions_in_graph("white noise", noise, clock)
+        assert found["labels"]["predicted on an H100, us"] == "-" and set(found["ratios"]) == {"us"}
+        monkeypatch.setattr(pixels.compiled, "launch", lambda *_args: None)
+        monkeypatch.setattr(pixels.compiled, "read", lambda _buffers: regions(noise.flip(0), keep=0.2, floor=3))
+        with pytest.raises(WrongAnswer, match="in a graph, white noise: expected the regions of the reference"):
+            pixels.regions_in_graph("white noise", noise, clock)
+
+
+def test_regions_are_predicted_below_their_goals() -> None:
+    for (name, side), goal in predicted_regions.GOALS.items():
+        seconds = predicted_regions.seconds(name, side)
+        assert seconds is not None and 4e-6 < seconds < 1e-6 * goal
+    assert predicted_regions.seconds("smooth", 77) is None
+    for image in predicted_regions.IMAGES:
+        work = regions_work(height=image.side, width=image.side, keep=0.2)
+        assert sum(kernel.launches for kernel in predicted_regions.kernels(image)) == work.launches
 
 
 FAULTS = {

@@ -10,13 +10,16 @@ import torch
 
 from benchmarks import bench_pixels, roofline
 from benchmarks.bench_pixels import CONTRAST, FILL, FLOOR, GRID, KEEP, LAM, REGIONS, RELEASE, STEPS_OF_RELEASE, TORCH
-from benchmarks.gpu.timing import Clock, in_graph
+from benchmarks.gpu import predicted_regions
+from benchmarks.gpu.timing import Clock, in_graph, microseconds
 from benchmarks.support.answers import WrongAnswer, check_maps
 from benchmarks.support.lines import Goal, Line, line, over
 from benchmarks.support.timing import Run, no_preparation, paired
 from carve_kernels import contrast, regions, saliency
+from carve_kernels.backends.cuda import regions as compiled
 from carve_kernels.selfcheck.planted import Case, planted
 from carve_kernels.selfcheck.roofline import gpu_of, predict
+from carve_kernels.types import RegionOptions
 
 SALIENCY, WITH_REGIONS = "saliency", "saliency with regions"
 # As roofline.saliencies counts them; a small side is for a quick run.
@@ -26,9 +29,12 @@ HEADS, KEY_HEADS, HEAD_SIZE, KEYS, QUICK_KEYS = 28, 4, 128, 4096, 1200
 def measure(side: int, clock: Clock) -> Iterator[Line]:
     yield from _contrast(side, clock)
     smooth = contrast(*bench_pixels.maps(), (GRID, GRID), (side, side), lam=LAM)
-    noise = torch.rand(side, side, generator=torch.Generator().manual_seed(1))
+    noise, larger = (torch.rand(n, n, generator=torch.Generator().manual_seed(1)) for n in (side, 2 * side))
     for name, image in (("smooth", smooth), ("white noise", noise)):
         yield _regions(name, image, clock)
+    if clock.device.type == "cuda":
+        for name, image in (("smooth", smooth), ("white noise", noise), ("white noise", larger)):
+            yield regions_in_graph(name, image, clock)
     yield _saliency(side, clock)
 
 
@@ -97,6 +103,28 @@ def _regions(name: str, image: torch.Tensor, clock: Clock) -> Line:
     labels = {"saliency": name, "pixels": f"{array.shape[0]} x {array.shape[1]}"}
     labels["least of its kernels, us"] = _least("regions", array.shape[0], clock.device, graphs=False)
     return line("regions, from the call to the boxes: ms", labels, {}, [], seconds=seconds)
+
+
+def regions_in_graph(name: str, saliency: torch.Tensor, clock: Clock) -> Line:
+    """The kernels alone, replayed from a graph, with the memory of one call."""
+    here, options = saliency.to(clock.device), RegionOptions(KEEP, floor=FLOOR)
+    scratch, buffers = compiled.memory(here, options)
+    run = in_graph(lambda: compiled.launch(here, options, scratch, buffers), clock.device)
+    run()
+    found, wanted = compiled.read(buffers), regions(saliency, keep=KEEP, floor=FLOOR, backend="reference")
+    if not torch.equal(found.mask.cpu(), wanted.mask) or not torch.equal(found.boxes, wanted.boxes):
+        raise WrongAnswer(f"{REGIONS} in a graph, {name}: expected the regions of the reference, got others")
+    seconds = clock.replayed({"graph": run})
+    side = saliency.shape[0]
+    foretold = predicted_regions.seconds(name, side)
+    labels = {
+        "saliency": name,
+        "pixels": f"{side} x {side}",
+        "predicted on an H100, us": "-" if foretold is None else f"{1e6 * foretold:.0f}",
+    }
+    goal = predicted_regions.GOALS.get((name, side))
+    goals = [] if goal is None else [Goal("us", goal, most=True)]
+    return line("regions in a graph", labels, {"us": microseconds(seconds["graph"])}, goals, seconds=seconds)
 
 
 def _least(stage: str, side: int, device: torch.device, *, graphs: bool) -> str:

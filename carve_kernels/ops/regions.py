@@ -50,6 +50,9 @@ def regions(
     Negative values are allowed. As in the release, a pixel that equals the threshold is selected: where the lowest
     value fills more than 1 - keep of the pixels, the threshold is that value and everything is one region.
 
+    On a GPU the mask stays there, and boxes and scores come to the CPU with the box: one copy, which waits for the
+    device once (two more copies where more than 256 regions are selected).
+
     A saliency that is empty, infinite somewhere, or flat (to 16 roundings of its dtype, which upsampling may add) has
     no region: the mask is all True, the box is the whole image, and `reason` says why.
 

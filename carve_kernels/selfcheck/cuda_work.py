@@ -46,7 +46,7 @@ _WANTED_BLOCKS, _MOST_TILE_ROWS = 256, 16
 _REGION_THREADS = 256
 _WARP = 32
 _STEPS = 8
-_SELECT_THREADS, _SELECTED_PIXELS = 512, 512 * 16
+_SELECT_THREADS, _SELECTED_BYTES = 512, 512 * 64
 _DIGIT_BITS = {4: (13, 10, 9), 8: (13, 11, 10, 10, 10, 10)}
 _LABEL_WIDTH, _LABEL_HEIGHT = 32, 64
 _SORTED_REGIONS, _SORT_THREADS = 1 << 11, 512
@@ -314,7 +314,7 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     # mask reads the label of each pixel and, above the threshold, its region and the score of that.
     read = (passes + 1 + keep) * pixels * element_bytes + pixels * 4 + keep * pixels * 12
     # Each block finds the digits again: from the second pass on, and for the threshold together with the range.
-    select_blocks = _blocks(pixels, _SELECTED_PIXELS)
+    select_blocks = _blocks(pixels * element_bytes, _SELECTED_BYTES)
     read += select_blocks * (sum(counters[:-1]) + (passes - 1) * _SELECT_THREADS * 12)
     read += _blocks(across * down, 1) * (counters[-1] + _REGION_THREADS * 36)
     # On both sides of an edge between tiles, a pixel and the one before it.

@@ -37,6 +37,7 @@ class Fault(NamedTuple):
 WAIT = "__syncthreads();"
 
 _SELECT = "regions/select.cu"
+_SHARED = "regions/regions.cuh"
 _DIGITS = "regions/digits.cuh"
 _LABEL = "regions/label.cu"
 _RANK = "regions/rank.cu"
@@ -68,17 +69,19 @@ SELECT = (
     Fault(_SELECT, "find the digit before all blocks have counted",
           "wait_for_launch();\n        prefix", "prefix"),
     Fault(_SELECT, "count without an atomic",
-          "atomicAdd(&shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts], 1u)",
-          "shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts] += 1u", "races"),
+          "atomicAdd(&shared.counts[(key >> shift_after<T>(kPass)) % kCounts], 1u)",
+          "shared.counts[(key >> shift_after<T>(kPass)) % kCounts] += 1u", "races"),
     Fault(_SELECT, "add the counts without an atomic",
           "atomicAdd(&state->counts[counts_before<T>(kPass) + digit], shared.counts[digit])",
           "state->counts[counts_before<T>(kPass) + digit] += shared.counts[digit]", "races"),
-    Fault(_SELECT, "read past the last pixel", "pixel < job.count ? key_of(load(values + pixel)) : 0",
-          "key_of(load(values + pixel))", "addresses"),
-    Fault(_SELECT, "count past the last pixel",
-          "if (start + step * kThreads + threadIdx.x >= job.count) break;", ""),
-    Fault(_SELECT, "the first pixels of a block again", "load_keys<T>(job, start, keys);",
-          "load_keys<T>(job, blockIdx.x * kPixels, keys);"),
+    Fault(_SELECT, "count past the last pixel", "step < steps; ++step) count", "step <= steps; ++step) count",
+          "addresses"),
+    Fault(_SELECT, "a thread at the end of the image counts one pixel", "step < steps; ++step) count",
+          "step < 1; ++step) count"),
+    Fault(_SELECT, "the first pixels of a block again", "static_cast<const T*>(job.saliency) + start + threadIdx.x;",
+          "static_cast<const T*>(job.saliency) + blockIdx.x * kPixels<T> + threadIdx.x;"),
+    Fault(_SHARED, "a step short at the end of the image", "(job.count - first + stride - 1) / stride",
+          "(job.count - first) / stride"),
     Fault(_SELECT, "count the digits of other prefixes", "leading == prefix", "leading >= prefix"),
     Fault(_SELECT, "the next value is this one", "leading > prefix)", "leading >= prefix)"),
     Fault(_SELECT, "the least of half a warp", "int with = 16", "int with = 8"),
@@ -92,11 +95,13 @@ SELECT = (
     Fault(_DIGITS, "negative values in the wrong order", "(bits & kTop) ? ~BitsOf<T>(0) : kTop", "kTop"),
     Fault(_DIGITS, "a lane short in the scan of counts", "lane_of_thread() >= by", "lane_of_thread() > by"),
     Fault(_DIGITS, "search the rank before all warps have summed", f"{WAIT}\n  before -= sum;", "before -= sum;"),
-    Fault(_DIGITS, "search the next digit before there is a digit", f"{WAIT}\n  uint32_t next", "uint32_t next"),
+    Fault(_DIGITS, "the next digit of another thread alone", "range[index] != 0 && next == kCounts", "false"),
+    Fault(_DIGITS, "the next digit of the same thread alone", "const bool is_after = before > rank && sum != 0;",
+          "const bool is_after = false;"),
     Fault(_DIGITS, "read the next digit before all have searched",
           f"{WAIT}\n  return shared.picked;", "return shared.picked;"),
     Fault(_DIGITS, "the next digit without an atomic",
-          "atomicMin(&shared.picked.next, next);", "shared.picked.next = next;"),
+          "atomicMin(&shared.picked.next, next);", "shared.picked.next = next;", "races"),
 )
 
 LABEL = (
@@ -186,8 +191,7 @@ JOIN = (
           "parts[0] != before[0] || parts[1] != before[1]", "parts[0] != before[0] && parts[1] != before[1]"),
     Fault(_JOIN, "no corner down", "if (parts[0] != kOff && before[0] == kOff && before[1] != kOff)", "if (false)"),
     Fault(_JOIN, "no corner up", "if (parts[1] != kOff && before[1] == kOff && before[0] != kOff)", "if (false)"),
-    Fault(_JOIN, "edges before the first pixel", "at > 0 ? load_coherent(one - along) : kOff",
-          "load_coherent(one - along)", "addresses"),
+    Fault(_JOIN, "edges before the first pixel", "const bool is_first = at == 0;", "const bool is_first = false;"),
     Fault(_JOIN, "add before all are joined",
           "  wait_for_launch();\n  if (has_reason(job.state)) return;\n  const uint32_t lane",
           "  if (has_reason(job.state)) return;\n  const uint32_t lane"),

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-constexpr int kPatterns = 10;
+constexpr int kPatterns = 11;
 
 template <class T>
 T pattern(int kind, int64_t y, int64_t x) {
@@ -28,6 +28,8 @@ T pattern(int kind, int64_t y, int64_t x) {
       return (x + y) % 23 == 0 ? static_cast<T>(x) : (x * y) % 3 ? T(0) : T(-0.0);  // zeros of both signs
     case 8:  // values that differ only in their last bits
       return T(1000) + static_cast<T>((y * 31 + x * 17) % 1009) * 8 * 512 * std::numeric_limits<T>::epsilon();
+    case 9:  // and that follow each other
+      return T(1) + static_cast<T>((y * 31 + x * 17) % 101) * std::numeric_limits<T>::epsilon();
     default:
       return T(3.3);
   }

@@ -6,7 +6,14 @@ import torch
 
 from carve_kernels.backends import cuda
 from carve_kernels.backends.cuda.plan import MOST_BLOCKS
-from carve_kernels.backends.native.region_buffers import allocate, most_regions, numbers, read, too_large
+from carve_kernels.backends.native.region_buffers import (
+    RegionBuffers,
+    allocate,
+    most_regions,
+    numbers,
+    read,
+    too_large,
+)
 from carve_kernels.types import RegionOptions, Regions
 
 # Counters of the digits of all passes and some numbers; 52 bytes for each possible region, 4 for each pixel.
@@ -30,11 +37,21 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     each region that an image of this size can have, in all 30 bytes a pixel (17 with 8-connectivity).
     """
     saliency = saliency.detach().contiguous()
+    scratch, buffers = memory(saliency, options)
+    launch(saliency, options, scratch, buffers)
+    return read(buffers)
+
+
+def memory(saliency: torch.Tensor, options: RegionOptions) -> tuple[torch.Tensor, RegionBuffers]:
+    """The operator's scratch and its outputs."""
     height, width = saliency.shape
     scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
-    buffers = allocate(saliency, options, outcome_rows=OUTCOME_ROWS)
+    return scratch, allocate(saliency, options, outcome_rows=OUTCOME_ROWS)
+
+
+def launch(saliency: torch.Tensor, options: RegionOptions, scratch: torch.Tensor, buffers: RegionBuffers) -> None:
+    """Launch the kernels on a contiguous saliency. Nothing is allocated or waited for: a CUDA graph can capture it."""
     cuda.operators.regions_cuda.default(saliency, *numbers(options), MOST_BLOCKS, scratch, *buffers)
-    return read(buffers)
 
 
 def scratch_bytes(height: int, width: int, connectivity: int) -> int:

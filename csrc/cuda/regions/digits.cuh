@@ -120,26 +120,30 @@ __device__ __forceinline__ PickedDigit pick_digit(const uint32_t* counts, uint32
   __syncthreads();
   before -= sum;
   for (unsigned warp = 0; warp < threadIdx.x / 32; ++warp) before += shared.warp_sums[warp];
-#pragma unroll
-  for (uint32_t index = 0; index < kRange; ++index) {
-    if (before <= rank && rank - before < range[index]) {
-      shared.picked.digit = begin + index;
-      shared.picked.rank = rank - before;
-      shared.picked.is_repeated = rank - before + 1 < range[index];
-    }
-    before += range[index];
-  }
-  __syncthreads();
+  // One thread has the digit, and one from there on the next one that occurs: of its warp, the first that has any.
+  const bool is_after = before > rank && sum != 0;
   uint32_t next = kCounts;
+  if (before <= rank && rank - before < sum) {
 #pragma unroll
-  for (uint32_t index = kRange; index-- > 0;) {
-    if (begin + index > shared.picked.digit && range[index] != 0) next = begin + index;
+    for (uint32_t index = 0; index < kRange; ++index) {
+      if (before <= rank && rank - before < range[index]) {
+        shared.picked.digit = begin + index;
+        shared.picked.rank = rank - before;
+        shared.picked.is_repeated = rank - before + 1 < range[index];
+      } else if (before > rank && range[index] != 0 && next == kCounts) {
+        next = begin + index;
+      }
+      before += range[index];
+    }
   }
-  // Of a warp, the first thread that has one has the least.
-  const uint32_t lanes = __ballot_sync(kAllLanes, next < kCounts);
-  if (lane_of_thread() + 1 == static_cast<uint32_t>(__ffs(static_cast<int>(lanes)))) {
-    atomicMin(&shared.picked.next, next);
+  const uint32_t lanes_after = __ballot_sync(kAllLanes, is_after);
+  if (lane_of_thread() + 1 == static_cast<uint32_t>(__ffs(static_cast<int>(lanes_after)))) {
+#pragma unroll
+    for (uint32_t index = kRange; index-- > 0;) {
+      if (range[index] != 0) next = begin + index;
+    }
   }
+  if (next < kCounts) atomicMin(&shared.picked.next, next);
   __syncthreads();
   return shared.picked;
 }

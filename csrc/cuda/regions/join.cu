@@ -25,7 +25,9 @@ __global__ void __launch_bounds__(kBlockThreads) join_kernel(const __grid_consta
     const int32_t* one = job.labels + at * along + (edge * (is_upright ? kTileWidth : kTileHeight) - 1) * across;
     const int32_t* other = one + across;
     const int32_t parts[2] = {load_coherent(one), load_coherent(other)};
-    const int32_t before[2] = {at > 0 ? load_coherent(one - along) : kOff, at > 0 ? load_coherent(other - along) : kOff};
+    const bool is_first = at == 0;
+    const int32_t before[2] = {is_first ? kOff : load_coherent(one - along),
+                               is_first ? kOff : load_coherent(other - along)};
     if (parts[0] != kOff && parts[1] != kOff) {
       if (parts[0] != before[0] || parts[1] != before[1]) join(parents, parts[0], parts[1]);
     } else if (job.is_eight && parts[0] != parts[1]) {

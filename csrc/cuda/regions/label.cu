@@ -1,4 +1,4 @@
-// The parts of regions: a block labels a tile of 32 x 64 pixels in shared memory, by union-find over the runs of its rows.
+// The parts of regions: a block labels a tile of 32 x 64 pixels in shared memory, by union-find over the runs of rows.
 
 #include <limits>
 

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
             tile.firsts[low] = firsts[1], tile.firsts[high] = firsts[0];
           }
         }
-        // The pairs of a warp are within 64 adjacent regions where they are at most 32 apart.
+        // The pairs of a warp are within 64 adjacent regions where their distance is at most 32.
         const bool is_near = distance > 1 ? distance <= 32 : width <= 32 && width < padded;
         is_near ? __syncwarp() : __syncthreads();
       }
@@ -271,11 +271,12 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
     }
   }
   for (uint32_t start = blockIdx.x * kBlockPixels; start < job.count; start += gridDim.x * kBlockPixels) {
+    const int steps = count_steps(job, start + threadIdx.x, kBlockThreads, kSteps);
+    const int32_t* from = job.labels + start + threadIdx.x;
     int32_t labels[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
-      labels[step] = !is_whole && pixel < job.count ? load_settled(job.labels + pixel) : kOff;
+      labels[step] = !is_whole && step < steps ? load_settled(from + step * kBlockThreads) : kOff;
     }
     Key keys[kSteps];
     bool is_empty = true;
@@ -296,13 +297,12 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t pixel = start + step * kBlockThreads + threadIdx.x;
-      if (pixel >= job.count) break;
+      if (step >= steps) break;
       bool is_kept = is_whole || keys[step] < last.key;
       if (keys[step] == last.key && labels[step] != kOff) {
         is_kept = load_settled(job.firsts + labels[step]) <= last.first;
       }
-      store(job.mask + pixel, is_kept);
+      store(job.mask + start + threadIdx.x + step * kBlockThreads, is_kept);
     }
   }
 }

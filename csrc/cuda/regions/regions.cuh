@@ -76,6 +76,14 @@ __device__ __forceinline__ bool has_reason(const RegionsState* state) {
   return __any_sync(kAllLanes, lane_of_thread() == 0 && load_coherent(&state->reason) != 0);
 }
 
+// How many of a thread's pixels, from `first` on and `stride` from one to the next, are in the image: at most `most`.
+// To compare a step with this number takes fewer instructions than to compare every pixel with the last one.
+__device__ __forceinline__ int count_steps(const RegionsJob& job, uint32_t first, uint32_t stride, int most) {
+  if (first >= job.count) return 0;
+  const uint32_t steps = (job.count - first + stride - 1) / stride;
+  return steps < static_cast<uint32_t>(most) ? static_cast<int>(steps) : most;
+}
+
 // The number of blocks for a kernel that processes `per_block` elements per block at a time.
 inline unsigned count_blocks(int64_t elements, int64_t per_block, int64_t most) {
   const int64_t blocks = (elements + per_block - 1) / per_block;

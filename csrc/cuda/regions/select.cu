@@ -5,11 +5,13 @@
 namespace carve {
 namespace {
 
-// Large blocks: the counters of every block are added to those of all, and a block of 512 threads leaves room for
-// another one on its multiprocessor, which loads its pixels while this one counts.
+// Large blocks: the counters of every block are added to those of all, and a block of 512 threads shares its
+// multiprocessor with one of the next launch, which loads its pixels while this one counts.
 constexpr int kThreads = 512;
-constexpr int kLoads = 16;
-constexpr uint32_t kPixels = kThreads * kLoads;
+template <class T>
+constexpr int kLoads = 64 / sizeof(T);
+template <class T>
+constexpr uint32_t kPixels = kThreads * kLoads<T>;
 constexpr uint32_t kClearedCounts = 2048;  // by a block
 static_assert(kMostCounts % kClearedCounts == 0);
 
@@ -62,16 +64,6 @@ __device__ __forceinline__ Bits find_least(Bits least, Bits (&shared)[kThreads /
   return least;
 }
 
-template <class T>
-__device__ __forceinline__ void load_keys(const RegionsJob& job, uint32_t start, BitsOf<T> (&keys)[kLoads]) {
-  const T* values = static_cast<const T*>(job.saliency);
-#pragma unroll
-  for (int step = 0; step < kLoads; ++step) {
-    const uint32_t pixel = start + step * kThreads + threadIdx.x;
-    keys[step] = pixel < job.count ? key_of(load(values + pixel)) : 0;
-  }
-}
-
 // The digits that are known before a pass, which hands them on. Called by all threads of a block.
 template <class T, int kPass>
 __device__ __forceinline__ BitsOf<T> find_prefix(RegionsState* state, PickShared& shared) {
@@ -91,7 +83,8 @@ __device__ __forceinline__ BitsOf<T> find_prefix(RegionsState* state, PickShared
 // Each block counts in shared memory: neighbouring pixels often have the same digit, and there increments of one
 // counter by the lanes of a warp are a single operation, as long as no result is used.
 template <class T, int kPass>
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ RegionsJob job) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    select_kernel(const __grid_constant__ RegionsJob job) {
   using Bits = BitsOf<T>;
   constexpr uint32_t kCounts = count_digits<T>(kPass);
   auto& shared = block_shared<SelectShared<T, kPass>>();
@@ -104,24 +97,36 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   Bits least = ~Bits(0);
   Bits greatest = 0;
 #pragma unroll 1
-  for (uint32_t start = blockIdx.x * kPixels; start < job.count; start += gridDim.x * kPixels) {
-    Bits keys[kLoads];
-    load_keys<T>(job, start, keys);
-    if (start == blockIdx.x * kPixels) {
+  for (uint32_t start = blockIdx.x * kPixels<T>; start < job.count; start += gridDim.x * kPixels<T>) {
+    const int steps = count_steps(job, start + threadIdx.x, kThreads, kLoads<T>);
+    const T* from = static_cast<const T*>(job.saliency) + start + threadIdx.x;
+    T values[kLoads<T>];
+    // All loads before the first use: those of a thread at the end of the image have conditions.
+    if (steps == kLoads<T>) {
+#pragma unroll
+      for (int step = 0; step < kLoads<T>; ++step) values[step] = load(from + step * kThreads);
+    }
+    if (start == blockIdx.x * kPixels<T>) {
       if constexpr (kPass > 0) {
         wait_for_launch();
         prefix = find_prefix<T, kPass>(state, shared.pick);
       }
       __syncthreads();
     }
-#pragma unroll
-    for (int step = 0; step < kLoads; ++step) {
-      if (start + step * kThreads + threadIdx.x >= job.count) break;
+    const auto count = [&](T value) {
+      const Bits key = key_of(value);
       // Two shifts: before the first pass no bit is known, and a shift by the full width is undefined.
-      const Bits leading = (keys[step] >> 1) >> (kKnown - 1);
-      if (leading == prefix) atomicAdd(&shared.counts[(keys[step] >> shift_after<T>(kPass)) % kCounts], 1u);
-      if ((kPass == 0 || leading > prefix) && keys[step] < least) least = keys[step];
-      if (keys[step] > greatest) greatest = keys[step];
+      const Bits leading = (key >> 1) >> (kKnown - 1);
+      if (leading == prefix) atomicAdd(&shared.counts[(key >> shift_after<T>(kPass)) % kCounts], 1u);
+      if ((kPass == 0 || leading > prefix) && key < least) least = key;
+      if (key > greatest) greatest = key;
+    };
+    if (steps == kLoads<T>) {
+#pragma unroll
+      for (int step = 0; step < kLoads<T>; ++step) count(values[step]);
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) count(load(from + step * kThreads));
     }
   }
   // The first pass counts while the counters of all blocks are cleared.
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
 
 template <class T, int kPass = 0>
 void launch_passes(const RegionsJob& job, const RegionsLaunches& how) {
-  const unsigned blocks = count_blocks(job.count, kPixels, how.most_blocks);
+  const unsigned blocks = count_blocks(job.count, kPixels<T>, how.most_blocks);
   launch(how.of("select_kernel", blocks, kThreads, sizeof(SelectShared<T, kPass>)), select_kernel<T, kPass>, job);
   if constexpr (kPass + 1 < kPasses<T>) launch_passes<T, kPass + 1>(job, how);
 }

@@ -196,8 +196,9 @@ def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message
 def test_the_operator_refuses_an_outcome_of_another_size(numbers: int) -> None:
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
-    with pytest.raises(RuntimeError, match=f"outcome: expected 6 numbers and 5 for each of up to 3 boxes, got {numbers}"):
-        scratch = torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8)
+    scratch = torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8)
+    message = f"outcome: expected 6 numbers and 5 for each of up to 3 boxes, got {numbers}"
+    with pytest.raises(RuntimeError, match=message):
         call(values, buffers._replace(outcome=torch.empty(numbers, dtype=torch.int64)), scratch)
 
 
