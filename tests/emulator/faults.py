@@ -134,8 +134,6 @@ LABEL = (
           f"first_part;\n  {WAIT}\n", "first_part;\n"),
     Fault(_LABEL, "store parts before all warps have summed",
           f"above = bits;\n  }}\n  {WAIT}\n", "above = bits;\n  }\n"),
-    Fault(_LABEL, "the next tile before all have stored this one",
-          f"    {WAIT}\n    label_tile", "    label_tile"),
     Fault(_LABEL, "rows of other warps are not joined", "row > 0 ? shared.bits", "false ? shared.bits"),
     Fault(_LABEL, "the first run above of a warp's first row is lost", "if (row > begin) touched", "touched"),
     Fault(_LABEL, "joined to the first run above alone",

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-constexpr int kPatterns = 11;
+constexpr int kPatterns = 12;
 
 template <class T>
 T pattern(int kind, int64_t y, int64_t x) {
@@ -29,7 +29,13 @@ T pattern(int kind, int64_t y, int64_t x) {
     case 8:  // values that differ only in their last bits
       return T(1000) + static_cast<T>((y * 31 + x * 17) % 1009) * 8 * 512 * std::numeric_limits<T>::epsilon();
     case 9:  // and that follow each other
-      return T(1) + static_cast<T>((y * 31 + x * 17) % 101) * std::numeric_limits<T>::epsilon();
+      return T(1) + static_cast<T>((y * 31 + x * 17) % 1009) * std::numeric_limits<T>::epsilon();
+    case 10: {  // noise without an order, whose runs have all lengths
+      uint32_t mixed = static_cast<uint32_t>(y) * 2654435761u ^ static_cast<uint32_t>(x) * 2246822519u;
+      mixed = (mixed ^ mixed >> 15) * 2246822519u;
+      mixed = (mixed ^ mixed >> 13) * 3266489917u;
+      return static_cast<T>((mixed ^ mixed >> 16) % 4096);
+    }
     default:
       return T(3.3);
   }
