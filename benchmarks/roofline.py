@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks import opponent_work
 from benchmarks.gpu import predicted as fitted
+from benchmarks.gpu import predicted_triton as twin
 from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
 from carve_kernels.selfcheck.roofline import GPUS, REACHED, UNITS, Gpu, Unit, predict, work_of
 from carve_kernels.selfcheck.work import Work
@@ -56,8 +57,8 @@ def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator
     tokens = int(VISUAL_SHARE * case.length)
     sizes = {"layers": layers, "batch": 1, "query_heads": heads, "key_heads": key_heads, "rows": case.rows}
     sizes |= {"keys": case.length, "size": size, "tokens": tokens, "element_bytes": 2}
-    for backend, more in (("cuda", {"span": tokens}), ("triton", {})):
-        work = work_of("capture", backend, **sizes, **more, lse=lse)
+    for backend in ("cuda", "triton"):
+        work = work_of("capture", backend, **sizes, span=tokens, lse=lse)
         if work is not None:
             yield Cost(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
 
@@ -98,7 +99,8 @@ def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], 
         entries += [_entry("capture", cost, labels) for cost in (*captures(case), *opponents(case))]
         advance(str(case))
     entries += [_entry("pixels", cost, {}) for cost in pixels()]
-    return entries + [_beside(case) for case in fitted.H100 if case.geometry in geometries]
+    entries += [_beside(case) for case in fitted.H100 if case.geometry in geometries]
+    return entries + [_twin(case) for case in twin.H100 if case.geometry in geometries]
 
 
 def _beside(case: Case) -> Entry:
@@ -114,6 +116,22 @@ def _beside(case: Case) -> Entry:
         **{f"measured: {name}": value for name, value in zip(MEASURED, fitted.H100[case], strict=True)},
     }
     return {"table": "beside", "way": own.name, "labels": labels, "work": own.work._asdict(), "us": times}
+
+
+def _twin(case: Case) -> Entry:
+    """The triton backend on an H100 in a graph: predicted in two ways, beside what was measured of cuda there."""
+    own = next(cost for cost in captures(case) if cost.name == "capture, triton")
+    heads, key_heads, _ = GEOMETRIES[case.geometry]
+    labels = {"heads": f"{heads} on {key_heads}", "S": case.length, "R": case.rows}
+    predicted, measured = 1e6 * twin.seconds(case), twin.H100[case]
+    times = {
+        "least": 1e6 * predict(own.work, GPUS["H100"], unit=own.unit, graphs=True).seconds,
+        "predicted": predicted,
+        "measured: cuda": measured.cuda,
+        "measured: triton of 0.3.0": measured.triton,
+    }
+    labels |= {"predicted / measured cuda": f"{predicted / measured.cuda:.2f}"}
+    return {"table": "twin", "way": own.name, "labels": labels, "work": own.work._asdict(), "us": times}
 
 
 def _entry(table: str, cost: Cost, labels: dict[str, Any], step: Work | None = None) -> Entry:
@@ -151,6 +169,7 @@ _TITLES = {
     "decode": f"predicted, not timed: {LAYERS} layers in a decode step of {HEADLINE}, {HEADLINE_LENGTH} keys, one row",
     "capture": f"predicted, not timed: capture of {LAYERS} layers, {VISUAL_SHARE:.0%} visual tokens, bf16",
     "beside": f"predicted, not timed: capture of {LAYERS} layers on an H100 in a graph, us, beside what it measured",
+    "twin": "predicted, not timed: the triton backend for the same layers, us, beside what an H100 measured",
     "pixels": f"predicted, not timed: {LAYERS} x {STEPS} maps of {GRID} x {GRID} tokens on {SIDE} x {SIDE} pixels",
 }
 
@@ -190,7 +209,7 @@ def _layout(entries: list[Entry]) -> Iterator[tuple[str, list[str], list[list[st
         if not chosen:
             continue
         work = ["MB", "MFLOP", "launches"]
-        if table == "beside":
+        if table in ("beside", "twin"):
             rows = [[*map(str, entry["labels"].values()), *map(_us, entry["us"].values())] for entry in chosen]
             yield title, [*chosen[0]["labels"], *chosen[0]["us"]], rows
         elif table == "capture":

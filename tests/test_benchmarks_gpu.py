@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.gpu import capture, decode, host, pixels, predicted, sections, timing
+from benchmarks.gpu import capture, decode, host, pixels, predicted, predicted_triton, sections, timing
 from benchmarks.gpu.stack import Stack
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.cases import Case
@@ -208,6 +208,21 @@ def test_without_the_library_the_shorter_time_is_predicted(monkeypatch: pytest.M
     assert extension.unavailable() or predicted.seconds(case) == both[bool(predicted.reads_again(case))]
     monkeypatch.setattr(extension, "unavailable", lambda: "not built")
     assert predicted.seconds(case) == min(both)
+
+
+def test_the_rates_of_triton_are_those_of_the_kernels_that_ran() -> None:
+    for (lanes, keys), measured in predicted_triton.STATISTICS.items():
+        assert predicted_triton.first_kernel(lanes, 1, keys, 0.0) == pytest.approx(measured, rel=0.01)
+    for case, kernels in predicted_triton.KERNELS.items():
+        graph = predicted_triton.in_graph(1e-6 * sum(kernels))
+        assert graph == pytest.approx(1e-6 * predicted_triton.H100[case].triton, rel=0.07)
+
+
+@pytest.mark.parametrize("case", predicted_triton.H100, ids=str)
+def test_triton_is_predicted_within_one_and_a_half_times_cuda(case: Case) -> None:
+    assert list(predicted_triton.H100) == list(predicted.H100)
+    measured = predicted_triton.H100[case]
+    assert measured.cuda < 1e6 * predicted_triton.seconds(case) < min(1.5 * measured.cuda, measured.triton)
 
 
 def test_the_cells_are_all_there_once() -> None:

@@ -4,57 +4,82 @@ from __future__ import annotations
 
 import math
 
-from carve_kernels.backends.triton.capture_plan import PARTIALS, ceiling, plan
+from carve_kernels.backends.triton.capture_plan import BLOCK_PARTIAL, BLOCK_TOKEN, PARTIALS, Plan, ceiling, plan
 from carve_kernels.backends.triton.contrast_plan import BLOCK_X, BLOCK_Y, plan_grid
-from carve_kernels.backends.triton.tiles import row_of
+from carve_kernels.backends.triton.tiles import Tiles, row_of
 from carve_kernels.selfcheck.work import CaptureSizes, Work
 from carve_kernels.types import Size
 
 _FLOAT = 4
 _TOKEN = 4
+_STAT = 8
+# What is stored of scores is whole vectors.
+_VECTORS = 64
 
 
-def capture_work(*, lse: bool = False, architecture: str = "sm_90", **sizes: int) -> Work:
+def capture_work(*, lse: bool = False, span: int | None = None, architecture: str = "sm_90", **sizes: int) -> Work:
     """The work of one capture of `CaptureSizes` without a mask, where all tokens are used.
 
-    Each load of a program counts once: all keys and the keys at the tokens, for each tile of rows and heads (one tile
-    up to 64 of them), and small terms for the query, the statistics and the partial sums. The operations are those of
-    whole tiles.
+    `span`: the keys from the lowest to the highest token, whose scores are stored; all keys by default. Each load of a
+    program counts once: all keys for each tile of rows and heads (one tile up to 64 of them), the scores of the tokens
+    or, with `lse`, their keys, and small terms for the query, the statistics and the partial sums. The operations are
+    those of whole tiles.
     """
-    layers, batch, query_heads, key_heads, rows, keys, size, tokens, element_bytes = CaptureSizes(**sizes)
-    grid = plan(query_heads, key_heads, rows, keys, size, element_bytes)
-    lanes = grid.block_row * grid.block_group
-    tiles = row_of(architecture, element_bytes, lanes, grid.block_size)
-    copies = layers * batch
-    row_of_keys = key_heads * size * element_bytes
-    query = query_heads * rows * size * element_bytes
-    lines = query_heads * rows
+    given = CaptureSizes(**sizes)
     work = Work(0, 0, 0, 0)
-    if not copies or not rows:
+    if not given.batch or not given.rows or not given.query_heads:
         return work
-
-    if not lse:
-        groups = grid.row_tiles * grid.group_tiles
-        spans = [min(grid.span, keys - start) for start in range(0, keys, grid.span)]
-        columns = sum(tiles.statistics.block * ceiling(span, tiles.statistics.block) for span in spans)
-        work += Work(
-            copies * (groups * keys * row_of_keys + grid.splits * query),
-            copies * lines * grid.splits * 2 * _FLOAT,
-            copies * groups * key_heads * 2 * lanes * grid.block_size * columns,
-            1,
-        )
-
-    blocks = max(ceiling(tokens, tiles.map.block), 1)
-    statistics = _FLOAT if lse else 2 * _FLOAT * grid.splits
-    partials = rows * blocks * PARTIALS * _FLOAT
-    steps = grid.row_tiles * grid.group_tiles * key_heads * blocks
-    work += Work(
-        copies * (grid.row_tiles * tokens * (row_of_keys + _TOKEN) + blocks * (query + lines * statistics) + partials),
-        copies * (rows * tokens * _FLOAT + partials + rows * 2 * _FLOAT + grid.row_tiles * _TOKEN),
-        copies * steps * 2 * lanes * grid.block_size * tiles.map.block,
-        1,
-    )
+    _, batch, query_heads, key_heads, rows, keys, size, _, element_bytes = given
+    grid = plan(given.layers, batch, query_heads, key_heads, rows, keys, size, element_bytes, lse)
+    tiles = row_of(architecture, element_bytes, grid.block_row * grid.block_group, grid.block_size)
+    for layer in range(0, given.layers, grid.layers):
+        for row in range(0, rows, grid.rows):
+            part = given._replace(layers=min(grid.layers, given.layers - layer), rows=min(grid.rows, rows - row))
+            work += _reread(part, grid, tiles) if lse else _scores(part, grid, tiles, span) + _maps(part, grid)
     return work
+
+
+def _scores(sizes: CaptureSizes, grid: Plan, tiles: Tiles, span: int | None) -> Work:
+    """The first kernel: every program reads a split of the keys, and the queries of its tile."""
+    block, lanes = tiles.scores.block, grid.block_row * grid.block_group
+    groups = ceiling(sizes.rows, grid.block_row) * grid.group_tiles
+    lines = sizes.query_heads * sizes.rows
+    vector = sizes.size * sizes.element_bytes
+    splits = [min(grid.span, sizes.keys - start) for start in range(0, sizes.keys, grid.span)] or [0]
+    columns = sum(block * ceiling(length, block) for length in splits)
+    kept = sum(min(block * ceiling(length, block), grid.span) for length in splits)
+    kept = min(kept, grid.padded, _VECTORS * ceiling(sizes.keys if span is None else span, _VECTORS))
+    read = groups * sizes.key_heads * sizes.keys * vector + len(splits) * lines * vector
+    written = lines * (kept * _FLOAT + len(splits) * _STAT)
+    operations = groups * sizes.key_heads * 2 * lanes * grid.block_size * columns
+    copies = sizes.layers * sizes.batch
+    return Work(copies * read, copies * written, copies * operations, 1)
+
+
+def _maps(sizes: CaptureSizes, grid: Plan) -> Work:
+    """The second kernel: every program reads the scores of all heads at its tokens, and their statistics."""
+    blocks = max(ceiling(sizes.tokens, BLOCK_TOKEN), 1)
+    partials = blocks * (BLOCK_TOKEN // BLOCK_PARTIAL) * PARTIALS * _FLOAT
+    scores = sizes.query_heads * sizes.tokens * _FLOAT if sizes.keys else 0
+    read = sizes.tokens * _TOKEN + scores + blocks * sizes.query_heads * grid.splits * _STAT + partials
+    written = sizes.tokens * _FLOAT + partials + 2 * _FLOAT + _TOKEN
+    copies = sizes.layers * sizes.batch * sizes.rows
+    return Work(copies * read, copies * written, 0, 1)
+
+
+def _reread(sizes: CaptureSizes, grid: Plan, tiles: Tiles) -> Work:
+    """The kernel that reads the keys of the tokens where the log-sum-exp is given."""
+    block, lanes = tiles.reread.block, grid.block_row * grid.block_group
+    blocks = max(ceiling(sizes.tokens, block), 1)
+    vector = sizes.size * sizes.element_bytes
+    partials = sizes.rows * blocks * PARTIALS * _FLOAT
+    lines = sizes.query_heads * sizes.rows
+    steps = grid.row_tiles * grid.group_tiles * sizes.key_heads * blocks
+    read = grid.row_tiles * sizes.tokens * (sizes.key_heads * vector + _TOKEN)
+    read += blocks * lines * (vector + _FLOAT) + partials
+    written = sizes.rows * (sizes.tokens + 2) * _FLOAT + partials + grid.row_tiles * _TOKEN
+    copies = sizes.layers * sizes.batch
+    return Work(copies * read, copies * written, copies * steps * 2 * lanes * grid.block_size * block, 1)
 
 
 def contrast_work(*, layers: int, steps: int, grid: Size, size: Size, general_steps: int | None = None) -> Work:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +201,24 @@ def test_what_auto_prefers_on_a_gpu() -> None:
     assert PREFERRED["cuda"] == ("cuda", "triton")
     # A claim about a backend that is not preferred would mislead.
     assert all(backend in PREFERRED["cuda"] for _, backend in BEST_FOR)
+
+
+def test_what_explain_says_of_times_was_measured_or_is_predicted() -> None:
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    page = (results / "2026-11-28-h100.md").read_text(encoding="utf-8")
+    # Columns: heads, S, R, floor, cuda with its p10 and p90, predicted, trial, target, triton.
+    cells = re.findall(
+        r"^\| \d+ on \d+ \| \d+ \| \d+ \| [\d.]+ \| ([\d.]+) \(.*?\) (?:\| [^|]+ ){3}\| ([\d.]+) \|", page, re.M
+    )
+    measured = [float(triton) / float(cuda) for cuda, triton in cells]
+    assert len(measured) > 60
+    page = (results / "predicted.md").read_text(encoding="utf-8")
+    table = page[page.index("the triton backend for the same layers") :]
+    predicted = [float(ratio) for ratio in re.findall(r"^\| \d+ on \d+ \| \d+ \| \d+ \| (\d\.\d+) \|", table, re.M)]
+    assert len(predicted) == 13
+    said = BEST_FOR["capture", "triton"]
+    for times, verb in ((measured, "took"), (predicted, "are predicted to take")):
+        assert f"{verb} {min(times):.1f} to {max(times):.1f} times as long" in said
 
 
 def test_the_cuda_backend_serves_any_number_of_rows() -> None:

@@ -6,12 +6,21 @@
 import triton
 import triton.language as tl
 
-from carve_kernels.backends.triton import capture_plan
+from carve_kernels.backends.triton import capture_plan, launch
 
 PARTIALS = tl.constexpr(capture_plan.PARTIALS)
 MOST_SPLITS = tl.constexpr(capture_plan.MOST_SPLITS)
-# Blocks of tokens that are summed at a time.
+LOG2E = tl.constexpr(capture_plan.LOG2E)
+LOG2E_LOW = tl.constexpr(capture_plan.LOG2E_LOW)
+# The maximum of no scores: finite, so that no difference of maxima is NaN.
+LOWEST = tl.constexpr(-3.402823466e38)
+VECTOR_BYTES = tl.constexpr(launch.VECTOR_BYTES)
+# Splits are of whole units.
+SPLIT_UNIT = tl.constexpr(capture_plan.SPLIT_UNIT)
+# Blocks of tokens of several rows that are summed at a time.
 BLOCK_PARTIAL = tl.constexpr(32)
+SOFTCAP = tl.constexpr(capture_plan.SOFTCAP)
+NEGATIVE = tl.constexpr(capture_plan.NEGATIVE)
 
 
 @triton.jit
@@ -55,17 +64,19 @@ def load_query(
 
 @triton.jit
 def load_key(
-    key_ptr, stride_s, stride_d, column, there, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    UNIT: tl.constexpr, IS_DENSE: tl.constexpr,
+    key_ptr, stride_s, stride_d, column, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
+    IS_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """[N, D] of some key columns of one head, 0 where `there` is False."""
+    """[N, D] of some key columns of one head."""
     dim = tl.arange(0, BLOCK_SIZE)
     at = column.to(tl.int64)[:, None] * whole(stride_s, UNIT)
     if IS_DENSE:
         at += dim[None, :]
     else:
         at += dim.to(tl.int64)[None, :] * stride_d
-    return tl.load(key_ptr + at, mask=there[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0)
+    if HEAD_SIZE == BLOCK_SIZE:
+        return tl.load(key_ptr + at)
+    return tl.load(key_ptr + at, mask=(dim < HEAD_SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -82,74 +93,101 @@ def range_of_rows(positions_ptr, at, live, keys, window, HAS_WINDOW: tl.constexp
 
 
 @triton.jit
-def visible(mask_ptr, at, stride_s, live, column, there, after, last):
-    """Which columns [N] each lane [M] sees, as [M, N]."""
-    visible = there[None, :] & (column[None, :] > after[:, None]) & (column[None, :] <= last[:, None])
+def visible(mask_ptr, at, stride_s, live, column, stop, after, last, HAS_WINDOW: tl.constexpr):
+    """Which columns [N] each lane [M] sees, as [M, N]: those after < column <= last that the mask has below `stop`."""
+    visible = column[None, :] <= last[:, None]
+    if HAS_WINDOW:
+        visible &= column[None, :] > after[:, None]
     if mask_ptr is not None:
         at = at[:, None] + column.to(tl.int64)[None, :] * stride_s
-        visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0
+        visible &= tl.load(mask_ptr + at, mask=live[:, None] & (column < stop)[None, :], other=0) != 0
     return visible
 
 
 @triton.jit
-def scores(query, key, visible, scale, cap, HAS_SOFTCAP: tl.constexpr):
-    """Logits [M, N] of query [M, D] and key [N, D], -inf where a key is not visible.
+def scores(query, key, inner, KIND: tl.constexpr):
+    """Scores [M, N] of query [M, D] and key [N, D]: their product, or of it the tanh in base 2 or the negative.
 
-    With a soft cap, `scale` is already multiplied by 2 log2(e) / softcap, for a tanh in base 2.
+    A score is computed once and not rounded again: its exponent factor * score - maximum is one fma, so the digits
+    that large logits lose are those that all of a row have in common.
     """
     # Half precision is exact in any mode; TF32 would round the logits of float32 to three digits.
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if HAS_SOFTCAP:
-        decay = tl.exp2(-tl.abs(logits))
-        capped = cap * (1.0 - decay) / (1.0 + decay)
-        logits = tl.where(logits < 0, -capped, capped)
-    # A key that no row sees may hold NaN, so its scores are replaced and never multiplied by 0.
-    return tl.where(visible, logits, float("-inf"))
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if KIND == SOFTCAP:
+        products *= inner
+        decay = tl.exp2(-tl.abs(products))
+        capped = (1.0 - decay) / (1.0 + decay)
+        products = tl.where(products < 0, -capped, capped)
+    if KIND == NEGATIVE:
+        products = -products
+    return products
 
 
 @triton.jit
-def normaliser(statistics_ptr, statistics, lse_ptr, lse_at, sink_ptr, sink_at, line, splits, live):
-    """(top, share) of each lane: the probability of a score is exp(score - top) * share.
+def above(natural, top, residual):
+    """A natural logit in base 2, less a maximum of scores times their factor.
 
-    Without a log-sum-exp they come from the statistics: maxima [lines, splits], followed by as many sums.
+    Either may be of thousands, whose digits the product with LOG2E would lose: its low part is added, and what the
+    factor lost of its own digits, the residual, is taken from the maximum.
     """
-    if lse_ptr is not None:
-        given = tl.load(lse_ptr + lse_at, mask=live, other=0.0).to(tl.float32)
-        total = tl.where(given == float("-inf"), 0.0, 1.0)
-        top = tl.where(given == float("-inf"), 0.0, given)
-    else:
-        # All splits at once, so that the order of the sum does not depend on which program was first.
-        split = tl.arange(0, MOST_SPLITS)
-        there = live[:, None] & (split < splits)[None, :]
-        at = line[:, None] * splits + split[None, :]
-        maximum = tl.load(statistics_ptr + at, mask=there, other=float("-inf"))
-        partial = tl.load(statistics_ptr + statistics + at, mask=there, other=0.0)
-        top = tl.max(maximum, 1)
-        if sink_ptr is not None:
-            sink = tl.load(sink_ptr + sink_at, mask=live, other=0.0).to(tl.float32)
-            top = tl.maximum(top, sink)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(partial * tl.exp(maximum - top[:, None]), 1)
-        if sink_ptr is not None:
-            total += tl.exp(sink - top)
+    return tl.fma(natural, LOG2E, -top) + tl.fma(natural, LOG2E_LOW, -top * residual)
+
+
+@triton.jit
+def normaliser(statistics_ptr, sums, sink_ptr, stride_sink, head, splits, rows, heads, residual):
+    """(top, share) of each head: the probability of a score is 2^(factor * score - top) * share.
+
+    They come from the statistics of the splits, maxima [splits, rows, heads] and as many sums: neighbouring threads
+    load neighbouring heads.
+    """
+    # All splits at once, so that the order of the sum does not depend on which program was first.
+    split = tl.arange(0, MOST_SPLITS)
+    live = head < heads
+    there = (split < splits)[:, None] & live[None, :]
+    at = statistics_ptr + (split * (rows * heads))[:, None] + head[None, :]
+    maximum = tl.load(at, mask=there, other=LOWEST, cache_modifier=".cg")
+    partial = tl.load(at + sums, mask=there, other=0.0, cache_modifier=".cg")
+    top = tl.max(maximum, 0)
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + head * stride_sink, mask=live, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, tl.maximum(sink * LOG2E, LOWEST))
+    total = tl.sum(partial * tl.exp2(maximum - top[None, :]), 0)
+    if sink_ptr is not None:
+        total += tl.where(sink == float("-inf"), 0.0, tl.exp2(above(sink, top, residual)))
     # A row that sees no key has a total of 0 and gives zeros; a row that sees a NaN gives NaN.
     return top, 1.0 / tl.where(total == 0, float("inf"), total)
 
 
 @triton.jit
-def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
-    """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last one to do so.
+def known_normaliser(lse_ptr, lse_at, live, residual):
+    """The same where the log-sum-exp is known."""
+    given = tl.load(lse_ptr + lse_at, mask=live, other=float("-inf")).to(tl.float32)
+    is_empty = given == float("-inf")
+    natural = tl.where(is_empty, 0.0, given)
+    top = natural * LOG2E
+    return top, tl.where(is_empty, 0.0, tl.exp2(-above(natural, top, residual)))
 
-    The partials of each row are [blocks, PARTIALS]. The last block resets the ticket to 0 for the next call or replay.
+
+@triton.jit
+def last_of_row(partial_at, ticket_ptr, mean, used, token, fits, blocks, AXIS: tl.constexpr):
+    """Store (mass, entropy in base 2, used tokens) of this block of tokens; whether it is the last of `blocks`.
+
+    The tokens, numbered by `token`, are the last axis, AXIS, of `mean` and `used`, which is 1 long in `partial_at` and
+    `fits`. The partials of each row are [blocks, PARTIALS]. The last block resets the ticket to 0 for the next call or
+    replay.
     """
-    mass = tl.sum(mean, 1)
+    nothing = tl.zeros_like(mean)
+    mass = tl.sum(mean, AXIS, keep_dims=True) + nothing
     # A plain division is off by up to two units: a token with all the mass would have an entropy above 0.
-    share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0)[:, None])
-    spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), 1)
-    at = partial_at + block * PARTIALS
+    share = tl.div_rn(mean, tl.where(mass > 0, mass, 1.0))
+    spread = tl.sum(-share * tl.log2(tl.where(share > 0, share, 1.0)), AXIS, keep_dims=True) + nothing
+    count = tl.sum(used.to(tl.float32) + nothing, AXIS, keep_dims=True) + nothing
+    # By the thread of the first token, where the sums are: nothing is moved between threads.
+    fits &= token == 0
+    at = partial_at + token * 0
     tl.store(at, mass, mask=fits)
     tl.store(at + 1, spread, mask=fits)
-    tl.store(at + 2, tl.zeros_like(mass) + tl.sum(used.to(tl.float32), 0), mask=fits)
+    tl.store(at + 2, count, mask=fits)
     # All threads store before the ticket is taken: it releases their partials and acquires those of other blocks.
     tl.debug_barrier()
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == blocks - 1
@@ -159,26 +197,27 @@ def last_of_row(partial_at, ticket_ptr, mean, used, fits, block, blocks):
 
 
 @triton.jit
-def summary(partial_at, fits, blocks, BLOCK_ROW: tl.constexpr):
-    """(mass, entropy) of rows from the partials [blocks, PARTIALS] of each.
+def summary(partial_at, fits, blocks, AXIS: tl.constexpr, BLOCK_PARTIAL: tl.constexpr):
+    """(mass, entropy) of rows from the partials [blocks, PARTIALS] of each, BLOCK_PARTIAL at a time.
 
     By the chain rule of entropy, where no term is below 0 and nothing cancels: H = sum of share * H(block) + H(shares).
     """
     offset = tl.arange(0, BLOCK_PARTIAL)
-    mass = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
-    count = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
+    mass = tl.where(fits, 0.0, 0.0) + tl.zeros([BLOCK_PARTIAL], tl.float32)
+    count = mass
     for first in tl.range(0, blocks, BLOCK_PARTIAL, num_stages=1):
-        there = fits[:, None] & (first + offset < blocks)[None, :]
-        at = partial_at[:, None] + (first + offset)[None, :] * PARTIALS
+        there = fits & (first + offset < blocks)
+        at = partial_at + (first + offset) * PARTIALS
         mass += tl.load(at, mask=there, other=0.0)
         count += tl.load(at + 2, mask=there, other=0.0)
-    total = tl.sum(mass, 1)
-    used = tl.sum(count, 1)
-    spread = tl.zeros([BLOCK_ROW, BLOCK_PARTIAL], tl.float32)
+    total = tl.sum(mass, AXIS, keep_dims=True)
+    used = tl.sum(count, AXIS, keep_dims=True)
+    spread = tl.zeros_like(mass)
     for first in tl.range(0, blocks, BLOCK_PARTIAL, num_stages=1):
-        there = fits[:, None] & (first + offset < blocks)[None, :]
-        at = partial_at[:, None] + (first + offset)[None, :] * PARTIALS
-        share = tl.div_rn(tl.load(at, mask=there, other=0.0), tl.where(total > 0, total, 1.0)[:, None])
+        there = fits & (first + offset < blocks)
+        at = partial_at + (first + offset) * PARTIALS
+        share = tl.div_rn(tl.load(at, mask=there, other=0.0), tl.where(total > 0, total, 1.0) + tl.zeros_like(mass))
         inner = tl.load(at + 1, mask=there, other=0.0)
         spread += share * (inner - tl.log2(tl.where(share > 0, share, 1.0)))
-    return total, tl.where(used > 1, tl.sum(spread, 1) / tl.log2(tl.maximum(used, 2.0)), 0.0)
+    entropy = tl.sum(spread, AXIS, keep_dims=True) / tl.log2(tl.maximum(used, 2.0))
+    return total, tl.where(used > 1, entropy, 0.0)

@@ -63,17 +63,19 @@ class Kernel:
         warps: int,
         stages: int,
         registers: int | None = None,
+        overlaps: bool = False,
     ) -> None:
         """Launch on the current stream of the tensors' device; the first launch of a signature compiles.
 
         `registers` is the most that a thread may use on NVIDIA's GPUs: by default their assembler aims at an occupancy
-        and spills a few bytes for it.
+        and spills a few bytes for it. `overlaps`: the kernel may start before the one before it has ended, and waits
+        for it itself.
         """
         if self._interpreted:
             self.jit[grid](*map(_argument, pointers), *numbers, *constants)
             return
         addresses: list[Any] = []
-        signature: list[Any] = [device, constants, warps, stages]
+        signature: list[Any] = [device, constants, warps, stages, overlaps]
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
@@ -92,6 +94,8 @@ class Kernel:
                 options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
                 if registers is not None and triton.runtime.driver.active.get_current_target().backend == "cuda":
                     options["maxnreg"] = registers
+                if overlaps:
+                    options["launch_pdl"] = True
                 self._compiled[tuple(signature)] = self.jit[grid](
                     *map(_argument, pointers), *numbers, *constants, **options
                 )

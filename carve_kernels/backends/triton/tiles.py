@@ -2,7 +2,7 @@
 
 The environment variable CARVE_KERNELS_TILES may name a JSON file that replaces some of them, as
 `python -m carve_kernels.backends.triton.tune` writes it on a GPU:
-`{"sm_90/2/16/128": {"statistics": [64, 4, 4], "map": [64, 4, 4]}}`, with keys of `row_name` and values of `TileConfig`.
+`{"sm_90/2/16/128": {"scores": [64, 4, 4], "reread": [64, 4, 4]}}`, with keys of `row_name` and values of `TileConfig`.
 Results stay the same to a rounding; the number of splits is not in the table.
 """
 
@@ -29,10 +29,10 @@ class TileConfig(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of both kernels of capture."""
+    """The tiles of the kernel that reads all keys, and of the one that reads those of the tokens."""
 
-    statistics: TileConfig
-    map: TileConfig
+    scores: TileConfig
+    reread: TileConfig
 
 
 # Tiles whose loads are in flight at a time: from the bytes in flight that keep the memory busy, which are
@@ -61,10 +61,8 @@ def _tiles(architecture: str, element_size: int, lanes: int, size: int) -> Tiles
         # too short for a fourth stage.
         return Tiles(TileConfig(min(block, 128), 4, stages), TileConfig(min(block, 64), 4, min(stages, 3)))
     # 64 lanes x 64 keys are 16 scores and their 64-bit mask addresses for each of 256 threads; 128 threads spill.
-    # With 256 dimensions the map kernel's query and 32 tokens spill as well.
-    return Tiles(
-        TileConfig(min(block, 64), 8, stages), TileConfig(min(block, 64) if size < 256 else 16, 8, min(stages, 3))
-    )
+    # With 256 dimensions the query of the kernel that rereads keys and 32 tokens spill as well.
+    return Tiles(TileConfig(min(block, 64), 4, 2), TileConfig(min(block, 64) if size < 256 else 16, 8, min(stages, 3)))
 
 
 def row_name(architecture: str, element_size: int, lanes: int, size: int) -> str:
@@ -107,7 +105,7 @@ def replacements(path: str | None) -> dict[str, Tiles]:
         if name not in builtin:
             raise ValueError(f"{ENVIRONMENT}: expected keys such as {next(iter(builtin))!r} in {path}, got {name!r}")
         if not isinstance(row, dict) or set(row) != set(Tiles._fields):
-            raise ValueError(f"{ENVIRONMENT}: expected 'statistics' and 'map' in {name!r} of {path}, got {row!r}")
+            raise ValueError(f"{ENVIRONMENT}: expected 'scores' and 'reread' in {name!r} of {path}, got {row!r}")
     return {
         name: Tiles(**{kernel: _tile(path, name, value) for kernel, value in row.items()}) for name, row in rows.items()
     }

@@ -12,11 +12,15 @@ import torch
 
 from carve_kernels.backends.native.scratch import Memory, ScratchNeeds
 from carve_kernels.backends.triton import capture
-from carve_kernels.backends.triton.capture_kernels import capture_map_kernel, capture_statistics_kernel
+from carve_kernels.backends.triton.capture_kernels import (
+    capture_map_kernel,
+    capture_reread_kernel,
+    capture_scores_kernel,
+)
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.backends.triton import offline_driver
 
-KERNELS = (capture_statistics_kernel, capture_map_kernel)
+KERNELS = (capture_scores_kernel, capture_map_kernel, capture_reread_kernel)
 
 
 def given(arguments: tuple[Any, ...]) -> list[Any]:

@@ -13,10 +13,16 @@ from typing import NamedTuple
 SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376, "gfx942": 65536}
 
 # Kernels whose last program combines the results of the others.
-HANDING_OVER = ("capture_map_kernel", "contrast_grid_kernel")
+HANDING_OVER = ("capture_map_kernel", "capture_reread_kernel", "contrast_grid_kernel")
+# Kernels of capture that multiply keys.
+MULTIPLYING = ("capture_scores_kernel", "capture_reread_kernel")
+# A kernel that lets the next one start early, and the next one, which waits; and a load before the wait of what the
+# first one stores.
+OVERLAPPING = {"capture_scores_kernel": "PREEXIT", "capture_map_kernel": "ACQBULK"}
+EARLY = "load before ACQBULK"
 
 # The targets whose registers are counted, in the order of the table.
-TARGETS = ("80", "90", "100", "120")
+TARGETS = ("80", "90", "100", "120", "gfx942")
 REGISTERS = Path(__file__).with_name("registers.json")
 REWRITE = "python -m tests.backends.triton.offline --write"
 # A Triton that is not in the table may use half as many registers more than any in it.
@@ -58,16 +64,20 @@ def _faults_of_memory(row: Row) -> Iterator[str]:
 def _faults_of_opcodes(row: Row) -> Iterator[str]:
     if row.count(r"(RED|ATOM)\w*\..*F(16|32|64)|global_atomic_(pk_)?add_(f|bf)"):
         yield "floating-point atomics, whose order is not fixed"
-    capture = row.kernel.startswith("capture")
+    multiplies = row.kernel in MULTIPLYING
     halves = "float16" in row.case
     fences = (r"MEMBAR\..*GPU", "CCTL") if row.target.isdecimal() else ("buffer_wbl2", "buffer_inv")
     if row.kernel in HANDING_OVER and not all(map(row.count, fences)):
         yield f"not both of {' and '.join(fences)}: the last program may read what others have not written yet"
     if not row.target.isdecimal():
-        if capture and halves and not row.count("v_mfma"):
+        if multiplies and halves and not row.count("v_mfma"):
             yield "no v_mfma: matrix products without matrix instructions"
         return
-    if capture:
+    if int(row.target) >= 90 and row.kernel in OVERLAPPING and row.count(OVERLAPPING[row.kernel]) != 1:
+        yield f"not one {OVERLAPPING[row.kernel]}: launches do not overlap"
+    if row.count(EARLY):
+        yield f"{EARLY}: the second kernel may read what the first one has not written yet"
+    if multiplies:
         if not row.count(r"LDGSTS\..*128"):
             yield "no LDGSTS of 128 bits: keys are not loaded asynchronously"
         # Eight lanes of 32 halves are too few for 128 bits for each of 128 threads.

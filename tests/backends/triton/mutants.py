@@ -122,9 +122,25 @@ MUTANTS = [
     Mutant(
         "a mask that hides nothing",
         "capture_parts.py",
-        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) != 0",
-        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & there[None, :], other=0) >= 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & (column < stop)[None, :], other=0) != 0",
+        "visible &= tl.load(mask_ptr + at, mask=live[:, None] & (column < stop)[None, :], other=0) >= 0",
         interpreted(CAPTURE_BODY, "triton and reference"),
+        "1 failed",
+    ),
+    Mutant(
+        "a second kernel that does not wait",
+        "capture_kernels.py",
+        "tl.extra.cuda.gdc_wait()",
+        "first += 0",
+        CAPTURE,
+        "not one ACQBULK",
+    ),
+    Mutant(
+        "a vector of scores around the tokens that is not stored",
+        "capture_kernels.py",
+        "end = tl.minimum(end, high + parts.SPLIT_UNIT)",
+        "end = tl.minimum(end, high)",
+        interpreted("tests/backends/triton/test_capture_backend.py", "between_the_tokens"),
         "1 failed",
     ),
 ]

@@ -15,7 +15,7 @@ from carve_kernels import BackendUnavailable, capture_layers
 from carve_kernels import capture as public
 from carve_kernels.backends.native.scratch import Memory
 from carve_kernels.backends.reference import capture as reference
-from carve_kernels.backends.triton import capture
+from carve_kernels.backends.triton import capture, capture_plan
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
 from tests.backends.triton import interpreter
 from tests.backends.triton.guard import Guards, guard_allocations
@@ -25,7 +25,7 @@ from tests.support.tolerances import close, roundings
 if not triton.knobs.runtime.interpret:
     pytest.skip("guards and counters want the interpreter", allow_module_level=True)
 
-STATISTICS, MAP = "capture_statistics_kernel", "capture_map_kernel"
+SCORES, MAP, REREAD = "capture_scores_kernel", "capture_map_kernel", "capture_reread_kernel"
 # Three splits of the keys and two blocks of tokens, with padding.
 LONG = Case(batch=2, query_heads=4, key_heads=2, rows=2, keys=800, size=32, tokens=300, view="all")
 
@@ -127,7 +127,7 @@ def test_layers_in_one_call_have_the_bits_of_each_alone_and_two_launches(view: s
         capture_layers(
             query, key, tokens, step=torch.tensor(1), first=1, out=out, sink=sink, backend="triton", **options
         )
-    assert traffic.launches == [STATISTICS, MAP]
+    assert traffic.launches == [SCORES, MAP]
     for index, layer in enumerate(zip(query, key, sink, strict=True), start=1):
         alone = public(*layer[:2], tokens, sink=layer[2], backend="triton", **options)
         for buffer, part in zip(out, alone, strict=True):
@@ -147,7 +147,7 @@ def test_layers_that_are_not_alike_are_launched_by_kind() -> None:
     out = slots(case, steps=1, layers=4)
     with interpreter.traffic() as traffic:
         capture_layers(query, key, tokens, scale=0.125, step=torch.tensor(0), out=out, backend="triton")
-    assert traffic.launches == [STATISTICS, MAP] * 4
+    assert traffic.launches == [SCORES, MAP] * 4
     for layer in range(4):
         right(Capture(*(part[0, layer] for part in out)), (query[layer], key[layer], tokens), {"scale": 0.125})
 
@@ -181,7 +181,7 @@ def test_one_launch_where_the_lse_is_given() -> None:
     with interpreter.traffic() as traffic:
         lse = spread(logits.double().logsumexp(-1))
         found = capture.forward(*arguments, CaptureOptions(**options, lse=lse))
-    assert traffic.launches == [MAP]
+    assert traffic.launches == [REREAD]
     right(found, arguments, options)
 
 
@@ -207,9 +207,45 @@ def test_memory_that_is_given_is_used_and_nothing_else() -> None:
         (memory._replace(scratch=store.int()), TypeError, "scratch: expected contiguous torch.uint8"),
         (memory._replace(tickets=memory.tickets[1:]), ValueError, f"tickets: expected at least {needs.tickets}, got"),
         (memory._replace(tickets=memory.tickets.long()), TypeError, "tickets: expected contiguous torch.int32"),
+        (memory._replace(scratch=store[1 : needs.bytes + 1]), ValueError, "scratch: expected 16 bytes of alignment"),
     ):
         with pytest.raises(error, match=message):
             capture.forward_layers(layers, tokens, asked, Slot(out), None, little)
+
+
+@pytest.mark.parametrize("first, last", [(0, 799), (70, 71), (191, 192), (640, 799), (799, 799)])
+def test_scores_between_the_tokens_are_enough(first: int, last: int) -> None:
+    arguments, options = planted(LONG)
+    query, key, _ = arguments
+    tokens = torch.linspace(first, last, 5).round().int().expand(2, 5)
+    layers, asked = Layers.single(query, key, None), CaptureOptions(**options)
+    sizes: dict[str, int] = dict(layers=1, batch=2, query_heads=4, key_heads=2, rows=2, keys=800, size=32, tokens=5)
+    memory = Memory.new(capture.scratch_needs(query.device, **sizes, element_bytes=4), query.device)
+    memory.scratch.view(torch.float32).fill_(torch.nan)
+    out = poisoned(LONG.but(tokens=5))
+    assert capture.forward_layers(layers, tokens, asked, Slot(out), torch.tensor([first, last]), memory)
+    right(out, (query, key, tokens), options)
+
+
+def test_rows_and_layers_are_captured_in_turns_where_their_scores_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(rows=5, keys=150, tokens=21, view="positions", window=40)
+    query, key, tokens = layers_of(case, 3)
+    options = planted(case)[1]
+    whole, parts = slots(case, steps=1, layers=3), slots(case, steps=1, layers=3)
+    step = torch.tensor(0)
+    capture_layers(query, key, tokens, step=step, out=whole, backend="triton", **options)
+    monkeypatch.setattr(capture_plan, "MOST_LINES", 2)
+    for cached in (capture_plan.plan, capture_plan.plan_scratch):
+        cached.cache_clear()
+    try:
+        with interpreter.traffic() as traffic:
+            capture_layers(query, key, tokens, step=step, out=parts, backend="triton", **options)
+    finally:
+        for cached in (capture_plan.plan, capture_plan.plan_scratch):
+            cached.cache_clear()
+    assert traffic.launches == [SCORES, MAP] * 9
+    for mine, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("changes", [{"rows": 0}, {"batch": 0}, {"keys": 0}, {"tokens": 0}, {"rows": 0, "tokens": 0}])
@@ -296,6 +332,11 @@ def test_offsets_of_tensors_beyond_two_thousand_million_elements() -> None:
         ),
         ({"query": torch.ones(1, 2, 1, 8).requires_grad_()}, "requires a gradient"),
         ({"query": torch.ones(1, 2, 1, 264), "key": torch.ones(1, 2, 3, 264)}, "heads of size 264"),
+        (
+            {name: torch.ones(1, 2, 1, 8).expand(65536, -1, -1, -1) for name in ("query", "key")}
+            | {"tokens": torch.zeros(65536, 1, dtype=torch.int32)},
+            "a batch of 65536",
+        ),
         ({"out": Capture(torch.ones(1, 1, 1).double(), torch.ones(1, 1), torch.ones(1, 1))}, "out is float64"),
     ],
 )

@@ -21,24 +21,35 @@ from tests.backends.triton.limits import Row
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = {
-    "capture": ("capture_statistics_kernel", "capture_map_kernel"),
+    "capture": ("capture_scores_kernel", "capture_map_kernel"),
+    "lse": ("capture_reread_kernel",),
     "contrast": ("contrast_grid_kernel", "contrast_pixels_kernel"),
 }
 
 
-# One case of each kind of product and of kernel, each on another target; `offline` compiles all.
+# One case of each kind of product and of kernel, each on another target, and every kernel on AMD's; `offline` compiles
+# all.
 SHORT = (
     ("80", "bfloat16 head size 128 rows 1"),
+    ("80", "bfloat16 head size 128 rows 64 lse"),
     ("90", "bfloat16 head size 128 rows 64"),
     ("100", "bfloat16 head size 64 rows 64"),
     ("120", "float32 head size 128 rows 1"),
     ("120", "lam mean normalize none views 1"),
+    ("gfx942", "bfloat16 head size 128 rows 1"),
+    ("gfx942", "bfloat16 head size 128 rows 1 lse"),
+    ("gfx942", "lam mean normalize none views 1"),
 )
 
 
-def kernels_of(case: str) -> tuple[str, str]:
+def kernels_of(case: str) -> tuple[str, ...]:
     """The kernels of a case in the order of their launches."""
-    return KERNELS["contrast" if case.startswith("lam") else "capture"]
+    return KERNELS["contrast" if case.startswith("lam") else "lse" if case.endswith("lse") else "capture"]
+
+
+def test_every_kernel_is_compiled_for_amd() -> None:
+    of_amd = {kernel for target, case in SHORT if target == "gfx942" for kernel in kernels_of(case)}
+    assert of_amd == {kernel for kernels in KERNELS.values() for kernel in kernels}
 
 
 def test_a_case_of_each_kind_is_within_the_limits_and_the_table() -> None:
@@ -60,10 +71,13 @@ def test_the_table_has_every_case_with_every_triton_and_target() -> None:
         assert all(len(counts) == len(limits.TARGETS) for counts in by_version.values())
 
 
+MAP = {"MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1, "ACQBULK": 1, "LDG.E.STRONG.GPU": 48}
+
+
 def valid_row(**changes: object) -> Row:
     """A row within every limit, except for the changes."""
     opcodes = {"LDGSTS.E.BYPASS.128": 8, "HMMA.16816.F32.BF16": 4, "MEMBAR.ALL.GPU": 1, "CCTL.IVALL": 1}
-    row = Row("capture_map_kernel", "bfloat16 head size 128 rows 1", "90", 64, 0, 40960, opcodes)
+    row = Row("capture_reread_kernel", "bfloat16 head size 128 rows 1", "90", 64, 0, 40960, opcodes)
     return row._replace(**changes)  # type: ignore[arg-type]
 
 
@@ -84,18 +98,26 @@ def valid_row(**changes: object) -> Row:
         (valid_row(opcodes=valid_row().opcodes | {"CCTL.IVALL": 0}), "have not written yet"),
         (valid_row(opcodes=valid_row().opcodes | {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}), "floating-point atomics"),
         (valid_row(target="gfx942", opcodes={"buffer_wbl2": 1, "buffer_inv": 1}), "no v_mfma"),
+        (
+            valid_row(target="gfx942", stack_bytes=4, opcodes={"buffer_wbl2": 1, "buffer_inv": 1, "v_mfma": 1}),
+            "4 bytes",
+        ),
+        (valid_row(kernel="capture_scores_kernel"), "not one PREEXIT: launches do not overlap"),
+        (valid_row(kernel="capture_map_kernel", opcodes=MAP | {"ACQBULK": 0}), "not one ACQBULK"),
+        (valid_row(kernel="capture_map_kernel", opcodes=MAP | {limits.EARLY: 1}), "has not written yet"),
     ],
 )
 def test_a_planted_fault_is_named(row: Row, fault: str) -> None:
-    assert not limits.faults(valid_row())
+    assert not limits.faults(valid_row()) and not limits.faults(valid_row(kernel="capture_map_kernel", opcodes=MAP))
     assert len(found := limits.faults(row)) == 1
     assert fault in found[0]
 
 
 def test_a_change_of_registers_is_named() -> None:
-    counted = limits.table()["capture_map_kernel bfloat16 head size 128 rows 1"]
+    counted = limits.table()["capture_scores_kernel bfloat16 head size 128 rows 1"]
     for version, counts in counted.items():
-        row = valid_row(registers=counts[limits.TARGETS.index("90")])
+        opcodes = valid_row().opcodes | {"PREEXIT": 1}
+        row = valid_row(kernel="capture_scores_kernel", opcodes=opcodes, registers=counts[limits.TARGETS.index("90")])
         assert limits.verdict(row, version) == limits.verdict(row, f"{version}+git01234567") == []
         (change,) = limits.verdict(row._replace(registers=row.registers - 1), version)
         assert change.startswith(f"{row.registers - 1} registers, {row.registers} in registers.json")
@@ -106,7 +128,7 @@ def test_a_change_of_registers_is_named() -> None:
 
 
 def test_a_triton_that_is_not_in_the_table_has_limits_on_memory_and_registers() -> None:
-    row = valid_row(kernel="capture_statistics_kernel", case="bfloat16 head size 64 rows 1", opcodes={"NEW.HMMA": 1})
+    row = valid_row(kernel="capture_scores_kernel", case="bfloat16 head size 64 rows 1", opcodes={"NEW.HMMA": 1})
     counted = limits.table()[f"{row.kernel} {row.case}"].values()
     most = max(counts[limits.TARGETS.index("90")] for counts in counted)
     bound = int(limits.ALLOWANCE * most)
@@ -130,7 +152,9 @@ def test_registers_are_written_next_to_those_of_other_versions(tmp_path: Path, m
     ]
     offline.write(rows)
     written = json.loads(path.read_text())
-    assert written == {name: {**by_version, "3.99.0": [40, 41, 42, 43]} for name, by_version in limits.table().items()}
+    assert written == {
+        name: {**by_version, "3.99.0": [40, 41, 42, 43, 44]} for name, by_version in limits.table().items()
+    }
     assert all(list(by_version) == [*limits.versions(), "3.99.0"] for by_version in written.values())
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from carve_kernels.backends.triton import capture_kernels, contrast_kernels
+from carve_kernels.backends.triton.capture_plan import PLAIN
 from carve_kernels.backends.triton.launch import VECTOR_BYTES, Kernel, alignment, strides_of
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_the_second_call_passes_what_tritons_launcher_passed(calls: dict[str, An
     assert again["compiled"] == 0 and not again["tensors"]
     assert again["launches"] == first["launches"]
     names = [name for name, _, _ in again["launches"]]
-    assert names == ["capture_statistics_kernel", "capture_map_kernel"]
+    assert names == ["capture_scores_kernel", "capture_map_kernel"]
 
 
 def test_numbers_compile_nothing_and_types_do(calls: dict[str, Any]) -> None:
@@ -104,19 +105,20 @@ def test_numbers_compile_nothing_and_types_do(calls: dict[str, Any]) -> None:
         "again": 0,
         "other numbers": 0,
         "other keys": 0,
-        "a shifted key": 2,
-        "a mask": 2,
+        "a shifted key": 1,
+        "a mask": 1,
         "long tokens": 1,
         "a known lse": 1,
         "a known lse again": 0,
     }
     assert calls["other numbers"]["launches"] != calls["first"]["launches"]
-    assert [name for name, _, _ in calls["a known lse again"]["launches"]] == ["capture_map_kernel"]
+    assert [name for name, _, _ in calls["a known lse again"]["launches"]] == ["capture_reread_kernel"]
 
 
 def test_a_shifted_key_loses_the_hint(calls: dict[str, Any]) -> None:
     def constants(call: str) -> list[Any]:
-        return list(calls[call]["launches"][0][2][-5:])
+        return list(calls[call]["launches"][0][2][-8:])
 
-    assert constants("first") == [16, 8, True, False, False]
-    assert constants("a shifted key") == [2, 1, True, False, False]
+    # Alignment, elements of it, dense, kind, window, tiles, batch, and whether launches overlap.
+    assert constants("first") == [16, 8, True, PLAIN, False, False, False, True]
+    assert constants("a shifted key") == [2, 1, True, PLAIN, False, False, False, True]
