@@ -15,7 +15,6 @@ from benchmarks import opponent_work
 from benchmarks.gpu import predicted as fitted
 from benchmarks.gpu import predicted_triton as twin
 from benchmarks.support.cases import GEOMETRIES, VISUAL_SHARE, Case
-from carve_kernels.selfcheck.cuda_work import attention_work
 from carve_kernels.selfcheck.roofline import GPUS, REACHED, UNITS, Gpu, Unit, predict, work_of
 from carve_kernels.selfcheck.work import Work
 
@@ -64,6 +63,16 @@ def captures(case: Case, layers: int = LAYERS, *, lse: bool = False) -> Iterator
             yield Cost(f"capture, {backend}{', with lse' if lse else ''}", work, UNITS["capture", backend])
 
 
+def attended(case: Case) -> Iterator[Cost]:
+    """Attention and capture of one row of one layer in one read of keys and values."""
+    heads, key_heads, size = GEOMETRIES[case.geometry]
+    tokens = int(VISUAL_SHARE * case.length)
+    sizes = {"batch": 1, "query_heads": heads, "key_heads": key_heads, "keys": case.length, "size": size}
+    work = work_of("attention", "cuda", **sizes, value_size=size, tokens=tokens, span=tokens)
+    if work is not None:
+        yield Cost("attention, cuda: one layer, captured", work, UNITS["attention", "cuda"])
+
+
 def opponents(case: Case, layers: int = LAYERS) -> Iterator[Cost]:
     """The opponents for the same layers; eager attention and FlashAttention over all rows of a prefill."""
     yield Cost("common idiom", _layers(opponent_work.idiom(case), layers))
@@ -109,6 +118,7 @@ def measure(geometries: list[str], lengths: list[int], advance: Callable[[str], 
     entries = [_entry("decode", Cost("the whole step", step), {}, step)]
     for cost in (*captures(case), *captures(case, lse=True), *saliencies()):
         entries.append(_entry("decode", cost, {}, step))
+    entries += [_entry("decode", cost, {}, step) for cost in attended(case)]
     entries.append(_entry("decode", Cost("common idiom", _layers(opponent_work.idiom(case), LAYERS)), {}, step))
     entries.append(_entry("decode", Cost("eager attention", _layers(opponent_work.eager(case, 1), LAYERS)), {}, step))
     advance("decode step")
@@ -156,12 +166,9 @@ def _twin(case: Case) -> Entry:
 
 def _attended(case: Case) -> Entry:
     """One row of one layer attended and captured on an H100 in a graph, beside what sdpa alone took there."""
-    heads, key_heads, size = GEOMETRIES[case.geometry]
-    tokens = int(VISUAL_SHARE * case.length)
-    work = attention_work(
-        batch=1, query_heads=heads, key_heads=key_heads, keys=case.length, size=size, value_size=size, tokens=tokens,
-        span=tokens,
-    )  # fmt: skip
+    heads, key_heads, _ = GEOMETRIES[case.geometry]
+    (own,) = attended(case)
+    work = own.work
     times = {
         "K and V at 3.0 TB/s": 2e6 * fitted.key_bytes(case, 1) / (REACHED * GPUS["H100"].bandwidth),
         "least": 1e6 * predict(work, GPUS["H100"], graphs=True).seconds,

@@ -73,14 +73,6 @@ def resolve(stage: str, backend: str, device: torch.device, *args: Any, **kwargs
     A backend requested by name serves or raises `BackendUnavailable`; `auto` takes the first that serves. It warns once
     about a backend that is missing or broken here, and silently skips one that does not serve these arguments.
     """
-    module = choose(stage, backend, device, *args, **kwargs)
-    if isinstance(module, str):
-        raise checks.BackendUnavailable(f"backend={backend!r}: {module}")
-    return module
-
-
-def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> ModuleType | str:
-    """As `resolve`, but where no backend serves, the reasons."""
     # `choice` builds the message; calling it every time would be a tenth of what a call costs.
     if stage not in SUPPORT or type(backend) is not str or backend not in _CHOICES:
         checks.choice("stage", stage, STAGES)
@@ -97,7 +89,20 @@ def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs:
         if missing and backend == "auto" and SUPPORT[stage][name] is None and stage not in FALLBACK:
             warn_once(missing, f"backend {name} unavailable, using the next one: {missing}")
         reasons.append(f"{name} cannot serve {stage}: {reason}")
-    return "; ".join(reasons) or f"no backend but the reference serves {stage} on {device}"
+    why = "; ".join(reasons) or f"no backend but the reference serves {stage} on {device}"
+    raise checks.BackendUnavailable(_prefix(backend) + why)
+
+
+def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> ModuleType | str:
+    """As `resolve`, but where no backend serves, the reasons."""
+    try:
+        return resolve(stage, backend, device, *args, **kwargs)
+    except checks.BackendUnavailable as error:
+        return str(error).removeprefix(_prefix(backend))
+
+
+def _prefix(backend: str) -> str:
+    return f"backend={backend!r}: "
 
 
 def warn_once(reason: str, message: str) -> None:

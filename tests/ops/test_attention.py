@@ -16,6 +16,7 @@ from carve_kernels import BackendUnavailable, attention, backends, capture
 from carve_kernels.backends import cuda
 from carve_kernels.ops.attention_operator import attention_operator
 from carve_kernels.types import Attended, CaptureOptions
+from tests.emulator import emulator
 from tests.support.attended import (
     BACKENDS,
     CUDA,
@@ -272,13 +273,12 @@ def test_the_fallback_is_logged_once_for_each_reason(
 ) -> None:
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
-    monkeypatch.setattr(cuda, "devices", lambda: ("cpu",))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    for rows in (2, 3, 2):
-        arguments, options = problem(BASE.but(rows=rows), 64)
+    with emulator.serving("attention"):
+        for rows in (2, 3, 2):
+            arguments, options = problem(BASE.but(rows=rows), 64)
+            attention(*arguments, **options)
+        arguments, options = problem(BASE.but(dtype=torch.float32), 64)
         attention(*arguments, **options)
-    arguments, options = problem(BASE.but(dtype=torch.float32), 64)
-    attention(*arguments, **options)
     messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "computed by sdpa and capture" in messages[0] and "other than one row" in messages[0]

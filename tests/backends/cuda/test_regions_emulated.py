@@ -146,7 +146,7 @@ def test_more_regions_than_one_block_sorts(rows: int, columns: int, limit: dict[
     found = device.forward(values, RegionOptions(**options))
     assert_same(found, reference.forward(values, RegionOptions(**options)))
     kept = limit.get("top", int(rows * columns / 2 * options["keep"]))
-    assert len(found.boxes) == kept > device._OUTCOME_ROWS
+    assert len(found.boxes) == kept > device.OUTCOME_ROWS
     assert rows * columns / 2 > (5 if rows == 150 else emulator.MOST_RUNS) * 2048
 
 
