@@ -105,7 +105,7 @@ def test_a_square_number_of_tokens_needs_no_square_grid() -> None:
 def test_a_count_unlike_the_grid_is_an_error_that_names_both(count: int) -> None:
     # The release skips or truncates such a layer.
     task, general = maps((1, count))
-    with pytest.raises(ValueError, match=f"expected the {count} tokens of task, got 18 x 32 = 576"):
+    with pytest.raises(ValueError, match=f"expected {count} tokens, got 18 x 32 = 576"):
         carve(photograph(32, 18), task, general, grid=(18, 32), preset="release")
 
 

@@ -84,6 +84,8 @@ def _check_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ou
     if output is not None:
         checks.tensor("output", output, shape=(*query.shape[:3], value.shape[3]), dtypes=(query.dtype,))
         checks.device("output", output, query)
+        if any(count > 1 and stride == 0 for count, stride in zip(output.shape, output.stride(), strict=True)):
+            raise ValueError("output: expected memory of its own for each element, got an expanded tensor")
 
 
 def _needs_gradient(*tensors: torch.Tensor) -> bool:

@@ -79,6 +79,8 @@ def _name_what_disagrees(query: torch.Tensor, key: torch.Tensor, tokens: torch.T
 
 def check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Capture, *, in_steps: bool = False) -> None:
     """Check the outputs of one capture or, `in_steps`, buffers of the steps and layers of many."""
+    if not isinstance(out, Capture):
+        raise TypeError(f"out: expected a Capture, got {checks.describe(out)}")
     batch, query_heads, rows, _ = query.shape
     middle = (query_heads,) if heads == "each" else ()
     lead: tuple[int | str, ...] = ("T", "M") if in_steps else ()

@@ -117,7 +117,7 @@ def views_of(grid: Any, size: Any, tokens: int) -> Views:
     total = sum(rows * columns for (rows, columns), _ in views)
     if total != tokens:
         listed = " + ".join(f"{rows} x {columns}" for (rows, columns), _ in views)
-        raise ValueError(f"grid: expected the {tokens} tokens of task, got {listed} = {total} tokens")
+        raise ValueError(f"grid: expected {tokens} tokens, got {listed} = {total} tokens")
     return views
 
 

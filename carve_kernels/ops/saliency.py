@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,10 +58,13 @@ class Saliency:
         return self.buffers.regions.outcome.numel() > 0
 
     def regions(self) -> Regions:
-        """The regions that were requested. One copy to the host waits for the device; the mask stays there."""
+        """The regions that were requested, in memory of their own. One copy to the host waits for the device; the mask
+        stays there.
+        """
         if not self.has_regions:
             raise ValueError("regions: expected a saliency that was computed with regions=, got one without")
-        return read(self.buffers.regions)
+        found = read(self.buffers.regions)
+        return replace(found, mask=found.mask.clone(), boxes=found.boxes.clone(), scores=found.scores.clone())
 
 
 def saliency(
@@ -113,7 +116,7 @@ def saliency(
 
     With `out`, cpu and cuda run one operator that neither allocates nor waits, so that a CUDA graph can record the call
     and be replayed for every new token; `Saliency.regions()` then reads the regions when they are wanted. Keys may be
-    fewer than in the call that made `out`, never more.
+    fewer than in the call that made `out`, never more, and `general` must not be memory of `out`: clone its maps.
 
     Raises TypeError or ValueError for arguments that do not fit: a batch (call it for each row), several rows of
     queries (slice one), general maps of several steps (pick one), regions of several views. Raises BackendUnavailable
@@ -129,13 +132,13 @@ def saliency(
     selection = None if regions is None else _region_options(regions, views)
     if out is not None and not isinstance(out, Saliency):
         raise TypeError(f"out: expected a Saliency of an earlier call, got {checks.describe(out)}")
-    is_checked = check or (check is None and general.device.type == "cpu")
+    is_checked = check or (check is None and general.device.type == "cpu" and not torch.compiler.is_compiling())
     with torch.no_grad():
         operator = saliency_operator(backend, layers, tokens, options, general, views, contrasted, selection)
         buffers = _allocate(layers, tokens, views, selection, operator) if out is None else out.buffers
         if out is not None:
             check_out(layers.query[0], tokens, "mean", buffers.capture, in_steps=True)
-            _check_out(out, views, is_several(grid), selection, operator)
+            _check_out(out, count, general, views, is_several(grid), selection, operator)
         if is_checked:
             for one_query, one_key, one_options in _each_layer(layers, options):
                 check_capture(one_query, one_key, tokens, one_options)
@@ -235,9 +238,19 @@ def _allocate(
 
 
 def _check_out(
-    out: Saliency, views: Views, several: bool, regions: RegionOptions | None, operator: SaliencyOperator
+    out: Saliency,
+    layers: int,
+    general: torch.Tensor,
+    views: Views,
+    several: bool,
+    regions: RegionOptions | None,
+    operator: SaliencyOperator,
 ) -> None:
-    """Refuse the memory of a call with other pixels or regions, or with fewer keys."""
+    """Refuse the memory of a call with other layers, pixels or regions, or with fewer keys, and the general maps'."""
+    if len(out.maps) != layers:
+        raise ValueError(f"out: expected a saliency of {layers} layers, got one of {len(out.maps)}")
+    if not torch.compiler.is_compiling() and _shares_memory(general, out.buffers):
+        raise ValueError("general: expected memory that out= does not write, got the maps of out; use general.clone()")
     if (regions is not None) != out.has_regions:
         wanted = "with regions" if regions is not None else "without regions"
         raise ValueError(f"out: expected a saliency {wanted}, as this call, got another")
@@ -253,6 +266,13 @@ def _check_out(
             f"out: expected the saliency of a call with as many keys, whose scratch has {operator.needs.bytes} bytes, "
             f"got one with {memory.scratch.numel()}"
         )
+
+
+def _shares_memory(general: torch.Tensor, buffers: SaliencyBuffers) -> bool:
+    written = (*buffers.capture, buffers.pixels, *buffers.regions, *buffers.memory)
+    return any(
+        general.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in written if one.numel()
+    )
 
 
 def _result(buffers: SaliencyBuffers, views: Views, several: bool) -> Saliency:

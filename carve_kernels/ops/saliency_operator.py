@@ -62,7 +62,7 @@ def saliency_operator(
         modules.append(resolve("regions", backend, device, pixels, regions))
     names = {module.__name__.split(".")[-2] for module in modules}
     # Layers of several kinds are captured one after the other.
-    kinds = {(one.shape, other.shape) for one, other in zip(layers.query, layers.key, strict=True)}
+    kinds = {(one.shape, other.shape, one.dtype) for one, other in zip(layers.query, layers.key, strict=True)}
     refused = [capture.supports(*pair) for pair in zip(layers.query[1:], layers.key[1:], strict=True)]
     if len(names) == 1 and names <= set(_COMPILED) and len(kinds) == 1 and not any(refused):
         compiled = _compiled(names.pop())
@@ -76,12 +76,17 @@ def _compiled(name: str) -> Any:
 
 
 def _capture_needs(module: ModuleType, layers: Layers, tokens: torch.Tensor) -> ScratchNeeds:
-    query, key = layers.query[0], layers.key[0]
-    batch, heads, rows, size = query.shape
-    return operator_of(module, query.device).needs(
-        layers=len(layers.query), batch=batch, query_heads=heads, key_heads=key.shape[1], rows=rows,
-        keys=key.shape[2], size=size, tokens=tokens.shape[1], element_bytes=query.element_size(),
-    )  # fmt: skip
+    """The most that layers of one kind need, if all were of it."""
+    needs = operator_of(module, layers.query[0].device).needs
+    of_kinds = []
+    for query, key in zip(layers.query, layers.key, strict=True):
+        batch, heads, rows, size = query.shape
+        of_kind = needs(
+            layers=len(layers.query), batch=batch, query_heads=heads, key_heads=key.shape[1], rows=rows,
+            keys=key.shape[2], size=size, tokens=tokens.shape[1], element_bytes=query.element_size(),
+        )  # fmt: skip
+        of_kinds.append(of_kind)
+    return ScratchNeeds(max(one.bytes for one in of_kinds), max(one.tickets for one in of_kinds))
 
 
 def operands(

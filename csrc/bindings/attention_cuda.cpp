@@ -70,10 +70,10 @@ void attend_layer(StableIValue* stack, uint64_t inputs, uint64_t) {
 
   carve::AttentionValue value{};
   value.value = in.value.data();
-  std::copy_n(in.value.strides, 3, value.value_strides);
+  in.value.copy_strides(3, value.value_strides);
   value.size = size;
   value.output = in.output.mutable_data();
-  std::copy_n(in.output.strides, 2, value.output_strides);
+  in.output.copy_strides(2, value.output_strides);
   carve::attend_cuda(p, value, carve::describe_device(in.capture, call));
 }
 

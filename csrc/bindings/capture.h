@@ -152,7 +152,7 @@ void parse_layer(const Operand& query, const Operand& key, int32_t dtype, const 
   layer.query = query.data();
   layer.key = key.data();
   std::copy_n(query.strides, 4, layer.query_strides);
-  std::copy_n(key.strides, 3, layer.key_strides);
+  key.copy_strides(3, layer.key_strides);
 }
 
 // One output of the first layer in step 0. A stepped output has the leading dimensions [steps, layers].

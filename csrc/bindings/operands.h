@@ -104,6 +104,11 @@ class Operand : public TensorOwner {
   // Stays owned by this operand.
   AtenTensorHandle handle() const { return handle_; }
 
+  // The strides of the first dimensions, 0 along one of a single element: that is no distance, and its alignment none.
+  void copy_strides(int64_t count, int64_t* to) const {
+    for (int64_t index = 0; index < count; ++index) to[index] = sizes[index] > 1 ? strides[index] : 0;
+  }
+
   bool is_on_device_of(const Operand& other) const {
     return device_type == other.device_type && device == other.device;
   }

@@ -268,6 +268,30 @@ def test_what_the_cuda_kernels_do_not_serve_is_named(name: str, monkeypatch: pyt
     )
 
 
+def test_outputs_that_cannot_be_written_are_refused_or_left_to_sdpa() -> None:
+    arguments, options = problem(served(BASE, CUDA), 64)
+    query = arguments[0]
+    batch, heads = query.shape[:2]
+    expanded = torch.empty(batch, 1, 1, 64, dtype=query.dtype).expand(batch, heads, 1, 64)
+    with pytest.raises(ValueError, match="output: expected memory of its own for each element"):
+        attention(*arguments, **options, output=expanded)
+    with pytest.raises(TypeError, match="out: expected a Capture, got tuple"):
+        attention(*arguments, **options, out=(1, 2, 3))  # type: ignore[arg-type]
+    odd = torch.empty(batch, heads, 1, 65, dtype=query.dtype)[..., 1:]
+    with emulator.serving("attention"):
+        with pytest.raises(BackendUnavailable, match="output has heads that do not start at multiples of 4 bytes"):
+            attention(*arguments, **options, output=odd, backend="cuda")
+        # The strides of a single entry are no distance.
+        lone = [one[:1] for one in arguments]
+        lone[1] = lone[1].as_strided(lone[1].shape, (3, *lone[1].stride()[1:]), lone[1].storage_offset())
+        shared = {
+            name: one[:1] if isinstance(one, torch.Tensor) and name != "sink" else one for name, one in options.items()
+        }
+        found = attention(*lone, **shared, backend="cuda")
+        wanted = attention(lone[0], lone[1].clone(), *lone[2:], **shared, backend="cuda")
+        assert torch.equal(found.output, wanted.output)
+
+
 def test_the_fallback_is_logged_once_for_each_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

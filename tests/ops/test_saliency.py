@@ -262,7 +262,7 @@ def nan_key(keys: list[torch.Tensor]) -> list[torch.Tensor]:
         ({"general": lambda general: general.double()}, TypeError, "general: expected dtype torch.float32"),
         ({"general": lambda general: -general}, ValueError, "general: expected finite values of at least 0"),
         ({"general": lambda general: general.to("meta")}, ValueError, "general: expected a tensor on cpu"),
-        ({"grid": (4, 4)}, ValueError, "grid: expected the 12 tokens of task"),
+        ({"grid": (4, 4)}, ValueError, "grid: expected 12 tokens"),
         ({"size": (0, 4)}, ValueError, "size.0.: expected an integer"),
         ({"scale": "1"}, TypeError, "scale: expected a number"),
         ({"window": 3}, ValueError, "window: expected positions"),
@@ -310,6 +310,50 @@ def test_the_memory_of_another_call_is_refused() -> None:
         saliency(*arguments, **options, out=saliency(*other[:4], (2, 4), SIZE, **options))
     with pytest.raises(ValueError, match="regions: expected a saliency that was computed with regions="):
         plain.regions()
+
+
+def test_general_maps_in_the_memory_that_is_written_are_refused(backend: str) -> None:
+    arguments, options = problem()
+    first = saliency(*arguments, **options, backend=backend)
+    before = first.maps.clone()
+    arguments[3] = first.maps
+    with pytest.raises(ValueError, match=r"general: expected memory that out= does not write, .*general.clone\(\)"):
+        saliency(*arguments, **options, out=first, backend=backend)
+    assert torch.equal(first.maps, before)
+
+
+def test_memory_of_other_layers_is_refused_before_it_is_written(backend: str) -> None:
+    arguments, options = problem()
+    first = saliency(*arguments, **options, backend=backend)
+    before = first.maps.clone()
+    for count in (1, LAYERS + 1):
+        fewer, shared = problem(layers=count)
+        with pytest.raises(ValueError, match=f"out: expected a saliency of {count} layers, got one of {LAYERS}"):
+            saliency(*fewer, **shared, out=first, backend=backend)
+    assert torch.equal(first.maps, before)
+
+
+def test_layers_of_several_dtypes_and_lengths_are_captured_one_after_the_other(backend: str) -> None:
+    for changes in ({"dtype": torch.bfloat16}, {"keys": 250}):
+        arguments, options = problem()
+        (query, key, _), _ = planted(CASE.but(**changes))
+        arguments[0][1], arguments[1][1] = query, key
+        found = saliency(*arguments, **options, backend=backend)
+        alone = capture(query, key, arguments[2], **options, backend=backend)
+        assert torch.equal(found.maps[1], alone.maps[0, 0])
+
+
+def test_regions_stay_when_the_next_call_writes_its_memory(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("triton finds no regions")
+    arguments, options = problem(regions=WANTED)
+    first = saliency(*arguments, **options, backend=backend)
+    found = first.regions()
+    before = [part.clone() for part in (found.mask, found.boxes, found.scores)]
+    others, _ = problem(CASE.but(seed=9))
+    saliency(*others, **options, out=first, backend=backend)
+    assert not torch.equal(first.regions().mask, before[0])
+    assert all(map(torch.equal, (found.mask, found.boxes, found.scores), before))
 
 
 @pytest.mark.gpu

@@ -28,6 +28,9 @@ def supports(
     """Why these arguments cannot be served, or None."""
     if output is not None and output.stride(3) != 1:
         return f"output has stride {output.stride(3)} in its last dimension, this backend serves 1; {_FIX}"
+    # Two elements are stored at a time.
+    if output is not None and not _starts_at(output, 4, axes=2):
+        return f"output has heads that do not start at multiples of 4 bytes; {_FIX}"
     if reason := capture_limit(query, key, out) or limit(query, key, value):
         return reason
     return cuda.foreign(query.device.index) if query.device.type == "cuda" else None
@@ -52,7 +55,7 @@ def limit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             f"value has stride {value.stride(3)} in its last dimension, this backend serves 1; use value.contiguous()"
         )
     for name, tensor in (("key", key), ("value", value)):
-        if not _is_aligned(tensor):
+        if not _starts_at(tensor, _VECTOR):
             return f"{name} has rows that do not start at multiples of {_VECTOR} bytes; use {name}.contiguous()"
     return None
 
@@ -95,10 +98,10 @@ def scratch_needs(**sizes: int) -> ScratchNeeds:
     return ScratchNeeds(divided.scratch_bytes, divided.tickets)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
+def _starts_at(tensor: Tensor, multiple: int, *, axes: int = 3) -> bool:
+    """Whether all that the first axes have starts at a multiple of some bytes."""
     width = tensor.element_size()
     # A compiler knows no addresses; the operator refuses what starts elsewhere, and no cache does.
-    if not torch.compiler.is_compiling() and tensor.data_ptr() % _VECTOR:
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % multiple:
         return False
-    return all(tensor.shape[axis] <= 1 or tensor.stride(axis) * width % _VECTOR == 0 for axis in range(3))
+    return all(tensor.shape[axis] <= 1 or tensor.stride(axis) * width % multiple == 0 for axis in range(axes))
