@@ -34,8 +34,8 @@ SUPPORT: dict[str, dict[str, str | None]] = {
     },
     "attention": {
         "reference": None,
-        "cpu": "no kernel of this backend attends and captures; backend='auto' calls sdpa and capture",
-        "triton": "no kernel of this backend attends and captures; backend='auto' calls sdpa and capture, or cuda",
+        "cpu": "no kernel of this backend attends and captures at once",
+        "triton": "no kernel of this backend attends and captures at once",
         "cuda": None,
     },
 }

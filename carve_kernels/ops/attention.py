@@ -49,9 +49,9 @@ def attention(
     output       as query          [B, A, R, E]        a tensor to write the output into
     ===========  ================  ==================  =============================================================
 
-    The other arguments, and errors of their values, are those of `capture`. Returns Attended(output [B, A, R, E] in the
-    dtype of the query, Capture), a pair. A row that sees no key gives zeros. Keys and values that no row of an entry of
-    the batch sees may hold any value.
+    The other arguments, and errors of their values, are those of `capture`, but for `lse`, which is computed. Returns
+    Attended(output [B, A, R, E] in the dtype of the query, Capture), a pair. A row that sees no key gives zeros. Keys
+    and values that no row of an entry of the batch sees may hold any value. Outputs must not overlap inputs.
 
     The backend cuda reads keys and values once for both. It serves one row in bfloat16 or float16, head sizes that are
     multiples of 8 up to 256, and rows of keys and values that are dense and start at multiples of 16 bytes. What it

@@ -77,7 +77,8 @@ def attend(
         attended: Attended = module.forward(*call, output=output, out=out)
         return attended
     if backend != "auto":
-        raise checks.BackendUnavailable(f"backend={backend!r}: {module}")
+        advice = f"use backend='auto', which calls {FALLBACK['attention']}"
+        raise checks.BackendUnavailable(f"backend={backend!r}: {module}; {advice}")
     warn_once(module, f"attention is computed by {FALLBACK['attention']}, one after the other: {module}")
     return sdpa_and_capture(*call, output=output, out=out)
 

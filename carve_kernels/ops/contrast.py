@@ -64,7 +64,7 @@ def contrast(
     layers, steps, tokens = task.shape
     if min(task.shape) < 1:
         raise ValueError(f"task: expected at least one layer, step and token, got {checks.describe(task)}")
-    checks.tensor("general", general, shape=(layers, f"{steps} or 1", tokens), dtypes=(task.dtype,))
+    checks.tensor("general", general, shape=(layers, f"{steps} or 1" if steps > 1 else 1, tokens), dtypes=(task.dtype,))
     if general.shape[1] not in (1, steps):
         raise ValueError(f"general: expected {steps} steps or 1 to go with task, got {checks.describe(general)}")
     if general.device != task.device:

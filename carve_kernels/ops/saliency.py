@@ -91,10 +91,10 @@ def saliency(
 ) -> Saliency:
     """A heat map of one row of queries: capture, contrast with a remembered general map, regions; one operator.
 
-    Equals, to the bit, for buffers `out` of one step::
+    Equals, to the bit, for `buffers`, a Capture of one step and these layers::
 
-        capture_layers(query, key, tokens, scale=scale, step=torch.tensor(0), out=out, ...)
-        pixels = contrast(out.maps[0, :, 0], general, grid, size, lam=lam, layer_weights=layer_weights, ...)
+        capture_layers(query, key, tokens, scale=scale, step=torch.tensor(0), out=buffers, ...)
+        pixels = contrast(buffers.maps[0, :, 0], general[:, None], grid, size, lam=lam, layer_weights=...)
         found = carve_kernels.regions(pixels, **regions)                 # if there are `regions`
 
     =============  ==================  =================  ========================================================
@@ -114,9 +114,10 @@ def saliency(
     (result)       Saliency                               pixels [H, W], the maps, and the regions when asked for
     =============  ==================  =================  ========================================================
 
-    With `out`, cpu and cuda run one operator that neither allocates nor waits, so that a CUDA graph can record the call
-    and be replayed for every new token; `Saliency.regions()` then reads the regions when they are wanted. Keys may be
-    fewer than in the call that made `out`, never more, and `general` must not be memory of `out`: clone its maps.
+    With `out`, layers of one shape and dtype, a contiguous `general` and weights that are numbers, cpu and cuda run one
+    operator that neither allocates nor waits, so that a CUDA graph can record the call and be replayed for every new
+    token; `Saliency.regions()` then reads the regions when they are wanted. More keys than in the call that made `out`
+    are refused where they need more scratch, and so is a `general` in the memory of `out`: clone its maps.
 
     Raises TypeError or ValueError for arguments that do not fit: a batch (call it for each row), several rows of
     queries (slice one), general maps of several steps (pick one), regions of several views. Raises BackendUnavailable
@@ -205,7 +206,7 @@ def _region_options(regions: Mapping[str, Any], views: Views) -> RegionOptions:
         raise TypeError(f"regions: expected a dict of the options of `regions`, got {checks.describe(regions)}")
     known = ("keep", "top", "floor", "connectivity", "score")
     for name in regions:
-        checks.choice("regions: an option", name, known)
+        checks.choice("regions", name, known)
     if "keep" not in regions:
         raise ValueError(f"regions: expected the option 'keep', got {checks.describe(regions)}")
     return region_options(**regions)

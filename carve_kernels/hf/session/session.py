@@ -69,17 +69,17 @@ def capture_attention(
                chat template
     max_steps  the number of forward passes captured of one generation; later ones are not, with a warning in the log
     on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
-    backend    the backend of the capture
-    fused      True: in decode steps, one operator computes the attention of a captured layer and its map; outputs then
-               differ from those of the model's own attention in the last bits. Where it does not serve, the model's own
-               is called, as in prefills, and one line in the log says why
+    backend    the backend of the capture and, with `fused`, of that operator
+    fused      True: in decode steps on a GPU in bfloat16 or float16, one operator computes the attention of a captured
+               layer and its map; outputs then differ from those of the model's own attention in the last bits. Where it
+               does not serve, the model's own is called, as in prefills, and one line in the log says why
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
     step belongs to the prompt of its cache. The vision tower is not touched, and the model is restored on leaving, also
     after an error or Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
     a way of decoding whose map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
-    with alternatives.
+    with alternatives. Raises BackendUnavailable for a named backend that cannot serve, also not `fused`.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     if not isinstance(model, nn.Module):
