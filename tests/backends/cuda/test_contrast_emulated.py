@@ -123,9 +123,9 @@ def test_weights_are_copied_to_the_device_once() -> None:
     task, general = maps((2, 3), layers=2, steps=2)
     options: dict[str, Any] = {"layer_weights": [0.5, 2.0], "step_weights": torch.tensor([3.0, 4.0]), "lam": 0.1}
     launch(task, general, (2, 3), (4, 4), **options)
-    before = weights.on_device.cache_info()
+    before = weights._copied.cache_info()
     launch(task, general, (2, 3), (4, 4), **options)
-    after = weights.on_device.cache_info()
+    after = weights._copied.cache_info()
     assert (after.hits, after.misses) == (before.hits + 2, before.misses)
 
 
