@@ -272,7 +272,7 @@ def nan_key(keys: list[torch.Tensor]) -> list[torch.Tensor]:
         ({"normalize": "mean"}, ValueError, "normalize: expected one of"),
         ({"regions": 0.4}, TypeError, "regions: expected a dict of the options"),
         ({"regions": {"top": 2}}, ValueError, "regions: expected the option 'keep'"),
-        ({"regions": {"keep": 0.4, "peak": 2}}, ValueError, "regions: an option: expected one of 'keep', 'top'"),
+        ({"regions": {"keep": 0.4, "peak": 2}}, ValueError, "regions: expected one of 'keep', 'top'"),
         ({"regions": {"keep": 0.4}}, ValueError, "top, floor: expected exactly one of them"),
         (
             {"grid": [(2, 4), (2, 2)], "size": [(4, 4), (4, 4)], "regions": WANTED},
