@@ -129,6 +129,17 @@ def test_weights_are_copied_to_the_device_once() -> None:
     assert (after.hits, after.misses) == (before.hits + 2, before.misses)
 
 
+def test_weights_that_a_graph_was_captured_with_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(weights, "_IN_GRAPHS", {})
+    monkeypatch.setattr(weights, "_copied", lambda values, _device: torch.tensor(values))
+    for capturing, kept in ((False, []), (True, [((1.0, 2.0), device)])):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        found = weights.on_device((1.0, 2.0), device)
+        assert list(weights._IN_GRAPHS) == kept
+    assert weights._IN_GRAPHS[(1.0, 2.0), device] is found
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
