@@ -270,9 +270,9 @@ def _counts(tokens: torch.Tensor) -> list[int]:
 
 
 def _layout_to_json(layout: VisualLayout) -> dict[str, Any]:
-    fields = ("grid", "box", "image", "frame", "kind")
+    fields = ("grid", "box", "image", "frame", "kind", "seconds")
     views = [[{name: getattr(view, name) for name in fields} for view in row] for row in layout.views]
-    return {"sizes": [[list(size) for size in row] for row in layout.sizes], "views": views}
+    return {"sizes": [[list(size) for size in row] for row in layout.sizes], "views": views, "measured": layout.measured}
 
 
 def _layout_from_json(data: dict[str, Any], tokens: torch.Tensor) -> VisualLayout:
@@ -282,10 +282,11 @@ def _layout_from_json(data: dict[str, Any], tokens: torch.Tensor) -> VisualLayou
         for entry in entries:
             height, width = entry["grid"]
             end = start + height * width
-            frame = None if entry["frame"] is None else tuple(entry["frame"])
-            views.append(
-                View(tokens[row, start:end], (height, width), tuple(entry["box"]), entry["image"], frame, entry["kind"])
-            )
+            # Files of earlier versions have no seconds.
+            spans = {name: tuple(span) for name in ("frame", "seconds") if (span := entry.get(name)) is not None}
+            box, image, kind = tuple(entry["box"]), entry["image"], entry["kind"]
+            views.append(View(tokens[row, start:end], (height, width), box, image, kind=kind, **spans))
             start = end
         rows.append(tuple(views))
-    return VisualLayout(tuple(rows), tuple(tuple((size[0], size[1]) for size in row) for row in data["sizes"]))
+    sizes = tuple(tuple((size[0], size[1]) for size in row) for row in data["sizes"])
+    return VisualLayout(tuple(rows), sizes, data.get("measured", False))

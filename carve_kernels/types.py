@@ -37,8 +37,9 @@ class View:
     tokens  int32   [GH * GW]  positions in the token sequence, row-major over the grid
     grid    int     (GH, GW)   rows and columns of tokens
     box     float   4          the part of the upright original under the grid, in pixels; it may reach into padding
-    image   int                number of the image in its row of the batch
-    frame   int     2 or None  first and one past the last frame, for video
+    image   int                number of the image or video in its row of the batch
+    frame   int     2 or None  first and one past the last frame, for video, among the frames that the model is shown
+    seconds float   2 or None  when these frames begin and end in the video, where that is known
     kind    str                "base", "tile", "crop" or "frame"
     ======  ======  =========  ==================================================================
     """
@@ -49,6 +50,7 @@ class View:
     image: int = 0
     frame: tuple[int, int] | None = None
     kind: ViewKind = "base"
+    seconds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
@@ -61,10 +63,15 @@ class View:
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """The positions of the visual tokens of a batch: the views of each row, and the sizes of its images."""
+    """The positions of the visual tokens of a batch: the views of each row, and the sizes of its images.
+
+    `sizes` has the (height, width) of each image, of a video those of its frames. `measured` says that the boxes were
+    measured for a family that has no layout.
+    """
 
     views: tuple[tuple[View, ...], ...]
     sizes: tuple[tuple[Size, ...], ...]
+    measured: bool = False
 
     def tokens(self) -> torch.Tensor:
         """The positions of all views in order, int32 [B, N], padded with -1."""
