@@ -272,7 +272,8 @@ def _counts(tokens: torch.Tensor) -> list[int]:
 def _layout_to_json(layout: VisualLayout) -> dict[str, Any]:
     fields = ("grid", "box", "image", "frame", "kind", "seconds")
     views = [[{name: getattr(view, name) for name in fields} for view in row] for row in layout.views]
-    return {"sizes": [[list(size) for size in row] for row in layout.sizes], "views": views, "measured": layout.measured}
+    sizes = [[list(size) for size in row] for row in layout.sizes]
+    return {"sizes": sizes, "views": views, "measured": layout.measured}
 
 
 def _layout_from_json(data: dict[str, Any], tokens: torch.Tensor) -> VisualLayout:
