@@ -1,0 +1,132 @@
+"""The box of each token, from the coordinates of the pixel values that reach it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from carve_kernels.hf.layouts.coordinates import Coordinates
+
+# Weights of values beside an edge of the image, whose coordinates may be biased, and the share that makes one useless.
+_BESIDE, _USELESS = 1e-3, 0.6
+_LEVEL = 1.5 / 255
+_SWEEPS = 4
+# A token whose values spread over less of it than this has its length from a neighbour: a share of the variance.
+_SPREAD = 0.3
+# Of a token's side, how far a value may lie from where an even grid has it.
+_UNEVEN = 0.15
+
+
+class _Group(NamedTuple):
+    """Tokens that as many values reach: their numbers [T], and the values' places [T, n] and weights [T, n]."""
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    weights: torch.Tensor
+
+
+def boxes_of(owners: torch.Tensor, origin: Coordinates, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The box of each of `count` tokens, float64 [N, 4], and the number of its image, int64 [N].
+
+    `owners` has for each pixel value the token that it reaches, or a negative number. A token without a value from the
+    image has NaN and -1. A token partly in padding has its whole box, which reaches out of the image.
+
+    Values of a token in order have the same pattern in every token that has as many of them, so that values in padding
+    and beside an edge, whose coordinates say nothing, are known by those of other tokens.
+    """
+    order = torch.argsort(owners, stable=True)
+    order = order[owners[order] >= 0]
+    sizes = torch.bincount(owners[order], minlength=count)
+    starts = sizes.cumsum(0) - sizes
+    boxes = torch.full((count, 4), torch.nan, dtype=torch.float64)
+    images = torch.full((count,), -1)
+    for size in sizes.unique().tolist():
+        if size == 0:
+            continue
+        tokens = (sizes == size).nonzero().flatten()
+        values = order[starts[tokens][:, None] + torch.arange(size)]
+        images[tokens] = _image_of(origin.image[values])
+        shown = images[tokens] >= 0
+        tokens, values = tokens[shown], values[shown]
+        for axis in (0, 1):
+            places, edges = origin.place[axis][values].double(), origin.edge[axis][values]
+            weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _USELESS, _BESIDE, 0.0)).double()
+            weights = weights.where(places.isfinite(), 0.0)
+            if len(tokens):
+                ends = _ends(_Group(tokens, places.nan_to_num(), weights))
+                boxes[tokens, axis], boxes[tokens, axis + 2] = ends
+    return boxes, images
+
+
+def _image_of(images: torch.Tensor) -> torch.Tensor:
+    """The image from which a token's values [T, n] come. Raises ValueError if they come from several."""
+    last = images.amax(1)
+    if bool(((images >= 0) & (images != last[:, None])).any()):
+        raise ValueError("model: expected each image token to show one image, got one that shows several")
+    return last
+
+
+def _ends(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token of a group begins and ends along an axis, float64 [T] each."""
+    pattern = _pattern(group)
+    starts, lengths, spread = _line(pattern, group.places, group.weights)
+    sure = spread >= _SPREAD / 12
+    if bool(sure.any()):
+        known = group.tokens[sure]
+        nearest = (group.tokens[:, None] - known[None]).abs().argmin(1)
+        lengths = torch.where(sure, lengths, lengths[sure][nearest])
+        total = group.weights.sum(1).clamp(min=1e-9)
+        starts = (group.weights * (group.places - lengths[:, None] * pattern)).sum(1) / total
+    expected = starts[:, None] + lengths[:, None] * pattern
+    off = ((group.places - expected).abs() * (group.weights == 1)).amax(1)
+    useless = ~(group.weights.amax(1) > 0) | ~(lengths > 0)
+    if bool((off > _UNEVEN * lengths).any()) or bool(useless.any()):
+        raise ValueError(
+            "model: the pixels that reach an image token lie in no even rectangle of the image, or too near to its "
+            "edges, so that the token's box cannot be measured"
+        )
+    return starts, starts + lengths
+
+
+def _pattern(group: _Group) -> torch.Tensor:
+    """Where in its token each value lies, from 0 to 1, float64 [n]."""
+    size = group.places.shape[1]
+    inside = (group.weights > 0) | (group.places != 0)
+    # A token without padding, and among those one far from the edges.
+    best = int((inside.sum(1) * 2.0 * size + group.weights.sum(1)).argmax())
+    pattern = _ranks(group.places[best])
+    known = (group.weights[best] > 0).double()
+    for _ in range(_SWEEPS if len(group.tokens) > 1 else 0):
+        weights = group.weights * known
+        starts, lengths, spread = _line(pattern, group.places, weights)
+        use = group.weights * ((spread >= _SPREAD / 24) & (lengths > 0))[:, None]
+        total = (use * lengths[:, None] ** 2).sum(0)
+        better = (use * lengths[:, None] * (group.places - starts[:, None])).sum(0) / total.clamp(min=1e-12)
+        pattern = torch.where(total > 0, better, pattern)
+        known = torch.maximum(known, (total > 0).double())
+    # Evenly spread values lie at these places.
+    sorted_pattern, order = pattern.sort()
+    even = (torch.arange(size) + 0.5) / size
+    starts, lengths, _ = _line(even.double(), sorted_pattern[None], known[order][None])
+    return (pattern - starts) / lengths
+
+
+def _ranks(places: torch.Tensor) -> torch.Tensor:
+    """The share of values before each one, equal values at their middle."""
+    _, where, counts = (places * 512).round().unique(return_inverse=True, return_counts=True)
+    middles = counts.cumsum(0) - counts / 2
+    return (middles / len(places))[where].double()
+
+
+def _line(
+    pattern: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The lines places = start + length * pattern of each row [T, n], and the variance of the pattern in them."""
+    total = weights.sum(1).clamp(min=1e-12)
+    middle, mean = (weights * pattern).sum(1) / total, (weights * places).sum(1) / total
+    off = pattern - middle[:, None]
+    # Nothing is known by values of small weight beside others of full weight.
+    variance = (weights * off**2).sum(1) / total
+    lengths = (weights * off * (places - mean[:, None])).sum(1) / (total * variance).clamp(min=1e-12)
+    return mean - lengths * middle, lengths, variance
