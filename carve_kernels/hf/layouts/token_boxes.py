@@ -32,7 +32,7 @@ def boxes_of(owners: torch.Tensor, origin: Coordinates, count: int) -> tuple[tor
     `owners` has for each pixel value the token that it reaches, or a negative number. A token without a value from the
     image has NaN and -1. A token partly in padding has its whole box, which reaches out of the image.
 
-    Values of a token in order have the same pattern in every token that has as many of them, so that values in padding
+    Values at the same distances in the pixel tensors have the same pattern in every token, so that values in padding
     and beside an edge, whose coordinates say nothing, are known by those of other tokens.
     """
     order = torch.argsort(owners, stable=True)
@@ -49,14 +49,26 @@ def boxes_of(owners: torch.Tensor, origin: Coordinates, count: int) -> tuple[tor
         images[tokens] = _image_of(origin.image[values])
         shown = images[tokens] >= 0
         tokens, values = tokens[shown], values[shown]
-        for axis in (0, 1):
-            places, edges = origin.place[axis][values].double(), origin.edge[axis][values]
-            weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _USELESS, _BESIDE, 0.0)).double()
-            weights = weights.where(places.isfinite(), 0.0)
-            if len(tokens):
-                ends = _ends(_Group(tokens, places.nan_to_num(), weights))
-                boxes[tokens, axis], boxes[tokens, axis + 2] = ends
+        kinds = _layouts(values)
+        for kind in kinds.unique().tolist():
+            for axis in (0, 1):
+                group = _group(tokens[kinds == kind], values[kinds == kind], origin, axis)
+                boxes[group.tokens, axis], boxes[group.tokens, axis + 2] = _ends(group)
     return boxes, images
+
+
+def _layouts(values: torch.Tensor) -> torch.Tensor:
+    """A number for each token's values [T, n] that says how they lie in the pixel tensors, int64 [T]."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(1 << 40, (values.shape[1],), generator=generator)
+    return ((values - values[:, :1]) * factors).sum(1)
+
+
+def _group(tokens: torch.Tensor, values: torch.Tensor, origin: Coordinates, axis: int) -> _Group:
+    """The places and weights of tokens' values [T, n] along an axis."""
+    places, edges = origin.place[axis][values].double(), origin.edge[axis][values]
+    weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _USELESS, _BESIDE, 0.0)).double()
+    return _Group(tokens, places.nan_to_num(), weights.where(places.isfinite(), 0.0))
 
 
 def _image_of(images: torch.Tensor) -> torch.Tensor:
