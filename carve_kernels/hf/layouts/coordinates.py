@@ -60,7 +60,14 @@ class Pixels(NamedTuple):
         return {key: _replaced(value, (key,), new) for key, value in self.entries.items()}
 
     def tensors(self) -> list[torch.Tensor]:
+        """The pixel tensors."""
         return [_get(self.entries, path) for path in self.leaves]
+
+    def without_values(self) -> Pixels:
+        """The same entries, with pixel tensors of the same shape that take no memory."""
+        return self._replace(
+            entries=self.filled([tensor.new_empty(tensor.shape, device="meta") for tensor in self.tensors()])
+        )
 
 
 def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordinates]:
