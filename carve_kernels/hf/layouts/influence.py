@@ -164,7 +164,8 @@ def _local(model: nn.Module) -> Iterator[None]:
                 continue
             for layer in stack:
                 if id(layer) not in text and any(_ATTENTION.search(type(each).__name__) for each in layer.modules()):
-                    handles.append(layer.register_forward_hook(_identity, with_kwargs=True))
+                    # Before the hooks of transformers, which record what a layer returns.
+                    handles.append(layer.register_forward_hook(_identity, with_kwargs=True, prepend=True))
         yield
     finally:
         for handle in handles:
