@@ -373,12 +373,19 @@ def deepseek_vl() -> Any:
     )
 
 
+def _prefixed(self: Any, text: str, **options: Any) -> Any:
+    return transformers.PreTrainedTokenizerFast.__call__(self, f"x{text}", **options)
+
+
 @processor()
 def fuyu() -> Any:
     patch = {"height": 14, "width": 14}
     # The one on Pillow fails in transformers 5.24.
     images = transformers.FuyuImageProcessor(size={"height": 112, "width": 168}, patch_size=patch)
-    return transformers.FuyuProcessor(images, tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"}))
+    made = tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"})
+    # The processor drops the first token of a text, which Fuyu's tokenizer adds.
+    made.__class__ = type("PrefixTokenizer", (type(made),), {"__call__": _prefixed})
+    return transformers.FuyuProcessor(images, made)
 
 
 @processor()
