@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,26 +145,11 @@ def carve_views(
     backend: str,
 ) -> CarveOutcome:
     """`carve` with checked arguments and boxes that may reach into the padding of the image."""
-    size = image.height, image.width
-    rectangles = [rectangle(box, size) for box in boxes]
-    seen = seen_pixels(rectangles, size, task.device)
-    saliency = torch.zeros(size, dtype=task.dtype, device=task.device)
-    if task.numel() == 0 or general.numel() == 0:
-        return _unchanged(image, saliency, seen, "the maps are empty", {})
-    if not bool(seen.any()):
-        return _unchanged(image, saliency, seen, "the model was shown no part of it", {})
-    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
-    # A view beside the image has tokens in the mean of the general map, and no pixels.
-    sizes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
     start = time.perf_counter()
-    views = contrast(
-        task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
-        normalize=preset.normalize, backend=backend,
-    )  # fmt: skip
-    if _is_flat(task, general, preset.lam):
-        return _unchanged(image, saliency, seen, "the saliency is constant", {"contrast": time.perf_counter() - start})
-    saliency = combine(views, rectangles, list(map(density, grids, boxes)), size, preset.overlap)
+    saliency, seen, reason = _saliency((image.height, image.width), task, general, grids, boxes, preset, backend)
     seconds = {"contrast": time.perf_counter() - start}
+    if reason is not None:
+        return _unchanged(image, saliency, seen, reason, seconds)
     start = time.perf_counter()
     selected = select(saliency, seen, preset, backend)
     seconds["regions"] = time.perf_counter() - start
@@ -177,6 +162,54 @@ def carve_views(
     )  # fmt: skip
     seconds["zoom"] = time.perf_counter() - start
     return CarveOutcome(saliency, selected, refined, None, seconds, seen=seen)
+
+
+def strength(
+    size: Size,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grids: Sequence[Size],
+    boxes: Sequence[Box],
+    preset: Preset,
+    backend: str,
+) -> float:
+    """How strong the contrast of an image is, to compare the images of one prompt: 0 where it is flat.
+
+    It is the standard deviation (the RMS contrast) of the saliency over the seen pixels, before `Preset.normalize`,
+    which would make the images alike. A mean over the area does not grow with an image's tokens or pixels.
+    """
+    plain = replace(preset, normalize="none")
+    saliency, seen, reason = _saliency(size, task, general, grids, boxes, plain, backend)
+    return 0.0 if reason is not None else float(saliency[seen].double().std(correction=0))
+
+
+def _saliency(
+    size: Size,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grids: Sequence[Size],
+    boxes: Sequence[Box],
+    preset: Preset,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, str | None]:
+    """The saliency of an image of (height, width), its seen pixels, and why there is no contrast, or None."""
+    rectangles = [rectangle(box, size) for box in boxes]
+    seen = seen_pixels(rectangles, size, task.device)
+    nothing = torch.zeros(size, dtype=task.dtype, device=task.device)
+    if task.numel() == 0 or general.numel() == 0:
+        return nothing, seen, "the maps are empty"
+    if not bool(seen.any()):
+        return nothing, seen, "the model was shown no part of it"
+    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
+    # A view beside the image has tokens in the mean of the general map, and no pixels.
+    sizes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
+    views = contrast(
+        task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
+        normalize=preset.normalize, backend=backend,
+    )  # fmt: skip
+    if _is_flat(task, general, preset.lam):
+        return nothing, seen, "the saliency is constant"
+    return combine(views, rectangles, list(map(density, grids, boxes)), size, preset.overlap), seen, None
 
 
 def _is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
