@@ -21,10 +21,73 @@ class Family(NamedTuple):
     reason: str | None = None
 
 
+_ROWS_AND_COLUMNS = {"tile": r"<row_(\d+)_col_(\d+)>", "last": True, "merge": "scale_factor"}
+_SLICES = {
+    "whole": "{image_start_token}",
+    "first": "{image_end_token}{slice_start_token}",
+    "column": "{slice_end_token}{slice_start_token}",
+    "row": "{slice_end_token}.+{slice_start_token}",
+    "shapes": "target_sizes",
+    "merge": (4, 2),
+}
+
 FAMILIES: dict[str, Family] = {
+    "aya_vision": Family(
+        "counted_tiles",
+        {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
+        placeholder=True,
+    ),
+    "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
+    "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
+    "granite4_vision": Family("unpadded_rows"),
+    "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}"}),
+    "internvl": Family("counted_tiles", {"merge": "downsample_ratio"}),
+    "lfm2_vl": Family(
+        "marked_tiles",
+        {
+            "tile": r"<\|img_row_(\d+)_col_(\d+)\|>",
+            "whole": "^{image_thumbnail_token}",
+            "alone": "",
+            "last": True,
+            "optional": True,
+            "shapes": "spatial_shapes",
+            "merge": "downsample_factor",
+        },
+    ),
+    "llama4": Family(
+        "marked_tiles",
+        {
+            "first": "{start_of_img_token}",
+            "column": "{tile_token}",
+            "row": "{tile_global_token}",
+            "whole": r"<\|image\|>",
+            "last": True,
+            "padded": True,
+            "merge": "vision_config.pixel_shuffle_ratio",
+        },
+        placeholder=True,
+    ),
     "llava": Family("centre_crop"),
+    "llava_next": Family("unpadded_rows"),
+    "llava_onevision": Family("unpadded_rows"),
+    "minicpmv4_6": Family("marked_tiles", _SLICES),
+    "minicpmv4_7": Family("marked_tiles", _SLICES),
+    "molmo2": Family("low_and_high", placeholder=True),
+    "ovis2": Family(
+        "marked_tiles",
+        {
+            "whole": "<IMG_START>",
+            "first": "^<IMG_GRID>",
+            "column": "<IMG_COL>",
+            "row": "<IMG_ROW>",
+            "merge": "vision_config.hidden_stride",
+        },
+        placeholder=True,
+    ),
+    "qianfan_ocr": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "qwen2_5_vl": Family("merged_grid"),
     "qwen2_vl": Family("merged_grid"),
+    "smolvlm": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_token}"}),
 }
 """The layout of each model type."""
 
