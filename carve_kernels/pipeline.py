@@ -194,7 +194,7 @@ def _finish(
     mask[top:bottom, left:right] = selected.mask
     shift = (left, top, left, top)
     box = tuple(edge + offset for edge, offset in zip(selected.box, shift, strict=True))
-    shifted = Regions(mask, selected.boxes + selected.boxes.new_tensor(shift), selected.scores, box)  # type: ignore[arg-type]
+    shifted = Regions(mask, selected.boxes + selected.boxes.new_tensor(shift), selected.scores, box)
     start = time.perf_counter()
     refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
     seconds["zoom"] = time.perf_counter() - start
