@@ -221,8 +221,9 @@ def _engine() -> str:
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names, processors
+    from carve_kernels.hf.families import FAMILIES
 
-    for family in names.FAMILIES:
+    for family in FAMILIES:
         limit = ""
         try:
             name = processors.processor_class(family)

@@ -23,9 +23,6 @@ from carve_kernels.checks import UpstreamChanged
 TESTED = ("5.12", "5.24")
 """The oldest and the newest version of transformers that the tests have run with."""
 
-FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "merged_grid"}
-"""The supported model types, and the layout of each: a module of `layouts`."""
-
 RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 """The layer types without softmax attention."""
 
@@ -60,11 +57,6 @@ Attention = Callable[..., Any]
 def version() -> str:
     """The version of the installed transformers."""
     return __version__
-
-
-def supported() -> str:
-    """The supported model types, for a message."""
-    return ", ".join(sorted(FAMILIES))
 
 
 def is_tested() -> bool:

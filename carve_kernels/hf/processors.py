@@ -45,6 +45,16 @@ def processor_class(family: str) -> str:
     return name
 
 
+def is_image_text(model_type: str) -> bool:
+    """Whether transformers loads a model type as one that takes images and text."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+        return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    except ImportError as error:
+        raise names.changed(f"it does not list its image-text models ({error})") from error
+
+
 def video_parts(processor_class: Any) -> list[str]:
     """The arguments of a processor class that are its video parts."""
     try:

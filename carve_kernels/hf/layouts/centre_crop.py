@@ -7,11 +7,8 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import Any
 
-import torch
-
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.types import Box, Size, View
-
-ENTRY, SHAPE = "pixel_values", "[images, 3, H, W]"
 
 # The number of class tokens that a vision tower puts before its patches.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -38,27 +35,23 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     yield "num_additional_image_tokens", count, before
 
 
-def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -> list[tuple[int, tuple[View, ...]]]:
-    """A view of each crop, with the grid from `pixel_values` and the box from the image processor's settings.
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """One view of the crop, with the grid from `pixel_values` and the box from the image processor's settings.
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch = _patch(config)
-    pixels = entry.shape[-2], entry.shape[-1]
+    patch, image_processor, size = _patch(image.config), image.image_processor, image.size
+    pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
+    expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
+    if expected != pixels:
+        raise ValueError(
+            f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
+            f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
+            f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
+        )
+    tokens.take(max(0, _extra_tokens(image.processor)))
     grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    lead = max(0, _extra_tokens(processor))
-    count = grid[0] * grid[1]
-    tokens = torch.arange(lead, lead + count)
-    image_processor = processor.image_processor
-    for size in sizes:
-        expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
-        if expected != pixels:
-            raise ValueError(
-                f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
-                f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
-                f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
-            )
-    return [(count + lead, (View(tokens, grid, _box(image_processor, size, patch)),)) for size in sizes]
+    return (View(tokens.take(grid[0] * grid[1]), grid, _box(image_processor, size, patch)),)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from carve_kernels.types import Size, View
-
-ENTRY, SHAPE = "image_grid_thw", "[images, 3]"
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.types import View
 
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -19,17 +16,9 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
         yield f"image_processor.{name}", getattr(image_processor, name, expected), expected
 
 
-def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -> list[tuple[int, tuple[View, ...]]]:
-    """A view of each whole image, with the grid from `image_grid_thw`."""
-    merge = config.vision_config.spatial_merge_size
-    grids = [(patch_rows // merge, patch_columns // merge) for _, patch_rows, patch_columns in entry.tolist()]
-    boxes = [(0.0, 0.0, float(width), float(height)) for height, width in sizes]
-    counts = [rows * columns for rows, columns in grids]
-    return [
-        (count, (View(torch.arange(count), grid, box),)) for count, grid, box in zip(counts, grids, boxes, strict=True)
-    ]
-
-
-def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
-    """The image itself, which is never cropped."""
-    return size, 0, 0
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """One view of the whole image, with the grid from `image_grid_thw`."""
+    merge = image.config.vision_config.spatial_merge_size
+    _, patch_rows, patch_columns = image.item("image_grid_thw", "[images, 3]").tolist()
+    grid = patch_rows // merge, patch_columns // merge
+    return (View(tokens.take(grid[0] * grid[1]), grid, image.box),)
