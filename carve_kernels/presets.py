@@ -122,7 +122,7 @@ class Preset:
         checks.choice("overlap", self.overlap, OVERLAPS)
         share("keep", self.keep)
         limits(self.top, self.floor)
-        checks.choice("connectivity", self.connectivity, CONNECTIVITY)
+        checks.choice("connectivity", self.connectivity, CONNECTIVITY[2])
         checks.choice("score", self.score, SCORES)
         colour(self.fill)
         checks.choice("resample", self.resample, RESAMPLE)
