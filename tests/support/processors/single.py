@@ -405,3 +405,38 @@ def emu3() -> Any:
     # As the encoder of the zoo.
     made.downsample_ratio = 2
     return made
+
+
+@processor()
+def idefics2() -> Any:
+    return transformers.Idefics2Processor(
+        image_processor("idefics2", "Idefics2ImageProcessor")(size={"shortest_edge": 56, "longest_edge": 112}),
+        tokenizer(
+            ("<image>", "<fake_token_around_image>", "<end_of_utterance>"),
+            {
+                "image_token": "<image>",
+                "image_boundary_token": "<fake_token_around_image>",
+                "end_of_utterance_token": "<end_of_utterance>",
+            },
+        ),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+
+
+@processor()
+def aria() -> Any:
+    return transformers.AriaProcessor(
+        image_processor("aria", "AriaImageProcessor")(),
+        tokenizer(("<image>",), {"image_token": "<image>"}),
+        chat_template=template("<image>"),
+    )
+
+
+@processor()
+def deepseek_ocr2() -> Any:
+    return transformers.DeepseekOcr2Processor(
+        image_processor("deepseek_ocr2", "DeepseekOcr2ImageProcessor")(),
+        tokenizer(("<image>",), {"image_token": "<image>"}),
+        chat_template=template("<image>"),
+    )
