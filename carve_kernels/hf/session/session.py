@@ -63,7 +63,8 @@ def capture_attention(
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
                "question": mean over the user's last text after the image; ("word", WORD): mean over the tokens of its
                last occurrence after the image, in the user's text if it is there, else in the template;
-               ("text", TEXT): the same for a text. Rows other than the last exist at step 0 only
+               ("text", TEXT): the same for a text. Rows other than the last exist at step 0 only. For a batch also a
+               choice for each prompt: ("word", [WORD, WORD]), [("word", WORD), "question"], [[40, 41], [38, 39]]
     tokens     the visual tokens: None finds them in input_ids; a VisualLayout; columns [N] or [B, N], -1 is padding
     processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to separate a question from the
                chat template
