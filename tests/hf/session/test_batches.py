@@ -1,4 +1,4 @@
-"""Batches whose prompts differ in length, in pictures and in the rows that are captured, against each prompt alone."""
+"""Batches whose prompts differ in length, in images and in the rows that are captured, against each prompt alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.support.families import family, generate, in_eager, visual
 from tests.support.tiny_models import inputs_for, make_image
 
 STEPS = 4
-# Two pictures of two sizes, one of a third, and a prompt without one.
-PICTURES = [[make_image(120, 80, 1), make_image(57, 140, 2)], [make_image(200, 60, 3)], []]
+# Two images of two sizes, one of a third, and a prompt without one.
+IMAGES = [[make_image(120, 80, 1), make_image(57, 140, 2)], [make_image(200, 60, 3)], []]
 TEXTS = ["what digit is red", "where is the small square at the left", "hello, is the digit blue"]
 WORDS = ["digit", "square", "blue"]
 SIDES = ["left", "right"]
@@ -22,14 +22,14 @@ SIDES = ["left", "right"]
 
 @functools.cache
 def batch(name: str, side: str) -> Any:
-    return inputs_for(family(name)[1], PICTURES, TEXTS, padding_side=side)
+    return inputs_for(family(name)[1], IMAGES, TEXTS, padding_side=side)
 
 
 @functools.cache
 def alone(name: str, row: int, answer: tuple[int, ...]) -> tuple[torch.Tensor, int]:
     """Eager's head means [L, S, N] in float64 of one prompt with its answer behind it, and the prompt's length."""
     model = in_eager(name).double()
-    inputs = inputs_for(family(name)[1], PICTURES[row : row + 1], TEXTS[row : row + 1])
+    inputs = inputs_for(family(name)[1], IMAGES[row : row + 1], TEXTS[row : row + 1])
     length = inputs["input_ids"].shape[1]
     inputs["pixel_values"] = inputs["pixel_values"].double()
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
@@ -50,7 +50,7 @@ def agree(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def check_missing(maps: Any) -> None:
-    """The last prompt, without a picture, has no map, rather than a black one."""
+    """The last prompt, without an image, has no map, rather than a black one."""
     assert not maps.valid[2].any() and not maps.values[2].any() and bool(maps.entropy.isfinite().all())
     with pytest.raises(ValueError, match="for batch row 2"):
         maps.last_step(2)
@@ -122,7 +122,7 @@ def test_steps_of_a_loop_after_right_padding() -> None:
 def pieces_of(name: str, row: int, wanted: str) -> list[int]:
     """The tokens of the last occurrence of a text in a prompt alone, by decoding one token after the other."""
     tokenizer = family(name)[1].tokenizer
-    inputs = inputs_for(family(name)[1], PICTURES[row : row + 1], TEXTS[row : row + 1])
+    inputs = inputs_for(family(name)[1], IMAGES[row : row + 1], TEXTS[row : row + 1])
     pieces = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
     place = "".join(pieces).rindex(wanted)
     starts = [sum(map(len, pieces[:index])) for index in range(len(pieces))]
@@ -242,14 +242,14 @@ def test_a_word_of_each_prompt_needs_a_processor() -> None:
 def test_the_layout_of_a_batch(name: str, side: str) -> None:
     model, processor = family(name)
     inputs = batch(name, side)
-    layout = layout_of(model, processor, inputs, PICTURES)
+    layout = layout_of(model, processor, inputs, IMAGES)
     with capture_attention(model, layers=[1], tokens=layout) as session, torch.no_grad():
         model(**inputs)
     found = session.maps
     first = inputs["attention_mask"].argmax(1).tolist()
     for row in range(2):
-        single = inputs_for(processor, PICTURES[row : row + 1], TEXTS[row : row + 1])
-        views = layout_of(model, processor, single, PICTURES[row]).views[0]
+        single = inputs_for(processor, IMAGES[row : row + 1], TEXTS[row : row + 1])
+        views = layout_of(model, processor, single, IMAGES[row]).views[0]
         assert [(view.grid, view.box, view.image) for view in views] == [
             (view.grid, view.box, view.image) for view in layout.views[row]
         ]
