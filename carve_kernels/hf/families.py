@@ -21,14 +21,69 @@ class Family(NamedTuple):
     reason: str | None = None
 
 
+_QUERIES = "each one is a learned query that attends to the whole image"
+_MERGED = Family("merged_grid")
+_PIXTRAL = {"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"}
+_PIXTRAL_CELL = ("vision_config.patch_size", "spatial_merge_size")
+_SQUARE = Family("padded_square")
+
 FAMILIES: dict[str, Family] = {
-    "llava": Family("centre_crop"),
-    "qwen2_5_vl": Family("merged_grid"),
-    "qwen2_vl": Family("merged_grid"),
+    "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
+    "cosmos3_edge": _MERGED,
+    "deepseek_vl": _SQUARE,
+    "emu3": Family(
+        "sized_grid",
+        {"halvings": "vq_config.channel_multiplier", "newlines": True, "settings": {"downsample_ratio": None}},
+    ),
+    "ernie4_5_vl_moe": _MERGED,
+    "exaone4_5": _MERGED,
+    "fuyu": Family("padded_grid", {"cell": ("patch_size",)}),
+    "gemma3": Family("pan_and_scan", {"tokens": "mm_tokens_per_image"}, placeholder=True),
+    "gemma4": Family("patch_positions"),
+    "gemma4_unified": Family("patch_positions", {"pooled": True}),
+    "got_ocr2": Family("centre_crop", {"cell": ("vision_config.patch_size", 4)}),
+    "glm46v": _MERGED,
+    "glm4v": _MERGED,
+    "glm4v_moe": _MERGED,
+    "glm_ocr": _MERGED,
+    "hunyuan_vl": Family("merged_grid", {"lines": True}),
+    "hyperclovax_vision_v2": _MERGED,
+    "janus": _SQUARE,
+    "kimi_k25": Family(
+        "padded_grid",
+        {
+            "resize": "navit_resize",
+            "merge": "vision_config.merge_kernel_size",
+            "cell": ("vision_config.patch_size", "vision_config.merge_kernel_size"),
+        },
+    ),
+    "lfm3_vl": _MERGED,
+    "lighton_ocr": Family(
+        "sized_grid", {"cell": _PIXTRAL_CELL, "settings": {**_PIXTRAL, "effective_patch_size": None}}
+    ),
+    "llava": Family("centre_crop", {"class_token": True}),
+    "minimax_m3_vl": _MERGED,
+    "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
+    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size"}),
+    "paddleocr_vl": _MERGED,
+    "paligemma": Family("centre_crop"),
+    "qwen2_5_omni_thinker": _MERGED,
+    "qwen2_5_vl": _MERGED,
+    "qwen2_vl": _MERGED,
+    "qwen3_5": _MERGED,
+    "qwen3_5_moe": _MERGED,
+    "qwen3_omni_moe_thinker": _MERGED,
+    "qwen3_vl": _MERGED,
+    "qwen3_vl_moe": _MERGED,
+    "qwen4_exp": _MERGED,
+    "video_llama_3": Family("merged_grid", {"entry": "image_merge_sizes"}),
+    "vipllava": Family("centre_crop", {"class_token": True}),
 }
 """The layout of each model type."""
 
-BY_PROCESSOR: dict[tuple[str, str], Family] = {}
+BY_PROCESSOR: dict[tuple[str, str], Family] = {
+    ("llava", "PixtralProcessor"): Family("sized_grid", {"settings": {**_PIXTRAL, "spatial_merge_size": 1}}),
+}
 """The layout of model types that are used with several processors, by model type and class of the processor."""
 
 
