@@ -18,6 +18,8 @@ STEPS = ("t_start", "t_end", "t_full")
 FITS = (None, "pad")
 """How an image can be shown to a processor that crops: as it does, or padded on a canvas that is shown whole."""
 IMAGES = ("refined", "original+refined")
+OVERLAPS = ("mean", "max")
+"""Where views of an image overlap: their mean, weighted by tokens per area, or the highest value."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Preset:
     layer_weights: tuple[float, ...] | None = None  # all 1
     lam: float | str = "mean"  # ours
     normalize: str = "none"
+    overlap: str = "mean"  # ours
     keep: float = 0.4
     top: int | None = 2
     floor: int | None = None
@@ -116,6 +119,7 @@ class Preset:
         if self.lam != "mean":
             checks.number("lam", self.lam, low=0)
         checks.choice("normalize", self.normalize, NORMALIZE)
+        checks.choice("overlap", self.overlap, OVERLAPS)
         share("keep", self.keep)
         limits(self.top, self.floor)
         checks.choice("connectivity", self.connectivity, CONNECTIVITY)

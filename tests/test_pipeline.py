@@ -130,18 +130,6 @@ def test_a_centre_crop_is_at_its_position(preset: str, landscape: bool) -> None:
     assert torch.equal(everything.regions.mask, covered) and everything.regions.box == (left, top, right, bottom)
 
 
-def test_a_later_view_overwrites_an_earlier_one() -> None:
-    image, (task, general) = photograph(60, 40), maps((1, 24 + 12), steps=1)
-    boxes = [(0, 0, 60, 40), (30, 10, 60, 40)]
-    both = carve(image, task, general, grid=[(4, 6), (3, 4)], box=boxes, preset=Preset.paper(lam=0.01))
-    base = carve(image, task[..., :24], general[..., :24], grid=(4, 6), preset=Preset.paper(lam=0.01))
-    tile = carve(image, task[..., 24:], general[..., 24:], grid=(3, 4), box=boxes[1], preset=Preset.paper(lam=0.01))
-    inside = slice(10, 40), slice(30, 60)
-    assert torch.equal(both.saliency[inside], tile.saliency[inside])
-    for outside in (slice(0, 10), (slice(0, 40), slice(0, 30))):
-        assert torch.equal(both.saliency[outside], base.saliency[outside])
-
-
 def test_degenerate_maps_select_the_whole_image() -> None:
     image, (task, general) = photograph(33, 17), maps((3, 5))
     flat = torch.full_like(task, 0.3)

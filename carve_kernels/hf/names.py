@@ -40,7 +40,8 @@ _SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
+         "image_patches_indices")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
@@ -381,7 +382,7 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
 
 
 def is_text(name: str) -> bool:
-    """Whether an entry of a processor's output belongs to the text."""
+    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
     return name in _TEXT
 
 

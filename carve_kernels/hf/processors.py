@@ -16,6 +16,10 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from carve_kernels.hf import names
 
+# What only the vision tower reads: the prefix of most names, and the name of Fuyu.
+_PIXELS = ("pixel", "image_patches")
+# Processors that write all that is around an image in a prompt without a chat template.
+_WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)
 _LOG = logging.getLogger("carve_kernels")
 # In the order in which AutoProcessor looks for the class.
 _FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "tokenizer"))
@@ -43,6 +47,36 @@ def processor_class(family: str) -> str:
     except (ImportError, KeyError) as error:
         raise names.changed(f"it has no processor class for {family} ({error})") from error
     return name
+
+
+def image_token(processor: Any) -> str:
+    """What stands for an image in a prompt, before the processor puts the tokens of the image there.
+
+    It may be another one than the model's, as in Gemma 3.
+    """
+    owners = (processor, getattr(processor, "tokenizer", None))
+    token = next((found for owner in owners if (found := getattr(owner, "image_token", None)) is not None), None)
+    if token is None:
+        raise ValueError(
+            f"processor: expected one with an image_token, which stands for an image in a prompt, got "
+            f"{type(processor).__name__}, which has none"
+        )
+    return str(token)
+
+
+def writes_prompts(processor: Any) -> bool:
+    """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
+    return type(processor).__name__ in _WITHOUT_TEMPLATE
+
+
+def is_pixels(name: str) -> bool:
+    """Whether only the vision tower reads an entry of a processor's output."""
+    return name.startswith(_PIXELS) and not names.is_text(name)
+
+
+def is_for_training(name: str) -> bool:
+    """Whether an entry of a processor's output is for training alone: the labels of PaliGemma's."""
+    return name == "labels"
 
 
 def is_image_text(model_type: str) -> bool:

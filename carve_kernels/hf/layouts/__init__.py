@@ -58,14 +58,15 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
         return measured_layout(model, processor, inputs, sizes)
     kind, total = _kind(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
-    number = 0
+    number = before = 0
     for row, row_sizes in enumerate(sizes):
         cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
         found: list[View] = []
         for index, size in enumerate(row_sizes):
-            image = ProcessedImage(config, processor, inputs, family.options, size, number, total)
-            found += [replace(view, image=index) for view in kind.views(image, cursor)]
-            number += 1
+            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before)
+            of_image = kind.views(image, cursor)
+            found += [replace(view, image=index) for view in of_image]
+            number, before = number + 1, before + len(of_image)
         _check_row(row, cursor, found, len(row_sizes))
         views.append(tuple(found))
     return VisualLayout(tuple(views), sizes)
