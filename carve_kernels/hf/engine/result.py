@@ -115,7 +115,7 @@ class CarveResult:
         return self.regions.boxes
 
     @property
-    def box(self) -> tuple[int, int, int, int]:
+    def box(self) -> tuple[int, ...]:
         return self.regions.box
 
 
