@@ -52,10 +52,11 @@ def processor_class(family: str) -> str:
 def image_token(processor: Any) -> str:
     """What stands for an image in a prompt, before the processor puts the tokens of the image there.
 
-    It may be another one than the model's, as in Gemma 3.
+    It may be another one than the model's, as in Gemma 3, or than the processor's own, as in Qianfan-OCR.
     """
     owners = (processor, getattr(processor, "tokenizer", None))
-    token = next((found for owner in owners if (found := getattr(owner, "image_token", None)) is not None), None)
+    listed = (getattr(owner, name, None) for name in ("image_placeholder_token", "image_token") for owner in owners)
+    token = next((found for found in listed if found is not None), None)
     if token is None:
         raise ValueError(
             f"processor: expected one with an image_token, which stands for an image in a prompt, got "
