@@ -21,7 +21,8 @@ class Family(NamedTuple):
     reason: str | None = None
 
 
-_QUERIES = "each one is a learned query that attends to the whole image"
+_QUERIES = Family(None, reason="each one is a learned query that attends to the whole image")
+_CROSS = Family(None, reason="the image is read by cross-attention, its token only stands for it")
 _MERGED = Family("merged_grid")
 _PIXTRAL = {"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"}
 _PIXTRAL_CELL = ("vision_config.patch_size", "spatial_merge_size")
@@ -37,14 +38,17 @@ _SLICES = {
 }
 
 FAMILIES: dict[str, Family] = {
+    "aria": _QUERIES,
     "aya_vision": Family(
         "counted_tiles",
         {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
         placeholder=True,
     ),
+    "blip-2": _QUERIES,
     "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
     "cosmos3_edge": _MERGED,
+    "deepseek_ocr2": _QUERIES,
     "deepseek_vl": _SQUARE,
     "emu3": Family(
         "sized_grid",
@@ -52,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5_vl_moe": _MERGED,
     "exaone4_5": _MERGED,
+    "florence2": Family(None, reason="its encoder mixes them with the prompt"),
     "fuyu": Family("padded_grid", {"cell": ("patch_size",)}),
     "gemma3": Family("pan_and_scan", {"tokens": "mm_tokens_per_image"}, placeholder=True),
     "gemma4": Family("patch_positions"),
@@ -64,6 +69,10 @@ FAMILIES: dict[str, Family] = {
     "granite4_vision": Family("unpadded_rows"),
     "hunyuan_vl": Family("merged_grid", {"lines": True}),
     "hyperclovax_vision_v2": _MERGED,
+    "idefics": _CROSS,
+    "idefics2": _QUERIES,
+    "instructblip": _QUERIES,
+    "instructblipvideo": _QUERIES,
     "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}"}),
     "internvl": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "janus": _SQUARE,
@@ -75,6 +84,8 @@ FAMILIES: dict[str, Family] = {
             "cell": ("vision_config.patch_size", "vision_config.merge_kernel_size"),
         },
     ),
+    "kosmos-2": _QUERIES,
+    "kosmos-2.5": _QUERIES,
     "lfm2_vl": Family(
         "marked_tiles",
         {
@@ -111,6 +122,7 @@ FAMILIES: dict[str, Family] = {
     "minicpmv4_7": Family("marked_tiles", _SLICES),
     "minimax_m3_vl": _MERGED,
     "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
+    "mllama": _CROSS,
     "molmo2": Family("low_and_high", placeholder=True),
     "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size"}),
     "ovis2": Family(

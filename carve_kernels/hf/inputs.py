@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -125,7 +125,7 @@ def prepare(
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
     """
-    expected = prompt.count(image_token(processor))
+    expected = int(bool(images)) if adds_image_token(processor) else prompt.count(image_token(processor))
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
@@ -148,6 +148,8 @@ def prepare(
 
 def _image_in_text(processor: Any) -> str:
     """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
+    if adds_image_token(processor):
+        return ""
     token = image_token(processor)
     if writes_prompts(processor):
         return token

@@ -38,6 +38,11 @@ def processor_of(folder: Path, family: str) -> Any:
         return processor
 
 
+def adds_image_token(processor: Any) -> bool:
+    """Whether a processor puts the token of its one image before the text by itself, as Fuyu's does."""
+    return any(kind.__name__ == "FuyuProcessor" for kind in type(processor).__mro__)
+
+
 def processor_class(family: str) -> str:
     """The name of a model type's processor class."""
     try:
