@@ -41,7 +41,7 @@ _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
-         "image_patches_indices")  # fmt: skip
+         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
