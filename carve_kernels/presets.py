@@ -237,6 +237,11 @@ def _check_rows(rows: Any) -> None:
     if isinstance(rows, tuple) and rows[:1] in (("word",), ("text",)):
         checks.text("rows[1]", rows[1] if len(rows) == 2 else None)
     elif isinstance(rows, tuple):
+        if any(isinstance(row, (str, list, tuple)) for row in rows):
+            raise TypeError(
+                "rows: expected one choice for every prompt in a preset, since an engine batches by itself, got "
+                + checks.describe(rows)
+            )
         _integers("rows", rows)
     elif isinstance(rows, int):
         checks.integer("rows", rows, low=1)
