@@ -18,7 +18,7 @@ from carve_kernels import deprecation
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
-RowsSpec = str | int | Sequence[int] | tuple[str, str]
+RowsSpec = str | int | Sequence[int] | tuple[str, str | Sequence[str]] | Sequence[str | Sequence[int] | tuple[str, str]]
 """Which rows of a prompt are captured; see `capture_attention`."""
 ViewKind = Literal["base", "tile", "crop", "frame"]
 

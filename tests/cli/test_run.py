@@ -151,7 +151,7 @@ def test_parsing() -> None:
     assert parse_layers("3,5") == (3, 5)
     assert parse_layers("-1") == (-1,)
     assert parse_layers("-4--2, 0") == (-4, -3, -2, 0)
-    assert parse_layers("paper") == "paper"
+    assert parse_layers("paper") == "paper" and parse_layers("all") == "all"
     assert [parse_rows(text) for text in ("last", "4", "question", "word:red", "text:a: red, cat", "3,5")] == [
         "last",
         4,

@@ -23,6 +23,7 @@ class ProcessedImage:
     size       (height, width) of the image
     number     number of the image in the batch
     total      the number of images in the batch
+    before     the number of views of the images before it
     =========  ==========================================================================================
     """
 
@@ -33,6 +34,7 @@ class ProcessedImage:
     size: Size
     number: int
     total: int
+    before: int = 0
 
     @property
     def image_processor(self) -> Any:
