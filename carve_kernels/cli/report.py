@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,14 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "prompt": result.prompt,
         "preset": result.preset.to_dict(),
         "layers": list(result.task.layers),
+        "layers_left_out": list(result.layers_left_out),
         "views": [{"grid": list(view.grid), "box": list(view.box), "kind": view.kind} for view in layout.views[0]],
         "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
         "dtype": result.task.dtype,
         "entropy": {str(layer): value for layer, value in result.entropy.items()},
-        "mass": {name: _mass(getattr(result, name), result.preset.steps) for name in ("task", "general")},
+        "mass": {
+            name: _mass(getattr(result, name), result.preset.steps, result.entropy) for name in ("task", "general")
+        },
         "boxes": regions.boxes.tolist(),
         "scores": regions.scores.tolist(),
         "box": list(regions.box),
@@ -228,7 +231,8 @@ def _row(name: str, result: CarveResult, report: Report) -> list[Tile]:
     order = ", shown after the original" if preset.images == "original+refined" else ""
 
     def attention(maps: AttentionMaps, title: str, facts: str) -> Tile:
-        tokens, mass = _grid(maps, preset.steps), _average(_mass(maps, preset.steps))
+        tokens = _grid(maps, preset.steps, result.entropy)
+        mass = _average(_mass(maps, preset.steps, result.entropy))
         grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
         scale = _scale(100 * tokens, "%", "of the attention per token")
         return Tile(overlay(result.image, tokens, box=view.box), title, f"{facts}mass {mass:.3f}{grey}", scale)
@@ -266,24 +270,25 @@ def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
     return Scale(low, high, unit)
 
 
-def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
+def _read(values: torch.Tensor, maps: AttentionMaps, steps: str, layers: Iterable[int]) -> torch.Tensor:
+    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0, in these layers."""
     end = maps.last_step(0) + 1
     start, stop = {"t_start": (0, 1), "t_end": (end - 1, end), "t_full": (0, end)}[steps]
     valid = maps.valid[0, :, start:stop].flatten(1)
     chosen = values[0, :, start:stop].flatten(1, 2)
-    return torch.stack([layer[mask].mean(0) for layer, mask in zip(chosen, valid, strict=True)]).cpu()
+    means = (chosen[index][valid[index]].mean(0) for index in map(maps.layers.index, layers))
+    return torch.stack(list(means)).cpu()
 
 
-def _grid(maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The first view's map, the mean over the layers, [GH, GW]."""
-    return _read(maps.view()[None], maps, steps).mean(0)
+def _grid(maps: AttentionMaps, steps: str, layers: Iterable[int]) -> torch.Tensor:
+    """The first view's map, the mean over these layers, [GH, GW]."""
+    return _read(maps.view()[None], maps, steps, layers).mean(0)
 
 
-def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
+def _mass(maps: AttentionMaps, steps: str, layers: Iterable[int]) -> dict[str, float]:
     """The share of the attention that falls on the image, by layer."""
-    mass = _read(maps.mass, maps, steps).tolist()
-    return dict(zip(map(str, maps.layers), mass, strict=True))
+    mass = _read(maps.mass, maps, steps, layers).tolist()
+    return dict(zip(map(str, layers), mass, strict=True))
 
 
 def _average(by_layer: dict[Any, float]) -> float:

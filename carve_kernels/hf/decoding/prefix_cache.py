@@ -120,6 +120,7 @@ class Segment:
     rows      int64   [R]       captured rows, counted from `start`, none of them in the prefix
     tokens    int32   [1, N]    columns of the visual tokens
     captured          [L, R, N] the result
+    hidden    bool    [L, R, N] visual tokens that the captured rows cannot attend to, on the CPU
     ========  ======  ========  ==================================================================================
     """
 
@@ -131,6 +132,7 @@ class Segment:
     rows: torch.Tensor
     tokens: torch.Tensor
     captured: Capture | None = None
+    hidden: torch.Tensor | None = None
     # What all layers of the forward share.
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

@@ -172,6 +172,9 @@ class TreeCapture:
         self._segments, self._layers, self._backend, self._calls = segments, layers, backend, calls
         self._rows = [segment.rows + segment.start for segment in segments]
         self._batches: list[list[LayerBatch]] = []
+        for segment in segments:
+            shape = len(layers), len(segment.rows), segment.tokens.shape[1]
+            segment.hidden = torch.zeros(shape, dtype=torch.bool)
 
     def add(
         self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], window: int | None, options: dict[str, Any]
@@ -183,6 +186,11 @@ class TreeCapture:
             self._batches.append(
                 [self._batch(segment, index, alike, attention, query.device) for segment in self._segments]
             )
+        for segment in self._segments:
+            visible = segment.visible(segment.fresh, window)
+            if visible is not None and segment.hidden is not None:
+                rows_seen = visible[segment.rows - segment.fresh]
+                segment.hidden[index] = ~rows_seen[:, segment.tokens[0].clamp(min=0).long()]
         for batch, rows, key in zip(self._batches[-1], self._rows, keys, strict=True):
             batch.add(query[:, :, rows.to(query.device)], key, attention.sink)
 

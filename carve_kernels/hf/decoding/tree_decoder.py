@@ -18,7 +18,7 @@ from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTr
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
 from carve_kernels.hf.query_rows import Rows, resolve_rows
-from carve_kernels.maps import assemble
+from carve_kernels.maps import Hidden, assemble
 from carve_kernels.types import Capture
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -35,6 +35,7 @@ class _BranchState:
     branch_id: int
     position: torch.Tensor
     captures: list[Capture] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -184,13 +185,14 @@ class TreeDecoder:
     def _collect(segments: list[Segment], batches: list[list[_BranchState]]) -> None:
         """Split the captures of a forward among its branches."""
         for segment, batch in zip(segments, batches, strict=True):
-            if segment.captured is None:
+            if segment.captured is None or segment.hidden is None:
                 continue
             start = 0
             for branch in batch:
                 stop = start + len(branch.captured_rows(0))
                 if stop > start:
                     branch.captures.append(Capture(*(values[:, start:stop] for values in segment.captured)))
+                    branch.hidden.append(segment.hidden[:, start:stop])
                 start = stop
 
     @staticmethod
@@ -205,6 +207,7 @@ class TreeDecoder:
             return Decoded(ids, None, branch.tokens)
         first, *later = branch.captures
         device = first.maps.device
+        hidden_later = torch.stack([each[:, None, 0] for each in branch.hidden[1:]]).to(device) if later else None
         maps = assemble(
             Capture(*(buffer[:, None] for buffer in first)),
             Capture(*map(torch.stack, zip(*later, strict=True))) if later else None,
@@ -214,5 +217,6 @@ class TreeDecoder:
             tokens=state.tokens.to(device),
             dtype=self._attention.dtype,
             layout=layout,
+            hidden=Hidden(branch.hidden[0][:, None].to(device), hidden_later),
         )
         return Decoded(ids, maps, branch.tokens)

@@ -6,10 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 
 from carve_kernels import checks
@@ -17,6 +16,7 @@ from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup
 from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.hf.engine.fingerprint import Unidentified, digest, fingerprint, same_pixels
 from carve_kernels.hf.engine.result import CarveResult
+from carve_kernels.hf.engine.whole_layers import whole_layers
 from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, open_image
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
@@ -156,18 +156,24 @@ class Job:
     second: SecondPrompt | None = None
     refined_ids: tuple[int, ...] = ()
     reason: str | None = None
+    # Captured layers that are past their windows.
+    left_out: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def carve(self, setup: Setup) -> None:
         """Contrast the maps, find the regions, zoom, make the second prompt; without one the plain answer is used."""
         request, views = self.request, self.request.task.layout.views[0]
+        whole = whole_layers(self.task.maps, self.general, setup.carving)
+        self.left_out = whole.left_out
+        if whole.left_out:
+            _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
         self.carved = carve_views(
             request.image,
-            _by_step(self.task.maps).cpu(),
-            _by_step(self.general).cpu(),
+            whole.task,
+            whole.general,
             [view.grid for view in views],
             [view.box for view in views],
-            setup.carving,
+            replace(setup.carving, layer_weights=whole.weights),
             setup.backend,
         )
         self.seconds |= self.carved.seconds
@@ -197,13 +203,14 @@ class Job:
             general=self.general,
             saliency=self.carved.saliency,
             regions=self.carved.regions,
-            entropy=_entropy(self.task.maps, setup.preset.steps),
+            entropy=_entropy(self.task.maps, setup.preset.steps, self.left_out),
             seconds={**self.seconds, "second pass": self.seconds.get("second pass", 0.0)},
             preset=setup.preset,
             reason=self.reason,
             answer_ids=plain_ids,
             refined_ids=refined_ids,
             unseen=request.task.layout.unseen(),
+            layers_left_out=self.left_out,
         )
 
     def continues_prefix(self) -> bool:
@@ -370,17 +377,10 @@ def _decode(processor: Any, ids: tuple[int, ...]) -> str:
     return answer.strip()
 
 
-def _by_step(maps: AttentionMaps) -> torch.Tensor:
-    """The maps of batch row 0 as [L, T, N] up to its last step, the mean over the rows that each step has."""
-    count = maps.last_step(0) + 1
-    values, valid = maps.values[0, :, :count], maps.valid[0, :, :count]
-    return values.sum(2) / valid.sum(2).clamp(min=1).unsqueeze(-1)
-
-
-def _entropy(maps: AttentionMaps, steps: str) -> dict[int, float]:
-    """H / ln N of each layer at the steps that are read, the mean if there are several."""
+def _entropy(maps: AttentionMaps, steps: str, left_out: tuple[int, ...]) -> dict[int, float]:
+    """H / ln N of each layer that is read, at the steps that are read, the mean if there are several."""
     end = maps.last_step(0) + 1
     chosen = slice(0, 1) if steps == "t_start" else slice(end - 1, end) if steps == "t_end" else slice(0, end)
     values, valid = maps.entropy[0, :, chosen].flatten(1), maps.valid[0, :, chosen].flatten(1)
     mean = values.sum(1) / valid.sum(1).clamp(min=1)
-    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True)}
+    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True) if layer not in left_out}
