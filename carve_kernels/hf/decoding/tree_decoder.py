@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from carve_kernels.hf.decoding.generation import Generation, prepare_generation
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree, common_length
+from carve_kernels.hf.decoding.prefix_cache import PREFIX, PrefixCache, Segment, TokenTree, common_length
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
 from carve_kernels.hf.query_rows import Rows, resolve_rows
@@ -69,12 +69,14 @@ class _GroupState:
         """The next tokens of some branches, (branch, count), after `fresh` tokens of the prefix."""
         past = 0 if fresh else len(self.tree)
         end, rows = start + fresh, []
+        runs = [(PREFIX, start, end)] if fresh else []
         for state, count in batch:
             rows.append(state.captured_rows(state.ids.shape[1] - count) + end - start)
             self.tree.append(state.branch_id, count)
             state.tokens += count
+            runs.append((state.branch_id, end, end + count))
             end += count
-        return Segment(self.tree, start, end, past, fresh, torch.cat([_NO_ROWS, *rows]), self.tokens)
+        return Segment(self.tree, start, end, past, fresh, torch.cat([_NO_ROWS, *rows]), self.tokens, runs)
 
 
 class TreeDecoder:
@@ -110,8 +112,13 @@ class TreeDecoder:
         length = min(*(common_length(prompts[0], ids) for ids in prompts), *(len(ids) - 1 for ids in prompts), *bounds)
         if length < group.start:
             raise TreeUnsupported("no text follows the image tokens, or rows are captured before their end")
+        if self._attention.keeps_states:
+            # States are those after a token, and the prompts to come share the image at least.
+            length = group.start
         if group.prefix is not None:
             cached = min(length, common_length(group.prefix.ids, prompts[0]))
+            if self._attention.keeps_states and len(group.prefix) != length:
+                cached = -1
             if cached >= group.start and group.prefix.depth >= self._depth(group):
                 length = cached
             else:
