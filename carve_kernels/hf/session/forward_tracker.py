@@ -27,6 +27,7 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.head_shares import head_shares
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -70,6 +71,7 @@ class ForwardTracker:
         self._model, self._modules, self._options = model, modules, options
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
+        self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
@@ -335,6 +337,7 @@ class ForwardTracker:
             length=length,
             rows_kept=names.rows_kept(self._model, given),
             eos=self._end_tokens(),
+            shares=self._shares,
         )
         prompt.prompt = total
         return prompt.record
