@@ -115,7 +115,7 @@ def test_too_many_or_too_few_images_are_refused(name: str) -> None:
             layout_for(name, rows, batch)
 
 
-def test_pages_of_one_run_are_told_apart() -> None:
+def test_pages_of_one_run_each_have_their_tiles() -> None:
     """GOT-OCR2 has no text between the pages of a document."""
     model, processor = available("got_ocr2")
     sizes = [(400, 500), (300, 900)]
