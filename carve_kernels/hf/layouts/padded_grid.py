@@ -18,6 +18,7 @@ from typing import Any
 from carve_kernels.hf.layouts import merged_grid
 from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
 from carve_kernels.types import Size, View
 
 
@@ -47,6 +48,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         )
     if "merge" in image.options:
         merged_grid.check_patches(image, found, box)
+    elif image.total == 1:
+        # Where the patches of a later image begin is not known.
+        patches = image.entry("pixel_values" if image.has("pixel_values") else "image_patches", "[patches, values]")
+        check_seen(image, box, found, cell, patches_of(patches, found, (1, 1), raster=True))
     return (View(tokens.take(rows * columns), found, box),)
 
 

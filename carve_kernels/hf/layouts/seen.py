@@ -67,7 +67,13 @@ def pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
 
 
 def patches_of(patches: torch.Tensor, grid: Size, merge: Size, raster: bool) -> Seen:
-    """What `check_seen` reads of the patches of one image, [n, ...]: row by row, or one merged cell after another."""
+    """What `check_seen` reads of the patches of an image, [n, ...]: row by row, or one merged cell after another.
+
+    Raises ValueError if there are too few.
+    """
+    count = grid[0] * grid[1] * merge[0] * merge[1]
+    if len(patches) < count:
+        raise ValueError(f"inputs: expected {count} patches for a grid of {grid[0]} x {grid[1]}, got {len(patches)}")
 
     def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         down, across = torch.arange(merge[0])[:, None], torch.arange(merge[1])
