@@ -116,11 +116,13 @@ def prepare(
     prompt: str,
     device: str | torch.device | None = None,
     max_pixels: int | None = None,
+    token_types: bool = False,
 ) -> Any:
     """Model inputs of one prompt, as `build_prompt` returns it, and its images.
 
     `max_pixels` bounds the resized image if the processor keeps the aspect ratio (Qwen2-VL and kin), and never raises
-    the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
+    the processor's own bound; processors of a fixed size ignore it. `token_types` asks for mm_token_type_ids, which a
+    model may need although its processor does not return them by default. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
@@ -134,6 +136,8 @@ def prepare(
     )
     if bounds is not None:
         settings["images_kwargs"] = bounds
+    if token_types:
+        settings["return_mm_token_type_ids"] = True
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
         # The template has added it; the tokenizer would add another one.

@@ -80,6 +80,12 @@ def is_pixels(name: str) -> bool:
     return name.startswith(_PIXELS) and not names.is_text(name)
 
 
+def lacks_token_types(processor: Any, model: Any) -> bool:
+    """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
+    is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
+    return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
+
+
 def is_for_training(name: str) -> bool:
     """Whether an entry of a processor's output is for training alone: the labels of PaliGemma's."""
     return name == "labels"
