@@ -67,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": _MERGED,
     "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
     "granite4_vision": Family("unpadded_rows"),
-    "hunyuan_vl": Family("merged_grid", {"lines": True}),
+    "hunyuan_vl": Family("merged_grid", {"lines": True, "raster": True}),
     "hyperclovax_vision_v2": _MERGED,
     "idefics": _CROSS,
     "idefics2": _QUERIES,
@@ -80,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         "padded_grid",
         {
             "resize": "navit_resize",
+            "raster": True,
             "merge": "vision_config.merge_kernel_size",
             "cell": ("vision_config.patch_size", "vision_config.merge_kernel_size"),
         },
@@ -124,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
     "mllama": _CROSS,
     "molmo2": Family("low_and_high", placeholder=True),
-    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size"}),
+    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size", "raster": True}),
     "ovis2": Family(
         "marked_tiles",
         {
@@ -136,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         },
         placeholder=True,
     ),
-    "paddleocr_vl": _MERGED,
+    "paddleocr_vl": Family("merged_grid", {"raster": True}),
     "paligemma": Family("centre_crop"),
     "qianfan_ocr": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "qwen2_5_omni_thinker": _MERGED,

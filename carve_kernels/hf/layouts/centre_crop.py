@@ -17,6 +17,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, options_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Box, Size, View
 
 # The number of class tokens that a vision tower puts before its patches.
@@ -62,8 +63,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
         )
     tokens.take(max(0, _extra_tokens(image.processor)))
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    return (View(tokens.take(grid[0] * grid[1]), grid, _box(image_processor, size, patch)),)
+    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), _box(image_processor, size, patch)
+    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
+    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
