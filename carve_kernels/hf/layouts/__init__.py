@@ -83,6 +83,11 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
     if family is None:
+        if names.image_id(config) is None:
+            raise ValueError(
+                f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
+                f"known are {supported()}"
+            )
         return None
     if family.reason is not None:
         raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
