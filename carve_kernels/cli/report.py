@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "prompt": result.prompt,
         "preset": result.preset.to_dict(),
         "layers": list(result.task.layers),
+        "layers_left_out": list(result.layers_left_out),
         "views": [
             {"grid": list(view.grid), "box": list(view.box), "kind": view.kind}
             | ({"image": view.image} if len(result.images) > 1 else {})
@@ -245,7 +246,9 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
         "dtype": result.task.dtype,
         "entropy": {str(layer): value for layer, value in result.entropy.items()},
-        "mass": {name: _mass(getattr(result, name), result.preset.steps) for name in ("task", "general")},
+        "mass": {
+            name: _mass(getattr(result, name), result.preset.steps, result.entropy) for name in ("task", "general")
+        },
         **_found(first),
         "reason": result.reason,
         **(_numbers_of_images(result) if len(result.images) > 1 else {}),
@@ -306,8 +309,8 @@ def _row(name: str, result: CarveResult, report: Report, number: int) -> list[Ti
         selected = f"{count}, {percent(_share(image))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
 
     def attention(maps: AttentionMaps, title: str, facts: str) -> Tile:
-        mass = _average(_mass(maps, preset.steps))
-        grids, tokens, figure = _attention(maps, preset.steps, image, number)
+        mass = _average(_mass(maps, preset.steps, result.entropy))
+        grids, tokens, figure = _attention(maps, preset.steps, result.entropy, image, number)
         scale = _scale(100 * tokens, "%", "of the attention per token")
         shape = " and ".join(f"{rows} x {columns}" for rows, columns in grids)
         return Tile(figure, title, f"{facts.format(grid=shape)}mass {mass:.3f}{unseen}", scale)
@@ -357,16 +360,16 @@ def _last_tile(result: CarveResult, truth: str | None, number: int) -> Tile:
 
 
 def _attention(
-    maps: AttentionMaps, steps: str, image: CarvedImage, number: int
+    maps: AttentionMaps, steps: str, layers: Iterable[int], image: CarvedImage, number: int
 ) -> tuple[list[Size], torch.Tensor, Image.Image]:
-    """The grids of an image's views, the mean map over the layers of all of their tokens, and it over the image."""
+    """The grids of an image's views, the mean map over these layers of all of their tokens, and it over the image."""
     layout = maps.layout
     if layout is None:
         raise ValueError("maps: expected a layout, got none")
     found = [index for index, view in enumerate(layout.views[0]) if view.image == number]
     views = [layout.views[0][index] for index in found]
     grids = list(dict.fromkeys(view.grid for view in views))
-    tokens = [_read(maps.view(0, index)[None], maps, steps).mean(0) for index in found]
+    tokens = [_read(maps.view(0, index)[None], maps, steps, layers).mean(0) for index in found]
     flat = torch.cat([view.flatten() for view in tokens])
     if len(views) == 1:
         return grids, flat, overlay(image.image, tokens[0], box=views[0].box, seen=image.seen)
@@ -381,19 +384,20 @@ def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
     return Scale(low, high, unit)
 
 
-def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
+def _read(values: torch.Tensor, maps: AttentionMaps, steps: str, layers: Iterable[int]) -> torch.Tensor:
+    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0, in these layers."""
     end = maps.last_step(0) + 1
     start, stop = {"t_start": (0, 1), "t_end": (end - 1, end), "t_full": (0, end)}[steps]
     valid = maps.valid[0, :, start:stop].flatten(1)
     chosen = values[0, :, start:stop].flatten(1, 2)
-    return torch.stack([layer[mask].mean(0) for layer, mask in zip(chosen, valid, strict=True)]).cpu()
+    means = (chosen[index][valid[index]].mean(0) for index in map(maps.layers.index, layers))
+    return torch.stack(list(means)).cpu()
 
 
-def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
+def _mass(maps: AttentionMaps, steps: str, layers: Iterable[int]) -> dict[str, float]:
     """The share of the attention that falls on the image, by layer."""
-    mass = _read(maps.mass, maps, steps).tolist()
-    return dict(zip(map(str, maps.layers), mass, strict=True))
+    mass = _read(maps.mass, maps, steps, layers).tolist()
+    return dict(zip(map(str, layers), mass, strict=True))
 
 
 def _average(by_layer: dict[Any, float]) -> float:

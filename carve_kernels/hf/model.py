@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -188,9 +188,12 @@ def _unknown_packages(code: Any) -> str:
     return " and ".join(sorted({_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN))
 
 
-def token_mixer(model: nn.Module, decoder: nn.Module) -> str | None:
-    """The first module outside of attention that may mix tokens, for a message, or None."""
-    decoding = {id(module) for module in decoder.modules()}
+def token_mixer(model: nn.Module, decoder: nn.Module, recurrent: Collection[int] = ()) -> str | None:
+    """The first module outside of attention that may mix tokens, for a message, or None.
+
+    `recurrent` are the ids of the modules that are known to.
+    """
+    decoding = {id(module) for module in decoder.modules()}.difference(recurrent)
     training = None
     for name, module in _modules(model):
         kind, path = type(module), _forward_owner(type(module)).__module__

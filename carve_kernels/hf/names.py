@@ -314,7 +314,7 @@ def windows(config: Any) -> list[int | None] | None:
 
 def tree_reason(model: Any, config: Any) -> str | None:
     """Why a model's class or text config rules out tree decoding, or None."""
-    others = sorted({each for each in types_of_layers(config) or () if each not in _SOFTMAX})
+    others = sorted({each for each in types_of_layers(config) or () if each not in (*_SOFTMAX, *RECURRENT)})
     if others:
         return f"it has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):

@@ -152,7 +152,8 @@ class CandidateReader:
 
 def _select(candidate: _CandidatePrompt, maps: AttentionMaps) -> CandidateMaps:
     """The maps of each candidate among the captured last rows."""
-    values = maps.values[0].masked_fill(~maps.valid[0, ..., None], torch.nan).cpu()
+    seen = maps.seen[0] | (maps.tokens[0] < 0)
+    values = maps.values[0].masked_fill(~seen.all(-1, keepdim=True), torch.nan).cpu()
     end = maps.last_step(0) + 1
     by_rows = {
         rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - candidate.first].mean(2)
