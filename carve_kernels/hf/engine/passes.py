@@ -148,9 +148,7 @@ class Job:
         whole = whole_layers(self.task.maps, self.general, setup.carving)
         self.left_out = whole.left_out
         if whole.left_out:
-            _LOG.info(
-                "layers %s do not see all of the images at %s: left out", list(whole.left_out), setup.preset.steps
-            )
+            _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
         carving = replace(setup.carving, layer_weights=whole.weights)
         self.carved, self.strengths = [], []
         several = len(self.request.images) > 1
