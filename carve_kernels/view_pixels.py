@@ -91,8 +91,7 @@ def select(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: 
     `keep` is a share of the seen pixels, and no others are selected.
     """
     left, top, right, bottom = rectangle_of(seen)
-    part, visible = saliency[top:bottom, left:right], seen[top:bottom, left:right]
-    found = _regions(part, preset, backend) if bool(visible.all()) else _select(part, visible, preset, backend)
+    found = select_all(saliency[top:bottom, left:right], seen[top:bottom, left:right], preset, backend)
     if found.reason is not None:
         return Regions.whole(saliency, found.reason)
     mask = torch.zeros_like(saliency, dtype=torch.bool)
@@ -102,6 +101,11 @@ def select(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: 
     return Regions(mask, boxes, found.scores, (x0 + left, y0 + top, x1 + left, y1 + top))
 
 
+def select_all(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: str) -> Regions:
+    """`select` for a saliency [H, W] or [F, H, W] whose edges are those of the seen pixels, or near them."""
+    return _regions(saliency, preset, backend) if bool(seen.all()) else _select(saliency, seen, preset, backend)
+
+
 def rectangle_of(mask: torch.Tensor) -> Rectangle:
     """The rectangle around the True pixels of a mask [H, W] that has some."""
     rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
@@ -109,9 +113,10 @@ def rectangle_of(mask: torch.Tensor) -> Rectangle:
 
 
 def _regions(saliency: torch.Tensor, preset: Preset, backend: str) -> Regions:
+    over_frames = {4: 6, 8: 26}[preset.connectivity]
     return regions(
-        saliency, keep=preset.keep, top=preset.top, floor=preset.floor, connectivity=preset.connectivity,
-        score=preset.score, backend=backend,
+        saliency, keep=preset.keep, top=preset.top, floor=preset.floor, score=preset.score, backend=backend,
+        connectivity=over_frames if saliency.dim() == 3 else preset.connectivity,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from carve_kernels.hf.model import (
     decoder_layers,
     devices_of,
     foreign_code,
+    tensor_parallel_group,
     text_backbone,
     token_mixer,
     unwrap,
@@ -143,6 +144,8 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
     places = [devices_of(layer) for layer in decoder_layers(model)]
     if any(len(place) != 1 or place != places[0] for place in places):
         return "its layers are not on one device"
+    if tensor_parallel_group(inner) is not None:
+        return "it is tensor parallel: its heads are divided among processes"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
     recurrent = {id(each) for module in recurrent_modules(model).values() for each in module.modules()}

@@ -30,7 +30,8 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole cells; what remains of the image at the right and the bottom has no token."""
-    resized, cell = tuple(int(side) for side in image.item("image_sizes")), cell_of(image.config, image.options)
+    height, width = (int(side) for side in image.item("image_sizes"))
+    resized, cell = (height, width), cell_of(image.config, image.options)
     _check_shape(image.size, resized, cell)
     rows, columns = resized[0] // cell[0], resized[1] // cell[1]
     box = covered(image.size, resized, (rows, columns), cell)

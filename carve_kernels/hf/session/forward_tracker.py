@@ -27,6 +27,7 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call, is_prepared
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.head_shares import head_shares
 from carve_kernels.hf.session.hidden_tokens import LayerWindows
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
@@ -71,6 +72,7 @@ class ForwardTracker:
         self._model, self._modules, self._options = model, modules, options
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
+        self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
         self._windows = LayerWindows(text_backbone(model).config, modules, options.layers)
         self._prompts = CacheTable()
@@ -339,6 +341,7 @@ class ForwardTracker:
             rows_kept=names.rows_kept(self._model, given),
             eos=self._end_tokens(),
             windows=self._windows,
+            shares=self._shares,
         )
         prompt.prompt = total
         return prompt.record

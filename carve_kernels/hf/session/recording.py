@@ -17,6 +17,7 @@ from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.head_shares import HeadShares
 from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
@@ -66,11 +67,12 @@ class Record:
         rows_kept: int | None,
         eos: tuple[int, ...],
         windows: LayerWindows,
+        shares: HeadShares | None = None,
     ) -> None:
         self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
         self.on_layer, self.fused = options.on_layer, options.fused
         self.last, self.weight = rows.last, rows.weight
-        self.state = state
+        self.state, self.shares = state, shares
         state.start(tokens, past + length)
         # The captured rows of the current forward, and where it is written.
         self.rows, self.target, self.slot = (rows.columns - past).to(state.device), state.first, state.zero
@@ -230,6 +232,7 @@ class Record:
         output = self.state.calls.attend(operator, shared, index, tensors, sink, self.target, self.slot)
         if shared.hidden is not None:
             self.state.hide(shared.hidden, index, 1, self.decoding)
+        self._average(shared, index, 1, query.shape[1])
         self._finish(index, query)
         return output.transpose(1, 2), None
 
@@ -274,6 +277,8 @@ class Record:
         if not complete and rows == self.rows_kept:
             complete = self.lowest_row >= self.forward_length - rows >= 0
         expected = self.state.tokens.shape[0]
+        if self.shares is not None:
+            self.shares.check(layer, query.shape[1])
         if batch != expected or not complete:
             raise ValueError(
                 f"layers: layer {layer} has {batch} x {rows} rows, but the model was given {expected} x "
@@ -352,6 +357,12 @@ class Record:
         self.state.calls.run(batch, self.target, self.slot)
         if batch.hidden is not None:
             self.state.hide(batch.hidden, batch.first, len(batch.query), self.decoding)
+        self._average(batch, batch.first, len(batch.query), batch.query[0].shape[1])
+
+    def _average(self, batch: LayerBatch, first: int, layers: int, heads: int) -> None:
+        """After layers were captured: the means over the heads of all processes, where each has a share of them."""
+        if self.shares is not None:
+            self.shares.average(self.target, self.slot, first, layers, heads, batch.tokens)
 
     def result(self) -> AttentionMaps:
         """A copy of what has been captured so far; raises the ValueError of a forward that was refused."""
