@@ -21,12 +21,13 @@ from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
 
-def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
+def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
     """Find the visual tokens of a batch, their grids and boxes, from the output of the processor.
 
     ======  ==========================================================================================
@@ -35,6 +36,8 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     inputs  output of the processor: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
             An image is the PIL image that the processor was given, or its (height, width)
+    videos  the same for videos: a `Video`, a list of the frames that the processor was given, or (frames,
+            height, width). None = there is none
     ======  ==========================================================================================
 
     Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
@@ -46,9 +49,15 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     """
     check_decoder(model)
     config = unwrap(model).config
+    if videos is not None:
+        alone = not has_images(images)
+        shown = video_layout(config, processor, inputs, videos, alone=alone)
+        if alone:
+            return shown.layout()
+        return shown.beside(layout_of(model, processor, shown.without_videos(inputs), images))
     family = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("inputs: expected images, got a video, which has no layout yet")
+        raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
     ids = inputs["input_ids"]
     is_image = ids == names.image_id(config)
     if not is_image.any():

@@ -52,8 +52,20 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch, image_processor, size = cell_of(image.config, image.options), image.image_processor, image.size
+    patch = cell_of(image.config, image.options)
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
+    box = box_of(image, pixels, patch)
+    tokens.take(max(0, _extra_tokens(image.processor)))
+    grid = pixels[0] // patch[0], pixels[1] // patch[1]
+    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
+
+
+def box_of(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> Box:
+    """The part of an image that whole cells of the resized and cropped one cover, whose (height, width) are `pixels`.
+
+    Raises ValueError if the settings of the image processor make another size of the image.
+    """
+    image_processor, size = image.image_processor, image.size
     expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
     if expected != pixels:
         raise ValueError(
@@ -61,9 +73,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
             f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
         )
-    tokens.take(max(0, _extra_tokens(image.processor)))
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    return (View(tokens.take(grid[0] * grid[1]), grid, _box(image_processor, size, patch)),)
+    return _box(image_processor, size, cell)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
