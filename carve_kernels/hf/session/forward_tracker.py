@@ -72,7 +72,7 @@ class ForwardTracker:
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._signature = inspect.signature(model.forward)
-        self._windows = LayerWindows(text_backbone(model).config, modules, options.layers)
+        self._windows = LayerWindows(model, modules, options.layers)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None
