@@ -27,6 +27,7 @@ _SLICES = {
     "first": "{image_end_token}{slice_start_token}",
     "column": "{slice_end_token}{slice_start_token}",
     "row": "{slice_end_token}.+{slice_start_token}",
+    "after": "{image_end_token}|{slice_end_token}",
     "shapes": "target_sizes",
     "merge": (2, 4),
 }
@@ -40,6 +41,16 @@ FAMILIES: dict[str, Family] = {
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
     "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
     "granite4_vision": Family("unpadded_rows"),
+    "granite_docling": Family(
+        "marked_tiles",
+        {
+            **_ROWS_AND_COLUMNS,
+            "whole": "{global_image_tag}",
+            "optional": True,
+            "merge": "vision_config.scale_factor",
+            "fine": "tile_fine_mask",
+        },
+    ),
     "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}"}),
     "internvl": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "lfm2_vl": Family(
@@ -69,7 +80,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava": Family("centre_crop"),
     "llava_next": Family("unpadded_rows"),
+    "llava_next_video": Family("unpadded_rows"),
     "llava_onevision": Family("unpadded_rows"),
+    "minicpm_ocr": Family("marked_tiles", _SLICES),
     "minicpmv4_6": Family("marked_tiles", _SLICES),
     "minicpmv4_7": Family("marked_tiles", _SLICES),
     "molmo2": Family("low_and_high", placeholder=True),

@@ -36,7 +36,7 @@ def inputs_of(name: str, rows: Sequence[Sequence[Size]], **settings: Any) -> Any
     _, processor = available(name)
     prompts = [build_prompt(processor, "x" * (number + 1), len(row)) for number, row in enumerate(rows)]
     images = [[image_of(size) for size in row] for row in rows]
-    if name not in ("idefics3", "smolvlm", "lfm2_vl", "llava_onevision"):
+    if name not in ("granite_docling", "idefics3", "smolvlm", "lfm2_vl", "llava_onevision"):
         images = [image for row in images for image in row]  # type: ignore[misc]
     padding = {"padding": True, "padding_side": "left"} if len(rows) > 1 else {}
     return processor(images=images, text=prompts, return_tensors="pt", **padding, **settings)
