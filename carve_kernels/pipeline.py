@@ -207,12 +207,12 @@ def _saliency(
         task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
         normalize=preset.normalize, backend=backend,
     )  # fmt: skip
-    if _is_flat(task, general, preset.lam):
+    if is_flat(task, general, preset.lam):
         return nothing, seen, "the saliency is constant"
     return combine(views, rectangles, list(map(density, grids, boxes)), size, preset.overlap), seen, None
 
 
-def _is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
+def is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
     """Whether the ratio of every layer and step is constant over the tokens, up to the rounding of the maps."""
     ratio = task / (general + (general.mean(-1, keepdim=True) if isinstance(lam, str) else lam))
     low, high = ratio.aminmax(dim=-1)

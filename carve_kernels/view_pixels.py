@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import interpolate
 
 from carve_kernels.ops.regions import regions
 from carve_kernels.presets import Preset
@@ -72,14 +73,25 @@ def combine(
     return saliency
 
 
+def on_pixels(maps: Sequence[torch.Tensor], boxes: Sequence[Box], size: Size) -> torch.Tensor:
+    """The maps of views [GH, GW] on the pixels of their image of (height, width), as `combine` does, [H, W]."""
+    rectangles = [rectangle(box, size) for box in boxes]
+    shapes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
+    views = (
+        interpolate(view[None, None], shape, mode="bilinear", antialias=True)[0, 0]
+        for view, shape in zip(maps, shapes, strict=True)
+    )
+    grids = [(view.shape[0], view.shape[1]) for view in maps]
+    return combine(views, rectangles, list(map(density, grids, boxes)), size, "mean")
+
+
 def select(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: str) -> Regions:
     """`regions` of the seen pixels of a saliency that is not negative, in pixels of the whole image.
 
     `keep` is a share of the seen pixels, and no others are selected.
     """
     left, top, right, bottom = rectangle_of(seen)
-    part, visible = saliency[top:bottom, left:right], seen[top:bottom, left:right]
-    found = _regions(part, preset, backend) if bool(visible.all()) else _select(part, visible, preset, backend)
+    found = select_all(saliency[top:bottom, left:right], seen[top:bottom, left:right], preset, backend)
     if found.reason is not None:
         return Regions.whole(saliency, found.reason)
     mask = torch.zeros_like(saliency, dtype=torch.bool)
@@ -89,6 +101,11 @@ def select(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: 
     return Regions(mask, boxes, found.scores, (x0 + left, y0 + top, x1 + left, y1 + top))
 
 
+def select_all(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: str) -> Regions:
+    """`select` for a saliency [H, W] or [F, H, W] whose edges are those of the seen pixels, or near them."""
+    return _regions(saliency, preset, backend) if bool(seen.all()) else _select(saliency, seen, preset, backend)
+
+
 def rectangle_of(mask: torch.Tensor) -> Rectangle:
     """The rectangle around the True pixels of a mask [H, W] that has some."""
     rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
@@ -96,9 +113,10 @@ def rectangle_of(mask: torch.Tensor) -> Rectangle:
 
 
 def _regions(saliency: torch.Tensor, preset: Preset, backend: str) -> Regions:
+    over_frames = {4: 6, 8: 26}[preset.connectivity]
     return regions(
-        saliency, keep=preset.keep, top=preset.top, floor=preset.floor, connectivity=preset.connectivity,
-        score=preset.score, backend=backend,
+        saliency, keep=preset.keep, top=preset.top, floor=preset.floor, score=preset.score, backend=backend,
+        connectivity=over_frames if saliency.dim() == 3 else preset.connectivity,
     )  # fmt: skip
 
 

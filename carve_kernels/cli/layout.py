@@ -1,4 +1,4 @@
-"""carve-kernels doctor --model: the layout of a model's image tokens, as a picture and a table, and how far it is off."""
+"""carve-kernels doctor --model: the layout of a model's image tokens as a picture and a table, and a measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
     from carve_kernels.cli.ask import quiet
     from carve_kernels.cli.layout_picture import layout_picture
     from carve_kernels.cli.ours import png_info, png_texts, refuse_inputs
-    from carve_kernels.cli.output import replace_files, say
+    from carve_kernels.cli.output import number_of, replace_files, say
     from carve_kernels.cli.tables import screen, table
     from carve_kernels.hf.inputs import build_prompt, open_image, prepare
     from carve_kernels.hf.layouts import layout_of
@@ -41,9 +41,10 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
         tokens = _image_tokens(loaded, inputs)
         numbers = {token: number for number, token in enumerate(tokens)}
         title = f"{loaded.config.model_type}: {len(tokens)} image tokens of {opened.width} x {opened.height} pixels"
-        unseen = f"{layout.unseen():.1%} of the image is in no view"
         outside = len(tokens) - sum(view.tokens.numel() for view in layout.views[0])
-        caption = f"{how}; {unseen}; {outside} image tokens are in no view, such as newlines"
+        caption = f"{how}; {layout.unseen():.1%} of the image is in no view"
+        if outside:
+            caption += f"; {number_of(outside, 'image token')} without a place, such as newlines"
         picture = layout_picture(opened, layout, numbers, title, caption)
         picture.save(temporary / PICTURE, pnginfo=png_info())
     lines = [

@@ -38,6 +38,11 @@ def processor_of(folder: Path, family: str) -> Any:
         return processor
 
 
+def adds_image_token(processor: Any) -> bool:
+    """Whether a processor puts the token of its one image before the text by itself, as Fuyu's does."""
+    return any(kind.__name__ == "FuyuProcessor" for kind in type(processor).__mro__)
+
+
 def processor_class(family: str) -> str:
     """The name of a model type's processor class."""
     try:
@@ -73,6 +78,12 @@ def writes_prompts(processor: Any) -> bool:
 def is_pixels(name: str) -> bool:
     """Whether only the vision tower reads an entry of a processor's output."""
     return name.startswith(_PIXELS) and not names.is_text(name)
+
+
+def lacks_token_types(processor: Any, model: Any) -> bool:
+    """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
+    is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
+    return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
 
 
 def is_for_training(name: str) -> bool:

@@ -61,18 +61,20 @@ def test_models_that_differ_in_offloaded_weights_share_no_memory() -> None:
     assert torch.equal(result.general.values, expected.general.values)
 
 
-def test_layers_on_several_devices() -> None:
+def test_devices_of_layers() -> None:
     model = tiny_llava()[0]
     offload(model.model.language_model.layers[:2], device="cuda:0")
     offload(model.model.language_model.layers[2:], device="cuda:1")
     devices = [devices_of(layer) for layer in decoder_layers(model)]
     assert [len(each) for each in devices] == [1] * 4 and devices[0] == devices[1] != devices[2] == devices[3]
     assert "not on one device" in (sequential_reason(model) or "")
-    with pytest.raises(ValueError, match=r"^layers: "):
-        capture_attention(model, layers=[1, 2])
     # A device without a number is the current one.
     offload(model.model.language_model.layers[:2], device="cuda")
     assert devices_of(decoder_layers(model)[0]) == {torch.device("cuda:0")}
+    offload(model.model.language_model.layers[1].self_attn.v_proj, device="cuda:1")
+    with pytest.raises(ValueError, match=r"^layers: expected the attention of a layer on one device, layer 1 has"):
+        capture_attention(model, layers=[1, 2])
+    capture_attention(model, layers=[0, 2, 3])
 
 
 def test_a_chain_of_hooks_is_read() -> None:

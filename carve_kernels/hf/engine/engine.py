@@ -20,7 +20,15 @@ from carve_kernels.hf.engine.requests import ImageSource, ImageSources, Refine, 
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 from carve_kernels.hf.loading import resolve_preset
-from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, input_device, text_backbone, unwrap
+from carve_kernels.hf.model import (
+    attention_modules,
+    check_decoder,
+    check_steady,
+    decoder_layers,
+    input_device,
+    text_backbone,
+    unwrap,
+)
 from carve_kernels.hf.session import contract
 from carve_kernels.presets import FITS, Preset
 
@@ -85,7 +93,7 @@ class CarveEngine:
         self.backend = checks.choice("backend", backend, ("auto", *BACKENDS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = resolve_preset(unwrap(model), preset, profile)
-        self.layers = self.preset.layers_of(len(decoder_layers(model)))
+        self.layers = self.preset.layers_of(len(decoder_layers(model)), attention_modules(model))
         weights = self.preset.layer_weights
         if weights is not None and len(weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected one for each of layers {list(self.layers)}, got {weights!r}")

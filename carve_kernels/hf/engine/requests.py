@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs, pixel_dtype
+from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt, open_image
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
 from carve_kernels.types import VisualLayout
 
@@ -94,13 +93,8 @@ def make_request(
     check_processor(model, processor)
     originals = [open_image(sources[0], max_image_pixels)] if len(sources) == 1 else _opened(sources, max_image_pixels)
     letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
-    image_inputs = ImageInputs(
-        processor,
-        input_device(model),
-        preset.max_pixels,
-        None if letterbox is None else letterbox.pad,
-        pixel_dtype(model),
-    )
+    prepare_image = None if letterbox is None else letterbox.pad
+    image_inputs = ImageInputs.for_model(model, processor, preset.max_pixels, prepare_image)
 
     def locate(text: str) -> tuple[Prompt, ImageFeatures]:
         inputs, features = image_inputs.inputs(originals, text)

@@ -19,6 +19,7 @@ from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
@@ -36,11 +37,12 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
             An image is the PIL image that the processor was given, or its (height, width)
     ======  ==========================================================================================
 
-    Boxes are in pixels of these images, and reach outside of an image where the processor padded it.
+    Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
+    family that is not listed is measured, see `layouts.measured`.
 
-    Raises ValueError if the family is not supported, the processor's settings do not fit the model, there is no image
-    in the prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
-    orientation, since whether the processor applied it depends on how it was called.
+    Raises ValueError if the family's image tokens have no place in an image, the processor's settings do not fit the
+    model, there is no image in the prompt, the images do not match the prompt, the image tokens do not fit the grid, or
+    an image has an EXIF orientation, since whether the processor applied it depends on how it was called.
     """
     check_decoder(model)
     config = unwrap(model).config
@@ -48,32 +50,45 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("inputs: expected images, got a video, which has no layout yet")
     ids = inputs["input_ids"]
-    is_image = ids == names.image_id(config)
+    image_id = names.image_id(config)
+    if image_id is None:
+        raise ValueError(
+            f"model: expected a model_type of {supported()}, or one with an image token, got {config.model_type!r}"
+        )
+    is_image = ids == image_id
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    sizes = _sizes_by_row(images, len(is_image))
+    by_row = _by_row(images, len(is_image))
+    sizes = tuple(tuple(_size(image) for image in row) for row in by_row)
+    if family is None:
+        return measured_layout(model, processor, inputs, sizes)
     kind, total = _kind(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
-    for row, row_sizes in enumerate(sizes):
+    for row, of_row in enumerate(by_row):
         cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
         found: list[View] = []
-        for index, size in enumerate(row_sizes):
-            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before)
+        for index, given in enumerate(of_row):
+            original = given if isinstance(given, Image.Image) else None
+            size = sizes[row][index]
+            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
             of_image = kind.views(image, cursor)
             found += [replace(view, image=index) for view in of_image]
             number, before = number + 1, before + len(of_image)
-        _check_row(row, cursor, found, len(row_sizes))
+        _check_row(row, cursor, found, len(of_row))
         views.append(tuple(found))
     return VisualLayout(tuple(views), sizes)
 
 
-def check_processor(model: nn.Module, processor: Any) -> Family:
-    """The family of a model. Raises ValueError if it has no layout, or if the processor does not fit the model."""
+def check_processor(model: nn.Module, processor: Any) -> Family | None:
+    """The family of a model; None for one that is not listed.
+
+    Raises ValueError if its image tokens have no place, or if the processor does not fit the model.
+    """
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
     if family is None:
-        raise ValueError(f"model: expected a model_type of {supported()}, got {config.model_type!r}")
+        return None
     if family.reason is not None:
         raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
     token, expected = None if family.placeholder else names.image_id(processor), names.image_id(config)
@@ -94,7 +109,13 @@ def check_processor(model: nn.Module, processor: Any) -> Family:
 
 def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The smallest canvas of an image that is not cropped, as (size, top, left). Raises ValueError if there is none."""
-    canvas = getattr(_kind(check_processor(model, processor)), "canvas", None)
+    family = check_processor(model, processor)
+    if family is None:
+        raise ValueError(
+            f"fit: expected None, got 'pad': what a processor of {unwrap(model).config.model_type!r} crops is unknown, "
+            f"known are {supported()}"
+        )
+    canvas = getattr(_kind(family), "canvas", None)
     found: tuple[Size, int, int] = canvas(unwrap(model).config, processor, size) if canvas else (size, 0, 0)
     return found
 
@@ -130,7 +151,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     )
 
 
-def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
+def _by_row(images: Any, rows: int) -> list[Any]:
     if _is_image(images):
         images = [images]
     if not isinstance(images, Sequence) or isinstance(images, str):
@@ -143,7 +164,7 @@ def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
             f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
             "images a row, in the order of the prompt"
         )
-    return tuple(tuple(_size(image) for image in row) for row in nested)
+    return nested
 
 
 def _is_image(value: Any) -> bool:

@@ -1,4 +1,12 @@
-"""One run of tokens per image, on the patches of the resized and centre-cropped image (LLaVA-1.5)."""
+"""One run of tokens per image, on the patches of the resized, and maybe padded or centre-cropped, image (LLaVA-1.5).
+
+===========  =======================================================================================================
+option       meaning
+===========  =======================================================================================================
+cell, ...    as for `cells.cell_of`
+class_token  the tokens of the vision tower are selected by vision_feature_select_strategy, by default without the first
+===========  =======================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,9 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import Any
 
+from carve_kernels.hf.layouts.cells import cell_of, options_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Box, Size, View
 
 # The number of class tokens that a vision tower puts before its patches.
@@ -19,10 +29,13 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
     Files of older processors lack them; transformers then counts with None, or one token too few.
     """
+    if not options_of(config, processor).get("class_token"):
+        return
     patch = config.vision_config.patch_size
     size = getattr(processor, "patch_size", patch)
     yield "patch_size", tuple(size) if isinstance(size, list) else size, patch
-    before, strategy = _CLASS_TOKENS.get(config.vision_config.model_type), config.vision_feature_select_strategy
+    before = _CLASS_TOKENS.get(config.vision_config.model_type)
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
     count = getattr(processor, "num_additional_image_tokens", 0)
     if isinstance(count, int) and (before is None or _extra_tokens(processor) == before - (strategy == "default")):
         return
@@ -40,7 +53,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch, image_processor, size = _patch(image.config), image.image_processor, image.size
+    patch, image_processor, size = cell_of(image.config, image.options), image.image_processor, image.size
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
     expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
     if expected != pixels:
@@ -50,13 +63,14 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
         )
     tokens.take(max(0, _extra_tokens(image.processor)))
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    return (View(tokens.take(grid[0] * grid[1]), grid, _box(image_processor, size, patch)),)
+    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), _box(image_processor, size, patch)
+    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
+    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The image itself if it is not cropped, else the smallest canvas that has it within the crop."""
-    image_processor, patch = processor.image_processor, _patch(config)
+    image_processor, patch = processor.image_processor, cell_of(config, options_of(config, processor))
     left, top, right, bottom = _box(image_processor, size, patch)
     if left <= 0 and top <= 0 and right >= size[1] and bottom >= size[0]:
         return size, 0, 0
@@ -82,11 +96,6 @@ def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
             top_left = [(low + high) // 2 for low, high in offsets]
             return (sides[0], sides[1]), top_left[0], top_left[1]
         sides = [side + 1 for side in sides]
-
-
-def _patch(config: Any) -> Size:
-    patch = config.vision_config.patch_size
-    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
 def _extra_tokens(processor: Any) -> int:

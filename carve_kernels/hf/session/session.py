@@ -27,6 +27,7 @@ from carve_kernels.hf.query_rows import check_rows, tokenizer_of
 from carve_kernels.hf.session import contract
 from carve_kernels.hf.session.forward_tracker import ForwardTracker, check_tokens
 from carve_kernels.hf.session.generate_guard import guarded
+from carve_kernels.hf.session.merging import merge_layers
 from carve_kernels.hf.session.recording import OnLayer, SessionOptions
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.ops.attention_operator import attention_operator
@@ -59,11 +60,13 @@ def capture_attention(
     argument   meaning
     =========  =========================================================================================================
     model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are unwrapped
-    layers     numbers (negative ones count from the end), a range, one number, "paper" or "all"
+    layers     numbers (negative ones count from the end), a range, one number, or "paper", "release" or "all" of those
+               that have softmax attention
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
                "question": mean over the user's last text after the image; ("word", WORD): mean over the tokens of its
                last occurrence after the image, in the user's text if it is there, else in the template;
-               ("text", TEXT): the same for a text. Rows other than the last exist at step 0 only
+               ("text", TEXT): the same for a text. Rows other than the last exist at step 0 only. For a batch also a
+               choice for each prompt: ("word", [WORD, WORD]), [("word", WORD), "question"], [[40, 41], [38, 39]]
     tokens     the visual tokens: None finds them in input_ids; a VisualLayout; columns [N] or [B, N], -1 is padding
     processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to separate a question from the
                chat template
@@ -86,11 +89,10 @@ def capture_attention(
         raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
     contract.ensure()
     check_decoder(model)
-    depth = len(decoder_layers(model))
-    every = isinstance(layers, str) and layers == "all"
+    attention = attention_modules(model)
     # Ascending, the order in which a forward runs them.
-    numbers = tuple(range(depth)) if every else tuple(sorted(layers_of(layers, depth)))
-    modules = _modules(model, numbers)
+    numbers = tuple(sorted(layers_of(layers, len(decoder_layers(model)), attention)))
+    modules = _whole({number: attention[number] for number in numbers})
     if on_layer is not None and not callable(on_layer):
         raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
     if not isinstance(fused, bool):
@@ -106,7 +108,8 @@ def capture_attention(
         fused,
     )
     if fused and backend != "auto":
-        _check_fused(model, modules[0], backend)
+        for indices in _by_device(modules):
+            _check_fused(model, modules[indices[0]], backend)
     return CaptureSession(model, modules, options)
 
 
@@ -118,23 +121,33 @@ class CaptureSession:
         self._outer, self._model, self._modules = model, unwrap(model), modules
         entries = map(names.attention_entry, modules, options.layers)
         self._entries = {(id(registry), name): (registry, name) for registry, name in entries}.values()
-        self._tracker = ForwardTracker(self._model, modules, options)
+        # A tracker records on one device; each captured layer has its tracker, and its index there.
+        self._trackers: list[ForwardTracker] = []
+        self._places: dict[int, tuple[ForwardTracker, int]] = {}
+        for indices in _by_device(modules):
+            part = options._replace(layers=tuple(options.layers[index] for index in indices))
+            tracker = ForwardTracker(self._model, [modules[index] for index in indices], part)
+            self._trackers.append(tracker)
+            self._places.update({index: (tracker, place) for place, index in enumerate(indices)})
         self._stack: ExitStack | None = None
 
     @property
     def maps(self) -> AttentionMaps:
         """The maps of the last prompt and its decode steps, copied out of the buffers.
 
-        Raises RuntimeError before the first forward, and the ValueError of a forward that was refused.
+        Where the captured layers run on several devices, all maps are on that of the first layer. Raises RuntimeError
+        before the first forward, and the ValueError of a forward that was refused.
         """
-        record = self._tracker.record
-        if record is None:
-            raise RuntimeError(
-                "maps: expected a forward of the model inside the session, got none; call the model (or its wrapper) "
-                "that was passed to capture_attention"
-            )
-        self._tracker.check_replays()
-        return record.result()
+        parts = []
+        for tracker in self._trackers:
+            if tracker.record is None:
+                raise RuntimeError(
+                    "maps: expected a forward of the model inside the session, got none; call the model (or its "
+                    "wrapper) that was passed to capture_attention"
+                )
+            tracker.check_replays()
+            parts.append(tracker.record.result())
+        return merge_layers(parts)
 
     def __enter__(self) -> CaptureSession:
         if self._stack is not None:
@@ -157,17 +170,18 @@ class CaptureSession:
 
     def record(self, index: int, *call: Any) -> None:
         """Called after the attention of a captured layer."""
-        record = self._tracker.record
-        if record is not None and self._tracker.running:
-            record.record(index, *call)
+        tracker, place = self._places[index]
+        if tracker.record is not None and tracker.running:
+            tracker.record.record(place, *call)
 
     def attend(self, index: int, *call: Any) -> Any:
         """Called before the attention of a captured layer; its output if it was computed and captured, else None."""
-        record = self._tracker.record
-        return record.attend(index, *call) if record is not None and self._tracker.running else None
+        tracker, place = self._places[index]
+        return tracker.record.attend(place, *call) if tracker.record is not None and tracker.running else None
 
     def _install(self, stack: ExitStack) -> None:
-        stack.enter_context(guarded(self._model, self._tracker))
+        for tracker in self._trackers:
+            stack.enter_context(guarded(self._model, tracker))
         for index, module in enumerate(self._modules):
             _add_recorder(stack, module, (self, index))
         for registry, name in self._entries:
@@ -175,12 +189,13 @@ class CaptureSession:
         if names.has_own_generate(self._model):
             stack.callback(text_backbone(self._outer).register_forward_pre_hook(self._check_generate).remove)
         for module in wrapped_models(self._outer):
-            stack.callback(module.register_forward_pre_hook(self._tracker.begin, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._tracker.end, always_call=True).remove)
+            for tracker in self._trackers:
+                stack.callback(module.register_forward_pre_hook(tracker.begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(tracker.end, always_call=True).remove)
 
     def _check_generate(self, *_call: Any) -> None:
         """Before a forward of the text decoder: a custom `generate` may bypass the model that the session follows."""
-        if self._tracker.generation is not None and not self._tracker.running:
+        if self._trackers[0].generation is not None and not self._trackers[0].running:
             kind = type(self._model).__name__
             raise ValueError(
                 f"model: expected a generate that calls {kind} itself, got one that calls the language model inside "
@@ -188,20 +203,23 @@ class CaptureSession:
             )
 
 
-def _modules(model: nn.Module, layers: tuple[int, ...]) -> list[nn.Module]:
-    """The attention modules of these layers, which must run on one device."""
-    modules = attention_modules(model)
-    for layer in layers:
-        if layer not in modules:
-            raise ValueError(f"layers: layer {layer} has no softmax attention, expected layers among {sorted(modules)}")
-    captured = [modules[layer] for layer in layers]
-    devices = set().union(*map(devices_of, captured))
-    if len(devices) > 1:
-        raise ValueError(
-            f"layers: expected layers on one device, got layers {list(layers)} on {sorted(map(str, devices))}; open a "
-            "session for the layers of each device"
-        )
-    return captured
+def _whole(modules: dict[int, nn.Module]) -> list[nn.Module]:
+    """The attention modules of some layers, each of which must run on one device."""
+    for layer, module in modules.items():
+        if len(devices := devices_of(module)) > 1:
+            raise ValueError(
+                f"layers: expected the attention of a layer on one device, layer {layer} has its weights on "
+                f"{sorted(map(str, devices))}; keep layers whole, as device_map='auto' does"
+            )
+    return list(modules.values())
+
+
+def _by_device(modules: list[nn.Module]) -> list[list[int]]:
+    """The indices of the modules that run on each device, in the order of the modules; those not known are one part."""
+    parts: dict[torch.device | None, list[int]] = {}
+    for index, module in enumerate(modules):
+        parts.setdefault(next(iter(devices_of(module)), None), []).append(index)
+    return list(parts.values())
 
 
 def _check_fused(model: nn.Module, module: nn.Module, backend: str) -> None:

@@ -121,7 +121,7 @@ def addresses(session: Any) -> set[int]:
         elif type(value).__module__.startswith("carve_kernels"):
             walk(vars(value))
 
-    walk(session._tracker.record)
+    walk(session._trackers[0].record)
     return found
 
 

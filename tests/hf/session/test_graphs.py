@@ -183,7 +183,7 @@ def test_a_graph_may_be_replayed_after_its_session(device: str) -> None:
     with capture_attention(decoder.model, layers=[1, 2]) as session:
         decoder.prefill()
         decoder.capture()
-        record: Any = session._tracker.record
+        record: Any = session._trackers[0].record
         kept = [StorageWeakRef(each.untyped_storage()) for each in (record.state.later.maps, record.state.counts)]
     del session, record
     gc.collect()
