@@ -153,7 +153,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     if cursor.taken == len(cursor):
         return
     # One image may have several runs of tokens, but not fewer than one.
-    if cursor.runs < images or cursor.runs > len(views) == images:
+    if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
         raise ValueError(
             f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
             "row as its own list, in the order of the prompt"
