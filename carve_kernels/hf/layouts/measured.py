@@ -29,7 +29,7 @@ from carve_kernels.types import Box, Size, View, ViewKind, VisualLayout
 _LOG = logging.getLogger("carve_kernels")
 # Fewer values than this share that reach several tokens are accidents of a gradient.
 _MIXED = 0.01
-# Of a cell's side: how far boxes that meet may lie apart.
+# Of a cell's side: the largest gap between boxes that meet.
 _MEET = 0.1
 _LOCK = threading.Lock()
 
@@ -316,7 +316,7 @@ def _is_pixels(value: Any) -> bool:
 
 
 def _difference(inputs: Mapping[str, Any], entries: Entries, pixels: set[Any]) -> str | None:
-    """In what inputs differ from the entries of a processor, apart from the values of pixel tensors, or None."""
+    """In what inputs differ from the entries of a processor, the values of pixel tensors aside, or None."""
     for name, expected in entries.items():
         got = inputs.get(name)
         if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):
