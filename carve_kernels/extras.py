@@ -10,6 +10,7 @@ from importlib import metadata
 # By module: its name for pip, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "hf"),
+    "av": ("av", "video"),
     "huggingface_hub": ("huggingface-hub", "hf"),
     "packaging": ("packaging", "hf"),
     "rich": ("rich", "cli"),

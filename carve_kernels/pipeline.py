@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
-from carve_kernels.ops.regions import regions
 from carve_kernels.ops.zoom import check_box, refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
 from carve_kernels.types import Box, Regions, Size
+from carve_kernels.view_pixels import combine, density, rectangle, seen_pixels, select
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,7 @@ class CarveOutcome:
     refined   PIL image          the selected regions magnified, or the image itself
     reason    str                why no region was selected, or None
     seconds   dict               time of each of the stages contrast, regions and zoom that ran
+    seen      bool       [H, W]  pixels of the image that some view covers
     ========  =========  ======  ====================================================================
     """
 
@@ -45,6 +46,7 @@ class CarveOutcome:
     refined: Image
     reason: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    seen: torch.Tensor = field(kw_only=True)
 
 
 def pair(
@@ -106,10 +108,11 @@ def carve(
     (result)  CarveOutcome                    saliency, regions, refined image, reason
     ========  ==================  ==========  =====================================================================
 
-    Outside the box the saliency is 0, the mask is False, and `keep` is a share of the pixels inside. Of several views a
-    later one overwrites an earlier one, so pass the base first and finer tiles after it; `keep` is then a share of the
-    rectangle around all of them. A degenerate map (no steps, constant, all 0) gives no region: `refined` is the
-    original, and `reason` says why.
+    Pixels that no box covers are not `seen`: the saliency is 0 there and the mask False, and `keep` is a share of the
+    others. Where boxes overlap, as those of tiles and of a thumbnail do, the saliency is the mean of the views,
+    weighted by their tokens per area (`GH * GW / area of the box`), so that a fine tile counts for more than a coarse
+    thumbnail; or the highest of them (`Preset.overlap="max"`). A degenerate map (no steps, constant, all 0) gives no
+    region: `refined` is the original, and `reason` says why.
 
     Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box outside the image and for an image with
     an EXIF orientation, since the maps may be of its stored or of its rotated pixels.
@@ -142,76 +145,81 @@ def carve_views(
     backend: str,
 ) -> CarveOutcome:
     """`carve` with checked arguments and boxes that may reach into the padding of the image."""
-    saliency = torch.zeros(image.height, image.width, dtype=task.dtype, device=task.device)
-    if task.numel() == 0 or general.numel() == 0:
-        return _unchanged(image, saliency, "the maps are empty", {})
-    rectangles = [_rectangle(box, image.size) for box in boxes]
-    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
-    sizes = [(bottom - top, right - left) for left, top, right, bottom in rectangles]
     start = time.perf_counter()
+    saliency, seen, reason = _saliency((image.height, image.width), task, general, grids, boxes, preset, backend)
+    seconds = {"contrast": time.perf_counter() - start}
+    if reason is not None:
+        return _unchanged(image, saliency, seen, reason, seconds)
+    start = time.perf_counter()
+    selected = select(saliency, seen, preset, backend)
+    seconds["regions"] = time.perf_counter() - start
+    if selected.reason is not None:
+        return _unchanged(image, saliency, seen, selected.reason, seconds)
+    start = time.perf_counter()
+    refined = zoom(
+        image, selected.mask, selected.box, fill=preset.fill, resample=preset.resample, size=preset.size,
+        limit=preset.limit,
+    )  # fmt: skip
+    seconds["zoom"] = time.perf_counter() - start
+    return CarveOutcome(saliency, selected, refined, None, seconds, seen=seen)
+
+
+def strength(
+    size: Size,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grids: Sequence[Size],
+    boxes: Sequence[Box],
+    preset: Preset,
+    backend: str,
+) -> float:
+    """How strong the contrast of an image is, to compare the images of one prompt: 0 where it is flat.
+
+    It is the standard deviation (the RMS contrast) of the saliency over the seen pixels, before `Preset.normalize`,
+    which would make the images alike. A mean over the area does not grow with an image's tokens or pixels.
+    """
+    plain = replace(preset, normalize="none")
+    saliency, seen, reason = _saliency(size, task, general, grids, boxes, plain, backend)
+    return 0.0 if reason is not None else float(saliency[seen].double().std(correction=0))
+
+
+def _saliency(
+    size: Size,
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grids: Sequence[Size],
+    boxes: Sequence[Box],
+    preset: Preset,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, str | None]:
+    """The saliency of an image of (height, width), its seen pixels, and why there is no contrast, or None."""
+    rectangles = [rectangle(box, size) for box in boxes]
+    seen = seen_pixels(rectangles, size, task.device)
+    nothing = torch.zeros(size, dtype=task.dtype, device=task.device)
+    if task.numel() == 0 or general.numel() == 0:
+        return nothing, seen, "the maps are empty"
+    if not bool(seen.any()):
+        return nothing, seen, "the model was shown no part of it"
+    task, general, by_step = _pair(task, general, preset.steps, preset.step_weights)
+    # A view beside the image has tokens in the mean of the general map, and no pixels.
+    sizes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
     views = contrast(
         task, general, list(grids), sizes, lam=preset.lam, layer_weights=preset.layer_weights, step_weights=by_step,
         normalize=preset.normalize, backend=backend,
     )  # fmt: skip
-    if _is_flat(task, general, preset.lam):
-        return _unchanged(image, saliency, "the saliency is constant", {"contrast": time.perf_counter() - start})
-    covered = []
-    for (left, top, right, bottom), view in zip(rectangles, views, strict=True):
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-        saliency[y0:y1, x0:x1] = view[y0 - top : y1 - top, x0 - left : x1 - left]
-        covered.append((x0, y0, x1, y1))
-    seconds = {"contrast": time.perf_counter() - start}
-    lows, highs = torch.tensor(covered).amin(0).tolist(), torch.tensor(covered).amax(0).tolist()
-    return _finish(image, saliency, (lows[0], lows[1], highs[2], highs[3]), preset, backend, seconds)
+    if is_flat(task, general, preset.lam):
+        return nothing, seen, "the saliency is constant"
+    return combine(views, rectangles, list(map(density, grids, boxes)), size, preset.overlap), seen, None
 
 
-def _is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
+def is_flat(task: torch.Tensor, general: torch.Tensor, lam: float | str) -> bool:
     """Whether the ratio of every layer and step is constant over the tokens, up to the rounding of the maps."""
     ratio = task / (general + (general.mean(-1, keepdim=True) if isinstance(lam, str) else lam))
     low, high = ratio.aminmax(dim=-1)
     return bool((high - low <= _ROUNDING * high).all())
 
 
-def _finish(
-    image: Image,
-    saliency: torch.Tensor,
-    covered: tuple[int, int, int, int],
-    preset: Preset,
-    backend: str,
-    seconds: dict[str, float],
+def _unchanged(
+    image: Image, saliency: torch.Tensor, seen: torch.Tensor, reason: str, seconds: dict[str, float]
 ) -> CarveOutcome:
-    """The regions of the covered part, in pixels of the whole image, and the refined image."""
-    left, top, right, bottom = covered
-    start = time.perf_counter()
-    selected = regions(
-        saliency[top:bottom, left:right], keep=preset.keep, top=preset.top, floor=preset.floor,
-        connectivity=preset.connectivity, score=preset.score, backend=backend,
-    )  # fmt: skip
-    seconds["regions"] = time.perf_counter() - start
-    if selected.reason is not None:
-        return _unchanged(image, saliency, selected.reason, seconds)
-    mask = torch.zeros_like(saliency, dtype=torch.bool)
-    mask[top:bottom, left:right] = selected.mask
-    shift = (left, top, left, top)
-    box = tuple(edge + offset for edge, offset in zip(selected.box, shift, strict=True))
-    shifted = Regions(mask, selected.boxes + selected.boxes.new_tensor(shift), selected.scores, box)  # type: ignore[arg-type]
-    start = time.perf_counter()
-    refined = zoom(image, mask, box, fill=preset.fill, resample=preset.resample, size=preset.size, limit=preset.limit)
-    seconds["zoom"] = time.perf_counter() - start
-    return CarveOutcome(saliency, shifted, refined, None, seconds)
-
-
-def _unchanged(image: Image, saliency: torch.Tensor, reason: str, seconds: dict[str, float]) -> CarveOutcome:
-    return CarveOutcome(saliency, Regions.whole(saliency, reason), image, reason, seconds)
-
-
-def _rectangle(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box in whole pixels, at least one of them inside an image of (width, height)."""
-    (left, right), (top, bottom) = (_span(box[axis], box[axis + 2], size[axis]) for axis in (0, 1))
-    return left, top, right, bottom
-
-
-def _span(first: float, end: float, length: int) -> tuple[int, int]:
-    low = min(round(first), length - 1) if first < -0.5 else min(max(0, round(first)), length - 1)
-    high = round(end) if end > length + 0.5 else min(round(end), length)
-    return low, max(max(low, 0) + 1, high)
+    return CarveOutcome(saliency, Regions.whole(saliency, reason), image, reason, seconds, seen=seen)

@@ -15,9 +15,13 @@ from carve_kernels.ops.zoom import RESAMPLE, SIZES, colour
 from carve_kernels.types import NORMALIZE, SCORES, Size
 
 STEPS = ("t_start", "t_end", "t_full")
+LAYERS = ("paper", "release", "all")
+"""The layers that have a name."""
 FITS = (None, "pad")
 """How an image can be shown to a processor that crops: as it does, or padded on a canvas that is shown whole."""
 IMAGES = ("refined", "original+refined")
+OVERLAPS = ("mean", "max")
+"""Where views of an image overlap: their mean, weighted by tokens per area, or the highest value."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Preset:
     layer_weights: tuple[float, ...] | None = None  # all 1
     lam: float | str = "mean"  # ours
     normalize: str = "none"
+    overlap: str = "mean"  # ours
     keep: float = 0.4
     top: int | None = 2
     floor: int | None = None
@@ -49,7 +54,7 @@ class Preset:
 
     @classmethod
     def paper(cls, **overrides: Any) -> Preset:
-        """The paper's values; layers 20 to 25, or the same share of a model with fewer than 26 layers (ours)."""
+        """The paper's values; layers 20 to 25, or the same share of other models (ours, see `layers_of`)."""
         return cls(**overrides)
 
     @classmethod
@@ -108,7 +113,7 @@ class Preset:
         if isinstance(self.layers, tuple):
             _integers("layers", self.layers)
         else:
-            checks.choice("layers", self.layers, ("paper", "release"))
+            checks.choice("layers", self.layers, LAYERS)
         _check_rows(self.rows)
         check_steps(self.steps, self.step_weights)
         if self.layer_weights is not None:
@@ -116,9 +121,10 @@ class Preset:
         if self.lam != "mean":
             checks.number("lam", self.lam, low=0)
         checks.choice("normalize", self.normalize, NORMALIZE)
+        checks.choice("overlap", self.overlap, OVERLAPS)
         share("keep", self.keep)
         limits(self.top, self.floor)
-        checks.choice("connectivity", self.connectivity, CONNECTIVITY)
+        checks.choice("connectivity", self.connectivity, CONNECTIVITY[2])
         checks.choice("score", self.score, SCORES)
         colour(self.fill)
         checks.choice("resample", self.resample, RESAMPLE)
@@ -136,28 +142,47 @@ class Preset:
         if self.max_pixels is not None:
             checks.integer("max_pixels", self.max_pixels, low=1)
 
-    def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The layers of a model with `depth` of them."""
-        return layers_of(self.layers, depth)
+    def layers_of(self, depth: int, attention: Iterable[int] | None = None) -> tuple[int, ...]:
+        """The layers of a model with `depth` of them, of which those in `attention` have softmax attention."""
+        return layers_of(self.layers, depth, attention)
 
 
-def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """The layers of a model with `depth` of them: "paper", "release", or numbers, where -1 is the last."""
+def layers_of(layers: str | int | Iterable[int], depth: int, attention: Iterable[int] | None = None) -> tuple[int, ...]:
+    """The chosen layers of a model with `depth` of them, of which those in `attention` (None: all) have attention.
+
+    =========  ====================================================================================================
+    layers     chosen
+    =========  ====================================================================================================
+    "paper"    20 to 25; of a model with fewer than 26 layers, or some without attention, those with attention in the
+               same share of the depth, 20/28 to 26/28; of a hybrid at least two, the nearest to that share
+    "release"  those of 20 to 25 that have attention
+    "all"      all that have attention
+    numbers    themselves, where -1 is the last layer
+    =========  ====================================================================================================
+
+    Raises ValueError for a number beyond the model, one twice, a layer without attention, and "release" for a model
+    without attention in any of 20 to 25.
+    """
     checks.integer("depth", depth, low=1)
+    every = range(depth) if attention is None else sorted(attention)
+    if not every:
+        raise ValueError(f"layers: expected a model with softmax attention, got none in any of its {depth} layers")
     layers = checks.plain(layers)
+    if layers == "all":
+        return tuple(every)
     if layers == "release":
-        chosen = tuple(range(20, min(26, depth)))
+        chosen = tuple(number for number in every if 20 <= number < 26)
         if not chosen:
+            having = f"a model of {depth} layers" if len(every) == depth else f"attention in layers {list(every)}"
             raise ValueError(
-                f"layers: expected layers 20 to 25 for preset release, got a model of {depth} layers; "
+                f"layers: expected layers 20 to 25 for preset release, got {having}; "
                 "preset paper scales them to any depth"
             )
         return chosen
     if layers == "paper":
-        start = min(round(20 * depth / 28), depth - 1)
-        return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
+        return _paper_layers(depth, every)
     if isinstance(layers, str) or not isinstance(layers, (int, Iterable)):
-        raise ValueError(f"layers: expected 'paper', 'release' or layer numbers, got {checks.describe(layers)}")
+        raise ValueError(f"layers: expected 'paper', 'release', 'all' or layer numbers, got {checks.describe(layers)}")
     numbers = _integers("layers", (layers,) if isinstance(layers, int) else tuple(layers))
     if any(not -depth <= number < depth for number in numbers):
         raise ValueError(
@@ -166,7 +191,21 @@ def layers_of(layers: str | int | Iterable[int], depth: int) -> tuple[int, ...]:
     chosen = tuple(number % depth for number in numbers)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers: expected each layer once, got {list(numbers)} for {depth} layers")
+    for number in chosen:
+        if number not in every:
+            raise ValueError(f"layers: layer {number} has no softmax attention, expected layers among {list(every)}")
     return chosen
+
+
+def _paper_layers(depth: int, attention: Sequence[int]) -> tuple[int, ...]:
+    """The layers with attention in the paper's share of the depth."""
+    if len(attention) == depth:
+        start = min(round(20 * depth / 28), depth - 1)
+        return tuple(range(20, 26)) if depth >= 26 else tuple(range(start, max(start + 1, round(26 * depth / 28))))
+    inside = [number for number in attention if 20 * depth <= 28 * number < 26 * depth]
+    # From the middle of a layer to the middle of the share.
+    nearest = sorted(attention, key=lambda number: (abs(28 * (2 * number + 1) - 46 * depth), -number))
+    return tuple(sorted(inside if len(inside) >= 2 else nearest[:2]))
 
 
 def check_steps(steps: str, step_weights: Sequence[float] | None) -> None:

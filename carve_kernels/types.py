@@ -200,6 +200,8 @@ class Regions:
     reason  str            why no region was selected, or None
     ======  =====  ======  ==============================================================
 
+    Of a saliency [F, H, W] the mask is [F, H, W], and every box has six edges, x0 y0 f0 x1 y1 f1: frames f0 to f1 - 1.
+
     The mask is on the saliency's device. Boxes and scores are on the CPU on every device: they come with the box, so
     that reading them does not wait for the device again.
     """
@@ -207,16 +209,17 @@ class Regions:
     mask: torch.Tensor
     boxes: torch.Tensor
     scores: torch.Tensor
-    box: tuple[int, int, int, int]
+    box: tuple[int, ...]
     reason: str | None = None
 
     @classmethod
     def whole(cls, saliency: torch.Tensor, reason: str) -> Regions:
-        """No region of a saliency: the mask and the box are the whole image, and the reason says why."""
-        height, width = saliency.shape
-        boxes = torch.empty(0, 4, dtype=torch.int64, device="cpu")
+        """No region of a saliency: the mask and the box are all of it, and the reason says why."""
+        lengths = tuple(reversed(saliency.shape[-2:])) + tuple(saliency.shape[:-2])
+        boxes = torch.empty(0, 2 * len(lengths), dtype=torch.int64, device="cpu")
         scores = torch.empty(0, dtype=torch.float64, device="cpu")
-        return cls(torch.ones_like(saliency, dtype=torch.bool), boxes, scores, (0, 0, width, height), reason)
+        box = (0,) * len(lengths) + lengths
+        return cls(torch.ones_like(saliency, dtype=torch.bool), boxes, scores, box, reason)
 
 
 __getattr__ = deprecation.moved_names(

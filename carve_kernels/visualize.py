@@ -25,6 +25,7 @@ _LUT = _LUT.round().astype(numpy.uint8)
 LONGEST = 1600
 
 _INK, _SOFT, _PAPER, _TILE, _ACCENT = (28, 30, 38), (96, 100, 112), (255, 255, 255), (241, 242, 245), (255, 196, 60)
+_HATCH = (150, 110)
 _LINE_HEIGHT = 1.35
 
 _UNREADABLE = "Characters that no font of this machine has are drawn as escapes, such as \\u732b."
@@ -47,17 +48,28 @@ class Tile(NamedTuple):
     scale: Scale | None = None
 
 
-def saliency_image(saliency: torch.Tensor, *, colour: bool = True) -> Image.Image:
-    """A saliency [H, W] as an image of its size, lowest value dark, highest light; a flat one is all dark."""
-    levels = _levels(saliency)
-    return Image.fromarray(_LUT[levels] if colour else levels)
+def saliency_image(saliency: torch.Tensor, *, colour: bool = True, seen: torch.Tensor | None = None) -> Image.Image:
+    """A saliency [H, W] as an image of its size, lowest value dark, highest light; a flat one is all dark.
+
+    Pixels that are not `seen` (bool [H, W], None = all are) are hatched in grey, and no part of the range.
+    """
+    levels = _levels(saliency, seen)
+    return _hatched(Image.fromarray(_LUT[levels] if colour else levels), seen)
 
 
-def overlay(image: Image.Image, saliency: torch.Tensor, *, alpha: float = 0.75, box: Box | None = None) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    saliency: torch.Tensor,
+    *,
+    alpha: float = 0.75,
+    box: Box | None = None,
+    seen: torch.Tensor | None = None,
+) -> Image.Image:
     """A saliency or a map of tokens [h, w] over the part `box` of an image (None = all of it).
 
     The image is grey and at most 1600 pixels a side; the higher the value, the stronger the colour (`alpha` at the
-    highest).
+    highest). Pixels of the image that are not `seen` (bool [H, W], None = all are) are hatched; of a saliency of the
+    whole image they are no part of the range.
     """
     checks.number("alpha", alpha, low=0, high=1)
     small = _shrink(image)
@@ -65,20 +77,24 @@ def overlay(image: Image.Image, saliency: torch.Tensor, *, alpha: float = 0.75, 
     x0, y0, x1, y1 = box or (0, 0, *image.size)
     left, top = round(x0 * scale_x), round(y0 * scale_y)
     size = max(1, round(x1 * scale_x) - left), max(1, round(y1 * scale_y) - top)
-    levels = Image.fromarray(_levels(saliency)).resize(size, Image.Resampling.BILINEAR)
+    covered = seen if seen is not None and seen.shape == saliency.shape else None
+    levels = Image.fromarray(_levels(saliency, covered)).resize(size, Image.Resampling.BILINEAR)
     colours = Image.fromarray(_LUT[numpy.asarray(levels)])
     base = small.convert("L").convert("RGB")
     weight = levels.point([round(255 * alpha * (0.35 + 0.65 * (level / 255) ** 0.7)) for level in range(256)])
     base.paste(colours, (left, top), weight)
-    return base
+    return _hatched(base, seen)
 
 
-def kept(image: Image.Image, regions: Regions) -> Image.Image:
-    """The image dimmed outside the selected regions, with their outlines, their boxes and the union box."""
+def kept(image: Image.Image, regions: Regions, *, seen: torch.Tensor | None = None) -> Image.Image:
+    """The image dimmed outside the selected regions, with their outlines, their boxes and the union box.
+
+    Pixels that are not `seen` (bool [H, W], None = all are) are hatched.
+    """
     small = _shrink(image)
     mask = Image.fromarray(regions.mask.cpu().numpy()).convert("L").resize(small.size, Image.Resampling.NEAREST)
     dimmed = Image.blend(small.convert("L").convert("RGB"), Image.new("RGB", small.size, _INK), 0.65)
-    figure = Image.composite(small, dimmed, mask)
+    figure = Image.composite(small, _hatched(dimmed, seen), mask)
     if regions.reason is not None:
         return figure
     line = max(1, round(max(small.size) / 250))
@@ -196,15 +212,29 @@ def _wrap(text: str, width: int, size: int) -> list[str]:
     return lines
 
 
-def _levels(saliency: torch.Tensor) -> numpy.ndarray:
-    """A map [H, W] scaled to 0 to 255, from its lowest value to its highest."""
+def _levels(saliency: torch.Tensor, seen: torch.Tensor | None = None) -> numpy.ndarray:
+    """A map [H, W] scaled to 0 to 255, from the lowest value of its seen pixels to their highest."""
     checks.tensor("saliency", saliency, shape=("H", "W"), dtypes=(torch.float32, torch.float64))
     values = saliency.detach().cpu().numpy()
-    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+    visible = values if seen is None else values[seen.cpu().numpy()]
+    low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)
     if not numpy.isfinite([low, high]).all():
         raise ValueError(f"saliency: expected finite values, got values from {low} to {high}")
     span = high - low
-    return (255 * (values - low) / (span if span > 0 else 1)).round().astype(numpy.uint8)
+    scaled = 255 * (values - low) / (span if span > 0 else 1)
+    return scaled.round().clip(0, 255).astype(numpy.uint8)
+
+
+def _hatched(image: Image.Image, seen: torch.Tensor | None) -> Image.Image:
+    """An image with grey diagonals over the pixels that are not seen; the image itself where all are."""
+    if seen is None or bool(seen.all()):
+        return image
+    unseen = Image.fromarray(~seen.cpu().numpy()).convert("L").resize(image.size, Image.Resampling.NEAREST)
+    rows, columns = numpy.ogrid[: image.height, : image.width]
+    period = max(4, max(image.size) // 100)
+    stripes = (rows + columns) % period < period // 2
+    hatch = numpy.where(stripes, *_HATCH).astype(numpy.uint8)
+    return Image.composite(Image.fromarray(hatch).convert(image.mode), image, unseen)
 
 
 def _shrink(image: Image.Image) -> Image.Image:

@@ -142,27 +142,33 @@ enum class Score { kSum, kMean, kMax };
 // Why there is no region.
 enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel };
 
+// An image, or the frames of a video, whose regions go on from a frame to the next one.
 struct RegionsParams {
-  const void* saliency;  // [height, width], contiguous; double where `is_double`, else float
+  const void* saliency;  // [frames, height, width], contiguous; double where `is_double`, else float
   bool is_double;
+  bool has_frames;  // boxes have edges in time; an image has one frame, and none
+  int64_t frames;
   int64_t height;
   int64_t width;
   double keep;
   int64_t top;    // keep at most this many regions; 0: use `floor`
   int64_t floor;  // keep max(floor, int(count * keep)) regions
-  int64_t connectivity;
+  int64_t connectivity;  // 4 or 8 in an image; 6 or 26 with frames
   Score score;
   int64_t capacity;  // rows of `boxes` and `scores`
-  bool* mask;        // [height, width]
-  int64_t* boxes;    // [capacity, 4], x0 y0 x1 y1, best first
+  bool* mask;        // [frames, height, width]
+  int64_t* boxes;    // [capacity, edges()], x0 y0 x1 y1 or, with frames, x0 y0 f0 x1 y1 f1, best first
   double* scores;    // [capacity]
+
+  int64_t edges() const { return has_frames ? 6 : 4; }
+  bool has_corners() const { return connectivity == 8 || connectivity == 26; }
 };
 
-// The number of kept regions and the union of their boxes; without a region, the whole image and the reason.
+// The number of kept regions and the union of their boxes; without a region, the whole saliency and the reason.
 struct RegionsOutcome {
   int64_t kept;
   Reason reason;
-  int64_t box[4];
+  int64_t box[6];  // as many edges as each box
 };
 
 // Throws std::runtime_error if more regions are to be kept than `capacity`.
@@ -173,16 +179,17 @@ struct RegionsDevice {
   int device;
   void* stream;
   void* scratch;     // regions_cuda_scratch(...) bytes, aligned to 16
-  int64_t* outcome;  // [6 + 5 * outcome_rows]: kept, reason and box of RegionsOutcome; then as below
+  int64_t* outcome;  // [2 + edges + (edges + 1) * outcome_rows]: kept, reason and box of RegionsOutcome; then as below
   int64_t most_blocks;  // in a launch; the result does not depend on it
   // The first rows of `boxes` and then, as bits, of `scores` once more after the outcome: one copy to the host brings
   // all that most callers read there. Rows past the kept regions are not written. 0: none.
   int64_t outcome_rows;
 };
 
-// The largest number of regions that an image of this size can have.
-int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity);
-int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity);
+// The largest number of regions that a saliency of this size can have, and the scratch that they take. Both read
+// frames, height, width, has_frames and connectivity alone.
+int64_t count_most_regions(const RegionsParams& sizes);
+int64_t regions_cuda_scratch(const RegionsParams& sizes);
 
 // Launches the kernels and does not wait. Throws std::runtime_error if a launch fails.
 void regions_cuda(const RegionsParams& params, const RegionsDevice& device);

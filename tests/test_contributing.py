@@ -18,8 +18,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import carve_kernels
 from carve_kernels import backends, ops
 from carve_kernels.backends import reference
+from carve_kernels.hf.families import FAMILIES, Family
 from carve_kernels.hf.inputs import build_prompt
-from carve_kernels.hf.names import FAMILIES
 from tests.support.families import family, inputs_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +211,7 @@ def test_a_model_family_is_added_in_six_steps(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"^model: expected a model_type of llava.*, got 'toy_llava'"):
         carve_kernels.layout_of(model, processor, inputs, [image])
     # 2 and 4; 3 and 5 are for families that differ more.
-    monkeypatch.setitem(FAMILIES, "toy_llava", "centre_crop")
+    monkeypatch.setitem(FAMILIES, "toy_llava", Family("centre_crop"))
     # 6
     layout = carve_kernels.layout_of(model, processor, inputs, [image])
     assert [view.grid for view in layout.views[0]] == [(6, 6)]

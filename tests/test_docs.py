@@ -174,7 +174,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_families_of_the_docs_are_those_of_the_code() -> None:
-    from carve_kernels.hf.names import FAMILIES
+    from carve_kernels.hf.families import FAMILIES
 
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     column = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]

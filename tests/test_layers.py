@@ -26,7 +26,7 @@ LAYERS = {
     ),
     1: ("backends",),
     2: ("ops", "visualize", "fonts"),
-    3: ("pipeline", "presets", "maps", "complexity", "selfcheck"),
+    3: ("pipeline", "view_pixels", "video", "presets", "maps", "complexity", "selfcheck"),
     4: ("hf", "models"),
     5: ("cli", "__main__"),
 }

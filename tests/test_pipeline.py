@@ -130,18 +130,6 @@ def test_a_centre_crop_is_at_its_position(preset: str, landscape: bool) -> None:
     assert torch.equal(everything.regions.mask, covered) and everything.regions.box == (left, top, right, bottom)
 
 
-def test_a_later_view_overwrites_an_earlier_one() -> None:
-    image, (task, general) = photograph(60, 40), maps((1, 24 + 12), steps=1)
-    boxes = [(0, 0, 60, 40), (30, 10, 60, 40)]
-    both = carve(image, task, general, grid=[(4, 6), (3, 4)], box=boxes, preset=Preset.paper(lam=0.01))
-    base = carve(image, task[..., :24], general[..., :24], grid=(4, 6), preset=Preset.paper(lam=0.01))
-    tile = carve(image, task[..., 24:], general[..., 24:], grid=(3, 4), box=boxes[1], preset=Preset.paper(lam=0.01))
-    inside = slice(10, 40), slice(30, 60)
-    assert torch.equal(both.saliency[inside], tile.saliency[inside])
-    for outside in (slice(0, 10), (slice(0, 40), slice(0, 30))):
-        assert torch.equal(both.saliency[outside], base.saliency[outside])
-
-
 def test_degenerate_maps_select_the_whole_image() -> None:
     image, (task, general) = photograph(33, 17), maps((3, 5))
     flat = torch.full_like(task, 0.3)
@@ -203,9 +191,37 @@ def test_layers_of_a_preset() -> None:
         released.layers_of(20)
     assert Preset.paper(layers=(-1, 0)).layers_of(5) == (4, 0)
     assert layers_of(range(2, 4), 5) == (2, 3) and layers_of(-1, 5) == layers_of([4], 5) == (4,)
-    for layers, message in [((5,), "expected numbers from -5 to 4"), ((4, -1), "each layer once"), ("all", "'paper'")]:
+    for layers, message in [((5,), "expected numbers from -5 to 4"), ((4, -1), "each layer once"), ("each", "'paper'")]:
         with pytest.raises(ValueError, match=f"layers: .*{message}"):
             layers_of(layers, 5)
+
+
+def test_layers_among_those_with_attention() -> None:
+    """The numbers of layers are those of Qwen3.5 (every fourth of 32, 64 and 24), LFM2 and a made-up model of five."""
+    every_fourth = {depth: range(3, depth, 4) for depth in (24, 32, 64)}
+    paper, released, lfm2 = Preset.paper(), Preset.release(), (2, 5, 8, 10, 12, 14)
+    assert [paper.layers_of(depth, every_fourth[depth]) for depth in (24, 32, 64)] == [
+        (19, 23), (23, 27), (47, 51, 55, 59),
+    ]  # fmt: skip
+    assert paper.layers_of(16, lfm2) == (12, 14)
+    assert paper.layers_of(5, (0,)) == (0,) and paper.layers_of(5, (0, 1, 2)) == (1, 2)
+    assert released.layers_of(32, every_fourth[32]) == (23,) and released.layers_of(24, range(20, 24)) == (
+        20,
+        21,
+        22,
+        23,
+    )
+    with pytest.raises(ValueError, match=r"got attention in layers \[2, 5, 8, 10, 12, 14\]; preset paper scales them"):
+        released.layers_of(16, lfm2)
+    assert Preset.paper(layers="all").layers_of(16, reversed(lfm2)) == lfm2 and layers_of("all", 3) == (0, 1, 2)
+    assert layers_of((-2, 2), 16, lfm2) == (14, 2)
+    with pytest.raises(ValueError, match=r"layers: layer 3 has no softmax attention, expected layers among \[2, 5, 8"):
+        layers_of((2, 3), 16, lfm2)
+    with pytest.raises(ValueError, match="layers: expected a model with softmax attention, got none in any of its 16"):
+        layers_of("all", 16, ())
+    for depth in range(1, 90):
+        for preset in (paper, Preset.paper(layers="all")):
+            assert preset.layers_of(depth, range(depth)) == preset.layers_of(depth)
 
 
 def test_presets_survive_json() -> None:
@@ -229,7 +245,7 @@ def test_presets_survive_json() -> None:
     [
         ({"name": ""}, ValueError, "name"),
         ({"layers": ()}, ValueError, "layers: expected at least one"),
-        ({"layers": "all"}, ValueError, "layers: expected one of"),
+        ({"layers": "each"}, ValueError, "layers: expected one of"),
         ({"layers": (1.5,)}, TypeError, "layers.0."),
         ({"rows": 0}, ValueError, "rows: expected an integer of at least 1"),
         ({"rows": "first"}, ValueError, "rows: expected one of"),

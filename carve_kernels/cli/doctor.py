@@ -7,11 +7,12 @@ import platform
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from carve_kernels.cli import options
 from carve_kernels.cli.output import one_line, versions
 from carve_kernels.cli.tables import screen, table
 from carve_kernels.extras import FIT_TORCHVISION, requirement
@@ -20,8 +21,28 @@ Line = tuple[str, bool, str]
 """What was tried, whether it works, and more: facts, or why not."""
 
 
-def doctor() -> None:
-    """Say which versions, backends, devices and processors work here, and how to fix what does not."""
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"Show this layout instead. {options.MODEL}")
+    ] = None,
+    image: Annotated[str | None, options.path("Image file of the layout.", "--image", "-i")] = None,
+    output: Annotated[str, options.path("Folder for the picture of the layout.", "--output", "-o")] = "out/doctor",
+) -> None:
+    """Say which versions, backends, devices and processors work here, and how to fix what does not.
+
+    With --model, show instead where in an image the checkpoint's image tokens lie, and compare it with what is measured
+    through its processor and vision tower.
+    """
+    if model is not None:
+        from carve_kernels.cli.layout import show_layout
+
+        if not show_layout(model, image, output):
+            raise typer.Exit(1)
+        return
+    if image is not None:
+        raise ValueError(
+            "image: expected --model with it, got none; the image is laid out as the model's processor does"
+        )
     console = screen()
     system = f"{platform.system()} {platform.machine()}"
     installed = [(name, version or "missing") for name, version in versions().items()]
@@ -221,8 +242,9 @@ def _engine() -> str:
 
 def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names, processors
+    from carve_kernels.hf.families import FAMILIES
 
-    for family in names.FAMILIES:
+    for family in FAMILIES:
         limit = ""
         try:
             name = processors.processor_class(family)

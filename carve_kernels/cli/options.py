@@ -167,7 +167,7 @@ class Settings:
 class MethodSettings(Settings):
     """The options of run and batch, which set every parameter of the method."""
 
-    layers: Annotated[str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper.")] = None
+    layers: Annotated[str | None, option("Captured layers: 20-25, or 3,5, or -1 (the last), or paper, or all.")] = None
     rows: Annotated[
         str | None,
         option(
@@ -183,13 +183,15 @@ class MethodSettings(Settings):
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
     """Layers from "20-25", "3,5", "-1" or the name of a choice of layers."""
-    if text in ("paper", "release"):
+    from carve_kernels.presets import LAYERS
+
+    if text in LAYERS:
         return text
     numbers: list[int] = []
     for part in text.split(","):
         match = _SPAN.fullmatch(part.strip())
         if match is None:
-            raise ValueError(f"layers: expected 20-25, or 3,5, or -1, or paper, got {text!r}")
+            raise ValueError(f"layers: expected 20-25, or 3,5, or -1, or paper, or all, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"layers: expected an ascending range, got {part.strip()!r}")
@@ -218,6 +220,16 @@ def parse_lam(text: str) -> str | float:
         return float(text)
     except ValueError:
         raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
+
+
+def parse_refine(text: str | None) -> str | list[int] | None:
+    """Numbers of images from "1" or "0,2", or "all"."""
+    if text is None or text == "all":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"refine: expected all, or numbers of images such as 1 or 0,2, got {text!r}") from None
 
 
 _PARAMETERS = ("layers", "rows", "steps", "keep", "top", "lam", "max_new_tokens")

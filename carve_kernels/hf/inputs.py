@@ -1,11 +1,9 @@
-"""From images and texts to model inputs: images are opened, prompts built, and each image is processed once."""
+"""From images and texts to model inputs: images are opened, prompts built, and both go through the processor."""
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from PIL.Image import Transpose
 from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
-from carve_kernels.hf import names
 from carve_kernels.hf.names import templates_of
+from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -38,12 +36,6 @@ _TRANSPOSITIONS = {
 # The tokens around an image in Qwen's templates.
 _IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
-# The prefix of the entries that only the vision tower reads.
-_PIXELS = "pixel"
-# What image processors return that treat each image separately and concatenate the results.
-_SEPARATE = ({"pixel_values"}, {"pixel_values", "image_grid_thw"})
-
-PrepareImage = Callable[[Image.Image], Image.Image]
 
 
 def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -90,7 +82,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     """
     check_text("text", text)
     count = integer("n_images", n_images, low=0)
-    token = processor.image_token
+    token = image_token(processor)
     if token in text:
         raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
     flat = _image_in_text(processor) * count + text
@@ -124,16 +116,18 @@ def prepare(
     prompt: str,
     device: str | torch.device | None = None,
     max_pixels: int | None = None,
+    token_types: bool = False,
 ) -> Any:
     """Model inputs of one prompt, as `build_prompt` returns it, and its images.
 
     `max_pixels` bounds the resized image if the processor keeps the aspect ratio (Qwen2-VL and kin), and never raises
-    the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
+    the processor's own bound; processors of a fixed size ignore it. `token_types` asks for mm_token_type_ids, which a
+    model may need although its processor does not return them by default. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
     """
-    expected = prompt.count(processor.image_token)
+    expected = int(bool(images)) if adds_image_token(processor) else prompt.count(image_token(processor))
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
@@ -142,6 +136,8 @@ def prepare(
     )
     if bounds is not None:
         settings["images_kwargs"] = bounds
+    if token_types:
+        settings["return_mm_token_type_ids"] = True
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
         # The template has added it; the tokenizer would add another one.
@@ -154,148 +150,18 @@ def prepare(
     return inputs if device is None else inputs.to(device)
 
 
-class ImageFeatures:
-    """What a processor returned for one or several images, and the vision tower's results once a prompt needed them."""
-
-    def __init__(self, process: Callable[[], Mapping[str, Any]]) -> None:
-        self._process = process
-        self._entries: Mapping[str, Any] | None = process()
-        self._results: dict[str, Any] | None = None
-
-    @property
-    def entries(self) -> Mapping[str, Any]:
-        """The processor's entries for the images; computed again after `free`."""
-        return self._process() if self._entries is None else self._entries
-
-    def for_model(self, model: Any) -> dict[str, Any]:
-        """The arguments of the model's forward; the vision tower has run if the model takes its results."""
-        if self._results is None:
-            results = names.image_features(model, self.entries)
-            if results is None:
-                return dict(self.entries)
-            self._results = results
-        return self._results
-
-    def free(self) -> None:
-        """Drop the processor's entries if the vision tower's results are there."""
-        if self._results is not None:
-            self._entries = None
-
-
-class ImageInputs:
-    """Model inputs of prompts about the same images, by a processor that is not changed.
-
-    `prepare_image` is applied to each image before the processor, once.
-    """
-
-    def __init__(
-        self,
-        processor: Any,
-        device: torch.device,
-        max_pixels: int | None,
-        prepare_image: PrepareImage | None = None,
-    ) -> None:
-        self._image_processor = _CachingImageProcessor(processor.image_processor)
-        self._processor = copy.copy(processor)
-        self._processor.image_processor = self._image_processor
-        self._device, self._max_pixels = device, max_pixels
-        self._prepare_image = prepare_image
-        self._prepared: list[tuple[Image.Image, Image.Image]] = []
-
-    def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], ImageFeatures]:
-        """The processor's entries for a prompt without pixels (grids stay: positions need them), and its images."""
-        inputs = self._process(images, prompt)
-        without_pixels = {name: value for name, value in inputs.items() if not name.startswith(_PIXELS)}
-        first: list[Any] = [inputs]
-
-        def process() -> dict[str, Any]:
-            entries = first.pop() if first else self._process(images, prompt)
-            return {name: value for name, value in entries.items() if not names.is_text(name)}
-
-        return without_pixels, ImageFeatures(process)
-
-    def single(self, image: Image.Image) -> ImageFeatures | None:
-        """One of the images; None if the processor computes something from all of them together."""
-        entries = self._image_processor.entries_of(self._prepare(image))
-        if entries is None:
-            return None
-        on_device = {name: value.to(self._device) for name, value in entries.items()}
-        return ImageFeatures(lambda: on_device)
-
-    def clear(self) -> None:
-        """Drop what the processor returned for the images."""
-        self._image_processor.cached.clear()
-        self._prepared.clear()
-
-    def _process(self, images: list[Image.Image], prompt: str) -> Any:
-        prepared = [self._prepare(image) for image in images]
-        return prepare(self._processor, prepared, prompt, self._device, self._max_pixels)
-
-    def _prepare(self, image: Image.Image) -> Image.Image:
-        """The prepared image, the same object each time: the cache of the image processor goes by identity."""
-        if self._prepare_image is None:
-            return image
-        for original, prepared in self._prepared:
-            if original is image:
-                return prepared
-        self._prepared.append((image, self._prepare_image(image)))
-        return self._prepared[-1][1]
-
-
-class _CachingImageProcessor:
-    """An image processor that is called once for each image."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self.cached: list[tuple[Image.Image, dict[str, Any], Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
-
-    def __call__(self, images: Any, *args: Any, **settings: Any) -> Any:
-        flat = images if isinstance(images, list) else [images]
-        if args or not all(isinstance(image, Image.Image) for image in flat):
-            return self._processor(images, *args, **settings)
-        single = [self._process(image, settings) for image in flat]
-        if len(single) == 1:
-            return type(single[0])(dict(single[0]))
-        concatenated = _concatenate(single)
-        return self._processor(images, **settings) if concatenated is None else type(single[0])(concatenated)
-
-    def entries_of(self, image: Image.Image) -> dict[str, Any] | None:
-        """The entries of one image, if images are processed separately."""
-        entries = [entries for cached, _, entries in self.cached if cached is image]
-        return dict(entries[-1]) if entries and _concatenate(entries[-1:]) is not None else None
-
-    def _process(self, image: Image.Image, settings: dict[str, Any]) -> Any:
-        for cached, cached_settings, entries in self.cached:
-            if cached is image and cached_settings == settings:
-                return entries
-        entries = self._processor([image], **settings)
-        self.cached.append((image, settings, entries))
-        return entries
-
-
-def _concatenate(entries: list[Any]) -> dict[str, Any] | None:
-    """Several images one after the other, as their processor would return them; None if it does otherwise."""
-    first = dict(entries[0])
-    if set(first) not in _SEPARATE or not all(isinstance(value, torch.Tensor) for value in first.values()):
-        return None
-    crops = first["pixel_values"].shape[:1] == (1,) and first["pixel_values"].ndim == 4
-    if "image_grid_thw" not in first and not (
-        crops and all(each["pixel_values"].shape == first["pixel_values"].shape for each in entries)
-    ):
-        return None
-    return {name: torch.cat([each[name] for each in entries]) for name in first}
-
-
 def _image_in_text(processor: Any) -> str:
     """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
+    if adds_image_token(processor):
+        return ""
+    token = image_token(processor)
+    if writes_prompts(processor):
+        return token
     tokenizer = processor.tokenizer
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in _IMAGE_MARKS]
     if None in marks or tokenizer.unk_token_id in marks:
-        return f"{processor.image_token}\n"
-    return str(processor.image_token).join(_IMAGE_MARKS)
+        return f"{token}\n"
+    return token.join(_IMAGE_MARKS)
 
 
 def _template_of(processor: Any) -> str | None:

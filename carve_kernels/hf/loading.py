@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from carve_kernels import checks
 from carve_kernels.deprecation import renamed
 from carve_kernels.devices import usable
-from carve_kernels.hf import names
-from carve_kernels.hf.processors import processor_of
+from carve_kernels.hf.families import supported
+from carve_kernels.hf.processors import is_image_text, processor_of
 from carve_kernels.models import small
 from carve_kernels.presets import Preset
 
@@ -142,8 +142,11 @@ def _family(checkpoint: Checkpoint) -> str:
             f"model: {folder} has no config.json, so it is not a complete checkpoint; {checkpoint.fix_missing}"
         )
     family = _json_object("model", config).get("model_type")
-    if family not in names.FAMILIES:
-        raise ValueError(f"model: expected a model_type of {names.supported()}, {config} says {family!r}")
+    if not isinstance(family, str) or not is_image_text(family):
+        raise ValueError(
+            f"model: expected a model that takes images and text, with a model_type such as {supported()}; {config} "
+            f"says {family!r}"
+        )
     return str(family)
 
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,15 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if types is None or types[number] not in names.RECURRENT
     }
     return {number: attention for number, attention in modules.items() if attention is not None}
+
+
+def layer_window(model: nn.Module, layer: int) -> bool | None:
+    """Whether old tokens leave the view of a text layer, by a window or chunks; None if not only positions decide."""
+    config: Any = text_backbone(model).config
+    types = names.types_of_layers(config)
+    if types is None or layer >= len(types):
+        return getattr(config, "sliding_window", None) is not None
+    return {"full_attention": False, "sliding_attention": True, "chunked_attention": True}.get(types[layer])
 
 
 def check_decoder(model: nn.Module) -> None:
@@ -190,9 +199,12 @@ def _unknown_packages(code: Any) -> str:
     return " and ".join(sorted({_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN))
 
 
-def token_mixer(model: nn.Module, decoder: nn.Module) -> str | None:
-    """The first module outside of attention that may mix tokens, for a message, or None."""
-    decoding = {id(module) for module in decoder.modules()}
+def token_mixer(model: nn.Module, decoder: nn.Module, recurrent: Collection[int] = ()) -> str | None:
+    """The first module outside of attention that may mix tokens, for a message, or None.
+
+    `recurrent` are the ids of the modules that are known to.
+    """
+    decoding = {id(module) for module in decoder.modules()}.difference(recurrent)
     training = None
     for name, module in _modules(model):
         kind, path = type(module), _forward_owner(type(module)).__module__

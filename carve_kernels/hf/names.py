@@ -23,9 +23,6 @@ from carve_kernels.checks import UpstreamChanged
 TESTED = ("5.12", "5.24")
 """The oldest and the newest version of transformers that the tests have run with."""
 
-FAMILIES = {"llava": "centre_crop", "qwen2_5_vl": "merged_grid", "qwen2_vl": "merged_grid"}
-"""The supported model types, and the layout of each: a module of `layouts`."""
-
 RECURRENT = ("linear_attention", "mamba", "conv", "moe")
 """The layer types without softmax attention."""
 
@@ -43,7 +40,8 @@ _SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
+         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
@@ -60,11 +58,6 @@ Attention = Callable[..., Any]
 def version() -> str:
     """The version of the installed transformers."""
     return __version__
-
-
-def supported() -> str:
-    """The supported model types, for a message."""
-    return ", ".join(sorted(FAMILIES))
 
 
 def is_tested() -> bool:
@@ -321,7 +314,7 @@ def windows(config: Any) -> list[int | None] | None:
 
 def tree_reason(model: Any, config: Any) -> str | None:
     """Why a model's class or text config rules out tree decoding, or None."""
-    others = sorted({each for each in types_of_layers(config) or () if each not in _SOFTMAX})
+    others = sorted({each for each in types_of_layers(config) or () if each not in (*_SOFTMAX, *RECURRENT)})
     if others:
         return f"it has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):
@@ -330,6 +323,8 @@ def tree_reason(model: Any, config: Any) -> str | None:
         return "its attention is not causal"
     if hasattr(type(model), "create_masks_for_generate"):
         return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
+    if "moe_mm_token_type_ids" in signature_of(model).parameters:
+        return "its experts depend on which tokens are of an image"
     return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 
@@ -352,6 +347,11 @@ def rotations(config: Any) -> set[str]:
 def image_id(config: Any) -> int | None:
     """The id of the image token, which LLaVA's config calls an index."""
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
+
+
+def video_id(config: Any) -> int | None:
+    """The same for the video token."""
+    return next((found for name in _VIDEO_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
 def visual_ids(config: Any) -> list[int]:
@@ -389,7 +389,7 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
 
 
 def is_text(name: str) -> bool:
-    """Whether an entry of a processor's output belongs to the text."""
+    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
     return name in _TEXT
 
 
@@ -400,6 +400,10 @@ def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | N
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
     given = {name: value for name, value in entries.items() if name in known}
+    missing = (each for name, each in known.items() if name not in given)
+    if any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in missing):
+        # Fuyu's takes its patches under another name than its forward.
+        return None
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
     return {_TOWER: {"image": type(output)(**read)}}

@@ -16,6 +16,10 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from carve_kernels.hf import names
 
+# What only the vision tower reads: the prefix of most names, and the name of Fuyu.
+_PIXELS = ("pixel", "image_patches")
+# Processors that write all that is around an image in a prompt without a chat template.
+_WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)
 _LOG = logging.getLogger("carve_kernels")
 # In the order in which AutoProcessor looks for the class.
 _FILES = tuple(f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "tokenizer"))
@@ -34,6 +38,11 @@ def processor_of(folder: Path, family: str) -> Any:
         return processor
 
 
+def adds_image_token(processor: Any) -> bool:
+    """Whether a processor puts the token of its one image before the text by itself, as Fuyu's does."""
+    return any(kind.__name__ == "FuyuProcessor" for kind in type(processor).__mro__)
+
+
 def processor_class(family: str) -> str:
     """The name of a model type's processor class."""
     try:
@@ -43,6 +52,53 @@ def processor_class(family: str) -> str:
     except (ImportError, KeyError) as error:
         raise names.changed(f"it has no processor class for {family} ({error})") from error
     return name
+
+
+def image_token(processor: Any) -> str:
+    """What stands for an image in a prompt, before the processor puts the tokens of the image there.
+
+    It may be another one than the model's, as in Gemma 3, or than the processor's own, as in Qianfan-OCR.
+    """
+    owners = (processor, getattr(processor, "tokenizer", None))
+    listed = (getattr(owner, name, None) for name in ("image_placeholder_token", "image_token") for owner in owners)
+    token = next((found for found in listed if found is not None), None)
+    if token is None:
+        raise ValueError(
+            f"processor: expected one with an image_token, which stands for an image in a prompt, got "
+            f"{type(processor).__name__}, which has none"
+        )
+    return str(token)
+
+
+def writes_prompts(processor: Any) -> bool:
+    """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
+    return type(processor).__name__ in _WITHOUT_TEMPLATE
+
+
+def is_pixels(name: str) -> bool:
+    """Whether only the vision tower reads an entry of a processor's output."""
+    return name.startswith(_PIXELS) and not names.is_text(name)
+
+
+def lacks_token_types(processor: Any, model: Any) -> bool:
+    """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
+    is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
+    return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
+
+
+def is_for_training(name: str) -> bool:
+    """Whether an entry of a processor's output is for training alone: the labels of PaliGemma's."""
+    return name == "labels"
+
+
+def is_image_text(model_type: str) -> bool:
+    """Whether transformers loads a model type as one that takes images and text."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+        return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    except ImportError as error:
+        raise names.changed(f"it does not list its image-text models ({error})") from error
 
 
 def video_parts(processor_class: Any) -> list[str]:

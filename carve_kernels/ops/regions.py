@@ -8,7 +8,9 @@ from carve_kernels import checks
 from carve_kernels.backends import resolve
 from carve_kernels.types import SCORES, RegionOptions, Regions
 
-CONNECTIVITY = (4, 8)
+# Of an image [H, W], and of frames [F, H, W]: sharing a side, or also corners.
+CONNECTIVITY = {2: (4, 8), 3: (6, 26)}
+_SHAPES = {2: ("H", "W"), 3: ("F", "H", "W")}
 
 
 def regions(
@@ -17,7 +19,7 @@ def regions(
     keep: float,
     top: int | None = None,
     floor: int | None = None,
-    connectivity: int = 4,
+    connectivity: int | None = None,
     score: str = "sum",
     check: bool | None = None,
     backend: str = "auto",
@@ -27,7 +29,7 @@ def regions(
     Equals::
 
         threshold = numpy.percentile(saliency, 100 * (1 - keep))        # linear, in the saliency's own dtype
-        labels, count = scipy.ndimage.label(saliency >= threshold)      # 4- or 8-connected
+        labels, count = scipy.ndimage.label(saliency >= threshold)      # 4- or 8-connected; over frames 6- or 26-
         scores = scipy.ndimage.sum(saliency, labels, range(1, count + 1))
         selected = scores.argsort()[::-1][: top or max(floor, int(count * keep))]
         mask = numpy.isin(labels, selected + 1)
@@ -35,11 +37,11 @@ def regions(
     ============  ==================  ======  ===================================================================
     name          dtype               shape   meaning
     ============  ==================  ======  ===================================================================
-    saliency      float32 or float64  [H, W]  from `contrast`, or any other
+    saliency      float32 or float64  [H, W]  from `contrast`, or any other; or frames of a video, [F, H, W]
     keep          float                       share of the pixels above the threshold, in (0, 1]
     top           int or None                 select at most `top` regions (the paper), or:
     floor         int or None                 select max(floor, int(count * keep)) (the release)
-    connectivity  int                         4, or 8 to join over corners
+    connectivity  int or None                 4 (None), or 8 to join over corners; over frames 6 (None) or 26
     score         str                         "sum", "mean" or "max" of the saliency inside a region
     check         bool or None                check for NaN; None = on the CPU only
     (result)      Regions                     mask, boxes, scores, their union box; the reason where there is none
@@ -50,19 +52,24 @@ def regions(
     Negative values are allowed. As in the release, a pixel that equals the threshold is selected: where the lowest
     value fills more than 1 - keep of the pixels, the threshold is that value and everything is one region.
 
+    The regions of a saliency [F, H, W] go on from a frame to the next one, where a pixel touches the one in its place
+    (6) or also the eight around that (26). The threshold is that of all frames, and boxes have six edges, x0 y0 f0 x1
+    y1 f1.
+
     On a GPU the mask stays there, and boxes and scores come to the CPU with the box: one copy, which waits for the
     device once (two more copies where more than 256 regions are selected).
 
     A saliency that is empty, infinite somewhere, or flat (to 16 roundings of its dtype, which upsampling may add) has
-    no region: the mask is all True, the box is the whole image, and `reason` says why.
+    no region: the mask is all True, the box is all of it, and `reason` says why.
 
     Raises TypeError or ValueError for an argument of the wrong kind, shape or range (not exactly one of top and floor,
     NaN in the saliency), and BackendUnavailable for a backend that cannot serve.
 
     Source: the threshold and the region selection of CARVE (arXiv 2509.06461), where top is K; floor is the release's.
     """
-    checks.tensor("saliency", saliency, shape=("H", "W"), dtypes=(torch.float32, torch.float64))
-    options = region_options(keep=keep, top=top, floor=floor, connectivity=connectivity, score=score)
+    dims = 3 if isinstance(saliency, torch.Tensor) and saliency.dim() == 3 else 2
+    checks.tensor("saliency", saliency, shape=_SHAPES[dims], dtypes=(torch.float32, torch.float64))
+    options = region_options(keep=keep, top=top, floor=floor, connectivity=connectivity, score=score, dims=dims)
     result: Regions = resolve("regions", backend, saliency.device, saliency, options).forward(saliency, options)
     # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")
@@ -72,12 +79,25 @@ def regions(
 
 
 def region_options(
-    *, keep: float, top: int | None = None, floor: int | None = None, connectivity: int = 4, score: str = "sum"
+    *,
+    keep: float,
+    top: int | None = None,
+    floor: int | None = None,
+    connectivity: int | None = None,
+    score: str = "sum",
+    dims: int = 2,
 ) -> RegionOptions:
-    """Check the options of `regions`."""
+    """Check the options of `regions` for a saliency of 2 or 3 dimensions."""
     keep = share("keep", keep)
     top, floor = limits(top, floor)
-    checks.choice("connectivity", connectivity, CONNECTIVITY)
+    sides, corners = CONNECTIVITY[dims]
+    if connectivity is None:
+        connectivity = sides
+    elif type(connectivity) is not int or connectivity not in (sides, corners):
+        shape = "frames [F, H, W], where 4 and 8 are those of an image" if dims == 3 else "an image [H, W]"
+        raise ValueError(
+            f"connectivity: expected one of {sides}, {corners} for {shape}, got {checks.describe(connectivity)}"
+        )
     checks.choice("score", score, SCORES)
     return RegionOptions(keep, top, floor, connectivity, score)
 

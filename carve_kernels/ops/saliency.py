@@ -259,7 +259,7 @@ def _check_out(
     if several != isinstance(out.pixels, list) or [image.shape for image in given] != [size for _, size in views]:
         sizes = " and ".join(f"{height} x {width}" for _, (height, width) in views)
         raise ValueError(f"out: expected a saliency of {sizes} pixels, got {' and '.join(map(checks.describe, given))}")
-    if regions is not None and len(out.buffers.regions.boxes) < most_selected(*views[0][1], regions):
+    if regions is not None and len(out.buffers.regions.boxes) < most_selected(views[0][1], regions):
         raise ValueError("out: expected a saliency of as many regions, got one of a call with other options of regions")
     memory = out.buffers.memory
     if memory.scratch.numel() < operator.needs.bytes or memory.tickets.numel() < operator.needs.tickets:

@@ -303,7 +303,7 @@ def regions_work(*, height: int, width: int, element_bytes: int = 4, keep: float
     pixels = height * width
     counters = [4 << bits for bits in _DIGIT_BITS[element_bytes]]
     passes = len(counters)
-    most = most_regions(height, width, connectivity)
+    most = most_regions((height, width), connectivity)
     merges, runs = 0, 1
     while runs < -(-most // _SORTED_REGIONS):
         merges, runs = merges + 1, runs * _MERGED_RUNS

@@ -13,8 +13,8 @@ void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor
                  Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   const carve::RegionsParams params = carve::parse_regions("regions_cpu", saliency, keep, top, floor, connectivity,
                                                            score, mask, boxes, scores, outcome);
-  carve::check_outcome("regions_cpu", outcome);
-  carve::store_outcome(carve::regions_cpu(params), outcome);
+  carve::check_outcome("regions_cpu", params, outcome);
+  carve::store_outcome(params, carve::regions_cpu(params), outcome);
 }
 
 }  // namespace

@@ -20,11 +20,13 @@ void saliency(StableIValue* stack, uint64_t inputs, uint64_t) {
   check_contrast(kSaliency, call.in.general.is_contiguous(), "general: expected a contiguous tensor, got ",
                  call.in.general);
   check_contrast(kSaliency, *static_cast<const int64_t*>(call.captured.step->data()) == 0, "step: expected 0");
-  if (call.has_regions()) carve::check_outcome(kSaliency, call.in.outcome);
+  if (call.has_regions()) carve::check_outcome(kSaliency, call.regions, call.in.outcome);
   call.capture.params.threads = torch::stable::get_num_threads();
   carve::capture_cpu(call.capture.params);
   carve::contrast_cpu(call.contrast.params);
-  if (call.has_regions()) carve::store_outcome(carve::regions_cpu(call.regions), call.in.outcome);
+  if (call.has_regions()) {
+    carve::store_outcome(call.regions, carve::regions_cpu(call.regions), call.in.outcome);
+  }
 }
 
 }  // namespace

@@ -23,10 +23,10 @@ struct Buffers {
   std::vector<int64_t> outcome;
 
   Buffers(const carve::RegionsParams& p, int64_t rows)
-      : mask(new bool[p.height * p.width]),
-        boxes(4 * p.capacity, -1),
+      : mask(new bool[p.frames * p.height * p.width]),
+        boxes(p.edges() * p.capacity, -1),
         scores(p.capacity, -1.0),
-        outcome(6 + 5 * rows, -1) {}
+        outcome(2 + p.edges() + (p.edges() + 1) * rows, -1) {}
 
   carve::RegionsParams fill(carve::RegionsParams p) {
     p.mask = mask.get();
@@ -38,25 +38,26 @@ struct Buffers {
 
 template <class T>
 bool run(int kind, carve::RegionsParams params, int64_t most_blocks, int64_t rows) {
-  const int64_t count = params.height * params.width;
+  const int64_t count = params.frames * params.height * params.width;
   std::vector<T> saliency(count);
   for (int64_t index = 0; index < count; ++index) {
     saliency[index] = pattern<T>(kind, index / params.width, index % params.width);
   }
   params.saliency = saliency.data();
   params.is_double = sizeof(T) == 8;
-  params.capacity = carve::count_most_regions(params.height, params.width, params.connectivity);
+  params.capacity = carve::count_most_regions(params);
   rows = std::min(rows, params.capacity);
   Buffers expected(params, rows);
   const carve::RegionsOutcome outcome = carve::regions_cpu(expected.fill(params));
   int64_t* numbers = expected.outcome.data();
   numbers[0] = outcome.kept, numbers[1] = static_cast<int64_t>(outcome.reason);
-  std::copy(outcome.box, outcome.box + 4, numbers + 2);
+  const int64_t edges = params.edges();
+  std::copy_n(outcome.box, edges, numbers + 2);
   // The first boxes and scores once more.
-  std::copy_n(expected.boxes.begin(), 4 * std::min(rows, outcome.kept), numbers + 6);
-  std::memcpy(numbers + 6 + 4 * rows, expected.scores.data(), 8 * std::min(rows, outcome.kept));
+  std::copy_n(expected.boxes.begin(), edges * std::min(rows, outcome.kept), numbers + 2 + edges);
+  std::memcpy(numbers + 2 + edges + edges * rows, expected.scores.data(), 8 * std::min(rows, outcome.kept));
   Buffers result(params, rows);
-  const int64_t bytes = carve::regions_cuda_scratch(params.height, params.width, params.connectivity);
+  const int64_t bytes = carve::regions_cuda_scratch(params);
   const std::unique_ptr<unsigned char[]> scratch(new unsigned char[bytes]);
   std::memset(scratch.get(), 0xab, bytes);
   carve::regions_cuda(result.fill(params), {0, nullptr, scratch.get(), result.outcome.data(), most_blocks, rows});
@@ -64,13 +65,20 @@ bool run(int kind, carve::RegionsParams params, int64_t most_blocks, int64_t row
          result.scores == expected.scores && result.outcome == expected.outcome;
 }
 
+// 0 frames: an image.
+struct Size {
+  int64_t frames, height, width;
+};
+
 // The other parameters are random: every combination would take minutes.
-bool run_random(int64_t height, int64_t width, int kind, int order, int number, std::mt19937& random) {
+bool run_random(const Size& size, int kind, int order, int number, std::mt19937& random) {
   const auto one_of = [&](std::vector<double> values) { return values[random() % values.size()]; };
   carve::RegionsParams params{};
-  params.height = height;
-  params.width = width;
-  params.connectivity = random() % 2 ? 8 : 4;
+  params.has_frames = size.frames > 0;
+  params.frames = size.frames > 0 ? size.frames : 1;
+  params.height = size.height;
+  params.width = size.width;
+  params.connectivity = random() % 2 ? params.has_frames ? 26 : 8 : params.has_frames ? 6 : 4;
   params.score = static_cast<carve::Score>(number % 3);
   // The first runs, which may be the only ones, have several regions.
   params.keep = number < 6 ? one_of({0.2, 0.5}) : one_of({1.0, 1e-12, 0.2, 0.5});
@@ -81,7 +89,10 @@ bool run_random(int64_t height, int64_t width, int kind, int order, int number, 
   const int64_t rows = static_cast<int64_t>(one_of({0, 1, 3, 1e6}));
   const bool is_double = random() % 4 == 0;
   const bool passes = is_double ? run<double>(kind, params, blocks, rows) : run<float>(kind, params, blocks, rows);
-  if (!passes) std::printf("wrong: %d x %d, pattern %d, order %d\n", int(height), int(width), kind, order);
+  if (!passes) {
+    std::printf("wrong: %d x %d x %d, pattern %d, order %d\n", int(size.frames), int(size.height), int(size.width), kind,
+                order);
+  }
   return passes;
 }
 
@@ -92,21 +103,22 @@ int main(int argc, char** argv) {
   const std::string amount = argc > 1 ? argv[1] : "";
   const bool few = amount == "few";
   const int turns = few ? 1 : amount == "all" ? 9 : 3;
-  std::vector<std::pair<int64_t, int64_t>> sizes = {{34, 64}, {600, 1}};
-  if (!few) sizes.insert(sizes.end(), {{1, 1}, {1, 9}, {9, 65}, {1, 600}, {64, 65}});
+  std::vector<Size> sizes = {{0, 34, 64}, {0, 600, 1}, {3, 6, 33}};
+  if (!few) sizes.insert(sizes.end(), {{0, 1, 1}, {0, 1, 9}, {0, 9, 65}, {0, 1, 600}, {0, 64, 65}, {5, 3, 40}});
   if (amount == "all") {
-    sizes.insert(sizes.end(), {{0, 7}, {7, 0}, {2, 1}, {1, 2}, {5, 63}, {61, 83}, {3, 2100}, {2100, 3}});
+    sizes.insert(sizes.end(), {{0, 0, 7}, {0, 7, 0}, {0, 2, 1}, {0, 1, 2}, {0, 5, 63}, {0, 61, 83}, {0, 3, 2100}});
+    sizes.insert(sizes.end(), {{0, 2100, 3}, {0, 131, 130}, {1, 5, 7}, {9, 1, 1}, {4, 7, 5}, {3, 66, 35}, {2, 1, 300}});
+  } else if (!few) {
+    sizes.push_back({0, 131, 130});
   }
-  // More regions than one block sorts, of the first two patterns.
-  const std::pair<int64_t, int64_t> many = {131, 130};
-  if (!few) sizes.push_back(many);
   std::mt19937 random(1);
   int runs = 0;
-  for (const auto& size : sizes) {
-    const auto [height, width] = size;
-    for (int kind = 0; kind < (few ? 3 : size == many ? 2 : kPatterns); ++kind) {
+  for (const Size& size : sizes) {
+    // More regions than one block sorts, of the first two patterns.
+    const bool is_many = size.height == 131;
+    for (int kind = 0; kind < (few ? 3 : is_many ? 2 : kPatterns); ++kind) {
       for (int turn = 0; turn < turns; ++turn) {
-        if (!run_random(height, width, kind, few ? 2 : turn % 3, runs, random)) return 1;
+        if (!run_random(size, kind, few ? 2 : turn % 3, runs, random)) return 1;
         ++runs;
       }
     }

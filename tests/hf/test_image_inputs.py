@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from carve_kernels import CarveEngine, Preset
-from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
+from carve_kernels.hf.image_inputs import ImageInputs
+from carve_kernels.hf.inputs import build_prompt, prepare
 from tests.support.families import FAMILIES, family
 from tests.support.tiny_models import make_image
 
@@ -43,7 +44,7 @@ def test_inputs_are_the_processors_own(name: str, max_pixels: int | None) -> Non
         assert set(found) == set(expected) and not any(key.startswith("pixel") for key in text_inputs)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         expected = prepare(processor, images[-1:], build_prompt(processor, text), None, max_pixels)
-        last = image_inputs.single(images[-1])
+        last = image_inputs.subset(images[-1:])
         assert last is not None and all(torch.equal(value, expected[key]) for key, value in last.entries.items())
     assert processor.__dict__ == before
 
@@ -68,7 +69,7 @@ def test_a_processor_with_other_entries_gets_all_images_at_once() -> None:
     caching._processor = Sized()
     _, features = image_inputs.inputs([PHOTO, OTHER], build_prompt(processor, "which", 2))
     assert features.entries["image_sizes"].tolist() == [[160, 240], [180, 100]]
-    assert image_inputs.single(OTHER) is None
+    assert image_inputs.subset([OTHER]) is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

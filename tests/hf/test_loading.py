@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (_unlink("config.json"), r"no config\.json"),
     "broken config": (_write("config.json", "{"), r"config\.json cannot be read as JSON"),
     "config of another shape": (_write("config.json", "[]"), r"JSON object in .*config\.json, got list"),
-    "other family": (_family("blip"), "llava, qwen2_5_vl, qwen2_vl, .* says 'blip'"),
+    "other family": (_family("bert"), "takes images and text, .*qwen2_5_vl.* says 'bert'"),
     "no family": (_family(None), "says None"),
     "no weights": (_unlink("model.safetensors"), r"model\.safetensors is missing or not"),
     "half a file": (_truncate, r"model\.safetensors is missing or not a complete safetensors file"),

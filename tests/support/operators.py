@@ -56,7 +56,7 @@ def regions_cpu() -> tuple[Any, ...]:
 
 def regions_cuda() -> tuple[Any, ...]:
     *inputs, mask, boxes, scores, outcome = regions_cpu()
-    scratch = torch.zeros(scratch_bytes(5, 9, 4), dtype=torch.uint8)
+    scratch = torch.zeros(scratch_bytes((5, 9), 4), dtype=torch.uint8)
     return (*inputs, 2, scratch, mask, boxes, scores, outcome)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from carve_kernels.backends import cuda
@@ -16,9 +19,10 @@ from carve_kernels.backends.native.region_buffers import (
 )
 from carve_kernels.types import RegionOptions, Regions
 
-# Counters of the digits of all passes and some numbers; 52 bytes for each possible region, 4 for each pixel.
+# Counters of the digits of all passes and some numbers; 52 bytes for each possible region of a frame, 8 more for the
+# edges that only the box of a video has, 4 for each pixel.
 _STATE_BYTES = (2**13 + 2**11 + 4 * 2**10) * 4 + 112
-_REGION_BYTES = 52
+_REGION_BYTES, _FRAMES_BYTES = 52, 8
 _PIXEL_BYTES = 4
 # Boxes and scores that come to the host with the number of regions: 10 KB, a microsecond or two of the bus.
 OUTCOME_ROWS = 256
@@ -34,7 +38,8 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
 
     The mask stays on the device. One copy to the host, of the union box, the reason and the first 256 boxes and scores,
     waits for the device at the end; of more regions two further copies follow. Scratch takes 4 bytes a pixel and 52 for
-    each region that an image of this size can have, in all 30 bytes a pixel (17 with 8-connectivity).
+    each region that an image of this size can have, in all 30 bytes a pixel (17 with 8-connectivity); over frames 60
+    for each region of each frame.
     """
     saliency = saliency.detach().contiguous()
     scratch, buffers = memory(saliency, options)
@@ -44,8 +49,7 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
 
 def memory(saliency: torch.Tensor, options: RegionOptions) -> tuple[torch.Tensor, RegionBuffers]:
     """The operator's scratch and its outputs."""
-    height, width = saliency.shape
-    scratch = saliency.new_empty(scratch_bytes(height, width, options.connectivity), dtype=torch.uint8)
+    scratch = saliency.new_empty(scratch_bytes(saliency.shape, options.connectivity), dtype=torch.uint8)
     return scratch, allocate(saliency, options, outcome_rows=OUTCOME_ROWS)
 
 
@@ -54,7 +58,10 @@ def launch(saliency: torch.Tensor, options: RegionOptions, scratch: torch.Tensor
     cuda.operators.regions_cuda.default(saliency, *numbers(options), MOST_BLOCKS, scratch, *buffers)
 
 
-def scratch_bytes(height: int, width: int, connectivity: int) -> int:
-    """The bytes of the operator's scratch."""
-    regions = most_regions(height, width, connectivity)
-    return _STATE_BYTES + _REGION_BYTES * regions + _PIXEL_BYTES * height * width
+def scratch_bytes(shape: Sequence[int], connectivity: int) -> int:
+    """The bytes of the operator's scratch for a saliency of a shape."""
+    # Each frame is labelled by itself, so that its regions are counted before they are joined to those of others.
+    *frames, height, width = shape
+    regions = math.prod(frames) * most_regions((height, width), connectivity)
+    each = _REGION_BYTES + (_FRAMES_BYTES if frames else 0)
+    return _STATE_BYTES + each * regions + _PIXEL_BYTES * math.prod(shape)

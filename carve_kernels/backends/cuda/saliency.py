@@ -27,5 +27,5 @@ def scratch_needs(
     sizes = (layers, batch, heads, key.shape[1], rows, key.shape[2], head_size, tokens.shape[1], query.element_size())
     capture = plan.most_scratch(*sizes, lse=False)
     contrast = plan.contrast_scratch(layers, tokens.shape[1])
-    selection = 0 if regions is None else scratch_bytes(*size, regions.connectivity)
+    selection = 0 if regions is None else scratch_bytes(size, regions.connectivity)
     return ScratchNeeds(max(capture.bytes, contrast, selection), capture.tickets)

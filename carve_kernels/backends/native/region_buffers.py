@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,14 +20,14 @@ REASONS = (
 )
 MOST_PIXELS = 2**31 - 1
 _FEW_ROWS = 1024
-# In front of an outcome's rows.
-_NUMBERS = 6
+# In front of the box of an outcome.
+_NUMBERS = 2
 
 
 class RegionBuffers(NamedTuple):
-    """The outputs of an operator: mask [H, W], boxes [capacity, 4] and scores [capacity] of `Regions`, for as many
-    regions as may be selected, and int64: the number of regions, the reason and the box in six of them, then the first
-    rows of boxes and, as bits, of scores again, as many as fit.
+    """The outputs of an operator: mask, boxes [capacity, 4] (6 over frames) and scores [capacity] of `Regions`, for as
+    many regions as may be selected, and int64: the number of regions, the reason and the box, then the first rows of
+    boxes and, as bits, of scores again, as many as fit.
     """
 
     mask: torch.Tensor
@@ -41,16 +43,18 @@ def too_large(saliency: torch.Tensor) -> str | None:
     return None
 
 
-def most_regions(height: int, width: int, connectivity: int) -> int:
-    """The largest number of regions of an image."""
-    # Two pixels of one colour of a checkerboard are not 4-connected; every second row and column is not 8-connected.
-    return (height * width + 1) // 2 if connectivity == 4 else (height + 1) // 2 * ((width + 1) // 2)
+def most_regions(shape: Sequence[int], connectivity: int) -> int:
+    """The largest number of regions of a saliency of a shape."""
+    # Pixels of one colour of a checkerboard touch over corners alone; every second frame, row and column does not.
+    if connectivity in (4, 6):
+        return (math.prod(shape) + 1) // 2
+    return math.prod((length + 1) // 2 for length in shape)
 
 
-def most_selected(height: int, width: int, options: RegionOptions) -> int:
-    """The largest number of regions that are selected in an image."""
+def most_selected(shape: Sequence[int], options: RegionOptions) -> int:
+    """The largest number of regions that are selected in a saliency of a shape."""
     keep, top, floor, connectivity, _ = options
-    most = most_regions(height, width, connectivity)
+    most = most_regions(shape, connectivity)
     return min(most, max(floor or 0, int(most * keep)) if top is None else top)
 
 
@@ -62,13 +66,13 @@ def numbers(options: RegionOptions) -> tuple[float, int, int, int, int]:
 
 def allocate(saliency: torch.Tensor, options: RegionOptions, *, outcome_rows: int = 0) -> RegionBuffers:
     """Outputs for as many regions as may be selected, and at most `outcome_rows` of them also in the outcome."""
-    height, width = saliency.shape
-    capacity = most_selected(height, width, options)
+    capacity = most_selected(saliency.shape, options)
+    edges = 2 * saliency.dim()
     return RegionBuffers(
         saliency.new_empty(saliency.shape, dtype=torch.bool),
-        saliency.new_empty(capacity, 4, dtype=torch.int64),
+        saliency.new_empty(capacity, edges, dtype=torch.int64),
         saliency.new_empty(capacity, dtype=torch.float64),
-        saliency.new_empty(_NUMBERS + 5 * min(outcome_rows, capacity), dtype=torch.int64),
+        saliency.new_empty(_NUMBERS + edges + (edges + 1) * min(outcome_rows, capacity), dtype=torch.int64),
     )
 
 
@@ -78,15 +82,17 @@ def read(buffers: RegionBuffers) -> Regions:
     One copy waits for the device. Regions that are not all in the rows of the outcome take two more.
     """
     outcome = _fetch(buffers.outcome, pinned=True)
-    count, reason, x0, y0, x1, y1 = outcome[:_NUMBERS].tolist()
-    rows = (len(outcome) - _NUMBERS) // 5
+    edges = buffers.boxes.shape[1]
+    count, reason, *box = outcome[: _NUMBERS + edges].tolist()
+    listed = outcome[_NUMBERS + edges :]
+    rows = len(listed) // (edges + 1)
     if count <= rows:
         # Copies: what was fetched into is the size of all rows.
-        boxes = outcome[_NUMBERS : _NUMBERS + 4 * rows].view(rows, 4)[:count].clone()
-        scores = outcome[_NUMBERS + 4 * rows :].view(torch.float64)[:count].clone()
+        boxes = listed[: edges * rows].view(rows, edges)[:count].clone()
+        scores = listed[edges * rows :].view(torch.float64)[:count].clone()
     else:
         boxes, scores = _first(buffers.boxes, count), _first(buffers.scores, count)
-    return Regions(buffers.mask, boxes, scores, (x0, y0, x1, y1), REASONS[reason])
+    return Regions(buffers.mask, boxes, scores, tuple(box), REASONS[reason])
 
 
 def _fetch(numbers: torch.Tensor, *, pinned: bool = False) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The connected regions of a mask with numpy: union-find over the runs of pixels of each row."""
+"""The connected regions of a mask with numpy: union-find over the runs of pixels of each row of each frame."""
 
 from __future__ import annotations
 
@@ -6,31 +6,44 @@ import numpy
 
 
 def label(mask: numpy.ndarray, connectivity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The region of each pixel [H, W], counted from 1 with 0 outside, and the box x0 y0 x1 y1 of each region [n, 4]."""
-    height, width = mask.shape
-    framed = numpy.zeros((height, width + 2), dtype=numpy.int8)
-    framed[:, 1:-1] = mask
+    """The region of each pixel of a mask [H, W] or [F, H, W], counted from 1 with 0 outside, and each region's box:
+    x0 y0 x1 y1 [n, 4] or x0 y0 f0 x1 y1 f1 [n, 6].
+    """
+    height, width = mask.shape[-2:]
+    frames = mask.reshape(-1, height, width)
+    # Around each row and each frame something that is not in the mask, so that nothing is connected past an end.
+    rows_apart, frames_apart = width + 2, (height + 1) * (width + 2)
+    framed = numpy.zeros((len(frames), height, width + 2), dtype=numpy.int8)
+    framed[:, :, 1:-1] = frames
     change = numpy.diff(framed)
-    rows, starts = numpy.nonzero(change == 1)
-    ends = numpy.nonzero(change == -1)[1]
+    numbers, rows, starts = numpy.nonzero(change == 1)
+    ends = numpy.nonzero(change == -1)[2]
+    offsets = numbers * frames_apart + rows * rows_apart
 
-    first_runs = _connect(len(rows), *_touching_pairs(rows * (width + 2), starts, ends, width + 2, connectivity))
+    corners = connectivity in (8, 26)
+    strides = [rows_apart]
+    if len(frames) > 1:
+        strides += [frames_apart, frames_apart - rows_apart, frames_apart + rows_apart][: 3 if corners else 1]
+    pairs = [_touching_pairs(offsets, starts, ends, stride, corners) for stride in strides]
+    first_runs = _connect(len(rows), *map(numpy.concatenate, zip(*pairs, strict=True)))
     roots, regions = numpy.unique(first_runs, return_inverse=True)
-    labels = numpy.zeros((height, width), dtype=numpy.int64)
-    labels[mask] = numpy.repeat(regions + 1, ends - starts)
-    boxes = numpy.stack([starts, rows, ends, rows + 1], 1)[roots]
-    for edge, values in ((0, starts), (1, rows)):
+    labels = numpy.zeros(frames.shape, dtype=numpy.int64)
+    labels[frames] = numpy.repeat(regions + 1, ends - starts)
+    lows = [starts, rows, numbers][: mask.ndim]
+    highs = [ends, rows + 1, numbers + 1][: mask.ndim]
+    boxes = numpy.stack([*lows, *highs], 1)[roots]
+    for edge, values in enumerate(lows):
         numpy.minimum.at(boxes[:, edge], regions, values)
-    for edge, values in ((2, ends), (3, rows + 1)):
-        numpy.maximum.at(boxes[:, edge], regions, values)
-    return labels, boxes
+    for edge, values in enumerate(highs):
+        numpy.maximum.at(boxes[:, mask.ndim + edge], regions, values)
+    return labels.reshape(mask.shape), boxes
 
 
 def _touching_pairs(
-    offsets: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray, stride: int, connectivity: int
+    offsets: numpy.ndarray, starts: numpy.ndarray, ends: numpy.ndarray, stride: int, corners: bool
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Pairs of runs of neighbouring rows that share an edge or, 8-connected, a corner."""
-    over, under = ("right", "left") if connectivity == 4 else ("left", "right")
+    """Pairs of runs, the second in the row that is `stride` after the first's, that share an edge or else a corner."""
+    over, under = ("left", "right") if corners else ("right", "left")
     below = offsets + stride
     first = numpy.searchsorted(offsets + ends, below + starts, over)  # type: ignore[call-overload]
     last = numpy.searchsorted(offsets + starts, below + ends, under)  # type: ignore[call-overload]

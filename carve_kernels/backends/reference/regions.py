@@ -38,12 +38,13 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     is_selected = numpy.zeros(count + 1, dtype=bool)
     is_selected[selected + 1] = True
     boxes = boxes[selected]
-    x0, y0, x1, y1 = (int(edge) for edge in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
+    axes = values.ndim
+    box = tuple(int(edge) for edge in (*boxes[:, :axes].min(0), *boxes[:, axes:].max(0)))
     return Regions(
         mask=torch.from_numpy(is_selected[labels]).to(saliency.device),
         boxes=torch.from_numpy(boxes),
         scores=torch.from_numpy(scores[selected]),
-        box=(x0, y0, x1, y1),
+        box=box,
     )
 
 

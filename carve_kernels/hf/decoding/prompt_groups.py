@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
-from carve_kernels.hf.inputs import ImageFeatures
+from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import RowsSpec, VisualLayout
 

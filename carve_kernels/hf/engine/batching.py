@@ -15,7 +15,7 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.checks import BackendUnavailable, UpstreamChanged
-from carve_kernels.hf.engine.passes import Request
+from carve_kernels.hf.engine.requests import Request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 
 Result = CarveResult | CarveFailure
@@ -72,7 +72,8 @@ def stream(
     ===========  ======================================================================================================
     argument     meaning
     ===========  ======================================================================================================
-    images       an image (path or PIL image), or one for each question: a list, or any iterable
+    images       an image (path or PIL image), or one for each question: a list, or any iterable; an item may itself be
+                 a list or tuple, of the images that its question is about
     questions    a text, or one for each image; a single value is used for all
     prompts      as `questions`, each a whole prompt or None
     tokens       the largest number of tokens in the KV caches; None derives it from the free memory of the device

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, overload
 
 import torch
-from PIL import Image
 
 from carve_kernels import checks, deprecation
 from carve_kernels.backends import BACKENDS
@@ -16,15 +15,23 @@ from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
 from carve_kernels.hf.engine import batching
 from carve_kernels.hf.engine.cache import Memory, memory_of
-from carve_kernels.hf.engine.passes import Job, Request, Setup, first_pass, make_request, second_pass
+from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
+from carve_kernels.hf.engine.requests import ImageSource, ImageSources, Refine, Request, make_request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 from carve_kernels.hf.loading import resolve_preset
-from carve_kernels.hf.model import check_decoder, check_steady, decoder_layers, input_device, text_backbone, unwrap
+from carve_kernels.hf.model import (
+    attention_modules,
+    check_decoder,
+    check_steady,
+    decoder_layers,
+    input_device,
+    text_backbone,
+    unwrap,
+)
 from carve_kernels.hf.session import contract
 from carve_kernels.presets import FITS, Preset
 
-ImageSource = str | os.PathLike[str] | Image.Image
 Many = list[Any] | tuple[Any, ...]
 OnProgress = Callable[[str, int, int], None]
 STAGES = ("first pass", "carve", "second pass")
@@ -56,7 +63,8 @@ class CarveEngine:
     reads, with one image token, instead of the chat template's; `on_progress(stage, done, total)` is called before each
     of the stages first pass, carve and second pass, and once more at the end. Decoding is greedy under the model's own
     generation config. If the refined image is the original, or cannot be shown, the refined answer is the plain one.
-    With lists of images and questions the result is a list in their order, see `stream`.
+    With lists of images and questions the result is a list in their order, see `stream`; `ask` takes several images of
+    one question.
 
     The image is read once, and the question and the general instruction decode in one batch (hf/decoding);
     `sequential_reason` says why a model decodes one prompt after the other, or is None. A model serves one call at a
@@ -85,7 +93,7 @@ class CarveEngine:
         self.backend = checks.choice("backend", backend, ("auto", *BACKENDS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)
         self.preset = resolve_preset(unwrap(model), preset, profile)
-        self.layers = self.preset.layers_of(len(decoder_layers(model)))
+        self.layers = self.preset.layers_of(len(decoder_layers(model)), attention_modules(model))
         weights = self.preset.layer_weights
         if weights is not None and len(weights) != len(self.layers):
             raise ValueError(f"layer_weights: expected one for each of layers {list(self.layers)}, got {weights!r}")
@@ -128,15 +136,42 @@ class CarveEngine:
     ) -> CarveResult | list[CarveResult | CarveFailure]:
         if checks.is_many(image) or checks.is_many(question):
             return batching.answer_all(self, image, question, prompt, on_progress)
+        return self.ask(image, question, prompt=prompt, on_progress=on_progress)
+
+    def ask(
+        self,
+        images: ImageSources,
+        question: str,
+        *,
+        refine: Refine = None,
+        prompt: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> CarveResult:
+        """Answer one question about an image, or about several that one prompt shows in this order.
+
+        ===========  ==================================================================================================
+        argument     meaning
+        ===========  ==================================================================================================
+        images       an image (path or PIL image), or a list or tuple of them
+        question     a text
+        refine       the numbers of the images to refine: k, [k, ...] or "all"; None takes the one with the strongest
+                     contrast among those with regions (`CarvedImage.strength`)
+        prompt       the whole text that the model reads, with one image token for each image; None: the chat template's
+        on_progress  as of a call of the engine
+        ===========  ==================================================================================================
+
+        Each image has its own contrast, of its own tokens. The second pass shows all images with the refined ones in
+        place of their originals, or all originals and then the refined ones (`Preset.images`).
+        """
         report = on_progress or (lambda stage, done, total: None)
-        request = self.request(image, question, prompt)
+        request = self.request(images, question, prompt, refine)
         [result] = self.answer([request], lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
         report("done", len(STAGES), len(STAGES))
         return result
 
     def stream(
         self,
-        images: ImageSource | Iterable[ImageSource],
+        images: ImageSource | Iterable[ImageSources],
         questions: str | Iterable[str],
         prompts: str | Iterable[str | None] | None = None,
         *,
@@ -164,11 +199,11 @@ class CarveEngine:
         backbone = text_backbone(self.model)
         return len(decoder_layers(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
 
-    def request(self, image: ImageSource, question: str, prompt: str | None = None) -> Request:
-        """Check an image and a question, open the image and run the processor; the model does not run."""
+    def request(self, image: ImageSources, question: str, prompt: str | None = None, refine: Refine = None) -> Request:
+        """Check an image, or several, and a question, open and process the images; the model does not run."""
         check_steady(self.model)
         return make_request(
-            self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels, self.fit
+            self.model, self.processor, self.preset, image, question, prompt, self.max_image_pixels, self.fit, refine
         )
 
     def answer(self, requests: Sequence[Request], on_stage: Callable[[str], None] | None = None) -> list[CarveResult]:

@@ -3,69 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from PIL import Image
 
-from carve_kernels import checks
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup
 from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.hf.engine.fingerprint import Unidentified, digest, fingerprint, same_pixels
-from carve_kernels.hf.engine.result import CarveResult
-from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, open_image
-from carve_kernels.hf.layouts import check_processor, layout_of
-from carve_kernels.hf.layouts.letterbox import Letterbox
+from carve_kernels.hf.engine.requests import Prompt, Request, SecondPrompt, make_second_prompt
+from carve_kernels.hf.engine.result import CarvedImage, CarveResult
+from carve_kernels.hf.engine.whole_layers import whole_layers
+from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.model import image_token_positions, input_device, unwrap
 from carve_kernels.hf.query_rows import general_rows
 from carve_kernels.maps import AttentionMaps
-from carve_kernels.pipeline import CarveOutcome, carve_views
+from carve_kernels.pipeline import CarveOutcome, carve_views, strength
 from carve_kernels.presets import Preset
-from carve_kernels.types import RowsSpec, VisualLayout
+from carve_kernels.types import RowsSpec
 
 _LOG = logging.getLogger("carve_kernels")
-
-
-class Prompt(NamedTuple):
-    """A prompt about one image as the model takes it; `prefix_length` counts its tokens up to the last of the image."""
-
-    text: str
-    inputs: dict[str, Any]
-    layout: VisualLayout
-    prefix_length: int
-
-    @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        return tuple(self.inputs["input_ids"][0, : self.prefix_length].tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One image and one question after loading, checks and processing; `tokens` is the KV-cache length it needs."""
-
-    image: Image.Image
-    question: str
-    task: Prompt
-    general: Prompt
-    features: ImageFeatures
-    image_inputs: ImageInputs
-    tokens: int
-
-
-class SecondPrompt(NamedTuple):
-    """The prompt of the second pass: all of its images, and the last one alone if it can be separated.
-
-    `refined` is the last image, None where that is the original.
-    """
-
-    inputs: dict[str, Any]
-    features: ImageFeatures
-    later_images: ImageFeatures | None
-    refined: Image.Image | None
 
 
 class Setup:
@@ -152,58 +111,116 @@ class Job:
     group: PromptGroup = field(init=False)
     task: Branch = field(init=False)
     general: AttentionMaps = field(init=False)
-    carved: CarveOutcome = field(init=False)
+    carved: list[CarveOutcome] = field(init=False)
+    strengths: list[float | None] = field(init=False)
+    # The numbers of the refined images.
+    chosen: tuple[int, ...] = ()
     second: SecondPrompt | None = None
     refined_ids: tuple[int, ...] = ()
     reason: str | None = None
+    # Captured layers that are past their windows.
+    left_out: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def carve(self, setup: Setup) -> None:
-        """Contrast the maps, find the regions, zoom, make the second prompt; without one the plain answer is used."""
-        request, views = self.request, self.request.task.layout.views[0]
-        self.carved = carve_views(
-            request.image,
-            _by_step(self.task.maps).cpu(),
-            _by_step(self.general).cpu(),
-            [view.grid for view in views],
-            [view.box for view in views],
-            setup.carving,
-            setup.backend,
+        """Contrast the maps of each image, find the regions, zoom; make the second prompt, if there is one to make."""
+        request = self.request
+        self._carve_images(setup)
+        self.chosen = self._choose()
+        refined = {number: self.carved[number].refined for number in self.chosen}
+        self.reason = self._why_unchanged()
+        plain = None if setup.plain else SecondPrompt(request.task.inputs, request.features, None, ())
+        unchanged = self.reason is not None or all(
+            same_pixels(image, request.images[number]) for number, image in refined.items()
         )
-        self.seconds |= self.carved.seconds
-        self.reason = self.carved.reason
-        plain = None if setup.plain else SecondPrompt(request.task.inputs, request.features, None, None)
-        unchanged = self.reason is not None or same_pixels(self.carved.refined, request.image)
         if setup.preset.images == "refined" and unchanged:
             self.second = plain
             return
         try:
-            self.second = make_second_prompt(setup.processor, setup.preset, request, self.carved.refined, unchanged)
+            self.second = make_second_prompt(setup.processor, setup.preset, request, refined, unchanged)
         except ValueError as error:
             # The processor may refuse a very thin crop; the results so far are kept.
             self.second, self.reason = plain, f"the refined image cannot be shown to the model: {error}"
 
+    def _carve_images(self, setup: Setup) -> None:
+        """The outcome and the strength of each image, from its own tokens."""
+        layout = self.request.task.layout
+        whole = whole_layers(self.task.maps, self.general, setup.carving)
+        self.left_out = whole.left_out
+        if whole.left_out:
+            _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
+        carving = replace(setup.carving, layer_weights=whole.weights)
+        self.carved, self.strengths = [], []
+        several = len(self.request.images) > 1
+        for number, image in enumerate(self.request.images):
+            spans = zip(layout.views[0], layout.spans(0), strict=True)
+            views, columns = zip(*((view, span) for view, span in spans if view.image == number), strict=True)
+            boxes, grids = [view.box for view in views], [view.grid for view in views]
+            own = [
+                torch.cat([maps[..., span] for span in columns], -1) if several else maps
+                for maps in (whole.task, whole.general)
+            ]
+            outcome = carve_views(image, own[0], own[1], grids, boxes, carving, setup.backend)
+            self.carved.append(outcome)
+            size = image.height, image.width
+            # One image has no other to compare it with.
+            self.strengths.append(
+                strength(size, own[0], own[1], grids, boxes, carving, setup.backend) if several else None
+            )
+            for stage, seconds in outcome.seconds.items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def _choose(self) -> tuple[int, ...]:
+        """The images to refine: those of the request, or of those with regions the one with the strongest contrast."""
+        if self.request.refine is not None:
+            return self.request.refine
+        found = [number for number, outcome in enumerate(self.carved) if outcome.reason is None]
+        return (max(found or range(len(self.carved)), key=lambda number: self.strengths[number] or 0.0),)
+
+    def _why_unchanged(self) -> str | None:
+        """Why no chosen image has a region, or None."""
+        reasons = {number: self.carved[number].reason for number in self.chosen}
+        if None in reasons.values():
+            return None
+        if len(self.request.images) == 1:
+            return reasons[0]
+        return "; ".join(f"image {number}: {reason}" for number, reason in reasons.items())
+
     def result(self, setup: Setup) -> CarveResult:
         request, plain_ids = self.request, self.task.ids if setup.plain else ()
         refined_ids = plain_ids if self.second is None else self.refined_ids
+        layout = request.task.layout
+        images = tuple(
+            CarvedImage(
+                image, carved.refined, carved.saliency, carved.regions, carved.seen, layout.unseen(0, number),
+                carved.reason, contrast,
+            )
+            for number, (image, carved, contrast) in enumerate(
+                zip(request.images, self.carved, self.strengths, strict=True)
+            )
+        )  # fmt: skip
+        first = images[self.chosen[0]]
         return CarveResult(
             question=request.question,
             prompt=request.task.text,
             answer=_decode(setup.processor, plain_ids),
             refined_answer=_decode(setup.processor, refined_ids),
-            image=request.image,
-            refined=self.carved.refined,
+            image=first.image,
+            refined=first.refined,
             task=self.task.maps,
             general=self.general,
-            saliency=self.carved.saliency,
-            regions=self.carved.regions,
-            entropy=_entropy(self.task.maps, setup.preset.steps),
+            saliency=first.saliency,
+            regions=first.regions,
+            entropy=_entropy(self.task.maps, setup.preset.steps, self.left_out),
             seconds={**self.seconds, "second pass": self.seconds.get("second pass", 0.0)},
             preset=setup.preset,
             reason=self.reason,
             answer_ids=plain_ids,
             refined_ids=refined_ids,
-            unseen=request.task.layout.unseen(),
+            unseen=first.unseen,
+            images=images,
+            refined_images=self.chosen,
+            layers_left_out=self.left_out,
         )
 
     def continues_prefix(self) -> bool:
@@ -224,7 +241,7 @@ def first_pass(setup: Setup, jobs: Sequence[Job]) -> None:
     general: dict[str, AttentionMaps | Branch] = {}
     for job in jobs:
         if setup.memory is not None or len(jobs) > 1:
-            job.image_key = digest(job.request.image)
+            job.image_key = " ".join(map(digest, job.request.images))
         shared = features.setdefault(job.image_key, job.request.features)
         job.task = Branch(job.request.task.inputs, setup.task_new_tokens, setup.preset.rows)
         job.group = _group(setup, groups, job, job.request.task, shared)
@@ -268,88 +285,16 @@ def second_pass(setup: Setup, jobs: Sequence[Job]) -> None:
         else:
             columns = image_token_positions(unwrap(setup.model), second.inputs["input_ids"])[0]
             group, key = PromptGroup(second.features, int(columns[-1]) + 1), job
-            if second.refined is not None and len(jobs) > 1:
+            if second.images and len(jobs) > 1:
                 # Two questions may select the same part of an image.
                 prefix_ids = tuple(second.inputs["input_ids"][0, : group.start].tolist())
-                key = job.image_key, digest(second.refined), prefix_ids
+                key = " ".join(map(digest, second.images)), prefix_ids
         groups.setdefault(key, group).branches.append(branch)
         branches[job] = branch
     setup.decoder.decode(list(groups.values()))
     for job, branch in branches.items():
         job.refined_ids = branch.ids
         job.seconds["second pass"] = (time.perf_counter() - start) / len(jobs)
-
-
-def make_request(
-    model: Any,
-    processor: Any,
-    preset: Preset,
-    image: str | os.PathLike[str] | Image.Image,
-    question: str,
-    prompt: str | None,
-    max_image_pixels: int,
-    fit: str | None = None,
-) -> Request:
-    """Check an image and a question, open the image and run the processor; the model does not run."""
-    checks.text("question", question)
-    if prompt is not None:
-        checks.text("prompt", prompt)
-        if preset.images != "refined":
-            raise ValueError(
-                "prompt: expected None where the last question shows two images "
-                f"(images={preset.images!r}), since one prompt cannot hold one image and then two; "
-                f"got {checks.describe(prompt)}"
-            )
-    check_processor(model, processor)
-    original = open_image(image, max_image_pixels)
-    letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
-    image_inputs = ImageInputs(
-        processor, input_device(model), preset.max_pixels, None if letterbox is None else letterbox.pad
-    )
-
-    def locate(text: str) -> tuple[Prompt, ImageFeatures]:
-        inputs, features = image_inputs.inputs([original], text)
-        return locate_prompt(model, processor, original, text, inputs, features.entries, letterbox), features
-
-    task, features = locate(build_prompt(processor, question + preset.suffix) if prompt is None else prompt)
-    general, _ = locate(build_prompt(processor, preset.general_prompt + preset.suffix))
-    if preset.images == "refined":
-        image_inputs.clear()
-    tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
-    return Request(original, question, task, general, features, image_inputs, tokens)
-
-
-def make_second_prompt(
-    processor: Any, preset: Preset, request: Request, refined: Image.Image, is_original: bool
-) -> SecondPrompt:
-    """The second prompt of a request about a refined image.
-
-    Raises ValueError if the processor refuses the refined image.
-    """
-    image_inputs = request.image_inputs
-    if preset.images == "refined":
-        return SecondPrompt(*image_inputs.inputs([refined], request.task.text), None, refined)
-    text = build_prompt(processor, request.question + preset.suffix, 2)
-    inputs, features = image_inputs.inputs([request.image, refined], text)
-    later = image_inputs.single(refined)
-    if later is not None and is_original:
-        later = request.features
-    return SecondPrompt(inputs, features, later, None if is_original else refined)
-
-
-def locate_prompt(
-    model: Any,
-    processor: Any,
-    image: Image.Image,
-    text: str,
-    inputs: dict[str, Any],
-    entries: Mapping[str, Any],
-    letterbox: Letterbox | None = None,
-) -> Prompt:
-    """A prompt with the positions of its visual tokens, from what `ImageInputs.inputs` returned."""
-    all_inputs = {**inputs, **entries}
-    layout = letterbox.layout(all_inputs, image) if letterbox else layout_of(model, processor, all_inputs, [image])
-    return Prompt(text, inputs, layout, int(layout.tokens().max()) + 1)
 
 
 def _group(
@@ -370,17 +315,10 @@ def _decode(processor: Any, ids: tuple[int, ...]) -> str:
     return answer.strip()
 
 
-def _by_step(maps: AttentionMaps) -> torch.Tensor:
-    """The maps of batch row 0 as [L, T, N] up to its last step, the mean over the rows that each step has."""
-    count = maps.last_step(0) + 1
-    values, valid = maps.values[0, :, :count], maps.valid[0, :, :count]
-    return values.sum(2) / valid.sum(2).clamp(min=1).unsqueeze(-1)
-
-
-def _entropy(maps: AttentionMaps, steps: str) -> dict[int, float]:
-    """H / ln N of each layer at the steps that are read, the mean if there are several."""
+def _entropy(maps: AttentionMaps, steps: str, left_out: tuple[int, ...]) -> dict[int, float]:
+    """H / ln N of each layer that is read, at the steps that are read, the mean if there are several."""
     end = maps.last_step(0) + 1
     chosen = slice(0, 1) if steps == "t_start" else slice(end - 1, end) if steps == "t_end" else slice(0, end)
     values, valid = maps.entropy[0, :, chosen].flatten(1), maps.valid[0, :, chosen].flatten(1)
     mean = values.sum(1) / valid.sum(1).clamp(min=1)
-    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True)}
+    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True) if layer not in left_out}

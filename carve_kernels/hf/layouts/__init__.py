@@ -1,15 +1,15 @@
 """Where the visual tokens of a batch are, and which part of which image each one covers.
 
 There is a module for each kind of layout, that is for each way in which processors lay out an image's tokens.
-`names.FAMILIES` lists the kind of each model type.
+`hf.families.FAMILIES` lists the kind of each model type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,37 +18,16 @@ from torch import nn
 from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
-from carve_kernels.hf.layouts import centre_crop, merged_grid
+from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.measured import measured_layout
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
 
-class Kind(Protocol):
-    """What the module of a kind of layout provides.
-
-    `ENTRY` is the entry of the processor's output with one item per image, and `SHAPE` its shape. `settings` yields
-    (name, found, expected) for each setting of the processor that must agree with the model's config. `views` returns,
-    for each image, how many tokens it has in the prompt and its views, with tokens counted from the image's first.
-    `canvas` returns the smallest canvas of an image that the processor does not crop, as (size, top, left).
-    """
-
-    ENTRY: str
-    SHAPE: str
-
-    def settings(self, config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]: ...
-
-    def views(
-        self, config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]
-    ) -> list[tuple[int, tuple[View, ...]]]: ...
-
-    def canvas(self, config: Any, processor: Any, size: Size) -> tuple[Size, int, int]: ...
-
-
-KINDS: dict[str, Kind] = {"centre_crop": centre_crop, "merged_grid": merged_grid}
-
-
-def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
+def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
     """Find the visual tokens of a batch, their grids and boxes, from the output of the processor.
 
     ======  ==========================================================================================
@@ -57,98 +36,131 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     inputs  output of the processor: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
             An image is the PIL image that the processor was given, or its (height, width)
+    videos  the same for videos: a `Video`, a list of the frames that the processor was given, or (frames,
+            height, width). None = there is none
     ======  ==========================================================================================
 
-    Boxes are in pixels of these images, and reach outside of an image where the processor padded it.
+    Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
+    family that is not listed is measured, see `layouts.measured`.
 
-    Raises ValueError if the family is not supported, the processor's settings do not fit the model, there is no image
-    in the prompt, the images do not match the prompt, the image tokens do not fit the grid, or an image has an EXIF
-    orientation, since whether the processor applied it depends on how it was called.
+    Raises ValueError if the family's image tokens have no place in an image, the processor's settings do not fit the
+    model, there is no image in the prompt, the images do not match the prompt, the image tokens do not fit the grid, or
+    an image has an EXIF orientation, since whether the processor applied it depends on how it was called.
     """
     check_decoder(model)
     config = unwrap(model).config
-    kind = check_processor(model, processor)
+    if videos is not None:
+        alone = not has_images(images)
+        shown = video_layout(config, processor, inputs, videos, alone=alone)
+        if alone:
+            return shown.layout()
+        return shown.beside(layout_of(model, processor, shown.without_videos(inputs), images))
+    family = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("inputs: expected images, got a video, which has no layout yet")
-    is_image = inputs["input_ids"] == names.image_id(config)
+        raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
+    ids = inputs["input_ids"]
+    is_image = ids == names.image_id(config)
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    sizes = _sizes_by_row(images, len(is_image))
-    flat = [size for row in sizes for size in row]
-    parts = iter(kind.views(config, processor, _entry(inputs, kind, len(flat)), flat))
-    views = tuple(
-        _place(number, row.nonzero().flatten().to(torch.int32).cpu(), list(islice(parts, len(sizes[number]))))
-        for number, row in enumerate(is_image)
-    )
-    return VisualLayout(views, sizes)
+    by_row = _by_row(images, len(is_image))
+    sizes = tuple(tuple(_size(image) for image in row) for row in by_row)
+    if family is None:
+        return measured_layout(model, processor, inputs, sizes)
+    kind, total = _kind(family), sum(map(len, sizes))
+    views: list[tuple[View, ...]] = []
+    number = before = 0
+    for row, of_row in enumerate(by_row):
+        cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
+        found: list[View] = []
+        for index, given in enumerate(of_row):
+            original = given if isinstance(given, Image.Image) else None
+            size = sizes[row][index]
+            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
+            of_image = kind.views(image, cursor)
+            found += [replace(view, image=index) for view in of_image]
+            number, before = number + 1, before + len(of_image)
+        _check_row(row, cursor, found, len(of_row))
+        views.append(tuple(found))
+    return VisualLayout(tuple(views), sizes)
 
 
-def check_processor(model: nn.Module, processor: Any) -> Kind:
-    """The kind of layout of a model. Raises ValueError if there is none, or if the processor does not fit the model."""
+def check_processor(model: nn.Module, processor: Any) -> Family | None:
+    """The family of a model; None for one that is not listed.
+
+    Raises ValueError if its image tokens have no place, or if the processor does not fit the model.
+    """
     config = unwrap(model).config
-    if config.model_type not in names.FAMILIES:
-        raise ValueError(f"model: expected a model_type of {names.supported()}, got {config.model_type!r}")
-    kind = KINDS[names.FAMILIES[config.model_type]]
-    token, expected = names.image_id(processor), names.image_id(config)
+    family = family_of(config.model_type, processor)
+    if family is None:
+        if names.image_id(config) is None:
+            raise ValueError(
+                f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
+                f"known are {supported()}"
+            )
+        return None
+    if family.reason is not None:
+        raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
+    token, expected = None if family.placeholder else names.image_id(processor), names.image_id(config)
     if token not in (None, expected):
         raise ValueError(
             f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
             "load the model's own tokenizer"
         )
-    for name, setting, required in kind.settings(config, processor):
+    settings = getattr(_kind(family), "settings", None)
+    for name, setting, required in settings(config, processor) if settings else ():
         if setting != required:
             raise ValueError(
                 f"processor: {name} is {setting!r}, expected {required!r} as in the model's config; "
                 f"set processor.{name} = {required!r}, or write it into the processor's file in the checkpoint"
             )
-    return kind
+    return family
 
 
 def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The smallest canvas of an image that is not cropped, as (size, top, left). Raises ValueError if there is none."""
-    return check_processor(model, processor).canvas(unwrap(model).config, processor, size)
-
-
-def _entry(inputs: Any, kind: Kind, images: int) -> torch.Tensor:
-    """An entry of the processor's output with one item per image."""
-    entry: torch.Tensor | None = inputs.get(kind.ENTRY)
-    if entry is None:
-        returned = ", ".join(sorted(inputs)) or "nothing"
-        raise ValueError(f"inputs: expected {kind.ENTRY!r} from the processor, got {returned}")
-    if entry.ndim != kind.SHAPE.count(",") + 1:
-        raise ValueError(f"inputs: expected {kind.ENTRY} of shape {kind.SHAPE}, got {list(entry.shape)}")
-    if len(entry) != images:
+    family = check_processor(model, processor)
+    if family is None:
         raise ValueError(
-            f"images: the inputs hold {len(entry)} image(s), got {images}; give every image of the prompts in order, "
-            "one list a row, and select views afterwards by `view.image`"
+            f"fit: expected None, got 'pad': what a processor of {unwrap(model).config.model_type!r} crops is unknown, "
+            f"known are {supported()}"
         )
-    return entry
+    canvas = getattr(_kind(family), "canvas", None)
+    found: tuple[Size, int, int] = canvas(unwrap(model).config, processor, size) if canvas else (size, 0, 0)
+    return found
 
 
-def _place(row: int, positions: torch.Tensor, images: list[tuple[int, tuple[View, ...]]]) -> tuple[View, ...]:
-    """The views of a row's images, with tokens as positions in the sequence."""
-    lengths = [length for length, _ in images]
-    if sum(lengths) != len(positions):
-        runs = int((positions.diff() > 1).sum()) + 1 if len(positions) else 0
-        if runs != len(images):
-            raise ValueError(
-                f"images: row {row} has {runs} image(s) in its prompt, got {len(images)}; give the images of each "
-                "row as its own list, in the order of the prompt"
-            )
-        grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for _, views in images for view in views)
+def _kind(family: Family) -> Any:
+    """The module of a kind of layout.
+
+    ========  =====================================================================================================
+    views     (image, tokens) -> the views of one image; its tokens are taken from the cursor `tokens`
+    settings  (config, processor) -> (name, found, expected) for each setting of the processor that must agree with
+              the model's config; optional
+    canvas    (config, processor, size) -> the smallest canvas of an image that the processor does not crop, as
+              (size, top, left); optional, without it images are never cropped
+    ========  =====================================================================================================
+    """
+    return import_module(f"{__name__}.{family.kind}")
+
+
+def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None:
+    """Raise ValueError if the image tokens of a row are not those that its images need."""
+    if cursor.taken == len(cursor):
+        return
+    # One image may have several runs of tokens, but not fewer than one.
+    if cursor.runs < images or cursor.runs > len(views) == images:
         raise ValueError(
-            f"inputs: row {row} has {len(positions)} image tokens, its grid of {grids} needs {sum(lengths)}; "
-            "the prompt was probably truncated within the image"
+            f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
+            "row as its own list, in the order of the prompt"
         )
-    runs_of_images = positions.split(lengths)
-    return tuple(
-        replace(view, tokens=tokens[view.tokens], image=image)
-        for image, ((_, views), tokens) in enumerate(zip(images, runs_of_images, strict=True))
-        for view in views
+    grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for view in views)
+    raise ValueError(
+        f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "
+        "the prompt was probably truncated within the image"
     )
 
 
-def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
+def _by_row(images: Any, rows: int) -> list[Any]:
     if _is_image(images):
         images = [images]
     if not isinstance(images, Sequence) or isinstance(images, str):
@@ -161,7 +173,7 @@ def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
             f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
             "images a row, in the order of the prompt"
         )
-    return tuple(tuple(_size(image) for image in row) for row in nested)
+    return nested
 
 
 def _is_image(value: Any) -> bool:

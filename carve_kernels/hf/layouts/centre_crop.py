@@ -1,4 +1,12 @@
-"""One run of tokens per image, on the patches of the resized and centre-cropped image (LLaVA-1.5)."""
+"""One run of tokens per image, on the patches of the resized, and maybe padded or centre-cropped, image (LLaVA-1.5).
+
+===========  =======================================================================================================
+option       meaning
+===========  =======================================================================================================
+cell, ...    as for `cells.cell_of`
+class_token  the tokens of the vision tower are selected by vision_feature_select_strategy, by default without the first
+===========  =======================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -7,11 +15,10 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import Any
 
-import torch
-
+from carve_kernels.hf.layouts.cells import cell_of, options_of
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Box, Size, View
-
-ENTRY, SHAPE = "pixel_values", "[images, 3, H, W]"
 
 # The number of class tokens that a vision tower puts before its patches.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -22,10 +29,13 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
     Files of older processors lack them; transformers then counts with None, or one token too few.
     """
+    if not options_of(config, processor).get("class_token"):
+        return
     patch = config.vision_config.patch_size
     size = getattr(processor, "patch_size", patch)
     yield "patch_size", tuple(size) if isinstance(size, list) else size, patch
-    before, strategy = _CLASS_TOKENS.get(config.vision_config.model_type), config.vision_feature_select_strategy
+    before = _CLASS_TOKENS.get(config.vision_config.model_type)
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
     count = getattr(processor, "num_additional_image_tokens", 0)
     if isinstance(count, int) and (before is None or _extra_tokens(processor) == before - (strategy == "default")):
         return
@@ -38,32 +48,38 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     yield "num_additional_image_tokens", count, before
 
 
-def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -> list[tuple[int, tuple[View, ...]]]:
-    """A view of each crop, with the grid from `pixel_values` and the box from the image processor's settings.
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """One view of the crop, with the grid from `pixel_values` and the box from the image processor's settings.
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch = _patch(config)
-    pixels = entry.shape[-2], entry.shape[-1]
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
-    lead = max(0, _extra_tokens(processor))
-    count = grid[0] * grid[1]
-    tokens = torch.arange(lead, lead + count)
-    image_processor = processor.image_processor
-    for size in sizes:
-        expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
-        if expected != pixels:
-            raise ValueError(
-                f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
-                f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
-                f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
-            )
-    return [(count + lead, (View(tokens, grid, _box(image_processor, size, patch)),)) for size in sizes]
+    patch = cell_of(image.config, image.options)
+    pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
+    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), box_of(image, pixels, patch)
+    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
+    tokens.take(max(0, _extra_tokens(image.processor)))
+    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
+
+
+def box_of(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> Box:
+    """The part of an image that whole cells of the resized and cropped one cover, whose (height, width) are `pixels`.
+
+    Raises ValueError if the settings of the image processor make another size of the image.
+    """
+    image_processor, size = image.image_processor, image.size
+    expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
+    if expected != pixels:
+        raise ValueError(
+            f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
+            f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
+            f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
+        )
+    return _box(image_processor, size, cell)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The image itself if it is not cropped, else the smallest canvas that has it within the crop."""
-    image_processor, patch = processor.image_processor, _patch(config)
+    image_processor, patch = processor.image_processor, cell_of(config, options_of(config, processor))
     left, top, right, bottom = _box(image_processor, size, patch)
     if left <= 0 and top <= 0 and right >= size[1] and bottom >= size[0]:
         return size, 0, 0
@@ -89,11 +105,6 @@ def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
             top_left = [(low + high) // 2 for low, high in offsets]
             return (sides[0], sides[1]), top_left[0], top_left[1]
         sides = [side + 1 for side in sides]
-
-
-def _patch(config: Any) -> Size:
-    patch = config.vision_config.patch_size
-    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
 
 
 def _extra_tokens(processor: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,12 @@ class Letterbox:
         padded.paste(image, (left, top))
         return padded
 
-    def layout(self, inputs: Any, image: Image.Image) -> VisualLayout:
-        """`layout_of` the inputs of one padded image, in pixels of the image itself."""
-        size, top, left = self._canvas(image)
-        layout = layout_of(self._model, self._processor, inputs, [size])
-        views = tuple(replace(view, box=_shift(view.box, top, left)) for view in layout.views[0])
-        return VisualLayout((views,), (((image.height, image.width),),))
+    def layout(self, inputs: Any, images: Sequence[Image.Image]) -> VisualLayout:
+        """`layout_of` the inputs of one prompt about padded images, in pixels of the images themselves."""
+        canvases = [self._canvas(image) for image in images]
+        layout = layout_of(self._model, self._processor, inputs, [[size for size, _, _ in canvases]])
+        views = tuple(replace(view, box=_shift(view.box, *canvases[view.image][1:])) for view in layout.views[0])
+        return replace(layout, views=(views,), sizes=(tuple((image.height, image.width) for image in images),))
 
     @classmethod
     def of(cls, fit: str | None, model: Any, processor: Any, max_image_pixels: int) -> Letterbox | None:

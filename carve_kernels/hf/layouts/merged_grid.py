@@ -1,35 +1,82 @@
-"""One run of tokens per image, on the grid of merged patches, which covers the whole image (Qwen2-VL)."""
+"""One run of tokens per image, on the grid of merged patches from `image_grid_thw`, which covers the whole image.
+
+======  ============================================================================================================
+option  meaning
+======  ============================================================================================================
+merge   the attribute of the config with the merge size; by default that of Qwen2-VL
+entry   the entry of the processor's output with the merge size of each image, which then is not in the config
+raster  patches lie row by row; by default those of a merged cell follow each other
+lines   the run also has a token before the first row, one after each row, and one after the last row (HunYuan-VL)
+======  ============================================================================================================
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from carve_kernels.hf.layouts.cells import PATCH, attribute, options_of, settings_of, sides
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
+from carve_kernels.types import Box, Size, View
 
-from carve_kernels.types import Size, View
-
-ENTRY, SHAPE = "image_grid_thw", "[images, 3]"
+MERGE = "vision_config.spatial_merge_size"
 
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The patch and merge sizes."""
-    vision, image_processor = config.vision_config, getattr(processor, "image_processor", None)
-    for name, expected in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
-        yield f"image_processor.{name}", getattr(image_processor, name, expected), expected
+    """The patch and merge sizes, and what the prompts of HunYuan-VL need."""
+    options = options_of(config, processor)
+    names = {"patch_size": PATCH}
+    if "entry" not in options:
+        names["merge_size"] = options.get("merge", MERGE)
+    if options.get("lines"):
+        yield from settings_of(config, processor, {"cat_extra_token": True})
+        yield from settings_of(config, processor.image_processor, {"spatial_patch_size": 1}, "image_processor.")
+    yield from settings_of(config, getattr(processor, "image_processor", None), names, "image_processor.")
 
 
-def views(config: Any, processor: Any, entry: torch.Tensor, sizes: list[Size]) -> list[tuple[int, tuple[View, ...]]]:
-    """A view of each whole image, with the grid from `image_grid_thw`."""
-    merge = config.vision_config.spatial_merge_size
-    grids = [(patch_rows // merge, patch_columns // merge) for _, patch_rows, patch_columns in entry.tolist()]
-    boxes = [(0.0, 0.0, float(width), float(height)) for height, width in sizes]
-    counts = [rows * columns for rows, columns in grids]
-    return [
-        (count, (View(torch.arange(count), grid, box),)) for count, grid, box in zip(counts, grids, boxes, strict=True)
-    ]
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """One view of the whole image."""
+    rows, columns = merged(image)
+    check_patches(image, (rows, columns), image.box)
+    if not image.options.get("lines"):
+        return (View(tokens.take(rows * columns), (rows, columns), image.box),)
+    tokens.take(1)
+    found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)
+    tokens.take(1)
+    return (View(found, (rows, columns), image.box),)
 
 
-def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
-    """The image itself, which is never cropped."""
-    return size, 0, 0
+def merged(image: ProcessedImage) -> Size:
+    """The grid of merged patches. Raises ValueError if the patches do not have the model's size or cannot be merged."""
+    frames, *patches = image.item("image_grid_thw", "[images, 3]").tolist()
+    if frames != 1:
+        raise ValueError(f"inputs: expected image_grid_thw of one frame an image, got {frames}")
+    pixels, (height, width) = image.entries.get("pixel_values"), sides(attribute(image.config, PATCH))
+    if pixels is not None and pixels[0].numel() % (3 * height * width):
+        raise ValueError(
+            f"inputs: expected pixel_values of patches of {height} x {width} pixels, as in the model's config, got "
+            f"{pixels[0].numel()} numbers a patch"
+        )
+    merge = sides(_merge(image))
+    if patches[0] % merge[0] or patches[1] % merge[1]:
+        raise ValueError(
+            f"inputs: expected image_grid_thw of multiples of {merge[0]} x {merge[1]} patches, which the model merges, "
+            f"got {patches[0]} x {patches[1]}"
+        )
+    return patches[0] // merge[0], patches[1] // merge[1]
+
+
+def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
+    """Raise ValueError if the patches do not show the image in a box, or not in the order that the model merges."""
+    if not image.has("pixel_values"):
+        return
+    start = int(image.entry("image_grid_thw")[: image.number].prod(1).sum())
+    merge, patch = sides(_merge(image)), sides(attribute(image.config, PATCH))
+    seen = patches_of(image.entry("pixel_values")[start:], grid, merge, bool(image.options.get("raster")))
+    check_seen(image, box, grid, (merge[0] * patch[0], merge[1] * patch[1]), seen)
+
+
+def _merge(image: ProcessedImage) -> Any:
+    entry = image.options.get("entry")
+    return int(image.item(entry)) if entry else attribute(image.config, image.options.get("merge", MERGE))

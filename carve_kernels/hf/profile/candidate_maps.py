@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from carve_kernels.hf.decoding import Branch, Decoder, PrefixCache, PromptGroup
-from carve_kernels.hf.engine.passes import Prompt, locate_prompt
-from carve_kernels.hf.inputs import ImageFeatures, ImageInputs, build_prompt, prepare
+from carve_kernels.hf.engine.requests import Prompt, locate_prompt
+from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
+from carve_kernels.hf.inputs import build_prompt
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import attention_modules, input_device
+from carve_kernels.hf.model import attention_modules
 from carve_kernels.hf.profile.scores import Choice
 from carve_kernels.hf.query_rows import check_rows, general_rows, resolve_rows, tokenizer_of
 from carve_kernels.maps import AttentionMaps
@@ -74,12 +75,7 @@ class CandidateReader:
 
     def read(self, image: Image.Image, general: str, texts: Sequence[str]) -> Iterator[CandidateMaps]:
         """The maps of the general instruction, where the whole instruction replaces a word, then those of each text."""
-        image_inputs = ImageInputs(
-            self._processor,
-            input_device(self._model),
-            self._preset.max_pixels,
-            None if self._letterbox is None else self._letterbox.pad,
-        )
+        image_inputs = self._image_inputs()
         prefixes: dict[tuple[int, ...], PrefixCache | None] = {}
         # Created for each image: hooks may be added or removed between images.
         decoder = Decoder(self._model, self._processor, self.layers, self._backend)
@@ -89,7 +85,7 @@ class CandidateReader:
                 prompt_text = build_prompt(self._processor, text + self._preset.suffix)
                 inputs, features = image_inputs.inputs([image], prompt_text)
                 prompt = locate_prompt(
-                    self._model, self._processor, image, prompt_text, inputs, features.entries, self._letterbox
+                    self._model, self._processor, [image], prompt_text, inputs, features, self._letterbox
                 )
                 columns = self._columns(inputs["input_ids"].cpu(), prompt.layout.tokens(), general=index == 0)
                 first = min(int(group.min()) for group in columns.values())
@@ -97,6 +93,10 @@ class CandidateReader:
                     _CandidatePrompt(prompt, features, columns, first, inputs["input_ids"].shape[1] - first)
                 )
             yield from self._decode(decoder, candidates, prefixes)
+
+    def _image_inputs(self) -> ImageInputs:
+        prepare_image = None if self._letterbox is None else self._letterbox.pad
+        return ImageInputs.for_model(self._model, self._processor, self._preset.max_pixels, prepare_image)
 
     def _decode(
         self, decoder: Decoder, candidates: list[_CandidatePrompt], prefixes: dict[tuple[int, ...], PrefixCache | None]
@@ -138,8 +138,8 @@ class CandidateReader:
         """The last tokens of a text, counted from the end of a prompt, are left out if its end is not found."""
         image, text, suffix = Image.new("RGB", (64, 64)), self._preset.general_prompt, self._preset.suffix
         prompt = build_prompt(self._processor, text + suffix)
-        inputs = prepare(self._processor, [image], prompt)
-        tokens = locate_prompt(self._model, self._processor, image, prompt, inputs, {}).layout.tokens()
+        inputs, features = ImageInputs(self._processor, torch.device("cpu"), None).inputs([image], prompt)
+        tokens = locate_prompt(self._model, self._processor, [image], prompt, inputs, features).layout.tokens()
         ids = inputs["input_ids"]
         rows: RowsSpec = ("text", text) if suffix.strip() else "question"
         try:
@@ -152,7 +152,8 @@ class CandidateReader:
 
 def _select(candidate: _CandidatePrompt, maps: AttentionMaps) -> CandidateMaps:
     """The maps of each candidate among the captured last rows."""
-    values = maps.values[0].masked_fill(~maps.valid[0, ..., None], torch.nan).cpu()
+    seen = maps.seen[0] | (maps.tokens[0] < 0)
+    values = maps.values[0].masked_fill(~seen.all(-1, keepdim=True), torch.nan).cpu()
     end = maps.last_step(0) + 1
     by_rows = {
         rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - candidate.first].mean(2)

@@ -60,7 +60,8 @@ def capture_attention(
     argument   meaning
     =========  =========================================================================================================
     model      a transformers model with a text decoder; PEFT, torch.compile and DDP wrappers are unwrapped
-    layers     numbers (negative ones count from the end), a range, one number, "paper" or "all"
+    layers     numbers (negative ones count from the end), a range, one number, or "paper", "release" or "all" of those
+               that have softmax attention
     rows       "last": the prompt's last token, then every new token; k: the last k; a list of columns of input_ids;
                "question": mean over the user's last text after the image; ("word", WORD): mean over the tokens of its
                last occurrence after the image, in the user's text if it is there, else in the template;
@@ -89,11 +90,10 @@ def capture_attention(
         raise TypeError(f"model: expected a transformers model, got {checks.describe(model)}")
     contract.ensure()
     check_decoder(model)
-    depth = len(decoder_layers(model))
-    every = isinstance(layers, str) and layers == "all"
+    attention = attention_modules(model)
     # Ascending, the order in which a forward runs them.
-    numbers = tuple(range(depth)) if every else tuple(sorted(layers_of(layers, depth)))
-    modules = _modules(model, numbers)
+    numbers = tuple(sorted(layers_of(layers, len(decoder_layers(model)), attention)))
+    modules = _whole({number: attention[number] for number in numbers})
     if on_layer is not None and not callable(on_layer):
         raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
     if not isinstance(fused, bool):
@@ -204,18 +204,15 @@ class CaptureSession:
             )
 
 
-def _modules(model: nn.Module, layers: tuple[int, ...]) -> list[nn.Module]:
-    """The attention modules of these layers, each of which must run on one device."""
-    modules = attention_modules(model)
-    for layer in layers:
-        if layer not in modules:
-            raise ValueError(f"layers: layer {layer} has no softmax attention, expected layers among {sorted(modules)}")
-        if len(devices := devices_of(modules[layer])) > 1:
+def _whole(modules: dict[int, nn.Module]) -> list[nn.Module]:
+    """The attention modules of some layers, each of which must run on one device."""
+    for layer, module in modules.items():
+        if len(devices := devices_of(module)) > 1:
             raise ValueError(
                 f"layers: expected the attention of a layer on one device, layer {layer} has its weights on "
                 f"{sorted(map(str, devices))}; keep layers whole, as device_map='auto' does"
             )
-    return [modules[layer] for layer in layers]
+    return list(modules.values())
 
 
 def _by_device(modules: list[nn.Module]) -> list[list[int]]:

@@ -20,7 +20,7 @@ namespace {
 constexpr double kFlat = 16.0;
 
 struct Region {
-  int64_t box[4];
+  int64_t box[6];  // x0 y0 f0 x1 y1 f1
   int64_t pixels;
   int64_t sum;
   double score;
@@ -46,36 +46,58 @@ class Forest {
   std::vector<int32_t> parents_;
 };
 
-void join_rows(const std::vector<PixelRun>& runs, int64_t connectivity, Forest& forest) {
-  const int32_t reach = connectivity == 8 ? 1 : 0;
+// Joins the runs of rows that are `apart` rows from each other, but for those of row `skipped` of each frame, which has
+// no such neighbour.
+void join_rows(const RegionsParams& p, const std::vector<PixelRun>& runs, int64_t apart, int64_t skipped,
+               Forest& forest) {
+  const int32_t reach = p.has_corners() ? 1 : 0;
   const size_t count = runs.size();
   size_t above = 0;
   for (size_t below = 0; below < count; ++below) {
-    while (runs[above].row + 1 < runs[below].row) ++above;
+    const int64_t row = runs[below].row;
+    if (p.frames > 1 && row % p.height == skipped) continue;
+    while (runs[above].row + apart < row) ++above;
     // A run above that ends before this run also ends before all following runs.
-    while (runs[above].row < runs[below].row && runs[above].end + reach <= runs[below].begin) ++above;
-    for (size_t near = above; runs[near].row < runs[below].row && runs[near].begin < runs[below].end + reach; ++near) {
+    while (runs[above].row + apart == row && runs[above].end + reach <= runs[below].begin) ++above;
+    for (size_t near = above; runs[near].row + apart == row && runs[near].begin < runs[below].end + reach; ++near) {
       forest.join(static_cast<int32_t>(near), static_cast<int32_t>(below));
     }
   }
 }
 
+// The rows of all frames follow each other: the same row of the frame before is `height` rows above.
+void join_all(const RegionsParams& p, const std::vector<PixelRun>& runs, Forest& forest) {
+  constexpr int64_t kNone = -1;
+  join_rows(p, runs, 1, 0, forest);
+  if (p.frames == 1) return;
+  join_rows(p, runs, p.height, kNone, forest);
+  if (!p.has_corners() || p.height == 1) return;
+  join_rows(p, runs, p.height - 1, p.height - 1, forest);
+  join_rows(p, runs, p.height + 1, 0, forest);
+}
+
 // The regions in the order of their first pixels; `owners` is the number of each run's region.
-std::vector<Region> collect(const std::vector<PixelRun>& runs, Forest& forest, std::vector<int32_t>& owners) {
+std::vector<Region> collect(const RegionsParams& p, const std::vector<PixelRun>& runs, Forest& forest,
+                            std::vector<int32_t>& owners) {
   std::vector<Region> regions;
   owners.resize(runs.size());
   for (size_t index = 0; index < runs.size(); ++index) {
     const PixelRun& run = runs[index];
+    const int64_t frame = p.frames > 1 ? run.row / p.height : 0;
+    const int64_t row = run.row - frame * p.height;
     const size_t root = static_cast<size_t>(forest.find(static_cast<int32_t>(index)));
     if (root == index) {
       owners[index] = static_cast<int32_t>(regions.size());
-      regions.push_back({{run.begin, run.row, run.end, run.row + 1}, 0, 0, -std::numeric_limits<double>::infinity()});
+      regions.push_back(
+          {{run.begin, row, frame, run.end, row + 1, 0}, 0, 0, -std::numeric_limits<double>::infinity()});
     }
     owners[index] = owners[root];
     Region& region = regions[owners[index]];
     region.box[0] = std::min<int64_t>(region.box[0], run.begin);
-    region.box[2] = std::max<int64_t>(region.box[2], run.end);
-    region.box[3] = run.row + 1;
+    region.box[1] = std::min(region.box[1], row);
+    region.box[3] = std::max<int64_t>(region.box[3], run.end);
+    region.box[4] = std::max(region.box[4], row + 1);
+    region.box[5] = frame + 1;
     region.pixels += run.end - run.begin;
     region.sum += run.sum;
     region.score = std::max(region.score, run.peak);
@@ -108,9 +130,19 @@ std::vector<int32_t> rank(const RegionsParams& p, const FixedPoint& fixed, std::
   return order;
 }
 
+// The edges of a box that are written; returns what follows them.
+int64_t* write_box(const RegionsParams& p, const int64_t (&box)[6], int64_t* to) {
+  for (int edge = 0; edge < 6; ++edge) {
+    if (p.has_frames || edge % 3 != 2) *to++ = box[edge];
+  }
+  return to;
+}
+
 RegionsOutcome write_whole(const RegionsParams& p, Reason reason) {
-  std::fill(p.mask, p.mask + p.height * p.width, true);
-  return {0, reason, {0, 0, p.width, p.height}};
+  std::fill(p.mask, p.mask + p.frames * p.height * p.width, true);
+  RegionsOutcome outcome{0, reason, {}};
+  write_box(p, {0, 0, 0, p.width, p.height, p.frames}, outcome.box);
+  return outcome;
 }
 
 RegionsOutcome write_boxes(const RegionsParams& p, const std::vector<Region>& regions,
@@ -118,16 +150,18 @@ RegionsOutcome write_boxes(const RegionsParams& p, const std::vector<Region>& re
   if (static_cast<int64_t>(kept.size()) > p.capacity) {
     throw std::runtime_error("regions_cpu: boxes: expected at least " + std::to_string(kept.size()) + " rows");
   }
-  RegionsOutcome outcome{static_cast<int64_t>(kept.size()), Reason::kNone, {p.width, p.height, 0, 0}};
+  RegionsOutcome outcome{static_cast<int64_t>(kept.size()), Reason::kNone, {}};
+  int64_t all[6] = {p.width, p.height, p.frames, 0, 0, 0};
   int64_t* box = p.boxes;
   double* score = p.scores;
   for (const int32_t number : kept) {
     const Region& region = regions[number];
-    box = std::copy(region.box, region.box + 4, box);
+    box = write_box(p, region.box, box);
     *score++ = region.score;
-    for (int edge : {0, 1}) outcome.box[edge] = std::min(outcome.box[edge], region.box[edge]);
-    for (int edge : {2, 3}) outcome.box[edge] = std::max(outcome.box[edge], region.box[edge]);
+    for (int edge : {0, 1, 2}) all[edge] = std::min(all[edge], region.box[edge]);
+    for (int edge : {3, 4, 5}) all[edge] = std::max(all[edge], region.box[edge]);
   }
+  write_box(p, all, outcome.box);
   return outcome;
 }
 
@@ -135,7 +169,7 @@ void write_mask(const RegionsParams& p, const std::vector<PixelRun>& runs, const
                 size_t region_count, const std::vector<int32_t>& kept) {
   std::vector<bool> chosen(region_count, false);
   for (const int32_t number : kept) chosen[number] = true;
-  std::fill(p.mask, p.mask + p.height * p.width, false);
+  std::fill(p.mask, p.mask + p.frames * p.height * p.width, false);
   for (size_t index = 0; index < runs.size(); ++index) {
     const PixelRun& run = runs[index];
     bool* row = p.mask + run.row * p.width;
@@ -147,7 +181,7 @@ template <class T>
 RegionsOutcome find_regions(const RegionsParams& p) {
   const Isa isa = active_isa();
   const T* values = static_cast<const T*>(p.saliency);
-  const int64_t count = p.height * p.width;
+  const int64_t count = p.frames * p.height * p.width;
   if (count == 0) return write_whole(p, Reason::kEmpty);
   const Range<T> range = find_range(isa, values, count);
   if (!range.is_finite) return write_whole(p, Reason::kNotFinite);
@@ -161,14 +195,14 @@ RegionsOutcome find_regions(const RegionsParams& p) {
   while (count >> bits != 0) ++bits;
   const FixedPoint fixed{largest, std::ldexp(1.0, std::min(36, 62 - bits))};
   const T threshold = find_threshold(isa, values, count, range, p.keep);
-  const std::vector<PixelRun> runs = find_runs(isa, values, p.height, p.width, threshold, p.score, fixed);
+  const std::vector<PixelRun> runs = find_runs(isa, values, p.frames * p.height, p.width, threshold, p.score, fixed);
   // The range of extreme values overflows to an infinite threshold, which may exceed every value.
   if (runs.empty()) return write_whole(p, Reason::kNoPixel);
 
   Forest forest(runs.size());
-  join_rows(runs, p.connectivity, forest);
+  join_all(p, runs, forest);
   std::vector<int32_t> owners;
-  std::vector<Region> regions = collect(runs, forest, owners);
+  std::vector<Region> regions = collect(p, runs, forest, owners);
   const std::vector<int32_t> kept = rank(p, fixed, regions);
   write_mask(p, runs, owners, regions.size(), kept);
   return write_boxes(p, regions, kept);

@@ -82,23 +82,29 @@ __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, Pi
 
 // What does not depend on the values of a tile.
 struct Tile {
-  uint32_t x, y;  // of its first pixel
+  uint32_t x, y, frame;  // of its first pixel
 
   __device__ __forceinline__ bool has(const RegionsJob& job, uint32_t row, uint32_t column) const {
     return x + column < job.width && y + row < job.height;
   }
   __device__ __forceinline__ uint32_t pixel(const RegionsJob& job, uint32_t row, uint32_t column) const {
-    return (y + row) * job.width + x + column;
+    return (frame * job.height + y + row) * job.width + x + column;
   }
 };
 
 __device__ __forceinline__ uint32_t count_tiles_across(const RegionsJob& job) {
   return (job.width + kTileWidth - 1) / kTileWidth;
 }
+__device__ __forceinline__ uint32_t count_tiles_down(const RegionsJob& job) {
+  return (job.height + kTileHeight - 1) / kTileHeight;
+}
 
+// A tile is in one frame.
 __device__ __forceinline__ Tile find_tile(const RegionsJob& job, uint32_t number) {
   const uint32_t across = count_tiles_across(job);
-  return {number % across * kTileWidth, number / across * kTileHeight};
+  const uint32_t down = count_tiles_down(job);
+  const uint32_t line = number / across;
+  return {number % across * kTileWidth, line % down * kTileHeight, line / down};
 }
 
 template <class T>
@@ -127,11 +133,11 @@ __device__ __forceinline__ int32_t head_of(uint32_t bits, uint32_t row, uint32_t
 }
 
 // Of each run above that the run touches whose first pixel is in this lane, one pixel, as bits.
-__device__ __forceinline__ uint32_t find_touched(uint32_t bits, uint32_t above, bool is_eight) {
+__device__ __forceinline__ uint32_t find_touched(uint32_t bits, uint32_t above, bool has_corners) {
   const uint32_t from_here = ~(lanes_up_to(lane_of_thread()) >> 1);
   const uint32_t gaps = ~bits & from_here;
   const uint32_t run = gaps == 0 ? from_here : from_here & ((gaps & (0u - gaps)) - 1);
-  return run_starts(above & (is_eight ? run | run << 1 | run >> 1 : run));
+  return run_starts(above & (has_corners ? run | run << 1 | run >> 1 : run));
 }
 
 // The number of the part in the tile.
@@ -224,7 +230,7 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     const uint32_t bits = shared.bits[row];
     if (!has_bit(run_starts(bits), lane)) continue;
     const uint32_t above = row > begin ? shared.bits[row - 1] : 0;
-    const uint32_t touched = find_touched(bits, above, job.is_eight);
+    const uint32_t touched = find_touched(bits, above, job.has_corners);
     const int32_t pixel = static_cast<int32_t>(row * kTileWidth + lane);
     const uint32_t first = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
     shared.labels[pixel] = touched == 0 ? pixel : head_of(above, row - 1, first);
@@ -235,7 +241,7 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     const uint32_t bits = shared.bits[row];
     if (!has_bit(run_starts(bits), lane)) continue;
     const uint32_t above = row > 0 ? shared.bits[row - 1] : 0;
-    uint32_t touched = find_touched(bits, above, job.is_eight);
+    uint32_t touched = find_touched(bits, above, job.has_corners);
     if (row > begin) touched &= touched - 1;
     for (; touched != 0; touched &= touched - 1) {
       const uint32_t other = static_cast<uint32_t>(__ffs(static_cast<int>(touched))) - 1;
@@ -297,7 +303,10 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     if (tile.has(job, row, lane)) {
       const uint32_t part = shared.begin + number;
       store(job.labels + pixel, has_bit(bits, lane) ? static_cast<int32_t>(part) : kOff);
-      if (has_bit(shared.firsts[row], lane)) store(job.firsts + part, static_cast<int32_t>(pixel));
+      if (has_bit(shared.firsts[row], lane)) {
+        store(job.firsts + part, static_cast<int32_t>(pixel));
+        if (job.has_frames) store(job.upper + part, static_cast<int32_t>(tile.y + row));
+      }
     }
     sums.ends = bits & ~below;
     if (sums.ends != 0) add_row(shared, row, sums, number, job.score);
@@ -313,6 +322,7 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     store(job.left + part, static_cast<int32_t>(tile.x + __ffs(static_cast<int>(columns)) - 1));
     store(job.right + part, static_cast<int32_t>(tile.x + 32 - __clz(static_cast<int>(columns))));
     store(job.bottom + part, static_cast<int32_t>(tile.y) + shared.bottoms[index] + 1);
+    if (job.has_frames) store(job.back + part, static_cast<int32_t>(tile.frame) + 1);
     if (job.score == Score::kMean) store(job.pixels + part, shared.pixels[index]);
   }
 }
@@ -321,7 +331,7 @@ template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 4) label_kernel(const __grid_constant__ RegionsJob job) {
   auto& shared = block_shared<LabelShared>();
   start_next_launch();
-  const uint32_t tiles = count_tiles_across(job) * ((job.height + kTileHeight - 1) / kTileHeight);
+  const uint32_t tiles = count_tiles_across(job) * count_tiles_down(job) * job.frames;
   Threshold<T> threshold;
 #pragma unroll 1
   for (uint32_t number = blockIdx.x; number < tiles; number += gridDim.x) {
@@ -340,17 +350,15 @@ __global__ void __launch_bounds__(kBlockThreads, 4) label_kernel(const __grid_co
   if (threshold.reason == Reason::kNone || blockIdx.x != 0 || threadIdx.x != 0) return;
   store(&job.state->reason, static_cast<int32_t>(threshold.reason));
   store(job.outcome + 1, static_cast<int64_t>(threshold.reason));
-  store(job.outcome + 2, int64_t(0));
-  store(job.outcome + 3, int64_t(0));
-  store(job.outcome + 4, static_cast<int64_t>(job.width));
-  store(job.outcome + 5, static_cast<int64_t>(job.height));
+  const int64_t box[6] = {0, 0, 0, job.width, job.height, job.frames};
+  each_edge(job, box, [&](int at, int64_t edge, bool) { store(job.outcome + 2 + at, edge); });
 }
 
 template <class T>
 void launch_tiles(const RegionsJob& job, const RegionsLaunches& how) {
   const int64_t across = (job.width + kTileWidth - 1) / kTileWidth;
   const int64_t down = (job.height + kTileHeight - 1) / kTileHeight;
-  const unsigned blocks = count_blocks(across * down, 1, how.most_blocks);
+  const unsigned blocks = count_blocks(across * down * job.frames, 1, how.most_blocks);
   launch(how.of("label_kernel", blocks, kBlockThreads, sizeof(LabelShared)), label_kernel<T>, job);
 }
 

@@ -236,18 +236,24 @@ template <class T>
 __device__ __forceinline__ void write_region(const RegionsJob& job, const Sorted& sorted, int64_t index) {
   const Ranked region = sorted.at(static_cast<uint32_t>(index));
   const int32_t root = load_settled(job.parents + load_settled(job.labels + region.first));
-  const int64_t box[4] = {load_settled(job.left + root), region.first / static_cast<int32_t>(job.width),
-                          load_settled(job.right + root), load_settled(job.bottom + root)};
+  const int32_t line = region.first / static_cast<int32_t>(job.width);
+  const int64_t box[6] = {load_settled(job.left + root),
+                          job.has_frames ? load_settled(job.upper + root) : line,
+                          job.has_frames ? line / static_cast<int32_t>(job.height) : 0,
+                          load_settled(job.right + root),
+                          load_settled(job.bottom + root),
+                          job.has_frames ? load_settled(job.back + root) : 1};
   const double score = score_of_key<T>(job, region.key);
   const bool is_again = index < job.outcome_rows;
+  const int edges = job.edges();
+  int64_t* rows = job.outcome + 2 + edges;
   store(job.scores + index, score);
-  if (is_again) store(job.outcome + 6 + 4 * job.outcome_rows + index, static_cast<int64_t>(bits_of(score)));
-#pragma unroll
-  for (int edge = 0; edge < 4; ++edge) {
-    store(job.boxes + 4 * index + edge, box[edge]);
-    if (is_again) store(job.outcome + 6 + 4 * index + edge, box[edge]);
-    widen(job.outcome + 2 + edge, box[edge], edge < 2);
-  }
+  if (is_again) store(rows + edges * job.outcome_rows + index, static_cast<int64_t>(bits_of(score)));
+  each_edge(job, box, [&](int at, int64_t edge, bool is_least) {
+    store(job.boxes + edges * index + at, edge);
+    if (is_again) store(rows + edges * index + at, edge);
+    widen(job.outcome + 2 + at, edge, is_least);
+  });
 }
 
 // The first threads write a kept region each, and all of them the mask: a region is kept if it is not worse than the

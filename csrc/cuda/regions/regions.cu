@@ -35,13 +35,22 @@ void set_threshold(const RegionsParams& p, RegionsJob& job) {
   job.weight = job.from_above ? 1.0 - fraction : fraction;
 }
 
-RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t most_regions) {
+// The parts of all frames, each labelled by itself: as many as regions, or more.
+int64_t count_most_parts(const RegionsParams& sizes) {
+  RegionsParams frame = sizes;
+  frame.frames = 1;
+  return sizes.frames * count_most_regions(frame);
+}
+
+RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t most_parts) {
   RegionsJob job{};
   job.saliency = p.saliency;
-  job.count = static_cast<uint32_t>(p.height * p.width);
+  job.count = static_cast<uint32_t>(p.frames * p.height * p.width);
   job.height = static_cast<uint32_t>(p.height);
   job.width = static_cast<uint32_t>(p.width);
-  job.is_eight = p.connectivity == 8;
+  job.frames = static_cast<uint32_t>(p.frames);
+  job.has_frames = p.has_frames;
+  job.has_corners = p.has_corners();
   job.score = p.score;
   job.keep = p.keep;
   job.top = p.top;
@@ -58,11 +67,14 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
 
   ScratchAllocator scratch(device.scratch);
   job.state = scratch.take<RegionsState>(1);
-  job.amounts = scratch.take<Key>(most_regions);
-  for (Key*& keys : job.sorted_keys) keys = scratch.take<Key>(most_regions);
-  for (int32_t*& firsts : job.sorted_firsts) firsts = scratch.take<int32_t>(most_regions);
+  job.amounts = scratch.take<Key>(most_parts);
+  for (Key*& keys : job.sorted_keys) keys = scratch.take<Key>(most_parts);
+  for (int32_t*& firsts : job.sorted_firsts) firsts = scratch.take<int32_t>(most_parts);
   for (int32_t** numbers : {&job.parents, &job.firsts, &job.left, &job.right, &job.bottom}) {
-    *numbers = scratch.take<int32_t>(most_regions);
+    *numbers = scratch.take<int32_t>(most_parts);
+  }
+  if (p.has_frames) {
+    for (int32_t** numbers : {&job.upper, &job.back}) *numbers = scratch.take<int32_t>(most_parts);
   }
   // In use until the regions are sorted for the first time, into buffer 0: the memory of buffer 1.
   job.pixels = reinterpret_cast<uint32_t*>(job.sorted_keys[1]);
@@ -73,28 +85,29 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
 
 }  // namespace
 
-int64_t count_most_regions(int64_t height, int64_t width, int64_t connectivity) {
-  // No two touch: with 4, the pixels of one colour of a checkerboard; with 8, those in every second row and column.
-  return connectivity == 4 ? (height * width + 1) / 2 : (height + 1) / 2 * ((width + 1) / 2);
+int64_t count_most_regions(const RegionsParams& p) {
+  // No two touch: the pixels of one colour of a checkerboard; over corners, those in every second frame, row and column.
+  if (!p.has_corners()) return (p.frames * p.height * p.width + 1) / 2;
+  return (p.frames + 1) / 2 * ((p.height + 1) / 2) * ((p.width + 1) / 2);
 }
 
-int64_t regions_cuda_scratch(int64_t height, int64_t width, int64_t connectivity) {
-  constexpr int64_t kRegionBytes = 3 * sizeof(Key) + 7 * sizeof(int32_t);
-  return static_cast<int64_t>(sizeof(RegionsState)) + kRegionBytes * count_most_regions(height, width, connectivity) +
-         static_cast<int64_t>(sizeof(int32_t)) * height * width;
+int64_t regions_cuda_scratch(const RegionsParams& p) {
+  const int64_t part_bytes = 3 * sizeof(Key) + (p.has_frames ? 9 : 7) * sizeof(int32_t);
+  return static_cast<int64_t>(sizeof(RegionsState)) + part_bytes * count_most_parts(p) +
+         static_cast<int64_t>(sizeof(int32_t)) * p.frames * p.height * p.width;
 }
 
 void regions_cuda(const RegionsParams& params, const RegionsDevice& device) {
   const DeviceGuard guard(device.device);
   const RegionsLaunches how{static_cast<cudaStream_t>(device.stream), device.most_blocks,
                             overlaps_launches(device.device)};
-  const int64_t most_regions = count_most_regions(params.height, params.width, params.connectivity);
-  const RegionsJob job = describe(params, device, most_regions);
+  const int64_t most_parts = count_most_parts(params);
+  const RegionsJob job = describe(params, device, most_parts);
   launch_select(job, params.is_double, how);
   if (job.count == 0) return;
   launch_label(job, params.is_double, how);
-  launch_join(job, most_regions, how);
-  launch_rank(job, params.is_double, most_regions, how);
+  launch_join(job, most_parts, how);
+  launch_rank(job, params.is_double, count_most_regions(params), how);
 }
 
 }  // namespace carve

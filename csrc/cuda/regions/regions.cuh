@@ -35,11 +35,13 @@ struct RegionsState {
 
 struct RegionsJob {
   const void* saliency;
-  uint32_t count, width, height;
+  uint32_t count, width, height;  // the count is that of all frames
+  uint32_t frames;
+  bool has_frames;  // boxes have edges in time
   uint32_t rank;     // of the value below the threshold, from 0
   double weight;     // of the farther of the threshold's two neighbours, rounded to the dtype of the saliency
   bool from_above;   // the nearer one is the greater
-  bool is_eight;
+  bool has_corners;
   Score score;
   double one;  // 1 in fixed point
   double keep;
@@ -48,20 +50,34 @@ struct RegionsJob {
   int64_t* boxes;
   double* scores;
   int64_t* outcome;
-  int64_t outcome_rows;  // of boxes and scores, which follow the six numbers of the outcome
+  int64_t outcome_rows;  // of boxes and scores, which follow the numbers and the box of the outcome
   RegionsState* state;
   int32_t* labels;  // for each pixel, its part or kOff
   // For each part, in any order: its parent, a part of the same region with no greater number (itself, if a root), then
-  // the root; what it adds to its region's score; its first pixel; its box.
+  // the root; what it adds to its region's score; its first pixel; its box. `upper` and `back` are for frames alone: in an
+  // image the first pixel is in the top row.
   int32_t* parents;
   Key* amounts;  // of a region's root, in the end: its score as an integer that is less for a better one
-  int32_t *firsts, *left, *right, *bottom;
+  int32_t *firsts, *left, *right, *bottom, *upper, *back;
   uint32_t* pixels;  // for each part
   int32_t* roots;    // for each region, in any order
   // For each region by rank, in two buffers: its score as in `amounts`, and its first pixel.
   Key* sorted_keys[2];
   int32_t* sorted_firsts[2];
+
+  __device__ __forceinline__ int edges() const { return has_frames ? 6 : 4; }
 };
+
+// What the outcome has of a box, given as x0 y0 f0 x1 y1 f1: each edge, and where it is among those that are written.
+template <class Write>
+__device__ __forceinline__ void each_edge(const RegionsJob& job, const int64_t (&box)[6], const Write& write) {
+  int at = 0;
+#pragma unroll
+  for (int edge = 0; edge < 6; ++edge) {
+    if (edge % 3 == 2 && !job.has_frames) continue;
+    write(at++, box[edge], edge < 3);
+  }
+}
 
 // The largest absolute value of the saliency, which is 1 in fixed point.
 template <class T>
@@ -103,7 +119,7 @@ struct RegionsLaunches {
 };
 void launch_select(const RegionsJob& job, bool is_double, const RegionsLaunches& how);
 void launch_label(const RegionsJob& job, bool is_double, const RegionsLaunches& how);
-void launch_join(const RegionsJob& job, int64_t most_regions, const RegionsLaunches& how);
+void launch_join(const RegionsJob& job, int64_t most_parts, const RegionsLaunches& how);
 void launch_rank(const RegionsJob& job, bool is_double, int64_t most_regions, const RegionsLaunches& how);
 
 }  // namespace carve

@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_const
   store(&state->reason, static_cast<int32_t>(is_empty ? Reason::kEmpty : Reason::kNone));
   store(job.outcome + 0, int64_t(0));
   store(job.outcome + 1, static_cast<int64_t>(is_empty ? Reason::kEmpty : Reason::kNone));
-  store(job.outcome + 2, static_cast<int64_t>(is_empty ? 0 : job.width));
-  store(job.outcome + 3, static_cast<int64_t>(is_empty ? 0 : job.height));
-  store(job.outcome + 4, static_cast<int64_t>(is_empty ? job.width : 0));
-  store(job.outcome + 5, static_cast<int64_t>(is_empty ? job.height : 0));
+  const int64_t ends[3] = {job.width, job.height, job.frames};
+  const int64_t box[6] = {is_empty ? 0 : ends[0], is_empty ? 0 : ends[1], is_empty ? 0 : ends[2],
+                          is_empty ? ends[0] : 0, is_empty ? ends[1] : 0, is_empty ? ends[2] : 0};
+  each_edge(job, box, [&](int at, int64_t edge, bool) { store(job.outcome + 2 + at, edge); });
 }
 
 // The least value of a block, in thread 0. Called by all threads, each set of values with its own shared memory.

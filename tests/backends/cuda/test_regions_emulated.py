@@ -121,6 +121,54 @@ def test_hard_images(image: str, connectivity: int, order: str) -> None:
             assert_same(device.forward(values, RegionOptions(**options)), wanted)
 
 
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 70), st.integers(1, 40)),
+    saliency=st.sampled_from(sorted(SALIENCIES)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    keep=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
+    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}]),
+    connectivity=st.sampled_from([6, 26]),
+    score=st.sampled_from(["sum", "mean", "max"]),
+    order=st.sampled_from(emulator.ORDERS),
+    resident=st.integers(1, 6),
+    seed=st.integers(1, 999),
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_any_order_of_threads_finds_the_same_over_frames(
+    shape: tuple[int, ...],
+    saliency: str,
+    dtype: torch.dtype,
+    limit: Any,
+    order: str,
+    resident: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    values = SALIENCIES[saliency](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
+    with emulator.running("regions", order, resident=resident, seed=seed):
+        found = device.forward(values, RegionOptions(**options, **limit))
+    assert_same(found, reference.forward(values, RegionOptions(**options, **limit)))
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize("connectivity", [6, 26])
+def test_regions_that_are_joined_late_over_frames(connectivity: int, order: str) -> None:
+    # Frames of teeth that meet in the last frame alone, and a checkerboard in space and time.
+    teeth = torch.zeros(4, 37, 41)
+    teeth[:, ::2, ::2] = 1
+    teeth[-1] = 1
+    where = torch.meshgrid(*map(torch.arange, (5, 13, 35)), indexing="ij")
+    board = (sum(where) % 2 == 0) * (1 + torch.randint(0, 5, (5, 13, 35)) / 4)
+    for values in (teeth, teeth.flip(0).contiguous(), board):
+        options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
+        wanted = reference.forward(values, RegionOptions(**options))
+        assert wanted.reason is None and not bool(wanted.mask.all())
+        for seed in (1, 2):
+            with emulator.running("regions", order, resident=1 if order == "forward" else 4 * seed, seed=seed):
+                assert_same(device.forward(values, RegionOptions(**options)), wanted)
+
+
 @pytest.mark.parametrize("score", ["sum", "mean", "max"])
 @pytest.mark.parametrize(("shape", "seeds"), [((41, 53), range(6)), ((1, 4100), range(3)), ((4100, 1), range(3))])
 def test_a_few_blocks_do_the_work_of_many(
@@ -156,10 +204,12 @@ def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: t
 
 
 @pytest.mark.parametrize("rows", [0, 2, 999])
-def test_nothing_outside_the_buffers_is_written(rows: int) -> None:
-    values = torch.randn(37, 41)
-    plain = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3), outcome_rows=rows)
-    scratch = torch.empty(device.scratch_bytes(37, 41, 4), dtype=torch.uint8)
+@pytest.mark.parametrize(("shape", "connectivity"), [((37, 41), 4), ((3, 17, 41), 6), ((3, 17, 41), 26)])
+def test_nothing_outside_the_buffers_is_written(shape: tuple[int, ...], connectivity: int, rows: int) -> None:
+    values = torch.randn(shape)
+    options = RegionOptions(keep=0.3, floor=3, connectivity=connectivity)
+    plain = region_buffers.allocate(values, options, outcome_rows=rows)
+    scratch = torch.empty(device.scratch_bytes(shape, connectivity), dtype=torch.uint8)
     stores, parts = [], []
     for part in (values, scratch, *plain):
         store = torch.full((part.numel() * part.element_size() + 512,), 0xA5, dtype=torch.uint8)
@@ -167,8 +217,8 @@ def test_nothing_outside_the_buffers_is_written(rows: int) -> None:
         parts.append(store[256:-256].view(part.dtype).view(part.shape))
     parts[0].copy_(values)
     buffers = region_buffers.RegionBuffers(*parts[2:])
-    call(parts[0], buffers, parts[1])
-    assert_same(region_buffers.read(buffers), reference.forward(values, RegionOptions(keep=0.3, floor=3)))
+    call(parts[0], buffers, parts[1], connectivity=connectivity)
+    assert_same(region_buffers.read(buffers), reference.forward(values, options))
     for store in stores:
         assert bool((store[:256] == 0xA5).all()) and bool((store[-256:] == 0xA5).all())
     assert torch.equal(parts[0], values)
@@ -189,14 +239,35 @@ def test_the_operator_refuses_what_it_cannot_do(changes: dict[str, Any], message
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
     with pytest.raises(RuntimeError, match=f"regions_cuda: {message}"):
-        call(values, buffers, torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8), **changes)
+        call(values, buffers, torch.empty(device.scratch_bytes((4, 5), 4), dtype=torch.uint8), **changes)
+
+
+@pytest.mark.parametrize(
+    ("connectivity", "name", "buffer", "message"),
+    [
+        (4, None, None, "connectivity: expected 6 or 26 over frames, got 4"),
+        (6, "mask", torch.zeros(4, 5, dtype=torch.bool), "mask: expected 3 dimensions, got 2"),
+        (6, "mask", torch.zeros(3, 4, 5, dtype=torch.bool), "mask: expected the shape of saliency"),
+        (6, "boxes", torch.zeros(6, 4, dtype=torch.int64), "boxes: expected 6 numbers for each region"),
+        (6, "outcome", torch.zeros(6, dtype=torch.int64), "outcome: expected 8 numbers and 7 for each of up to 6"),
+    ],
+)
+def test_the_operator_refuses_buffers_of_an_image_for_frames(
+    connectivity: int, name: str | None, buffer: torch.Tensor, message: str
+) -> None:
+    values = torch.rand(2, 4, 5)
+    buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3, connectivity=6))
+    changed = buffers._replace(**{name: buffer}) if name else buffers
+    scratch = torch.empty(device.scratch_bytes((2, 4, 5), 6), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=message):
+        call(values, changed, scratch, connectivity=connectivity)
 
 
 @pytest.mark.parametrize("numbers", [5, 7, 6 + 5 * 4])
 def test_the_operator_refuses_an_outcome_of_another_size(numbers: int) -> None:
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
-    scratch = torch.empty(device.scratch_bytes(4, 5, 4), dtype=torch.uint8)
+    scratch = torch.empty(device.scratch_bytes((4, 5), 4), dtype=torch.uint8)
     message = f"outcome: expected 6 numbers and 5 for each of up to 3 boxes, got {numbers}"
     with pytest.raises(RuntimeError, match=message):
         call(values, buffers._replace(outcome=torch.empty(numbers, dtype=torch.int64)), scratch)
@@ -205,9 +276,9 @@ def test_the_operator_refuses_an_outcome_of_another_size(numbers: int) -> None:
 def test_the_operator_refuses_too_little_scratch() -> None:
     values = torch.rand(4, 5)
     buffers = region_buffers.allocate(values, RegionOptions(keep=0.3, floor=3))
-    scratch = torch.empty(device.scratch_bytes(4, 5, 4) + 16, dtype=torch.uint8)
+    scratch = torch.empty(device.scratch_bytes((4, 5), 4) + 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="scratch: expected at least"):
-        call(values, buffers, scratch[: device.scratch_bytes(4, 5, 4) - 1])
+        call(values, buffers, scratch[: device.scratch_bytes((4, 5), 4) - 1])
     with pytest.raises(RuntimeError, match="scratch: expected 16-byte alignment"):
         call(values, buffers, scratch[4:])
 

@@ -17,7 +17,8 @@ from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
-from carve_kernels.hf.inputs import ImageInputs, build_prompt, prepare
+from carve_kernels.hf.image_inputs import ImageInputs
+from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.query_rows import RowsSpec
 from tests.support.families import FAMILIES, family, state
 from tests.support.tiny_models import make_image, tiny_llava, tiny_qwen2_5_vl

@@ -107,7 +107,7 @@ def test_a_prompt_of_ones_own_replaces_the_template() -> None:
         engine(PHOTO, QUESTION, prompt="<image><image> which")
     with pytest.raises(ValueError, match=r"images: the prompt has 0 image\(s\), got 1"):
         engine(PHOTO, QUESTION, prompt="which")
-    with pytest.raises(ValueError, match="prompt: expected None where the last question shows two images"):
+    with pytest.raises(ValueError, match="prompt: expected None where the last question shows more images"):
         CarveEngine(model, processor, preset=RELEASE)(PHOTO, QUESTION, prompt=prompt)
 
 

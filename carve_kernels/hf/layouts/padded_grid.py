@@ -1,0 +1,72 @@
+"""One grid of an image that is shrunk if it is too large, and then padded at the right and the bottom to whole cells.
+
+======  ============================================================================================================
+option  meaning
+======  ============================================================================================================
+resize  the image processor's function for the resized size (Kimi-K2.5); without it the image fits into `size` (Fuyu)
+merge   as for `merged_grid`, which gives the grid; without it each run of tokens is a row (Fuyu)
+cell    as for `cells.cell_of`
+======  ============================================================================================================
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from carve_kernels.hf.layouts import merged_grid
+from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
+from carve_kernels.types import Size, View
+
+
+def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The patch size, and the merge size if there is one."""
+    options = options_of(config, processor)
+    if "merge" in options:
+        yield from merged_grid.settings(config, processor)
+        return
+    image_processor = getattr(processor, "image_processor", None)
+    yield from settings_of(config, image_processor, {"patch_size": cell_of(config, options)}, "image_processor.")
+
+
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """One view, which reaches outside of the image where it was padded."""
+    cell, resized = cell_of(image.config, image.options), _resized(image)
+    rows, columns = (-(-length // side) for length, side in zip(resized, cell, strict=True))
+    box = covered(image.size, resized, (rows, columns), cell)
+    run = tokens.run()
+    # A prompt that ends within the first row is truncated, which the number of tokens shows.
+    found = merged_grid.merged(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
+    if found != (rows, columns):
+        raise ValueError(
+            f"inputs: expected a grid of {rows} x {columns}, which the settings of "
+            f"{type(image.image_processor).__name__} make of an image of {image.size[0]} x {image.size[1]}, got "
+            f"{found[0]} x {found[1]}; give settings to the image processor, not to a call, which hides the padding"
+        )
+    if "merge" in image.options:
+        merged_grid.check_patches(image, found, box)
+    elif image.total == 1:
+        # Where the patches of a later image begin is not known.
+        patches = image.entry("pixel_values" if image.has("pixel_values") else "image_patches", "[patches, values]")
+        check_seen(image, box, found, cell, patches_of(patches, found, (1, 1), raster=True))
+    return (View(tokens.take(rows * columns), found, box),)
+
+
+def _resized(image: ProcessedImage) -> Size:
+    processor, (height, width) = image.image_processor, image.size
+    if not processor.do_resize:
+        return height, width
+    if name := image.options.get("resize"):
+        resize = getattr(sys.modules[type(processor).__module__], name)
+        longest = processor.size.max_height
+        resized: Size = resize(
+            height, width, processor.patch_size, processor.merge_size, processor.max_patches, longest
+        )[0]
+        return resized
+    largest = sides(processor.size)
+    scale = min(largest[0] / height, largest[1] / width)
+    # Truncated, not rounded, as the image processor does.
+    return (int(height * scale), int(width * scale)) if scale < 1 else (height, width)

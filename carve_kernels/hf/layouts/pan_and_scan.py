@@ -1,0 +1,61 @@
+"""A grid of fixed size of the whole image, and one of each crop of a pan and scan (Gemma 3).
+
+The options are those of `cells.cell_of`. The processor drops the number of crops, but its prompt announces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+from carve_kernels.hf.layouts.cells import cell_of
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.types import Box, Size, View
+
+
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """The whole image, and then its crops along its long side."""
+    pixels, cell = image.entry("pixel_values", "[images and crops, 3, H, W]"), cell_of(image.config, image.options)
+    grid = pixels.shape[-2] // cell[0], pixels.shape[-1] // cell[1]
+    count = grid[0] * grid[1]
+    whole = View(tokens.take(count), grid, image.box)
+    if image.has("num_crops"):
+        crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
+    else:
+        crops = [] if len(pixels) == image.total else list(_crops(image.processor, tokens, count))
+    given = len(pixels) - image.before - 1
+    if image.number == image.total - 1 and len(crops) != given:
+        raise ValueError(
+            f"inputs: pixel_values hold {given} crops of the last image, the prompt has {len(crops)}; it was probably "
+            "truncated, or the images do not match the prompt"
+        )
+    boxes = _boxes(image.size, len(crops))
+    return (whole, *(View(found, grid, box, kind="crop") for found, box in zip(crops, boxes, strict=True)))
+
+
+def _crops(processor: Any, tokens: Cursor, count: int) -> Iterator[Any]:
+    """The tokens of each crop. The prompt announces crops behind the whole image, and has no text between them."""
+    announced = processor.replace_image_token({"num_crops": [1]}, 0).split(processor.full_image_sequence)[1].strip()
+    text = _text(processor, tokens)
+    while text == announced or not announced:
+        yield tokens.take(count)
+        announced, text = "", _text(processor, tokens)
+        if text or tokens.taken >= len(tokens):
+            return
+
+
+def _text(processor: Any, tokens: Cursor) -> str:
+    """The text up to the next image token, without the tokens around an image."""
+    text: str = processor.tokenizer.convert_tokens_to_string(tokens.between())
+    return text.replace(processor.boi_token, "").replace(processor.tokenizer.eoi_token, "").strip()
+
+
+def _boxes(size: Size, crops: int) -> list[Box]:
+    """The boxes of crops in the order of the prompt; the last one ends with the image."""
+    height, width = size
+    step = ceil(max(size) / max(crops, 1))
+    ends = [(step * number, min(step * (number + 1), max(size))) for number in range(crops)]
+    if width >= height:
+        return [(float(start), 0.0, float(end), float(height)) for start, end in ends]
+    return [(0.0, float(start), float(width), float(end)) for start, end in ends]

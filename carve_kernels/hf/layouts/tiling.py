@@ -1,0 +1,110 @@
+"""What the kinds with tiles share: the grid of tokens of a tile, its part of the image, and the number of tiles."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from carve_kernels.hf.layouts.processed_image import ProcessedImage
+from carve_kernels.types import Box, Size, View
+
+# The place of the view of the whole image, among those of tiles, which are (row, column) from 1.
+WHOLE = (0, 0)
+Span = tuple[float, float]
+
+
+def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tuple[Size, Span]:
+    """The grid of a tile of the batch, and how much of the tile's height and width it spans.
+
+    It spans more than the tile if the model pads the patches before it merges them. The option `shapes` names the
+    entry with the patches of each tile, if they differ; `merge` the setting of the model's config that says how many
+    patches a side become a token, or their possible numbers, from which `tokens` of the prompt select.
+    """
+    name = image.options.get("shapes")
+    if name is not None:
+        shapes = image.entry(name, "[tiles, 2]")
+        if number >= len(shapes):
+            raise ended(image)
+        sides = shapes[number].tolist()
+        patch = (1, 1)
+    else:
+        sides = list(image.entry("pixel_values").shape[-2:])
+        patch = size_of(image.config.vision_config.patch_size)
+        if sides[0] != sides[1]:
+            raise ValueError(f"inputs: expected square tiles in pixel_values, got {sides[0]} x {sides[1]}")
+    merges = _merges(image)
+    for merge in merges:
+        rows, columns = (-(-(side // size) // merge) for side, size in zip(sides, patch, strict=True))
+        if tokens in (None, rows * columns):
+            span = rows * merge * patch[0] / sides[0], columns * merge * patch[1] / sides[1]
+            return (rows, columns), span
+    raise ValueError(
+        f"inputs: the prompt has {tokens} image tokens in a run, a tile needs {rows} x {columns}; the prompt was "
+        "probably truncated within the image, or the processor's settings are not the model's"
+    )
+
+
+def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Size, span: Span) -> View:
+    """The view of a tile at a place of the rows and columns of tiles that cover a box, or of all of the box."""
+    (row, column), (rows, columns) = (1, 1) if place == WHOLE else place, (1, 1) if place == WHOLE else tiles
+    left, top, right, bottom = box
+    height, width = (bottom - top) / rows, (right - left) / columns
+    left, top = left + (column - 1) * width, top + (row - 1) * height
+    part = left, top, left + width * span[1], top + height * span[0]
+    return View(tokens, grid, part, kind="base" if place == WHOLE else "tile")
+
+
+def check_count(image: ProcessedImage, tiles: int) -> None:
+    """Raise ValueError if the tiles of an image, after those of the images before it, are not those of the inputs."""
+    name = image.options.get("shapes", "pixel_values")
+    tiles_of = image.entry(name)
+    found, needed = len(tiles_of), image.before + tiles
+    if tiles_of.ndim == 5:
+        # Those of each row, padded to the same number.
+        mask = image.entries.get("pixel_attention_mask")
+        found = tiles_of.shape[0] * tiles_of.shape[1] if mask is None else int((mask[..., 0, 0] != 0).sum())
+    if found < needed or (found > needed and image.number == image.total - 1):
+        raise ValueError(
+            f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "
+            "probably truncated, or give every image of the prompts in order"
+        )
+
+
+def pattern_of(image: ProcessedImage, name: str) -> str:
+    """A regular expression of the family's options, in which {name} is an attribute of the processor, a text."""
+    return re.sub(r"{(\w+)}", lambda found: re.escape(getattr(image.processor, found[1])), image.options[name])
+
+
+def ended(image: ProcessedImage) -> ValueError:
+    """The error if the prompt has no tokens for an image, or not those of all of its tiles."""
+    return ValueError(
+        f"images: the prompt ends before the last tokens of image {image.number + 1} of {image.total}; the prompt was "
+        "probably truncated, or give the images of each row as its own list, in the order of the prompt"
+    )
+
+
+def function_of(image_processor: Any, name: str) -> Any:
+    """A function of the module of an image processor."""
+    modules = (sys.modules[kind.__module__] for kind in type(image_processor).__mro__)
+    found = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+    if found is None:
+        raise ValueError(f"processor: the tiles of {type(image_processor).__name__} are not known, it has no {name}")
+    return found
+
+
+def size_of(value: Any) -> Size:
+    """A size that may be given as one number."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _merges(image: ProcessedImage) -> Sequence[int]:
+    merge = image.options.get("merge", (1,))
+    if not isinstance(merge, str):
+        return tuple(merge)
+    factor = attrgetter(merge)(image.config)
+    return (round(1 / factor if factor < 1 else factor),)

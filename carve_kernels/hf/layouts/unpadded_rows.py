@@ -1,0 +1,107 @@
+"""The whole image, then rows of all tiles together without their padding, a newline behind each (LLaVA-NeXT).
+
+An image keeps its shape on the canvas of its tiles, and the model drops rows or columns of padding, whole ones only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.tiling import function_of, size_of
+from carve_kernels.types import Box, Size, View
+
+
+def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The canvases, the side of a tile, and what the number of tokens depends on."""
+    image_processor = processor.image_processor
+    canvases = [list(map(int, canvas)) for canvas in config.image_grid_pinpoints]
+    found = image_processor.image_grid_pinpoints
+    yield "image_processor.image_grid_pinpoints", [list(map(int, canvas)) for canvas in found], canvases
+    side, size = config.vision_config.image_size, dict(image_processor.size)
+    for name, length in size.items():
+        yield f"image_processor.size[{name!r}]", length, side
+    for name in ("downsample_rate", "vision_aspect_ratio"):
+        if hasattr(config, name) and hasattr(processor, name):
+            yield name, getattr(processor, name), getattr(config, name)
+
+
+def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
+    """The whole image and the rows over its tiles; the former alone where a prompt has several images (OneVision)."""
+    vision = image.config.vision_config
+    pixels = image.item("pixel_values", "[images, tiles, 3, H, W]")
+    if tuple(pixels.shape[-2:]) != size_of(vision.image_size):
+        got = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+        raise ValueError(f"inputs: expected tiles of {vision.image_size} pixels as in the model's config, got {got}")
+    size = tuple(int(side) for side in image.item("image_sizes"))
+    if size != image.size:
+        raise ValueError(
+            f"images: image {image.number + 1} is {image.size[0]} x {image.size[1]}, that of the inputs is "
+            f"{size[0]} x {size[1]}; give the images of the prompts in order"
+        )
+    side = int(vision.image_size // vision.patch_size * Fraction(getattr(image.config, "downsample_rate", None) or 1))
+    base = tokens.take(side * side)
+    if _one_of_several(image):
+        tokens.take(1)
+        return (View(base, (side, side), _square(image.size)),)
+    resolution = function_of(image.image_processor, "select_best_resolution")
+    canvas = size_of(resolution(size, [list(each) for each in image.config.image_grid_pinpoints]))
+    tiles = canvas[0] // vision.image_size, canvas[1] // vision.image_size
+    expected = 1 + tiles[0] * tiles[1]
+    if len(pixels) < expected or pixels[expected:, :, :, 0].any():
+        raise ValueError(
+            f"inputs: pixel_values have other tiles than the {expected} of an image of {size[0]} x {size[1]} by the "
+            "image_grid_pinpoints of the model's config; give the processor that made the inputs, with its settings"
+        )
+    whole = View(base, (side, side), image.box)
+    grid, box = _unpadded(image, canvas, (tiles[0] * side, tiles[1] * side))
+    grid = _limited(image.config, grid, side)
+    rows = tokens.take(grid[0] * (grid[1] + 1)).view(grid[0], grid[1] + 1)[:, :-1].flatten()
+    # Nothing is kept of an image that is thinner than a patch of its canvas.
+    return (whole, View(rows, grid, box, kind="tile")) if len(rows) else (whole,)
+
+
+def _unpadded(image: ProcessedImage, canvas: Size, patches: Size) -> tuple[Size, Box]:
+    """The rows and columns of the canvas's patches that the model keeps, and the part of the image that they show."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    kept = unpad_image(torch.arange(patches[0] * patches[1]).view(1, *patches), image.size)[0]
+    first = divmod(int(kept[0, 0]), patches[1]) if kept.numel() else (0, 0)
+    blank = np.broadcast_to(np.uint8(0), (3, *image.size))
+    resized = function_of(image.image_processor, "get_patch_output_size")(blank, canvas, "channels_first")
+    spans = []
+    for axis in (0, 1):
+        cell, pad = canvas[axis] / patches[axis], (canvas[axis] - resized[axis]) // 2
+        scale = image.size[axis] / resized[axis]
+        edges = first[axis], first[axis] + kept.shape[axis]
+        spans.append([(edge * cell - pad) * scale for edge in edges])
+    (top, bottom), (left, right) = spans
+    return tuple(kept.shape), (left, top, right, bottom)
+
+
+def _limited(config: Any, grid: Size, side: int) -> Size:
+    """The rows and columns after the model has resized them to at most about as many patches as `anyres_max_9` says."""
+    limit = getattr(config, "vision_aspect_ratio", "")
+    ratio = math.sqrt(grid[0] * grid[1] / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 1.0
+    return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
+
+
+def _one_of_several(image: ProcessedImage) -> bool:
+    """Whether the image is one of several of a prompt, by the numbers of images that the processor returned."""
+    if not image.has("batch_num_images"):
+        return False
+    counts = [int(count) for count in image.entry("batch_num_images")]
+    return next(count for index, count in enumerate(counts) if image.number < sum(counts[: index + 1])) > 1
+
+
+def _square(size: Size) -> Box:
+    """The square around an image, with the image in its middle."""
+    side = max(size)
+    left, top = -((side - size[1]) // 2), -((side - size[0]) // 2)
+    return float(left), float(top), float(left + side), float(top + side)

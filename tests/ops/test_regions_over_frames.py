@@ -1,0 +1,158 @@
+"""Regions over space and time: against scipy, a region that goes on through time, one frame, and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from carve_kernels import regions
+from carve_kernels.types import RegionOptions
+from tests.support.planted_maps import SALIENCIES, assert_same, backends, on_gpu, serving
+
+SHAPES = [(1, 7, 9), (5, 1, 1), (2, 1, 41), (3, 40, 1), (7, 9, 11), (4, 31, 70), (2, 65, 33), (9, 5, 64)]
+
+
+@pytest.fixture(params=[*backends("regions"), *on_gpu("regions")])
+def backend(request: pytest.FixtureRequest) -> str:
+    return serving("regions", request.param, torch.rand(2, 4, 4), RegionOptions(0.2, top=2, connectivity=6))
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def wanted_of(
+    values: numpy.ndarray, keep: float, connectivity: int, score: str
+) -> tuple[numpy.ndarray, list[int], list[float]]:
+    """The labels of scipy, and the numbers and scores of its regions, best first."""
+    structure = ndimage.generate_binary_structure(3, {6: 1, 26: 3}[connectivity])
+    labels, count = ndimage.label(values >= numpy.percentile(values, 100 * (1 - keep)), structure)
+    measure = {"sum": ndimage.sum, "mean": ndimage.mean, "max": ndimage.maximum}[score]
+    scores = numpy.asarray(measure(values.astype(numpy.float64), labels, range(1, count + 1)))
+    order = numpy.argsort(-scores, kind="stable")
+    return labels, [int(number) + 1 for number in order], scores[order].tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("connectivity", [6, 26])
+@pytest.mark.parametrize(("keep", "score", "dtype"), [(0.15, "sum", 32), (0.3, "mean", 64), (0.5, "max", 32)])
+def test_equals_scipy(
+    backend: str, shape: tuple[int, ...], connectivity: int, keep: float, score: str, dtype: int
+) -> None:
+    # Of all frames, one after the other, every second column: not dense.
+    values = noise((*shape[:2], 2 * shape[2]), getattr(torch, f"float{dtype}"))[..., ::2]
+    found = regions(values, keep=keep, top=3, connectivity=connectivity, score=score, backend=backend)
+    labels, order, scores = wanted_of(values.numpy(), keep, connectivity, score)
+    kept = order[:3]
+    assert found.reason is None and found.boxes.shape == (len(kept), 6)
+    assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, kept))
+    slices = ndimage.find_objects(labels)
+    for box, number in zip(found.boxes.tolist(), kept, strict=True):
+        frames, rows, columns = slices[number - 1]
+        assert box == [columns.start, rows.start, frames.start, columns.stop, rows.stop, frames.stop]
+    numpy.testing.assert_allclose(found.scores.numpy(), scores[:3], rtol=1e-9)
+    assert found.box == (*found.boxes[:, :3].amin(0).tolist(), *found.boxes[:, 3:].amax(0).tolist())
+
+
+def test_a_region_goes_on_through_time_and_back(backend: str) -> None:
+    # Two spots in the first frame that are one region by a bridge in the last: a U through time.
+    values = torch.zeros(6, 20, 40)
+    values[:, 5, 3] = values[:, 5, 37] = 1
+    values[5, 5, 3:38] = 1
+    # Shifted by one pixel from frame to frame, over a corner: one region of 26, six of 6.
+    for frame in range(6):
+        values[frame, 12 + frame, 10 + frame] = 2
+    keep = float((values > 0).double().mean())
+    sides = regions(values, keep=keep, top=99, backend=backend)
+    assert sides.boxes.tolist()[0] == [3, 5, 0, 38, 6, 6] and len(sides.boxes) == 7
+    corners = regions(values, keep=keep, top=99, connectivity=26, backend=backend)
+    assert corners.boxes.tolist() == [[3, 5, 0, 38, 6, 6], [10, 12, 0, 16, 18, 6]]
+    assert corners.scores.tolist() == [45.0, 12.0]
+    # What is in its place two frames later is another region.
+    values.zero_()
+    values[0, 3, 3] = values[2, 3, 3] = 1
+    assert len(regions(values, keep=2 / values.numel(), top=9, connectivity=26, backend=backend).boxes) == 2
+
+
+def test_rows_and_frames_do_not_touch_past_their_ends(backend: str) -> None:
+    # The last row of a frame is before the first of the next one in memory, the last column before the first.
+    values = torch.zeros(3, 4, 5)
+    values[0, 3, 2] = values[1, 0, 2] = values[1, 2, 4] = values[2, 3, 0] = values[2, 1, 0] = 1
+    found = regions(values, keep=5 / values.numel(), top=9, connectivity=26, backend=backend)
+    assert len(found.boxes) == 5
+    assert found.boxes[:, [2, 1, 0]].tolist() == sorted(found.boxes[:, [2, 1, 0]].tolist())
+
+
+@pytest.mark.parametrize(("sides", "corners"), [(4, 8)])
+def test_one_frame_is_an_image(backend: str, sides: int, corners: int) -> None:
+    for kind in sorted(SALIENCIES):
+        values = SALIENCIES[kind](noise((37, 43)))
+        for image, video in ((sides, 6), (corners, 26)):
+            flat = regions(values, keep=0.3, floor=3, connectivity=image, backend=backend)
+            found = regions(values[None], keep=0.3, floor=3, connectivity=video, backend=backend)
+            assert torch.equal(found.mask[0], flat.mask) and torch.equal(found.scores, flat.scores)
+            assert found.reason == flat.reason and found.box == (*flat.box[:2], 0, *flat.box[2:], 1)
+            assert torch.equal(found.boxes[:, [0, 1, 3, 4]], flat.boxes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 20), st.integers(1, 40)),
+    kind=st.sampled_from(sorted(SALIENCIES)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    keep=st.one_of(st.sampled_from([0.05, 0.2, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
+    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}, {"floor": 10**9}]),
+    connectivity=st.sampled_from([6, 26]),
+    score=st.sampled_from(["sum", "mean", "max"]),
+    seed=st.integers(0, 999),
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_the_compiled_backend_is_the_reference(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, keep: float, limit: Any, seed: int, **options: Any
+) -> None:
+    serving("regions", "cpu", torch.rand(2, 4, 4), RegionOptions(keep, **limit, **options))
+    values = SALIENCIES[kind](noise(shape, dtype, seed))
+    options |= {"keep": keep, "check": False, **limit}
+    assert_same(regions(values, backend="cpu", **options), regions(values, backend="reference", **options))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 0, 5), (3, 4, 0)])
+def test_without_values_there_is_no_region(backend: str, shape: tuple[int, ...]) -> None:
+    found = regions(torch.zeros(shape), keep=0.2, top=2, backend=backend)
+    assert found.reason == "the saliency is empty" and found.boxes.shape == (0, 6)
+    assert found.box == (0, 0, 0, shape[2], shape[1], shape[0])
+
+
+def test_a_constant_saliency_selects_all_frames(backend: str) -> None:
+    found = regions(torch.full((3, 4, 5), 2.0), keep=0.2, top=2, backend=backend)
+    assert found.reason == "the saliency is constant" and bool(found.mask.all()) and found.mask.shape == (3, 4, 5)
+    assert found.box == (0, 0, 0, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "connectivity", "message"),
+    [
+        ((4, 5), 6, r"connectivity: expected one of 4, 8 for an image \[H, W\], got int 6"),
+        ((4, 5), True, r"connectivity: expected one of 4, 8 for an image \[H, W\], got bool True"),
+        ((2, 4, 5), 4, r"connectivity: expected one of 6, 26 for frames \[F, H, W\], where 4 and 8 .*, got int 4"),
+        ((2, 4, 5), 8, "connectivity: expected one of 6, 26"),
+        ((2, 4, 5), 6.0, "connectivity: expected one of 6, 26"),
+        ((1, 2, 4, 5), None, r"saliency: expected shape \[H, W\]"),
+    ],
+)
+def test_another_connectivity_is_refused(shape: tuple[int, ...], connectivity: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        regions(torch.rand(shape), keep=0.2, top=2, connectivity=connectivity)
+
+
+def test_nan_in_any_frame_is_refused() -> None:
+    values = torch.rand(3, 4, 5)
+    values[2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="saliency: expected no NaN, got 1"):
+        regions(values, keep=0.2, top=2)

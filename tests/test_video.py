@@ -1,0 +1,152 @@
+"""The contrast of a video: frames as images, the memory of one frame, key frames, regions over time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.support.memory import peak_of_tensors
+from carve_kernels import Preset, contrast, regions
+from carve_kernels.pipeline import pair
+from carve_kernels.types import View
+from carve_kernels.video import VideoSaliency, contrast_frames
+from tests.support.planted_maps import maps
+
+PRESET = Preset.paper(lam=0.01)
+GRID, SIZE = (5, 7), (61, 83)
+
+
+def views(frames: int, patch: int = 2, grid: tuple[int, int] = GRID, size: tuple[int, int] = SIZE) -> list[View]:
+    """A view for each `patch` frames of a video, the last of those that are left, with half a second a frame."""
+    each = grid[0] * grid[1]
+    return [
+        View(
+            torch.arange(each, dtype=torch.int32) + number * each, grid, (0.0, 0.0, float(size[1]), float(size[0])),
+            frame=(first, min(first + patch, frames)), kind="frame",
+            seconds=(first / 2, min(first + patch, frames) / 2),
+        )
+        for number, first in enumerate(range(0, frames, patch))
+    ]  # fmt: skip
+
+
+def planted(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return maps((count, GRID[0] * GRID[1]), layers=3, steps=4, seed=seed)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("frames", "patch"), [(1, 2), (6, 2), (7, 2), (4, 1)])
+@pytest.mark.parametrize("settings", [{}, {"normalize": "minmax"}, {"lam": "mean", "layer_weights": (1.0, 0.5, 2.0)}])
+def test_a_frame_is_the_contrast_of_its_tokens(frames: int, patch: int, backend: str, settings: Any) -> None:
+    shown = views(frames, patch)
+    task, general = planted(len(shown))
+    preset = replace(PRESET, **settings)
+    found = contrast_frames(task, general, shown, SIZE, preset=preset, backend=backend)
+    first, second, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
+    wanted = contrast(
+        first, second, [GRID] * len(shown), [SIZE] * len(shown), lam=preset.lam, normalize=preset.normalize,
+        layer_weights=preset.layer_weights, step_weights=by_step, backend=backend,
+    )  # fmt: skip
+    assert len(found) == frames and found.reason is None
+    for number, values in enumerate(found):
+        # The tokens of a frame are rounded to float32 before they are widened to pixels.
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, wanted[number // patch], rtol=2e-6, atol=1e-7)
+    assert torch.equal(found.tensor(), torch.stack(list(found))) and torch.equal(found[-1], found[frames - 1])
+    assert found.seconds(frames - 1) == (frames - 1) / 2
+    with pytest.raises(ValueError, match="frame: expected an integer"):
+        found[frames]
+
+
+def test_views_of_a_part_leave_the_rest_unseen() -> None:
+    # Tiles side by side, one of which reaches into padding, and nothing on the right edge.
+    shown = views(2)
+    shown = [replace(shown[0], box=(-10.0, 0.0, 40.0, 61.0)), replace(shown[0], box=(40.0, 0.0, 70.0, 61.0))]
+    task, general = planted(2)
+    found = contrast_frames(task, general, shown, SIZE, preset=PRESET)
+    assert bool((found[0][:, 70:] == 0).all()) and bool((found[0][:, :70] > 0).any())
+    assert found.seen()[0].sum() == 70 * 61
+    selected = found.regions()
+    assert not bool(selected.mask[:, :, 70:].any())
+    assert selected.reason is None and selected.box[3] <= 70
+
+
+def test_iterating_needs_the_memory_of_one_frame() -> None:
+    size, shown = (600, 800), views(32, 1, size=(600, 800))
+    task, general = planted(32)
+    pixels = size[0] * size[1] * 4
+    found = contrast_frames(task, general, shown, size, preset=PRESET)
+
+    def iterate() -> None:
+        for values in found:
+            assert values.shape == size
+
+    # A frame, and the one before it that the loop holds.
+    assert peak_of_tensors(iterate) <= 2 * pixels + 2**16
+    assert peak_of_tensors(lambda: contrast_frames(task, general, shown, size, preset=PRESET)) <= 4 * task.nbytes
+    assert peak_of_tensors(found.tensor) >= 32 * pixels
+
+
+def test_key_frames_have_the_largest_mass_and_are_in_the_order_of_time() -> None:
+    shown = views(8)
+    grid = tuple(torch.full(GRID, value) for value in (1.0, 4.0, 0.5, 3.0))
+    found = VideoSaliency(grid, tuple(shown), SIZE, 8, PRESET)
+    torch.testing.assert_close(found.mass(), torch.tensor([1, 1, 4, 4, 0.5, 0.5, 3, 3], dtype=torch.float64) / 17)
+    assert found.key_frames(1) == [2] and found.key_frames(2) == [2, 6] and found.key_frames(3) == [0, 2, 6]
+    # Two frames of one view are one moment.
+    assert found.key_frames(99) == [0, 2, 4, 6]
+    pixels = torch.stack(list(found)).double().sum((1, 2))
+    torch.testing.assert_close(found.mass(), pixels / pixels.sum())
+
+
+def test_regions_go_on_through_frames_at_a_documented_resolution() -> None:
+    shown = views(8)
+    grid = [torch.full(GRID, 0.01) for _ in shown]
+    for values, (row, column) in zip(grid[1:3], ((1, 2), (2, 2)), strict=True):
+        values[row, column] = 1.0
+    found = VideoSaliency(tuple(grid), tuple(shown), SIZE, 8, replace(PRESET, keep=0.02, top=1))
+    plain = regions(found.tensor(), keep=0.02, top=1)
+    selected = found.regions()
+    assert torch.equal(selected.mask, plain.mask) and selected.box == plain.box
+    assert (selected.box[2], selected.box[5]) == (2, 6)
+    small = found.regions(longest=40)
+    assert small.mask.shape == (8, *found.reduced_size(40)) == (8, 29, 40)
+    x0, y0, f0, x1, y1, f1 = small.box
+    assert (f0, f1) == (2, 6) and x1 <= 83 and y1 <= 61 and abs(y0 - plain.box[1]) <= 5
+    # Outwards, and by no more than a pixel of the smaller frames and its rounding.
+    assert x0 <= plain.box[0] + 3 and x1 >= plain.box[3] - 3 and abs(x0 - plain.box[0]) <= 5
+    assert abs(y1 - plain.box[4]) <= 5 and small.boxes.tolist() == [list(small.box)]
+
+
+def test_flat_and_empty_maps_give_the_reason() -> None:
+    shown = views(3)
+    task, _ = planted(2)
+    for first, second, reason in ((task, task, "constant"), (task[:, :0], task, "empty")):
+        found = contrast_frames(first, second, shown, SIZE, preset=replace(PRESET, lam=0.0))
+        selected = found.regions()
+        assert found.reason is not None and reason in found.reason and selected.reason == found.reason
+        assert selected.box == (0, 0, 0, 83, 61, 3) and selected.boxes.shape == (0, 6)
+        assert found.mass().sum() == 0 and found.key_frames(2) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"views": []}, TypeError, "views: expected the views of a video"),
+        ({"views": [replace(views(1)[0], frame=None)]}, ValueError, r"views\[0\]: expected a view of frames"),
+        ({"views": [replace(views(1)[0], frame=(2, 2))]}, ValueError, r"views\[0\]: expected a view of frames"),
+        ({"views": views(4)}, ValueError, "task: expected the 70 tokens of the views"),
+        ({"size": (0, 3)}, ValueError, "size"),
+        ({"task": torch.zeros(3, 35)}, ValueError, "task: expected shape"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    task, general = planted(1)
+    arguments: dict[str, Any] = {"task": task, "general": general, "views": views(2), "size": SIZE, **changes}
+    with pytest.raises(error, match=message):
+        contrast_frames(**arguments, preset=PRESET)
+    found = contrast_frames(task, general, views(2), SIZE, preset=PRESET)
+    with pytest.raises(ValueError, match="count: expected an integer of at least 1"):
+        found.key_frames(0)
