@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,10 +21,12 @@ from carve_kernels.types import Capture, View, VisualLayout
 UNCAPTURED = -1.0
 """The mass of a row before it is captured; a captured mass is never negative."""
 
-_FORMAT = "carve_kernels.AttentionMaps/1"
+# Maps with missing tokens have a tensor more, which earlier versions would not know of.
+_FORMAT, _FORMAT_WITH_MISSING = "carve_kernels.AttentionMaps/1", "carve_kernels.AttentionMaps/2"
 # The limit of safetensors.
 _LONGEST_HEADER = 100_000_000
-_TENSORS = ("values", "mass", "entropy", "valid", "tokens")
+_TENSORS: dict[str, tuple[str, ...]] = {_FORMAT: ("values", "mass", "entropy", "valid", "tokens")}
+_TENSORS[_FORMAT_WITH_MISSING] = (*_TENSORS[_FORMAT], "missing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +36,22 @@ class AttentionMaps:
     =======  ==================  ===============  ================================================================
     name     dtype               shape            meaning
     =======  ==================  ===============  ================================================================
-    values   float32             [B, L, T, R, N]  probabilities; zero where there is no token and where not valid
-    mass     float32             [B, L, T, R]     sum of the values over the tokens
-    entropy  float32             [B, L, T, R]     H / ln N of the values renormalised over the tokens, 0 to 1
+    values   float32             [B, L, T, R, N]  probabilities; zero where not valid, missing, and where is no token
+    mass     float32             [B, L, T, R]     sum of the values over the tokens, those that are missing left out
+    entropy  float32             [B, L, T, R]     H / ln N of the values renormalised over the tokens, 0 to 1; N counts
+                                                  all tokens of a batch row, also those that are missing
     valid    bool                [B, L, T, R]     False: no map (row finished, a row of step 0 only, keys evicted)
     layers   int                 L                numbers of the captured layers
     steps    int                 T                forward passes: 0 is the prefill, t has the t-th new token as its row
     tokens   int32               [B, N]           columns of the visual tokens in the sequence, -1 is padding
     dtype    str                                  dtype that the model's attention ran in
     layout   VisualLayout, None                   grids and boxes of the tokens, where known
+    missing  bool, None          [B, L, T, R, N]  True: a token that a valid row could not attend to, since it was
+                                                  evicted from a sliding cache, is outside of the layer's window, hidden
+                                                  by a mask or after the row; None: there are none
     =======  ==================  ===============  ================================================================
+
+    A value of 0 says that a row did not look at a token only where `seen` is True: a missing token is not a dark one.
     """
 
     values: torch.Tensor
@@ -55,26 +63,47 @@ class AttentionMaps:
     tokens: torch.Tensor
     dtype: str
     layout: VisualLayout | None = None
+    missing: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         batch, _, steps, rows, tokens = self.values.shape
         return (
             f"AttentionMaps(batch={batch}, layers={list(self.layers)}, steps={steps}, rows={rows}, tokens={tokens}, "
-            f"dtype={self.dtype!r}, layout={'known' if self.layout is not None else None})"
+            f"dtype={self.dtype!r}, layout={'known' if self.layout is not None else None}"
+            f"{'' if self.missing is None else ', some tokens missing'})"
         )
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """Which tokens each row could attend to, bool [B, L, T, R, N]: False where there is none or no map."""
+        seen = self.valid[..., None] & (self.tokens >= 0)[:, None, None, None]
+        return seen if self.missing is None else seen & ~self.missing
+
+    def whole(self, b: int = 0) -> torch.Tensor:
+        """At which layers and steps batch row b has maps, and each of them of all its tokens: bool [L, T]."""
+        valid = self.valid[b]
+        there = valid.any(-1)
+        return there if self.missing is None else there & ~(self.missing[b].any(-1) & valid).any(-1)
+
     def view(self, b: int = 0, i: int = 0) -> torch.Tensor:
-        """Maps of view i of batch row b on its grid, [L, T, R, GH, GW]."""
+        """Maps of view i of batch row b on its grid, [L, T, R, GH, GW]; `seen_in_view` has its missing tokens."""
+        return self._in_view(self.values, b, i)
+
+    def seen_in_view(self, b: int = 0, i: int = 0) -> torch.Tensor:
+        """`seen` of view i of batch row b on its grid, bool [L, T, R, GH, GW]."""
+        return self._in_view(self.seen, b, i)
+
+    def _in_view(self, values: torch.Tensor, b: int, i: int) -> torch.Tensor:
         if self.layout is None:
             raise ValueError("layout: expected maps with a layout, got none; see layout_of and with_layout")
         checks.integer("b", b, low=0, high=len(self.layout.views) - 1)
         views = self.layout.views[b]
         checks.integer("i", i, low=0, high=len(views) - 1)
-        return self.values[b][..., self.layout.spans(b)[i]].unflatten(-1, views[i].grid)
+        return values[b][..., self.layout.spans(b)[i]].unflatten(-1, views[i].grid)
 
     def last_step(self, b: int = 0) -> int:
-        """The last step at which batch row b has maps in every layer: t_end."""
-        steps = self.valid[b].any(-1).all(0).nonzero()
+        """The last step at which batch row b has a map in any layer: t_end. `whole` says which layers see all of it."""
+        steps = self.valid[b].any(-1).any(0).nonzero()
         if not len(steps):
             raise ValueError(
                 f"maps: expected a step with maps for batch row {b}, got none; its rows see no visual token (are they "
@@ -109,9 +138,8 @@ class AttentionMaps:
     def _repr_png_(self) -> bytes | None:
         if self.layout is None or not self.layout.views[0]:
             return None
-        last = self.view(0, 0)[:, self.last_step(0)]
-        rows = self.valid[0, :, self.last_step(0)].all(0)
-        grid = last[:, rows].mean((0, 1))
+        last, seen = (each[:, self.last_step(0)].sum((0, 1)) for each in (self.view(0, 0), self.seen_in_view(0, 0)))
+        grid = last / seen.clamp(min=1)
         factor = max(1, 448 // max(grid.shape))
         # An image needs Pillow, which maps do not.
         from carve_kernels.visualize import saliency_image
@@ -138,6 +166,13 @@ def average_rows(capture: Capture, weight: torch.Tensor, used: torch.Tensor) -> 
     return Capture(maps, mass, torch.stack([entropy(layer, used) for layer in maps]))
 
 
+class Hidden(NamedTuple):
+    """Tokens that captured rows could not attend to: `first` bool [L, B, Q, N], `later` [T - 1, L, B, N] or None."""
+
+    first: torch.Tensor
+    later: torch.Tensor | None
+
+
 def assemble(
     first: Capture,
     later: Capture | None,
@@ -148,6 +183,7 @@ def assemble(
     tokens: torch.Tensor,
     dtype: str,
     layout: VisualLayout | None,
+    hidden: Hidden | None = None,
 ) -> AttentionMaps:
     """The maps of a prompt and its decode steps, copied out of the buffers.
 
@@ -159,6 +195,7 @@ def assemble(
     running  bool     [B, T]            False from the step on whose token would follow the end token
     weight   float32  [B, R, Q]         means over the rows of the prefill; None where R = Q
     tokens   int      [B, N]            columns of the visual tokens, -1 is padding
+    hidden   bool                       tokens that rows could not attend to; None if there are none
     =======  =======  ================  ====================================================================
 
     Raises RuntimeError if a layer was not captured in a step before the last one.
@@ -176,11 +213,11 @@ def assemble(
         for target, part in zip(maps, later, strict=True):
             target[:, :, 1:, -1] = part.movedim((0, 1, 2), (2, 1, 0))
         valid[:, :, 1:, -1] = True
-    missing = ((maps.mass == UNCAPTURED) & valid).any(-1).any(0)
+    uncaptured = ((maps.mass == UNCAPTURED) & valid).any(-1).any(0)
     # A last step that was interrupted is dropped.
-    complete = steps - int(steps > 1 and bool(missing[:, -1].any()))
-    if bool(missing[:, :complete].any()):
-        numbers = [layer for layer, gone in zip(layers, missing[:, :complete].any(-1), strict=True) if gone]
+    complete = steps - int(steps > 1 and bool(uncaptured[:, -1].any()))
+    if bool(uncaptured[:, :complete].any()):
+        numbers = [layer for layer, gone in zip(layers, uncaptured[:, :complete].any(-1), strict=True) if gone]
         raise RuntimeError(
             f"layers: nothing was captured in layers {numbers}; their attention was not called in the captured "
             "forward (was the implementation switched inside the session?)"
@@ -191,9 +228,28 @@ def assemble(
     for part in maps:
         part[~valid] = 0.0
     values, mass, spread = (part[:, :, :end] for part in maps)
+    missing = None if hidden is None else _missing(hidden, weight, used, valid[:, :, :end])
     return AttentionMaps(
-        values, mass, spread, valid[:, :, :end], layers, tuple(range(end)), tokens.clone(), dtype, layout
+        values, mass, spread, valid[:, :, :end], layers, tuple(range(end)), tokens.clone(), dtype, layout, missing
     )
+
+
+def _missing(
+    hidden: Hidden, weight: torch.Tensor | None, used: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor | None:
+    """The hidden ones among the tokens of valid rows, bool [B, L, T, R, N]; None if there are none.
+
+    A mean over rows lacks the tokens that any of them lacks.
+    """
+    first, later = hidden
+    if weight is not None:
+        first = (weight != 0).to(used.device, torch.float32) @ first.float() > 0
+    missing = torch.zeros(*valid.shape, used.shape[1], dtype=torch.bool, device=used.device)
+    missing[:, :, 0] = first.transpose(0, 1)
+    if later is not None:
+        missing[:, :, 1:, -1] = later.movedim((0, 1, 2), (2, 1, 0))[:, :, : valid.shape[2] - 1]
+    missing &= valid[..., None] & used[:, None, None, None]
+    return missing if bool(missing.any()) else None
 
 
 def encode(maps: AttentionMaps, **facts: str) -> bytes:
@@ -203,14 +259,16 @@ def encode(maps: AttentionMaps, **facts: str) -> bytes:
     except ModuleNotFoundError:
         with extras.needed_by("AttentionMaps.save"):
             raise
+    written = _FORMAT if maps.missing is None else _FORMAT_WITH_MISSING
     header = {
-        "format": _FORMAT,
+        "format": written,
         "layers": list(maps.layers),
         "steps": list(maps.steps),
         "dtype": maps.dtype,
         "layout": None if maps.layout is None else _layout_to_json(maps.layout),
     }
-    tensors = {name: getattr(maps, name).detach().cpu().contiguous() for name in _TENSORS}
+    kept = {name: getattr(maps, name) for name in _TENSORS[written]}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
     text = json.dumps(header)
     return save(tensors, metadata={**facts, "carve": text, "checksum": _sha256(text, tensors)})
 
@@ -233,7 +291,8 @@ def decode(data: bytes, name: str) -> tuple[AttentionMaps, dict[str, str]]:
         raise ValueError(f"path: expected a safetensors file, got {name!r} ({error})") from error
     text = facts.get("carve", "{}")
     header = json.loads(text)
-    if not isinstance(header, dict) or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
+    expected = _TENSORS.get(str(header.get("format"))) if isinstance(header, dict) else None
+    if expected is None or set(tensors) != set(expected):
         raise ValueError(f"path: expected maps written by AttentionMaps.save, got {name!r}")
     if facts.get("checksum") != _sha256(text, tensors):
         raise ValueError(
@@ -252,14 +311,14 @@ def is_saved(path: Path) -> bool:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             facts = json.loads(file.read(size)).get("__metadata__", {}) if size < _LONGEST_HEADER else {}
-            return bool(json.loads(facts["carve"])["format"] == _FORMAT)
+            return bool(json.loads(facts["carve"])["format"] in _TENSORS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def _sha256(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
-    for name in _TENSORS:
+    for name in filter(tensors.__contains__, _TENSORS[_FORMAT_WITH_MISSING]):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

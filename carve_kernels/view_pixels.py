@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import interpolate
 
 from carve_kernels.ops.regions import regions
 from carve_kernels.presets import Preset
@@ -70,6 +71,18 @@ def combine(
         # Not a sum that is divided at the end, which would round the values of a single view.
         before += (values - before) * (share / weight[inside])
     return saliency
+
+
+def on_pixels(maps: Sequence[torch.Tensor], boxes: Sequence[Box], size: Size) -> torch.Tensor:
+    """The maps of views [GH, GW] on the pixels of their image of (height, width), as `combine` does, [H, W]."""
+    rectangles = [rectangle(box, size) for box in boxes]
+    shapes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
+    views = (
+        interpolate(view[None, None], shape, mode="bilinear", antialias=True)[0, 0]
+        for view, shape in zip(maps, shapes, strict=True)
+    )
+    grids = [(view.shape[0], view.shape[1]) for view in maps]
+    return combine(views, rectangles, list(map(density, grids, boxes)), size, "mean")
 
 
 def select(saliency: torch.Tensor, seen: torch.Tensor, preset: Preset, backend: str) -> Regions:

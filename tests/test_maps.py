@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,43 @@ def test_saved_maps_are_loaded_equal(tmp_path: Path) -> None:
     maps(layout=None).save(tmp_path / "maps.safetensors")
     assert AttentionMaps.load(tmp_path / "maps.safetensors").layout is None
     assert [path.name for path in tmp_path.iterdir()] == ["maps.safetensors"]
+
+
+def partly_seen() -> AttentionMaps:
+    """Row 0: layer 1 loses a token of the second view from step 2 on, layer 2 has no map at the last step."""
+    missing = torch.zeros(2, 3, 4, 1, 10, dtype=torch.bool)
+    missing[0, 1, 2:, 0, 7] = True
+    found = maps()
+    found.valid[0, 2, 3] = False
+    found.values[missing | ~found.valid[..., None]] = 0.0
+    return replace(found, missing=missing)
+
+
+def test_missing_tokens_are_told_from_dark_ones(tmp_path: Path) -> None:
+    found = partly_seen()
+    assert found.whole(0).tolist() == [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    assert found.whole(1).tolist() == [[True, True, False, False]] * 3 and found.last_step(0) == 3
+    assert int((~found.seen[0]).sum()) == 2 + 10 and not bool(found.seen[1, ..., 4:].any())
+    assert found.seen_in_view(0, 1)[1, 3, 0].tolist() == [[True, False], [True, True]]
+    assert "some tokens missing" in repr(found) and "missing" not in repr(maps())
+    found.save(tmp_path / "maps")
+    after = AttentionMaps.load(tmp_path / "maps")
+    assert after.missing is not None and found.missing is not None and torch.equal(after.missing, found.missing)
+    damaged = bytearray((tmp_path / "maps").read_bytes())
+    # `missing` is the only tensor of zeros and ones as long as this.
+    at = damaged.find(bytes(240 // 4))
+    damaged[at] ^= 1
+    (tmp_path / "maps").write_bytes(damaged)
+    with pytest.raises(ValueError, match="is damaged"):
+        AttentionMaps.load(tmp_path / "maps")
+
+
+def test_maps_without_missing_tokens_are_files_of_earlier_versions(tmp_path: Path) -> None:
+    maps().save(tmp_path / "maps")
+    assert b"carve_kernels.AttentionMaps/1" in (tmp_path / "maps").read_bytes()
+    assert AttentionMaps.load(tmp_path / "maps").missing is None
+    partly_seen().save(tmp_path / "maps")
+    assert b"carve_kernels.AttentionMaps/2" in (tmp_path / "maps").read_bytes()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carve_kernels.cli.output import Announce, clock, replace_files, stages
-from carve_kernels.cli.report import FILES, Question, Report, is_ours, notes_of, summarise, write
+from carve_kernels.cli.report import Question, Report, files_of, is_ours, notes_of, stale_in, summarise, write
 from carve_kernels.hf import names
 from carve_kernels.hf.engine.engine import STAGES, CarveEngine
 from carve_kernels.hf.model import input_device
@@ -21,15 +21,18 @@ def ask(
     question: Question,
     presets: Mapping[str, Preset],
     load: Callable[[], tuple[Any, Any]],
+    refine: str | Sequence[int] | None = None,
     **options: Any,
 ) -> Report:
     """Write the results of each preset into the folder `output`, those of the first one in full; print a summary.
 
-    `options` are the engine's: backend, max_image_pixels, fit.
+    `refine` is that of `CarveEngine.ask`; `options` are the engine's: backend, max_image_pixels, fit.
     """
     imported = clock.seconds()
     total = 2 + len(STAGES) * len(presets)
-    with replace_files(output, FILES, is_ours) as folder, quiet(), stages(total) as announce:
+    names = files_of(len(question.images))
+    replacing = replace_files(output, names, is_ours, stale=stale_in(output, names))
+    with replacing as folder, quiet(), stages(total) as announce:
         announce("loading the model")
         model, processor = load()
         loaded = clock.seconds()
@@ -37,7 +40,7 @@ def ask(
         for name, preset in presets.items():
             engine = CarveEngine(model, processor, preset=preset, **options)
             on_progress = partial(_announce_stage, announce, name)
-            results[name] = engine(question.image, question.text, on_progress=on_progress)
+            results[name] = engine.ask(list(question.images), question.text, refine=refine, on_progress=on_progress)
         announce("writing")
         answered = clock.seconds()
         notes = {name: notes_of(result, model, processor) for name, result in results.items()}

@@ -179,7 +179,7 @@ class _Run:
             error = {"type": type(result.error).__name__, "message": as_typed(result.error)}
             values = {"question": line.text, **facts, "error": error}
         else:
-            question = Question(result.image, line.text, line.truth, facts)
+            question = Question([result.image], line.text, line.truth, facts)
             notes = {self.preset: notes_of(result, engine.model, engine.processor)}
             total = sum(result.seconds.values())
             seconds = {"load": 0.0, "answer": total, "total": total}

@@ -44,7 +44,7 @@ def demo(
     with _one_thread():
         ask(
             checks.path("output", output),
-            Question(drawn.image, drawn.question, drawn.answer, facts),
+            Question([drawn.image], drawn.question, drawn.answer, facts),
             {"profile": profile, "paper": paper},
             lambda: load(small(), dtype="float32"),
         )

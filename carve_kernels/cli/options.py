@@ -222,6 +222,16 @@ def parse_lam(text: str) -> str | float:
         raise ValueError(f"lam: expected a number or mean, got {text!r}") from None
 
 
+def parse_refine(text: str | None) -> str | list[int] | None:
+    """Numbers of images from "1" or "0,2", or "all"."""
+    if text is None or text == "all":
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"refine: expected all, or numbers of images such as 1 or 0,2, got {text!r}") from None
+
+
 _PARAMETERS = ("layers", "rows", "steps", "keep", "top", "lam", "max_new_tokens")
 _PARSERS: dict[str, Callable[[str], Any]] = {"layers": parse_layers, "rows": parse_rows, "lam": parse_lam}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,20 @@ from carve_kernels.cli.digests import file_digest
 from carve_kernels.cli.ours import is_json, png_info, png_texts, write_json
 from carve_kernels.cli.output import clock, note, number_of, one_line, say, versions
 from carve_kernels.cli.tables import screen, table
-from carve_kernels.hf.engine.result import CarveResult
+from carve_kernels.hf.engine.result import CarvedImage, CarveResult
 from carve_kernels.maps import AttentionMaps, is_saved
 from carve_kernels.models import small
+from carve_kernels.types import Size
+from carve_kernels.view_pixels import on_pixels
 from carve_kernels.visualize import Scale, Tile, kept, overlay, panel, saliency_image
 
 RECORD = "result.json"
+# The files of one image.
+_IMAGE_FILES = ("saliency.png", "saliency.npy", "image.png", "refined.png")
 # In the order in which they are written: where the record is, all of them are.
-FILES = ("panel.png", "saliency.png", "saliency.npy", "image.png", "refined.png", "maps.safetensors", RECORD)
+FILES = ("panel.png", *_IMAGE_FILES, "maps.safetensors", RECORD)
 
+_NUMBERED = re.compile(rf"({'|'.join(name.split('.')[0] for name in _IMAGE_FILES)})-\d+\.(png|npy)")
 _KIND = "carve_kernels.result"
 _VERDICTS = {None: "", True: ", right", False: ", wrong"}
 _STYLES = {None: "", True: "green", False: "red"}
@@ -34,12 +40,16 @@ _STYLES = {None: "", True: "green", False: "red"}
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image, the true answer if it is known, and more facts for the record."""
+    """A question about images, the true answer if it is known, and more facts for the record."""
 
-    image: Image.Image
+    images: Sequence[Image.Image]
     text: str
     truth: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def several(self) -> bool:
+        return len(self.images) > 1
 
 
 @dataclass(frozen=True)
@@ -53,18 +63,43 @@ class Report:
     seconds: Mapping[str, float]
 
 
+def files_of(images: int) -> tuple[str, ...]:
+    """The files of a question about so many images: those of several images are numbered, image-0.png and so on."""
+    if images == 1:
+        return FILES
+    own = (_numbered(name, number) for number in range(images) for name in _IMAGE_FILES)
+    return ("panel.png", *own, "maps.safetensors", RECORD)
+
+
+def stale_in(folder: Path, names: Sequence[str]) -> list[str]:
+    """The files in a folder that a question about fewer or more images left there, and `names` do not replace."""
+    found = [path.name for path in folder.glob("*-*.*") if _NUMBERED.fullmatch(path.name)] if folder.is_dir() else []
+    # An array after the image that identifies it.
+    found.sort(key=lambda name: (name.split(".")[0], not name.endswith(".png")))
+    return [name for name in (*FILES, *found) if name not in names]
+
+
 def write(folder: Path, report: Report) -> None:
-    """Write every file of FILES: panel and record show all presets, the other files the first one."""
+    """Write every file of `files_of`: panel and record show all presets, the other files the first one."""
     first = next(iter(report.results.values()))
-    rows = [_row(name, result, report) for name, result in report.results.items()]
+    several = report.question.several
+    rows = [
+        _row(name, result, report, number)
+        for name, result in report.results.items()
+        for number in range(len(report.question.images))
+    ]
     _panel(rows, report).save(folder / "panel.png", pnginfo=png_info())
-    numpy.save(folder / "saliency.npy", first.saliency.cpu().numpy().astype(numpy.float32))
-    # An array cannot hold a mark, so the image beside it identifies it.
-    mark = png_info(**{"saliency.npy": file_digest(folder / "saliency.npy") or ""})
-    saliency_image(first.saliency).save(folder / "saliency.png", pnginfo=mark)
+    for number, image in enumerate(first.images):
+        saliency, array, original, refined = (
+            folder / (_numbered(name, number) if several else name) for name in _IMAGE_FILES
+        )
+        numpy.save(array, image.saliency.cpu().numpy().astype(numpy.float32))
+        # An array cannot hold a mark, so the image beside it identifies it.
+        mark = png_info(**{array.name: file_digest(array) or ""})
+        saliency_image(image.saliency, seen=image.seen).save(saliency, pnginfo=mark)
+        image.image.save(original, pnginfo=png_info())
+        image.refined.save(refined, pnginfo=png_info())
     write_record(folder, record(report))
-    first.image.save(folder / "image.png", pnginfo=png_info())
-    first.refined.save(folder / "refined.png", pnginfo=png_info())
     first.task.save(folder / "maps.safetensors")
 
 
@@ -74,7 +109,7 @@ def write_record(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file with one of the names of FILES is as `write` wrote it."""
+    """Whether a file with one of the names of `files_of` is as `write` wrote it."""
     if path.suffix == ".png":
         return png_texts(path) is not None
     if path.suffix == ".npy":
@@ -90,7 +125,8 @@ def record(report: Report) -> dict[str, Any]:
     return {
         "question": question.text,
         "truth": question.truth,
-        "image": {"width": question.image.width, "height": question.image.height},
+        "image": _size(question.images[0]),
+        **({"images": [_size(image) for image in question.images]} if question.several else {}),
         **question.facts,
         "complexity": first.complexity,
         "model": dict(report.model),
@@ -111,7 +147,7 @@ def summarise(report: Report, folder: Path, seconds: Mapping[str, float]) -> Non
             name,
             _answer(result.answer, truth),
             _answer(result.refined_answer, truth),
-            result.reason or f"{percent(_share(result))} of the image",
+            result.reason or _selected(result),
             f"{_average(result.entropy):.2f}",
             f"{sum(result.seconds.values()):.1f}",
         )
@@ -123,11 +159,25 @@ def summarise(report: Report, folder: Path, seconds: Mapping[str, float]) -> Non
     if truth is not None:
         console.print(Text(f"true answer: {truth}"))
     console.print(Text(_times(seconds)))
-    say(f"{folder}/: {', '.join(FILES)}")
+    say(f"{folder}/: {', '.join(files_of(len(report.question.images)))}")
     several = len(report.results) > 1
     for name, notes in report.notes.items():
         for text in notes:
             note(f"{name}: {text}" if several else text)
+
+
+def _selected(result: CarveResult) -> str:
+    """Which share of which image was selected."""
+    if len(result.images) == 1:
+        return f"{percent(_share(result))} of the image"
+    refined = ((number, result.images[number]) for number in result.refined_images)
+    return ", ".join(f"{percent(_share(image))} of image {number}" for number, image in refined)
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name of a file of one of several images: image-1.png."""
+    stem, suffix = name.split(".")
+    return f"{stem}-{number}.{suffix}"
 
 
 def _times(seconds: Mapping[str, float]) -> str:
@@ -176,7 +226,7 @@ def is_right(answer: str, truth: str | None) -> bool | None:
 
 
 def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
-    regions, layout = result.regions, result.layout
+    layout, first = result.layout, result.images[result.refined_images[0]]
     return {
         "answer": result.answer,
         "right": is_right(result.answer, truth),
@@ -187,21 +237,48 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
         "prompt": result.prompt,
         "preset": result.preset.to_dict(),
         "layers": list(result.task.layers),
-        "views": [{"grid": list(view.grid), "box": list(view.box), "kind": view.kind} for view in layout.views[0]],
+        "layers_left_out": list(result.layers_left_out),
+        "views": [
+            {"grid": list(view.grid), "box": list(view.box), "kind": view.kind}
+            | ({"image": view.image} if len(result.images) > 1 else {})
+            for view in layout.views[0]
+        ],
         "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
         "dtype": result.task.dtype,
         "entropy": {str(layer): value for layer, value in result.entropy.items()},
-        "mass": {name: _mass(getattr(result, name), result.preset.steps) for name in ("task", "general")},
+        "mass": {
+            name: _mass(getattr(result, name), result.preset.steps, result.entropy) for name in ("task", "general")
+        },
+        **_found(first),
+        "reason": result.reason,
+        **(_numbers_of_images(result) if len(result.images) > 1 else {}),
+        "seconds": result.seconds,
+    }
+
+
+def _found(image: CarvedImage) -> dict[str, Any]:
+    """What was found in one image."""
+    regions, seen = image.regions, image.saliency[image.seen] if bool(image.seen.any()) else image.saliency
+    return {
         "boxes": regions.boxes.tolist(),
         "scores": regions.scores.tolist(),
         "box": list(regions.box),
-        "kept": _share(result),
-        "unseen": result.unseen,
-        "reason": result.reason,
-        "saliency": {"low": float(result.saliency.min()), "high": float(result.saliency.max())},
-        "refined": {"width": result.refined.width, "height": result.refined.height},
-        "seconds": result.seconds,
+        "kept": _share(image),
+        "unseen": image.unseen,
+        "reason": image.reason,
+        "saliency": {"low": float(seen.min()), "high": float(seen.max())},
+        "refined": _size(image.refined),
     }
+
+
+def _numbers_of_images(result: CarveResult) -> dict[str, Any]:
+    """What was found in each of several images, and which of them were refined."""
+    images = [{**_found(image), "strength": image.strength} for image in result.images]
+    return {"images": images, "refined_images": list(result.refined_images)}
+
+
+def _size(image: Image.Image) -> dict[str, int]:
+    return {"width": image.width, "height": image.height}
 
 
 def _panel(rows: list[list[Tile]], report: Report) -> Image.Image:
@@ -209,55 +286,96 @@ def _panel(rows: list[list[Tile]], report: Report) -> Image.Image:
     truth = "" if question.truth is None else f"; the true answer is {_quoted(question.truth)}"
     facts = (
         f"{model['type']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']} on {model['device']}, "
-        f"attention {model['attention']}; image {question.image.width} x {question.image.height}; "
+        f"attention {model['attention']}; {_images(question)}; "
         f"loaded in {report.seconds['load']:.1f} s, answered in {report.seconds['answer']:.1f} s"
     )
     return panel(rows, title=f"{_quoted(question.text)}{truth}", caption=facts)
 
 
-def _row(name: str, result: CarveResult, report: Report) -> list[Tile]:
-    preset, regions, truth = result.preset, result.regions, report.question.truth
-    view = result.layout.views[0][0]
-    grid = " x ".join(map(str, view.grid))
+def _images(question: Question) -> str:
+    sizes = ", ".join(f"{image.width} x {image.height}" for image in question.images)
+    return f"images {sizes}" if question.several else f"image {sizes}"
+
+
+def _row(name: str, result: CarveResult, report: Report, number: int) -> list[Tile]:
+    """The tiles of one image under one preset."""
+    preset, image, truth = result.preset, result.images[number], report.question.truth
     lam = "the mean of the general map" if preset.lam == "mean" else f"{preset.lam:g}"
-    selected = f"the whole image: {result.reason}"
-    if result.reason is None:
-        x0, y0, x1, y1 = result.box
-        count = number_of(len(result.boxes), "region")
-        selected = f"{count}, {percent(_share(result))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
-    order = ", shown after the original" if preset.images == "original+refined" else ""
+    unseen = f"\nhatched: {percent(image.unseen)} of the image, outside the model's view" if image.unseen > 0 else ""
+    selected = f"the whole image: {image.reason}"
+    if image.reason is None:
+        x0, y0, x1, y1 = image.regions.box
+        count = number_of(len(image.regions.boxes), "region")
+        selected = f"{count}, {percent(_share(image))} of the image\nbox {x0}, {y0} to {x1}, {y1}"
 
     def attention(maps: AttentionMaps, title: str, facts: str) -> Tile:
-        tokens, mass = _grid(maps, preset.steps), _average(_mass(maps, preset.steps))
-        grey = f"\ngrey: {percent(result.unseen)} of the image, outside the model's view" if result.unseen > 0 else ""
+        mass = _average(_mass(maps, preset.steps, result.entropy))
+        grids, tokens, figure = _attention(maps, preset.steps, result.entropy, image, number)
         scale = _scale(100 * tokens, "%", "of the attention per token")
-        return Tile(overlay(result.image, tokens, box=view.box), title, f"{facts}mass {mass:.3f}{grey}", scale)
+        shape = " and ".join(f"{rows} x {columns}" for rows, columns in grids)
+        return Tile(figure, title, f"{facts.format(grid=shape)}mass {mass:.3f}{unseen}", scale)
 
+    seen = image.saliency[image.seen] if bool(image.seen.any()) else image.saliency
     return [
-        Tile(
-            result.image,
-            f"{name.capitalize()}\nPlain answer: {_verdict(result.answer, truth)}",
-            "\n".join([_settings(result), *report.notes[name]]),
-        ),
+        _first_tile(name, result, report, number),
         attention(
             result.task,
             "Attention for the question",
-            f"{grid} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, ",
+            f"{{grid}} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, ",
         ),
         attention(result.general, "Attention for the general prompt", f"{_quoted(preset.general_prompt)}\n"),
         Tile(
-            overlay(result.image, result.saliency),
+            overlay(image.image, image.saliency, seen=image.seen),
             "Contrast",
-            f"question / (general + lambda)\nlambda: {lam}",
-            _scale(result.saliency, "", "contrast"),
+            f"question / (general + lambda)\nlambda: {lam}{unseen}",
+            _scale(seen, "", "contrast"),
         ),
-        Tile(kept(result.image, regions), "Selected", selected),
-        Tile(
-            result.refined,
-            f"Refined answer: {_verdict(result.refined_answer, truth)}",
-            f"refined image, {result.refined.width} x {result.refined.height}{order}",
-        ),
+        Tile(kept(image.image, image.regions, seen=image.seen), "Selected", f"{selected}{unseen}"),
+        _last_tile(result, truth, number),
     ]
+
+
+def _first_tile(name: str, result: CarveResult, report: Report, number: int) -> Tile:
+    """The image; the first one of a preset with the plain answer."""
+    title, notes = f"{name.capitalize()}\nPlain answer: {_verdict(result.answer, report.question.truth)}", []
+    several = len(result.images) > 1
+    if several:
+        title = f"{title}\nImage 0" if number == 0 else f"Image {number}"
+    if number == 0:
+        notes = [_settings(result), *report.notes[name]]
+    if several:
+        notes.append(f"strength of its contrast {result.images[number].strength or 0.0:.3g}")
+    return Tile(result.images[number].image, title, "\n".join(notes))
+
+
+def _last_tile(result: CarveResult, truth: str | None, number: int) -> Tile:
+    """The refined image, with the refined answer if the model was shown it."""
+    image, order = result.images[number].refined, ""
+    caption = f"refined image, {image.width} x {image.height}"
+    if number not in result.refined_images:
+        return Tile(image, "Not refined", f"{caption}, as it would be")
+    if result.preset.images == "original+refined":
+        order = ", shown after the original" if len(result.images) == 1 else ", shown after the originals"
+    return Tile(image, f"Refined answer: {_verdict(result.refined_answer, truth)}", f"{caption}{order}")
+
+
+def _attention(
+    maps: AttentionMaps, steps: str, layers: Iterable[int], image: CarvedImage, number: int
+) -> tuple[list[Size], torch.Tensor, Image.Image]:
+    """The grids of an image's views, the mean map over these layers of all of their tokens, and it over the image."""
+    layout = maps.layout
+    if layout is None:
+        raise ValueError("maps: expected a layout, got none")
+    found = [index for index, view in enumerate(layout.views[0]) if view.image == number]
+    views = [layout.views[0][index] for index in found]
+    grids = list(dict.fromkeys(view.grid for view in views))
+    tokens = [_read(maps.view(0, index)[None], maps, steps, layers).mean(0) for index in found]
+    flat = torch.cat([view.flatten() for view in tokens])
+    if len(views) == 1:
+        return grids, flat, overlay(image.image, tokens[0], box=views[0].box, seen=image.seen)
+    size = image.image.height, image.image.width
+    pixels = on_pixels(tokens, [view.box for view in views], size)
+    return grids, flat, overlay(image.image, pixels, seen=image.seen)
 
 
 def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
@@ -266,32 +384,28 @@ def _scale(values: torch.Tensor, sign: str, unit: str) -> Scale:
     return Scale(low, high, unit)
 
 
-def _read(values: torch.Tensor, maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0."""
+def _read(values: torch.Tensor, maps: AttentionMaps, steps: str, layers: Iterable[int]) -> torch.Tensor:
+    """The mean over the rows and the chosen steps: [B, L, T, R, ...] -> [L, ...] of batch row 0, in these layers."""
     end = maps.last_step(0) + 1
     start, stop = {"t_start": (0, 1), "t_end": (end - 1, end), "t_full": (0, end)}[steps]
     valid = maps.valid[0, :, start:stop].flatten(1)
     chosen = values[0, :, start:stop].flatten(1, 2)
-    return torch.stack([layer[mask].mean(0) for layer, mask in zip(chosen, valid, strict=True)]).cpu()
+    means = (chosen[index][valid[index]].mean(0) for index in map(maps.layers.index, layers))
+    return torch.stack(list(means)).cpu()
 
 
-def _grid(maps: AttentionMaps, steps: str) -> torch.Tensor:
-    """The first view's map, the mean over the layers, [GH, GW]."""
-    return _read(maps.view()[None], maps, steps).mean(0)
-
-
-def _mass(maps: AttentionMaps, steps: str) -> dict[str, float]:
+def _mass(maps: AttentionMaps, steps: str, layers: Iterable[int]) -> dict[str, float]:
     """The share of the attention that falls on the image, by layer."""
-    mass = _read(maps.mass, maps, steps).tolist()
-    return dict(zip(map(str, maps.layers), mass, strict=True))
+    mass = _read(maps.mass, maps, steps, layers).tolist()
+    return dict(zip(map(str, layers), mass, strict=True))
 
 
 def _average(by_layer: dict[Any, float]) -> float:
     return sum(by_layer.values()) / len(by_layer)
 
 
-def _share(result: CarveResult) -> float:
-    return float(result.mask.float().mean())
+def _share(found: CarveResult | CarvedImage) -> float:
+    return float(found.regions.mask.float().mean())
 
 
 def _settings(result: CarveResult) -> str:

@@ -9,7 +9,8 @@
    `letterbox` pads images that a processor would crop.
 3. `session`: `capture_attention`. `session` installs the hooks, `forward_tracker` decides to which prompt a forward
    belongs (`cache_tracker`: by its KV cache; `generate_guard`: inside `generate`), `attention_masks` reads its mask,
-   `recording` stores its captures, `merging` joins those of several devices. `contract` checks an untested transformers.
+   `recording` stores its captures, `merging` joins those of several devices, `head_shares` those of several processes.
+   `contract` checks an untested transformers.
 4. `decoding`: one door to greedy decoding with captured rows. It decides between tree decoding (many prompts in one
    batch over a shared prefix cache) and the sequential fallback (one `generate` per prompt).
 5. `engine`: `CarveEngine`. `passes` has a job from its request through the first pass, the carving and the second pass

@@ -130,7 +130,7 @@ class LayerBatch:
 
     `first` is the index of the first of them among the captured layers. `alike` and `attention_mask` (the mask that
     the model passed, compared by identity) decide whether the next layer belongs to the batch. `span` are the lowest
-    and the highest token, int32 [2].
+    and the highest token, int32 [2]. `hidden` are the tokens that rows do not see, bool [B, R, N], where it is noted.
     """
 
     first: int
@@ -143,6 +143,7 @@ class LayerBatch:
     softcap: float
     window: int | None
     attention_mask: Any = None
+    hidden: torch.Tensor | None = None
     query: list[torch.Tensor] = field(default_factory=list)
     key: list[torch.Tensor] = field(default_factory=list)
     sink: list[torch.Tensor] = field(default_factory=list)

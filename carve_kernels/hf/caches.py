@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,15 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import DynamicCache
 
 from carve_kernels.hf import names
 from carve_kernels.hf.model import version_of
 
 # Newer name first.
 _CACHES = ("cache", "past_key_values")
+# The argument of a recurrent layer has an older name.
+_STATES = (*_CACHES, "cache_params")
 # Every cache has it, except a paged one.
 _LENGTH = "get_seq_length"
 _SAMPLES = 16
+_KINDS_OF_STATES = ("conv_states", "recurrent_states")
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
@@ -157,6 +163,31 @@ def sample(cache: Any, module: Any, length: int) -> torch.Tensor | None:
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or not keys.shape[2]:
         return None
     return keys[:, -1, : length : max(1, length // _SAMPLES), -1].clone()
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """The argument with which a module's forward takes a cache, or None. Known in: `cache_params` to 5.23."""
+    known = inspect.signature(module.forward).parameters
+    return next((name for name in _STATES if name in known), None)
+
+
+def new_states(config: Any) -> Any:
+    """A new cache for a text config, of which the recurrent layers use their states."""
+    return DynamicCache(config=config)
+
+
+def copy_state(source: Any, target: Any, module: Any) -> None:
+    """Copy the state of a recurrent layer to another cache. Raises ValueError if the layer has none."""
+    if not hasattr(_layer(source, module), "conv_states"):
+        raise ValueError(f"{type(module).__name__} has no states in a {type(source).__name__}")
+    target.layers[module.layer_idx] = copy.deepcopy(_layer(source, module))
+
+
+def states_nbytes(cache: Any) -> int:
+    """The bytes of the states of a cache's recurrent layers; None has none."""
+    kinds = (getattr(layer, kind, None) for layer in getattr(cache, "layers", ()) for kind in _KINDS_OF_STATES)
+    tensors = (tensor for states in kinds for tensor in (states or {}).values() if tensor is not None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def has_layers(cache: Any) -> bool:

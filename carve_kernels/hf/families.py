@@ -21,7 +21,8 @@ class Family(NamedTuple):
     reason: str | None = None
 
 
-_QUERIES = "each one is a learned query that attends to the whole image"
+_QUERIES = Family(None, reason="each one is a learned query that attends to the whole image")
+_CROSS = Family(None, reason="the image is read by cross-attention, its token only stands for it")
 _MERGED = Family("merged_grid")
 _PIXTRAL = {"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"}
 _PIXTRAL_CELL = ("vision_config.patch_size", "spatial_merge_size")
@@ -33,18 +34,21 @@ _SLICES = {
     "column": "{slice_end_token}{slice_start_token}",
     "row": "{slice_end_token}.+{slice_start_token}",
     "shapes": "target_sizes",
-    "merge": (4, 2),
+    "merge": (2, 4),
 }
 
 FAMILIES: dict[str, Family] = {
+    "aria": _QUERIES,
     "aya_vision": Family(
         "counted_tiles",
         {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
         placeholder=True,
     ),
+    "blip-2": _QUERIES,
     "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
     "cosmos3_edge": _MERGED,
+    "deepseek_ocr2": _QUERIES,
     "deepseek_vl": _SQUARE,
     "emu3": Family(
         "sized_grid",
@@ -52,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5_vl_moe": _MERGED,
     "exaone4_5": _MERGED,
+    "florence2": Family(None, reason="its encoder mixes them with the prompt"),
     "fuyu": Family("padded_grid", {"cell": ("patch_size",)}),
     "gemma3": Family("pan_and_scan", {"tokens": "mm_tokens_per_image"}, placeholder=True),
     "gemma4": Family("patch_positions"),
@@ -62,8 +67,12 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": _MERGED,
     "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
     "granite4_vision": Family("unpadded_rows"),
-    "hunyuan_vl": Family("merged_grid", {"lines": True}),
+    "hunyuan_vl": Family("merged_grid", {"lines": True, "raster": True}),
     "hyperclovax_vision_v2": _MERGED,
+    "idefics": _CROSS,
+    "idefics2": _QUERIES,
+    "instructblip": _QUERIES,
+    "instructblipvideo": _QUERIES,
     "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}"}),
     "internvl": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "janus": _SQUARE,
@@ -71,10 +80,13 @@ FAMILIES: dict[str, Family] = {
         "padded_grid",
         {
             "resize": "navit_resize",
+            "raster": True,
             "merge": "vision_config.merge_kernel_size",
             "cell": ("vision_config.patch_size", "vision_config.merge_kernel_size"),
         },
     ),
+    "kosmos-2": _QUERIES,
+    "kosmos-2.5": _QUERIES,
     "lfm2_vl": Family(
         "marked_tiles",
         {
@@ -111,8 +123,9 @@ FAMILIES: dict[str, Family] = {
     "minicpmv4_7": Family("marked_tiles", _SLICES),
     "minimax_m3_vl": _MERGED,
     "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
+    "mllama": _CROSS,
     "molmo2": Family("low_and_high", placeholder=True),
-    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size"}),
+    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size", "raster": True}),
     "ovis2": Family(
         "marked_tiles",
         {
@@ -124,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         },
         placeholder=True,
     ),
-    "paddleocr_vl": _MERGED,
+    "paddleocr_vl": Family("merged_grid", {"raster": True}),
     "paligemma": Family("centre_crop"),
     "qianfan_ocr": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "qwen2_5_omni_thinker": _MERGED,

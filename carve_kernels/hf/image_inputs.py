@@ -11,8 +11,8 @@ from PIL import Image
 
 from carve_kernels.hf import names
 from carve_kernels.hf.inputs import prepare
-from carve_kernels.hf.model import text_backbone, unwrap
-from carve_kernels.hf.processors import is_for_training, is_pixels
+from carve_kernels.hf.model import input_device, text_backbone, unwrap
+from carve_kernels.hf.processors import is_for_training, is_pixels, lacks_token_types
 
 # What image processors return that treat each image separately and concatenate the results.
 _SEPARATE = (
@@ -62,7 +62,7 @@ class ImageInputs:
     """Model inputs of prompts about the same images, by a processor that is not changed.
 
     `prepare_image` is applied to each image before the processor, once. Pixels get the dtype `dtype`, since not every
-    vision tower converts them itself; None leaves them.
+    vision tower converts them itself; None leaves them. `token_types` asks the processor for the types of tokens.
     """
 
     def __init__(
@@ -72,14 +72,23 @@ class ImageInputs:
         max_pixels: int | None,
         prepare_image: PrepareImage | None = None,
         dtype: torch.dtype | None = None,
+        token_types: bool = False,
     ) -> None:
         self._image_processor = _CachingImageProcessor(processor.image_processor)
         self._processor = copy.copy(processor)
         self._processor.image_processor = self._image_processor
         self._device, self._max_pixels, self._dtype = device, max_pixels, dtype
-        self._prepare_image = prepare_image
+        self._prepare_image, self._token_types = prepare_image, token_types
         self._prepared: list[tuple[Image.Image, Image.Image]] = []
         self._entries: set[str] = set()
+
+    @classmethod
+    def for_model(
+        cls, model: Any, processor: Any, max_pixels: int | None, prepare_image: PrepareImage | None = None
+    ) -> ImageInputs:
+        """Inputs on the model's device, as it takes them."""
+        token_types = lacks_token_types(processor, unwrap(model))
+        return cls(processor, input_device(model), max_pixels, prepare_image, pixel_dtype(model), token_types)
 
     def inputs(self, images: list[Image.Image], prompt: str) -> tuple[dict[str, Any], ImageFeatures]:
         """The processor's entries for a prompt without pixels (grids stay: positions need them), and its images."""
@@ -111,7 +120,7 @@ class ImageInputs:
 
     def _process(self, images: list[Image.Image], prompt: str) -> dict[str, Any]:
         prepared = [self._prepare(image) for image in images]
-        inputs = prepare(self._processor, prepared, prompt, None, self._max_pixels)
+        inputs = prepare(self._processor, prepared, prompt, None, self._max_pixels, self._token_types)
         return _moved(
             {name: value for name, value in inputs.items() if not is_for_training(name)}, self._device, self._dtype
         )

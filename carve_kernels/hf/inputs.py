@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -116,16 +116,18 @@ def prepare(
     prompt: str,
     device: str | torch.device | None = None,
     max_pixels: int | None = None,
+    token_types: bool = False,
 ) -> Any:
     """Model inputs of one prompt, as `build_prompt` returns it, and its images.
 
     `max_pixels` bounds the resized image if the processor keeps the aspect ratio (Qwen2-VL and kin), and never raises
-    the processor's own bound; processors of a fixed size ignore it. The processor itself is not changed.
+    the processor's own bound; processors of a fixed size ignore it. `token_types` asks for mm_token_type_ids, which a
+    model may need although its processor does not return them by default. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
     """
-    expected = prompt.count(image_token(processor))
+    expected = int(bool(images)) if adds_image_token(processor) else prompt.count(image_token(processor))
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}
@@ -134,6 +136,8 @@ def prepare(
     )
     if bounds is not None:
         settings["images_kwargs"] = bounds
+    if token_types:
+        settings["return_mm_token_type_ids"] = True
     first = getattr(processor.tokenizer, "bos_token", None)
     if first and prompt.startswith(first):
         # The template has added it; the tokenizer would add another one.
@@ -148,6 +152,8 @@ def prepare(
 
 def _image_in_text(processor: Any) -> str:
     """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
+    if adds_image_token(processor):
+        return ""
     token = image_token(processor)
     if writes_prompts(processor):
         return token

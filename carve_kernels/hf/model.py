@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ _WEIGHT_ONLY_TENSORS = {
     "IntxUnpackedToInt8Tensor": "activation_quantization",
 }
 _PLAIN = (torch.Tensor, nn.Parameter)
+# The dimension of a mesh of processes over which tensor parallelism divides weights.
+_TENSOR_PARALLEL = "tp"
 _MIXERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -91,6 +93,15 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if types is None or types[number] not in names.RECURRENT
     }
     return {number: attention for number, attention in modules.items() if attention is not None}
+
+
+def layer_window(model: nn.Module, layer: int) -> bool | None:
+    """Whether old tokens leave the view of a text layer, by a window or chunks; None if not only positions decide."""
+    config: Any = text_backbone(model).config
+    types = names.types_of_layers(config)
+    if types is None or layer >= len(types):
+        return getattr(config, "sliding_window", None) is not None
+    return {"full_attention": False, "sliding_attention": True, "chunked_attention": True}.get(types[layer])
 
 
 def check_decoder(model: nn.Module) -> None:
@@ -188,9 +199,12 @@ def _unknown_packages(code: Any) -> str:
     return " and ".join(sorted({_path(each).split(".")[0] for each in _callables_in(code)} - _KNOWN))
 
 
-def token_mixer(model: nn.Module, decoder: nn.Module) -> str | None:
-    """The first module outside of attention that may mix tokens, for a message, or None."""
-    decoding = {id(module) for module in decoder.modules()}
+def token_mixer(model: nn.Module, decoder: nn.Module, recurrent: Collection[int] = ()) -> str | None:
+    """The first module outside of attention that may mix tokens, for a message, or None.
+
+    `recurrent` are the ids of the modules that are known to.
+    """
+    decoding = {id(module) for module in decoder.modules()}.difference(recurrent)
     training = None
     for name, module in _modules(model):
         kind, path = type(module), _forward_owner(type(module)).__module__
@@ -218,6 +232,23 @@ def execution_device(module: nn.Module) -> torch.device | None:
             return torch.device(device.type, index)
         if device.type != "meta":
             return device
+    return None
+
+
+def tensor_parallel_group(module: nn.Module) -> Any:
+    """The group of processes among which tensor parallelism divides the weights of a module, or None.
+
+    Known in: transformers 5.12, a mesh at each divided module; 5.24, weights that are DTensors on a mesh named "tp".
+    """
+    for each in module.modules():
+        mesh = each.__dict__.get("_hf_device_mesh")
+        if mesh is not None and mesh.ndim == 1:
+            return mesh.get_group()
+        meshes = [mesh, *(weight.device_mesh for weight in each.parameters(False) if hasattr(weight, "device_mesh"))]
+        # FSDP divides weights over meshes as well, but gathers them before a forward.
+        for mesh in meshes:
+            if mesh is not None and _TENSOR_PARALLEL in (mesh.mesh_dim_names or ()):
+                return mesh.get_group(_TENSOR_PARALLEL)
     return None
 
 

@@ -41,7 +41,7 @@ _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
-         "image_patches_indices")  # fmt: skip
+         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
@@ -314,7 +314,7 @@ def windows(config: Any) -> list[int | None] | None:
 
 def tree_reason(model: Any, config: Any) -> str | None:
     """Why a model's class or text config rules out tree decoding, or None."""
-    others = sorted({each for each in types_of_layers(config) or () if each not in _SOFTMAX})
+    others = sorted({each for each in types_of_layers(config) or () if each not in (*_SOFTMAX, *RECURRENT)})
     if others:
         return f"it has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):
@@ -323,6 +323,8 @@ def tree_reason(model: Any, config: Any) -> str | None:
         return "its attention is not causal"
     if hasattr(type(model), "create_masks_for_generate"):
         return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
+    if "moe_mm_token_type_ids" in signature_of(model).parameters:
+        return "its experts depend on which tokens are of an image"
     return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 
@@ -398,6 +400,10 @@ def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | N
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
     given = {name: value for name, value in entries.items() if name in known}
+    missing = (each for name, each in known.items() if name not in given)
+    if any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in missing):
+        # Fuyu's takes its patches under another name than its forward.
+        return None
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
     return {_TOWER: {"image": type(output)(**read)}}

@@ -38,6 +38,11 @@ def processor_of(folder: Path, family: str) -> Any:
         return processor
 
 
+def adds_image_token(processor: Any) -> bool:
+    """Whether a processor puts the token of its one image before the text by itself, as Fuyu's does."""
+    return any(kind.__name__ == "FuyuProcessor" for kind in type(processor).__mro__)
+
+
 def processor_class(family: str) -> str:
     """The name of a model type's processor class."""
     try:
@@ -52,10 +57,11 @@ def processor_class(family: str) -> str:
 def image_token(processor: Any) -> str:
     """What stands for an image in a prompt, before the processor puts the tokens of the image there.
 
-    It may be another one than the model's, as in Gemma 3.
+    It may be another one than the model's, as in Gemma 3, or than the processor's own, as in Qianfan-OCR.
     """
     owners = (processor, getattr(processor, "tokenizer", None))
-    token = next((found for owner in owners if (found := getattr(owner, "image_token", None)) is not None), None)
+    listed = (getattr(owner, name, None) for name in ("image_placeholder_token", "image_token") for owner in owners)
+    token = next((found for found in listed if found is not None), None)
     if token is None:
         raise ValueError(
             f"processor: expected one with an image_token, which stands for an image in a prompt, got "
@@ -72,6 +78,12 @@ def writes_prompts(processor: Any) -> bool:
 def is_pixels(name: str) -> bool:
     """Whether only the vision tower reads an entry of a processor's output."""
     return name.startswith(_PIXELS) and not names.is_text(name)
+
+
+def lacks_token_types(processor: Any, model: Any) -> bool:
+    """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
+    is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
+    return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
 
 
 def is_for_training(name: str) -> bool:

@@ -45,9 +45,9 @@ def carve() -> Invoke:
 
 @pytest.fixture
 def run(carve: Invoke, checkpoint: Path, image_file: Path, tmp_path: Path) -> Invoke:
-    """`run` with good arguments and tmp_path/out; arguments of a test come after them and win."""
-    words = ("run", "-m", checkpoint, "-i", image_file, "-q", QUESTION, "-o", tmp_path / "out", *QUICK)
-    return lambda *more: carve(*words, *more)
+    """`run` with good arguments and tmp_path/out; arguments of a test come after them and win, images replace them."""
+    words = ("run", "-m", checkpoint, "-q", QUESTION, "-o", tmp_path / "out", *QUICK)
+    return lambda *more: carve(*words, *(() if {"-i", "--image"} & set(more) else ("-i", image_file)), *more)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from PIL import Image
 import carve_kernels
 from carve_kernels.cli import report
 from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
-from carve_kernels.cli.report import FILES
+from carve_kernels.cli.report import FILES, files_of
 from tests.cli.conftest import QUESTION, Invoke, content
 from tests.support import tiny_models
 
@@ -59,6 +59,52 @@ def test_writes_every_file(run: Invoke, tmp_path: Path, image_file: Path) -> Non
     assert list(numbers["mass"]["task"].values()) == pytest.approx(mass)
     assert numbers["answer"][:1] in done.stdout
     assert done.stderr == ""
+
+
+def test_several_images(run: Invoke, tmp_path: Path, checkpoint: Path, folder: Path) -> None:
+    """Files of each image, a row of the panel for each, and a record of all; later runs leave no file of another."""
+    images, out = [folder / "1.png", folder / "2.png"], tmp_path / "out"
+    assert run("-i", images[0]).exit_code == 0
+    one = Image.open(out / "panel.png")
+    done = run("-i", images[0], "-i", images[1], "--refine", "1")
+    assert done.exit_code == 0, done.output
+    assert sorted(content(out)) == sorted(files_of(2)) and "image-1.png" in files_of(2)
+    engine = carve_kernels.CarveEngine(
+        *carve_kernels.load(checkpoint), preset=carve_kernels.Preset(layers=(1, 2), max_new_tokens=2)
+    )
+    expected = engine.ask(images, QUESTION, refine=1)
+    record = result_of(out)
+    (numbers,) = record["presets"].values()
+    assert record["images"] == [{"width": 160, "height": 96}, {"width": 96, "height": 120}]
+    assert numbers["refined_images"] == [1] and numbers["box"] == numbers["images"][1]["box"] == list(expected.box)
+    assert numbers["refined_ids"] == list(expected.refined_ids)
+    assert [view["image"] for view in numbers["views"]] == [0, 1]
+    for number, (image, found) in enumerate(zip(expected.images, numbers["images"], strict=True)):
+        assert found["box"] == list(image.regions.box) and found["strength"] == image.strength
+        assert found["unseen"] == image.unseen and found["reason"] == image.reason
+        assert numpy.array_equal(numpy.load(out / f"saliency-{number}.npy"), image.saliency.numpy())
+        assert Image.open(out / f"image-{number}.png").tobytes() == Image.open(images[number]).tobytes()
+        assert Image.open(out / f"refined-{number}.png").tobytes() == image.refined.tobytes()
+    both = Image.open(out / "panel.png")
+    assert both.width == one.width and both.height > 1.6 * one.height
+    assert "of image 1" in done.stdout and run("-i", images[1]).exit_code == 0
+    assert sorted(content(out)) == sorted(FILES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--refine", "2"), "refine: expected None, 'all', or numbers of images from 0 to 1, each once, got"),
+        (("--refine", "one"), "refine: expected all, or numbers of images such as 1 or 0,2, got 'one'"),
+        (("-i", "missing.png"), "image: missing.png is missing"),
+    ],
+)
+def test_bad_images_are_refused(
+    run: Invoke, tmp_path: Path, folder: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = run("-i", folder / "1.png", "-i", folder / "2.png", *words)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_equals_the_engine(run: Invoke, tmp_path: Path, checkpoint: Path, image_file: Path) -> None:

@@ -74,6 +74,7 @@ SPELLINGS = [
     "_active_adapter",
     "_disable_adapters",
     "_hf_hook",
+    "_hf_device_mesh",
     "_old_forward",
     "accelerate.hooks",
     "Linear4bit",

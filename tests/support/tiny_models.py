@@ -60,11 +60,13 @@ def fix_torchvision() -> torch.library.Library | None:
 SCHEMAS = fix_torchvision()
 
 
-def tiny_llava(seed: int = 0, strategy: str = "default", **image_settings: Any) -> tuple[Any, Any]:
-    """A LLaVA-1.5 with a 6 x 6 grid; `image_settings` go to its CLIP image processor."""
+def tiny_llava(
+    seed: int = 0, strategy: str = "default", language: dict[str, Any] | None = None, **image_settings: Any
+) -> tuple[Any, Any]:
+    """A LLaVA-1.5 with a 6 x 6 grid; `image_settings` go to its CLIP image processor, `language` to its text model."""
     from transformers import (
+        CONFIG_MAPPING,
         CLIPVisionConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
@@ -84,7 +86,8 @@ def tiny_llava(seed: int = 0, strategy: str = "default", **image_settings: Any) 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=84, patch_size=14
     )
-    text = LlamaConfig(**TEXT, **_special_ids(tokenizer), vocab_size=len(tokenizer))
+    settings = {"model_type": "llama", **TEXT, **_special_ids(tokenizer), **(language or {})}
+    text = CONFIG_MAPPING[settings.pop("model_type")](**settings, vocab_size=len(tokenizer))
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

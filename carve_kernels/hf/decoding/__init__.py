@@ -23,6 +23,7 @@ from carve_kernels.hf import names
 from carve_kernels.hf.decoding.generation import preserved_positions
 from carve_kernels.hf.decoding.prefix_cache import PrefixCache
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
+from carve_kernels.hf.decoding.recurrent import recurrent_modules, states_reason
 from carve_kernels.hf.decoding.sequential import decode_prompt
 from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
@@ -31,6 +32,7 @@ from carve_kernels.hf.model import (
     decoder_layers,
     devices_of,
     foreign_code,
+    tensor_parallel_group,
     text_backbone,
     token_mixer,
     unwrap,
@@ -100,14 +102,16 @@ def sequential_reason(model: Any) -> str | None:
     """Why the prompts of this model must be decoded one by one, or None.
 
     Tree attention (tree_attention.py) replaces the attention of the model, so this has to be causal softmax attention,
-    with sliding windows or without. It writes all keys to buffers, so the kind of cache does not matter as long as the
-    cache stores keys unchanged. All other modules must process each token independently: a packed forward holds tokens
-    of several prompts, so its last token or its largest activation is not that of each prompt.
+    with sliding windows or without; recurrent layers (recurrent.py) must continue a copy of their states. All keys are
+    written to buffers, so the kind of cache does not matter as long as the cache stores keys unchanged. All other
+    modules must process each token independently: a packed forward holds tokens of several prompts, so its last token
+    or its largest activation is not that of each prompt.
     """
     inner: Any = unwrap(model)
-    modules = attention_modules(model)
-    if len(modules) < len(decoder_layers(model)):
-        return f"{len(decoder_layers(model)) - len(modules)} of its layers have no softmax attention"
+    modules, recurrent = attention_modules(model), recurrent_modules(model)
+    others = len(decoder_layers(model)) - len(modules) - len(recurrent)
+    if others:
+        return f"{others} of its layers have neither softmax attention nor states that can be copied"
     try:
         places = {names.attention_entry(module, layer)[1] for layer, module in modules.items()}
     except ValueError as error:
@@ -140,9 +144,12 @@ def _decoding_reason(model: Any, inner: Any) -> str | None:
     places = [devices_of(layer) for layer in decoder_layers(model)]
     if any(len(place) != 1 or place != places[0] for place in places):
         return "its layers are not on one device"
+    if tensor_parallel_group(inner) is not None:
+        return "it is tensor parallel: its heads are divided among processes"
     if inner.generation_config.cache_implementation not in _EXACT_CACHES:
         return f"its cache is {inner.generation_config.cache_implementation!r}"
-    return foreign_code(inner) or token_mixer(inner, text_backbone(model))
+    recurrent = {id(each) for module in recurrent_modules(model).values() for each in module.modules()}
+    return foreign_code(inner) or token_mixer(inner, text_backbone(model), recurrent) or states_reason(model)
 
 
 @contextmanager

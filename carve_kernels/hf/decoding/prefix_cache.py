@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from carve_kernels.hf.caches import states_nbytes
 from carve_kernels.types import Capture
 
-_PREFIX = -1
+PREFIX = -1
+"""The prefix, among the ids of branches."""
 
 
 class PrefixCache:
@@ -23,12 +25,16 @@ class PrefixCache:
     ==========  =======  =======================  ============================================
     ids         int64    [P]                      the tokens, on the CPU
     keys        model's  [1, KV, capacity, D]     of one layer; values likewise with their size
+    states                                        a cache with the states of recurrent layers
     ==========  =======  =======================  ============================================
+
+    States are those after the last token, so a prefix with states is never truncated.
     """
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
         self.depth = 0
+        self.states: Any = None
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -36,8 +42,9 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its keys and values, the spare columns included."""
-        return sum(tensor.untyped_storage().nbytes() for layer in self._layers.values() for tensor in layer)
+        """The bytes of its keys and values, the spare columns included, and of its states."""
+        cached = sum(tensor.untyped_storage().nbytes() for layer in self._layers.values() for tensor in layer)
+        return cached + states_nbytes(self.states)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; their columns become spare."""
@@ -74,13 +81,16 @@ class TokenTree:
     """A prefix with branches: each key column belongs to the prefix or to one branch, in the order of their forwards.
 
     `branch_ids` has the branch of each column (-1 is the prefix), `positions` the index of the column in the prompt of
-    that branch; both int64 [S] on the CPU. `capacity` is the largest number of columns.
+    that branch; both int64 [S] on the CPU. `capacity` is the largest number of columns. `states` are the caches of
+    branches with the states of recurrent layers; `copied` has the branches and layers whose states are there.
     """
 
     def __init__(self, prefix: PrefixCache, capacity: int) -> None:
         self.prefix, self.capacity = prefix, capacity
-        self.branch_ids = torch.full((len(prefix),), _PREFIX)
+        self.branch_ids = torch.full((len(prefix),), PREFIX)
         self.positions = torch.arange(len(prefix))
+        self.states: dict[int, Any] = {}
+        self.copied: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self.branch_ids)
@@ -101,7 +111,7 @@ class TokenTree:
         None if that is all of them.
         """
         branch, position = self.branch_ids[first:, None], self.positions[first:, None]
-        visible = ((self.branch_ids == _PREFIX) | (self.branch_ids == branch)) & (self.positions <= position)
+        visible = ((self.branch_ids == PREFIX) | (self.branch_ids == branch)) & (self.positions <= position)
         if window is not None:
             visible &= self.positions > position - window
         return None if bool(visible.all()) else visible
@@ -119,7 +129,9 @@ class Segment:
     fresh     int               how many of its first tokens are the prefix, in the forward that reads it
     rows      int64   [R]       captured rows, counted from `start`, none of them in the prefix
     tokens    int32   [1, N]    columns of the visual tokens
+    runs                        (branch, first, one past last token) of the prefix and of each branch, in order
     captured          [L, R, N] the result
+    hidden    bool    [L, R, N] visual tokens that the captured rows cannot attend to, on the CPU
     ========  ======  ========  ==================================================================================
     """
 
@@ -130,7 +142,9 @@ class Segment:
     fresh: int
     rows: torch.Tensor
     tokens: torch.Tensor
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
     captured: Capture | None = None
+    hidden: torch.Tensor | None = None
     # What all layers of the forward share.
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

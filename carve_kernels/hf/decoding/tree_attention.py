@@ -20,6 +20,7 @@ from torch import nn
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import INSTEAD, CaptureCalls, LayerBatch, patched
 from carve_kernels.hf.decoding.prefix_cache import Segment
+from carve_kernels.hf.decoding.recurrent import RecurrentLayers
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.maps import new_buffers
 from carve_kernels.types import Capture
@@ -43,6 +44,7 @@ class TreeAttention:
     def __init__(self, model: Any, layers: tuple[int, ...], backend: str) -> None:
         self._model, self._layers, self._backend = model, layers, backend
         self._modules = attention_modules(model)
+        self._recurrent = RecurrentLayers(model)
         self._windows = names.windows(text_backbone(model).config)
         self._thread = threading.get_ident()
         self._segments: list[Segment] = []
@@ -56,7 +58,12 @@ class TreeAttention:
     @property
     def depth(self) -> int:
         """The number of layers."""
-        return len(self._modules)
+        return len(self._modules) + len(self._recurrent)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers are recurrent: their states are those after a certain token."""
+        return len(self._recurrent) > 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -74,7 +81,12 @@ class TreeAttention:
             entries = [names.attention_entry(module, layer) for layer, module in self._modules.items()]
             for registry, name in {(id(registry), name): (registry, name) for registry, name in entries}.values():
                 stack.enter_context(patched(registry, name))
+            stack.enter_context(self._recurrent.installed(self._current))
             yield
+
+    def _current(self) -> list[Segment]:
+        """The segments of the packed forward that runs in this thread; none outside of one."""
+        return self._segments if threading.get_ident() == self._thread else []
 
     def forward(
         self,
@@ -133,7 +145,7 @@ class TreeAttention:
         *args: Any,
         **options: Any,
     ) -> Any:
-        if not self._segments or threading.get_ident() != self._thread:
+        if not self._current():
             return None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.numel() > 1:
             raise TreeUnsupported("its layers build an attention mask themselves")
@@ -172,6 +184,9 @@ class TreeCapture:
         self._segments, self._layers, self._backend, self._calls = segments, layers, backend, calls
         self._rows = [segment.rows + segment.start for segment in segments]
         self._batches: list[list[LayerBatch]] = []
+        for segment in segments:
+            shape = len(layers), len(segment.rows), segment.tokens.shape[1]
+            segment.hidden = torch.zeros(shape, dtype=torch.bool)
 
     def add(
         self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], window: int | None, options: dict[str, Any]
@@ -183,6 +198,11 @@ class TreeCapture:
             self._batches.append(
                 [self._batch(segment, index, alike, attention, query.device) for segment in self._segments]
             )
+        for segment in self._segments:
+            visible = segment.visible(segment.fresh, window)
+            if visible is not None and segment.hidden is not None:
+                rows_seen = visible[segment.rows - segment.fresh]
+                segment.hidden[index] = ~rows_seen[:, segment.tokens[0].clamp(min=0).long()]
         for batch, rows, key in zip(self._batches[-1], self._rows, keys, strict=True):
             batch.add(query[:, :, rows.to(query.device)], key, attention.sink)
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from carve_kernels.hf.decoding.generation import Generation, prepare_generation
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree, common_length
+from carve_kernels.hf.decoding.prefix_cache import PREFIX, PrefixCache, Segment, TokenTree, common_length
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
 from carve_kernels.hf.decoding.tree_attention import TreeAttention, TreeUnsupported
 from carve_kernels.hf.query_rows import Rows, resolve_rows
-from carve_kernels.maps import assemble
+from carve_kernels.maps import Hidden, assemble
 from carve_kernels.types import Capture
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -35,6 +35,7 @@ class _BranchState:
     branch_id: int
     position: torch.Tensor
     captures: list[Capture] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -68,12 +69,14 @@ class _GroupState:
         """The next tokens of some branches, (branch, count), after `fresh` tokens of the prefix."""
         past = 0 if fresh else len(self.tree)
         end, rows = start + fresh, []
+        runs = [(PREFIX, start, end)] if fresh else []
         for state, count in batch:
             rows.append(state.captured_rows(state.ids.shape[1] - count) + end - start)
             self.tree.append(state.branch_id, count)
             state.tokens += count
+            runs.append((state.branch_id, end, end + count))
             end += count
-        return Segment(self.tree, start, end, past, fresh, torch.cat([_NO_ROWS, *rows]), self.tokens)
+        return Segment(self.tree, start, end, past, fresh, torch.cat([_NO_ROWS, *rows]), self.tokens, runs)
 
 
 class TreeDecoder:
@@ -109,8 +112,13 @@ class TreeDecoder:
         length = min(*(common_length(prompts[0], ids) for ids in prompts), *(len(ids) - 1 for ids in prompts), *bounds)
         if length < group.start:
             raise TreeUnsupported("no text follows the image tokens, or rows are captured before their end")
+        if self._attention.keeps_states:
+            # States are those after a token, and the prompts to come share the image at least.
+            length = group.start
         if group.prefix is not None:
             cached = min(length, common_length(group.prefix.ids, prompts[0]))
+            if self._attention.keeps_states and len(group.prefix) != length:
+                cached = -1
             if cached >= group.start and group.prefix.depth >= self._depth(group):
                 length = cached
             else:
@@ -184,13 +192,14 @@ class TreeDecoder:
     def _collect(segments: list[Segment], batches: list[list[_BranchState]]) -> None:
         """Split the captures of a forward among its branches."""
         for segment, batch in zip(segments, batches, strict=True):
-            if segment.captured is None:
+            if segment.captured is None or segment.hidden is None:
                 continue
             start = 0
             for branch in batch:
                 stop = start + len(branch.captured_rows(0))
                 if stop > start:
                     branch.captures.append(Capture(*(values[:, start:stop] for values in segment.captured)))
+                    branch.hidden.append(segment.hidden[:, start:stop])
                 start = stop
 
     @staticmethod
@@ -205,6 +214,7 @@ class TreeDecoder:
             return Decoded(ids, None, branch.tokens)
         first, *later = branch.captures
         device = first.maps.device
+        hidden_later = torch.stack([each[:, None, 0] for each in branch.hidden[1:]]).to(device) if later else None
         maps = assemble(
             Capture(*(buffer[:, None] for buffer in first)),
             Capture(*map(torch.stack, zip(*later, strict=True))) if later else None,
@@ -214,5 +224,6 @@ class TreeDecoder:
             tokens=state.tokens.to(device),
             dtype=self._attention.dtype,
             layout=layout,
+            hidden=Hidden(branch.hidden[0][:, None].to(device), hidden_later),
         )
         return Decoded(ids, maps, branch.tokens)

@@ -90,9 +90,18 @@ def fingerprint(model: Any, processor: Any) -> str:
         autocast=_autocast(device),
         training=model.training,
         weights=_weights(model),
-        processor=processor.to_dict(),
+        processor=_description(processor),
         tokenizer=_tokenizer(processor.tokenizer),
     )
+
+
+def _description(processor: Any) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = processor.to_dict()
+    except (ValueError, OSError) as error:
+        # Ernie's looks for the file of a font.
+        raise Unidentified(f"its processor cannot be described ({error})") from error
+    return description
 
 
 def _portable(config: Any) -> dict[str, Any]:

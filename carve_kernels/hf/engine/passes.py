@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from carve_kernels.hf.engine.cache import Memory
 from carve_kernels.hf.engine.fingerprint import Unidentified, digest, fingerprint, same_pixels
 from carve_kernels.hf.engine.requests import Prompt, Request, SecondPrompt, make_second_prompt
 from carve_kernels.hf.engine.result import CarvedImage, CarveResult
+from carve_kernels.hf.engine.whole_layers import whole_layers
 from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.model import image_token_positions, input_device, unwrap
 from carve_kernels.hf.query_rows import general_rows
@@ -117,6 +118,8 @@ class Job:
     second: SecondPrompt | None = None
     refined_ids: tuple[int, ...] = ()
     reason: str | None = None
+    # Captured layers that are past their windows.
+    left_out: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def carve(self, setup: Setup) -> None:
@@ -142,7 +145,11 @@ class Job:
     def _carve_images(self, setup: Setup) -> None:
         """The outcome and the strength of each image, from its own tokens."""
         layout = self.request.task.layout
-        task, general = _by_step(self.task.maps).cpu(), _by_step(self.general).cpu()
+        whole = whole_layers(self.task.maps, self.general, setup.carving)
+        self.left_out = whole.left_out
+        if whole.left_out:
+            _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
+        carving = replace(setup.carving, layer_weights=whole.weights)
         self.carved, self.strengths = [], []
         several = len(self.request.images) > 1
         for number, image in enumerate(self.request.images):
@@ -150,14 +157,15 @@ class Job:
             views, columns = zip(*((view, span) for view, span in spans if view.image == number), strict=True)
             boxes, grids = [view.box for view in views], [view.grid for view in views]
             own = [
-                torch.cat([maps[..., span] for span in columns], -1) if several else maps for maps in (task, general)
+                torch.cat([maps[..., span] for span in columns], -1) if several else maps
+                for maps in (whole.task, whole.general)
             ]
-            outcome = carve_views(image, own[0], own[1], grids, boxes, setup.carving, setup.backend)
+            outcome = carve_views(image, own[0], own[1], grids, boxes, carving, setup.backend)
             self.carved.append(outcome)
             size = image.height, image.width
             # One image has no other to compare it with.
             self.strengths.append(
-                strength(size, own[0], own[1], grids, boxes, setup.carving, setup.backend) if several else None
+                strength(size, own[0], own[1], grids, boxes, carving, setup.backend) if several else None
             )
             for stage, seconds in outcome.seconds.items():
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -203,7 +211,7 @@ class Job:
             general=self.general,
             saliency=first.saliency,
             regions=first.regions,
-            entropy=_entropy(self.task.maps, setup.preset.steps),
+            entropy=_entropy(self.task.maps, setup.preset.steps, self.left_out),
             seconds={**self.seconds, "second pass": self.seconds.get("second pass", 0.0)},
             preset=setup.preset,
             reason=self.reason,
@@ -212,6 +220,7 @@ class Job:
             unseen=first.unseen,
             images=images,
             refined_images=self.chosen,
+            layers_left_out=self.left_out,
         )
 
     def continues_prefix(self) -> bool:
@@ -306,17 +315,10 @@ def _decode(processor: Any, ids: tuple[int, ...]) -> str:
     return answer.strip()
 
 
-def _by_step(maps: AttentionMaps) -> torch.Tensor:
-    """The maps of batch row 0 as [L, T, N] up to its last step, the mean over the rows that each step has."""
-    count = maps.last_step(0) + 1
-    values, valid = maps.values[0, :, :count], maps.valid[0, :, :count]
-    return values.sum(2) / valid.sum(2).clamp(min=1).unsqueeze(-1)
-
-
-def _entropy(maps: AttentionMaps, steps: str) -> dict[int, float]:
-    """H / ln N of each layer at the steps that are read, the mean if there are several."""
+def _entropy(maps: AttentionMaps, steps: str, left_out: tuple[int, ...]) -> dict[int, float]:
+    """H / ln N of each layer that is read, at the steps that are read, the mean if there are several."""
     end = maps.last_step(0) + 1
     chosen = slice(0, 1) if steps == "t_start" else slice(end - 1, end) if steps == "t_end" else slice(0, end)
     values, valid = maps.entropy[0, :, chosen].flatten(1), maps.valid[0, :, chosen].flatten(1)
     mean = values.sum(1) / valid.sum(1).clamp(min=1)
-    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True)}
+    return {layer: float(value) for layer, value in zip(maps.layers, mean, strict=True) if layer not in left_out}

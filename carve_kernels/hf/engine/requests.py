@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs, pixel_dtype
+from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt, open_image
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
 from carve_kernels.types import VisualLayout
 
@@ -94,13 +93,8 @@ def make_request(
     check_processor(model, processor)
     originals = [open_image(sources[0], max_image_pixels)] if len(sources) == 1 else _opened(sources, max_image_pixels)
     letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
-    image_inputs = ImageInputs(
-        processor,
-        input_device(model),
-        preset.max_pixels,
-        None if letterbox is None else letterbox.pad,
-        pixel_dtype(model),
-    )
+    prepare_image = None if letterbox is None else letterbox.pad
+    image_inputs = ImageInputs.for_model(model, processor, preset.max_pixels, prepare_image)
 
     def locate(text: str) -> tuple[Prompt, ImageFeatures]:
         inputs, features = image_inputs.inputs(originals, text)
@@ -126,16 +120,16 @@ def make_second_prompt(
     """
     image_inputs = request.image_inputs
     if preset.images == "refined":
-        shown = [refined.get(number, original) for number, original in enumerate(request.images)]
-        return SecondPrompt(*image_inputs.inputs(shown, request.task.text), None, tuple(shown))
+        displayed = [refined.get(number, original) for number, original in enumerate(request.images)]
+        return SecondPrompt(*image_inputs.inputs(displayed, request.task.text), None, tuple(displayed))
     later_images = [refined[number] for number in sorted(refined)]
-    shown = [*request.images, *later_images]
-    text = build_prompt(processor, request.question + preset.suffix, len(shown))
-    inputs, features = image_inputs.inputs(shown, text)
+    displayed = [*request.images, *later_images]
+    text = build_prompt(processor, request.question + preset.suffix, len(displayed))
+    inputs, features = image_inputs.inputs(displayed, text)
     later = image_inputs.subset(later_images)
     if later is not None and are_original and len(later_images) == len(request.images):
         later = request.features
-    return SecondPrompt(inputs, features, later, () if are_original else tuple(shown))
+    return SecondPrompt(inputs, features, later, () if are_original else tuple(displayed))
 
 
 def locate_prompt(

@@ -20,10 +20,10 @@ def attribute(config: Any, path: str) -> Any:
 
 
 def sides(value: Any) -> Size:
-    """(height, width) of a number, a pair, or a mapping with these names."""
+    """(height, width) of a number, of a pair, or of an image processor's size with these names."""
     if isinstance(value, int):
         return value, value
-    height, width = (value["height"], value["width"]) if isinstance(value, Mapping) else value
+    height, width = value if isinstance(value, (list, tuple)) else (value["height"], value["width"])
     return int(height), int(width)
 
 
@@ -59,8 +59,9 @@ def settings_of(config: Any, owner: Any, names: Mapping[str, Any], prefix: str =
     for name, path in names.items():
         expected = attribute(config, path) if isinstance(path, str) else path
         found = getattr(owner, name, expected)
-        pairs = (isinstance(each, (int, float, str)) or each is None for each in (found, expected))
-        yield f"{prefix}{name}", found, found if not all(pairs) and sides(found) == sides(expected) else expected
+        # An image processor may have a patch size as (height, width), and a config a merge size.
+        pairs = found is not None and not (isinstance(found, int) and isinstance(expected, int))
+        yield f"{prefix}{name}", found, found if pairs and sides(found) == sides(expected) else expected
 
 
 def covered(size: Size, resized: Size, grid: Size, cell: Size) -> Box:

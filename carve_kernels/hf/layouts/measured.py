@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,9 +20,9 @@ from torch import nn
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.inputs import build_prompt, prepare
-from carve_kernels.hf.layouts.coordinates import Entries, Pixels, coordinates
-from carve_kernels.hf.layouts.influence import SEVERAL, influence
-from carve_kernels.hf.layouts.token_boxes import boxes_of, shared_boxes
+from carve_kernels.hf.layouts.coordinates import Coordinates, Entries, Pixels, coordinates
+from carve_kernels.hf.layouts.influence import SEVERAL, Influence, influence
+from carve_kernels.hf.layouts.token_boxes import OnlyPadded, Patterns, boxes_of, patterns_of, shared_boxes
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.types import Box, Size, View, ViewKind, VisualLayout
 
@@ -84,7 +85,7 @@ def measure(
     """
     check_decoder(model)
     prompts = [build_prompt(processor, "x", 1) if prompt is None else prompt]
-    return _measure(model, processor, ((check_size("size", size),),), prompts, settings or {}).measured
+    return _measure(model, _Call(processor, ((check_size("size", size),),), prompts, settings or {})).measured
 
 
 def measured_layout(
@@ -100,14 +101,13 @@ def measured_layout(
     """
     check_decoder(model)
     inner = unwrap(model)
-    prompts = [build_prompt(processor, "x", len(row)) for row in sizes]
-    shapes = {name: tuple(value.shape) for name, value in inputs.items() if _is_pixels(name, value, inputs)}
+    shapes = {name: tuple(value.shape) for name, value in inputs.items() if _is_pixels(value)}
     key = sizes, repr(shapes), _settings_of(processor)
     with _LOCK:
         known = _KNOWN.setdefault(inner, {}).get(key)
     if known is None:
-        bound = _bound(processor, inputs, sizes, prompts)
-        known = _measure(model, processor, sizes, prompts, {}, bound)
+        call = _Call(processor, sizes, [build_prompt(processor, "x", len(row)) for row in sizes], {})
+        known = _measure(model, call._replace(bound=_bound(call, inputs)))
         with _LOCK:
             first = not _KNOWN[inner]
             _KNOWN[inner][key] = known
@@ -152,81 +152,93 @@ def views_of(measured: Measured) -> tuple[tuple[View, ...], ...]:
     return tuple(rows)
 
 
-def _measure(
-    model: nn.Module,
-    processor: Any,
-    sizes: tuple[tuple[Size, ...], ...],
-    prompts: Sequence[str],
-    settings: Mapping[str, Any],
-    bound: int | None = None,
-) -> _Known:
-    inputs: list[Mapping[str, Any]] = []
+class _Call(NamedTuple):
+    """A call of a processor: the images of each row, the prompts, more arguments, and a bound of pixels."""
 
-    def process(images: list[Image.Image]) -> Entries:
-        output = _process(processor, images, sizes, prompts, settings, bound)
-        if not inputs:
-            inputs.append(output)
+    processor: Any
+    sizes: tuple[tuple[Size, ...], ...]
+    prompts: Sequence[str]
+    settings: Mapping[str, Any]
+    bound: int | None = None
+
+    def __call__(self, images: list[Image.Image]) -> Mapping[str, Any]:
+        """What the processor makes of images, in the order of the prompts."""
+        if len(self.sizes) == 1 and not self.settings:
+            output: Mapping[str, Any] = prepare(self.processor, images, self.prompts[0], None, self.bound)
+            return output
+        rest = iter(images)
+        rows = [[next(rest) for _ in row] for row in self.sizes]
+        padding = {"padding": True} if len(rows) > 1 else {}
+        given = rows[0] if len(rows) == 1 else rows
+        output = self.processor(images=given, text=list(self.prompts), return_tensors="pt", **padding, **self.settings)
+        return output
+
+    def entries(self, images: list[Image.Image]) -> Entries:
+        """The entries without those of the text."""
+        output = self(images)
         return {name: value for name, value in output.items() if not _is_text(name, value, output)}
 
-    pixels, origin = coordinates(process, [size for row in sizes for size in row])
-    noise = torch.randn(len(origin.image), generator=torch.Generator().manual_seed(0))
-    filling = torch.where(origin.image >= 0, noise, pixels.values(pixels.entries))
-    tensors = pixels.tensors()
-    parts = filling.split([tensor.numel() for tensor in tensors])
-    shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    with influence(model, inputs[0], shaped, pixels.filled) as reached:
-        owners = reached.tokens()
-        count = len(reached.columns)
+    def blank(self) -> list[Image.Image]:
+        """Black images of these sizes."""
+        return [Image.new("RGB", (width, height)) for row in self.sizes for height, width in row]
+
+    def squares(self) -> _Call:
+        """The same with large square images, of which processors pad little or nothing."""
+        side = 2 * max(max(size) for row in self.sizes for size in row)
+        return self._replace(sizes=tuple(tuple((side, side) for _ in row) for row in self.sizes))
+
+
+def _measure(model: nn.Module, call: _Call) -> _Known:
+    with _reached(model, call) as (pixels, origin, reached):
+        owners, count = reached.tokens(), len(reached.columns)
         if int((owners == SEVERAL).sum()) > _MIXED * len(owners):
             boxes, images = shared_boxes(reached.gradient, origin, count)
         else:
-            boxes, images = boxes_of(owners, origin, count)
+            try:
+                boxes, images = boxes_of(owners, origin, count)
+            except OnlyPadded:
+                boxes, images = boxes_of(owners, origin, count, _patterns(model, call.squares()))
+        columns = reached.columns
     if not bool((images >= 0).any()):
         raise ValueError(
             f"model: expected image tokens that depend on pixels, got {count} of {unwrap(model).config.model_type!r} "
             "that do not; where they lie in the image cannot be measured"
         )
-    before = torch.tensor([sum(map(len, sizes[:row])) for row in reached.columns[:, 0].tolist()])
+    before = torch.tensor([sum(map(len, call.sizes[:row])) for row in columns[:, 0].tolist()])
     within = torch.where(images >= 0, images - before, -1)
-    return _Known(Measured(boxes, within, reached.columns, sizes), pixels.without_values())
+    return _Known(Measured(boxes, within, columns, call.sizes), pixels.without_values())
 
 
-def _process(
-    processor: Any,
-    images: list[Image.Image],
-    sizes: tuple[tuple[Size, ...], ...],
-    prompts: Sequence[str],
-    settings: Mapping[str, Any],
-    bound: int | None,
-) -> Mapping[str, Any]:
-    """What the processor makes of the images of each row and the prompts."""
-    if len(sizes) == 1 and not settings:
-        output: Mapping[str, Any] = prepare(processor, images, prompts[0], None, bound)
-        return output
-    rest = iter(images)
-    rows = [[next(rest) for _ in row] for row in sizes]
-    padding = {"padding": True} if len(rows) > 1 else {}
-    given = rows[0] if len(rows) == 1 else rows
-    output = processor(images=given, text=list(prompts), return_tensors="pt", **padding, **settings)
-    return output
+def _patterns(model: nn.Module, call: _Call) -> Patterns:
+    with _reached(model, call) as (_, origin, reached):
+        return patterns_of(reached.tokens(), origin, len(reached.columns))
 
 
-def _bound(
-    processor: Any, inputs: Mapping[str, Any], sizes: tuple[tuple[Size, ...], ...], prompts: Sequence[str]
-) -> int | None:
+@contextmanager
+def _reached(model: nn.Module, call: _Call) -> Iterator[tuple[Pixels, Coordinates, Influence]]:
+    """The pixel tensors of a call, where their values come from, and which token each reaches."""
+    pixels, origin = coordinates(call.entries, [size for row in call.sizes for size in row])
+    noise = torch.randn(len(origin.image), generator=torch.Generator().manual_seed(0))
+    filling = torch.where(origin.image >= 0, noise, pixels.values(pixels.entries))
+    tensors = pixels.tensors()
+    parts = filling.split([tensor.numel() for tensor in tensors])
+    shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    with influence(model, call(call.blank()), shaped, pixels.filled) as reached:
+        yield pixels, origin, reached
+
+
+def _bound(call: _Call, inputs: Mapping[str, Any]) -> int | None:
     """The bound of pixels with which a call of the processor made inputs of these images; None if it had none."""
-    images = [Image.new("RGB", (width, height)) for row in sizes for height, width in row]
+    images = call.blank()
 
     def count(bound: int | None) -> tuple[int, bool]:
-        made = _process(processor, images, sizes, prompts, {}, bound)
-        pixels = {name for name, value in made.items() if _is_pixels(name, value, made)}
-        entries = {name: value for name, value in made.items() if not _is_text(name, value, made)}
-        return sum(made[name].numel() for name in pixels), _difference(inputs, entries, pixels) is None
+        entries = call._replace(bound=bound).entries(images)
+        pixels = {name for name, value in entries.items() if _is_pixels(value)}
+        return sum(entries[name].numel() for name in pixels), _difference(inputs, entries, pixels) is None
 
     most, same = count(None)
-    pixels = {name for name, value in inputs.items() if _is_pixels(name, value, inputs)}
-    wanted = sum(inputs[name].numel() for name in pixels)
-    if same or len(sizes) > 1 or wanted >= most:
+    wanted = sum(value.numel() for name, value in inputs.items() if _is_pixels(value) and not names.is_text(name))
+    if same or len(call.sizes) > 1 or wanted >= most:
         return None
     low, high = 1, most
     while low < high:
@@ -298,9 +310,9 @@ def _is_text(name: str, value: Any, inputs: Mapping[str, Any]) -> bool:
     return names.is_text(name) or (isinstance(value, torch.Tensor) and value.shape[:2] == shape)
 
 
-def _is_pixels(name: str, value: Any, inputs: Mapping[str, Any]) -> bool:
+def _is_pixels(value: Any) -> bool:
     """Whether an entry may be a pixel tensor."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and not _is_text(name, value, inputs)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _difference(inputs: Mapping[str, Any], entries: Entries, pixels: set[Any]) -> str | None:

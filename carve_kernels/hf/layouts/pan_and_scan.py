@@ -24,11 +24,12 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
     else:
         crops = [] if len(pixels) == image.total else list(_crops(image.processor, tokens, count))
-        if image.total == 1 and len(crops) != len(pixels) - 1:
-            raise ValueError(
-                f"inputs: pixel_values hold the image and {len(pixels) - 1} crops, the prompt has {len(crops)} crops; "
-                "it was probably truncated, or holds more than one image"
-            )
+    given = len(pixels) - image.before - 1
+    if image.number == image.total - 1 and len(crops) != given:
+        raise ValueError(
+            f"inputs: pixel_values hold {given} crops of the last image, the prompt has {len(crops)}; it was probably "
+            "truncated, or the images do not match the prompt"
+        )
     boxes = _boxes(image.size, len(crops))
     return (whole, *(View(found, grid, box, kind="crop") for found, box in zip(crops, boxes, strict=True)))
 

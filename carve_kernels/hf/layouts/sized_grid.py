@@ -16,6 +16,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Size, View
 
 
@@ -30,10 +31,12 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole cells; what remains of the image at the right and the bottom has no token."""
-    resized, cell = tuple(int(side) for side in image.item("image_sizes")), cell_of(image.config, image.options)
+    height, width = (int(side) for side in image.item("image_sizes"))
+    resized, cell = (height, width), cell_of(image.config, image.options)
     _check_shape(image.size, resized, cell)
     rows, columns = resized[0] // cell[0], resized[1] // cell[1]
     box = covered(image.size, resized, (rows, columns), cell)
+    check_seen(image, box, (rows, columns), cell, pixels_of(image.item("pixel_values"), cell))
     if not image.options.get("newlines"):
         return (View(tokens.take(rows * columns), (rows, columns), box),)
     found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from carve_kernels.hf.layouts.coordinates import Coordinates
 
-# Weights of values beside an edge of the image, whose coordinates may be biased, and the share that makes one useless.
-_BESIDE, _USELESS = 1e-3, 0.6
+# Weights of values beside and at an edge of the image, whose coordinates may be biased, and the share that is at it.
+_BESIDE, _AT, _AT_EDGE = 1e-3, 1e-6, 0.6
 _LEVEL = 1.5 / 255
 _SWEEPS = 4
 # A token whose values spread over less of it than this has its length from a neighbour: a share of the variance.
@@ -19,22 +20,37 @@ _SPREAD = 0.3
 _ALIKE, _FAR = 0.15, 1000.0
 # Of a token's side, how far a value may lie from where an even grid has it.
 _UNEVEN = 0.15
+_UNEVEN_VALUES = (
+    "model: the pixels that reach an image token lie in no even rectangle of the image, so that its box cannot be "
+    "measured"
+)
 _NO_PLACE = (
     "model: the image tokens have no place in the image: each is computed from all of it, as by learned queries, or "
     "from parts that make no grid"
 )
 
 
-class _Group(NamedTuple):
-    """Tokens that values reach alike: numbers and images [T], and the values' places and weights [T, n]."""
+Patterns = Mapping[tuple[int, int], torch.Tensor]
+"""Where in a token each of its values lies, by axis and the number of values, from 0 to 1."""
 
+
+class OnlyPadded(ValueError):
+    """Each token is partly in padding, so that what else it covers is unknown."""
+
+
+class _Group(NamedTuple):
+    """Tokens that values reach alike: numbers and images [T]; places and weights [T, n] of the values, 0 in padding."""
+
+    axis: int
     tokens: torch.Tensor
     images: torch.Tensor
     places: torch.Tensor
     weights: torch.Tensor
 
 
-def boxes_of(owners: torch.Tensor, origin: Coordinates, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def boxes_of(
+    owners: torch.Tensor, origin: Coordinates, count: int, patterns: Patterns = MappingProxyType({})
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The box of each of `count` tokens, float64 [N, 4], and the number of its image, int64 [N].
 
     `owners` has for each pixel value the token that it reaches, or a negative number. A token without a value from the
@@ -43,27 +59,39 @@ def boxes_of(owners: torch.Tensor, origin: Coordinates, count: int) -> tuple[tor
     Values at the same distances in the pixel tensors have the same pattern in every token, so that values in padding
     and beside an edge, whose coordinates say nothing, are known by those of other tokens.
     """
+    boxes, images = torch.full((count, 4), torch.nan, dtype=torch.float64), torch.full((count,), -1)
+    for group in _groups(owners, origin, count):
+        images[group.tokens] = group.images
+        boxes[group.tokens, group.axis], boxes[group.tokens, group.axis + 2] = _ends(group, patterns)
+    return boxes, images
+
+
+def patterns_of(owners: torch.Tensor, origin: Coordinates, count: int) -> Patterns:
+    """The patterns of tokens without padding."""
+    found = {}
+    for group in _groups(owners, origin, count):
+        if bool((group.weights > 0).all(1).any()):
+            found[group.axis, group.places.shape[1]] = _pattern(group)
+    return found
+
+
+def _groups(owners: torch.Tensor, origin: Coordinates, count: int) -> Iterator[_Group]:
+    """For each axis the tokens whose values lie alike in the pixel tensors, and are not all in padding."""
     order = torch.argsort(owners, stable=True)
     order = order[owners[order] >= 0]
     sizes = torch.bincount(owners[order], minlength=count)
     starts = sizes.cumsum(0) - sizes
-    boxes = torch.full((count, 4), torch.nan, dtype=torch.float64)
-    images = torch.full((count,), -1)
     for size in sizes.unique().tolist():
-        if size == 0:
-            continue
-        tokens = (sizes == size).nonzero().flatten()
+        tokens = (sizes == size).nonzero().flatten() if size else torch.empty(0, dtype=torch.int64)
         values = order[starts[tokens][:, None] + torch.arange(size)]
-        images[tokens] = _image_of(origin.image[values])
-        shown = images[tokens] >= 0
-        tokens, values = tokens[shown], values[shown]
-        kinds = _layouts(values)
-        for kind in kinds.unique().tolist():
+        images = _image_of(origin.image[values]) if size else tokens
+        shown = images >= 0
+        tokens, values, images = tokens[shown], values[shown], images[shown]
+        layouts = _layouts(values) if size else tokens
+        for layout in layouts.unique().tolist():
+            members = layouts == layout
             for axis in (0, 1):
-                members = kinds == kind
-                group = _group(tokens[members], images[tokens[members]], values[members], origin, axis)
-                boxes[group.tokens, axis], boxes[group.tokens, axis + 2] = _ends(group)
-    return boxes, images
+                yield _Group(axis, tokens[members], images[members], *_placed(values[members], origin, axis))
 
 
 def shared_boxes(
@@ -133,11 +161,11 @@ def _layouts(values: torch.Tensor) -> torch.Tensor:
     return ((values - values[:, :1]) * factors).sum(1)
 
 
-def _group(tokens: torch.Tensor, images: torch.Tensor, values: torch.Tensor, origin: Coordinates, axis: int) -> _Group:
+def _placed(values: torch.Tensor, origin: Coordinates, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The places and weights of tokens' values [T, n] along an axis."""
     places, edges = origin.place[axis][values].double(), origin.edge[axis][values]
-    weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _USELESS, _BESIDE, 0.0)).double()
-    return _Group(tokens, images, places.nan_to_num(), weights.where(places.isfinite(), 0.0))
+    weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _AT_EDGE, _BESIDE, _AT)).double()
+    return places.nan_to_num(), weights.where(places.isfinite(), 0.0)
 
 
 def _image_of(images: torch.Tensor) -> torch.Tensor:
@@ -148,9 +176,15 @@ def _image_of(images: torch.Tensor) -> torch.Tensor:
     return last
 
 
-def _ends(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token of a group begins and ends along an axis, float64 [T] each."""
-    pattern = _pattern(group)
+def _ends(group: _Group, patterns: Patterns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token of a group begins and ends along its axis, float64 [T] each."""
+    if bool((group.weights > 0).all(1).any()):
+        pattern = _pattern(group)
+    else:
+        known = patterns.get((group.axis, group.places.shape[1]))
+        if known is None:
+            raise OnlyPadded(f"{_UNEVEN_VALUES}: all of its tokens are partly in padding")
+        pattern = known
     starts, lengths, spread = _line(pattern, group.places, group.weights)
     sure = spread >= _SPREAD / 12
     if bool(sure.any()):
@@ -158,13 +192,9 @@ def _ends(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
         total = group.weights.sum(1).clamp(min=1e-9)
         starts = (group.weights * (group.places - lengths[:, None] * pattern)).sum(1) / total
     expected = starts[:, None] + lengths[:, None] * pattern
-    off = ((group.places - expected).abs() * (group.weights == 1)).amax(1)
-    useless = ~(group.weights.amax(1) > 0) | ~(lengths > 0)
-    if bool((off > _UNEVEN * lengths).any()) or bool(useless.any()):
-        raise ValueError(
-            "model: the pixels that reach an image token lie in no even rectangle of the image, or too near to its "
-            "edges, so that the token's box cannot be measured"
-        )
+    off = ((group.places - expected).abs() * (group.weights >= _BESIDE)).amax(1)
+    if not bool(((lengths > 0) & (off <= _UNEVEN * lengths)).all()):
+        raise ValueError(_UNEVEN_VALUES)
     return starts, starts + lengths
 
 
@@ -180,15 +210,14 @@ def _similar(group: _Group, lengths: torch.Tensor, sure: torch.Tensor) -> torch.
 def _pattern(group: _Group) -> torch.Tensor:
     """Where in its token each value lies, from 0 to 1, float64 [n]."""
     size = group.places.shape[1]
-    inside = (group.weights > 0) | (group.places != 0)
     # A token without padding, and among those one far from the edges.
-    best = int((inside.sum(1) * 2.0 * size + group.weights.sum(1)).argmax())
+    best = int(((group.weights > 0).all(1) * 2.0 * size + group.weights.sum(1)).argmax())
     pattern = _ranks(group.places[best])
-    known = (group.weights[best] > 0).double()
+    known = (group.weights[best] >= _BESIDE).double()
     for _ in range(_SWEEPS if len(group.tokens) > 1 else 0):
         weights = group.weights * known
         starts, lengths, spread = _line(pattern, group.places, weights)
-        use = group.weights * ((spread >= _SPREAD / 24) & (lengths > 0))[:, None]
+        use = group.weights * (group.weights >= _BESIDE) * ((spread >= _SPREAD / 24) & (lengths > 0))[:, None]
         total = (use * lengths[:, None] ** 2).sum(0)
         better = (use * lengths[:, None] * (group.places - starts[:, None])).sum(0) / total.clamp(min=1e-12)
         pattern = torch.where(total > 0, better, pattern)

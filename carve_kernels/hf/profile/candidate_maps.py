@@ -11,10 +11,10 @@ from PIL import Image
 
 from carve_kernels.hf.decoding import Branch, Decoder, PrefixCache, PromptGroup
 from carve_kernels.hf.engine.requests import Prompt, locate_prompt
-from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs, pixel_dtype
+from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
 from carve_kernels.hf.layouts.letterbox import Letterbox
-from carve_kernels.hf.model import attention_modules, input_device
+from carve_kernels.hf.model import attention_modules
 from carve_kernels.hf.profile.scores import Choice
 from carve_kernels.hf.query_rows import check_rows, general_rows, resolve_rows, tokenizer_of
 from carve_kernels.maps import AttentionMaps
@@ -96,8 +96,7 @@ class CandidateReader:
 
     def _image_inputs(self) -> ImageInputs:
         prepare_image = None if self._letterbox is None else self._letterbox.pad
-        device, dtype = input_device(self._model), pixel_dtype(self._model)
-        return ImageInputs(self._processor, device, self._preset.max_pixels, prepare_image, dtype)
+        return ImageInputs.for_model(self._model, self._processor, self._preset.max_pixels, prepare_image)
 
     def _decode(
         self, decoder: Decoder, candidates: list[_CandidatePrompt], prefixes: dict[tuple[int, ...], PrefixCache | None]
@@ -153,7 +152,8 @@ class CandidateReader:
 
 def _select(candidate: _CandidatePrompt, maps: AttentionMaps) -> CandidateMaps:
     """The maps of each candidate among the captured last rows."""
-    values = maps.values[0].masked_fill(~maps.valid[0, ..., None], torch.nan).cpu()
+    seen = maps.seen[0] | (maps.tokens[0] < 0)
+    values = maps.values[0].masked_fill(~seen.all(-1, keepdim=True), torch.nan).cpu()
     end = maps.last_step(0) + 1
     by_rows = {
         rows: values[:, :end, -1] if rows == "last" else values[:, :1, group - candidate.first].mean(2)

@@ -94,6 +94,12 @@ def check_call(model: Any, given: Mapping[str, Any], length: int) -> None:
     refuse_packed(implementation, None, segments, None, length)
 
 
+def is_prepared(attention_mask: Any) -> bool:
+    """Whether a mask argument of a forward is more than a padding mask of two dimensions."""
+    masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
+    return any(mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2) for mask in masks)
+
+
 def check_mask(implementation: str, mask: Any, keys: int = 0) -> None:
     """Raise ValueError for a mask that the implementation does not read as a mask of visible keys."""
     if not isinstance(mask, torch.Tensor):

@@ -7,25 +7,28 @@ from typing import Any
 
 import torch
 
-from carve_kernels.maps import UNCAPTURED, new_buffers
+from carve_kernels.hf.model import is_capturing
+from carve_kernels.maps import UNCAPTURED, Hidden, new_buffers
 from carve_kernels.types import Capture
 
 
 class DeviceState:
     """Allocated before a forward, never inside of one: no memory pool of a CUDA graph holds them.
 
-    ========  =======  ==========  =================================================================================
-    name      dtype    shape       meaning
-    ========  =======  ==========  =================================================================================
-    columns   int32    [4 + B N]   `span` [2], the lowest and the highest visual token, and `tokens` [B, N], all of them
-    counts    int64    [4]         `total`, the tokens after the current step, and `slot`, where `later` takes its maps
-    first     float32              maps of the prefill, [1, L, B, Q, N]
-    later     float32              maps of the steps, [T + 1, L, B, 1, N]; graphs write what is beyond T into the last
-    fed       int64    [B, T + 1]  the token fed at each step, -1 where it is unknown
-    deferred  bool     []          conditions that are read at the end only, by name
-    zero      int64    []          the slot of the prefill
-    row       int64    [B, 1]      the captured row of a step
-    ========  =======  ==========  =================================================================================
+    ============  =======  ==========  ==============================================================================
+    name          dtype    shape       meaning
+    ============  =======  ==========  ==============================================================================
+    columns       int32    [4 + B N]   `span` [2], the lowest and the highest visual token; `tokens` [B, N], all
+    counts        int64    [4]         `total`, the tokens after the current step; `slot`, where `later` takes maps
+    first         float32              maps of the prefill, [1, L, B, Q, N]
+    later         float32              maps of the steps, [T + 1, L, B, 1, N]; the last is for what is beyond T
+    fed           int64    [B, T + 1]  the token fed at each step, -1 where it is unknown
+    hidden        bool                 tokens that the rows of `first` cannot attend to, [1, L, B, Q, N]
+    hidden_later  bool                 the same of `later`, [T + 1, L, B, 1, N]; None where no layer loses any in a step
+    deferred      bool     []          conditions that are read at the end only, by name
+    zero          int64    []          the slot of the prefill
+    row           int64    [B, 1]      the captured row of a step
+    ============  =======  ==========  ==============================================================================
 
     `calls` is the CaptureCalls with the scratch. A step that follows the one before changes `counts` by one operator;
     `_host` is what `counts` was last set to. The parts of `columns` and `counts` start at multiples of 16 bytes, since
@@ -44,9 +47,11 @@ class DeviceState:
             self.zero, self.one = (torch.full((), each, dtype=torch.int64, device=self.device) for each in (0, 1))
             self.row = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
             self.first = new_buffers((1, layers, batch, rows), count, self.device)
+            self.hidden = torch.zeros(1, layers, batch, rows, count, dtype=torch.bool, device=self.device)
             self.deferred = {name: torch.zeros((), dtype=torch.bool, device=self.device) for name in conditions}
             self.fed = torch.empty(batch, 0, dtype=torch.int64, device=self.device)
         self.later: Capture | None = None
+        self.hidden_later: torch.Tensor | None = None
         self.steps = 0
         # Whether a CUDA graph writes here: then only the device knows how many steps there were.
         self.graphed = False
@@ -113,8 +118,39 @@ class DeviceState:
         self._host = total, slot
         return int(total)
 
+    def hide(self, tokens: torch.Tensor, first: int, count: int, decoding: bool) -> None:
+        """Note the tokens [B, R, N] that rows do not see in `count` layers from the index `first` on."""
+        target, slot = (self.hidden_later, self.slots) if decoding else (self.hidden, self.zero[None])
+        if target is None:
+            if torch.compiler.is_compiling() or is_capturing(self.device):
+                raise ValueError(
+                    "model: a layer has a window that the config does not name, and the first step is compiled or "
+                    "goes into a CUDA graph, where no memory can be allocated for what it hides; run a step before it"
+                )
+            target = self.follow_hidden()
+        target[:, first : first + count].index_copy_(0, slot, tokens.expand(1, count, *tokens.shape))
+
+    def follow_hidden(self) -> torch.Tensor:
+        """Note the hidden tokens of steps from now on: until a step has, they are those of the prefill's last row."""
+        later = self.hidden_later
+        with torch.inference_mode(False), torch.no_grad():
+            if later is None or later.shape[0] != self.steps + 1:
+                shape = self.steps + 1, *self.hidden.shape[1:3], 1, self.hidden.shape[4]
+                later = self.hidden_later = torch.empty(shape, dtype=torch.bool, device=self.device)
+            later.copy_(self.hidden[:, :, :, -1:])
+        return later
+
+    def hidden_tokens(self, steps: int) -> Hidden:
+        """The hidden tokens of the prefill and of `steps` steps."""
+        first = self.hidden[0].clone()
+        if not steps:
+            return Hidden(first, None)
+        if self.hidden_later is None:
+            return Hidden(first, self.hidden[:, :, :, -1].expand(steps, -1, -1, -1))
+        return Hidden(first, self.hidden_later[:steps, :, :, 0])
+
     def grow(self, steps: int) -> None:
-        """Allocate `later` and `fed` for more steps, and keep what they hold."""
+        """Allocate `later`, `fed` and `hidden_later` for more steps, and keep what they hold."""
         (batch, count), layers = self.tokens.shape, self.first.mass.shape[1]
         with torch.inference_mode(False), torch.no_grad():
             later = new_buffers((steps + 1, layers, batch, 1), count, self.device)
@@ -123,4 +159,7 @@ class DeviceState:
                 for target, values in zip(later, self.later, strict=True):
                     target[: self.steps] = values[: self.steps]
                 fed[:, : self.steps] = self.fed[:, : self.steps]
+        before, hidden = self.steps, self.hidden_later
         self.later, self.fed, self.steps = later, fed, steps
+        if hidden is not None:
+            self.follow_hidden()[:before] = hidden[:before]

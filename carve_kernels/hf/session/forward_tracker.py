@@ -24,9 +24,11 @@ from carve_kernels.hf.model import (
     text_backbone,
 )
 from carve_kernels.hf.query_rows import Rows, resolve_rows
-from carve_kernels.hf.session.attention_masks import attended_columns, check_call
+from carve_kernels.hf.session.attention_masks import attended_columns, check_call, is_prepared
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.head_shares import head_shares
+from carve_kernels.hf.session.hidden_tokens import LayerWindows
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
 
@@ -70,7 +72,9 @@ class ForwardTracker:
         self._model, self._modules, self._options = model, modules, options
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
+        self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
+        self._windows = LayerWindows(model, modules, options.layers)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None
@@ -175,6 +179,7 @@ class ForwardTracker:
                 prompt.synchronise()
         arguments = {name: value for name, value in given.items() if value is not cache}
         check_call(self._model, arguments, length)
+        self._windows.own_masks |= self.generation is None and is_prepared(given.get("attention_mask"))
         complete, generating = self._complete, self.generation is not None
         repeated = complete is not None and complete.is_repeated(ids, arguments)
         if generating and self._begun is self.generation:
@@ -335,6 +340,8 @@ class ForwardTracker:
             length=length,
             rows_kept=names.rows_kept(self._model, given),
             eos=self._end_tokens(),
+            windows=self._windows,
+            shares=self._shares,
         )
         prompt.prompt = total
         return prompt.record
@@ -369,6 +376,8 @@ class ForwardTracker:
         state = DeviceState(calls, tokens, len(options.layers), captured, CONDITIONS)
         if steps:
             state.grow(steps)
+        if steps and self._windows.any:
+            state.follow_hidden()
         return state
 
     def _all_ids(self, prompt: TrackedPrompt, ids: torch.Tensor | None, past: int, total: int) -> torch.Tensor | None:

@@ -17,6 +17,8 @@ from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.head_shares import HeadShares
+from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
 from carve_kernels.types import Capture, RowsSpec, VisualLayout
@@ -64,16 +66,18 @@ class Record:
         length: int,
         rows_kept: int | None,
         eos: tuple[int, ...],
+        windows: LayerWindows,
+        shares: HeadShares | None = None,
     ) -> None:
         self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
         self.on_layer, self.fused = options.on_layer, options.fused
         self.last, self.weight = rows.last, rows.weight
-        self.state = state
+        self.state, self.shares = state, shares
         state.start(tokens, past + length)
         # The captured rows of the current forward, and where it is written.
         self.rows, self.target, self.slot = (rows.columns - past).to(state.device), state.first, state.zero
         # How many keys each layer may get.
-        self.reaches = reaches
+        self.reaches, self.windows = reaches, windows
         self.active = True
         self.step = 0
         self.eos = eos
@@ -103,6 +107,8 @@ class Record:
         self._warn(last)
         if self.active and self.step > state.steps:
             state.grow(min(self.max_steps - 1, max(STEPS, 2 * state.steps)))
+        if self.active and self.step == 1 and (self.windows.any or state.hidden_later is not None):
+            state.follow_hidden()
         state.move(total, self.step - 1)
         state.select(row)
         if self.active:
@@ -224,6 +230,9 @@ class Record:
             self.error = error
             raise
         output = self.state.calls.attend(operator, shared, index, tensors, sink, self.target, self.slot)
+        if shared.hidden is not None:
+            self.state.hide(shared.hidden, index, 1, self.decoding)
+        self._average(shared, index, 1, query.shape[1])
         self._finish(index, query)
         return output.transpose(1, 2), None
 
@@ -268,6 +277,8 @@ class Record:
         if not complete and rows == self.rows_kept:
             complete = self.lowest_row >= self.forward_length - rows >= 0
         expected = self.state.tokens.shape[0]
+        if self.shares is not None:
+            self.shares.check(layer, query.shape[1])
         if batch != expected or not complete:
             raise ValueError(
                 f"layers: layer {layer} has {batch} x {rows} rows, but the model was given {expected} x "
@@ -288,7 +299,9 @@ class Record:
             self.state.deferred["cache"].logical_or_(self.state.total != keys)
         _, heads, length, size = query.shape
         kind = (query.dtype, heads, key.shape[1], size, key.stride(3))
-        return options.scale, options.softcap, keys, options.window, length, version_of(mask), windowed, kind
+        hides = not self.decoding or windowed or self.windows.may_hide(index, options.window)
+        view = hides, self.windows.by_position[index]
+        return options.scale, options.softcap, keys, options.window, length, version_of(mask), windowed, kind, view
 
     def _new_batch(
         self,
@@ -300,6 +313,7 @@ class Record:
         options: names.AttentionOptions,
     ) -> LayerBatch:
         keys, window, length, _, windowed = alike[2:7]
+        hides, _ = alike[-1]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, mask, keys)
         refuse_packed(implementation, mask, options.segments, options.positions, length)
@@ -311,9 +325,12 @@ class Record:
             elif bool(visible.biased):
                 raise bias_error()
         tokens, span = self._columns(keys, windowed)
+        hidden = None
+        if hides:
+            hidden = hidden_tokens(tokens, self.state.tokens >= 0, rows, visible, self.windows.by_position[index])
         return LayerBatch(
             index, alike, tokens, span, visible.mask, visible.positions, options.scale, options.softcap, visible.window,
-            mask,
+            mask, hidden,
         )  # fmt: skip
 
     def _columns(self, keys: int, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,6 +355,14 @@ class Record:
                 "attention and their capture; use on_layer, which captures each layer immediately"
             )
         self.state.calls.run(batch, self.target, self.slot)
+        if batch.hidden is not None:
+            self.state.hide(batch.hidden, batch.first, len(batch.query), self.decoding)
+        self._average(batch, batch.first, len(batch.query), batch.query[0].shape[1])
+
+    def _average(self, batch: LayerBatch, first: int, layers: int, heads: int) -> None:
+        """After layers were captured: the means over the heads of all processes, where each has a share of them."""
+        if self.shares is not None:
+            self.shares.average(self.target, self.slot, first, layers, heads, batch.tokens)
 
     def result(self) -> AttentionMaps:
         """A copy of what has been captured so far; raises the ValueError of a forward that was refused."""
@@ -359,6 +384,7 @@ class Record:
             tokens=state.tokens,
             dtype=self.dtype,
             layout=self.layout,
+            hidden=state.hidden_tokens(steps - 1),
         )
 
     def _running(self, steps: int) -> torch.Tensor:

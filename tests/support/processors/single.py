@@ -373,12 +373,19 @@ def deepseek_vl() -> Any:
     )
 
 
+def _prefixed(self: Any, text: str, **options: Any) -> Any:
+    return transformers.PreTrainedTokenizerFast.__call__(self, f"x{text}", **options)
+
+
 @processor()
 def fuyu() -> Any:
     patch = {"height": 14, "width": 14}
     # The one on Pillow fails in transformers 5.24.
     images = transformers.FuyuImageProcessor(size={"height": 112, "width": 168}, patch_size=patch)
-    return transformers.FuyuProcessor(images, tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"}))
+    made = tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"})
+    # The processor drops the first token of a text, which Fuyu's tokenizer adds.
+    made.__class__ = type("PrefixTokenizer", (type(made),), {"__call__": _prefixed})
+    return transformers.FuyuProcessor(images, made)
 
 
 @processor()
@@ -398,3 +405,38 @@ def emu3() -> Any:
     # As the encoder of the zoo.
     made.downsample_ratio = 2
     return made
+
+
+@processor()
+def idefics2() -> Any:
+    return transformers.Idefics2Processor(
+        image_processor("idefics2", "Idefics2ImageProcessor")(size={"shortest_edge": 56, "longest_edge": 112}),
+        tokenizer(
+            ("<image>", "<fake_token_around_image>", "<end_of_utterance>"),
+            {
+                "image_token": "<image>",
+                "image_boundary_token": "<fake_token_around_image>",
+                "end_of_utterance_token": "<end_of_utterance>",
+            },
+        ),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+
+
+@processor()
+def aria() -> Any:
+    return transformers.AriaProcessor(
+        image_processor("aria", "AriaImageProcessor")(),
+        tokenizer(("<image>",), {"image_token": "<image>"}),
+        chat_template=template("<image>"),
+    )
+
+
+@processor()
+def deepseek_ocr2() -> Any:
+    return transformers.DeepseekOcr2Processor(
+        image_processor("deepseek_ocr2", "DeepseekOcr2ImageProcessor")(),
+        tokenizer(("<image>",), {"image_token": "<image>"}),
+        chat_template=template("<image>"),
+    )
