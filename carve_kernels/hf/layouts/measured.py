@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from carve_kernels.checks import size as check_size
-from carve_kernels.hf import names
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.layouts.coordinates import Coordinates, Entries, Pixels, coordinates
 from carve_kernels.hf.layouts.influence import SEVERAL, Influence, influence
@@ -237,7 +237,7 @@ def _bound(call: _Call, inputs: Mapping[str, Any]) -> int | None:
         return sum(entries[name].numel() for name in pixels), _difference(inputs, entries, pixels) is None
 
     most, same = count(None)
-    wanted = sum(value.numel() for name, value in inputs.items() if _is_pixels(value) and not names.is_text(name))
+    wanted = sum(value.numel() for name, value in inputs.items() if _is_pixels(value) and not processors.is_text(name))
     if same or len(call.sizes) > 1 or wanted >= most:
         return None
     low, high = 1, most
@@ -307,7 +307,7 @@ def _settings_of(processor: Any) -> str:
 def _is_text(name: str, value: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether an entry belongs to the text: by its name, or since it has a value for each token."""
     shape = inputs["input_ids"].shape
-    return names.is_text(name) or (isinstance(value, torch.Tensor) and value.shape[:2] == shape)
+    return processors.is_text(name) or (isinstance(value, torch.Tensor) and value.shape[:2] == shape)
 
 
 def _is_pixels(value: Any) -> bool:
