@@ -116,6 +116,12 @@ def test_other_canvases_than_the_models_are_refused() -> None:
             processed(name, (97, 131), {"image_grid_pinpoints": [[56, 112]]})
 
 
+@pytest.mark.parametrize("name", ["llava_next", "granite4_vision"])
+def test_a_crop_that_is_given_to_a_call_is_seen(name: str) -> None:
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 113 x 225"):
+        processed(name, LARGE, {"size": {"shortest_edge": 70}})
+
+
 def test_other_pooling_than_the_processors_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pooling_size is \[2, 2\], the inputs have 9 patches"):
         processed("molmo2", LARGE, {"pooling_size": [3, 3]})
