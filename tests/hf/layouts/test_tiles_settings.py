@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"crop_to_patches": False},
         {"max_patches": 3},
     ),
+    "phi4_multimodal": ({"dynamic_hd": 2},),
     "qianfan_ocr": ({"max_patches": 3}, {"crop_to_patches": False}),
     "smolvlm": ({"size": {"longest_edge": 48}}, {"do_image_splitting": False}),
 }
