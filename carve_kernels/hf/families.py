@@ -34,7 +34,7 @@ _SLICES = {
     "column": "{slice_end_token}{slice_start_token}",
     "row": "{slice_end_token}.+{slice_start_token}",
     "shapes": "target_sizes",
-    "merge": (4, 2),
+    "merge": (2, 4),
 }
 
 FAMILIES: dict[str, Family] = {

@@ -349,6 +349,11 @@ def image_id(config: Any) -> int | None:
     return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
 
 
+def video_id(config: Any) -> int | None:
+    """The same for the video token."""
+    return next((found for name in _VIDEO_IDS if (found := getattr(config, name, None)) is not None), None)
+
+
 def visual_ids(config: Any) -> list[int]:
     """The ids of the image and video tokens, ascending."""
     return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})

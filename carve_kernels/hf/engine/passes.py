@@ -149,7 +149,7 @@ class Job:
         self.left_out = whole.left_out
         if whole.left_out:
             _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
-        preset = replace(setup.carving, layer_weights=whole.weights)
+        carving = replace(setup.carving, layer_weights=whole.weights)
         self.carved, self.strengths = [], []
         several = len(self.request.images) > 1
         for number, image in enumerate(self.request.images):
@@ -160,12 +160,12 @@ class Job:
                 torch.cat([maps[..., span] for span in columns], -1) if several else maps
                 for maps in (whole.task, whole.general)
             ]
-            outcome = carve_views(image, own[0], own[1], grids, boxes, preset, setup.backend)
+            outcome = carve_views(image, own[0], own[1], grids, boxes, carving, setup.backend)
             self.carved.append(outcome)
             size = image.height, image.width
             # One image has no other to compare it with.
             self.strengths.append(
-                strength(size, own[0], own[1], grids, boxes, preset, setup.backend) if several else None
+                strength(size, own[0], own[1], grids, boxes, carving, setup.backend) if several else None
             )
             for stage, seconds in outcome.seconds.items():
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

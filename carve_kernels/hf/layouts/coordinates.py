@@ -21,6 +21,12 @@ Process = Callable[[list[Image.Image]], Entries]
 _LEVELS = 255
 # Values that span less than this share of the largest range come from padding, not from the image.
 _PADDING = 0.02
+# How far a grey may be from its share of white, among as many greys as images.
+_LINEAR = 0.05
+_NO_MEANS = (
+    "processor: expected pixel values that are weighted means of the image's pixels, got others; where they lie in the "
+    "image cannot be measured"
+)
 # Shortest ramp in pixels, and the share of a longer image that a ramp covers.
 _RAMP, _SHARE = 32.0, 8
 
@@ -92,13 +98,10 @@ def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordi
             pass
         shares = (pixels.values(entries)[inside] - low) / span
         if not bool(((shares > -0.2) & (shares < 1.2)).all()):
-            raise ValueError(
-                "processor: expected pixel values that are weighted means of the image's pixels, got others; its "
-                "boxes cannot be measured"
-            )
+            raise ValueError(_NO_MEANS)
         return shares
 
-    number = _numbers(shown, sizes, len(low))
+    number = _numbers(shown, sizes)
     place = torch.full((2, len(inside)), torch.nan)
     edge = torch.zeros(2, len(inside))
     for row, axis in enumerate((1, 0)):
@@ -110,13 +113,14 @@ def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordi
     return pixels, Coordinates(place, edge, image)
 
 
-def _numbers(shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], count: int) -> torch.Tensor:
-    """The number of each value's image, told by its grey."""
-    if len(sizes) == 1:
-        return torch.zeros(count, dtype=torch.int64)
-    greys = [(index + 0.5) / len(sizes) for index in range(len(sizes))]
-    shares = shown([_flat(size, round(_LEVELS * grey)) for size, grey in zip(sizes, greys, strict=True)])
-    return (shares * len(sizes)).long().clamp(0, len(sizes) - 1)
+def _numbers(shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size]) -> torch.Tensor:
+    """The number of each value's image, told by its grey. Raises ValueError for values that are not in proportion."""
+    greys = [round(_LEVELS * (index + 0.5) / len(sizes)) for index in range(len(sizes))]
+    shares = shown([_flat(size, grey) for size, grey in zip(sizes, greys, strict=True)])
+    number = (shares * len(sizes)).long().clamp(0, len(sizes) - 1)
+    if bool(((shares - torch.tensor(greys)[number] / _LEVELS).abs() > _LINEAR / len(sizes)).any()):
+        raise ValueError(_NO_MEANS)
+    return number
 
 
 def _along(

@@ -62,10 +62,12 @@ def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Si
 def check_count(image: ProcessedImage, tiles: int) -> None:
     """Raise ValueError if the tiles of an image, after those of the images before it, are not those of the inputs."""
     name = image.options.get("shapes", "pixel_values")
-    if image.entry(name).ndim == 5:
-        # The tiles of each row, padded to the same number.
-        return
-    found, needed = len(image.entry(name)), image.before + tiles
+    tiles_of = image.entry(name)
+    found, needed = len(tiles_of), image.before + tiles
+    if tiles_of.ndim == 5:
+        # Those of each row, padded to the same number.
+        mask = image.entries.get("pixel_attention_mask")
+        found = tiles_of.shape[0] * tiles_of.shape[1] if mask is None else int((mask[..., 0, 0] != 0).sum())
     if found < needed or (found > needed and image.number == image.total - 1):
         raise ValueError(
             f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "

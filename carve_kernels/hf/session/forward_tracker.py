@@ -74,7 +74,7 @@ class ForwardTracker:
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
-        self._windows = LayerWindows(text_backbone(model).config, modules, options.layers)
+        self._windows = LayerWindows(model, modules, options.layers)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None
