@@ -30,7 +30,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
 
 def _span(length: int, longest: int, side: int, covered: int, shortest: int) -> tuple[float, float]:
-    """Where the cells begin and end along a side of the image, which was resized and centred in a side of the square."""
+    """Where the cells begin and end along a side of the image, resized and centred in a side of the square."""
     resized = max(round(length * (side / longest)), shortest)
     start = (side - resized) // 2
     return -start * length / resized, (covered - start) * length / resized
