@@ -44,6 +44,8 @@ DISTINCT = (
 )
 # Their tokens are codes, which no gradient reaches; where the image is cut is measured, in which order they are is not.
 CODES = ("chameleon", "emu3")
+# Families that are not listed, so that their layout itself is measured.
+UNLISTED = ("video_llava",)
 # How many random sizes: in `make test`, and in all.
 FEW, ALL = 4, 50
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -98,8 +100,8 @@ def family(name: str) -> Family:
         pytest.skip(f"transformers has no {zoo_kind(name).class_name}")
     model, processor = pair(name)
     found = family_of(model.config.model_type, processor)
-    assert found is not None, f"{model.config.model_type} has no layout and no reason why"
-    return found
+    assert found is not None or name in UNLISTED, f"{model.config.model_type} has no layout and no reason why"
+    return Family(None) if found is None else found
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_the_tokens_of_any_size_fit(name: str, count: int) -> None:
         size = draw.randint(16, 400), draw.randint(16, 400)
         if max(size) < 20 * min(size):
             found = layout(name, size, {})
-            assert found.views[0] and not found.measured
+            assert found.views[0] and found.measured is (name in UNLISTED)
 
 
 def check(name: str, size: Size, settings: dict[str, Any]) -> None:
