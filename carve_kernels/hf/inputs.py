@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, image_token, video_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -33,6 +33,7 @@ _TRANSPOSITIONS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_ARTICLES = {"image": "an image", "video": "a video"}
 # The tokens around an image in Qwen's templates.
 _IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
@@ -72,24 +73,27 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
         raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
 
 
-def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
-    """The prompt for `n_images` images and a text, by the chat template of the processor, or else of its tokenizer.
+def build_prompt(processor: Any, text: str, n_images: int = 1, n_videos: int = 0) -> str:
+    """The prompt for images and videos and a text, by the chat template of the processor, or else of its tokenizer.
 
     A text-only template, which takes no list of parts, gets the image tokens before the text, as without a template.
 
-    Raises ValueError if the text is empty or contains the image token, if the template drops images or the text, or if
-    there are several templates and none is the default.
+    Raises ValueError if the text is empty or contains the image or video token, if the template drops images, videos or
+    the text, or if there are several templates and none is the default.
     """
     check_text("text", text)
-    count = integer("n_images", n_images, low=0)
-    token = image_token(processor)
-    if token in text:
-        raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
-    flat = _image_in_text(processor) * count + text
+    count = {"image": integer("n_images", n_images, low=0), "video": integer("n_videos", n_videos, low=0)}
+    tokens = {"image": image_token(processor)} | ({"video": video_token(processor)} if n_videos else {})
+    for kind, token in tokens.items():
+        if token in text:
+            raise ValueError(
+                f"text: contains the {kind} token {token!r}, which stands for {_ARTICLES[kind]}; remove it"
+            )
+    flat = "".join(_in_text(processor, kind, token) * count[kind] for kind, token in tokens.items()) + text
     template = _template_of(processor)
     if template is None:
         return flat
-    parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
+    parts = [*({"type": kind} for kind in tokens for _ in range(count[kind])), {"type": "text", "text": text}]
     faults: list[str] = []
     for content in (parts, flat):
         try:
@@ -103,7 +107,8 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
             # A text-only template fails on a list: it concatenates it to a text, or calls a method of texts.
             faults.append(f"fails ({error})")
             continue
-        fault = _fault(prompt, token, count, text)
+        found = [_fault(prompt, kind, token, count[kind], text) for kind, token in tokens.items()]
+        fault = next(filter(None, found), None)
         if fault is None:
             return prompt
         faults.append(fault)
@@ -138,10 +143,7 @@ def prepare(
         settings["images_kwargs"] = bounds
     if token_types:
         settings["return_mm_token_type_ids"] = True
-    first = getattr(processor.tokenizer, "bos_token", None)
-    if first and prompt.startswith(first):
-        # The template has added it; the tokenizer would add another one.
-        settings["add_special_tokens"] = False
+    settings |= text_settings(processor, prompt)
     try:
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
     except ValueError as error:
@@ -150,11 +152,17 @@ def prepare(
     return inputs if device is None else inputs.to(device)
 
 
-def _image_in_text(processor: Any) -> str:
-    """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
-    if adds_image_token(processor):
+def text_settings(processor: Any, prompt: str) -> dict[str, Any]:
+    """What a processor has to be told about a prompt that a template may have made."""
+    first = getattr(processor.tokenizer, "bos_token", None)
+    # The template has added it; the tokenizer would add another one.
+    return {"add_special_tokens": False} if first and prompt.startswith(first) else {}
+
+
+def _in_text(processor: Any, kind: str, token: str) -> str:
+    """What represents an image or a video in a text: its token between marks that the tokenizer knows, or on a line."""
+    if kind == "image" and adds_image_token(processor):
         return ""
-    token = image_token(processor)
     if writes_prompts(processor):
         return token
     tokenizer = processor.tokenizer
@@ -179,13 +187,13 @@ def _template_of(processor: Any) -> str | None:
     return None
 
 
-def _fault(prompt: str, token: str, count: int, text: str) -> str | None:
+def _fault(prompt: str, kind: str, token: str, count: int, text: str) -> str | None:
     """What is wrong with a prompt that a chat template made, or None."""
     # A text-only template may print a list of parts as Python or JSON.
     if any(prompt.count(key) > text.count(key) for key in ("'type'", '"type"')):
         return "prints the parts of a message"
     if prompt.count(token) != count:
-        return f"put {prompt.count(token)} image(s) in the prompt, expected {count}"
+        return f"put {prompt.count(token)} {kind}(s) in the prompt, expected {count}"
     return None if text.strip() in prompt else "drops the text"
 
 

@@ -40,8 +40,6 @@ _SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
-         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
@@ -388,11 +386,6 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
     return found
 
 
-def is_text(name: str) -> bool:
-    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
-    return name in _TEXT
-
-
 def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run the vision tower; the features that a forward takes, None if it takes none. Known in: 5.20 to 5.24."""
     if _TOWER not in signature_of(model).parameters:
@@ -401,8 +394,8 @@ def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | N
     known = inspect.signature(encode).parameters
     given = {name: value for name, value in entries.items() if name in known}
     missing = (each for name, each in known.items() if name not in given)
-    if any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in missing):
-        # Fuyu's takes its patches under another name than its forward.
+    if not given or any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in missing):
+        # Fuyu's takes its patches under another name than its forward, and videos have another method.
         return None
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}
