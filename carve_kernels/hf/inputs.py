@@ -86,7 +86,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     if token in text:
         raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
     flat = _image_in_text(processor) * count + text
-    template = _template_of(processor)
+    template = template_of(processor)
     if template is None:
         return flat
     parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
@@ -164,7 +164,7 @@ def _image_in_text(processor: Any) -> str:
     return token.join(_IMAGE_MARKS)
 
 
-def _template_of(processor: Any) -> str | None:
+def template_of(processor: Any) -> str | None:
     """The chat template of a processor, or else of its tokenizer; of several named ones the default.
 
     Raises ValueError if there are several and none is the default.

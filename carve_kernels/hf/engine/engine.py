@@ -18,6 +18,7 @@ from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
 from carve_kernels.hf.engine.requests import ImageSource, ImageSources, Refine, Request, make_request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
+from carve_kernels.hf.engine.video import VideoResult, ask_video
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 from carve_kernels.hf.loading import resolve_preset
 from carve_kernels.hf.model import (
@@ -30,6 +31,7 @@ from carve_kernels.hf.model import (
     unwrap,
 )
 from carve_kernels.hf.session import contract
+from carve_kernels.hf.videos import MAX_FRAMES, Video, open_video
 from carve_kernels.presets import FITS, Preset
 
 Many = list[Any] | tuple[Any, ...]
@@ -101,7 +103,7 @@ class CarveEngine:
         ordered = (
             None if weights is None else tuple(weight for _, weight in sorted(zip(self.layers, weights, strict=True)))
         )
-        self._carving = replace(self.preset, layer_weights=ordered)
+        self.carving = replace(self.preset, layer_weights=ordered)
         self.memory = memory_of(memory)
         if not isinstance(plain, bool):
             raise TypeError(f"plain: expected True or False, got {checks.describe(plain)}")
@@ -169,6 +171,41 @@ class CarveEngine:
         report("done", len(STAGES), len(STAGES))
         return result
 
+    def ask_video(
+        self,
+        video: str | os.PathLike[str] | Video,
+        question: str,
+        *,
+        max_frames: int = MAX_FRAMES,
+        fps: float | None = None,
+        prompt: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> VideoResult:
+        """Answer one question about a video, and again about the kept span of its frames, cropped to the kept part.
+
+        ===========  ==================================================================================================
+        argument     meaning
+        ===========  ==================================================================================================
+        video        a path, of which `open_video` takes frames, or a Video: then all of its frames are shown
+        max_frames   of a path: at most so many frames; `fps`: so many for each second
+        prompt       the whole text that the model reads, with one video token; None: the chat template's
+        ===========  ==================================================================================================
+
+        The contrast of all frames is one, `Preset.keep` is a share of the pixels of all of them, and regions go on from
+        a frame to the next one. Prompts are decoded one by one.
+        """
+        report = on_progress or (lambda stage, done, total: None)
+        shown = (
+            video
+            if isinstance(video, Video)
+            else open_video(video, max_frames=max_frames, fps=fps, max_image_pixels=self.max_image_pixels)
+        )
+        result = ask_video(
+            self, shown, question, prompt=prompt, on_stage=lambda stage: report(stage, STAGES.index(stage), len(STAGES))
+        )
+        report("done", len(STAGES), len(STAGES))
+        return result
+
     def stream(
         self,
         images: ImageSource | Iterable[ImageSources],
@@ -216,7 +253,7 @@ class CarveEngine:
         report = on_stage or (lambda stage: None)
         with exclusive(self.model):
             setup = Setup(
-                self.model, self.processor, self.preset, self._carving, self.layers,
+                self.model, self.processor, self.preset, self.carving, self.layers,
                 backend=self.backend, memory=self.memory, plain=self.plain, fit=self.fit,
             )  # fmt: skip
             jobs = [Job(request) for request in requests]
