@@ -40,8 +40,8 @@ def build_video_prompt(processor: Any, text: str) -> str:
     for what, wanted in (("video token", token), ("text", text)):
         if prompt.count(wanted) != 1:
             raise ValueError(
-                f"processor: its chat template has the {what} {prompt.count(wanted)} times in a prompt about one video, "
-                "expected once"
+                f"processor: its chat template has the {what} {prompt.count(wanted)} times in a prompt about one "
+                "video, expected once"
             )
     return prompt
 
