@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from carve_kernels import checks
+from carve_kernels.hf import names
 from carve_kernels.hf.decoding import Branch, PromptGroup
 from carve_kernels.hf.engine.passes import Setup, decode_answer, entropy_by_layer
 from carve_kernels.hf.engine.whole_layers import whole_layers
@@ -18,7 +19,7 @@ from carve_kernels.hf.image_inputs import ImageFeatures, on_device, pixel_dtype
 from carve_kernels.hf.inputs import build_prompt, text_settings
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.model import image_token_positions, input_device, unwrap
-from carve_kernels.hf.processors import is_pixels, is_text, lacks_token_types, video_token
+from carve_kernels.hf.processors import is_pixels, lacks_token_types, video_token
 from carve_kernels.hf.videos import Video, open_video
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.ops.zoom import zoom
@@ -162,7 +163,7 @@ def video_prompt(model: Any, processor: Any, videos: Sequence[Video], text: str)
         raise ValueError(f"video: the processor refuses {sizes} frames and pixels ({error})") from error
     known = on_device(returned, input_device(model), pixel_dtype(model))
     inputs = {name: value for name, value in known.items() if not is_pixels(name)}
-    entries = {name: value for name, value in known.items() if not is_text(name)}
+    entries = {name: value for name, value in known.items() if not names.is_text(name)}
     return VideoPrompt(text, inputs, ImageFeatures(lambda: entries), known)
 
 
