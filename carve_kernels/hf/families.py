@@ -33,8 +33,9 @@ _SLICES = {
     "first": "{image_end_token}{slice_start_token}",
     "column": "{slice_end_token}{slice_start_token}",
     "row": "{slice_end_token}.+{slice_start_token}",
+    "after": "{image_end_token}|{slice_end_token}",
     "shapes": "target_sizes",
-    "merge": (4, 2),
+    "merge": (2, 4),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -67,7 +68,17 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": _MERGED,
     "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
     "granite4_vision": Family("unpadded_rows"),
-    "hunyuan_vl": Family("merged_grid", {"lines": True}),
+    "granite_docling": Family(
+        "marked_tiles",
+        {
+            **_ROWS_AND_COLUMNS,
+            "whole": "{global_image_tag}",
+            "optional": True,
+            "merge": "vision_config.scale_factor",
+            "fine": "tile_fine_mask",
+        },
+    ),
+    "hunyuan_vl": Family("merged_grid", {"lines": True, "raster": True}),
     "hyperclovax_vision_v2": _MERGED,
     "idefics": _CROSS,
     "idefics2": _QUERIES,
@@ -80,6 +91,7 @@ FAMILIES: dict[str, Family] = {
         "padded_grid",
         {
             "resize": "navit_resize",
+            "raster": True,
             "merge": "vision_config.merge_kernel_size",
             "cell": ("vision_config.patch_size", "vision_config.merge_kernel_size"),
         },
@@ -117,14 +129,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava": Family("centre_crop", {"class_token": True}),
     "llava_next": Family("unpadded_rows"),
+    "llava_next_video": Family("unpadded_rows"),
     "llava_onevision": Family("unpadded_rows"),
+    "minicpm_ocr": Family("marked_tiles", _SLICES),
     "minicpmv4_6": Family("marked_tiles", _SLICES),
     "minicpmv4_7": Family("marked_tiles", _SLICES),
     "minimax_m3_vl": _MERGED,
     "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
     "mllama": _CROSS,
     "molmo2": Family("low_and_high", placeholder=True),
-    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size"}),
+    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size", "raster": True}),
     "ovis2": Family(
         "marked_tiles",
         {
@@ -136,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         },
         placeholder=True,
     ),
-    "paddleocr_vl": _MERGED,
+    "paddleocr_vl": Family("merged_grid", {"raster": True}),
     "paligemma": Family("centre_crop"),
     "qianfan_ocr": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "qwen2_5_omni_thinker": _MERGED,

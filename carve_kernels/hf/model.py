@@ -95,6 +95,15 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return {number: attention for number, attention in modules.items() if attention is not None}
 
 
+def layer_window(model: nn.Module, layer: int) -> bool | None:
+    """Whether old tokens leave the view of a text layer, by a window or chunks; None if not only positions decide."""
+    config: Any = text_backbone(model).config
+    types = names.types_of_layers(config)
+    if types is None or layer >= len(types):
+        return getattr(config, "sliding_window", None) is not None
+    return {"full_attention": False, "sliding_attention": True, "chunked_attention": True}.get(types[layer])
+
+
 def check_decoder(model: nn.Module) -> None:
     """Raises TypeError unless the model generates by self-attention over the columns of its prompt."""
     inner = unwrap(model)

@@ -59,24 +59,32 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
     ids = inputs["input_ids"]
-    is_image = ids == names.image_id(config)
+    image_id = names.image_id(config)
+    if image_id is None:
+        raise ValueError(
+            f"model: expected a model_type of {supported()}, or one with an image token, got {config.model_type!r}"
+        )
+    is_image = ids == image_id
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    sizes = _sizes_by_row(images, len(is_image))
+    by_row = _by_row(images, len(is_image))
+    sizes = tuple(tuple(_size(image) for image in row) for row in by_row)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
     kind, total = _kind(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
-    for row, row_sizes in enumerate(sizes):
+    for row, of_row in enumerate(by_row):
         cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
         found: list[View] = []
-        for index, size in enumerate(row_sizes):
-            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before)
+        for index, given in enumerate(of_row):
+            original = given if isinstance(given, Image.Image) else None
+            size = sizes[row][index]
+            image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
             of_image = kind.views(image, cursor)
             found += [replace(view, image=index) for view in of_image]
             number, before = number + 1, before + len(of_image)
-        _check_row(row, cursor, found, len(row_sizes))
+        _check_row(row, cursor, found, len(of_row))
         views.append(tuple(found))
     return VisualLayout(tuple(views), sizes)
 
@@ -89,6 +97,11 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
     if family is None:
+        if names.image_id(config) is None:
+            raise ValueError(
+                f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
+                f"known are {supported()}"
+            )
         return None
     if family.reason is not None:
         raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
@@ -140,7 +153,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     if cursor.taken == len(cursor):
         return
     # One image may have several runs of tokens, but not fewer than one.
-    if cursor.runs < images or cursor.runs > len(views) == images:
+    if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
         raise ValueError(
             f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
             "row as its own list, in the order of the prompt"
@@ -152,7 +165,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     )
 
 
-def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
+def _by_row(images: Any, rows: int) -> list[Any]:
     if _is_image(images):
         images = [images]
     if not isinstance(images, Sequence) or isinstance(images, str):
@@ -165,7 +178,7 @@ def _sizes_by_row(images: Any, rows: int) -> tuple[tuple[Size, ...], ...]:
             f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
             "images a row, in the order of the prompt"
         )
-    return tuple(tuple(_size(image) for image in row) for row in nested)
+    return nested
 
 
 def _is_image(value: Any) -> bool:

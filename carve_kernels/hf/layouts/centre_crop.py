@@ -17,6 +17,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, options_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Box, Size, View
 
 # The number of class tokens that a vision tower puts before its patches.
@@ -54,9 +55,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """
     patch = cell_of(image.config, image.options)
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
-    box = box_of(image, pixels, patch)
+    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), box_of(image, pixels, patch)
+    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
     tokens.take(max(0, _extra_tokens(image.processor)))
-    grid = pixels[0] // patch[0], pixels[1] // patch[1]
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 

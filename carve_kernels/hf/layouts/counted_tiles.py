@@ -64,6 +64,6 @@ def _tiles(image: ProcessedImage, number: int) -> Size:
     if rows * columns != number:
         raise ValueError(
             f"images: the prompt has {number} tiles, an image of {image.size[0]} x {image.size[1]} is never cut into "
-            "as many; give the images of each row in the order of the prompt"
+            "as many; the prompt was probably truncated, or give the images of each row in the order of the prompt"
         )
     return rows, columns

@@ -5,6 +5,7 @@ option  meaning
 ======  ============================================================================================================
 merge   the attribute of the config with the merge size; by default that of Qwen2-VL
 entry   the entry of the processor's output with the merge size of each image, which then is not in the config
+raster  patches lie row by row; by default those of a merged cell follow each other
 lines   the run also has a token before the first row, one after each row, and one after the last row (HunYuan-VL)
 ======  ============================================================================================================
 """
@@ -16,7 +17,8 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import PATCH, attribute, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.types import Size, View
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
+from carve_kernels.types import Box, Size, View
 
 MERGE = "vision_config.spatial_merge_size"
 
@@ -36,6 +38,7 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole image."""
     rows, columns = merged(image)
+    check_patches(image, (rows, columns), image.box)
     if not image.options.get("lines"):
         return (View(tokens.take(rows * columns), (rows, columns), image.box),)
     tokens.take(1)
@@ -62,6 +65,16 @@ def merged(image: ProcessedImage) -> Size:
             f"got {patches[0]} x {patches[1]}"
         )
     return patches[0] // merge[0], patches[1] // merge[1]
+
+
+def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
+    """Raise ValueError if the patches do not show the image in a box, or not in the order that the model merges."""
+    if not image.has("pixel_values"):
+        return
+    start = int(image.entry("image_grid_thw")[: image.number].prod(1).sum())
+    merge, patch = sides(_merge(image)), sides(attribute(image.config, PATCH))
+    seen = patches_of(image.entry("pixel_values")[start:], grid, merge, bool(image.options.get("raster")))
+    check_seen(image, box, grid, (merge[0] * patch[0], merge[1] * patch[1]), seen)
 
 
 def _merge(image: ProcessedImage) -> Any:

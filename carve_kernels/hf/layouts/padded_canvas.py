@@ -25,9 +25,9 @@ def canvas_box(image: ProcessedImage, tiles: Size) -> Box:
             "inputs: expected the image on all of its canvas of tiles, as with resize_to_max_canvas, got black below "
             "it; set processor.image_processor.resize_to_max_canvas as it was for the inputs"
         )
-    shown = large if enlarged else small
+    placed = large if enlarged else small
     (rows, columns), (height, width) = canvas.tolist(), image.size
-    return 0.0, 0.0, columns * width / shown[1], rows * height / shown[0]
+    return 0.0, 0.0, columns * width / placed[1], rows * height / placed[0]
 
 
 def _fit(image: ProcessedImage, target: tuple[torch.Tensor | int, ...]) -> Size:
@@ -41,7 +41,8 @@ def _is_black(image: ProcessedImage, tiles: Size, small: Size, large: Size) -> b
     pixels = image.entry("pixel_values", "[tiles, 3, H, W]")[image.before :][: tiles[0] * tiles[1]].unflatten(0, tiles)
     strip = pixels[:, 0] if axis == 0 else pixels[0].transpose(-1, -2)
     band = strip.transpose(0, 1).flatten(1, 2)[:, small[axis] : large[axis], : large[1 - axis]]
-    black = torch.zeros(3)
+    black = torch.zeros(3, device=band.device)
     if image.image_processor.do_normalize:
-        black = -torch.tensor(image.image_processor.image_mean) / torch.tensor(image.image_processor.image_std)
+        mean, std = (band.new_tensor(getattr(image.image_processor, name)) for name in ("image_mean", "image_std"))
+        black = -mean.float() / std.float()
     return bool(((band.float() - black[:, None, None]).abs() < 0.01).all())

@@ -18,6 +18,7 @@ from typing import Any
 from carve_kernels.hf.layouts import merged_grid
 from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
 from carve_kernels.types import Size, View
 
 
@@ -35,6 +36,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view, which reaches outside of the image where it was padded."""
     cell, resized = cell_of(image.config, image.options), _resized(image)
     rows, columns = (-(-length // side) for length, side in zip(resized, cell, strict=True))
+    box = covered(image.size, resized, (rows, columns), cell)
     run = tokens.run()
     # A prompt that ends within the first row is truncated, which the number of tokens shows.
     found = merged_grid.merged(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
@@ -44,7 +46,13 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{type(image.image_processor).__name__} make of an image of {image.size[0]} x {image.size[1]}, got "
             f"{found[0]} x {found[1]}; give settings to the image processor, not to a call, which hides the padding"
         )
-    return (View(tokens.take(rows * columns), (rows, columns), covered(image.size, resized, found, cell)),)
+    if "merge" in image.options:
+        merged_grid.check_patches(image, found, box)
+    elif image.total == 1:
+        # Where the patches of a later image begin is not known.
+        patches = image.entry("pixel_values" if image.has("pixel_values") else "image_patches", "[patches, values]")
+        check_seen(image, box, found, cell, patches_of(patches, found, (1, 1), raster=True))
+    return (View(tokens.take(rows * columns), found, box),)
 
 
 def _resized(image: ProcessedImage) -> Size:

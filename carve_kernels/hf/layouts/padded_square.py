@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from carve_kernels.hf.layouts.cells import cell_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Box, Size, View
 
 
@@ -20,6 +21,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         raise ValueError(
             f"inputs: expected square pixel_values, got {pixels[0]} x {pixels[1]}; the image must be padded (do_pad)"
         )
+    check_seen(image, box, grid, cell, pixels_of(image.item("pixel_values"), cell))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 

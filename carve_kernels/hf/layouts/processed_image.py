@@ -24,6 +24,7 @@ class ProcessedImage:
     number     number of the image in the batch
     total      the number of images in the batch
     before     the number of views of the images before it
+    original   the PIL image, None if only its size was given
     =========  ==========================================================================================
     """
 
@@ -35,6 +36,7 @@ class ProcessedImage:
     number: int
     total: int
     before: int = 0
+    original: Any = None
 
     @property
     def image_processor(self) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Size, View
 
 
@@ -35,6 +36,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     _check_shape(image.size, resized, cell)
     rows, columns = resized[0] // cell[0], resized[1] // cell[1]
     box = covered(image.size, resized, (rows, columns), cell)
+    check_seen(image, box, (rows, columns), cell, pixels_of(image.item("pixel_values"), cell))
     if not image.options.get("newlines"):
         return (View(tokens.take(rows * columns), (rows, columns), box),)
     found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)

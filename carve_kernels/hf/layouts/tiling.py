@@ -23,7 +23,8 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
 
     It spans more than the tile if the model pads the patches before it merges them. The option `shapes` names the
     entry with the patches of each tile, if they differ; `merge` the setting of the model's config that says how many
-    patches a side become a token, or their possible numbers, from which `tokens` of the prompt select.
+    patches a side become a token, or their possible numbers, from which `tokens` of the prompt select; with the
+    entry named by `fine` there are half as many.
     """
     name = image.options.get("shapes")
     if name is not None:
@@ -62,10 +63,12 @@ def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Si
 def check_count(image: ProcessedImage, tiles: int) -> None:
     """Raise ValueError if the tiles of an image, after those of the images before it, are not those of the inputs."""
     name = image.options.get("shapes", "pixel_values")
-    if image.entry(name).ndim == 5:
-        # The tiles of each row, padded to the same number.
-        return
-    found, needed = len(image.entry(name)), image.before + tiles
+    tiles_of = image.entry(name)
+    found, needed = len(tiles_of), image.before + tiles
+    if tiles_of.ndim == 5:
+        # Those of each row, padded to the same number.
+        mask = image.entries.get("pixel_attention_mask", tiles_of.new_ones(tiles_of.shape[:2]))
+        found = int((mask.flatten(2)[..., 0] if mask.ndim > 2 else mask).count_nonzero())
     if found < needed or (found > needed and image.number == image.total - 1):
         raise ValueError(
             f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "
@@ -105,4 +108,5 @@ def _merges(image: ProcessedImage) -> Sequence[int]:
     if not isinstance(merge, str):
         return tuple(merge)
     factor = attrgetter(merge)(image.config)
-    return (round(1 / factor if factor < 1 else factor),)
+    factor = round(1 / factor if factor < 1 else factor)
+    return (factor // 2 if image.has(image.options.get("fine", "")) else factor,)

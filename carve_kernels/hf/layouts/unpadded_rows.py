@@ -53,10 +53,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     resolution = function_of(image.image_processor, "select_best_resolution")
     canvas = size_of(resolution(size, [list(each) for each in image.config.image_grid_pinpoints]))
     tiles = canvas[0] // vision.image_size, canvas[1] // vision.image_size
-    shown = 1 + tiles[0] * tiles[1]
-    if len(pixels) < shown or pixels[shown:, :, :, 0].any():
+    expected = 1 + tiles[0] * tiles[1]
+    if len(pixels) < expected or pixels[expected:, :, :, 0].any():
         raise ValueError(
-            f"inputs: pixel_values have other tiles than the {shown} of an image of {size[0]} x {size[1]} by the "
+            f"inputs: pixel_values have other tiles than the {expected} of an image of {size[0]} x {size[1]} by the "
             "image_grid_pinpoints of the model's config; give the processor that made the inputs, with its settings"
         )
     whole = View(base, (side, side), image.box)

@@ -288,11 +288,11 @@ def _frames(video: Any, inputs: Any, number: int, total: int) -> tuple[int, tupl
     listed = inputs.get("video_metadata")
     if listed is not None and len(listed) == total:
         entry = listed[number]
-        named = entry if isinstance(entry, Mapping) else vars(entry)
-        chosen, fps, duration = (named.get(name) for name in ("frames_indices", "fps", "duration"))
+        named: Mapping[str, Any] = entry if isinstance(entry, Mapping) else vars(entry)
+        chosen, fps, duration = named.get("frames_indices"), named.get("fps"), named.get("duration") or 0.0
         indices = [] if chosen is None else [int(index) for index in chosen]
-        # Some processors fill the last group of this list, too.
-        while len(indices) > 1 and indices[-1] == indices[-2]:
+        # Some processors fill the last group of this list, too. Frames of a `Video` may be closer than its mean rate.
+        while len(indices) > (count if isinstance(video, Video) else 1) and indices[-1] == indices[-2]:
             indices.pop()
         if indices and len(indices) < count:
             # They make up a rate where they know none, but not how long the video is.

@@ -1,0 +1,133 @@
+"""Whether the pixels that the vision tower gets show the part of the image that a layout says.
+
+Settings that are given to a call of the processor are not known afterwards. Where another crop, padding or order of
+patches would have the same shape, a few cells are compared with the image itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from carve_kernels.hf.layouts.processed_image import ProcessedImage
+from carve_kernels.types import Box, Size
+
+Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_SAMPLES = 8
+# Pixels around a cell, which the filter of a resize reads.
+_MARGIN = 4
+# Of 255 levels, and of the contrast. Means differ by 0.01 levels between Pillow and torchvision, by 0.1 in bfloat16,
+# and by several levels where another part of an image is shown.
+_LEVELS, _SHARE = 0.2, 0.005
+
+
+def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Seen) -> None:
+    """Raise ValueError if cells do not show their parts of the image; nothing is known of images given as sizes.
+
+    `seen(rows, columns)` has the means of equal parts of cells over all channels, [cells, down, across].
+    """
+    original = image.original
+    if original is None or original.mode not in ("RGB", "L"):
+        return
+    cells = _inside(image.size, box, grid)
+    if not cells:
+        return
+    rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
+    values = seen(rows, columns).float().cpu().numpy()
+    count, down, across = values.shape
+    parts = np.stack([_part(image, box, grid, cell, row, column) for row, column in cells])
+    levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3).mean((2, 4), dtype=np.float32)
+    grey = levels.mean(3)
+    contrast = float(np.abs(grey - np.median(grey)).mean())
+    errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(image.image_processor, levels))
+    if min(errors) > _LEVELS + _SHARE * contrast:
+        raise ValueError(
+            f"inputs: pixel_values do not show the image of {image.size[0]} x {image.size[1]} as the settings of "
+            f"{type(image.image_processor).__name__} make them; give the images that made the inputs, and give "
+            "settings to the image processor, not to a call"
+        )
+
+
+def pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
+    """What `check_seen` reads of pixels [3, H, W]: four parts of each cell, or one of a cell of odd sides."""
+    parts = (1, 1) if cell[0] % 2 or cell[1] % 2 else (2, 2)
+
+    def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        down, across = (
+            first[:, None] * length + torch.arange(length) for first, length in zip((rows, columns), cell, strict=True)
+        )
+        found = pixels[:, down[:, :, None], across[:, None, :]].float().mean(0)
+        return found.view(-1, parts[0], cell[0] // parts[0], parts[1], cell[1] // parts[1]).mean((2, 4))
+
+    return seen
+
+
+def patches_of(patches: torch.Tensor, grid: Size, merge: Size, raster: bool) -> Seen:
+    """What `check_seen` reads of the patches of an image, [n, ...]: row by row, or one merged cell after another.
+
+    Raises ValueError if there are too few.
+    """
+    count = grid[0] * grid[1] * merge[0] * merge[1]
+    if len(patches) < count:
+        raise ValueError(f"inputs: expected {count} patches for a grid of {grid[0]} x {grid[1]}, got {len(patches)}")
+
+    def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        down, across = torch.arange(merge[0])[:, None], torch.arange(merge[1])
+        if raster:
+            first = rows * merge[0] * grid[1] * merge[1] + columns * merge[1]
+            index = first[:, None, None] + down * grid[1] * merge[1] + across
+        else:
+            index = (rows * grid[1] + columns)[:, None, None] * merge[0] * merge[1] + down * merge[1] + across
+        return patches[index].float().flatten(3).mean(3)
+
+    return seen
+
+
+def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
+    """Some cells of a grid that lie within the image, in order."""
+    within = []
+    for first, last, count, limit in ((box[1], box[3], grid[0], size[0]), (box[0], box[2], grid[1], size[1])):
+        edges = np.linspace(first, last, count + 1)
+        within.append(((edges[:-1] > -0.01) & (edges[1:] < limit + 0.01)).nonzero()[0].tolist())
+    rows, columns = within
+    count = len(rows) * len(columns)
+    numbers = (
+        range(count) if count <= _SAMPLES else [number * (count - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    )
+    return [(rows[number // len(columns)], columns[number % len(columns)]) for number in numbers]
+
+
+def _part(image: ProcessedImage, box: Box, grid: Size, cell: Size, row: int, column: int) -> Any:
+    """A cell of the image, resized as the image processor would, uint8 [height, width, 3]."""
+    scales = (box[2] - box[0]) / grid[1] / cell[1], (box[3] - box[1]) / grid[0] / cell[0]
+    start = box[0] + column * cell[1] * scales[0], box[1] + row * cell[0] * scales[1]
+    spans = []
+    for first, scale, length, limit in zip(start, scales, (cell[1], cell[0]), image.size[::-1], strict=True):
+        before = _MARGIN if first - _MARGIN * scale >= 0 else 0
+        after = _MARGIN if first + (length + _MARGIN) * scale <= limit else 0
+        spans.append(
+            (max(0.0, first - before * scale), min(float(limit), first + (length + after) * scale), before, after)
+        )
+    (left, right, skip_x, more_x), (top, bottom, skip_y, more_y) = spans
+    size = cell[1] + skip_x + more_x, cell[0] + skip_y + more_y
+    resample = getattr(image.image_processor, "resample", None)
+    part = image.original.resize(
+        size, Image.Resampling(3 if resample is None else int(resample)), (left, top, right, bottom)
+    )
+    return np.asarray(part.convert("RGB"))[skip_y : skip_y + cell[0], skip_x : skip_x + cell[1]]
+
+
+def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
+    """What levels of 0 to 255 become, over all channels, with and without a rescale and a normalisation; and of one."""
+    factor = float(getattr(processor, "rescale_factor", None) or 1 / 255)
+    mean, std = (
+        np.atleast_1d(np.asarray(getattr(processor, name, None) or default, dtype=np.float32))
+        for name, default in (("image_mean", 0.0), ("image_std", 1.0))
+    )
+    for scale in (factor, 1.0):
+        yield (levels * scale).mean(-1), scale
+        yield ((levels * scale - mean) / std).mean(-1), scale / float(std.mean())

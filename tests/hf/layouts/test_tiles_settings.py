@@ -1,0 +1,162 @@
+"""Families with several views of an image: layouts fit what settings that are given to one call change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from carve_kernels import VisualLayout, layout_of
+from carve_kernels.hf.inputs import build_prompt
+from carve_kernels.hf.layouts.comparison import deviations
+from carve_kernels.hf.layouts.measured import measure
+from carve_kernels.types import Size
+from tests.support.processors.kinds import pair, zoo_kind
+
+# In cells.
+TOLERANCE = 0.05
+LARGE: Size = (113, 225)
+SIZES: tuple[Size, ...] = (LARGE, (151, 97), (64, 200))
+# The first of each family in `make test`.
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "aya_vision": ({"max_patches": 9}, {"crop_to_patches": False}, {"min_patches": 4}),
+    "cohere2_vision": ({"max_patches": 12}, {"crop_to_patches": False}, {"max_patches": 2}),
+    "got_ocr2": ({"crop_to_patches": True, "max_patches": 3},),
+    "granite4_vision": ({"do_resize": False},),
+    "granite_docling": ({"max_patches": 9}, {"crop_to_patches": False}, {"fine_route": True}),
+    "idefics3": (
+        {"size": {"longest_edge": 160}},
+        {"do_image_splitting": False},
+        {"do_resize": False},
+        {"do_pad": False},
+    ),
+    "internvl": (
+        {"min_patches": 5, "max_patches": 5},
+        {"crop_to_patches": False},
+        {"max_patches": 2},
+        {"min_patches": 8, "max_patches": 12},
+    ),
+    "lfm2_vl": (
+        {"use_thumbnail": False},
+        {"min_tiles": 1, "max_tiles": 1},
+        {"min_tiles": 4, "max_tiles": 8},
+        {"max_image_tokens": 4},
+    ),
+    "llama4": ({"resize_to_max_canvas": True}, {"max_patches": 2}),
+    "llava_next": ({"do_pad": False}, {"do_center_crop": False}),
+    "llava_next_video": ({"do_pad": False},),
+    "llava_onevision": ({"do_pad": False},),
+    "minicpm_ocr": ({"max_slice_nums": 3}, {"small_image_upsize": "never"}),
+    "minicpmv4_6": ({"scale_resolution": 56}, {"max_slice_nums": 3}, {"slice_mode": False}, {"use_image_id": False}),
+    "minicpmv4_7": ({"max_slice_nums": 4},),
+    "molmo2": ({"max_crops": 12, "overlap_margins": [0, 0]}, {"max_crops": 2}),
+    "ovis2": (
+        {"use_covering_area_grid": False, "min_patches": 4, "max_patches": 9},
+        {"crop_to_patches": False},
+        {"max_patches": 3},
+    ),
+    "qianfan_ocr": ({"max_patches": 3}, {"crop_to_patches": False}),
+    "smolvlm": ({"size": {"longest_edge": 48}}, {"do_image_splitting": False}),
+}
+CASES = [
+    pytest.param(name, settings, id=f"{name}-{settings}", marks=pytest.mark.slow if number else ())
+    for name, each in SETTINGS.items()
+    for number, settings in enumerate(each)
+]
+
+
+def available(name: str) -> tuple[Any, Any]:
+    """A model and its processor. Llama 4 itself fails with an image in 5.24.0, its tower and its layout do not."""
+    if not zoo_kind(name).exists():
+        pytest.skip(f"transformers {transformers.__version__} has no {zoo_kind(name).class_name}")
+    return pair(name)
+
+
+def processed(name: str, size: Size, settings: Mapping[str, Any]) -> tuple[Any, VisualLayout]:
+    model, processor = available(name)
+    image = Image.effect_noise((size[1], size[0]), 90).convert("RGB")
+    inputs = processor(images=[image], text=[build_prompt(processor, "x")], return_tensors="pt", **settings)
+    return inputs, layout_of(model, processor, inputs, [image])
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_every_token_lies_where_it_is_measured(name: str, settings: dict[str, Any]) -> None:
+    for size in SIZES if settings != SETTINGS[name][0] else SIZES[:1]:
+        layout = processed(name, size, settings)[1]
+        model, processor = pair(name)
+        off = deviations(layout, measure(model, processor, size, settings=settings))
+        assert float(off.max()) <= TOLERANCE, f"{size}: token {int(off.argmax())} is {float(off.max()):.3f} cells off"
+
+
+@pytest.mark.parametrize(("name", "views"), [("minicpmv4_6", 3), ("minicpmv4_7", 3)])
+def test_four_times_as_many_tokens_a_slice(name: str, views: int) -> None:
+    """The model takes downsample_mode, too, which is why it cannot be measured."""
+    (inputs, many), (_, few) = processed(name, LARGE, {"downsample_mode": "4x"}), processed(name, LARGE, {})
+    assert len(many.views[0]) == len(few.views[0]) == views
+    shapes = inputs["target_sizes"].tolist()
+    assert [view.grid for view in many.views[0]] == [(rows // 2, columns // 2) for rows, columns in shapes]
+    assert [view.box for view in many.views[0]] == [view.box for view in few.views[0]]
+
+
+def test_tokens_of_a_tile_without_marks_are_those_of_an_image_without_tiles_only() -> None:
+    unmarked = {"use_image_special_tokens": False}
+    _, layout = processed("lfm2_vl", (60, 64), unmarked)
+    assert [(view.kind, view.box) for view in layout.views[0]] == [("base", (0, 0, 64, 60))]
+    with pytest.raises(ValueError, match="inputs: the prompt has 11 image tokens in a run, a tile needs"):
+        processed("lfm2_vl", LARGE, unmarked)
+
+
+def test_other_canvases_than_the_models_are_refused() -> None:
+    for name in ("llava_next", "llava_onevision"):
+        with pytest.raises(ValueError, match="image_grid_pinpoints of the model's config"):
+            processed(name, (97, 131), {"image_grid_pinpoints": [[56, 112]]})
+
+
+def test_other_pooling_than_the_processors_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pooling_size is \[2, 2\], the inputs have 9 patches"):
+        processed("molmo2", LARGE, {"pooling_size": [3, 3]})
+
+
+def test_tiles_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="image tokens in a run, expected a multiple of 9"):
+        processed("internvl", LARGE, {"size": {"height": 84, "width": 84}})
+    with pytest.raises(ValueError, match="square tiles in pixel_values, got 56 x 112"):
+        processed("internvl", LARGE, {"size": {"height": 56, "width": 112}})
+    with pytest.raises(ValueError, match="expected tiles of 56 pixels as in the model's config, got 84 x 84"):
+        processed("llava_onevision", LARGE, {"size": {"height": 84, "width": 84}})
+
+
+def test_the_canvas_of_an_enlarged_image_is_known_by_its_pixels() -> None:
+    """The image is below the size of its canvas: it is enlarged to a tile at most, or to the canvas."""
+    model, processor = available("llama4")
+    for enlarge, bottom in ((False, 112), (True, 112 * 80 / 89)):
+        _, layout = processed("llama4", (80, 50), {"resize_to_max_canvas": enlarge, "max_patches": 2})
+        assert max(view.box[3] for view in layout.views[0]) == pytest.approx(bottom)
+    black = Image.new("RGB", (50, 80))
+    inputs = processor(images=[black], text=[build_prompt(processor, "x")], return_tensors="pt", max_patches=2)
+    assert layout_of(model, processor, inputs, [black]).views[0][0].box == (0, 0, 56, 56)
+    processor.image_processor.resize_to_max_canvas = True
+    try:
+        with pytest.raises(ValueError, match="resize_to_max_canvas"):
+            layout_of(model, processor, inputs, [black])
+    finally:
+        processor.image_processor.resize_to_max_canvas = False
+
+
+def test_newlines_and_separators_are_in_no_view() -> None:
+    for name, newlines in (("llava_next", 4), ("llava_onevision", 4), ("granite4_vision", 2)):
+        inputs, layout = processed(name, (112, 224), {})
+        tokens = layout.tokens()
+        assert int((inputs["input_ids"] == 300).sum()) == tokens.numel() + newlines
+        assert bool((inputs["input_ids"][0][tokens.long()] == 300).all())
+        # One behind each row: the last token of the run is one.
+        assert int(tokens.max()) == int((inputs["input_ids"] == 300).nonzero()[-1, 1]) - 1
+    inputs, layout = processed("molmo2", LARGE, {})
+    assert int(inputs["mm_token_type_ids"].sum()) > layout.tokens().numel()
+    assert torch.equal(
+        inputs["input_ids"][0] == 300, torch.isin(torch.arange(inputs["input_ids"].shape[1]), layout.tokens())
+    )
