@@ -58,7 +58,7 @@ def strip(
     for number in chosen:
         facts = [seconds_of(seconds[number]) if seconds else "", f"{shares[number]:.0%}" if shares else ""]
         picture = overlay(frames[number], saliency[number], ends=ends)
-        tiles.append(Tile(picture, f"frame {number + 1} of {len(frames)}", "  ".join(filter(None, facts))))
+        tiles.append(Tile(picture, f"frame {number + 1} of {len(frames)}", ", ".join(filter(None, facts))))
     return panel([tiles], title=title, caption=caption, tile=tile)
 
 

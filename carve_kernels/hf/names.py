@@ -40,8 +40,6 @@ _SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TOWER = "mm_encoder_outputs"
 # Outputs of a vision tower that no language model reads.
 _UNREAD = ("last_hidden_state", "hidden_states", "attentions")
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
-         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # Adapters whose effect on a token depends on that token only.
 _ADAPTERS = ("ADALORA", "BOFT", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
              "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA")  # fmt: skip
@@ -383,11 +381,6 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
         if names:
             found.append((owner, {name: str(by_name[name]) for name in names}))
     return found
-
-
-def is_text(name: str) -> bool:
-    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
-    return name in _TEXT
 
 
 def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:

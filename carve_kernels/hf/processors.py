@@ -16,6 +16,9 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from carve_kernels.hf import names
 
+# What has a column for each token.
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
+         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # What only the vision tower reads: the prefix of most names, and the name of Fuyu.
 _PIXELS = ("pixel", "image_patches")
 # Processors that write all that is around an image in a prompt without a chat template.
@@ -70,25 +73,19 @@ def image_token(processor: Any) -> str:
     return str(token)
 
 
-def video_token(processor: Any) -> str:
-    """What stands for a video in a prompt, before the processor puts the tokens of its frames there."""
-    token = getattr(processor, "video_token", None)
-    if token is None or getattr(processor, "video_processor", None) is None:
-        raise ValueError(
-            f"processor: expected one that takes videos, got {type(processor).__name__} without "
-            f"{'a video token' if token is None else 'its video part, which needs torchvision'}"
-        )
-    return str(token)
-
-
 def writes_prompts(processor: Any) -> bool:
     """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
     return type(processor).__name__ in _WITHOUT_TEMPLATE
 
 
+def is_text(name: str) -> bool:
+    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
+    return name in _TEXT
+
+
 def is_pixels(name: str) -> bool:
     """Whether only the vision tower reads an entry of a processor's output."""
-    return name.startswith(_PIXELS) and not names.is_text(name)
+    return name.startswith(_PIXELS) and not is_text(name)
 
 
 def lacks_token_types(processor: Any, model: Any) -> bool:
