@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, counts_of_pixels, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -198,6 +198,7 @@ def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
     size = dict(getattr(settings, "size", None) or {})
     if set(size) != {"shortest_edge", "longest_edge"}:
         return None
+    max_pixels *= counts_of_pixels(settings)
     # Each edge is a number of pixels here. Attributes of these names override the size, in every call.
     attributes = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
     lowest, highest = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def image_token(processor: Any) -> str:
 def writes_prompts(processor: Any) -> bool:
     """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
     return type(processor).__name__ in _WITHOUT_TEMPLATE
+
+
+def counts_of_pixels(image_processor: Any) -> int:
+    """How often the bounds of an image processor count a pixel: GLM's count it in each frame that an image becomes."""
+    # Also the class of one that is wrapped.
+    kind = type(image_processor.preprocess.__self__)
+    resize = getattr(sys.modules[kind.__module__], "smart_resize", None)
+    counts = resize is not None and "num_frames" in inspect.signature(resize).parameters
+    return int(image_processor.temporal_patch_size) if counts else 1
 
 
 def is_text(name: str) -> bool:
