@@ -12,7 +12,7 @@ from PIL import Image
 from carve_kernels.hf import names
 from carve_kernels.hf.inputs import prepare
 from carve_kernels.hf.model import input_device, text_backbone, unwrap
-from carve_kernels.hf.processors import is_for_training, is_pixels, lacks_token_types
+from carve_kernels.hf.processors import is_for_training, is_pixels, is_text, lacks_token_types
 
 # What image processors return that treat each image separately and concatenate the results.
 _SEPARATE = (
@@ -100,7 +100,7 @@ class ImageInputs:
 
         def process() -> dict[str, Any]:
             entries = first.pop() if first else self._process(images, prompt)
-            return {name: value for name, value in entries.items() if not names.is_text(name)}
+            return {name: value for name, value in entries.items() if not is_text(name)}
 
         return without_pixels, ImageFeatures(process, dropped)
 

@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, counts_of_pixels, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -138,16 +138,20 @@ def prepare(
         settings["images_kwargs"] = bounds
     if token_types:
         settings["return_mm_token_type_ids"] = True
-    first = getattr(processor.tokenizer, "bos_token", None)
-    if first and prompt.startswith(first):
-        # The template has added it; the tokenizer would add another one.
-        settings["add_special_tokens"] = False
+    settings |= text_settings(processor, prompt)
     try:
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
     except ValueError as error:
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def text_settings(processor: Any, prompt: str) -> dict[str, Any]:
+    """What a processor has to be told about a prompt that a template may have made."""
+    first = getattr(processor.tokenizer, "bos_token", None)
+    # The template has added it; the tokenizer would add another one.
+    return {"add_special_tokens": False} if first and prompt.startswith(first) else {}
 
 
 def _image_in_text(processor: Any) -> str:
@@ -194,6 +198,7 @@ def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
     size = dict(getattr(settings, "size", None) or {})
     if set(size) != {"shortest_edge", "longest_edge"}:
         return None
+    max_pixels *= counts_of_pixels(settings)
     # Each edge is a number of pixels here. Attributes of these names override the size, in every call.
     attributes = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
     lowest, highest = (

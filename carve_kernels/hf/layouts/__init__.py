@@ -59,7 +59,12 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
     ids = inputs["input_ids"]
-    is_image = ids == names.image_id(config)
+    image_id = names.image_id(config)
+    if image_id is None:
+        raise ValueError(
+            f"model: expected a model_type of {supported()}, or one with an image token, got {config.model_type!r}"
+        )
+    is_image = ids == image_id
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     by_row = _by_row(images, len(is_image))
@@ -148,7 +153,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     if cursor.taken == len(cursor):
         return
     # One image may have several runs of tokens, but not fewer than one.
-    if cursor.runs < images or cursor.runs > len(views) == images:
+    if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
         raise ValueError(
             f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
             "row as its own list, in the order of the prompt"

@@ -92,7 +92,7 @@ def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordi
     inside = span.abs() > _PADDING * span.abs().max()
     low, span = low[inside], span[inside]
 
-    def shown(images: list[Image.Image]) -> torch.Tensor:
+    def responses(images: list[Image.Image]) -> torch.Tensor:
         entries = process(images)
         for _ in _varying(black, entries):
             pass
@@ -101,22 +101,22 @@ def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordi
             raise ValueError(_NO_MEANS)
         return shares
 
-    number = _numbers(shown, sizes)
+    number = _numbers(responses, sizes)
     place = torch.full((2, len(inside)), torch.nan)
     edge = torch.zeros(2, len(inside))
     for row, axis in enumerate((1, 0)):
         lengths = torch.tensor([float(size[axis]) for size in sizes])
-        place[row, inside] = _along(shown, sizes, axis, lengths[number])
-        edge[row, inside] = shown([_strip(size, axis, _frame) for size in sizes])
+        place[row, inside] = _along(responses, sizes, axis, lengths[number])
+        edge[row, inside] = responses([_strip(size, axis, _frame) for size in sizes])
     image = torch.full((len(inside),), -1)
     image[inside] = number
     return pixels, Coordinates(place, edge, image)
 
 
-def _numbers(shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size]) -> torch.Tensor:
-    """The number of each value's image, told by its grey. Raises ValueError for values that are not in proportion."""
+def _numbers(responses: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size]) -> torch.Tensor:
+    """The number of each value's image, known by its grey. Raises ValueError for values that are not in proportion."""
     greys = [round(_LEVELS * (index + 0.5) / len(sizes)) for index in range(len(sizes))]
-    shares = shown([_flat(size, grey) for size, grey in zip(sizes, greys, strict=True)])
+    shares = responses([_flat(size, grey) for size, grey in zip(sizes, greys, strict=True)])
     number = (shares * len(sizes)).long().clamp(0, len(sizes) - 1)
     if bool(((shares - torch.tensor(greys)[number] / _LEVELS).abs() > _LINEAR / len(sizes)).any()):
         raise ValueError(_NO_MEANS)
@@ -124,13 +124,13 @@ def _numbers(shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence
 
 
 def _along(
-    shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], axis: int, lengths: torch.Tensor
+    responses: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], axis: int, lengths: torch.Tensor
 ) -> torch.Tensor:
     """Each value's coordinate along an axis: a ramp over the whole image, then two folded ramps, which are steeper.
 
     The second of them is folded where the first is straight: resampling blurs the folds.
     """
-    coarse = shown([_strip(size, axis, lambda at, length: at / length) for size in sizes]) * lengths
+    coarse = responses([_strip(size, axis, lambda at, length: at / length) for size in sizes]) * lengths
     if max(size[axis] for size in sizes) <= _RAMP:
         return coarse
     straight = (lengths / _SHARE).clamp(min=_RAMP)
@@ -143,7 +143,7 @@ def _along(
             folds: numpy.ndarray[Any, Any] = numpy.minimum(phase, 2 - phase)
             return folds
 
-        shares = shown([_strip(size, axis, folded) for size in sizes])
+        shares = responses([_strip(size, axis, folded) for size in sizes])
         phase = coarse / straight + shift
         fold = phase.floor()
         fine = (fold + torch.where(fold.long() % 2 == 0, shares, 1 - shares) - shift) * straight

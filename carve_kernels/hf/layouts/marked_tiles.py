@@ -2,8 +2,8 @@
 
 The options are regular expressions of the text in front of the tokens of a view: `whole` for the whole image, `tile`
 with the numbers of row and column, or `first`, `column` and `row` for the first tile, the next of a row, and the
-first of the next row. `alone` is in front of an image without tiles. `last` says that the whole image ends its tiles,
-`optional` that it may be left out. The option `padded` names the kind of canvas that the tiles cover.
+first of the next row; `alone` for an image without tiles. `after` matches what follows each view. `last` says that
+the whole image ends its tiles, `optional` that it may be left out, `padded` that the tiles cover a padded canvas.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _MARKS = ("tile", "first", "column", "row", "whole", "alone")
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """A view of each tile and of the whole image, in the order of the prompt."""
     marks = {name: pattern_of(image, name) for name in _MARKS if name in image.options}
+    after = pattern_of(image, "after") if "after" in image.options else None
     parts = []
     places: list[Size] = []
     while run := tokens.run():
@@ -31,8 +32,12 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         grid, span = grid_of(image, image.before + len(places), run)
         parts.append((tokens.take(run), grid, span))
         places.append(place)
+        if after is not None and not re.match(after, "".join(tokens.between())):
+            raise ended(image)
         if place == WHOLE and image.options.get("last"):
             break
+    if places == [(1, 1)]:
+        places = [WHOLE]
     tiles = _check(image, places)
     box = canvas_box(image, tiles) if image.options.get("padded") else image.box
     whole = box if len(places) == 1 else image.box

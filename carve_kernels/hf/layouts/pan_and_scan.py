@@ -35,20 +35,20 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
 
 def _crops(processor: Any, tokens: Cursor, count: int) -> Iterator[Any]:
-    """The tokens of each crop. The prompt announces crops behind the whole image, and has no text between them."""
-    announced = processor.replace_image_token({"num_crops": [1]}, 0).split(processor.full_image_sequence)[1].strip()
-    text = _text(processor, tokens)
-    while text == announced or not announced:
+    """The tokens of each crop: the prompt announces them behind the whole image, and has a mark between them."""
+    sequence, edges = processor.full_image_sequence, (processor.boi_token, processor.tokenizer.eoi_token)
+    _, announced, between, _ = processor.replace_image_token({"num_crops": [2]}, 0).split(sequence)
+    before, after = sequence.split(edges[0])[0], sequence.split(edges[1])[-1]
+    mark = f"{after}{announced}{before}"
+    while tokens.taken < len(tokens) and _text(processor, tokens, edges) == mark:
         yield tokens.take(count)
-        announced, text = "", _text(processor, tokens)
-        if text or tokens.taken >= len(tokens):
-            return
+        mark = f"{after}{between}{before}"
 
 
-def _text(processor: Any, tokens: Cursor) -> str:
+def _text(processor: Any, tokens: Cursor, edges: tuple[str, str]) -> str:
     """The text up to the next image token, without the tokens around an image."""
     text: str = processor.tokenizer.convert_tokens_to_string(tokens.between())
-    return text.replace(processor.boi_token, "").replace(processor.tokenizer.eoi_token, "").strip()
+    return text.replace(edges[0], "").replace(edges[1], "")
 
 
 def _boxes(size: Size, crops: int) -> list[Box]:

@@ -23,7 +23,8 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
 
     It spans more than the tile if the model pads the patches before it merges them. The option `shapes` names the
     entry with the patches of each tile, if they differ; `merge` the setting of the model's config that says how many
-    patches a side become a token, or their possible numbers, from which `tokens` of the prompt select.
+    patches a side become a token, or their possible numbers, from which `tokens` of the prompt select; with the
+    entry named by `fine` there are half as many.
     """
     name = image.options.get("shapes")
     if name is not None:
@@ -66,8 +67,8 @@ def check_count(image: ProcessedImage, tiles: int) -> None:
     found, needed = len(tiles_of), image.before + tiles
     if tiles_of.ndim == 5:
         # Those of each row, padded to the same number.
-        mask = image.entries.get("pixel_attention_mask")
-        found = tiles_of.shape[0] * tiles_of.shape[1] if mask is None else int((mask[..., 0, 0] != 0).sum())
+        mask = image.entries.get("pixel_attention_mask", tiles_of.new_ones(tiles_of.shape[:2]))
+        found = int((mask.flatten(2)[..., 0] if mask.ndim > 2 else mask).count_nonzero())
     if found < needed or (found > needed and image.number == image.total - 1):
         raise ValueError(
             f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "
@@ -107,4 +108,5 @@ def _merges(image: ProcessedImage) -> Sequence[int]:
     if not isinstance(merge, str):
         return tuple(merge)
     factor = attrgetter(merge)(image.config)
-    return (round(1 / factor if factor < 1 else factor),)
+    factor = round(1 / factor if factor < 1 else factor)
+    return (factor // 2 if image.has(image.options.get("fine", "")) else factor,)

@@ -57,7 +57,7 @@ def boxes_of(
     image has NaN and -1. A token partly in padding has its whole box, which reaches out of the image.
 
     Values at the same distances in the pixel tensors have the same pattern in every token, so that values in padding
-    and beside an edge, whose coordinates say nothing, are known by those of other tokens.
+    and beside an edge, whose coordinates are unknown, are known by those of other tokens.
     """
     boxes, images = torch.full((count, 4), torch.nan, dtype=torch.float64), torch.full((count,), -1)
     for group in _groups(owners, origin, count):
@@ -85,8 +85,8 @@ def _groups(owners: torch.Tensor, origin: Coordinates, count: int) -> Iterator[_
         tokens = (sizes == size).nonzero().flatten() if size else torch.empty(0, dtype=torch.int64)
         values = order[starts[tokens][:, None] + torch.arange(size)]
         images = _image_of(origin.image[values]) if size else tokens
-        shown = images >= 0
-        tokens, values, images = tokens[shown], values[shown], images[shown]
+        visible = images >= 0
+        tokens, values, images = tokens[visible], values[visible], images[visible]
         layouts = _layouts(values) if size else tokens
         for layout in layouts.unique().tolist():
             members = layouts == layout

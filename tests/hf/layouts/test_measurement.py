@@ -46,7 +46,7 @@ def test_coordinates_are_those_of_a_known_crop() -> None:
     assert pixels.leaves == (("pixels",),)
     x, y = (place.view(18, 3, 20, 20) for place in origin.place)
     assert x[16:].isnan().all() and (origin.image.view(18, -1)[16:] == -1).all()
-    # Twice the size: half a pixel apart, and not clamped where the crop is within the image.
+    # Twice the size: steps of half a pixel, and not clamped where the crop is within the image.
     for patch in range(16):
         left, top = 30 + patch % 4 * 10, 5 + patch // 4 * 10
         expected = torch.arange(20) / 2 + 0.25
@@ -71,7 +71,7 @@ def test_other_pixel_values_are_refused(change: Callable[[torch.Tensor], torch.T
         coordinates(process, [(20, 30)])
 
 
-def test_several_images_are_told_apart() -> None:
+def test_the_images_of_values_are_known() -> None:
     def process(images: list[Image.Image]) -> dict[str, Any]:
         return {"pixels": [torch.from_numpy(numpy.asarray(image).copy()).float() for image in reversed(images)]}
 

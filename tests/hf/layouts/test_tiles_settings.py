@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "cohere2_vision": ({"max_patches": 12}, {"crop_to_patches": False}, {"max_patches": 2}),
     "got_ocr2": ({"crop_to_patches": True, "max_patches": 3},),
     "granite4_vision": ({"do_resize": False},),
+    "granite_docling": ({"max_patches": 9}, {"crop_to_patches": False}, {"fine_route": True}),
     "idefics3": (
         {"size": {"longest_edge": 160}},
         {"do_image_splitting": False},
@@ -47,7 +48,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "llama4": ({"resize_to_max_canvas": True}, {"max_patches": 2}),
     "llava_next": ({"do_pad": False}, {"do_center_crop": False}),
+    "llava_next_video": ({"do_pad": False},),
     "llava_onevision": ({"do_pad": False},),
+    "minicpm_ocr": ({"max_slice_nums": 3}, {"small_image_upsize": "never"}),
     "minicpmv4_6": ({"scale_resolution": 56}, {"max_slice_nums": 3}, {"slice_mode": False}, {"use_image_id": False}),
     "minicpmv4_7": ({"max_slice_nums": 4},),
     "molmo2": ({"max_crops": 12, "overlap_margins": [0, 0]}, {"max_crops": 2}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from unittest import mock
 
@@ -87,6 +88,22 @@ def llava_next() -> Any:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
+    )
+
+
+@processor()
+def llava_next_video() -> Any:
+    images = image_processor("llava_next", "LlavaNextImageProcessor")(
+        size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=PINPOINTS
+    )
+    return transformers.LlavaNextVideoProcessor(
+        transformers.LlavaNextVideoVideoProcessor(size={"shortest_edge": 56}, crop_size=TILE),
+        images,
+        tokenizer(("<image>", "<video>")),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>", "<video>"),
     )
 
 
@@ -205,7 +222,8 @@ def lfm2_vl() -> Any:
     )
 
 
-def minicpm(version: str) -> Any:
+def minicpm(name: str, images: Any) -> Any:
+    """A processor of the family; the newer ones take images and videos of the first."""
     names = {
         "image_token": "<|image_pad|>",
         "video_token": "<|video_pad|>",
@@ -217,8 +235,8 @@ def minicpm(version: str) -> Any:
         "image_id_start_token": "<image_id>",
         "image_id_end_token": "</image_id>",
     }
-    return getattr(transformers, f"MiniCPMV{version}Processor")(
-        image_processor("minicpmv4_6", "MiniCPMV4_6ImageProcessor")(scale_resolution=112),
+    return getattr(transformers, f"MiniCPM{name}Processor")(
+        images(scale_resolution=112),
         transformers.MiniCPMV4_6VideoProcessor(scale_resolution=112),
         tokenizer(tuple(names.values()), names),
         chat_template=template("<|image_pad|>", "<|video_pad|>"),
@@ -227,12 +245,29 @@ def minicpm(version: str) -> Any:
 
 @processor()
 def minicpmv4_6() -> Any:
-    return minicpm("4_6")
+    return minicpm("V4_6", image_processor("minicpmv4_6", "MiniCPMV4_6ImageProcessor"))
 
 
 @processor()
 def minicpmv4_7() -> Any:
-    return minicpm("4_7")
+    return minicpm("V4_7", image_processor("minicpmv4_6", "MiniCPMV4_6ImageProcessor"))
+
+
+@processor()
+def minicpm_ocr() -> Any:
+    return minicpm("Ocr", functools.partial(transformers.MiniCPMOcrImageProcessor, patch_size=14))
+
+
+@processor()
+def granite_docling() -> Any:
+    marks = [f"<row_{row}_col_{column}>" for row, column in ROWS_AND_COLUMNS]
+    special = ("<image>", "<v>", "<fake_token_around_image>", "<global-img>", *marks)
+    return transformers.GraniteDoclingProcessor(
+        image_processor("granite_docling", "GraniteDoclingImageProcessor")(size=TILE, max_patches=6),
+        tokenizer(special, {"image_token": "<image>"}),
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
 
 
 @processor()

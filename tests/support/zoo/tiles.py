@@ -300,6 +300,27 @@ def minicpmv4_7() -> Example:
     return minicpm("minicpmv4_7", newline_id=BREAK, **ids)
 
 
+@kind("MiniCPMOcrForConditionalGeneration", since="5.24")
+def minicpm_ocr() -> Example:
+    """Patches are merged once, not twice."""
+    ids = {"image_start_id": START, "image_end_id": END, "slice_start_id": 305, "slice_end_id": 306}
+    found = minicpm("minicpm_ocr", newline_id=BREAK, **ids)
+    return example(found.config, 16, {name: found.inputs[name] for name in ("pixel_values", "target_sizes")})
+
+
+@kind("GraniteDoclingForConditionalGeneration", since="5.24")
+def granite_docling() -> Example:
+    """Three tiles of 4 x 4 patches, merged 2 by 2."""
+    settings = config(
+        "granite_docling",
+        vision_config=vision(out_hidden_size=64, scale_factor=2, deepstack_visual_indexes=[0, 1]),
+        text_config=text(model_type="granite_docling_text"),
+        image_token_id=IMAGE,
+    )
+    pixels = {"pixel_values": torch.randn(1, 3, 3, 56, 56), "pixel_attention_mask": torch.ones(1, 3).bool()}
+    return example(settings, 3 * 4, pixels, row=4)
+
+
 @kind("Phi4MultimodalForCausalLM")
 def phi4_multimodal() -> Example:
     """Two crops, each of 2 rows of 2 with a newline, and a separator between them."""
