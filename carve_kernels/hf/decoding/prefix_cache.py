@@ -36,9 +36,9 @@ class PrefixCache:
     States are those after the last token, so a prefix with states is never truncated.
     """
 
-    def __init__(self, ids: torch.Tensor, blocks: torch.Tensor | None = None) -> None:
+    def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
-        self.blocks = torch.full((len(ids),), NO_BLOCK) if blocks is None else blocks
+        self.blocks = torch.full((len(ids),), NO_BLOCK)
         self.depth = 0
         self.states: Any = None
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

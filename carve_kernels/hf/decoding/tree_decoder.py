@@ -62,7 +62,8 @@ class _GroupState:
         if group.prefix is not None:
             group.prefix.truncate(length)
         else:
-            group.prefix = PrefixCache(branches[0].ids[0, :length].cpu(), branches[0].blocks[:length])
+            group.prefix = PrefixCache(branches[0].ids[0, :length].cpu())
+            group.prefix.blocks = branches[0].blocks[:length]
         suffixes = sum(state.prompt_length - length + max(0, state.source.max_new_tokens - 1) for state in branches)
         self.tree = TokenTree(group.prefix, length + suffixes)
         self.tokens = _NO_ROWS[None].int() if group.layout is None else group.layout.tokens()
