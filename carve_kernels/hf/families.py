@@ -152,6 +152,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "paddleocr_vl": Family("merged_grid", {"raster": True}),
     "paligemma": Family("centre_crop"),
+    "phi4_multimodal": Family("masked_rows"),
     "qianfan_ocr": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "qwen2_5_omni_thinker": _MERGED,
     "qwen2_5_vl": _MERGED,

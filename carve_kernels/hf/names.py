@@ -340,8 +340,9 @@ def rotations(config: Any) -> set[str]:
 
 
 def image_id(config: Any) -> int | None:
-    """The id of the image token, which LLaVA's config calls an index."""
-    return next((found for name in _IMAGE_IDS if (found := getattr(config, name, None)) is not None), None)
+    """The id of the image token, which LLaVA's config calls an index, and Phi-4's vision config has."""
+    both = config, getattr(config, "vision_config", None)
+    return next((each for part in both for name in _IMAGE_IDS if (each := getattr(part, name, None)) is not None), None)
 
 
 def video_id(config: Any) -> int | None:

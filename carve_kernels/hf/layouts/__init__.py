@@ -59,12 +59,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
     ids = inputs["input_ids"]
-    image_id = names.image_id(config)
-    if image_id is None:
-        raise ValueError(
-            f"model: expected a model_type of {supported()}, or one with an image token, got {config.model_type!r}"
-        )
-    is_image = ids == image_id
+    is_image = ids == names.image_id(config)
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     by_row = _by_row(images, len(is_image))

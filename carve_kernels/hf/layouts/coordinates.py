@@ -29,6 +29,8 @@ _NO_MEANS = (
 )
 # Shortest ramp in pixels, and the share of a longer image that a ramp covers.
 _RAMP, _SHARE = 32.0, 8
+# By how many of its 8-bit steps a ramp may be wrong: rounded before and after the resampling.
+_STEPS = 1.5
 
 
 class Coordinates(NamedTuple):
@@ -128,7 +130,8 @@ def _along(
 ) -> torch.Tensor:
     """Each value's coordinate along an axis: a ramp over the whole image, then two folded ramps, which are steeper.
 
-    The second of them is folded where the first is straight: resampling blurs the folds.
+    The second of them is folded where the first is straight: resampling blurs the folds. Where it blurs more than that,
+    the steep ramps differ from the one over the whole image by more than its steps.
     """
     coarse = responses([_strip(size, axis, lambda at, length: at / length) for size in sizes]) * lengths
     if max(size[axis] for size in sizes) <= _RAMP:
@@ -150,7 +153,7 @@ def _along(
         off = (phase - fold - 0.5).abs()
         best = torch.where(off < rest, fine, best)
         rest = torch.minimum(off, rest)
-    return best
+    return torch.where((best - coarse).abs() < _STEPS / _LEVELS * lengths, best, coarse)
 
 
 def _flat(size: Size, level: int) -> Image.Image:

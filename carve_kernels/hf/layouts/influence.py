@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from carve_kernels.hf import names
-from carve_kernels.hf.model import decoder_layers, dtype_of, input_device, text_backbone, unwrap
+from carve_kernels.hf.model import decoder_layers, dtype_of, input_device, unwrap
 
 NOWHERE, SEVERAL = -1, -2
 """Numbers in place of a token's: the value reaches no token, or several."""
@@ -160,7 +160,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _local(model: nn.Module) -> Iterator[None]:
     """Each layer with attention outside of the text decoder returns its input, if that depends on the pixels."""
-    text = {id(module) for module in text_backbone(model).modules()}
+    text = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
     handles = []
     try:
         for stack in model.modules():

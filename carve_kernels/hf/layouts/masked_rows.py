@@ -9,6 +9,9 @@ from carve_kernels.types import Box, Size, View
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """The crops, which show an image at the top left of their canvas, a separator, and the canvas as a whole."""
     vision = image.config.vision_config
+    crop = image.entry("image_pixel_values").shape[-1]
+    if crop != vision.crop_size:
+        raise ValueError(f"inputs: expected crops of {vision.crop_size} pixels as in the model's config, got {crop}")
     height, width = (int(side) for side in image.item("image_sizes", "[images, 2]"))
     crops = height // vision.crop_size, width // vision.crop_size
     mask = image.item("image_attention_mask", "[images, crops, rows, columns]")

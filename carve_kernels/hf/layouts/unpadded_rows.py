@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.hf.layouts.tiling import function_of, size_of
 from carve_kernels.types import Box, Size, View
 
@@ -46,10 +47,14 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{size[0]} x {size[1]}; give the images of the prompts in order"
         )
     side = int(vision.image_size // vision.patch_size * Fraction(getattr(image.config, "downsample_rate", None) or 1))
-    base = tokens.take(side * side)
-    if _one_of_several(image):
+    several = _one_of_several(image)
+    base = View(tokens.take(side * side), (side, side), _square(image.size) if several else image.box)
+    cell = vision.image_size // side, vision.image_size // side
+    # A size and a crop that are given to a call are not known.
+    check_seen(image, base.box, base.grid, cell, pixels_of(pixels[0], cell))
+    if several:
         tokens.take(1)
-        return (View(base, (side, side), _square(image.size)),)
+        return (base,)
     resolution = function_of(image.image_processor, "select_best_resolution")
     canvas = size_of(resolution(size, [list(each) for each in image.config.image_grid_pinpoints]))
     tiles = canvas[0] // vision.image_size, canvas[1] // vision.image_size
@@ -59,12 +64,11 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"inputs: pixel_values have other tiles than the {expected} of an image of {size[0]} x {size[1]} by the "
             "image_grid_pinpoints of the model's config; give the processor that made the inputs, with its settings"
         )
-    whole = View(base, (side, side), image.box)
     grid, box = _unpadded(image, canvas, (tiles[0] * side, tiles[1] * side))
     grid = _limited(image.config, grid, side)
     rows = tokens.take(grid[0] * (grid[1] + 1)).view(grid[0], grid[1] + 1)[:, :-1].flatten()
     # Nothing is kept of an image that is thinner than a patch of its canvas.
-    return (whole, View(rows, grid, box, kind="tile")) if len(rows) else (whole,)
+    return (base, View(rows, grid, box, kind="tile")) if len(rows) else (base,)
 
 
 def _unpadded(image: ProcessedImage, canvas: Size, patches: Size) -> tuple[Size, Box]:

@@ -25,7 +25,11 @@ SINGLE = [name for name, made in pairs().items() if getattr(made.make, "__module
 PLACED = [name for name in SINGLE if name not in ("idefics2", "aria", "deepseek_ocr2")]
 # Fuyu takes one image a prompt, PaliGemma's images stand first.
 SEVERAL = [name for name in PLACED if name != "fuyu"]
-PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 4}
+PAN_AND_SCAN: dict[str, Any] = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 16,
+    "pan_and_scan_max_num_crops": 4,
+}
 WIDE, TALL, ODD = (60, 200), (131, 90), (97, 98)
 
 

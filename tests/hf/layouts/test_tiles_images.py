@@ -94,7 +94,7 @@ def test_a_prompt_truncated_anywhere_is_refused(name: str) -> None:
     places = (inputs["input_ids"][0] == names.image_id(pair(name)[0].config)).nonzero().flatten()
     whole = layout_for(name, rows, inputs).tokens()
     first, last = int(places[0]), int(places[-1])
-    for end in range(first + 1, last + 1):
+    for end in range(first + 1, last + 1, 1 + (last - first) // 400):
         for cut in (inputs["input_ids"][:, :end], inputs["input_ids"][:, end:]):
             with pytest.raises(ValueError, match=r"truncated|images: row 0|no image token"):
                 layout_for(name, rows, {**inputs, "input_ids": cut})

@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"crop_to_patches": False},
         {"max_patches": 3},
     ),
+    "phi4_multimodal": ({"dynamic_hd": 2},),
     "qianfan_ocr": ({"max_patches": 3}, {"crop_to_patches": False}),
     "smolvlm": ({"size": {"longest_edge": 48}}, {"do_image_splitting": False}),
 }
@@ -114,6 +115,12 @@ def test_other_canvases_than_the_models_are_refused() -> None:
     for name in ("llava_next", "llava_onevision"):
         with pytest.raises(ValueError, match="image_grid_pinpoints of the model's config"):
             processed(name, (97, 131), {"image_grid_pinpoints": [[56, 112]]})
+
+
+@pytest.mark.parametrize("name", ["llava_next", "granite4_vision"])
+def test_a_crop_that_is_given_to_a_call_is_seen(name: str) -> None:
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 113 x 225"):
+        processed(name, LARGE, {"size": {"shortest_edge": 70}})
 
 
 def test_other_pooling_than_the_processors_is_refused() -> None:

@@ -281,3 +281,14 @@ def got_ocr2() -> Any:
     )
     found.num_image_tokens = 16
     return found
+
+
+@processor()
+def phi4_multimodal() -> Any:
+    names = {"image_token": "<|image|>", "audio_token": "<|audio|>"}
+    return transformers.Phi4MultimodalProcessor(
+        transformers.Phi4MultimodalImageProcessor(dynamic_hd=6),
+        transformers.Phi4MultimodalFeatureExtractor(),
+        tokenizer(("<|image|>", "<|audio|>"), names),
+        chat_template=template("<|image|>"),
+    )

@@ -323,7 +323,7 @@ def granite_docling() -> Example:
 
 @kind("Phi4MultimodalForCausalLM")
 def phi4_multimodal() -> Example:
-    """Two crops, each of 2 rows of 2 with a newline, and a separator between them."""
+    """A crop and the whole image, each of 16 rows of 16 with a newline, and a separator between them."""
     sound = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -338,15 +338,15 @@ def phi4_multimodal() -> Example:
         "phi4_multimodal",
         **text(),
         original_max_position_embeddings=4096,
-        vision_config=vision(crop_size=56, num_hidden_layers=3, image_token_id=IMAGE),
+        vision_config=vision(image_size=448, crop_size=448, num_hidden_layers=3, image_token_id=IMAGE),
         audio_config=sound,
     )
     settings.sliding_window = None
     # The text model shares the config, so the tower switches with it: eager in both.
     settings.vision_config._attn_implementation = "eager"
     pixels = {
-        "image_pixel_values": torch.randn(1, 2, 3, 56, 56),
-        "image_sizes": torch.tensor([[56, 56]]),
-        "image_attention_mask": torch.ones(1, 2, 4, 4),
+        "image_pixel_values": torch.randn(1, 2, 3, 448, 448),
+        "image_sizes": torch.tensor([[448, 448]]),
+        "image_attention_mask": torch.ones(1, 2, 32, 32),
     }
-    return example(settings, 2 * 6 + 1, pixels)
+    return example(settings, 2 * 16 * 17 + 1, pixels)
