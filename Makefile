@@ -38,7 +38,7 @@ lint: $(VENV)/.tests
 # The long proofs, the shortest first. The first failure ends them, and make names it.
 prove:
 	$(MAKE) -j 2 $(VENV)/.tests native-all
-	$(MAKE) -j 1 slow soak mutate compile oldest
+	$(MAKE) -j 1 slow soak mutate compile quantised oldest
 
 # The part of them that takes a quarter of an hour after `make test`.
 prove-ci: $(VENV)/.tests
@@ -65,6 +65,13 @@ compile: $(VENV)/.tests
 soak: $(VENV)/.tests
 	$(VENV)/bin/python -m tests.long.kill --images 200 --kills 10
 	$(VENV)/bin/python -m tests.long.soak --images 2000
+
+# Quantised weights and offloaded ones, with libraries that no other test needs.
+QUANTISED ?= accelerate==1.15.0 bitsandbytes==0.50.2 psutil==7.2.2 torchao==0.18.0
+.PHONY: quantised
+quantised: $(VENV)/.tests
+	$(PIP) install --no-deps --upgrade --target $(VENV)/quantised $(QUANTISED)
+	PYTHONPATH=$(VENV)/quantised $(VENV)/bin/pytest tests/hf/test_quantised.py tests/hf/test_offloading.py
 
 # The tests with the oldest supported transformers, and with a random search of more examples.
 oldest:

@@ -64,12 +64,14 @@ def overlay(
     alpha: float = 0.75,
     box: Box | None = None,
     seen: torch.Tensor | None = None,
+    ends: tuple[float, float] | None = None,
 ) -> Image.Image:
     """A saliency or a map of tokens [h, w] over the part `box` of an image (None = all of it).
 
     The image is grey and at most 1600 pixels a side; the higher the value, the stronger the colour (`alpha` at the
     highest). Pixels of the image that are not `seen` (bool [H, W], None = all are) are hatched; of a saliency of the
-    whole image they are no part of the range.
+    whole image they are no part of the range. `ends` are the values of the darkest and the lightest colour, as for the
+    frames of one video (None = the lowest and the highest value).
     """
     checks.number("alpha", alpha, low=0, high=1)
     small = _shrink(image)
@@ -78,7 +80,7 @@ def overlay(
     left, top = round(x0 * scale_x), round(y0 * scale_y)
     size = max(1, round(x1 * scale_x) - left), max(1, round(y1 * scale_y) - top)
     covered = seen if seen is not None and seen.shape == saliency.shape else None
-    levels = Image.fromarray(_levels(saliency, covered)).resize(size, Image.Resampling.BILINEAR)
+    levels = Image.fromarray(_levels(saliency, covered, ends)).resize(size, Image.Resampling.BILINEAR)
     colours = Image.fromarray(_LUT[numpy.asarray(levels)])
     base = small.convert("L").convert("RGB")
     weight = levels.point([round(255 * alpha * (0.35 + 0.65 * (level / 255) ** 0.7)) for level in range(256)])
@@ -212,14 +214,17 @@ def _wrap(text: str, width: int, size: int) -> list[str]:
     return lines
 
 
-def _levels(saliency: torch.Tensor, seen: torch.Tensor | None = None) -> numpy.ndarray:
-    """A map [H, W] scaled to 0 to 255, from the lowest value of its seen pixels to their highest."""
+def _levels(
+    saliency: torch.Tensor, seen: torch.Tensor | None = None, ends: tuple[float, float] | None = None
+) -> numpy.ndarray:
+    """A map [H, W] scaled to 0 to 255, from the lowest value of its seen pixels to their highest, or between `ends`."""
     checks.tensor("saliency", saliency, shape=("H", "W"), dtypes=(torch.float32, torch.float64))
     values = saliency.detach().cpu().numpy()
     visible = values if seen is None else values[seen.cpu().numpy()]
     low, high = (visible.min(), visible.max()) if visible.size else (0.0, 0.0)
     if not numpy.isfinite([low, high]).all():
         raise ValueError(f"saliency: expected finite values, got values from {low} to {high}")
+    low, high = ends or (low, high)
     span = high - low
     scaled = 255 * (values - low) / (span if span > 0 else 1)
     return scaled.round().clip(0, 255).astype(numpy.uint8)

@@ -25,7 +25,7 @@ LAYERS = {
         "extras",
     ),
     1: ("backends",),
-    2: ("ops", "visualize", "fonts"),
+    2: ("ops", "visualize", "animation", "fonts"),
     3: ("pipeline", "view_pixels", "video", "presets", "maps", "complexity", "selfcheck"),
     4: ("hf", "models"),
     5: ("cli", "__main__"),
@@ -36,7 +36,7 @@ TOP = 6  # carve_kernels itself, which only the command line may import from
 HOMES: dict[str, tuple[int | str, ...]] = {
     "transformers": (4, 5),
     "triton": ("backends.triton",),
-    "PIL": ("visualize", "fonts", "ops.zoom", 3, 4, 5),
+    "PIL": ("visualize", "animation", "fonts", "ops.zoom", 3, 4, 5),
     "matplotlib": (5,),
     "rich": (5,),
     "typer": (5,),

@@ -20,7 +20,7 @@ ELSEWHERE = {
     "hf/engine/batching.py",
     "hf/engine/cache.py",
     "hf/engine/engine.py",
-    "hf/engine/passes.py",
+    "hf/engine/requests.py",
     "hf/loading.py",
     "hf/session/contract.py",
 }

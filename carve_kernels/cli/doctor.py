@@ -26,7 +26,7 @@ def doctor(
         str | None, typer.Option("--model", "-m", help=f"Show this layout instead. {options.MODEL}")
     ] = None,
     image: Annotated[str | None, options.path("Image file of the layout.", "--image", "-i")] = None,
-    output: Annotated[str, options.path("Folder for the picture of the layout.", "--output", "-o")] = "out/doctor",
+    output: Annotated[str, options.path("Folder for the figure of the layout.", "--output", "-o")] = "out/doctor",
 ) -> None:
     """Say which versions, backends, devices and processors work here, and how to fix what does not.
 

@@ -1,4 +1,4 @@
-"""carve-kernels doctor --model: the layout of a model's image tokens as a picture and a table, and a measurement."""
+"""carve-kernels doctor --model: the layout of a model's image tokens as a figure and a table, and a measurement."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from rich.text import Text
 
-PICTURE = "layout.png"
+FIGURE = "layout.png"
 # In cells: the layouts of the package are tested to be this near.
 TOLERANCE = 0.05
 
 
 def show_layout(model: str, image: str | None, output: str) -> bool:
-    """Write the picture and print the table. Returns whether the layout is where it is measured."""
+    """Write the figure and print the table. Returns whether the layout is where it is measured."""
     from PIL import Image
 
     from carve_kernels import checks
     from carve_kernels.cli.ask import quiet
-    from carve_kernels.cli.layout_picture import layout_picture
+    from carve_kernels.cli.layout_figure import layout_figure
     from carve_kernels.cli.ours import png_info, png_texts, refuse_inputs
     from carve_kernels.cli.output import number_of, replace_files, say
     from carve_kernels.cli.tables import screen, table
@@ -32,8 +32,8 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
         opened = draw_scene(seed=3, level=1, split="test").image.resize((640, 480), Image.Resampling.NEAREST)
     else:
         opened = open_image(image)
-        refuse_inputs([folder / PICTURE], {"--image": [checks.path("image", image)]})
-    with replace_files(folder, [PICTURE], lambda path: png_texts(path) is not None) as temporary, quiet():
+        refuse_inputs([folder / FIGURE], {"--image": [checks.path("image", image)]})
+    with replace_files(folder, [FIGURE], lambda path: png_texts(path) is not None) as temporary, quiet():
         loaded, processor = load(model)
         inputs = prepare(processor, [opened], build_prompt(processor, "x"))
         layout = layout_of(loaded, processor, inputs, [opened])
@@ -45,8 +45,8 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
         caption = f"{how}; {layout.unseen():.1%} of the image is in no view"
         if outside:
             caption += f"; {number_of(outside, 'image token')} without a place, such as newlines"
-        picture = layout_picture(opened, layout, numbers, title, caption)
-        picture.save(temporary / PICTURE, pnginfo=png_info())
+        figure = layout_figure(opened, layout, numbers, title, caption)
+        figure.save(temporary / FIGURE, pnginfo=png_info())
     lines = [
         (
             Text(str(number), style=_style(number)),
@@ -59,7 +59,7 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
     ]
     screen().print(table(title, ("view", "kind", "rows x columns", "tokens", "box x0, y0, x1, y1"), lines))
     say(f"{caption}.", "green" if fits else "red")
-    say(f"Picture: {Path(folder) / PICTURE}")
+    say(f"Figure: {Path(folder) / FIGURE}")
     return fits
 
 
@@ -88,6 +88,6 @@ def _image_tokens(model: Any, inputs: Any) -> list[int]:
 
 
 def _style(view: int) -> str:
-    from carve_kernels.cli.layout_picture import colour_of
+    from carve_kernels.cli.layout_figure import colour_of
 
     return "rgb({},{},{})".format(*colour_of(view))

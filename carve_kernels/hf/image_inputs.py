@@ -12,7 +12,7 @@ from PIL import Image
 from carve_kernels.hf import names
 from carve_kernels.hf.inputs import prepare
 from carve_kernels.hf.model import input_device, text_backbone, unwrap
-from carve_kernels.hf.processors import is_for_training, is_pixels, lacks_token_types
+from carve_kernels.hf.processors import is_for_training, is_pixels, is_text, lacks_token_types
 
 # What image processors return that treat each image separately and concatenate the results.
 _SEPARATE = (
@@ -100,7 +100,7 @@ class ImageInputs:
 
         def process() -> dict[str, Any]:
             entries = first.pop() if first else self._process(images, prompt)
-            return {name: value for name, value in entries.items() if not names.is_text(name)}
+            return {name: value for name, value in entries.items() if not is_text(name)}
 
         return without_pixels, ImageFeatures(process, dropped)
 
@@ -110,7 +110,7 @@ class ImageInputs:
         if entries is None:
             return None
         kept = {name: value for name, value in entries.items() if name in self._entries}
-        on_device = _moved(kept, self._device, self._dtype)
+        on_device = moved(kept, self._device, self._dtype)
         return ImageFeatures(lambda: on_device)
 
     def clear(self) -> None:
@@ -121,7 +121,7 @@ class ImageInputs:
     def _process(self, images: list[Image.Image], prompt: str) -> dict[str, Any]:
         prepared = [self._prepare(image) for image in images]
         inputs = prepare(self._processor, prepared, prompt, None, self._max_pixels, self._token_types)
-        return _moved(
+        return moved(
             {name: value for name, value in inputs.items() if not is_for_training(name)}, self._device, self._dtype
         )
 
@@ -222,7 +222,7 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
 
 
-def _moved(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def moved(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Entries of a processor on a device, the pixels in a dtype."""
     return {name: _to(value, device, dtype if is_pixels(name) else None) for name, value in inputs.items()}
 

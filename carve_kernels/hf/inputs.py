@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, image_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, counts_of_pixels, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -86,7 +86,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
     if token in text:
         raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
     flat = _image_in_text(processor) * count + text
-    template = _template_of(processor)
+    template = template_of(processor)
     if template is None:
         return flat
     parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
@@ -138,16 +138,20 @@ def prepare(
         settings["images_kwargs"] = bounds
     if token_types:
         settings["return_mm_token_type_ids"] = True
-    first = getattr(processor.tokenizer, "bos_token", None)
-    if first and prompt.startswith(first):
-        # The template has added it; the tokenizer would add another one.
-        settings["add_special_tokens"] = False
+    settings |= text_settings(processor, prompt)
     try:
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)
     except ValueError as error:
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"images: the processor refuses {sizes} pixels ({error})") from error
     return inputs if device is None else inputs.to(device)
+
+
+def text_settings(processor: Any, prompt: str) -> dict[str, Any]:
+    """What a processor has to be told about a prompt that a template may have made."""
+    first = getattr(processor.tokenizer, "bos_token", None)
+    # The template has added it; the tokenizer would add another one.
+    return {"add_special_tokens": False} if first and prompt.startswith(first) else {}
 
 
 def _image_in_text(processor: Any) -> str:
@@ -164,7 +168,7 @@ def _image_in_text(processor: Any) -> str:
     return token.join(_IMAGE_MARKS)
 
 
-def _template_of(processor: Any) -> str | None:
+def template_of(processor: Any) -> str | None:
     """The chat template of a processor, or else of its tokenizer; of several named ones the default.
 
     Raises ValueError if there are several and none is the default.
@@ -194,6 +198,7 @@ def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
     size = dict(getattr(settings, "size", None) or {})
     if set(size) != {"shortest_edge", "longest_edge"}:
         return None
+    max_pixels *= counts_of_pixels(settings)
     # Each edge is a number of pixels here. Attributes of these names override the size, in every call.
     attributes = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
     lowest, highest = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from carve_kernels.hf import names
 
+# What has a column for each token.
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
+         "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # What only the vision tower reads: the prefix of most names, and the name of Fuyu.
 _PIXELS = ("pixel", "image_patches")
 # Processors that write all that is around an image in a prompt without a chat template.
@@ -75,15 +79,34 @@ def writes_prompts(processor: Any) -> bool:
     return type(processor).__name__ in _WITHOUT_TEMPLATE
 
 
+def counts_of_pixels(image_processor: Any) -> int:
+    """How often the bounds of an image processor count a pixel: GLM's count it in each frame that an image becomes."""
+    # Also the class of one that is wrapped.
+    kind = type(image_processor.preprocess.__self__)
+    resize = getattr(sys.modules[kind.__module__], "smart_resize", None)
+    counts = resize is not None and "num_frames" in inspect.signature(resize).parameters
+    return int(image_processor.temporal_patch_size) if counts else 1
+
+
+def is_text(name: str) -> bool:
+    """Whether an entry of a processor's output belongs to the text: it has a column for each token."""
+    return name in _TEXT
+
+
 def is_pixels(name: str) -> bool:
     """Whether only the vision tower reads an entry of a processor's output."""
-    return name.startswith(_PIXELS) and not names.is_text(name)
+    return name.startswith(_PIXELS) and not is_text(name)
 
 
 def lacks_token_types(processor: Any, model: Any) -> bool:
     """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
     is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
     return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
+
+
+def routes_by_type(model: Any) -> bool:
+    """Whether a model's experts depend on which tokens are of images, as those of Ernie 4.5."""
+    return "moe_mm_token_type_ids" in names.signature_of(model).parameters
 
 
 def is_for_training(name: str) -> bool:

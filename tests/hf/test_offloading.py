@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from carve_kernels.hf.engine.fingerprint import Unidentified, fingerprint
 from carve_kernels.hf.model import decoder_layers, devices_of, input_device
 from tests.support.families import family, generate
 from tests.support.offloading import offload
-from tests.support.tiny_models import inputs_for, make_image, tiny_llava, tiny_qwen2_5_vl
+from tests.support.tiny_models import inputs_for, make_image, save, tiny_llava, tiny_qwen2_5_vl
 
 QUESTION = "what digit is red"
 PHOTO = make_image(240, 160, 1)
@@ -116,3 +117,26 @@ def test_a_forward_around_accelerates_is_foreign_code(outside: bool) -> None:
         moved = layer.forward
         layer.forward = lambda *args: moved(*args)
     assert "layers.1.mlp.up_proj" in (sequential_reason(model) or "")
+
+
+def test_accelerate_itself(tmp_path: Path) -> None:
+    """Its own hooks, where it is installed: half of the layers on the CPU, half on a disk."""
+    pytest.importorskip("accelerate", reason="`make quantised` installs it")
+    expected = CarveEngine(*family("llava"), preset=PRESET)(PHOTO, QUESTION)
+    model, processor = tiny_llava()
+    folder = save(model, processor, tmp_path / "model")
+    names = [name for name, module in model.named_modules() if any(True for _ in module.parameters(False))]
+    places = {name: "disk" if ".layers.2." in name or ".layers.3." in name else "cpu" for name in names}
+    places |= {"model.language_model.rotary_emb": "cpu"}
+    spread = type(model).from_pretrained(folder, device_map=places, offload_folder=tmp_path / "weights").eval()
+    assert spread.model.language_model.layers[2].mlp.up_proj.weight.device.type == "meta"
+    inputs = inputs_for(processor, [PHOTO], [QUESTION])
+    maps = []
+    for each in (model, spread):
+        with capture_attention(each, layers="all") as session:
+            generate(each, inputs, steps=3)
+        maps.append(session.maps.values)
+    assert float((maps[1] - maps[0]).abs().max()) <= 1e-5 * float(maps[0].max())
+    engine = CarveEngine(spread, processor, preset=PRESET)
+    assert engine.sequential_reason is None
+    assert engine(PHOTO, QUESTION).answer_ids == expected.answer_ids

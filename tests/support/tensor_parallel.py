@@ -21,9 +21,9 @@ import torch
 from torch import distributed
 
 from carve_kernels import CarveEngine, Preset, capture_attention
+from carve_kernels.hf import head_shares
 from carve_kernels.hf.decoding import sequential_reason
-from carve_kernels.hf.session import head_shares
-from carve_kernels.hf.session.head_shares import HeadShares
+from carve_kernels.hf.head_shares import HeadShares
 from carve_kernels.maps import AttentionMaps, new_buffers
 from carve_kernels.numerics import entropy
 from carve_kernels.types import Capture

@@ -18,6 +18,7 @@ from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
 from carve_kernels.hf.engine.requests import ImageSource, ImageSources, Refine, Request, make_request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
+from carve_kernels.hf.engine.video import VideoResult, VideoSource, answer_video, make_video_request
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
 from carve_kernels.hf.loading import resolve_preset
 from carve_kernels.hf.model import (
@@ -30,6 +31,7 @@ from carve_kernels.hf.model import (
     unwrap,
 )
 from carve_kernels.hf.session import contract
+from carve_kernels.hf.videos import MAX_FRAMES
 from carve_kernels.presets import FITS, Preset
 
 Many = list[Any] | tuple[Any, ...]
@@ -166,6 +168,44 @@ class CarveEngine:
         report = on_progress or (lambda stage, done, total: None)
         request = self.request(images, question, prompt, refine)
         [result] = self.answer([request], lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
+        report("done", len(STAGES), len(STAGES))
+        return result
+
+    def ask_video(
+        self,
+        video: VideoSource,
+        question: str,
+        *,
+        max_frames: int = MAX_FRAMES,
+        fps: float | None = None,
+        prompt: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> VideoResult:
+        """Answer one question about a video, and again about the kept span of its frames, cropped to the kept part.
+
+        ===========  ==================================================================================================
+        argument     meaning
+        ===========  ==================================================================================================
+        video        a path, of which `open_video` takes frames, or a Video: then all of its frames are read
+        max_frames   of a path: at most so many frames; `fps`: so many for each second
+        prompt       the whole text that the model reads, with one video token; None: the chat template's
+        ===========  ==================================================================================================
+
+        The contrast of all frames is one, `Preset.keep` is a share of the pixels of all of them, and regions go on from
+        a frame to the next one. Nothing of a video is cached.
+        """
+        report = on_progress or (lambda stage, done, total: None)
+        check_steady(self.model)
+        request = make_video_request(
+            self.model, self.processor, self.preset, video, question, prompt, self.fit, max_frames=max_frames, fps=fps,
+            max_image_pixels=self.max_image_pixels,
+        )  # fmt: skip
+        with exclusive(self.model):
+            setup = Setup(
+                self.model, self.processor, self.preset, self._carving, self.layers,
+                backend=self.backend, memory=None, plain=self.plain, fit=None,
+            )  # fmt: skip
+            result = answer_video(setup, request, lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
         report("done", len(STAGES), len(STAGES))
         return result
 

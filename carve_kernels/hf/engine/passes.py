@@ -149,7 +149,7 @@ class Job:
         self.left_out = whole.left_out
         if whole.left_out:
             _LOG.info("layers %s do not see the whole image at %s: left out", list(whole.left_out), setup.preset.steps)
-        preset = replace(setup.carving, layer_weights=whole.weights)
+        carving = replace(setup.carving, layer_weights=whole.weights)
         self.carved, self.strengths = [], []
         several = len(self.request.images) > 1
         for number, image in enumerate(self.request.images):
@@ -160,12 +160,12 @@ class Job:
                 torch.cat([maps[..., span] for span in columns], -1) if several else maps
                 for maps in (whole.task, whole.general)
             ]
-            outcome = carve_views(image, own[0], own[1], grids, boxes, preset, setup.backend)
+            outcome = carve_views(image, own[0], own[1], grids, boxes, carving, setup.backend)
             self.carved.append(outcome)
             size = image.height, image.width
             # One image has no other to compare it with.
             self.strengths.append(
-                strength(size, own[0], own[1], grids, boxes, preset, setup.backend) if several else None
+                strength(size, own[0], own[1], grids, boxes, carving, setup.backend) if several else None
             )
             for stage, seconds in outcome.seconds.items():
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -203,15 +203,15 @@ class Job:
         return CarveResult(
             question=request.question,
             prompt=request.task.text,
-            answer=_decode(setup.processor, plain_ids),
-            refined_answer=_decode(setup.processor, refined_ids),
+            answer=decode_answer(setup.processor, plain_ids),
+            refined_answer=decode_answer(setup.processor, refined_ids),
             image=first.image,
             refined=first.refined,
             task=self.task.maps,
             general=self.general,
             saliency=first.saliency,
             regions=first.regions,
-            entropy=_entropy(self.task.maps, setup.preset.steps, self.left_out),
+            entropy=entropy_by_layer(self.task.maps, setup.preset.steps, self.left_out),
             seconds={**self.seconds, "second pass": self.seconds.get("second pass", 0.0)},
             preset=setup.preset,
             reason=self.reason,
@@ -310,12 +310,13 @@ def _group(
     return groups[key]
 
 
-def _decode(processor: Any, ids: tuple[int, ...]) -> str:
+def decode_answer(processor: Any, ids: tuple[int, ...]) -> str:
+    """The text of an answer's tokens."""
     answer: str = processor.decode(list(ids), skip_special_tokens=True)
     return answer.strip()
 
 
-def _entropy(maps: AttentionMaps, steps: str, left_out: tuple[int, ...]) -> dict[int, float]:
+def entropy_by_layer(maps: AttentionMaps, steps: str, left_out: tuple[int, ...]) -> dict[int, float]:
     """H / ln N of each layer that is read, at the steps that are read, the mean if there are several."""
     end = maps.last_step(0) + 1
     chosen = slice(0, 1) if steps == "t_start" else slice(end - 1, end) if steps == "t_end" else slice(0, end)

@@ -120,16 +120,16 @@ def make_second_prompt(
     """
     image_inputs = request.image_inputs
     if preset.images == "refined":
-        shown = [refined.get(number, original) for number, original in enumerate(request.images)]
-        return SecondPrompt(*image_inputs.inputs(shown, request.task.text), None, tuple(shown))
+        displayed = [refined.get(number, original) for number, original in enumerate(request.images)]
+        return SecondPrompt(*image_inputs.inputs(displayed, request.task.text), None, tuple(displayed))
     later_images = [refined[number] for number in sorted(refined)]
-    shown = [*request.images, *later_images]
-    text = build_prompt(processor, request.question + preset.suffix, len(shown))
-    inputs, features = image_inputs.inputs(shown, text)
+    displayed = [*request.images, *later_images]
+    text = build_prompt(processor, request.question + preset.suffix, len(displayed))
+    inputs, features = image_inputs.inputs(displayed, text)
     later = image_inputs.subset(later_images)
     if later is not None and are_original and len(later_images) == len(request.images):
         later = request.features
-    return SecondPrompt(inputs, features, later, () if are_original else tuple(shown))
+    return SecondPrompt(inputs, features, later, () if are_original else tuple(displayed))
 
 
 def locate_prompt(

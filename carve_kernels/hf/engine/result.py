@@ -48,7 +48,25 @@ class CarvedImage:
 class CarveResult:
     """The result of CARVE for one question about an image, or about several.
 
-    ==============  ===========================================================================================    """
+    ===============  =================================================================================================
+    question         as it was passed; `prompt` is the whole text that the model read
+    answer           the plain answer, empty without `plain`; `answer_ids` its tokens
+    refined_answer   the answer on the refined image; `refined_ids` its tokens
+    image            the upright original; `refined` is the refined image; of several images, the first refined one
+    task, general    the captured maps of the question and of the general instruction
+    saliency         fp32 [H, W], their contrast in pixels of the image, 0 where that is not `seen` (bool [H, W])
+    regions          the selected regions; `mask`, `boxes` and `box` are theirs
+    entropy          H / ln N of the task map for each layer that was read
+    seconds          the time of each stage: first pass, contrast, regions, zoom, second pass; of a batch, its share
+    preset           the preset that was used
+    reason           why the whole image was kept, or None
+    images           a CarvedImage for each image of the prompt, in order
+    refined_images   the numbers of the images that were refined
+    unseen           share of the image's area that the model was not shown, as under a centre crop
+    layers_left_out  captured layers that were not read: they did not see the whole image at the steps that are
+    complexity       computed on first access, in about a tenth of the time of an answer
+    ===============  =================================================================================================
+    """
 
     question: str
     prompt: str

@@ -50,8 +50,8 @@ def whole_layers(task: AttentionMaps, general: AttentionMaps, preset: Preset) ->
     if not layers:
         raise ValueError(
             f"layers: expected a layer that sees the whole image at the steps that are read ({preset.steps}), got "
-            f"{list(left_out)}, which are past their windows there; choose layers with full attention, or fewer new "
-            "tokens"
+            f"{list(left_out)}, whose rows are past their windows or inside of the image; choose layers with full "
+            "attention, rows after the image, or fewer new tokens"
         )
     weights = preset.layer_weights
     if weights is not None:

@@ -21,12 +21,13 @@ from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
 
-def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> VisualLayout:
+def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
     """Find the visual tokens of a batch, their grids and boxes, from the output of the processor.
 
     ======  ==========================================================================================
@@ -35,6 +36,8 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     inputs  output of the processor: input_ids int [B, S] and the entries of its images
     images  a list of images for each row of the batch; or a flat list, for one image a row or one row.
             An image is the PIL image that the processor was given, or its (height, width)
+    videos  the same for videos: a `Video`, a list of the frames that the processor was given, or (frames,
+            height, width). None = there is none
     ======  ==========================================================================================
 
     Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
@@ -46,16 +49,17 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any) -> Vis
     """
     check_decoder(model)
     config = unwrap(model).config
+    if videos is not None:
+        alone = not has_images(images)
+        shown = video_layout(config, processor, inputs, videos, alone=alone)
+        if alone:
+            return shown.layout()
+        return shown.beside(layout_of(model, processor, shown.without_videos(inputs), images))
     family = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("inputs: expected images, got a video, which has no layout yet")
+        raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")
     ids = inputs["input_ids"]
-    image_id = names.image_id(config)
-    if image_id is None:
-        raise ValueError(
-            f"model: expected a model_type of {supported()}, or one with an image token, got {config.model_type!r}"
-        )
-    is_image = ids == image_id
+    is_image = ids == names.image_id(config)
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     by_row = _by_row(images, len(is_image))
@@ -88,6 +92,11 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
     if family is None:
+        if names.image_id(config) is None:
+            raise ValueError(
+                f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
+                f"known are {supported()}"
+            )
         return None
     if family.reason is not None:
         raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
@@ -139,7 +148,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     if cursor.taken == len(cursor):
         return
     # One image may have several runs of tokens, but not fewer than one.
-    if cursor.runs < images or cursor.runs > len(views) == images:
+    if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
         raise ValueError(
             f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
             "row as its own list, in the order of the prompt"

@@ -55,13 +55,16 @@ def options_of(config: Any, processor: Any) -> Mapping[str, Any]:
 
 
 def settings_of(config: Any, owner: Any, names: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, found, expected) for the attributes of a processor that `names` maps to attributes of a config."""
+    """(name, found, expected) for the attributes of a processor that `names` maps to attributes of a config.
+
+    One of them may have a size as a number, and the other one as (height, width).
+    """
     for name, path in names.items():
         expected = attribute(config, path) if isinstance(path, str) else path
         found = getattr(owner, name, expected)
-        # An image processor may have a patch size as (height, width), and a config a merge size.
-        pairs = found is not None and not (isinstance(found, int) and isinstance(expected, int))
-        yield f"{prefix}{name}", found, found if pairs and sides(found) == sides(expected) else expected
+        height, width = sides(expected)
+        same = found is not None and sides(found) == (height, width)
+        yield f"{prefix}{name}", found, found if same else height if height == width else (height, width)
 
 
 def covered(size: Size, resized: Size, grid: Size, cell: Size) -> Box:

@@ -53,8 +53,20 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch, image_processor, size = cell_of(image.config, image.options), image.image_processor, image.size
+    patch = cell_of(image.config, image.options)
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
+    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), box_of(image, pixels, patch)
+    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
+    tokens.take(max(0, _extra_tokens(image.processor)))
+    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
+
+
+def box_of(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> Box:
+    """The part of an image that whole cells of the resized and cropped one cover, whose (height, width) are `pixels`.
+
+    Raises ValueError if the settings of the image processor make another size of the image.
+    """
+    image_processor, size = image.image_processor, image.size
     expected = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
     if expected != pixels:
         raise ValueError(
@@ -62,10 +74,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{type(image_processor).__name__} make {expected[0]} x {expected[1]} of an image of {size[0]} x "
             f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
         )
-    tokens.take(max(0, _extra_tokens(image.processor)))
-    grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), _box(image_processor, size, patch)
-    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
-    return (View(tokens.take(grid[0] * grid[1]), grid, box),)
+    return _box(image_processor, size, cell)
 
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:

@@ -22,7 +22,7 @@ def deviations(layout: VisualLayout, measured: Measured) -> torch.Tensor:
     off = ((boxes - measured.boxes).abs() / torch.cat([boxes[:, 2:] - boxes[:, :2]] * 2, 1)).amax(1)
     placed, seen = images >= 0, measured.images >= 0
     off = torch.where(images == measured.images, off, torch.inf)
-    return off.where(placed | seen, 0.0).where(seen | (_shown(boxes, images, measured) > _NOTHING), 0.0)
+    return off.where(placed | seen, 0.0).where(seen | (_visible(boxes, images, measured) > _NOTHING), 0.0)
 
 
 def cells_of(layout: VisualLayout, measured: Measured) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def cells_of(layout: VisualLayout, measured: Measured) -> tuple[torch.Tensor, to
     return boxes, images
 
 
-def _shown(boxes: torch.Tensor, images: torch.Tensor, measured: Measured) -> torch.Tensor:
+def _visible(boxes: torch.Tensor, images: torch.Tensor, measured: Measured) -> torch.Tensor:
     """The share of each box that lies within its image, 0 where there is no box."""
     rows = measured.tokens[:, 0].tolist()
     sizes = [

@@ -21,8 +21,16 @@ Process = Callable[[list[Image.Image]], Entries]
 _LEVELS = 255
 # Values that span less than this share of the largest range come from padding, not from the image.
 _PADDING = 0.02
+# How far a grey may be from its share of white, among as many greys as images.
+_LINEAR = 0.05
+_NO_MEANS = (
+    "processor: expected pixel values that are weighted means of the image's pixels, got others; where they lie in the "
+    "image cannot be measured"
+)
 # Shortest ramp in pixels, and the share of a longer image that a ramp covers.
 _RAMP, _SHARE = 32.0, 8
+# By how many of its 8-bit steps a ramp may be wrong: rounded before and after the resampling.
+_STEPS = 1.5
 
 
 class Coordinates(NamedTuple):
@@ -86,47 +94,46 @@ def coordinates(process: Process, sizes: Sequence[Size]) -> tuple[Pixels, Coordi
     inside = span.abs() > _PADDING * span.abs().max()
     low, span = low[inside], span[inside]
 
-    def shown(images: list[Image.Image]) -> torch.Tensor:
+    def responses(images: list[Image.Image]) -> torch.Tensor:
         entries = process(images)
         for _ in _varying(black, entries):
             pass
         shares = (pixels.values(entries)[inside] - low) / span
         if not bool(((shares > -0.2) & (shares < 1.2)).all()):
-            raise ValueError(
-                "processor: expected pixel values that are weighted means of the image's pixels, got others; its "
-                "boxes cannot be measured"
-            )
+            raise ValueError(_NO_MEANS)
         return shares
 
-    number = _numbers(shown, sizes, len(low))
+    number = _numbers(responses, sizes)
     place = torch.full((2, len(inside)), torch.nan)
     edge = torch.zeros(2, len(inside))
     for row, axis in enumerate((1, 0)):
         lengths = torch.tensor([float(size[axis]) for size in sizes])
-        place[row, inside] = _along(shown, sizes, axis, lengths[number])
-        edge[row, inside] = shown([_strip(size, axis, _frame) for size in sizes])
+        place[row, inside] = _along(responses, sizes, axis, lengths[number])
+        edge[row, inside] = responses([_strip(size, axis, _frame) for size in sizes])
     image = torch.full((len(inside),), -1)
     image[inside] = number
     return pixels, Coordinates(place, edge, image)
 
 
-def _numbers(shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], count: int) -> torch.Tensor:
-    """The number of each value's image, told by its grey."""
-    if len(sizes) == 1:
-        return torch.zeros(count, dtype=torch.int64)
-    greys = [(index + 0.5) / len(sizes) for index in range(len(sizes))]
-    shares = shown([_flat(size, round(_LEVELS * grey)) for size, grey in zip(sizes, greys, strict=True)])
-    return (shares * len(sizes)).long().clamp(0, len(sizes) - 1)
+def _numbers(responses: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size]) -> torch.Tensor:
+    """The number of each value's image, known by its grey. Raises ValueError for values that are not in proportion."""
+    greys = [round(_LEVELS * (index + 0.5) / len(sizes)) for index in range(len(sizes))]
+    shares = responses([_flat(size, grey) for size, grey in zip(sizes, greys, strict=True)])
+    number = (shares * len(sizes)).long().clamp(0, len(sizes) - 1)
+    if bool(((shares - torch.tensor(greys)[number] / _LEVELS).abs() > _LINEAR / len(sizes)).any()):
+        raise ValueError(_NO_MEANS)
+    return number
 
 
 def _along(
-    shown: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], axis: int, lengths: torch.Tensor
+    responses: Callable[[list[Image.Image]], torch.Tensor], sizes: Sequence[Size], axis: int, lengths: torch.Tensor
 ) -> torch.Tensor:
     """Each value's coordinate along an axis: a ramp over the whole image, then two folded ramps, which are steeper.
 
-    The second of them is folded where the first is straight: resampling blurs the folds.
+    The second of them is folded where the first is straight: resampling blurs the folds. Where it blurs more than that,
+    the steep ramps differ from the one over the whole image by more than its steps.
     """
-    coarse = shown([_strip(size, axis, lambda at, length: at / length) for size in sizes]) * lengths
+    coarse = responses([_strip(size, axis, lambda at, length: at / length) for size in sizes]) * lengths
     if max(size[axis] for size in sizes) <= _RAMP:
         return coarse
     straight = (lengths / _SHARE).clamp(min=_RAMP)
@@ -139,14 +146,14 @@ def _along(
             folds: numpy.ndarray[Any, Any] = numpy.minimum(phase, 2 - phase)
             return folds
 
-        shares = shown([_strip(size, axis, folded) for size in sizes])
+        shares = responses([_strip(size, axis, folded) for size in sizes])
         phase = coarse / straight + shift
         fold = phase.floor()
         fine = (fold + torch.where(fold.long() % 2 == 0, shares, 1 - shares) - shift) * straight
         off = (phase - fold - 0.5).abs()
         best = torch.where(off < rest, fine, best)
         rest = torch.minimum(off, rest)
-    return best
+    return torch.where((best - coarse).abs() < _STEPS / _LEVELS * lengths, best, coarse)
 
 
 def _flat(size: Size, level: int) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from carve_kernels.checks import size as check_size
-from carve_kernels.hf import names
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.layouts.coordinates import Coordinates, Entries, Pixels, coordinates
 from carve_kernels.hf.layouts.influence import SEVERAL, Influence, influence
@@ -29,7 +29,7 @@ from carve_kernels.types import Box, Size, View, ViewKind, VisualLayout
 _LOG = logging.getLogger("carve_kernels")
 # Fewer values than this share that reach several tokens are accidents of a gradient.
 _MIXED = 0.01
-# Of a cell's side: how far boxes that meet may lie apart.
+# Of a cell's side: the largest gap between boxes that meet.
 _MEET = 0.1
 _LOCK = threading.Lock()
 
@@ -237,7 +237,7 @@ def _bound(call: _Call, inputs: Mapping[str, Any]) -> int | None:
         return sum(entries[name].numel() for name in pixels), _difference(inputs, entries, pixels) is None
 
     most, same = count(None)
-    wanted = sum(value.numel() for name, value in inputs.items() if _is_pixels(value) and not names.is_text(name))
+    wanted = sum(value.numel() for name, value in inputs.items() if _is_pixels(value) and not processors.is_text(name))
     if same or len(call.sizes) > 1 or wanted >= most:
         return None
     low, high = 1, most
@@ -307,7 +307,7 @@ def _settings_of(processor: Any) -> str:
 def _is_text(name: str, value: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether an entry belongs to the text: by its name, or since it has a value for each token."""
     shape = inputs["input_ids"].shape
-    return names.is_text(name) or (isinstance(value, torch.Tensor) and value.shape[:2] == shape)
+    return processors.is_text(name) or (isinstance(value, torch.Tensor) and value.shape[:2] == shape)
 
 
 def _is_pixels(value: Any) -> bool:
@@ -316,7 +316,7 @@ def _is_pixels(value: Any) -> bool:
 
 
 def _difference(inputs: Mapping[str, Any], entries: Entries, pixels: set[Any]) -> str | None:
-    """In what inputs differ from the entries of a processor, apart from the values of pixel tensors, or None."""
+    """In what inputs differ from the entries of a processor, the values of pixel tensors aside, or None."""
     for name, expected in entries.items():
         got = inputs.get(name)
         if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):

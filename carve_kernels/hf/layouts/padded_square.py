@@ -8,7 +8,7 @@ from __future__ import annotations
 from carve_kernels.hf.layouts.cells import cell_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_seen, pixels_of
-from carve_kernels.types import Box, Size, View
+from carve_kernels.types import View
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
@@ -16,22 +16,21 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
     cell = cell_of(image.config, image.options)
     grid = pixels[0] // cell[0], pixels[1] // cell[1]
-    box = square(image.size, max(pixels), getattr(image.image_processor, "min_size", 0))
     if pixels[0] != pixels[1]:
         raise ValueError(
             f"inputs: expected square pixel_values, got {pixels[0]} x {pixels[1]}; the image must be padded (do_pad)"
         )
+    spans = [
+        _span(length, max(image.size), pixels[0], count * side, getattr(image.image_processor, "min_size", 0))
+        for length, count, side in zip(image.size, grid, cell, strict=True)
+    ]
+    box = spans[1][0], spans[0][0], spans[1][1], spans[0][1]
     check_seen(image, box, grid, cell, pixels_of(image.item("pixel_values"), cell))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 
-def square(size: Size, side: int, shortest: int = 0) -> Box:
-    """The box of a square in which an image was centred after its long side was resized to that of the square."""
-    (top, bottom), (left, right) = (_span(length, max(size), side, shortest) for length in size)
-    return left, top, right, bottom
-
-
-def _span(length: int, longest: int, side: int, shortest: int) -> tuple[float, float]:
-    resized = max(round(length * side / longest), shortest)
+def _span(length: int, longest: int, side: int, covered: int, shortest: int) -> tuple[float, float]:
+    """Where the cells begin and end along a side of the image, resized and centred in a side of the square."""
+    resized = max(round(length * (side / longest)), shortest)
     start = (side - resized) // 2
-    return -start * length / resized, (side - start) * length / resized
+    return -start * length / resized, (covered - start) * length / resized

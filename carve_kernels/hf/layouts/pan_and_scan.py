@@ -19,7 +19,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     pixels, cell = image.entry("pixel_values", "[images and crops, 3, H, W]"), cell_of(image.config, image.options)
     grid = pixels.shape[-2] // cell[0], pixels.shape[-1] // cell[1]
     count = grid[0] * grid[1]
-    whole = View(tokens.take(count), grid, image.box)
+    whole = View(tokens.take(count), grid, _pooled(image.box, pixels, grid, cell))
     if image.has("num_crops"):
         crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
     else:
@@ -30,25 +30,32 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"inputs: pixel_values hold {given} crops of the last image, the prompt has {len(crops)}; it was probably "
             "truncated, or the images do not match the prompt"
         )
-    boxes = _boxes(image.size, len(crops))
+    boxes = [_pooled(box, pixels, grid, cell) for box in _boxes(image.size, len(crops))]
     return (whole, *(View(found, grid, box, kind="crop") for found, box in zip(crops, boxes, strict=True)))
 
 
 def _crops(processor: Any, tokens: Cursor, count: int) -> Iterator[Any]:
-    """The tokens of each crop. The prompt announces crops behind the whole image, and has no text between them."""
-    announced = processor.replace_image_token({"num_crops": [1]}, 0).split(processor.full_image_sequence)[1].strip()
-    text = _text(processor, tokens)
-    while text == announced or not announced:
+    """The tokens of each crop: the prompt announces them behind the whole image, and has a mark between them."""
+    sequence, edges = processor.full_image_sequence, (processor.boi_token, processor.tokenizer.eoi_token)
+    _, announced, between, _ = processor.replace_image_token({"num_crops": [2]}, 0).split(sequence)
+    before, after = sequence.split(edges[0])[0], sequence.split(edges[1])[-1]
+    mark = f"{after}{announced}{before}"
+    while tokens.taken < len(tokens) and _text(processor, tokens, edges) == mark:
         yield tokens.take(count)
-        announced, text = "", _text(processor, tokens)
-        if text or tokens.taken >= len(tokens):
-            return
+        mark = f"{after}{between}{before}"
 
 
-def _text(processor: Any, tokens: Cursor) -> str:
+def _text(processor: Any, tokens: Cursor, edges: tuple[str, str]) -> str:
     """The text up to the next image token, without the tokens around an image."""
     text: str = processor.tokenizer.convert_tokens_to_string(tokens.between())
-    return text.replace(processor.boi_token, "").replace(processor.tokenizer.eoi_token, "").strip()
+    return text.replace(edges[0], "").replace(edges[1], "")
+
+
+def _pooled(box: Box, pixels: Any, grid: Size, cell: Size) -> Box:
+    """The part of a box that whole cells cover: what remains of the patches is not pooled."""
+    left, top, right, bottom = box
+    shares = (grid[1] * cell[1] / pixels.shape[-1], grid[0] * cell[0] / pixels.shape[-2])
+    return left, top, left + (right - left) * shares[0], top + (bottom - top) * shares[1]
 
 
 def _boxes(size: Size, crops: int) -> list[Box]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of
+from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_seen, pixels_of
 from carve_kernels.types import Size, View
@@ -33,7 +33,8 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole cells; what remains of the image at the right and the bottom has no token."""
     height, width = (int(side) for side in image.item("image_sizes"))
     resized, cell = (height, width), cell_of(image.config, image.options)
-    _check_shape(image.size, resized, cell)
+    if image.original is None:
+        _check_shape(image.size, resized, max(*cell, *sides(getattr(image.image_processor, "patch_size", cell))))
     rows, columns = resized[0] // cell[0], resized[1] // cell[1]
     box = covered(image.size, resized, (rows, columns), cell)
     check_seen(image, box, (rows, columns), cell, pixels_of(image.item("pixel_values"), cell))
@@ -43,10 +44,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     return (View(found, (rows, columns), box),)
 
 
-def _check_shape(size: Size, resized: Size, cell: Size) -> None:
-    """Raise ValueError if no resize of the whole image, with sides rounded to cells, has this size: it was cropped."""
-    lowest = max((length - side) / full for length, side, full in zip(resized, cell, size, strict=True))
-    highest = min((length + side) / full for length, side, full in zip(resized, cell, size, strict=True))
+def _check_shape(size: Size, resized: Size, step: int) -> None:
+    """Raise ValueError if no resize of the whole image, with sides rounded to a step, has this size: it was cropped."""
+    lowest = max((length - step) / full for length, full in zip(resized, size, strict=True))
+    highest = min((length + step) / full for length, full in zip(resized, size, strict=True))
     if lowest >= highest:
         raise ValueError(
             f"inputs: image_sizes has {resized[0]} x {resized[1]} for an image of {size[0]} x {size[1]}, which was "

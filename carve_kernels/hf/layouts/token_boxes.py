@@ -16,7 +16,9 @@ _LEVEL = 1.5 / 255
 _SWEEPS = 4
 # A token whose values spread over less of it than this has its length from a neighbour: a share of the variance.
 _SPREAD = 0.3
-# Lengths that differ by less than this share are alike, by a thousand times of it they may be anything.
+# The variance of three columns of fourteen.
+_FEW = 0.003
+# Lengths that differ by less than this share are alike; the number of such shares that is no nearer than any other.
 _ALIKE, _FAR = 0.15, 1000.0
 # Of a token's side, how far a value may lie from where an even grid has it.
 _UNEVEN = 0.15
@@ -39,10 +41,11 @@ class OnlyPadded(ValueError):
 
 
 class _Group(NamedTuple):
-    """Tokens that values reach alike: numbers and images [T]; places and weights [T, n] of the values, 0 in padding."""
+    """Tokens that values reach alike: numbers, first values and images [T]; places and weights [T, n], 0 in padding."""
 
     axis: int
     tokens: torch.Tensor
+    first: torch.Tensor
     images: torch.Tensor
     places: torch.Tensor
     weights: torch.Tensor
@@ -57,7 +60,7 @@ def boxes_of(
     image has NaN and -1. A token partly in padding has its whole box, which reaches out of the image.
 
     Values at the same distances in the pixel tensors have the same pattern in every token, so that values in padding
-    and beside an edge, whose coordinates say nothing, are known by those of other tokens.
+    and beside an edge, whose coordinates are unknown, are known by those of other tokens.
     """
     boxes, images = torch.full((count, 4), torch.nan, dtype=torch.float64), torch.full((count,), -1)
     for group in _groups(owners, origin, count):
@@ -85,13 +88,14 @@ def _groups(owners: torch.Tensor, origin: Coordinates, count: int) -> Iterator[_
         tokens = (sizes == size).nonzero().flatten() if size else torch.empty(0, dtype=torch.int64)
         values = order[starts[tokens][:, None] + torch.arange(size)]
         images = _image_of(origin.image[values]) if size else tokens
-        shown = images >= 0
-        tokens, values, images = tokens[shown], values[shown], images[shown]
+        visible = images >= 0
+        tokens, values, images = tokens[visible], values[visible], images[visible]
         layouts = _layouts(values) if size else tokens
         for layout in layouts.unique().tolist():
             members = layouts == layout
             for axis in (0, 1):
-                yield _Group(axis, tokens[members], images[members], *_placed(values[members], origin, axis))
+                first = values[members, 0]
+                yield _Group(axis, tokens[members], first, images[members], *_placed(values[members], origin, axis))
 
 
 def shared_boxes(
@@ -188,7 +192,7 @@ def _ends(group: _Group, patterns: Patterns) -> tuple[torch.Tensor, torch.Tensor
     starts, lengths, spread = _line(pattern, group.places, group.weights)
     sure = spread >= _SPREAD / 12
     if bool(sure.any()):
-        lengths = torch.where(sure, lengths, _similar(group, lengths, sure))
+        lengths = torch.where(sure, lengths, _similar(group, lengths, spread))
         total = group.weights.sum(1).clamp(min=1e-9)
         starts = (group.weights * (group.places - lengths[:, None] * pattern)).sum(1) / total
     expected = starts[:, None] + lengths[:, None] * pattern
@@ -198,13 +202,18 @@ def _ends(group: _Group, patterns: Patterns) -> tuple[torch.Tensor, torch.Tensor
     return starts, starts + lengths
 
 
-def _similar(group: _Group, lengths: torch.Tensor, sure: torch.Tensor) -> torch.Tensor:
-    """For each token, the sure length of a token of its image that is most like its own, or else of the nearest."""
-    ratio = lengths[:, None].clamp(min=1e-9).log() - lengths[sure][None].clamp(min=1e-9).log()
-    distance = (group.tokens[:, None] - group.tokens[sure][None]).abs() / (group.tokens.max() + 1)
+def _similar(group: _Group, lengths: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """For each token, the sure length of a token of its image that is most like its own, among those of the nearest.
+
+    A token with few columns of values has no length to compare. Tokens of one view are near in the pixel tensors.
+    """
+    sure = spread >= _SPREAD / 12
+    logs = lengths.clamp(min=1e-9).log()
+    unlike = ((logs[:, None] - logs[sure][None]) / _ALIKE).abs().round().clamp(max=_FAR)
+    unlike = unlike.where((spread > _FEW)[:, None], 0.0)
+    distance = (group.first[:, None] - group.first[sure][None]).abs() / (group.first.max() + 1)
     other = group.images[:, None] != group.images[sure][None]
-    cost = (ratio / _ALIKE).abs().round().clamp(max=_FAR) + distance + torch.where(other, 2 * _FAR, 0.0)
-    return lengths[sure][cost.argmin(1)]
+    return lengths[sure][(unlike + distance + torch.where(other, 2 * _FAR, 0.0)).argmin(1)]
 
 
 def _pattern(group: _Group) -> torch.Tensor:

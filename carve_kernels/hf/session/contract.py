@@ -227,7 +227,7 @@ def stored_positions(models: Models) -> None:
 
 def image_features(models: Models) -> None:
     """Logits are the same if image features are passed instead of pixels, in versions that take them."""
-    entries = {name: value for name, value in models.question.items() if not names.is_text(name)}
+    entries = {name: value for name, value in models.question.items() if not processors.is_text(name)}
     features = names.image_features(models.vision, entries)
     if features is None:
         with suppress(InvalidVersion):

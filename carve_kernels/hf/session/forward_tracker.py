@@ -15,6 +15,7 @@ from carve_kernels import checks
 from carve_kernels.hf import caches, names
 from carve_kernels.hf.attention_patch import CaptureCalls, LayerSizes
 from carve_kernels.hf.fused_attention import log_unfused
+from carve_kernels.hf.head_shares import head_shares
 from carve_kernels.hf.model import (
     decoder_layers,
     devices_of,
@@ -27,7 +28,6 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call, is_prepared
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.head_shares import head_shares
 from carve_kernels.hf.session.hidden_tokens import LayerWindows
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
@@ -74,7 +74,7 @@ class ForwardTracker:
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
-        self._windows = LayerWindows(text_backbone(model).config, modules, options.layers)
+        self._windows = LayerWindows(model, modules, options.layers)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None

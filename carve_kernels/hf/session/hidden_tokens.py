@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from carve_kernels.hf import names
+from carve_kernels.hf.model import layer_window
 from carve_kernels.hf.session.attention_masks import Visibility
-
-_BY_POSITION = (None, "full_attention", "sliding_attention", "chunked_attention")
 
 
 class LayerWindows:
@@ -20,18 +17,13 @@ class LayerWindows:
     A layer that selects keys by their content (an indexer) looks at what it selects: what it leaves out is not missing.
     """
 
-    def __init__(self, config: Any, modules: Sequence[nn.Module], layers: Sequence[int]) -> None:
-        types = names.types_of_layers(config) or []
-        of_layers = [types[layer] if layer < len(types) else None for layer in layers]
-        window = None if types else getattr(config, "sliding_window", None)
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], layers: Sequence[int]) -> None:
+        windows = [layer_window(model, layer) for layer in layers]
         self.by_position = [
-            kind in _BY_POSITION and not any("index" in type(each).__name__.lower() for each in module.modules())
-            for kind, module in zip(of_layers, modules, strict=True)
+            window is not None and not any("index" in type(each).__name__.lower() for each in module.modules())
+            for window, module in zip(windows, modules, strict=True)
         ]
-        self.limited = [
-            by_position and (window is not None or kind not in (None, "full_attention"))
-            for kind, by_position in zip(of_layers, self.by_position, strict=True)
-        ]
+        self.limited = [window is True and known for window, known in zip(windows, self.by_position, strict=True)]
         # Whether a caller has prepared the mask of a step, which may hide any token.
         self.own_masks = False
 

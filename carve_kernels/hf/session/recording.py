@@ -13,11 +13,11 @@ from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import LayerBatch
 from carve_kernels.hf.caches import Reach
 from carve_kernels.hf.fused_attention import log_unfused, why_not
+from carve_kernels.hf.head_shares import HeadShares
 from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.head_shares import HeadShares
 from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator

@@ -79,8 +79,9 @@ def capture_attention(
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
-    step belongs to the prompt of its cache. The vision tower is not touched, and the model is restored on leaving, also
-    after an error or Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
+    step belongs to the prompt of its cache. Layers may run on several devices, and their heads in several processes
+    (docs/platforms.md). The vision tower is not touched, and the model is restored on leaving, also after an error or
+    Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
     a way of decoding whose map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
     with alternatives. Raises BackendUnavailable for a named backend that cannot serve, also not `fused`.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.

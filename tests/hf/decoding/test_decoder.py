@@ -165,9 +165,11 @@ def test_one_by_one_gives_the_same(name: str, preset: Preset, caplog: pytest.Log
 def test_a_prompt_without_tree_decoding_is_decoded_sequentially(caplog: pytest.LogCaptureFixture) -> None:
     model, processor = family("llava")
     preset = Preset.paper(layers=(1,), rows=(30, 31), max_new_tokens=3)
-    with caplog.at_level(logging.INFO, logger="carve_kernels"):
-        result = CarveEngine(model, processor, preset=preset)(PHOTO, QUESTION)
-    assert "one by one, since no text follows the image tokens" in caplog.text and len(result.answer_ids) == 3
+    engine = CarveEngine(model, processor, preset=preset)
+    with caplog.at_level(logging.INFO, logger="carve_kernels"), pytest.raises(ValueError, match="sees the whole image"):
+        # Rows inside of the image do not see its end.
+        engine(PHOTO, QUESTION)
+    assert "one by one, since no text follows the image tokens" in caplog.text
 
 
 def test_the_question_before_the_image_shares_the_tower_alone() -> None:

@@ -84,8 +84,8 @@ def test_one_image_and_the_refined_one_after_it(name: str) -> None:
     assert deviation(result.task, captured(model, processor, inputs, result.task, 2), 2) < 1e-4
     inputs = inputs_of(processor, [PHOTO], preset.general_prompt, preset, model.dtype)
     assert deviation(result.general, captured(model, processor, inputs, result.general, 2), 2) < 1e-4
-    shown = [result.refined] if name in ONE_IMAGE else [PHOTO, result.refined]
-    inputs = inputs_of(processor, shown, QUESTION, preset, model.dtype)
+    displayed = [result.refined] if name in ONE_IMAGE else [PHOTO, result.refined]
+    inputs = inputs_of(processor, displayed, QUESTION, preset, model.dtype)
     assert list(result.refined_ids) == generated(model, processor, inputs, preset)
     assert result.reason is None and result.refined.tobytes() != PHOTO.tobytes()
     # What the model saw is what the views cover, and nothing is selected beside it.

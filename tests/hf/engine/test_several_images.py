@@ -53,8 +53,8 @@ def test_answers_are_generates_and_maps_are_a_sessions(name: str, preset: Preset
         assert torch.equal(maps_.tokens, session.maps.tokens)
         assert relative(maps_.values, session.maps.values[:, :, : maps_.values.shape[2]]) < 1e-4
     (chosen,) = result.refined_images
-    shown = [image if number != chosen else result.refined for number, image in enumerate(images)]
-    last = shown if preset.images == "refined" else [*images, result.refined]
+    displayed = [image if number != chosen else result.refined for number, image in enumerate(images)]
+    last = displayed if preset.images == "refined" else [*images, result.refined]
     assert list(result.refined_ids) == greedy(name, last, QUESTION + preset.suffix, preset)
 
 
@@ -89,10 +89,10 @@ def test_named_images_are_refined(name: str, preset: Preset, refine: Any, number
     assert result.refined_images == numbers and result.image.size == images[numbers[0]].size
     refined = [result.images[number].refined for number in numbers]
     if preset.images == "refined":
-        shown = [result.images[number].refined if number in numbers else images[number] for number in (0, 1)]
+        displayed = [result.images[number].refined if number in numbers else images[number] for number in (0, 1)]
     else:
-        shown = [*images, *refined]
-    assert list(result.refined_ids) == greedy(name, shown, QUESTION + preset.suffix, preset)
+        displayed = [*images, *refined]
+    assert list(result.refined_ids) == greedy(name, displayed, QUESTION + preset.suffix, preset)
 
 
 def test_the_original_is_read_once_where_the_second_prompt_goes_on_from_it() -> None:
@@ -101,8 +101,8 @@ def test_the_original_is_read_once_where_the_second_prompt_goes_on_from_it() -> 
     decoder = model.get_decoder()
     with watched(decoder, lambda args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1])):
         result = CarveEngine(model, processor, preset=BOTH, memory=False).ask([PHOTO, OTHER], QUESTION, refine="all")
-    shown = [PHOTO, OTHER, *(each.refined for each in result.images)]
-    inputs = prepare(processor, shown, build_prompt(processor, QUESTION + BOTH.suffix, 4), None, BOTH.max_pixels)
+    displayed = [PHOTO, OTHER, *(each.refined for each in result.images)]
+    inputs = prepare(processor, displayed, build_prompt(processor, QUESTION + BOTH.suffix, 4), None, BOTH.max_pixels)
     first = int(result.task.tokens.max()) + 1
     assert max(lengths[1:]) <= inputs["input_ids"].shape[1] - first < lengths[0]
 

@@ -44,8 +44,10 @@ DISTINCT = (
 )
 # Their tokens are codes, which no gradient reaches; where the image is cut is measured, in which order they are is not.
 CODES = ("chameleon", "emu3")
-# Sizes whose tokens fit in `make test`, and in all.
-FEW, ALL = 5, 50
+# Families that are not listed, so that their layout itself is measured.
+UNLISTED = ("video_llava",)
+# How many random sizes: in `make test`, and in all.
+FEW, ALL = 4, 50
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "qwen2_vl": [{"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9}}],
     "internvl": [{"crop_to_patches": False}, {"max_patches": 2}],
@@ -98,14 +100,19 @@ def family(name: str) -> Family:
         pytest.skip(f"transformers has no {zoo_kind(name).class_name}")
     model, processor = pair(name)
     found = family_of(model.config.model_type, processor)
-    assert found is not None, f"{model.config.model_type} has no layout and no reason why"
-    return found
+    assert found is not None or name in UNLISTED, f"{model.config.model_type} has no layout and no reason why"
+    return Family(None) if found is None else found
 
 
 @pytest.mark.parametrize(
     ("size", "name"),
     [
-        slow_unless(index == 0 or (index < 3 and name in DISTINCT), size, name)
+        pytest.param(
+            size,
+            name,
+            id=f"{name}-{size[1]}x{size[0]}",
+            marks=() if index == 0 or (index < 3 and name in DISTINCT) else pytest.mark.slow,
+        )
         for index, size in enumerate(SHAPES)
         for name in pairs()
     ],
@@ -123,7 +130,8 @@ def test_every_token_lies_where_it_is_measured_with_other_settings(name: str, se
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [slow_unless(count == FEW, name, count) for count in (FEW, ALL) for name in pairs()]
+    ("name", "count"),
+    [slow_unless(count == FEW and name in DISTINCT, name, count) for count in (FEW, ALL) for name in pairs()],
 )
 def test_the_tokens_of_any_size_fit(name: str, count: int) -> None:
     if family(name).reason is not None:
@@ -133,7 +141,7 @@ def test_the_tokens_of_any_size_fit(name: str, count: int) -> None:
         size = draw.randint(16, 400), draw.randint(16, 400)
         if max(size) < 20 * min(size):
             found = layout(name, size, {})
-            assert found.views[0] and not found.measured
+            assert found.views[0] and found.measured is (name in UNLISTED)
 
 
 def check(name: str, size: Size, settings: dict[str, Any]) -> None:

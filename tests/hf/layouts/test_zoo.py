@@ -10,12 +10,14 @@ import transformers
 from packaging.version import Version
 
 from carve_kernels import AttentionMaps, capture_attention
-from carve_kernels.hf.model import attention_modules
+from carve_kernels.hf.model import attention_modules, image_token_positions
 from tests.support.zoo.kinds import Kind, build, kinds, set_text_attention
 
 # For `make test`: deep features, linear layers, shared keys and windows, tiles, cross-attention, early fusion.
 FEW = ("qwen3_vl", "qwen3_5", "gemma4_e", "internvl", "mllama", "fuyu")
 NEW_TOKENS = 4
+# Their configs do not say which token stands for a part of an image.
+UNNAMED = ("phi4_multimodal",)
 # Relative to a map's maximum: float32 noise; a wrong map is off by a tenth or more.
 TOLERANCE = 1e-5
 
@@ -67,6 +69,20 @@ def test_maps_of_a_generation_equal_eagers(kind: Kind) -> None:
     outputs = run(eager_twin(kind).generate, inputs, output_attentions=True, **options)
     assert maps.steps == tuple(range(NEW_TOKENS))
     check_equal(maps, outputs.attentions, inputs, columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_tokens_the_image_tokens_are_captured(kind: Kind) -> None:
+    """They are the true columns; a config that names no image token is refused."""
+    if not kind.exists():
+        pytest.skip(f"transformers {transformers.__version__} has no {kind.class_name}")
+    model, inputs, columns = build(kind.name)
+    if kind.name in UNNAMED:
+        with pytest.raises(ValueError, match="names no image token; pass tokens="):
+            image_token_positions(model, inputs["input_ids"])
+        return
+    (found,) = image_token_positions(model, inputs["input_ids"])
+    assert found.tolist() == columns
 
 
 def captured(model: Any, inputs: dict[str, torch.Tensor], columns: list[int], generate: bool) -> AttentionMaps:

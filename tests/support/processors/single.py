@@ -379,7 +379,7 @@ def _prefixed(self: Any, text: str, **options: Any) -> Any:
 
 @processor()
 def fuyu() -> Any:
-    patch = {"height": 14, "width": 14}
+    patch: Any = {"height": 14, "width": 14}
     # The one on Pillow fails in transformers 5.24.
     images = transformers.FuyuImageProcessor(size={"height": 112, "width": 168}, patch_size=patch)
     made = tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"})

@@ -34,7 +34,7 @@ def internvl() -> Any:
         tokenizer(IMG_CONTEXT, IMG_CONTEXT_NAMES),
         transformers.InternVLVideoProcessor(size=TILE),
         image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>"),
+        chat_template=template("<IMG_CONTEXT>", "<video>"),
     )
 
 

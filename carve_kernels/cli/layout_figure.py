@@ -1,4 +1,4 @@
-"""A layout as a picture: the image under its numbered tokens, one colour a view, overlapping views side by side."""
+"""A layout as a figure: the image under its numbered tokens, one colour a view, overlapping views side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNDER, _UNSEEN = 0.25, 0.65
 
 
 class _Scale(NamedTuple):
-    """Pixels of the image as pixels of the picture."""
+    """Pixels of the image as pixels of the figure."""
 
     factor: float
     left: float
@@ -34,7 +34,7 @@ class _Scale(NamedTuple):
         return x0, y0, max(x0 + 1, x1), max(y0 + 1, y1)
 
 
-def layout_picture(
+def layout_figure(
     image: Image.Image, layout: VisualLayout, numbers: dict[int, int], title: str, caption: str
 ) -> Image.Image:
     """The page of a layout of one image; `numbers` has the number of each token by its position in the prompt."""
@@ -48,7 +48,7 @@ def layout_picture(
     tiles = [
         Tile(
             _sheet(image, [(number, views[number]) for number in sheet], numbers, outline, scale),
-            f"views {', '.join(str(number) for number in sheet)}" if len(views) > 1 else "",
+            _title(sheet) if len(views) > 1 else "",
         )
         for sheet in sheets
     ]
@@ -56,9 +56,18 @@ def layout_picture(
 
 
 def colour_of(view: int) -> tuple[int, int, int]:
-    """The colour of a view: neighbouring numbers have hues far apart."""
+    """The colour of a view: neighbouring numbers have hues far from each other."""
     red, green, blue = colorsys.hsv_to_rgb((0.58 + view * _GOLDEN) % 1.0, 0.75, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _title(sheet: Sequence[int]) -> str:
+    """Which views a sheet has."""
+    if len(sheet) == 1:
+        return f"view {sheet[0]}"
+    if sheet[-1] - sheet[0] == len(sheet) - 1:
+        return f"views {sheet[0]} to {sheet[-1]}"
+    return f"views {', '.join(map(str, sheet))}"
 
 
 def _sheets(views: Sequence[View]) -> list[list[int]]:
@@ -96,17 +105,17 @@ def _sheet(
     image: Image.Image, views: Sequence[tuple[int, View]], numbers: dict[int, int], outline: Box, scale: _Scale
 ) -> Image.Image:
     x0, y0, x1, y1 = scale.corners(outline)
-    picture = Image.new("RGB", (x1 - x0, y1 - y0), _PAPER)
+    figure = Image.new("RGB", (x1 - x0, y1 - y0), _PAPER)
     whole = scale.corners((0.0, 0.0, float(image.width), float(image.height)))
     small = image.convert("RGB").resize((whole[2] - whole[0], whole[3] - whole[1]), Image.Resampling.LANCZOS)
-    picture.paste(Image.blend(small, Image.new("RGB", small.size, _INK), _UNSEEN), whole[:2])
-    seen = Image.new("L", picture.size)
+    figure.paste(Image.blend(small, Image.new("RGB", small.size, _INK), _UNSEEN), whole[:2])
+    seen = Image.new("L", figure.size)
     for _, view in views:
         ImageDraw.Draw(seen).rectangle(scale.corners(view.box), fill=255)
-    light = Image.new("RGB", picture.size, _PAPER)
+    light = Image.new("RGB", figure.size, _PAPER)
     light.paste(small, whole[:2])
-    picture.paste(light, (0, 0), seen)
-    draw = ImageDraw.Draw(picture, "RGBA")
+    figure.paste(light, (0, 0), seen)
+    draw = ImageDraw.Draw(figure, "RGBA")
     for number, view in views:
         colour = colour_of(number)
         for token, box in _cells(view):
@@ -119,7 +128,7 @@ def _sheet(
                 fonts.draw(draw, (middle[0] + step[0], middle[1] + step[1]), text, size, (255, 255, 255))
             fonts.draw(draw, middle, text, size, _INK)
         draw.rectangle(scale.corners(view.box), outline=(*colour, 255), width=3)
-    return picture
+    return figure
 
 
 def _cells(view: View) -> Iterator[tuple[int, Box]]:

@@ -1,0 +1,38 @@
+"""Processors of families that are made for videos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from tests.support.processors.kinds import image_processor, processor, template, tokenizer
+from tests.support.processors.tiles import PINPOINTS, TILE
+
+_CROP = {"size": {"shortest_edge": 56}, "crop_size": TILE}
+
+
+@processor()
+def llava_next_video() -> Any:
+    return transformers.LlavaNextVideoProcessor(
+        transformers.LlavaNextVideoVideoProcessor(**_CROP),
+        image_processor("llava_next", "LlavaNextImageProcessor")(**_CROP, image_grid_pinpoints=PINPOINTS),
+        tokenizer(("<image>", "<video>")),
+        template("<image>", "<video>"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+@processor()
+def video_llava() -> Any:
+    return transformers.VideoLlavaProcessor(
+        image_processor("video_llava", "VideoLlavaImageProcessor")(**_CROP),
+        transformers.VideoLlavaVideoProcessor(**_CROP),
+        tokenizer(("<image>", "<video>")),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>", "<video>"),
+    )

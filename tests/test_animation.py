@@ -1,0 +1,125 @@
+"""Pictures of a video: a strip of chosen frames and an animation, read again by Pillow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image, features
+
+from carve_kernels.animation import animation, seconds_of, strip
+from carve_kernels.types import Regions
+
+
+def video(count: int = 6, size: tuple[int, int] = (96, 64)) -> tuple[list[Image.Image], torch.Tensor]:
+    """Grey frames, and a spot that becomes stronger and moves to the right."""
+    saliency = torch.zeros(count, size[1], size[0])
+    for number in range(count):
+        saliency[number, 20:40, 10 * number : 10 * number + 20] = (number + 1) / count
+    return [Image.new("RGB", size, (90, 90, 90))] * count, saliency
+
+
+def heat(picture: Image.Image) -> numpy.ndarray:
+    """How far each pixel is from grey."""
+    pixels = numpy.asarray(picture.convert("RGB")).astype(int)
+    return pixels.max(-1) - pixels.min(-1)
+
+
+def test_the_same_value_has_the_same_colour_in_every_frame() -> None:
+    frames, saliency = video()
+    page = strip(frames, saliency, chosen=[0, 5], seconds=[0.0, 1, 2, 3, 4, 65.04], shares=[0.1] * 6, tile=240)
+    # Two tiles of 240 pixels and the margins.
+    assert page.width == 2 * 240 + 3 * 24
+    first, last = page.crop((24, 0, 264, page.height)), page.crop((288, 0, 528, page.height))
+    assert heat(last).max() > heat(first).max() > 0
+    with pytest.raises(ValueError, match=r"chosen\[0\]: expected an integer from 0 to 5"):
+        strip(frames, saliency, chosen=[6])
+    with pytest.raises(ValueError, match="chosen: expected at least one frame"):
+        strip(frames, saliency, chosen=[])
+
+
+def test_a_strip_reads_the_chosen_frames_alone() -> None:
+    frames, saliency = video()
+
+    class Counted:
+        def __init__(self) -> None:
+            self.read: set[int] = set()
+
+        def __getitem__(self, number: int) -> torch.Tensor:
+            self.read.add(number)
+            return saliency[number]
+
+        def __len__(self) -> int:
+            return len(saliency)
+
+    counted: Any = Counted()
+    strip(frames, counted, chosen=[1, 4])
+    assert counted.read == {1, 4}
+
+
+@pytest.mark.parametrize(
+    ("second", "text"),
+    [(None, ""), (0.0, "0.0 s"), (12.46, "12.5 s"), (59.94, "59.9 s"), (59.96, "1:00.0"), (65.04, "1:05.0"),
+     (600.0, "10:00.0")],
+)  # fmt: skip
+def test_seconds_are_written_as_players_do(second: float | None, text: str) -> None:
+    assert seconds_of(second) == text
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_an_animation_has_all_frames_at_their_times_and_the_box_where_it_is(suffix: str, tmp_path: Path) -> None:
+    if suffix == "webp" and not features.check("webp"):
+        pytest.skip("this Pillow writes no WebP")
+    frames, saliency = video()
+    mask = torch.zeros_like(saliency, dtype=torch.bool)
+    regions = Regions(mask, torch.empty(0, 6, dtype=torch.int64), torch.empty(0), (10, 10, 2, 60, 50, 4))
+    path = animation(
+        tmp_path / f"clip.{suffix}", frames, saliency, regions=regions, seconds=[0, 0.5, 1, 1.5, 2, 3, 3.25]
+    )
+    assert path == tmp_path / f"clip.{suffix}"
+    with Image.open(path) as opened:
+        assert opened.n_frames == 6 and opened.size == (96, 64)
+        durations, boxed = [], []
+        for number in range(6):
+            opened.seek(number)
+            opened.load()
+            durations.append(opened.info["duration"])
+            pixels = numpy.asarray(opened.convert("RGB")).astype(int)
+            edge = pixels[10:12, 30:50].mean((0, 1))
+            boxed.append(bool(edge[0] - edge[2] > 60))
+    assert durations == [500, 500, 500, 500, 1000, 250]
+    assert boxed == [False, False, True, True, False, False]
+
+
+def test_large_frames_are_made_small(tmp_path: Path) -> None:
+    frames, saliency = video(2, (960, 480))
+    with Image.open(animation(tmp_path / "clip.webp", frames, saliency, longest=240)) as opened:
+        assert opened.size == (240, 120)
+
+
+def test_without_webp_it_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "check", lambda name: False)
+    frames, saliency = video(2)
+    path = animation(tmp_path / "clip.webp", frames, saliency)
+    assert path == tmp_path / "clip.gif"
+    with Image.open(path) as opened:
+        assert opened.format == "GIF" and opened.n_frames == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": []}, "frames: expected at least one, got none"),
+        ({"saliency": video(5)[1]}, "saliency: expected one for each of 6 frames, got 5"),
+        ({"seconds": [0.0, 1.0]}, "seconds: expected 7"),
+        ({"longest": 3}, "longest: expected an integer of at least 16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    frames, saliency = video()
+    arguments: dict[str, Any] = {"frames": frames, "saliency": saliency, **changes}
+    with pytest.raises(ValueError, match=message):
+        animation(tmp_path / "clip.webp", **arguments)
