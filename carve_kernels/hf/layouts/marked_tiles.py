@@ -22,6 +22,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """A view of each tile and of the whole image, in the order of the prompt."""
     marks = {name: pattern_of(image, name) for name in _MARKS if name in image.options}
     after = pattern_of(image, "after") if "after" in image.options else None
+    grids: dict[tuple[int, int], tuple[Size, tuple[float, float]]] = {}
     parts = []
     places: list[Size] = []
     while run := tokens.run():
@@ -29,8 +30,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         # A place that the image has already is the next image's.
         if place is None or place in places:
             break
-        grid, span = grid_of(image, image.before + len(places), run)
-        parts.append((tokens.take(run), grid, span))
+        number = image.before + len(places) if "shapes" in image.options else 0
+        if (number, run) not in grids:
+            grids[number, run] = grid_of(image, number, run)
+        parts.append((tokens.take(run), *grids[number, run]))
         places.append(place)
         if after is not None and not re.match(after, "".join(tokens.between())):
             raise ended(image)

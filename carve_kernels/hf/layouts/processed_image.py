@@ -92,12 +92,10 @@ class Cursor:
 
     def run(self) -> int:
         """How many of the next image tokens follow each other without another token between them."""
-        length = 0
-        for position in self._positions[self.taken :]:
-            if length and position != self._positions[self.taken + length - 1] + 1:
-                break
-            length += 1
-        return length
+        end = self.taken
+        while end < len(self) and self._positions[end] - self._positions[self.taken] == end - self.taken:
+            end += 1
+        return end - self.taken
 
     def between(self) -> list[str]:
         """The tokens between the last image token that was taken, or the row's first token, and the next one."""
