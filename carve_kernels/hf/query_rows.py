@@ -120,12 +120,12 @@ def _checked(rows: Any) -> Any:
 
 def _choice(name: str, value: Any) -> Any:
     """The choice of one prompt among those of a batch."""
-    if isinstance(value, str):
-        return checks.choice(name, value, _WHOLE)
+    if isinstance(value, str) and value in _WHOLE:
+        return value
     if not _is_text(value):
-        raise TypeError(
-            f"{name}: expected 'last', 'question', ('word', WORD) or ('text', TEXT) as for the other prompts, got "
-            + checks.describe(value)
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
+            f"{name}: expected 'last', 'question', ('word', WORD) or ('text', TEXT), got {checks.describe(value)}"
         )
     return value[0], checks.text(f"{name}[1]", value[1])
 

@@ -30,7 +30,7 @@ from carve_kernels.types import Capture
 from tests.support.families import FAMILIES, IMAGES, TEXTS, generate, inputs_of, visual
 from tests.support.zoo import kinds
 
-PROCESSES, SECONDS = 2, 100
+PROCESSES, SECONDS = 2, 200
 ZOO = ("gemma3", "qwen3_5")
 CHECKS: dict[str, Callable[[], None]] = {}
 

@@ -213,7 +213,7 @@ def test_a_row_that_is_missing_in_one_prompt_is_refused_by_its_number(rows: Any,
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        (["last", "first"], ValueError, r"^rows\[1\]: expected one of 'last', 'question'"),
+        (["last", "first"], ValueError, r"^rows\[1\]: expected 'last', 'question', \('word'"),
         ([("word", "red"), 3], TypeError, r"^rows\[1\]: expected 'last', 'question', \('word', WORD\)"),
         ([("word", "red"), ("word", "")], ValueError, r"^rows\[1\]\[1\]: expected a string"),
         ([("word", "red"), ("word", ["blue"])], TypeError, r"^rows\[1\]\[1\]: expected a string"),

@@ -13,10 +13,12 @@ from torch import distributed
 
 from tests.support.tensor_parallel import CHECKS, PROCESSES, SECONDS
 
-pytest.importorskip("transformers.distributed.mixin", reason="this transformers divides models while it loads them")
+LOADING = "this transformers divides models while it loads them only"
+DISTRIBUTED = pytest.importorskip("transformers.distributed.utils", reason=LOADING)
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no processes")
+@pytest.mark.skipif(not hasattr(DISTRIBUTED, "initialize_distributed_mesh"), reason=LOADING)
 def test_all_checks_hold_in_both_processes(tmp_path: Path) -> None:
     # Before transformers is imported, tests.conftest makes torchvision importable.
     code = "import tests.conftest; from tests.support.tensor_parallel import main; main()"
