@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from carve_kernels.hf.layouts import layout_of as layout_of
     from carve_kernels.hf.loading import load as load
     from carve_kernels.hf.session.session import capture_attention as capture_attention
+    from carve_kernels.hf.videos import open_video as open_video
     from carve_kernels.maps import AttentionMaps as AttentionMaps
     from carve_kernels.ops.attention import attention as attention
     from carve_kernels.ops.capture import capture as capture
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from carve_kernels.pipeline import carve as carve
     from carve_kernels.types import View as View
     from carve_kernels.types import VisualLayout as VisualLayout
+    from carve_kernels.video import contrast_frames as contrast_frames
 
 __version__ = "0.3.0"
 
@@ -45,9 +47,11 @@ _SOURCES = {
     "capture_layers": "ops.capture",
     "carve": "pipeline",
     "contrast": "ops.contrast",
+    "contrast_frames": "video",
     "explain": "backends",
     "layout_of": "hf.layouts",
     "load": "hf.loading",
+    "open_video": "hf.videos",
     "regions": "ops.regions",
     "saliency": "ops.saliency",
     "zoom": "ops.zoom",

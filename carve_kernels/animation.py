@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageDraw, features
@@ -16,6 +16,15 @@ from carve_kernels import checks
 from carve_kernels.atomic_write import write_whole
 from carve_kernels.types import Regions
 from carve_kernels.visualize import Tile, overlay, panel
+
+
+class Saliencies(Protocol):
+    """A saliency [H, W] for each frame: a list of them, a tensor [F, H, W], or a `VideoSaliency`."""
+
+    def __getitem__(self, frame: int, /) -> torch.Tensor: ...
+
+    def __len__(self) -> int: ...
+
 
 LONGEST = 480
 """The longer side of an animation's frames, in pixels."""
@@ -35,7 +44,7 @@ def seconds_of(second: float | None) -> str:
 
 def strip(
     frames: Sequence[Image.Image],
-    saliency: Sequence[torch.Tensor],
+    saliency: Saliencies,
     *,
     chosen: Sequence[int],
     seconds: Sequence[float | None] = (),
@@ -58,26 +67,28 @@ def strip(
     for number in chosen:
         facts = [seconds_of(seconds[number]) if seconds else "", f"{shares[number]:.0%}" if shares else ""]
         picture = overlay(frames[number], saliency[number], ends=ends)
-        tiles.append(Tile(picture, f"frame {number + 1} of {len(frames)}", "  ".join(filter(None, facts))))
+        tiles.append(Tile(picture, f"frame {number + 1} of {len(frames)}", ", ".join(filter(None, facts))))
     return panel([tiles], title=title, caption=caption, tile=tile)
 
 
 def animation(
     path: str | os.PathLike[str],
     frames: Sequence[Image.Image],
-    saliency: Sequence[torch.Tensor],
+    saliency: Saliencies | None = None,
     *,
     regions: Regions | None = None,
     seconds: Sequence[float] = (),
     longest: int = LONGEST,
 ) -> Path:
-    """Write an animation of a video with its saliency over it, and the box of its regions in the frames that it has.
+    """Write an animation of a video, with its saliency over it and the box of its regions in the frames that it has.
 
     It is a WebP file, or a GIF where this Pillow writes no WebP or the path ends in .gif; the path that was written is
     returned. The frames follow each other as in the video, by `seconds` (one more than frames), or five a second.
     """
     checks.integer("longest", longest, low=16)
-    if not frames or len(frames) != len(saliency):
+    if not frames:
+        raise ValueError("frames: expected at least one, got none")
+    if saliency is not None and len(frames) != len(saliency):
         raise ValueError(f"saliency: expected one for each of {len(frames)} frames, got {len(saliency)}")
     if seconds and len(seconds) != len(frames) + 1:
         raise ValueError(f"seconds: expected {len(frames) + 1}, when each frame begins and the last one ends")
@@ -97,13 +108,15 @@ def animation(
 
 
 def _animated(
-    frames: Sequence[Image.Image], saliency: Sequence[torch.Tensor], regions: Regions | None, longest: int
+    frames: Sequence[Image.Image], saliency: Saliencies | None, regions: Regions | None, longest: int
 ) -> Iterator[Image.Image]:
-    ends = _ends(saliency[number] for number in range(len(frames)))
+    ends = None if saliency is None else _ends(saliency[number] for number in range(len(frames)))
     for number, frame in enumerate(frames):
         scale = min(1.0, longest / max(frame.size))
         size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        picture = overlay(frame.resize(size, Image.Resampling.LANCZOS), saliency[number], ends=ends)
+        picture = frame.resize(size, Image.Resampling.LANCZOS)
+        if saliency is not None:
+            picture = overlay(picture, saliency[number], ends=ends)
         if regions is not None and regions.reason is None and regions.box[2] <= number < regions.box[5]:
             x0, y0, _, x1, y1, _ = regions.box
             line = max(2, round(max(size) / 200))

@@ -112,7 +112,8 @@ def test_without_webp_it_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frames": []}, "saliency: expected one for each of 0 frames, got 6"),
+        ({"frames": []}, "frames: expected at least one, got none"),
+        ({"saliency": video(5)[1]}, "saliency: expected one for each of 6 frames, got 5"),
         ({"seconds": [0.0, 1.0]}, "seconds: expected 7"),
         ({"longest": 3}, "longest: expected an integer of at least 16"),
     ],

@@ -312,7 +312,8 @@ def _row(name: str, result: CarveResult, report: Report, number: int) -> list[Ti
         mass = _average(_mass(maps, preset.steps, result.entropy))
         grids, tokens, figure = _attention(maps, preset.steps, result.entropy, image, number)
         scale = _scale(100 * tokens, "%", "of the attention per token")
-        shape = " and ".join(f"{rows} x {columns}" for rows, columns in grids)
+        shape = " and ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(grids))
+        shape = f"{len(grids)} views of {shape}" if len(grids) > 1 else shape
         return Tile(figure, title, f"{facts.format(grid=shape)}mass {mass:.3f}{unseen}", scale)
 
     seen = image.saliency[image.seen] if bool(image.seen.any()) else image.saliency
@@ -368,7 +369,7 @@ def _attention(
         raise ValueError("maps: expected a layout, got none")
     found = [index for index, view in enumerate(layout.views[0]) if view.image == number]
     views = [layout.views[0][index] for index in found]
-    grids = list(dict.fromkeys(view.grid for view in views))
+    grids = [view.grid for view in views]
     tokens = [_read(maps.view(0, index)[None], maps, steps, layers).mean(0) for index in found]
     flat = torch.cat([view.flatten() for view in tokens])
     if len(views) == 1:

@@ -1,20 +1,27 @@
-"""carve-kernels run: ask any local checkpoint of a supported family about an image, or about several."""
+"""carve-kernels run: ask any local checkpoint of a supported family about an image, about several, or about a video."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from carve_kernels.cli import options
 from carve_kernels.cli.output import say
 
+if TYPE_CHECKING:
+    from carve_kernels.presets import Preset
+
 
 @options.spread
 def run(
     model: options.ModelOption,
-    image: Annotated[list[str], options.path("Image file; repeat it for a question about several.", "--image", "-i")],
     question: Annotated[str, typer.Option("--question", "-q", help="The question about it.")],
+    image: Annotated[
+        list[str] | None, options.path("Image file; repeat it for a question about several.", "--image", "-i")
+    ] = None,
+    video: Annotated[str | None, options.path("Video file, in place of images.", "--video")] = None,
     output: Annotated[str, options.path("Folder for the results.", "--output", "-o")] = "out/run",
     refine: Annotated[
         str | None,
@@ -23,10 +30,12 @@ def run(
             "Default: the one with the strongest contrast."
         ),
     ] = None,
+    max_frames: Annotated[int | None, options.option("Frames of a video at most. Default: 32.")] = None,
+    fps: Annotated[float | None, options.option("Frames of a video for each second, while the limit allows.")] = None,
     *,
     settings: options.MethodSettings,
 ) -> None:
-    """Ask a local checkpoint about an image, or several, see where it looks, keep that part, and ask again."""
+    """Ask a local checkpoint about images or a video, see where it looks, keep that part, and ask again."""
     from carve_kernels import checks
     from carve_kernels.cli.ask import ask
     from carve_kernels.cli.ours import refuse_inputs
@@ -36,7 +45,16 @@ def run(
 
     checks.text("question", question)
     folder = checks.path("output", output)
+    if (video is None) == (not image):
+        raise ValueError("--image, --video: expected images or a video, got " + ("none" if not image else "both"))
     name, preset = settings.preset_of(model)
+    if video is not None:
+        _about_video(folder, video, question, preset, model, max_frames, fps, refine, settings)
+        return
+    image = image or []
+    for option, value in (("--max-frames", max_frames), ("--fps", fps)):
+        if value is not None:
+            raise ValueError(f"{option}: expected with --video alone, got {value!r}")
     chosen = options.parse_refine(refine)
     chosen_images(chosen, len(image))
     opened = [open_image(each, settings.pixel_limit) for each in image]
@@ -47,3 +65,28 @@ def run(
     warning = unseen_warning(max(each.unseen for each in report.results[name].images))
     if warning is not None:
         say(warning, "yellow")
+
+
+def _about_video(
+    folder: Path,
+    file: str,
+    question: str,
+    preset: Preset,
+    model: str,
+    max_frames: int | None,
+    fps: float | None,
+    refine: str | None,
+    settings: options.MethodSettings,
+) -> None:
+    from carve_kernels import checks
+    from carve_kernels.cli import video
+    from carve_kernels.cli.ours import refuse_inputs
+    from carve_kernels.hf.videos import MAX_FRAMES, open_video
+
+    if refine is not None:
+        raise ValueError(f"--refine: expected with several images alone, got {refine!r}")
+    frames = MAX_FRAMES if max_frames is None else max_frames
+    opened = open_video(file, max_frames=frames, fps=fps, max_image_pixels=settings.pixel_limit)
+    inputs = {"--video": [checks.path("video", file)], "--preset": settings.preset_files}
+    refuse_inputs((folder / name for name in video.files()), inputs)
+    video.ask(folder, opened, question, preset, lambda: settings.load(model), **settings.engine)

@@ -110,8 +110,8 @@ class ImageInputs:
         if entries is None:
             return None
         kept = {name: value for name, value in entries.items() if name in self._entries}
-        moved = on_device(kept, self._device, self._dtype)
-        return ImageFeatures(lambda: moved)
+        on_device = moved(kept, self._device, self._dtype)
+        return ImageFeatures(lambda: on_device)
 
     def clear(self) -> None:
         """Drop what the processor returned for the images."""
@@ -121,7 +121,7 @@ class ImageInputs:
     def _process(self, images: list[Image.Image], prompt: str) -> dict[str, Any]:
         prepared = [self._prepare(image) for image in images]
         inputs = prepare(self._processor, prepared, prompt, None, self._max_pixels, self._token_types)
-        return on_device(
+        return moved(
             {name: value for name, value in inputs.items() if not is_for_training(name)}, self._device, self._dtype
         )
 
@@ -222,7 +222,7 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
 
 
-def on_device(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def moved(inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Entries of a processor on a device, the pixels in a dtype."""
     return {name: _to(value, device, dtype if is_pixels(name) else None) for name, value in inputs.items()}
 

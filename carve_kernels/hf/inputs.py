@@ -15,7 +15,7 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, image_token, video_token, writes_prompts
+from carve_kernels.hf.processors import adds_image_token, counts_of_pixels, image_token, writes_prompts
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -33,7 +33,6 @@ _TRANSPOSITIONS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-_ARTICLES = {"image": "an image", "video": "a video"}
 # The tokens around an image in Qwen's templates.
 _IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>")
 _PILLOW_LIMIT = threading.Lock()
@@ -73,27 +72,24 @@ def open_image(image: str | os.PathLike[str] | Image.Image, max_image_pixels: in
         raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
 
 
-def build_prompt(processor: Any, text: str, n_images: int = 1, n_videos: int = 0) -> str:
-    """The prompt for images and videos and a text, by the chat template of the processor, or else of its tokenizer.
+def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
+    """The prompt for `n_images` images and a text, by the chat template of the processor, or else of its tokenizer.
 
     A text-only template, which takes no list of parts, gets the image tokens before the text, as without a template.
 
-    Raises ValueError if the text is empty or contains the image or video token, if the template drops images, videos or
-    the text, or if there are several templates and none is the default.
+    Raises ValueError if the text is empty or contains the image token, if the template drops images or the text, or if
+    there are several templates and none is the default.
     """
     check_text("text", text)
-    count = {"image": integer("n_images", n_images, low=0), "video": integer("n_videos", n_videos, low=0)}
-    tokens = {"image": image_token(processor)} | ({"video": video_token(processor)} if n_videos else {})
-    for kind, token in tokens.items():
-        if token in text:
-            raise ValueError(
-                f"text: contains the {kind} token {token!r}, which stands for {_ARTICLES[kind]}; remove it"
-            )
-    flat = "".join(_in_text(processor, kind, token) * count[kind] for kind, token in tokens.items()) + text
-    template = _template_of(processor)
+    count = integer("n_images", n_images, low=0)
+    token = image_token(processor)
+    if token in text:
+        raise ValueError(f"text: contains the image token {token!r}, which stands for an image; remove it")
+    flat = _image_in_text(processor) * count + text
+    template = template_of(processor)
     if template is None:
         return flat
-    parts = [*({"type": kind} for kind in tokens for _ in range(count[kind])), {"type": "text", "text": text}]
+    parts = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]
     faults: list[str] = []
     for content in (parts, flat):
         try:
@@ -107,8 +103,7 @@ def build_prompt(processor: Any, text: str, n_images: int = 1, n_videos: int = 0
             # A text-only template fails on a list: it concatenates it to a text, or calls a method of texts.
             faults.append(f"fails ({error})")
             continue
-        found = [_fault(prompt, kind, token, count[kind], text) for kind, token in tokens.items()]
-        fault = next(filter(None, found), None)
+        fault = _fault(prompt, token, count, text)
         if fault is None:
             return prompt
         faults.append(fault)
@@ -159,10 +154,11 @@ def text_settings(processor: Any, prompt: str) -> dict[str, Any]:
     return {"add_special_tokens": False} if first and prompt.startswith(first) else {}
 
 
-def _in_text(processor: Any, kind: str, token: str) -> str:
-    """What represents an image or a video in a text: its token between marks that the tokenizer knows, or on a line."""
-    if kind == "image" and adds_image_token(processor):
+def _image_in_text(processor: Any) -> str:
+    """What represents an image in a text: its token between marks that the tokenizer knows, or on a line."""
+    if adds_image_token(processor):
         return ""
+    token = image_token(processor)
     if writes_prompts(processor):
         return token
     tokenizer = processor.tokenizer
@@ -172,7 +168,7 @@ def _in_text(processor: Any, kind: str, token: str) -> str:
     return token.join(_IMAGE_MARKS)
 
 
-def _template_of(processor: Any) -> str | None:
+def template_of(processor: Any) -> str | None:
     """The chat template of a processor, or else of its tokenizer; of several named ones the default.
 
     Raises ValueError if there are several and none is the default.
@@ -187,13 +183,13 @@ def _template_of(processor: Any) -> str | None:
     return None
 
 
-def _fault(prompt: str, kind: str, token: str, count: int, text: str) -> str | None:
+def _fault(prompt: str, token: str, count: int, text: str) -> str | None:
     """What is wrong with a prompt that a chat template made, or None."""
     # A text-only template may print a list of parts as Python or JSON.
     if any(prompt.count(key) > text.count(key) for key in ("'type'", '"type"')):
         return "prints the parts of a message"
     if prompt.count(token) != count:
-        return f"put {prompt.count(token)} {kind}(s) in the prompt, expected {count}"
+        return f"put {prompt.count(token)} image(s) in the prompt, expected {count}"
     return None if text.strip() in prompt else "drops the text"
 
 
@@ -202,6 +198,7 @@ def _bounds(settings: Any, max_pixels: int) -> dict[str, Any] | None:
     size = dict(getattr(settings, "size", None) or {})
     if set(size) != {"shortest_edge", "longest_edge"}:
         return None
+    max_pixels *= counts_of_pixels(settings)
     # Each edge is a number of pixels here. Attributes of these names override the size, in every call.
     attributes = {name: getattr(settings, name, None) for name in ("min_pixels", "max_pixels")}
     lowest, highest = (

@@ -149,12 +149,11 @@ class AttentionOptions(NamedTuple):
 def attention_options(query: torch.Tensor, options: Mapping[str, Any]) -> AttentionOptions:
     """The keyword arguments of an attention function, as AttentionInterface names them."""
     scaling = options.get("scaling")
-    sink = options.get("s_aux")
     return AttentionOptions(
         scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
         softcap=float(options.get("softcap") or 0.0),
         window=options.get("sliding_window"),
-        sink=sink,
+        sink=options.get("s_aux"),
         causal=options.get("is_causal"),
         bias=options.get("position_bias"),
         paged=options.get("cache"),
@@ -315,14 +314,9 @@ def tree_reason(model: Any, config: Any) -> str | None:
     others = sorted({each for each in types_of_layers(config) or () if each not in (*_SOFTMAX, *RECURRENT)})
     if others:
         return f"it has layers of type {', '.join(others)}"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "some of its layers reuse the keys of other layers"
-    if getattr(config, "use_bidirectional_attention", None):
+    # "vision": in blocks, which the masks of a prompt show.
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         return "its attention is not causal"
-    if hasattr(type(model), "create_masks_for_generate"):
-        return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
-    if "moe_mm_token_type_ids" in signature_of(model).parameters:
-        return "its experts depend on which tokens are of an image"
     return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 
@@ -388,15 +382,14 @@ def templates_of(processor: Any) -> list[tuple[Any, dict[str, str]]]:
 
 
 def image_features(model: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Run the vision tower; the features that a forward takes, None if it takes none. Known in: 5.20 to 5.24."""
+    """Run the vision tower; the features that a forward takes, None if not of such entries. Known in: 5.20 to 5.24."""
     if _TOWER not in signature_of(model).parameters:
         return None
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
     given = {name: value for name, value in entries.items() if name in known}
-    missing = (each for name, each in known.items() if name not in given)
-    if not given or any(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in missing):
-        # Fuyu's takes its patches under another name than its forward, and videos have another method.
+    missing = (each for name, each in known.items() if name not in given and each.kind is not each.VAR_KEYWORD)
+    if not given or any(each.default is each.empty for each in missing):
         return None
     output = encode(**given, return_dict=True)
     read = {name: value for name, value in output.items() if name not in _UNREAD}

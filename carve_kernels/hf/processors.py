@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,18 @@ def image_token(processor: Any) -> str:
     return str(token)
 
 
-def video_token(processor: Any) -> str:
-    """What stands for a video in a prompt, before the processor puts the tokens of its frames there."""
-    token = getattr(processor, "video_token", None)
-    if token is None or getattr(processor, "video_processor", None) is None:
-        raise ValueError(
-            f"processor: expected one that takes videos, got {type(processor).__name__} without "
-            f"{'a video token' if token is None else 'its video part, which needs torchvision'}"
-        )
-    return str(token)
-
-
 def writes_prompts(processor: Any) -> bool:
     """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
     return type(processor).__name__ in _WITHOUT_TEMPLATE
+
+
+def counts_of_pixels(image_processor: Any) -> int:
+    """How often the bounds of an image processor count a pixel: GLM's count it in each frame that an image becomes."""
+    # Also the class of one that is wrapped.
+    kind = type(image_processor.preprocess.__self__)
+    resize = getattr(sys.modules[kind.__module__], "smart_resize", None)
+    counts = resize is not None and "num_frames" in inspect.signature(resize).parameters
+    return int(image_processor.temporal_patch_size) if counts else 1
 
 
 def is_text(name: str) -> bool:
@@ -103,6 +102,11 @@ def lacks_token_types(processor: Any, model: Any) -> bool:
     """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
     is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
     return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
+
+
+def routes_by_type(model: Any) -> bool:
+    """Whether a model's experts depend on which tokens are of images, as those of Ernie 4.5."""
+    return "moe_mm_token_type_ids" in names.signature_of(model).parameters
 
 
 def is_for_training(name: str) -> bool:

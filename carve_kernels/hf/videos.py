@@ -87,14 +87,19 @@ class Video:
         """When a frame is followed by the next one that was taken, or the video ends."""
         return self.seconds[frame + 1] if frame + 1 < len(self.seconds) else self.duration
 
-    def crop(self, box: Sequence[int]) -> Video:
-        """The part x0 y0 f0 x1 y1 f1 of the video, as the box of its regions is given."""
+    def crop(self, box: Sequence[int], least: int = 1) -> Video:
+        """The part x0 y0 f0 x1 y1 f1 of the video, as the box of its regions is given.
+
+        Of fewer frames than `least` the ones before, and then those after, are added where the video has them.
+        """
         x0, y0, f0, x1, y1, f1 = (integer(f"box[{index}]", edge) for index, edge in enumerate(box))
         height, width = self.size
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and 0 <= f0 < f1 <= len(self)):
             raise ValueError(
                 f"box: expected a part of {len(self)} frames {width} wide and {height} high, got {(*box,)}"
             )
+        f0 = max(0, min(f0, f1 - least))
+        f1 = min(len(self), max(f1, f0 + least))
         frames = tuple(frame.crop((x0, y0, x1, y1)) for frame in self.frames[f0:f1])
         return replace(self, frames=frames, seconds=self.seconds[f0:f1], duration=self.end(f1 - 1))
 

@@ -231,7 +231,6 @@ JOIN = (
     Fault(_JOIN, "not joined where one of two parts goes on",
           "load_coherent(before + size - 1) != part || load_coherent(before - 1) != same",
           "load_coherent(before + size - 1) != part && load_coherent(before - 1) != same"),
-    Fault(_JOIN, "the pixel on the left in the row above", "const bool is_first = x == 0 ||", "const bool is_first ="),
     Fault(_JOIN, "frames are joined over corners always", "if (!job.has_corners) continue;", ""),
     Fault(_JOIN, "no corner in the frame before", "down <= (y + 1 == job.height ? 0 : 1)", "down <= 0"),
     Fault(_JOIN, "a corner past the last column", "right <= (x + 1 == job.width ? 0 : 1)", "right <= 1"),

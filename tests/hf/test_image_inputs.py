@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf.image_inputs import ImageInputs
 from carve_kernels.hf.inputs import build_prompt, prepare
 from tests.support.families import FAMILIES, family
+from tests.support.processors.kinds import pair
 from tests.support.tiny_models import make_image
 
 PHOTO, OTHER = make_image(240, 160, 1), make_image(100, 180, 2)
@@ -80,3 +82,20 @@ def test_a_question_processes_each_image_once(name: str, preset: str, monkeypatc
     calls = counted(monkeypatch, processor)
     result = CarveEngine(model, processor, preset=settings)(PHOTO, "what digit is red")
     assert result.reason is None and calls == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "glm4v", "glm46v", "cosmos3_edge", "paddleocr_vl"])
+def test_a_bound_of_pixels_is_that_of_the_resized_image(name: str) -> None:
+    """GLM and Cosmos 3 count each pixel once for each of the two frames that an image is repeated to."""
+    _, processor = pair(name)
+    image, bound = make_image(420, 280, 4), 200 * 200
+    processor = copy.copy(processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 10**7}
+    for inputs in (
+        prepare(processor, [image], build_prompt(processor, "what"), None, bound),
+        ImageInputs(processor, torch.device("cpu"), bound).inputs([image], build_prompt(processor, "what"))[0],
+    ):
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        pixels = rows * columns * processor.image_processor.patch_size**2
+        assert 0.7 * bound < pixels <= bound

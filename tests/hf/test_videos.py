@@ -118,6 +118,8 @@ def test_a_video_is_cropped_in_space_and_time(tmp_path: Path) -> None:
     assert len(part) == 2 and part.size == (36, 44) and part.seconds == video.seconds[1:3]
     assert part.duration == video.seconds[3] and part.metadata["frames_indices"] == [7, 12]
     assert part.frames[0].tobytes() == video.frames[1].crop((16, 4, 60, 40)).tobytes()
+    assert video.crop((0, 0, 3, 9, 9, 4), least=2).seconds == video.seconds[2:]
+    assert video.crop((0, 0, 0, 9, 9, 1), least=9).seconds == video.seconds
     with pytest.raises(ValueError, match="box: expected a part of 4 frames 64 wide and 48 high"):
         video.crop((0, 0, 0, 64, 48, 5))
 

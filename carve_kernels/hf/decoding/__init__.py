@@ -38,6 +38,7 @@ from carve_kernels.hf.model import (
     unwrap,
     wrapped_models,
 )
+from carve_kernels.hf.processors import routes_by_type
 from carve_kernels.hf.session.generate_guard import GUARD
 
 __all__ = [
@@ -131,6 +132,8 @@ def sequential_reason(model: Any) -> str | None:
 def _decoding_reason(model: Any, inner: Any) -> str | None:
     if GUARD in inner.__dict__:
         return "a session of capture_attention is open on it"
+    if routes_by_type(inner):
+        return "its experts depend on which tokens are of an image"
     if names.has_own_generate(inner):
         return "it has its own generate"
     if inner.training:

@@ -176,16 +176,23 @@ class CarveEngine:
         video: VideoSource,
         question: str,
         *,
-        prompt: str | None = None,
         max_frames: int = MAX_FRAMES,
         fps: float | None = None,
+        prompt: str | None = None,
         on_progress: OnProgress | None = None,
     ) -> VideoResult:
-        """Answer one question about a video: its path, or a `Video` of `carve_kernels.hf.videos`.
+        """Answer one question about a video, and again about the kept span of its frames, cropped to the kept part.
 
-        Of a file at most `max_frames` frames are taken, at equal distances in time, `fps` for each second if it is
-        given. The refined video is the span of frames that has the selected regions, cropped to their box and
-        magnified. Nothing of a video is cached.
+        ===========  ==================================================================================================
+        argument     meaning
+        ===========  ==================================================================================================
+        video        a path, of which `open_video` takes frames, or a Video: then all of its frames are read
+        max_frames   of a path: at most so many frames; `fps`: so many for each second
+        prompt       the whole text that the model reads, with one video token; None: the chat template's
+        ===========  ==================================================================================================
+
+        The contrast of all frames is one, `Preset.keep` is a share of the pixels of all of them, and regions go on from
+        a frame to the next one. Nothing of a video is cached.
         """
         report = on_progress or (lambda stage, done, total: None)
         check_steady(self.model)
@@ -196,7 +203,7 @@ class CarveEngine:
         with exclusive(self.model):
             setup = Setup(
                 self.model, self.processor, self.preset, self._carving, self.layers,
-                backend=self.backend, memory=None, plain=True, fit=None,
+                backend=self.backend, memory=None, plain=self.plain, fit=None,
             )  # fmt: skip
             result = answer_video(setup, request, lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
         report("done", len(STAGES), len(STAGES))

@@ -21,9 +21,15 @@ def merge_layers(parts: Sequence[AttentionMaps]) -> AttentionMaps:
         return first
     device, steps = first.values.device, min((part.steps for part in parts), key=len)
     places = sorted((layer, part, index) for part, maps in enumerate(parts) for index, layer in enumerate(maps.layers))
+    missing: list[Any] = [part.missing for part in parts]
+    if any(each is not None for each in missing):
+        missing = [
+            torch.zeros_like(part.values, dtype=torch.bool) if each is None else each
+            for part, each in zip(parts, missing, strict=True)
+        ]
     merged: dict[str, Any] = {}
     for field in fields(first):
-        tensors = [getattr(part, field.name) for part in parts]
+        tensors = missing if field.name == "missing" else [getattr(part, field.name) for part in parts]
         # Those that have layers have steps and rows as well: [B, L, T, R, ...].
         if isinstance(tensors[0], torch.Tensor) and tensors[0].ndim >= 4:
             moved = [tensor[:, :, : len(steps)].to(device) for tensor in tensors]

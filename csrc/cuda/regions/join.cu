@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kBlockThreads) join_frames_kernel(const __grid
     const int32_t part = load_coherent(before + size);
     if (part == kOff) continue;
     const int32_t same = load_coherent(before);
-    const uint32_t x = index % job.width;
     if (same != kOff) {
-      // Where the pixels on the left are of the same two parts, those join them.
-      const bool is_first = x == 0 || load_coherent(before + size - 1) != part || load_coherent(before - 1) != same;
+      // Where the pixels before them are of the same two parts, those join them.
+      const bool is_first = index == 0 || load_coherent(before + size - 1) != part || load_coherent(before - 1) != same;
       if (is_first) join(parents, part, same);
       continue;
     }
     if (!job.has_corners) continue;
+    const uint32_t x = index % job.width;
     const uint32_t y = index / job.width % job.height;
     int32_t joined = kOff;
     for (int down = y == 0 ? 0 : -1; down <= (y + 1 == job.height ? 0 : 1); ++down) {

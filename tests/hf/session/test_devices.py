@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from carve_kernels import CarveEngine, Preset, capture_attention
 from carve_kernels.hf.model import decoder_layers, devices_of, text_backbone
+from carve_kernels.hf.session.merging import merge_layers
+from carve_kernels.maps import AttentionMaps
 from carve_kernels.types import Capture
 from tests.support.families import TEXTS, eager, exact, family, generate, inputs_of
 from tests.support.mps import mps
@@ -108,6 +111,30 @@ def test_a_refused_forward_has_no_maps_on_any_device(device: torch.device) -> No
             model(input_ids=torch.tensor([[20, 21, 22]]))
         with pytest.raises(RuntimeError, match=r"^maps: expected a forward"):
             _ = session.maps
+
+
+def planted(layers: tuple[int, ...], steps: int, missing: tuple[int, ...] | None) -> AttentionMaps:
+    """Maps in which each number is that of the layer and the step; some layers lack the second of two tokens."""
+    numbers = torch.tensor(layers)[:, None] * 100.0 + torch.arange(steps)
+    scores = numbers[None, :, :, None]
+    hidden = torch.zeros(1, len(layers), steps, 1, 2, dtype=torch.bool)
+    for layer in missing or ():
+        hidden[:, layers.index(layer), ..., 1] = True
+    return AttentionMaps(
+        torch.stack([scores, -scores], -1), scores + 0.25, scores + 0.5, scores >= 0, layers, tuple(range(steps)),
+        torch.tensor([[3, 4]], dtype=torch.int32), "float32", None, None if missing is None else hidden,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gone", [(None, (3,)), ((0,), None), ((4,), (3,)), (None, None)])
+def test_maps_of_two_devices_are_sorted_with_their_missing_tokens(gone: tuple[Any, Any]) -> None:
+    merged = merge_layers([planted((0, 4), 3, gone[0]), planted((1, 3), 2, gone[1])])
+    among = [layer for each in gone for layer in each or ()]
+    expected = planted((0, 1, 3, 4), 2, tuple(among) if among else None)
+    assert (merged.layers, merged.steps) == (expected.layers, expected.steps)
+    for field in fields(AttentionMaps):
+        found, wanted = getattr(merged, field.name), getattr(expected, field.name)
+        assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
 
 
 def test_an_engine_answers_one_by_one(device: torch.device) -> None:

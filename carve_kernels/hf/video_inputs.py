@@ -1,0 +1,77 @@
+"""Prompts about a video, and what a processor makes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from carve_kernels.checks import text as check_text
+from carve_kernels.hf.image_inputs import moved, pixel_dtype
+from carve_kernels.hf.inputs import template_of, text_settings
+from carve_kernels.hf.model import input_device, unwrap
+from carve_kernels.hf.processors import is_for_training, is_pixels, is_text, lacks_token_types
+from carve_kernels.hf.videos import Video
+
+
+def video_token(processor: Any) -> str:
+    """The text that stands for a video in a prompt."""
+    return str(getattr(processor, "video_token", "<video>"))
+
+
+def build_video_prompt(processor: Any, text: str, n_videos: int = 1) -> str:
+    """The prompt for videos and a text, by the chat template of the processor or its tokenizer, where there is one.
+
+    Raises ValueError if the text is empty or contains the video token, or if the template drops the video or the text.
+    """
+    check_text("text", text)
+    token = video_token(processor)
+    if token in text:
+        raise ValueError(f"text: contains the video token {token!r}, which stands for a video; remove it")
+    template = template_of(processor)
+    if template is None:
+        return token * n_videos + text
+    content = [*({"type": "video"} for _ in range(n_videos)), {"type": "text", "text": text}]
+    try:
+        prompt: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:
+        raise ValueError(f"processor: its chat template fails for a video ({error})") from error
+    for what, wanted, expected in (("video token", token, n_videos), ("text", text, 1)):
+        if prompt.count(wanted) != expected:
+            raise ValueError(
+                f"processor: its chat template has the {what} {prompt.count(wanted)} times in a prompt about "
+                f"{n_videos} video(s), expected {expected}"
+            )
+    return prompt
+
+
+def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], prompt: str) -> dict[str, Any]:
+    """The processor's entries for a prompt about videos, on the model's device; every frame of them is shown."""
+    if getattr(processor, "video_processor", None) is None:
+        raise ValueError("processor: expected one with a video processor, which needs torchvision")
+    given = [videos] if isinstance(videos, Video) else list(videos)
+    count = prompt.count(video_token(processor))
+    if count != len(given):
+        raise ValueError(f"videos: the prompt has {count} video(s), got {len(given)}; give one video for each")
+    options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [video.metadata for video in given]}
+    options |= text_settings(processor, prompt)
+    if hasattr(processor.video_processor, "use_token_compression"):
+        # Tokens that were dropped would have no place.
+        options["use_token_compression"] = False
+    if lacks_token_types(processor, unwrap(model)):
+        options["return_mm_token_type_ids"] = True
+    try:
+        frames = [list(video.frames) for video in given]
+        inputs = processor(text=[prompt], videos=frames, return_tensors="pt", **options)
+    except ValueError as error:
+        sizes = " and ".join(f"{len(video)} frames of {video.size[0]} x {video.size[1]}" for video in given)
+        raise ValueError(f"video: {sizes} are refused by the processor ({error})") from error
+    entries = {name: value for name, value in inputs.items() if not is_for_training(name)}
+    return moved(entries, input_device(model), pixel_dtype(model))
+
+
+def divided(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of the prompt without pixels (grids stay: positions need them), and those of the videos."""
+    without_pixels = {name: value for name, value in inputs.items() if not is_pixels(name)}
+    return without_pixels, {name: value for name, value in inputs.items() if not is_text(name)}
