@@ -175,9 +175,9 @@ def test_images_of_other_modes_have_a_layout(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "emu3"])
-@pytest.mark.parametrize("settings", [{"do_normalize": False}, {"do_rescale": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"do_normalize": False}, {"do_rescale": False}], ids=str)
 def test_a_normalisation_of_a_call_has_a_layout(name: str, settings: dict[str, Any]) -> None:
-    image = photograph((97, 131))
-    inputs = inputs_of(name, image, settings)
-    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    assert layout_of(*pair(name), inputs, [image]).views
+    for image in (photograph((97, 131)), Image.new("RGB", (97, 131), "white")):
+        inputs = inputs_of(name, image, settings)
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        assert layout_of(*pair(name), inputs, [image]).views

@@ -36,7 +36,7 @@ WIDE, TALL, ODD = (60, 200), (131, 90), (97, 98)
 @functools.cache
 def of_one(name: str, size: tuple[int, int]) -> tuple[list[int], Any]:
     """The tokens of one image alone from its first one, and its view."""
-    (view,) = laid_out(name, [[size]])[1].views[0]
+    (view,) = arranged(name, [[size]])[1].views[0]
     return (view.tokens - view.tokens[0]).tolist(), view
 
 
@@ -51,7 +51,7 @@ def inputs_of(name: str, rows: list[list[tuple[int, int]]], side: str = "left", 
     )
 
 
-def laid_out(
+def arranged(
     name: str, rows: list[list[tuple[int, int]]], side: str = "left", **settings: Any
 ) -> tuple[Any, VisualLayout]:
     inputs = inputs_of(name, rows, side, **settings)
@@ -64,7 +64,7 @@ def test_several_images_a_row_and_rows_of_unequal_length(name: str) -> None:
         pytest.skip("its processor takes one image a prompt")
     rows = [[WIDE, TALL], [ODD]]
     for side in ("left", "right"):
-        inputs, layout = laid_out(name, rows, side)
+        inputs, layout = arranged(name, rows, side)
         for row, sizes in enumerate(rows):
             is_image = inputs["input_ids"][row] == names.image_id(pair(name)[0].config)
             for view, size in zip(layout.views[row], sizes, strict=True):
@@ -95,7 +95,7 @@ def test_an_image_too_many_too_few_or_cut_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLACED)
 def test_all_image_tokens_but_those_between_rows_are_in_a_view(name: str) -> None:
-    inputs, layout = laid_out(name, [[TALL]])
+    inputs, layout = arranged(name, [[TALL]])
     (view,) = layout.views[0]
     found = image_token_positions(pair(name)[0], inputs["input_ids"])[0].tolist()
     rows, columns = view.grid
@@ -188,10 +188,10 @@ def test_the_image_begins_and_ends_where_its_square_says(name: str, size: tuple[
         ((top, bottom), size[0], inside.any(1)),
         ((left, right), size[1], inside.any(0)),
     ):
-        shown = lines.nonzero().flatten()
+        bright = lines.nonzero().flatten()
         per_pixel = (end - start) / 56
-        assert start + int(shown[0]) * per_pixel == pytest.approx(0, abs=1e-6)
-        assert start + (int(shown[-1]) + 1) * per_pixel == pytest.approx(length, abs=1e-6)
+        assert start + int(bright[0]) * per_pixel == pytest.approx(0, abs=1e-6)
+        assert start + (int(bright[-1]) + 1) * per_pixel == pytest.approx(length, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", kinds())
