@@ -1,8 +1,7 @@
 """Names of transformers and PEFT that are private or conventions, one small function each.
 
-Only caches.py (names of caches), processors.py (names of processors) and model.py (names of accelerate, bitsandbytes
-and torchao) spell such names as well. "Known in" lists the versions that have a name, if not all of TESTED do.
-session/contract.py checks that the installed version has all of them.
+Only caches.py, processors.py and model.py (of accelerate, bitsandbytes and torchao) spell such names as well. "Known
+in" lists the versions that have a name, if not all of TESTED do; session/contract.py checks the installed one.
 """
 
 from __future__ import annotations
@@ -332,13 +331,13 @@ def cross_attention_in(decoder: nn.Module) -> str | None:
 def rotations(config: Any) -> set[str]:
     """The types of RoPE of all layers. Known in: `rope_parameters` since 5.0, `rope_scaling` in remote code."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    by_layer = [value for value in given.values() if isinstance(value, Mapping)]
-    return {str(each.get("rope_type", each.get("type", "default"))) for each in by_layer or [given]}
+    parts = [value for value in given.values() if isinstance(value, Mapping)] or [given]
+    return {str(each.get("rope_type", each.get("type", "default"))) for each in parts}
 
 
 def image_id(config: Any) -> int | None:
     """The id of the image token, which LLaVA's config calls an index, and Phi-4's vision config has."""
-    both = config, getattr(config, "vision_config", None)
+    both = (config, getattr(config, "vision_config", None))
     return next((each for part in both for name in _IMAGE_IDS if (each := getattr(part, name, None)) is not None), None)
 
 
@@ -349,7 +348,8 @@ def video_id(config: Any) -> int | None:
 
 def visual_ids(config: Any) -> list[int]:
     """The ids of the image and video tokens, ascending."""
-    return sorted({found for name in (*_IMAGE_IDS, *_VIDEO_IDS) if (found := getattr(config, name, None)) is not None})
+    ids = (image_id(config), *(getattr(config, name, None) for name in _VIDEO_IDS))
+    return sorted({each for each in ids if each is not None})
 
 
 def position_modules(model: nn.Module) -> list[tuple[nn.Module, Any]]:

@@ -16,9 +16,9 @@ _SMALLEST = 4.0
 def deviations(layout: VisualLayout, measured: Measured) -> torch.Tensor:
     """How far each image token's box in a layout is from the measured one, in cells, float64 [N].
 
-    That is the largest distance between two edges, by the side of the layout's box, or by 4 pixels if that is less. It is infinite for a token that
-    only one of them places, unless its box in the layout lies outside of the image, and for one placed in another
-    image. A token that neither of them places is 0 off.
+    That is the largest distance between two edges, by the side of the layout's box, or by 4 pixels if that is less. It
+    is infinite for a token that only one of them places, unless its box in the layout lies outside of the image, and
+    for one placed in another image. A token that neither of them places is 0 off.
     """
     boxes, images = cells_of(layout, measured)
     cells = (boxes[:, 2:] - boxes[:, :2]).clamp(min=_SMALLEST)
