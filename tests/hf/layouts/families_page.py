@@ -9,9 +9,9 @@ from __future__ import annotations
 # Before transformers, which looks for torchvision once.
 import tests.conftest  # noqa: F401  # isort: skip
 
+import argparse
 import functools
 import re
-import sys
 import textwrap
 from importlib import import_module
 from pathlib import Path
@@ -171,7 +171,10 @@ def version_of(text: str) -> str:
     return found[1]
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare families with what is measured, and write docs/families.md.")
+    parser.add_argument("names", nargs="*", help="processors of tests/support/processors; without any, all")
+    names = parser.parse_args().names
     kept = numbers_of(PAGE.read_text(encoding="utf-8"))
     for row in checked():
         if not names or row.name in names:
@@ -181,4 +184,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
