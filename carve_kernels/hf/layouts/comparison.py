@@ -9,17 +9,20 @@ from carve_kernels.types import VisualLayout
 
 # A cell that shows less of the image than this shows none of it.
 _NOTHING = 0.05
+# The smallest cell in pixels: what an enlarged image shows within a pixel cannot be measured more finely.
+_SMALLEST = 4.0
 
 
 def deviations(layout: VisualLayout, measured: Measured) -> torch.Tensor:
     """How far each image token's box in a layout is from the measured one, in cells, float64 [N].
 
-    That is the largest distance between two edges, by the side of the layout's box. It is infinite for a token that
-    only one of them places, unless its box in the layout lies outside of the image, and for one placed in another
-    image. A token that neither of them places is 0 off.
+    That is the largest distance between two edges, by the side of the layout's box, or by 4 pixels if that is less. It
+    is infinite for a token that only one of them places, unless its box in the layout lies outside of the image, and
+    for one placed in another image. A token that neither of them places is 0 off.
     """
     boxes, images = cells_of(layout, measured)
-    off = ((boxes - measured.boxes).abs() / torch.cat([boxes[:, 2:] - boxes[:, :2]] * 2, 1)).amax(1)
+    cells = (boxes[:, 2:] - boxes[:, :2]).clamp(min=_SMALLEST)
+    off = ((boxes - measured.boxes).abs() / torch.cat([cells] * 2, 1)).amax(1)
     placed, seen = images >= 0, measured.images >= 0
     off = torch.where(images == measured.images, off, torch.inf)
     return off.where(placed | seen, 0.0).where(seen | (_visible(boxes, images, measured) > _NOTHING), 0.0)

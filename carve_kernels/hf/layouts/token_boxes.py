@@ -10,8 +10,9 @@ import torch
 
 from carve_kernels.hf.layouts.coordinates import Coordinates
 
-# Weights of values beside and at an edge of the image, whose coordinates may be biased, and the share that is at it.
-_BESIDE, _AT, _AT_EDGE = 1e-3, 1e-6, 0.6
+# The weight of a value beside an edge of the image, whose coordinate may be biased, and the powers of ten by which it
+# falls until the value is at the edge; of less than the last weight, it is too near to know others by it.
+_BESIDE, _FALL, _NEAR = 1e-3, 6.0, 1e-3 * 10 ** (-6.0 * 0.6)
 _LEVEL = 1.5 / 255
 _SWEEPS = 4
 # A token whose values spread over less of it than this has its length from a neighbour: a share of the variance.
@@ -168,7 +169,8 @@ def _layouts(values: torch.Tensor) -> torch.Tensor:
 def _placed(values: torch.Tensor, origin: Coordinates, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The places and weights of tokens' values [T, n] along an axis."""
     places, edges = origin.place[axis][values].double(), origin.edge[axis][values]
-    weights = torch.where(edges.abs() < _LEVEL, 1.0, torch.where(edges < _AT_EDGE, _BESIDE, _AT)).double()
+    beside = _BESIDE * 10 ** (-_FALL * edges.double().clamp(0, 1.2))
+    weights = torch.where(edges.abs() < _LEVEL, 1.0, beside)
     return places.nan_to_num(), weights.where(places.isfinite(), 0.0)
 
 
@@ -193,10 +195,10 @@ def _ends(group: _Group, patterns: Patterns) -> tuple[torch.Tensor, torch.Tensor
     sure = spread >= _SPREAD / 12
     if bool(sure.any()):
         lengths = torch.where(sure, lengths, _similar(group, lengths, spread))
-        total = group.weights.sum(1).clamp(min=1e-9)
+        total = group.weights.sum(1).clamp(min=1e-12)
         starts = (group.weights * (group.places - lengths[:, None] * pattern)).sum(1) / total
     expected = starts[:, None] + lengths[:, None] * pattern
-    off = ((group.places - expected).abs() * (group.weights >= _BESIDE)).amax(1)
+    off = ((group.places - expected).abs() * (group.weights >= _NEAR)).amax(1)
     if not bool(((lengths > 0) & (off <= _UNEVEN * lengths)).all()):
         raise ValueError(_UNEVEN_VALUES)
     return starts, starts + lengths
@@ -222,11 +224,11 @@ def _pattern(group: _Group) -> torch.Tensor:
     # A token without padding, and among those one far from the edges.
     best = int(((group.weights > 0).all(1) * 2.0 * size + group.weights.sum(1)).argmax())
     pattern = _ranks(group.places[best])
-    known = (group.weights[best] >= _BESIDE).double()
+    known = (group.weights[best] >= _NEAR).double()
     for _ in range(_SWEEPS if len(group.tokens) > 1 else 0):
         weights = group.weights * known
         starts, lengths, spread = _line(pattern, group.places, weights)
-        use = group.weights * (group.weights >= _BESIDE) * ((spread >= _SPREAD / 24) & (lengths > 0))[:, None]
+        use = group.weights * (group.weights >= _NEAR) * ((spread >= _SPREAD / 24) & (lengths > 0))[:, None]
         total = (use * lengths[:, None] ** 2).sum(0)
         better = (use * lengths[:, None] * (group.places - starts[:, None])).sum(0) / total.clamp(min=1e-12)
         pattern = torch.where(total > 0, better, pattern)

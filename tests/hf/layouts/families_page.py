@@ -9,9 +9,10 @@ from __future__ import annotations
 # Before transformers, which looks for torchvision once.
 import tests.conftest  # noqa: F401  # isort: skip
 
+import argparse
 import functools
 import re
-import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from tests.support.processors.kinds import pair, pairs, zoo_kind
 from tests.support.zoo.kinds import kinds
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
-COLUMNS = ("`model_type`", "class", "tokens", "settings tried", "worst token")
+COLUMNS = ("`model_type`", "class", "tokens", "settings", "worst token")
 _ROW = re.compile(r"^\| `(\w+)`[^|]* \| `\w+` \|.*\| ([^|]+) \|$", re.MULTILINE)
 _VERSION = re.compile(r"transformers (\d+\.\d+\.\d+)")
 
@@ -36,13 +37,7 @@ HEAD = """# Model families
 in `carve_kernels/hf/families.py` that names its kind of layout; a kind is a file in `carve_kernels/hf/layouts/`
 ([how to add one](contributing.md#add-a-model-family)).
 
-**What was checked**, with the real class of each family, tiny and random, and its real processor: on photographs of
-{shapes}
-pixels (width x height) the box of every token lies within {tolerance} of its side of where it is measured through the
-model's own processor and vision tower, and in the same order; "worst token" is the farthest, in sides. The tokens of
-{sizes} random sizes fit. {codes} embed codes of the image, which no gradient reaches: measured is
-where their image is cut, not the order of their tokens. `python -m tests.hf.layouts.families_page` compares, and writes
-this page: last with transformers {version}.
+{checked}
 
 **A family that is not listed** works, too: its boxes are measured in the same way, once for each size of an image, and
 `VisualLayout.measured` says so; the log names the `model_type`. `carve-kernels doctor --model DIR` draws the layout of
@@ -54,6 +49,14 @@ that names both. `layout_of(model, processor, inputs, images)` needs the images 
 processor may not return them. An image with an EXIF orientation is refused, since some calls of a processor apply it
 and others do not: rotate it first, with `PIL.ImageOps.exif_transpose`. Settings of a processor that do not fit the
 model, such as the `patch_size` that files of older LLaVA processors lack, are refused by name.
+"""
+CHECKED = """
+**What was checked**, with the real class of each family, tiny and random, and its real processor: on photographs of
+{shapes} pixels (width x height) the box of every token is where it is measured through the model's own processor and
+vision tower, in the same order, within {tolerance} of its side, or of 4 pixels for smaller boxes; "worst token" is the
+farthest. The tokens of {sizes} random sizes fit. {codes} embed codes of the image, which no gradient reaches: measured
+is where their image is cut, not the order of their tokens. `python -m tests.hf.layouts.families_page` compares, and
+writes this page: last with transformers {version}.
 """
 REFUSED = """## Refused
 
@@ -127,9 +130,9 @@ def page(numbers: dict[str, str], version: str) -> str:
     """The page with the worst token of each processor."""
     shapes = ", ".join(f"{width} x {height}" for height, width in SHAPES)
     codes = " and ".join(f"`{name}`" for name in CODES)
-    text = HEAD.format(
-        count=len(families()), version=version, shapes=shapes, tolerance=TOLERANCE, sizes=ALL, codes=codes
-    )
+    paragraph = CHECKED.format(version=version, shapes=shapes, tolerance=TOLERANCE, sizes=ALL, codes=codes)
+    filled = textwrap.fill(" ".join(paragraph.split()), 118, break_long_words=False, break_on_hyphens=False)
+    text = HEAD.format(count=len(families()), checked=filled)
     rows = checked()
     for kind in sorted({row.family.kind for row in rows if row.family.kind}):
         text += f"\n## {kind.replace('_', ' ').capitalize()}\n\n{first_line(kind)}\n\n"
@@ -168,7 +171,10 @@ def version_of(text: str) -> str:
     return found[1]
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare families with what is measured, and write docs/families.md.")
+    parser.add_argument("names", nargs="*", help="processors of tests/support/processors; without any, all")
+    names = parser.parse_args().names
     kept = numbers_of(PAGE.read_text(encoding="utf-8"))
     for row in checked():
         if not names or row.name in names:
@@ -178,4 +184,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
