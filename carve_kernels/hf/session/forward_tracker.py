@@ -21,6 +21,7 @@ from carve_kernels.hf.model import (
     dtype_of,
     image_token_positions,
     is_capturing,
+    layer_window,
     text_backbone,
 )
 from carve_kernels.hf.query_rows import Rows, resolve_rows
@@ -72,7 +73,7 @@ class ForwardTracker:
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._signature = inspect.signature(model.forward)
-        self._windows = LayerWindows(model, modules, options.layers)
+        self._windows = LayerWindows([layer_window(model, layer) for layer in options.layers], modules)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None
