@@ -80,7 +80,7 @@ def partly_seen() -> AttentionMaps:
     return replace(found, missing=missing)
 
 
-def test_missing_tokens_are_told_from_dark_ones(tmp_path: Path) -> None:
+def test_missing_tokens_are_not_dark_ones(tmp_path: Path) -> None:
     found = partly_seen()
     assert found.whole(0).tolist() == [[True] * 4, [True, True, False, False], [True, True, True, False]]
     assert found.whole(1).tolist() == [[True, True, False, False]] * 3 and found.last_step(0) == 3

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from carve_kernels.hf.caches import states_nbytes
 from carve_kernels.types import Capture
 
 PREFIX = -1
@@ -30,7 +29,7 @@ class PrefixCache:
     ids         int64    [P]                      the tokens, on the CPU
     blocks      int64    [P]                      the last column of each token's block, on the CPU
     keys        model's  [1, KV, capacity, D]     of one layer; values likewise with their size
-    states                                        a cache with the states of recurrent layers
+    states                                        the States of recurrent layers, or None
     ==========  =======  =======================  ============================================
 
     States are those after the last token, so a prefix with states is never truncated.
@@ -50,7 +49,7 @@ class PrefixCache:
     def nbytes(self) -> int:
         """The bytes of its keys and values, the spare columns included, and of its states."""
         cached = sum(tensor.untyped_storage().nbytes() for layer in self._layers.values() for tensor in layer)
-        return cached + states_nbytes(self.states)
+        return cached + (0 if self.states is None else self.states.nbytes)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; their columns become spare."""

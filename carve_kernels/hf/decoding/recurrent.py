@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,6 +53,17 @@ def states_reason(model: Any) -> str | None:
         if not continues:
             return f"its layer {number} ({type(module).__name__}) does not continue a copy of its states"
     return None
+
+
+class States(NamedTuple):
+    """A cache of transformers, of which recurrent layers use their states."""
+
+    cache: Any
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its states."""
+        return caches.states_nbytes(self.cache)
 
 
 class RecurrentLayers:
@@ -102,14 +113,15 @@ class RecurrentLayers:
     def _states(self, tree: TokenTree, branch: int, number: int, module: nn.Module) -> Any:
         """The states of a branch; before its first run in a layer they are a copy of the prefix's."""
         if tree.prefix.states is None:
-            tree.prefix.states = caches.new_states(self._config)
+            tree.prefix.states = States(caches.new_states(self._config))
+        prefix = tree.prefix.states.cache
         if branch == PREFIX:
-            return tree.prefix.states
+            return prefix
         if branch not in tree.states:
             tree.states[branch] = caches.new_states(self._config)
         if (branch, number) not in tree.copied:
             tree.copied.add((branch, number))
-            caches.copy_state(tree.prefix.states, tree.states[branch], module)
+            caches.copy_state(prefix, tree.states[branch], module)
         return tree.states[branch]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from carve_kernels.hf.model import is_capturing
 from carve_kernels.maps import UNCAPTURED, Hidden, new_buffers
 from carve_kernels.types import Capture
 
@@ -122,11 +121,6 @@ class DeviceState:
         """Note the tokens [B, R, N] that rows do not see in `count` layers from the index `first` on."""
         target, slot = (self.hidden_later, self.slots) if decoding else (self.hidden, self.zero[None])
         if target is None:
-            if torch.compiler.is_compiling() or is_capturing(self.device):
-                raise ValueError(
-                    "model: a layer has a window that the config does not name, and the first step is compiled or "
-                    "goes into a CUDA graph, where no memory can be allocated for what it hides; run a step before it"
-                )
             target = self.follow_hidden()
         target[:, first : first + count].index_copy_(0, slot, tokens.expand(1, count, *tokens.shape))
 

@@ -22,6 +22,7 @@ from carve_kernels.hf.model import (
     dtype_of,
     image_token_positions,
     is_capturing,
+    layer_window,
     text_backbone,
 )
 from carve_kernels.hf.query_rows import Rows, resolve_rows
@@ -74,7 +75,7 @@ class ForwardTracker:
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._shares = head_shares(model, modules)
         self._signature = inspect.signature(model.forward)
-        self._windows = LayerWindows(model, modules, options.layers)
+        self._windows = LayerWindows([layer_window(model, layer) for layer in options.layers], modules)
         self._prompts = CacheTable()
         self._position_modules = [module for module, _ in names.position_modules(model)]
         self._complete: CompleteForward | None = None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from carve_kernels.hf.model import layer_window
 from carve_kernels.hf.session.attention_masks import Visibility
 
 
@@ -17,8 +16,7 @@ class LayerWindows:
     A layer that selects keys by their content (an indexer) looks at what it selects: what it leaves out is not missing.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], layers: Sequence[int]) -> None:
-        windows = [layer_window(model, layer) for layer in layers]
+    def __init__(self, windows: Sequence[bool | None], modules: Sequence[nn.Module]) -> None:
         self.by_position = [
             window is not None and not any("index" in type(each).__name__.lower() for each in module.modules())
             for window, module in zip(windows, modules, strict=True)

@@ -300,6 +300,11 @@ class Record:
         _, heads, length, size = query.shape
         kind = (query.dtype, heads, key.shape[1], size, key.stride(3))
         hides = not self.decoding or windowed or self.windows.may_hide(index, options.window)
+        if hides and self.decoding and self.state.hidden_later is None and (compiling or is_capturing(query.device)):
+            raise ValueError(
+                f"model: layer {layer} has a window that the config does not name, and its first step is compiled or "
+                "goes into a CUDA graph, where no memory can be allocated for what it hides; run a step before it"
+            )
         view = hides, self.windows.by_position[index]
         return options.scale, options.softcap, keys, options.window, length, version_of(mask), windowed, kind, view
 

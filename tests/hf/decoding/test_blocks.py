@@ -1,4 +1,4 @@
-"""Pictures whose tokens attend to each other in both directions, in tree decoding: the model's own masks."""
+"""Images whose tokens attend to each other in both directions, in tree decoding: the model's own masks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def model_of(name: str, window: int | None = None) -> tuple[Any, dict[str, torch
     return model, inputs, columns, tuple(attention_modules(model))
 
 
-# A window of 3 is narrower than the pictures, of 4 and 6 tokens: Gemma 3 attends to all of a block, Gemma 4 to what the
-# window leaves of it, and its full layers to none. A window of 12 leaves the picture while the answers are written.
+# A window of 3 is narrower than the images, of 4 and 6 tokens: Gemma 3 attends to all of a block, Gemma 4 to what the
+# window leaves of it, and its full layers to none. A window of 12 leaves the image while the answers are written.
 @pytest.mark.parametrize(
     ("name", "window", "attention"),
     [
@@ -96,12 +96,16 @@ def test_the_blocks_are_those_of_the_models_masks() -> None:
 
 
 def two_images(name: str) -> tuple[Any, PromptGroup, dict[str, torch.Tensor]]:
-    """A group with one picture, read before, and a prompt that shows another one after it."""
+    """A group with one image, read before, and a prompt that shows another one after it."""
     model, inputs, columns, layers = model_of(name)
     start, type_name = columns[0] - 1, "token_type_ids" if name == "gemma3" else "mm_token_type_ids"
     ids = inputs["input_ids"][:, : columns[-1] + 2]
-    shown = torch.cat([ids, ids[:, start:], torch.tensor([QUESTIONS[0]])], 1)
-    both = {"input_ids": shown, "attention_mask": torch.ones_like(shown), type_name: (shown == IMAGE).long()}
+    ids_of_both = torch.cat([ids, ids[:, start:], torch.tensor([QUESTIONS[0]])], 1)
+    both = {
+        "input_ids": ids_of_both,
+        "attention_mask": torch.ones_like(ids_of_both),
+        type_name: (ids_of_both == IMAGE).long(),
+    }
     group = group_of(inputs, columns, WORDS)
     decode(model, layers, group)
     pixels = {key: value for key, value in inputs.items() if key not in (*both, "token_type_ids")}
@@ -115,16 +119,16 @@ def two_images(name: str) -> tuple[Any, PromptGroup, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_a_later_picture_has_a_block_of_its_own(name: str) -> None:
+def test_a_later_image_has_a_block_of_its_own(name: str) -> None:
     model, group, both = two_images(name)
     with counted_tokens(model) as tokens:
         [found] = decode(model, model_of(name)[3], group)
     assert list(found.ids) == greedy_generate(model, both, WORDS).tolist()
-    # The first picture is not read again.
+    # The first image is not read again.
     assert set(tokens) == {both["input_ids"].shape[1] - group.start + WORDS - 1 - 1}
 
 
-def test_pictures_that_attend_to_each_other_are_decoded_one_by_one() -> None:
+def test_images_that_attend_to_each_other_are_decoded_one_by_one() -> None:
     model, group, _ = two_images("molmo2")
     with pytest.raises(TreeUnsupported, match="tokens up to the end of its image attend to later ones"):
         decode(model, model_of("molmo2")[3], group)
@@ -167,7 +171,7 @@ def test_masks_that_are_not_causal_beside_blocks_are_not_guessed_at(
         blocks_of(model, text)
 
 
-def test_a_session_sees_a_picture_through_its_block() -> None:
+def test_a_session_sees_an_image_through_its_block() -> None:
     """Rows inside of a block see the tokens behind themselves."""
     model, inputs, columns, layers = model_of("gemma3")
     with torch.no_grad(), capture_attention(model, layers="all", tokens=columns, rows=[columns[1], 15]) as session:

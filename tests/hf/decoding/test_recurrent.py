@@ -76,7 +76,7 @@ def test_maps_of_the_first_step_end_at_the_last_captured_layer(name: str) -> Non
     assert list(decode(model, layers, longer)[0].ids) == alone(model, inputs, columns, QUESTIONS[0], WORDS, layers)[0]
 
 
-def test_two_images_in_one_forward_keep_their_states_apart() -> None:
+def test_two_images_in_one_forward_keep_their_states_separate() -> None:
     model, inputs, columns, layers = hybrid("qwen3_5")
     other = {**inputs, "pixel_values": inputs["pixel_values"].flip(0) + 0.5}
     found = decode(model, layers, group_of(inputs, columns, WORDS), group_of(other, columns, WORDS))
@@ -132,9 +132,9 @@ def test_an_engine_reads_each_image_once(name: str, memory: Any) -> None:
     assert engine.sequential_reason is None and engine.layers == (1, 2)
     for question in (QUESTION, OTHER):
         result, asked = engine(PHOTO, question), question + preset.suffix
-        shown = [result.refined] if preset.images == "refined" else [PHOTO, result.refined]
+        images = [result.refined] if preset.images == "refined" else [PHOTO, result.refined]
         assert result.reason is None
-        assert list(result.answer_ids) == greedy([PHOTO], asked) and list(result.refined_ids) == greedy(shown, asked)
+        assert list(result.answer_ids) == greedy([PHOTO], asked) and list(result.refined_ids) == greedy(images, asked)
     with counted_tokens(model) as tokens:
         engine(PHOTO, "what")
     images = {("paper", False): 2, ("paper", None): 1, ("release", False): 2, ("release", None): 1}[name, memory]
