@@ -110,7 +110,7 @@ def reaches(cache: Any, modules: Sequence[nn.Module]) -> list[tuple[Reach | None
     """The possible reaches of each attention module: that of its cache layer.
 
     A module without a cache layer reuses the keys of any other layer, or has the window of its attention call (None).
-    Known in: `layers`, `is_sliding`, `sliding_window` and `max_cache_len` 5.12 to 5.24.
+    Known in: `layers`, `is_sliding`, `sliding_window`, `max_cache_len` 5.12 to 5.24; `is_kv_shared_layer` since 5.20.
     """
     others = {_reach(layer) for layer in getattr(cache, "layers", None) or ()}
     layers = (_layer(cache, module) for module in modules)
@@ -196,6 +196,9 @@ def has_layers(cache: Any) -> bool:
 
 
 def _layer(cache: Any, module: Any) -> Any:
+    # A layer that reuses the keys of another one has a layer in the cache that it never writes to.
+    if getattr(module, "is_kv_shared_layer", False):
+        return None
     layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     return layers[index] if layers is not None and index is not None and index < len(layers) else None
 

@@ -104,6 +104,24 @@ def layer_window(model: nn.Module, layer: int) -> bool | None:
     return {"full_attention": False, "sliding_attention": True, "chunked_attention": True}.get(types[layer])
 
 
+def makes_own_masks(model: Any) -> bool:
+    """Whether a model makes the masks of its prompts itself: they may be bidirectional over an image."""
+    return hasattr(type(model), "create_masks_for_generate")
+
+
+def masks_by_type(mask: Any) -> dict[Any, Any]:
+    """The mask argument of a text model by the type of its layers that attend; None stands for all of them."""
+    return (
+        {each: mask[each] for each in mask if each not in names.RECURRENT} if isinstance(mask, dict) else {None: mask}
+    )
+
+
+def windows_by_type(config: Any) -> dict[Any, int | None]:
+    """The window of each type of layers that attend; None for all layers, if these have the same."""
+    found = dict(zip(names.types_of_layers(config) or (), names.windows(config) or (), strict=True))
+    return found if found else {None: getattr(config, "sliding_window", None)}
+
+
 def check_decoder(model: nn.Module) -> None:
     """Raises TypeError unless the model generates by self-attention over the columns of its prompt."""
     inner = unwrap(model)

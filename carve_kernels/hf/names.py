@@ -314,12 +314,9 @@ def tree_reason(model: Any, config: Any) -> str | None:
     others = sorted({each for each in types_of_layers(config) or () if each not in (*_SOFTMAX, *RECURRENT)})
     if others:
         return f"it has layers of type {', '.join(others)}"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "some of its layers reuse the keys of other layers"
-    if getattr(config, "use_bidirectional_attention", None):
+    # "vision": in blocks, which the masks of a prompt show.
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         return "its attention is not causal"
-    if hasattr(type(model), "create_masks_for_generate"):
-        return f"{type(model).__name__} makes its own masks, which may be bidirectional over an image"
     return "it is an encoder-decoder model" if model.config.is_encoder_decoder else None
 
 

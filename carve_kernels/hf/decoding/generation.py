@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from carve_kernels.hf import names
-from carve_kernels.hf.model import unwrap
+from carve_kernels.hf.model import text_backbone, unwrap
 from carve_kernels.hf.query_rows import tokenizer_of
 
 _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -78,6 +78,29 @@ def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], ma
     if positions.ndim == 2:
         positions = positions[None]
     return Generation(positions, prepared.processors, prepared.criteria)
+
+
+class _Masks(Exception):
+    """Ends a forward at its text decoder, with the masks that this was given."""
+
+
+def masks_by_generate(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """The mask argument with which `generate` would call the text decoder for a prompt; no layer runs."""
+
+    def end(_decoder: Any, _args: Any, given: dict[str, Any]) -> None:
+        raise _Masks(given.get("attention_mask"))
+
+    twin = copy.copy(model)
+    twin.generation_config = greedy_config(model, 1)
+    twin.generation_config.update(cache_implementation=None, stop_strings=None)
+    hook = text_backbone(model).register_forward_pre_hook(end, with_kwargs=True)
+    try:
+        twin.generate(**inputs)
+    except _Masks as reached:
+        return reached.args[0]
+    finally:
+        hook.remove()
+    raise ValueError("its text decoder was not called")
 
 
 @contextmanager

@@ -19,15 +19,17 @@ from torch import nn
 
 from carve_kernels.hf import names
 from carve_kernels.hf.attention_patch import INSTEAD, CaptureCalls, LayerBatch, patched
-from carve_kernels.hf.decoding.prefix_cache import Segment
+from carve_kernels.hf.decoding.prefix_cache import BLOCKS, Segment
 from carve_kernels.hf.decoding.recurrent import RecurrentLayers
-from carve_kernels.hf.model import attention_modules, text_backbone
+from carve_kernels.hf.model import attention_modules, decoder_layers, text_backbone
 from carve_kernels.maps import new_buffers
 from carve_kernels.types import Capture
 
 # From this many query tokens on, sdpa on a CPU is faster over whole heads than with a group of heads folded into rows.
 _FOLDED = 64
 _LOCK = threading.Lock()
+# The window of a layer, and how it attends in blocks.
+View = tuple[int | None, str]
 
 
 class TreeUnsupported(Exception):
@@ -46,6 +48,10 @@ class TreeAttention:
         self._modules = attention_modules(model)
         self._recurrent = RecurrentLayers(model)
         self._windows = names.windows(text_backbone(model).config)
+        types = names.types_of_layers(text_backbone(model).config)
+        self._types: list[Any] = types or [None] * len(decoder_layers(model))
+        # How each type of layers attends in blocks; it is known from the masks of prompts.
+        self.blocks: dict[Any, str] = {}
         self._thread = threading.get_ident()
         self._segments: list[Segment] = []
         self._depth: int | None = None
@@ -152,17 +158,20 @@ class TreeAttention:
         self._calls += 1
         self.dtype = str(query.dtype).removeprefix("torch.")
         window = self._windows[layer] if self._windows is not None else names.attention_options(query, options).window
+        blocks = self.blocks.get(self._types[layer], BLOCKS[0])
         cached = [self._write(segment, layer, key, value) for segment in self._segments]
         if self._capture is not None and layer in self._layers:
             keys = [keys for segment, (keys, _) in zip(self._segments, cached, strict=True) if len(segment.rows)]
-            self._capture.add(layer, query, keys, window, options)
+            self._capture.add(layer, query, keys, (window, blocks), options)
         if layer + 1 == self._depth:
             raise _LastLayerReached
         eager = names.implementation_of(module) == "eager"
         attend = partial(_eager, attention, module) if eager else _sdpa
         outputs = []
         for segment, cache in zip(self._segments, cached, strict=True):
-            outputs.append(attend(segment, query[:, :, segment.start : segment.stop], *cache, window, options))
+            outputs.append(
+                attend(segment, query[:, :, segment.start : segment.stop], *cache, (window, blocks), options)
+            )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
 
     @staticmethod
@@ -189,17 +198,17 @@ class TreeCapture:
             segment.hidden = torch.zeros(shape, dtype=torch.bool)
 
     def add(
-        self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], window: int | None, options: dict[str, Any]
+        self, layer: int, query: torch.Tensor, keys: list[torch.Tensor], view: View, options: dict[str, Any]
     ) -> None:
         """A captured layer: query [1, A, n, D] of the packed forward, and the keys of each segment, [1, KV, S, D]."""
         index, attention = self._layers.index(layer), names.attention_options(query, options)
-        alike = (attention.scale, attention.softcap, window)
+        alike = (attention.scale, attention.softcap, view)
         if not self._batches or not self._batches[-1][0].accepts(index, alike):
             self._batches.append(
                 [self._batch(segment, index, alike, attention, query.device) for segment in self._segments]
             )
         for segment in self._segments:
-            visible = segment.visible(segment.fresh, window)
+            visible = segment.visible(segment.fresh, *view)
             if visible is not None and segment.hidden is not None:
                 rows_seen = visible[segment.rows - segment.fresh]
                 segment.hidden[index] = ~rows_seen[:, segment.tokens[0].clamp(min=0).long()]
@@ -210,11 +219,11 @@ class TreeCapture:
     def _batch(
         segment: Segment,
         index: int,
-        alike: tuple[float, float, int | None],
+        alike: tuple[float, float, View],
         attention: names.AttentionOptions,
         device: torch.device,
     ) -> LayerBatch:
-        visible = segment.visible(segment.fresh, alike[2])
+        visible = segment.visible(segment.fresh, *alike[2])
         mask = None if visible is None else visible[segment.rows - segment.fresh][None, None].to(device)
         tokens = segment.tokens.to(device)
         return LayerBatch(index, alike, tokens, None, mask, None, attention.scale, attention.softcap, None)
@@ -239,11 +248,11 @@ def _eager(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    window: int | None,
+    view: View,
     options: dict[str, Any],
 ) -> torch.Tensor:
     """The model's eager function, which adds its mask, for the tokens of one segment."""
-    mask = segment.additive_mask(0, window, query, torch.finfo(query.dtype).min)
+    mask = segment.additive_mask(0, view[0], query, torch.finfo(query.dtype).min, blocks=view[1])
     output: torch.Tensor = attention(module, query, keys, values, mask, **options)[0]
     return output
 
@@ -253,7 +262,7 @@ def _sdpa(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    window: int | None,
+    view: View,
     options: dict[str, Any],
 ) -> torch.Tensor:
     """torch's attention for the tokens of one segment, whatever the implementation: [1, n, A, D]."""
@@ -262,15 +271,16 @@ def _sdpa(
         raise TreeUnsupported(
             f"its attention uses {attention.beyond_sdpa}, which scaled_dot_product_attention does not support"
         )
-    scale, fresh = attention.scale, segment.fresh
-    if window is not None and window < fresh:
+    scale, fresh, (window, blocks) = attention.scale, segment.fresh, view
+    in_blocks = blocks != "causal" and not segment.tree.is_causal_prefix
+    if fresh and ((window is not None and window < fresh) or in_blocks):
         fresh = 0
     outputs = []
     if fresh:
         head = query[:, :, :fresh], keys[:, :, :fresh], values[:, :, :fresh]
         outputs.append(nn.functional.scaled_dot_product_attention(*head, is_causal=True, scale=scale, enable_gqa=True))
     if fresh < query.shape[2]:
-        outputs.append(_masked(segment, fresh, query[:, :, fresh:], keys, values, window, scale))
+        outputs.append(_masked(segment, fresh, query[:, :, fresh:], keys, values, view, scale))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return output.transpose(1, 2)
 
@@ -281,16 +291,16 @@ def _masked(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    window: int | None,
+    view: View,
     scale: float,
 ) -> torch.Tensor:
     """Masked attention. For few tokens, query heads that share a key head are folded into its rows."""
     _, heads, length, size = query.shape
     groups = heads // keys.shape[1]
     fold = length < _FOLDED or query.device.type != "cpu"
-    if not fold and _is_plain(query, keys, values) and segment.is_causal_continuation(first, window):
+    if not fold and _is_plain(query, keys, values) and segment.is_causal_continuation(first, *view):
         return _continue(query, keys, values, scale)
-    mask = segment.additive_mask(first, window, query, -torch.inf, groups if fold else 1)
+    mask = segment.additive_mask(first, view[0], query, -torch.inf, groups if fold else 1, view[1])
     if not fold:
         return nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from carve_kernels.hf.decoding.blocks import MasksUnknown, PromptBlocks, blocks_of, common_kinds, whole_blocks
 from carve_kernels.hf.decoding.generation import Generation, prepare_generation
 from carve_kernels.hf.decoding.prefix_cache import PREFIX, PrefixCache, Segment, TokenTree, common_length
 from carve_kernels.hf.decoding.prompt_groups import Branch, Decoded, PromptGroup
@@ -34,6 +35,7 @@ class _BranchState:
     rows: Rows | None
     branch_id: int
     position: torch.Tensor
+    blocks: torch.Tensor
     captures: list[Capture] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
@@ -61,6 +63,7 @@ class _GroupState:
             group.prefix.truncate(length)
         else:
             group.prefix = PrefixCache(branches[0].ids[0, :length].cpu())
+            group.prefix.blocks = branches[0].blocks[:length]
         suffixes = sum(state.prompt_length - length + max(0, state.source.max_new_tokens - 1) for state in branches)
         self.tree = TokenTree(group.prefix, length + suffixes)
         self.tokens = _NO_ROWS[None].int() if group.layout is None else group.layout.tokens()
@@ -71,8 +74,9 @@ class _GroupState:
         end, rows = start + fresh, []
         runs = [(PREFIX, start, end)] if fresh else []
         for state, count in batch:
-            rows.append(state.captured_rows(state.ids.shape[1] - count) + end - start)
-            self.tree.append(state.branch_id, count)
+            first = state.ids.shape[1] - count
+            rows.append(state.captured_rows(first) + end - start)
+            self.tree.append(state.branch_id, count, None if first >= state.prompt_length else state.blocks[first:])
             state.tokens += count
             runs.append((state.branch_id, end, end + count))
             end += count
@@ -88,7 +92,12 @@ class TreeDecoder:
 
     def decode(self, groups: Sequence[PromptGroup]) -> list[Decoded]:
         """Decode each branch of each group. Raises TreeUnsupported if a prompt or the model rules it out."""
-        states = [self._start(group) for group in groups]
+        try:
+            prompts = [[blocks_of(self._model, branch.inputs) for branch in group.branches] for group in groups]
+            self._attention.blocks = common_kinds([blocks for group in prompts for blocks in group])
+        except MasksUnknown as error:
+            raise TreeUnsupported(str(error)) from error
+        states = [self._start(group, blocks) for group, blocks in zip(groups, prompts, strict=True)]
         with self._attention.installed():
             for state in states:
                 for batch, depth in self._prefill_batches(state):
@@ -97,7 +106,7 @@ class TreeDecoder:
                 self._step(states)
         return [self._finish(state, branch) for state in states for branch in state.branches]
 
-    def _start(self, group: PromptGroup) -> _GroupState:
+    def _start(self, group: PromptGroup, blocks: list[PromptBlocks]) -> _GroupState:
         branches, bounds = [], []
         for branch_id, branch in enumerate(group.branches):
             ids = branch.inputs["input_ids"]
@@ -107,22 +116,29 @@ class TreeDecoder:
                 attended = torch.ones(ids.shape, dtype=torch.bool)
                 rows = resolve_rows(branch.rows, ids.cpu(), attended, group.layout.tokens(), self._processor)
                 bounds.append(int(rows.columns.min()))
-            branches.append(_BranchState(branch, generation, ids, rows, branch_id, generation.positions[..., -1:]))
+            position = generation.positions[..., -1:]
+            branches.append(_BranchState(branch, generation, ids, rows, branch_id, position, blocks[branch_id].ids))
         prompts = [state.ids[0].cpu() for state in branches]
         length = min(*(common_length(prompts[0], ids) for ids in prompts), *(len(ids) - 1 for ids in prompts), *bounds)
         if length < group.start:
             raise TreeUnsupported("no text follows the image tokens, or rows are captured before their end")
-        if self._attention.keeps_states:
-            # States are those after a token, and the prompts to come share the image at least.
-            length = group.start
+        blocks_of_all = [state.blocks for state in branches]
+        # States are those after a token, and the prompts to come share the image at least.
+        length = _whole_blocks(blocks_of_all, group.start if self._attention.keeps_states else length)
         if group.prefix is not None:
             cached = min(length, common_length(group.prefix.ids, prompts[0]))
+            cached = _whole_blocks([branches[0].blocks, group.prefix.blocks], cached)
             if self._attention.keeps_states and len(group.prefix) != length:
                 cached = -1
             if cached >= group.start and group.prefix.depth >= self._depth(group):
                 length = cached
             else:
                 group.prefix = None
+        if group.prefix is None and any(branch.later_images for branch in group.branches):
+            # The prefix has no later images.
+            length = _whole_blocks(blocks_of_all, group.start)
+        if length < group.start:
+            raise TreeUnsupported("tokens up to the end of its image attend to later ones")
         return _GroupState(group, branches, length)
 
     def _depth(self, group: PromptGroup) -> int:
@@ -227,3 +243,9 @@ class TreeDecoder:
             hidden=Hidden(branch.hidden[0][:, None].to(device), hidden_later),
         )
         return Decoded(ids, maps, branch.tokens)
+
+
+def _whole_blocks(prompts: list[torch.Tensor], length: int) -> int:
+    """The largest length, at most `length`, up to which the blocks of prompts are the same and whole."""
+    same = min(common_length(prompts[0], blocks) for blocks in (*prompts, prompts[0][:length]))
+    return whole_blocks(prompts[0], same)
