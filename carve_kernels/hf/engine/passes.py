@@ -17,7 +17,7 @@ from carve_kernels.hf.engine.requests import Prompt, Request, SecondPrompt, make
 from carve_kernels.hf.engine.result import CarvedImage, CarveResult
 from carve_kernels.hf.engine.whole_layers import whole_layers
 from carve_kernels.hf.image_inputs import ImageFeatures
-from carve_kernels.hf.model import image_token_positions, input_device, unwrap
+from carve_kernels.hf.model import input_device
 from carve_kernels.hf.query_rows import general_rows
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.pipeline import CarveOutcome, carve_views, strength
@@ -283,8 +283,7 @@ def second_pass(setup: Setup, jobs: Sequence[Job]) -> None:
             group = PromptGroup(job.group.images, job.group.start, prefix=job.group.prefix)
             branch.later_images = None if same_images else second.later_images
         else:
-            columns = image_token_positions(unwrap(setup.model), second.inputs["input_ids"])[0]
-            group, key = PromptGroup(second.features, int(columns[-1]) + 1), job
+            group, key = PromptGroup(second.features, _end_of_images(job.request.task, second)), job
             if second.images and len(jobs) > 1:
                 # Two questions may select the same part of an image.
                 prefix_ids = tuple(second.inputs["input_ids"][0, : group.start].tolist())
@@ -295,6 +294,12 @@ def second_pass(setup: Setup, jobs: Sequence[Job]) -> None:
     for job, branch in branches.items():
         job.refined_ids = branch.ids
         job.seconds["second pass"] = (time.perf_counter() - start) / len(jobs)
+
+
+def _end_of_images(first: Prompt, second: SecondPrompt) -> int:
+    """The column after the last image token of the second prompt, which has the ids of those of the first."""
+    marks = first.inputs["input_ids"][0, first.layout.tokens()[0].long()].unique()
+    return int(torch.isin(second.inputs["input_ids"][0], marks).nonzero()[-1]) + 1
 
 
 def _group(
