@@ -55,6 +55,8 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
     if count != len(given):
         raise ValueError(f"videos: the prompt has {count} video(s), got {len(given)}; give one video for each")
     options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [video.metadata for video in given]}
+    # Frames 1 or 3 pixels high would be taken for ones whose channels come first.
+    options["input_data_format"] = "channels_last"
     options |= text_settings(processor, prompt)
     if hasattr(processor.video_processor, "use_token_compression"):
         # Tokens that were dropped would have no place.
@@ -65,8 +67,8 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
         frames = [list(video.frames) for video in given]
         inputs = processor(text=[prompt], videos=frames, return_tensors="pt", **options)
     except ValueError as error:
-        sizes = " and ".join(f"{len(video)} frames of {video.size[0]} x {video.size[1]}" for video in given)
-        raise ValueError(f"video: {sizes} are refused by the processor ({error})") from error
+        sizes = " and ".join(f"{len(video)} x {video.size[0]} x {video.size[1]}" for video in given)
+        raise ValueError(f"video: the processor refuses frames x height x width of {sizes} ({error})") from error
     entries = {name: value for name, value in inputs.items() if not is_for_training(name)}
     return moved(entries, input_device(model), pixel_dtype(model))
 

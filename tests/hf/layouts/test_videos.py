@@ -14,6 +14,7 @@ from PIL import Image
 
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
+from carve_kernels.hf.video_inputs import build_video_prompt, video_inputs
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import View, VisualLayout
 from tests.support.processors.kinds import pair, pairs
@@ -256,3 +257,13 @@ def test_a_family_without_a_layout_of_videos_names_those_that_have_one() -> None
     without.video_processor = None
     with pytest.raises(ValueError, match="processor: expected one with a video processor"):
         layout_of(pair("qwen2_vl")[0], without, inputs, videos=[clip(2, (64, 64))])
+
+
+@pytest.mark.parametrize("height", [1, 3])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "internvl"])
+def test_rows_of_very_low_frames_are_not_taken_for_channels(name: str, height: int) -> None:
+    model, processor = pair(name)
+    frames = tuple(Image.new("RGB", (60, height), (240, 120, 0)) for _ in range(2))
+    inputs = video_inputs(model, processor, Video(frames, (0.0, 1.0), 2.0, 1.0, 2), build_video_prompt(processor, "x"))
+    shown = colours(name, processor, inputs)
+    torch.testing.assert_close(shown, torch.tensor([240.0, 120.0, 0.0]).expand_as(shown), rtol=0, atol=0.5)
