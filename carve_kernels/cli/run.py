@@ -81,8 +81,10 @@ def _about_video(
     from carve_kernels import checks
     from carve_kernels.cli import video
     from carve_kernels.cli.ours import refuse_inputs
+    from carve_kernels.hf.engine.video import refuse_fit
     from carve_kernels.hf.videos import MAX_FRAMES, open_video
 
+    refuse_fit(settings.fit)
     if refine is not None:
         raise ValueError(f"--refine: expected with several images alone, got {refine!r}")
     frames = MAX_FRAMES if max_frames is None else max_frames

@@ -26,9 +26,9 @@ _STRIP = "strip.png"
 
 
 def files() -> tuple[str, ...]:
-    """The files of a question about a video; the record comes last."""
+    """The files of a question about a video, none of which one about images has; the record comes last."""
     suffix = "webp" if features.check("webp") else "gif"
-    return (_STRIP, f"saliency.{suffix}", f"refined.{suffix}", "saliency-frames.npy", "maps.safetensors", RECORD)
+    return (_STRIP, f"saliency.{suffix}", f"refined.{suffix}", "saliency-frames.npy", "maps-frames.safetensors", RECORD)
 
 
 def ask(

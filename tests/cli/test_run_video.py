@@ -52,7 +52,7 @@ def test_writes_every_file(ask: Invoke, tmp_path: Path) -> None:
         with Image.open(folder / video.files()[name]) as opened:
             assert opened.n_frames == frames and opened.size == size
     assert Image.open(folder / "strip.png").width == 3 * 240 + 4 * 24
-    assert carve_kernels.AttentionMaps.load(folder / "maps.safetensors").layout is not None
+    assert carve_kernels.AttentionMaps.load(folder / "maps-frames.safetensors").layout is not None
     for text in (f"question: {QUESTION}", "refined answer:", "Kept: frames", "3 key frames: 0.2 s, 1.0 s, 1.8 s"):
         assert text in done.stdout
 
@@ -90,3 +90,20 @@ def test_options_of_a_video_without_one(carve: Invoke, video_checkpoint: Path, t
     ):
         done = carve(*words, *more)
         assert done.exit_code == 2 and message in done.output, done.output
+
+
+def test_a_fit_is_refused_before_the_model_is_loaded(ask: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("carve_kernels.hf.loading.load", pytest.fail)
+    done = ask("--fit", "pad")
+    assert done.exit_code == 2 and "--fit: expected None for a video, got 'pad'" in done.output, done.output
+
+
+def test_results_about_images_in_the_same_folder_stay(
+    ask: Invoke, carve: Invoke, video_checkpoint: Path, image_file: Path, tmp_path: Path
+) -> None:
+    words = ("run", "-m", video_checkpoint, "-q", QUESTION, "-o", tmp_path / "out", *QUICK)
+    assert carve(*words, "-i", image_file).exit_code == 0
+    before = content(tmp_path / "out")
+    assert ask("--max-frames", 3).exit_code == 0
+    after = content(tmp_path / "out")
+    assert {name: after[name] for name in before} == before and set(after) == {*before, *video.files()}

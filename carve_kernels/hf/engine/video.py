@@ -97,6 +97,12 @@ class VideoRequest:
     general: VideoPrompt
 
 
+def refuse_fit(fit: str | None) -> None:
+    """Raise ValueError for a fit: there is none of videos."""
+    if fit is not None:
+        raise ValueError(f"fit: expected None for a video, got {fit!r}: frames are shown as their processor does it")
+
+
 def make_video_request(
     model: Any,
     processor: Any,
@@ -109,8 +115,7 @@ def make_video_request(
 ) -> VideoRequest:
     """Check a video and a question, open the video and run the processor; the model does not run."""
     checks.text("question", question)
-    if fit is not None:
-        raise ValueError(f"fit: expected None for a video, got {fit!r}: frames are shown as their processor does it")
+    refuse_fit(fit)
     if prompt is not None:
         checks.text("prompt", prompt)
         if preset.images != "refined":
