@@ -55,7 +55,7 @@ def digest(image: Image.Image) -> str:
 
 
 # Increase this when capture rules change, so that maps cached under the old rules are not used.
-_CAPTURE_VERSION = 2
+_CAPTURE_VERSION = 3
 
 
 def fingerprint(model: Any, processor: Any) -> str:
