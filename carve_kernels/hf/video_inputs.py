@@ -7,7 +7,7 @@ from typing import Any
 
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.image_inputs import moved, pixel_dtype
-from carve_kernels.hf.inputs import template_of, text_settings
+from carve_kernels.hf.inputs import image_token, template_of, text_settings
 from carve_kernels.hf.model import input_device, unwrap
 from carve_kernels.hf.processors import is_for_training, is_pixels, is_text, lacks_token_types
 from carve_kernels.hf.videos import Video
@@ -21,12 +21,16 @@ def video_token(processor: Any) -> str:
 def build_video_prompt(processor: Any, text: str, n_videos: int = 1) -> str:
     """The prompt for videos and a text, by the chat template of the processor or its tokenizer, where there is one.
 
-    Raises ValueError if the text is empty or contains the video token, or if the template drops the video or the text.
+    Raises ValueError if the text is empty or contains the token of videos or of images, or if the template drops the
+    video or the text.
     """
     check_text("text", text)
     token = video_token(processor)
-    if token in text:
-        raise ValueError(f"text: contains the video token {token!r}, which stands for a video; remove it")
+    for kind, special in (("a video", token), ("an image", image_token(processor))):
+        if special in text:
+            raise ValueError(
+                f"text: contains the {kind.split()[1]} token {special!r}, which stands for {kind}; remove it"
+            )
     template = template_of(processor)
     if template is None:
         return token * n_videos + text

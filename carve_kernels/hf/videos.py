@@ -6,6 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image
@@ -54,6 +55,13 @@ class Video:
             raise ValueError("video: expected at least one frame, got none")
         if len(self.seconds) != len(self.frames):
             raise ValueError(f"seconds: expected one for each of {len(self.frames)} frames, got {len(self.seconds)}")
+        if any(later <= earlier for earlier, later in pairwise(self.seconds)):
+            raise ValueError(f"seconds: expected ascending times, got {(*self.seconds,)}")
+        for index, frame in enumerate(self.frames):
+            if not isinstance(frame, Image.Image):
+                raise TypeError(f"frames[{index}]: expected a PIL image, got {describe(frame)}")
+            if frame.mode != "RGB":
+                raise ValueError(f"frames[{index}]: expected an RGB image, got mode {frame.mode}; convert it first")
         sizes = {frame.size for frame in self.frames}
         if len(sizes) > 1:
             raise ValueError(f"video: expected frames of one size, got {sorted(sizes)}")

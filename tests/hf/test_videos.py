@@ -186,6 +186,12 @@ def test_frames_of_no_video_or_of_several_sizes_are_refused() -> None:
     frame = Image.new("RGB", (4, 4))
     with pytest.raises(ValueError, match="video: expected at least one frame, got none"):
         Video((), (), 1.0, 1.0, 0)
+    with pytest.raises(ValueError, match=r"seconds: expected ascending times, got \(1\.0, 1\.0\)"):
+        Video((frame, frame), (1.0, 1.0), 2.0, 1.0, 2)
+    with pytest.raises(ValueError, match=r"frames\[1\]: expected an RGB image, got mode L"):
+        Video((frame, frame.convert("L")), (0.0, 1.0), 2.0, 1.0, 2)
+    with pytest.raises(TypeError, match=r"frames\[0\]: expected a PIL image, got ndarray"):
+        Video((numpy.zeros((4, 4, 3)),), (0.0,), 1.0, 1.0, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="video: expected frames of one size"):
         Video((frame, Image.new("RGB", (5, 4))), (0.0, 1.0), 2.0, 1.0, 2)
     with pytest.raises(ValueError, match="seconds: expected one for each of 1 frames, got 2"):

@@ -124,8 +124,13 @@ def make_video_request(
                 f"(images={preset.images!r}), since one prompt cannot hold one and then two; "
                 f"got {checks.describe(prompt)}"
             )
-    if not isinstance(video, Video):
+    if isinstance(video, Video):
+        if opening["fps"] is not None:
+            raise ValueError(f"fps: expected None for a Video, whose frames are all read, got {opening['fps']!r}")
+    elif isinstance(video, (str, os.PathLike)):
         video = open_video(video, **opening)
+    else:
+        raise TypeError(f"video: expected a path or a Video, got {checks.describe(video)}")
     texts = [
         build_video_prompt(processor, question + preset.suffix) if prompt is None else prompt,
         build_video_prompt(processor, preset.general_prompt + preset.suffix),

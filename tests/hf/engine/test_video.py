@@ -100,9 +100,13 @@ def test_what_cannot_be_used_is_refused_before_the_model_runs(monkeypatch: pytes
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model has run"))
     with pytest.raises(ValueError, match="text: contains the video token"):
         engine.ask_video(video(), "what <|video_pad|>")
+    with pytest.raises(ValueError, match="text: contains the image token"):
+        engine.ask_video(video(), "what <|image_pad|>")
+    with pytest.raises(ValueError, match=r"fps: expected None for a Video, .* got 2\.0"):
+        engine.ask_video(video(), QUESTION, fps=2.0)
     with pytest.raises(ValueError, match=r"video: .* is missing"):
         engine.ask_video("clip.mp4", QUESTION)
-    with pytest.raises(TypeError, match="video: expected a path, got list"):
+    with pytest.raises(TypeError, match="video: expected a path or a Video, got list"):
         engine.ask_video([], QUESTION)  # type: ignore[arg-type]
     padded = CarveEngine(model, processor, preset=PRESET, fit="pad")
     with pytest.raises(ValueError, match="fit: expected None for a video, got 'pad'"):
