@@ -193,8 +193,9 @@ def contrast_frames(
     count = max(view.frame[1] for view in views if view.frame is not None)
     grids = [view.grid for view in views]
     lengths = [view.tokens.numel() for view in views]
-    if task.shape[-1] != sum(lengths):
-        raise ValueError(f"task: expected the {sum(lengths)} tokens of the views, got {checks.describe(task)}")
+    for name, maps in (("task", task), ("general", general)):
+        if maps.shape[-1] != sum(lengths):
+            raise ValueError(f"{name}: expected the {sum(lengths)} tokens of the views, got {checks.describe(maps)}")
     reason = None
     if task.numel() == 0 or general.numel() == 0:
         reason = "the maps are empty"

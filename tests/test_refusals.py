@@ -94,6 +94,7 @@ PASSED = {
 PLAIN = {
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("fused", "TypeError", "hf/session/session.py"),
+    Refusal("video", "TypeError", "hf/engine/video.py"),
     Refusal("video", "TypeError", "hf/videos.py"),
     Refusal("videos", "TypeError", "hf/layouts/videos.py"),
     Refusal("probes", "TypeError", "hf/profile/profile.py"),

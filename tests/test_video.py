@@ -138,6 +138,7 @@ def test_flat_and_empty_maps_give_the_reason() -> None:
         ({"views": [replace(views(1)[0], frame=None)]}, ValueError, r"views\[0\]: expected a view of frames"),
         ({"views": [replace(views(1)[0], frame=(2, 2))]}, ValueError, r"views\[0\]: expected a view of frames"),
         ({"views": views(4)}, ValueError, "task: expected the 70 tokens of the views"),
+        ({"general": planted(3)[1]}, ValueError, "general: expected the 35 tokens of the views"),
         ({"size": (0, 3)}, ValueError, "size"),
         ({"task": torch.zeros(3, 35)}, ValueError, "task: expected shape"),
     ],
