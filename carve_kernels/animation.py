@@ -1,4 +1,4 @@
-"""Pictures of a video: a strip of its key frames, and an animation of its saliency. Pillow and numpy only."""
+"""Figures of a video: a strip of its key frames, and an animation of its saliency. Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def strip(
     tiles = []
     for number in chosen:
         facts = [seconds_of(seconds[number]) if seconds else "", f"{shares[number]:.0%}" if shares else ""]
-        picture = overlay(frames[number], saliency[number], ends=ends)
-        tiles.append(Tile(picture, f"frame {number + 1} of {len(frames)}", ", ".join(filter(None, facts))))
+        figure = overlay(frames[number], saliency[number], ends=ends)
+        tiles.append(Tile(figure, f"frame {number + 1} of {len(frames)}", ", ".join(filter(None, facts))))
     return panel([tiles], title=title, caption=caption, tile=tile)
 
 
@@ -97,12 +97,12 @@ def animation(
         target = target.with_suffix(".gif")
     ends = pairwise(seconds)
     durations = [max(20, round(1000 * (end - begin))) for begin, end in ends] or [200] * len(frames)
-    pictures = list(_animated(frames, saliency, regions, longest))
+    figures = list(_animated(frames, saliency, regions, longest))
     options: dict[str, Any] = {"format": "GIF", "disposal": 1}
     if target.suffix.lower() != ".gif":
         options = {"format": "WEBP", "quality": 80, "method": 3}
     written = io.BytesIO()
-    pictures[0].save(written, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)
+    figures[0].save(written, save_all=True, append_images=figures[1:], duration=durations, loop=0, **options)
     write_whole(target, written.getvalue())
     return target
 
@@ -114,15 +114,15 @@ def _animated(
     for number, frame in enumerate(frames):
         scale = min(1.0, longest / max(frame.size))
         size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        picture = frame.resize(size, Image.Resampling.LANCZOS)
+        figure = frame.resize(size, Image.Resampling.LANCZOS)
         if saliency is not None:
-            picture = overlay(picture, saliency[number], ends=ends)
+            figure = overlay(figure, saliency[number], ends=ends)
         if regions is not None and regions.reason is None and regions.box[2] <= number < regions.box[5]:
             x0, y0, _, x1, y1, _ = regions.box
             line = max(2, round(max(size) / 200))
             edges = (x0 * scale, y0 * scale, max(x0 * scale, x1 * scale - 1), max(y0 * scale, y1 * scale - 1))
-            ImageDraw.Draw(picture).rectangle(edges, outline=_BOX, width=line)
-        yield picture
+            ImageDraw.Draw(figure).rectangle(edges, outline=_BOX, width=line)
+        yield figure
 
 
 def _ends(saliencies: Iterable[torch.Tensor]) -> tuple[float, float]:

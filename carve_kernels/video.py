@@ -62,8 +62,8 @@ class VideoSaliency:
     def frame(self, number: int, size: Size | None = None) -> torch.Tensor:
         """The saliency of a frame, float32 [H, W] or of another size."""
         height, width = size or self.size
-        shown = self._shown(number)
-        boxes = [_scaled(self.views[index].box, self.size, (height, width)) for index in shown]
+        visible = self._visible(number)
+        boxes = [_scaled(self.views[index].box, self.size, (height, width)) for index in visible]
         rectangles = [rectangle(box, (height, width)) for box in boxes]
         # The ratio of a map to 0 + 1 is the map: the views are widened to pixels as in every contrast.
         pixels = (
@@ -72,12 +72,12 @@ class VideoSaliency:
                 self.views[index].grid, (1, 1) if each is None else (each[3] - each[1], each[2] - each[0]),
                 lam=1.0, step_weights=[1.0], backend=self.backend,
             )
-            for index, each in zip(shown, rectangles, strict=True)
+            for index, each in zip(visible, rectangles, strict=True)
         )  # fmt: skip
         if rectangles == [(0, 0, width, height)]:
             # Most frames have one view of all of it, whose pixels need no memory beside them.
             return next(pixels).to(torch.float32)
-        densities = [density(self.views[index].grid, box) for index, box in zip(shown, boxes, strict=True)]
+        densities = [density(self.views[index].grid, box) for index, box in zip(visible, boxes, strict=True)]
         found = combine(pixels, rectangles, densities, (height, width), self.preset.overlap)
         return (found if found.numel() else torch.zeros(height, width, device=self._device)).to(torch.float32)
 
@@ -91,7 +91,7 @@ class VideoSaliency:
     def seen(self, size: Size | None = None) -> torch.Tensor:
         """The pixels of the frames that some view covers, bool [F, H, W] or of another size."""
         shape = size or self.size
-        boxes = ([_scaled(self.views[index].box, self.size, shape) for index in self._shown(number)]
+        boxes = ([_scaled(self.views[index].box, self.size, shape) for index in self._visible(number)]
                  for number in range(self.frames))  # fmt: skip
         return torch.stack(
             [seen_pixels([rectangle(box, shape) for box in each], shape, self._device) for each in boxes]
@@ -139,7 +139,7 @@ class VideoSaliency:
 
     def seconds(self, frame: int) -> float | None:
         """When a frame is shown in the video, where that is known."""
-        view = next((self.views[index] for index in self._shown(frame)), None)
+        view = next((self.views[index] for index in self._visible(frame)), None)
         if view is None or view.frame is None or view.seconds is None:
             return None
         (first, last), (begin, end) = view.frame, view.seconds
@@ -149,7 +149,7 @@ class VideoSaliency:
     def _device(self) -> torch.device:
         return self.grid[0].device
 
-    def _shown(self, number: int) -> list[int]:
+    def _visible(self, number: int) -> list[int]:
         """The views that show a frame."""
         spans = [view.frame or (0, 0) for view in self.views]
         return [index for index, (first, last) in enumerate(spans) if first <= number < last]

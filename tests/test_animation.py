@@ -1,4 +1,4 @@
-"""Pictures of a video: a strip of chosen frames and an animation, read again by Pillow."""
+"""Figures of a video: a strip of chosen frames and an animation, read again by Pillow."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def video(count: int = 6, size: tuple[int, int] = (96, 64)) -> tuple[list[Image.
     return [Image.new("RGB", size, (90, 90, 90))] * count, saliency
 
 
-def heat(picture: Image.Image) -> numpy.ndarray:
+def heat(figure: Image.Image) -> numpy.ndarray:
     """How far each pixel is from grey."""
-    pixels = numpy.asarray(picture.convert("RGB")).astype(int)
+    pixels = numpy.asarray(figure.convert("RGB")).astype(int)
     return pixels.max(-1) - pixels.min(-1)
 
 

@@ -175,11 +175,16 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_families_of_the_docs_are_those_of_the_code() -> None:
     from carve_kernels.hf.families import FAMILIES
+    from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
 
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     column = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
     # A processor that is not named as the model type has it in brackets.
     assert set(FAMILIES) <= set(re.findall(r"`([\w.-]+)`", " ".join(column)))
+    images = sum(family.kind is not None for family in FAMILIES.values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{images} families](docs/families.md)" in readme and f"{len(VIDEO_FAMILIES)} with video" in readme
+    assert f"\n{images} families have a layout" in page
 
 
 def test_the_presets_of_the_docs_are_those_of_the_code() -> None:

@@ -253,7 +253,7 @@ def test_presets_survive_json() -> None:
         ({"rows": ("word",)}, TypeError, "rows.1."),
         ({"rows": ("text", " ")}, ValueError, "rows.1."),
         ({"rows": ("text", "red", "cat")}, TypeError, "rows.1."),
-        ({"rows": ("words", "red")}, TypeError, "rows.0."),
+        ({"rows": ("words", "red")}, TypeError, "rows: expected one choice"),
         ({"steps": "last"}, ValueError, "steps"),
         ({"step_weights": (1.0,)}, ValueError, "step_weights: expected None with t_end"),
         ({"steps": "t_full", "step_weights": (-1.0,)}, ValueError, "step_weights.0."),

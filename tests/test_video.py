@@ -40,13 +40,13 @@ def planted(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("frames", "patch"), [(1, 2), (6, 2), (7, 2), (4, 1)])
 @pytest.mark.parametrize("settings", [{}, {"normalize": "minmax"}, {"lam": "mean", "layer_weights": (1.0, 0.5, 2.0)}])
 def test_a_frame_is_the_contrast_of_its_tokens(frames: int, patch: int, backend: str, settings: Any) -> None:
-    shown = views(frames, patch)
-    task, general = planted(len(shown))
+    of_frames = views(frames, patch)
+    task, general = planted(len(of_frames))
     preset = replace(PRESET, **settings)
-    found = contrast_frames(task, general, shown, SIZE, preset=preset, backend=backend)
+    found = contrast_frames(task, general, of_frames, SIZE, preset=preset, backend=backend)
     first, second, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
     wanted = contrast(
-        first, second, [GRID] * len(shown), [SIZE] * len(shown), lam=preset.lam, normalize=preset.normalize,
+        first, second, [GRID] * len(of_frames), [SIZE] * len(of_frames), lam=preset.lam, normalize=preset.normalize,
         layer_weights=preset.layer_weights, step_weights=by_step, backend=backend,
     )  # fmt: skip
     assert len(found) == frames and found.reason is None
@@ -62,10 +62,11 @@ def test_a_frame_is_the_contrast_of_its_tokens(frames: int, patch: int, backend:
 
 def test_views_of_a_part_leave_the_rest_unseen() -> None:
     # Tiles side by side, one of which reaches into padding, and nothing on the right edge.
-    shown = views(2)
-    shown = [replace(shown[0], box=(-10.0, 0.0, 40.0, 61.0)), replace(shown[0], box=(40.0, 0.0, 70.0, 61.0))]
+    of_frames = views(2)
+    boxes = [(-10.0, 0.0, 40.0, 61.0), (40.0, 0.0, 70.0, 61.0)]
+    of_frames = [replace(of_frames[0], box=box) for box in boxes]
     task, general = planted(2)
-    found = contrast_frames(task, general, shown, SIZE, preset=PRESET)
+    found = contrast_frames(task, general, of_frames, SIZE, preset=PRESET)
     assert bool((found[0][:, 70:] == 0).all()) and bool((found[0][:, :70] > 0).any())
     assert found.seen()[0].sum() == 70 * 61
     selected = found.regions()
@@ -74,10 +75,10 @@ def test_views_of_a_part_leave_the_rest_unseen() -> None:
 
 
 def test_iterating_needs_the_memory_of_one_frame() -> None:
-    size, shown = (600, 800), views(32, 1, size=(600, 800))
+    size, of_frames = (600, 800), views(32, 1, size=(600, 800))
     task, general = planted(32)
     pixels = size[0] * size[1] * 4
-    found = contrast_frames(task, general, shown, size, preset=PRESET)
+    found = contrast_frames(task, general, of_frames, size, preset=PRESET)
 
     def iterate() -> None:
         for values in found:
@@ -85,14 +86,14 @@ def test_iterating_needs_the_memory_of_one_frame() -> None:
 
     # A frame, and the one before it that the loop holds.
     assert peak_of_tensors(iterate) <= 2 * pixels + 2**16
-    assert peak_of_tensors(lambda: contrast_frames(task, general, shown, size, preset=PRESET)) <= 4 * task.nbytes
+    assert peak_of_tensors(lambda: contrast_frames(task, general, of_frames, size, preset=PRESET)) <= 4 * task.nbytes
     assert peak_of_tensors(found.tensor) >= 32 * pixels
 
 
 def test_key_frames_have_the_largest_mass_and_are_in_the_order_of_time() -> None:
-    shown = views(8)
+    of_frames = views(8)
     grid = tuple(torch.full(GRID, value) for value in (1.0, 4.0, 0.5, 3.0))
-    found = VideoSaliency(grid, tuple(shown), SIZE, 8, PRESET)
+    found = VideoSaliency(grid, tuple(of_frames), SIZE, 8, PRESET)
     torch.testing.assert_close(found.mass(), torch.tensor([1, 1, 4, 4, 0.5, 0.5, 3, 3], dtype=torch.float64) / 17)
     assert found.key_frames(1) == [2] and found.key_frames(2) == [2, 6] and found.key_frames(3) == [0, 2, 6]
     # Two frames of one view are one moment.
@@ -102,11 +103,11 @@ def test_key_frames_have_the_largest_mass_and_are_in_the_order_of_time() -> None
 
 
 def test_regions_go_on_through_frames_at_a_documented_resolution() -> None:
-    shown = views(8)
-    grid = [torch.full(GRID, 0.01) for _ in shown]
+    of_frames = views(8)
+    grid = [torch.full(GRID, 0.01) for _ in of_frames]
     for values, (row, column) in zip(grid[1:3], ((1, 2), (2, 2)), strict=True):
         values[row, column] = 1.0
-    found = VideoSaliency(tuple(grid), tuple(shown), SIZE, 8, replace(PRESET, keep=0.02, top=1))
+    found = VideoSaliency(tuple(grid), tuple(of_frames), SIZE, 8, replace(PRESET, keep=0.02, top=1))
     plain = regions(found.tensor(), keep=0.02, top=1)
     selected = found.regions()
     assert torch.equal(selected.mask, plain.mask) and selected.box == plain.box
@@ -121,10 +122,10 @@ def test_regions_go_on_through_frames_at_a_documented_resolution() -> None:
 
 
 def test_flat_and_empty_maps_give_the_reason() -> None:
-    shown = views(3)
+    of_frames = views(3)
     task, _ = planted(2)
     for first, second, reason in ((task, task, "constant"), (task[:, :0], task, "empty")):
-        found = contrast_frames(first, second, shown, SIZE, preset=replace(PRESET, lam=0.0))
+        found = contrast_frames(first, second, of_frames, SIZE, preset=replace(PRESET, lam=0.0))
         selected = found.regions()
         assert found.reason is not None and reason in found.reason and selected.reason == found.reason
         assert selected.box == (0, 0, 0, 83, 61, 3) and selected.boxes.shape == (0, 6)

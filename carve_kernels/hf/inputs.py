@@ -15,7 +15,13 @@ from carve_kernels.checks import describe, integer
 from carve_kernels.checks import path as check_path
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.names import templates_of
-from carve_kernels.hf.processors import adds_image_token, counts_of_pixels, image_token, writes_prompts
+from carve_kernels.hf.processors import (
+    RETURN_TOKEN_TYPES,
+    adds_image_token,
+    counts_of_pixels,
+    image_token,
+    writes_prompts,
+)
 from carve_kernels.ops.zoom import orientation, to_rgb
 
 MAX_IMAGE_PIXELS = 178_956_970
@@ -121,8 +127,8 @@ def prepare(
     """Model inputs of one prompt, as `build_prompt` returns it, and its images.
 
     `max_pixels` bounds the resized image if the processor keeps the aspect ratio (Qwen2-VL and kin), and never raises
-    the processor's own bound; processors of a fixed size ignore it. `token_types` asks for mm_token_type_ids, which a
-    model may need although its processor does not return them by default. The processor itself is not changed.
+    the processor's own bound; processors of a fixed size ignore it. `token_types` asks for the types of the tokens,
+    which a model may need although its processor does not return them by default. The processor itself is not changed.
 
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
@@ -137,7 +143,7 @@ def prepare(
     if bounds is not None:
         settings["images_kwargs"] = bounds
     if token_types:
-        settings["return_mm_token_type_ids"] = True
+        settings |= RETURN_TOKEN_TYPES
     settings |= text_settings(processor, prompt)
     try:
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt", **settings)

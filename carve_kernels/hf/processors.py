@@ -17,8 +17,13 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from carve_kernels.hf import names
 
+TOKEN_TYPES = "mm_token_type_ids"
+"""The entry that says which tokens are of text (0), images (1) and videos (2)."""
+RETURN_TOKEN_TYPES = {f"return_{TOKEN_TYPES}": True}
+"""The argument that asks a processor for the token types."""
+
 # What has a column for each token.
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask",
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", TOKEN_TYPES, "cross_attention_mask",
          "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # What only the vision tower reads: the prefix of most names, and the name of Fuyu.
 _PIXELS = ("pixel", "image_patches")
@@ -100,8 +105,8 @@ def is_pixels(name: str) -> bool:
 
 def lacks_token_types(processor: Any, model: Any) -> bool:
     """Whether a model takes mm_token_type_ids, which its processor returns only if asked to, as Cosmos3 Edge's."""
-    is_taken = "mm_token_type_ids" in names.signature_of(model).parameters
-    return is_taken and getattr(processor, "return_mm_token_type_ids", None) is False
+    is_taken = TOKEN_TYPES in names.signature_of(model).parameters
+    return is_taken and all(getattr(processor, name, None) is False for name in RETURN_TOKEN_TYPES)
 
 
 def routes_by_type(model: Any) -> bool:

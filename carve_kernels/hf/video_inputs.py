@@ -9,7 +9,7 @@ from carve_kernels.checks import text as check_text
 from carve_kernels.hf.image_inputs import moved, pixel_dtype
 from carve_kernels.hf.inputs import image_token, template_of, text_settings
 from carve_kernels.hf.model import input_device, unwrap
-from carve_kernels.hf.processors import is_for_training, is_pixels, is_text, lacks_token_types
+from carve_kernels.hf.processors import RETURN_TOKEN_TYPES, is_for_training, is_pixels, is_text, lacks_token_types
 from carve_kernels.hf.videos import Video
 
 
@@ -66,7 +66,7 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
         # Tokens that were dropped would have no place.
         options["use_token_compression"] = False
     if lacks_token_types(processor, unwrap(model)):
-        options["return_mm_token_type_ids"] = True
+        options |= RETURN_TOKEN_TYPES
     try:
         frames = [list(video.frames) for video in given]
         inputs = processor(text=[prompt], videos=frames, return_tensors="pt", **options)

@@ -12,18 +12,18 @@ def label(mask: numpy.ndarray, connectivity: int) -> tuple[numpy.ndarray, numpy.
     height, width = mask.shape[-2:]
     frames = mask.reshape(-1, height, width)
     # Around each row and each frame something that is not in the mask, so that nothing is connected past an end.
-    rows_apart, frames_apart = width + 2, (height + 1) * (width + 2)
+    row_stride, frame_stride = width + 2, (height + 1) * (width + 2)
     framed = numpy.zeros((len(frames), height, width + 2), dtype=numpy.int8)
     framed[:, :, 1:-1] = frames
     change = numpy.diff(framed)
     numbers, rows, starts = numpy.nonzero(change == 1)
     ends = numpy.nonzero(change == -1)[2]
-    offsets = numbers * frames_apart + rows * rows_apart
+    offsets = numbers * frame_stride + rows * row_stride
 
     corners = connectivity in (8, 26)
-    strides = [rows_apart]
+    strides = [row_stride]
     if len(frames) > 1:
-        strides += [frames_apart, frames_apart - rows_apart, frames_apart + rows_apart][: 3 if corners else 1]
+        strides += [frame_stride, frame_stride - row_stride, frame_stride + row_stride][: 3 if corners else 1]
     pairs = [_touching_pairs(offsets, starts, ends, stride, corners) for stride in strides]
     first_runs = _connect(len(rows), *map(numpy.concatenate, zip(*pairs, strict=True)))
     roots, regions = numpy.unique(first_runs, return_inverse=True)

@@ -51,10 +51,10 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     config = unwrap(model).config
     if videos is not None:
         alone = not has_images(images)
-        shown = video_layout(config, processor, inputs, videos, alone=alone)
+        located = video_layout(config, processor, inputs, videos, alone=alone)
         if alone:
-            return shown.layout()
-        return shown.beside(layout_of(model, processor, shown.without_videos(inputs), images))
+            return located.layout()
+        return located.beside(layout_of(model, processor, located.without_videos(inputs), images))
     family = check_processor(model, processor)
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("videos: expected the videos of the prompt, got None and inputs of a video")

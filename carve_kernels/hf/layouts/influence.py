@@ -15,12 +15,12 @@ from torch import nn
 
 from carve_kernels.hf import names
 from carve_kernels.hf.model import decoder_layers, dtype_of, input_device, unwrap
+from carve_kernels.hf.processors import TOKEN_TYPES
 
 NOWHERE, SEVERAL = -1, -2
 """Numbers in place of a token's: the value reaches no token, or several."""
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_TYPES = "mm_token_type_ids"
 # Ratios of gradients are powers of two, so exact in every dtype that has the range.
 _RANGE = {torch.float16: 4}
 _DIGITS = 16
@@ -124,9 +124,9 @@ def _embeddings(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | N
         found.append(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)))
         raise _Embedded
 
-    if _TYPES in names.signature_of(model).parameters and _TYPES not in inputs:
+    if TOKEN_TYPES in names.signature_of(model).parameters and TOKEN_TYPES not in inputs:
         # Some processors return them only on demand, and the positions need them.
-        inputs = {**inputs, _TYPES: (inputs["input_ids"] == names.image_id(model.config)).long()}
+        inputs = {**inputs, TOKEN_TYPES: (inputs["input_ids"] == names.image_id(model.config)).long()}
     notes = names.position_modules(model)
     handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:

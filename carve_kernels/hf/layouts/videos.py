@@ -26,6 +26,7 @@ from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.centre_crop import box_of
 from carve_kernels.hf.layouts.merged_grid import MERGE
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.processors import TOKEN_TYPES
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import Box, Size, View, VisualLayout
 
@@ -106,10 +107,10 @@ class ProcessedVideo(ProcessedImage):
         The last group may have been filled with its last frame.
         """
         if made != ceil(self.frames / each):
-            shown = f"{made} frames" if each == 1 else f"{made} groups of {each} frames"
+            made_of = f"{made} frames" if each == 1 else f"{made} groups of {each} frames"
             raise ValueError(
-                f"videos: the processor shows {shown} of a video of {self.frames}; give the frames that it was shown, "
-                "call it with do_sample_frames=False, or with return_metadata=True"
+                f"videos: the processor shows {made_of} of a video of {self.frames}; give the frames that it was "
+                "shown, call it with do_sample_frames=False, or with return_metadata=True"
             )
         found = []
         for group in range(made):
@@ -122,7 +123,7 @@ class ProcessedVideo(ProcessedImage):
 
 
 @dataclass(frozen=True)
-class ShownVideos:
+class LocatedVideos:
     """The videos of a batch: of each row its videos, and of each video its views and the size of its frames."""
 
     views: tuple[tuple[list[View], ...], ...]
@@ -141,11 +142,11 @@ class ShownVideos:
         """The layout with images as well, numbered together in the order of the prompt."""
         rows, sizes = [], []
         for row, (videos, frame_sizes) in enumerate(zip(self.views, self.sizes, strict=True)):
-            pictures = [
+            of_images = [
                 [view for view in images.views[row] if view.image == index] for index in range(len(images.sizes[row]))
             ]
-            both = list(zip([*pictures, *videos], [*images.sizes[row], *frame_sizes], strict=True))
-            both.sort(key=lambda shown: int(shown[0][0].tokens[0]))
+            both = list(zip([*of_images, *videos], [*images.sizes[row], *frame_sizes], strict=True))
+            both.sort(key=lambda each: int(each[0][0].tokens[0]))
             rows.append(tuple(replace(view, image=at) for at, (views, _) in enumerate(both) for view in views))
             sizes.append(tuple(size for _, size in both))
         return replace(images, views=tuple(rows), sizes=tuple(sizes))
@@ -162,7 +163,7 @@ class ShownVideos:
         return found
 
 
-def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone: bool = True) -> ShownVideos:
+def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone: bool = True) -> LocatedVideos:
     """Where the tokens of the videos of a batch are, `alone` or in prompts with images as well; see `layout_of`."""
     family = VIDEO_FAMILIES.get(config.model_type)
     if family is None:
@@ -183,10 +184,10 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         of_row = []
         for video in given:
             frames, times = _frames(video, inputs, number, total)
-            shown = ProcessedVideo(
+            video = ProcessedVideo(
                 config, processor, inputs, family.options, _size(video), number, total, frames=frames, times=times
             )
-            of_row.append(_KINDS[family.kind](shown, cursor))
+            of_row.append(_KINDS[family.kind](video, cursor))
             number += 1
         if cursor.taken != len(cursor):
             raise ValueError(
@@ -195,7 +196,7 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
             )
         found.append(tuple(of_row))
         sizes.append(tuple(_size(video) for video in given))
-    return ShownVideos(
+    return LocatedVideos(
         tuple(found), tuple(sizes), names.image_id(config) if family.options.get("image_token") else None
     )
 
@@ -211,7 +212,7 @@ def _video_tokens(config: Any, family: VideoFamily, inputs: Any, alone: bool) ->
     if not family.options.get("image_token"):
         return ids == names.video_id(config)
     is_visual = ids == names.image_id(config)
-    kinds = inputs.get("mm_token_type_ids")
+    kinds = inputs.get(TOKEN_TYPES)
     if kinds is not None:
         return is_visual & (kinds == 2)
     if not alone:

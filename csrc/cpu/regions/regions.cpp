@@ -46,9 +46,9 @@ class Forest {
   std::vector<int32_t> parents_;
 };
 
-// Joins the runs of rows that are `apart` rows from each other, but for those of row `skipped` of each frame, which has
-// no such neighbour.
-void join_rows(const RegionsParams& p, const std::vector<PixelRun>& runs, int64_t apart, int64_t skipped,
+// Joins the runs of rows that are `distance` rows from each other, but for those of row `skipped` of each frame, which
+// has no such neighbour.
+void join_rows(const RegionsParams& p, const std::vector<PixelRun>& runs, int64_t distance, int64_t skipped,
                Forest& forest) {
   const int32_t reach = p.has_corners() ? 1 : 0;
   const size_t count = runs.size();
@@ -56,10 +56,10 @@ void join_rows(const RegionsParams& p, const std::vector<PixelRun>& runs, int64_
   for (size_t below = 0; below < count; ++below) {
     const int64_t row = runs[below].row;
     if (p.frames > 1 && row % p.height == skipped) continue;
-    while (runs[above].row + apart < row) ++above;
+    while (runs[above].row + distance < row) ++above;
     // A run above that ends before this run also ends before all following runs.
-    while (runs[above].row + apart == row && runs[above].end + reach <= runs[below].begin) ++above;
-    for (size_t near = above; runs[near].row + apart == row && runs[near].begin < runs[below].end + reach; ++near) {
+    while (runs[above].row + distance == row && runs[above].end + reach <= runs[below].begin) ++above;
+    for (size_t near = above; runs[near].row + distance == row && runs[near].begin < runs[below].end + reach; ++near) {
       forest.join(static_cast<int32_t>(near), static_cast<int32_t>(below));
     }
   }

@@ -26,8 +26,8 @@ def video(frames: int = 5, size: tuple[int, int] = (120, 90)) -> Video:
     )
 
 
-def generated(model: Any, processor: Any, shown: Video, text: str) -> tuple[int, ...]:
-    inputs = video_inputs(model, processor, shown, text)
+def generated(model: Any, processor: Any, given: Video, text: str) -> tuple[int, ...]:
+    inputs = video_inputs(model, processor, given, text)
     return tuple(greedy_generate(model, inputs, PRESET["max_new_tokens"], processor).tolist())
 
 
@@ -38,15 +38,15 @@ NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_next_video", "lla
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_generate_and_maps_those_of_a_session(name: str) -> None:
     model, processor = model_and_processor(name)
-    shown = video()
+    given = video()
     stages: list[str] = []
     engine = CarveEngine(model, processor, preset=PRESET)
-    result = engine.ask_video(shown, QUESTION, on_progress=lambda stage, *_: stages.append(stage))
+    result = engine.ask_video(given, QUESTION, on_progress=lambda stage, *_: stages.append(stage))
     assert stages == ["first pass", "carve", "second pass", "done"]
     text = build_video_prompt(processor, QUESTION + engine.preset.suffix)
-    assert result.prompt == text and result.answer_ids == generated(model, processor, shown, text)
+    assert result.prompt == text and result.answer_ids == generated(model, processor, given, text)
 
-    inputs = video_inputs(model, processor, shown, text)
+    inputs = video_inputs(model, processor, given, text)
     with (
         torch.no_grad(),
         capture_attention(
@@ -62,7 +62,7 @@ def test_answers_are_those_of_generate_and_maps_those_of_a_session(name: str) ->
     task, general = result.task.values[0, :, :, 0], result.general.values[0, :, :, 0]
     preset = engine.preset
     task, general, by_step = pair(task, general, preset.steps, step_weights=preset.step_weights)
-    covered = [rectangle(view.box, shown.size) for view in views]
+    covered = [rectangle(view.box, given.size) for view in views]
     sizes = [(bottom - top, right - left) for left, top, right, bottom in filter(None, covered)]
     wanted = contrast(
         task, general, [view.grid for view in views], sizes, lam=preset.lam, step_weights=by_step,
@@ -78,8 +78,8 @@ def test_answers_are_those_of_generate_and_maps_those_of_a_session(name: str) ->
     if f1 - f0 < getattr(processor.video_processor, "temporal_patch_size", 1):
         # A last frame alone is no temporal patch.
         f0 -= 1
-    assert result.refined.size == (y1 - y0, x1 - x0) and result.refined.seconds == shown.seconds[f0:f1]
-    assert result.refined.frames[0].tobytes() == shown.frames[f0].crop((x0, y0, x1, y1)).tobytes()
+    assert result.refined.size == (y1 - y0, x1 - x0) and result.refined.seconds == given.seconds[f0:f1]
+    assert result.refined.frames[0].tobytes() == given.frames[f0].crop((x0, y0, x1, y1)).tobytes()
     assert result.refined_ids == generated(model, processor, result.refined, text)
     assert result.key_frames == sorted(result.key_frames) and set(result.key_frames) <= set(range(5))
 

@@ -22,6 +22,7 @@ import transformers
 from carve_kernels.hf.families import BY_PROCESSOR, FAMILIES, Family
 from carve_kernels.hf.layouts.comparison import deviations
 from carve_kernels.hf.layouts.measured import measure
+from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
 from tests.hf.layouts.test_measured import ALL, CODES, OPTIONS, SHAPES, TOLERANCE, UNLISTED, family, layout
 from tests.support.processors.kinds import pair, pairs, zoo_kind
 from tests.support.zoo.kinds import kinds
@@ -57,6 +58,11 @@ vision tower, in the same order, within {tolerance} of its side, or of 4 pixels 
 farthest. The tokens of {sizes} random sizes fit. {codes} embed codes of the image, which no gradient reaches: measured
 is where their image is cut, not the order of their tokens. `python -m tests.hf.layouts.families_page` compares, and
 writes this page: last with transformers {version}.
+"""
+VIDEOS = """
+The videos of {names} have a layout, too: `layout_of(..., videos=)` and `CarveEngine.ask_video`. Each view has
+its frames, and their seconds where the processor or the `Video` has them. The box and the frames of every token are
+compared with a clip whose colours are coordinates.
 """
 REFUSED = """## Refused
 
@@ -140,7 +146,8 @@ def page(numbers: dict[str, str], version: str) -> str:
         for row in sorted(rows, key=lambda row: row.name):
             if row.family.kind == kind:
                 text += line(row, numbers[row.name])
-    text += f"\n{REFUSED}"
+    videos = " ".join(VIDEOS.format(names=", ".join(f"`{name}`" for name in sorted(VIDEO_FAMILIES))).split())
+    text += f"\n## Videos\n\n{textwrap.fill(videos, 118, break_long_words=False, break_on_hyphens=False)}\n\n{REFUSED}"
     text += "".join(f"| `{name}` | {each.reason} |\n" for name, each in sorted(FAMILIES.items()) if each.reason)
     return text + TAIL
 

@@ -232,7 +232,11 @@ def test_invalid_fits_are_refused(fit: Any) -> None:
 
 def test_an_impossible_canvas_is_refused_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_models.tiny_llava()
-    monkeypatch.setattr(model, "forward", None)
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model, "forward", run)
     with pytest.raises(ValueError, match=r"^fit: .*max_image_pixels"):
         CarveEngine(model, processor, preset=QUICK, fit="pad", max_image_pixels=200 * 120)(WIDE, QUESTION)
     processor.image_processor = CLIPImageProcessorPil(do_resize=False, **CROP)

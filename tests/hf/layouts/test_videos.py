@@ -74,7 +74,7 @@ def colours(name: str, processor: Any, inputs: Any) -> torch.Tensor:
     return (found * std + mean) * 255
 
 
-def assert_places(views: list[View], shown: torch.Tensor, size: tuple[int, int]) -> None:
+def assert_places(views: list[View], colours: torch.Tensor, size: tuple[int, int]) -> None:
     """The middle of each token's box, within 0.05 of a cell and a level of the colours, and the mean of its frames."""
     width, height = size
     at = 0
@@ -83,7 +83,7 @@ def assert_places(views: list[View], shown: torch.Tensor, size: tuple[int, int])
         (rows, columns), (first, last) = view.grid, view.frame or (0, 0)
         for row in range(rows):
             for column in range(columns):
-                red, green, blue = shown[at].tolist()
+                red, green, blue = colours[at].tolist()
                 x = left + (column + 0.5) * (right - left) / columns
                 y = top + (row + 0.5) * (bottom - top) / rows
                 assert abs(red / 255 * width - x) <= 0.05 * (right - left) / columns + width / 255, (view, row, column)
@@ -91,7 +91,7 @@ def assert_places(views: list[View], shown: torch.Tensor, size: tuple[int, int])
                 numbers = list(range(first, last)) if last - first != 1 else [first, first]
                 assert abs(blue / 20 - sum(numbers) / len(numbers)) < 0.1
                 at += 1
-    assert at == len(shown)
+    assert at == len(colours)
 
 
 def check(layout: VisualLayout, inputs: Any, frames: int, size: tuple[int, int]) -> None:
@@ -140,9 +140,9 @@ def test_seconds_are_those_of_the_video_or_of_its_metadata(name: str) -> None:
         first, last = view.frame or (0, 0)
         assert view.seconds == ((video.seconds[first]), video.end(last - 1))
     # What the processor returned says the same, where it is not dropped.
-    told = layout_of(model, processor, inputs, videos=[frames])
+    known = layout_of(model, processor, inputs, videos=[frames])
     wanted = [view.seconds if "video_metadata" in inputs else None for view in layout.views[0]]
-    assert [view.seconds for view in told.views[0]] == wanted and ("video_metadata" in inputs) != (name in SEPARATE)
+    assert [view.seconds for view in known.views[0]] == wanted and ("video_metadata" in inputs) != (name in SEPARATE)
     unknown = layout_of(model, processor, {**inputs, "video_metadata": None}, videos=[frames])
     assert all(view.seconds is None for view in unknown.views[0])
 
@@ -164,8 +164,8 @@ def test_frames_that_the_processor_chose(name: str) -> None:
     inputs = processor(**arguments, return_metadata=True)
     layout = layout_of(model, processor, inputs, videos=[frames])
     chosen = [int(index) for index in inputs["video_metadata"][0].frames_indices]
-    shown = layout.views[0][-1].frame
-    assert shown is not None and 12 > shown[1] >= len(set(chosen)) - 1
+    span = layout.views[0][-1].frame
+    assert span is not None and 12 > span[1] >= len(set(chosen)) - 1
     assert layout.views[0][0].seconds is not None
     with pytest.raises(ValueError, match=r"videos: the processor shows \d groups of 2 frames of a video of 12"):
         layout_of(model, processor, {**inputs, "video_metadata": None}, videos=[frames])
@@ -176,17 +176,17 @@ def test_images_and_videos_are_numbered_in_the_order_of_the_prompt(name: str) ->
     model, processor = pair(name)
     if not hasattr(model.config, "image_token_id") and not hasattr(model.config, "image_token_index"):
         pytest.skip("no images")
-    frames, picture = clip(4, (120, 90)), clip(1, (100, 64))[0]
+    frames, photograph = clip(4, (120, 90)), clip(1, (100, 64))[0]
     marks = {"glm": "<|begin_of_image|><|image|><|end_of_image|>", "qwe": "<|vision_start|><|image_pad|><|vision_end|>"}
     image = marks.get(name[:3], getattr(processor, "image_token", "<image>"))
     more = {"use_token_compression": False} if name == "video_llama_3" else {}
     if name in ("llava_next_video", "video_llava"):
         pytest.skip("the layout of its images is measured")
     inputs = processor(
-        text=[f"{image} {prompt(name, processor)} {image}"], images=[picture, picture], videos=[frames],
+        text=[f"{image} {prompt(name, processor)} {image}"], images=[photograph, photograph], videos=[frames],
         return_tensors="pt", do_sample_frames=False, **more,
     )  # fmt: skip
-    layout = layout_of(model, processor, inputs, [[picture, picture]], [[frames]])
+    layout = layout_of(model, processor, inputs, [[photograph, photograph]], [[frames]])
     assert layout.sizes == (((64, 100), (90, 120), (64, 100)),)
     numbers = [view.image for view in layout.views[0]]
     assert numbers == sorted(numbers) and set(numbers) == {0, 1, 2}
