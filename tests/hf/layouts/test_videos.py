@@ -265,5 +265,5 @@ def test_rows_of_very_low_frames_are_not_taken_for_channels(name: str, height: i
     model, processor = pair(name)
     frames = tuple(Image.new("RGB", (60, height), (240, 120, 0)) for _ in range(2))
     inputs = video_inputs(model, processor, Video(frames, (0.0, 1.0), 2.0, 1.0, 2), build_video_prompt(processor, "x"))
-    shown = colours(name, processor, inputs)
-    torch.testing.assert_close(shown, torch.tensor([240.0, 120.0, 0.0]).expand_as(shown), rtol=0, atol=0.5)
+    found = colours(name, processor, inputs)
+    torch.testing.assert_close(found, torch.tensor([240.0, 120.0, 0.0]).expand_as(found), rtol=0, atol=0.5)
