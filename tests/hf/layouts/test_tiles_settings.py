@@ -63,6 +63,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "qianfan_ocr": ({"max_patches": 3}, {"crop_to_patches": False}),
     "smolvlm": ({"size": {"longest_edge": 48}}, {"do_image_splitting": False}),
 }
+UNNORMALISED: dict[str, Any] = {"do_normalize": False}
 CASES = [
     pytest.param(name, settings, id=f"{name}-{settings}", marks=pytest.mark.slow if number else ())
     for name, each in SETTINGS.items()
@@ -143,6 +144,10 @@ def test_the_canvas_of_an_enlarged_image_is_known_by_its_pixels() -> None:
     for enlarge, bottom in ((False, 112), (True, 112 * 80 / 89)):
         _, layout = processed("llama4", (80, 50), {"resize_to_max_canvas": enlarge, "max_patches": 2})
         assert max(view.box[3] for view in layout.views[0]) == pytest.approx(bottom)
+    # Black is another number then.
+    for size in ((24, 225), (80, 50)):
+        boxes = [[view.box for view in processed("llama4", size, more)[1].views[0]] for more in ({}, UNNORMALISED)]
+        assert boxes[0] == boxes[1]
     black = Image.new("RGB", (50, 80))
     inputs = processor(images=[black], text=[build_prompt(processor, "x")], return_tensors="pt", max_patches=2)
     assert layout_of(model, processor, inputs, [black]).views[0][0].box == (0, 0, 56, 56)
