@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from carve_kernels.hf.layouts.cells import cell_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen, inside, pixels_of
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import View
 
 
@@ -25,12 +25,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         for length, count, side in zip(image.size, grid, cell, strict=True)
     ]
     box = spans[1][0], spans[0][0], spans[1][1], spans[0][1]
-    shown = grid, cell
-    if not inside(image.size, box, grid):
-        # An image that is narrower than a cell, whose width may have been given to a call (min_size).
-        tall = image.size[0] > image.size[1]
-        shown = ((grid[0], grid[1] * cell[1]), (cell[0], 1)) if tall else ((grid[0] * cell[0], grid[1]), (1, cell[1]))
-    check_seen(image, box, *shown, pixels_of(image.item("pixel_values"), shown[1]))
+    check_pixels(image, box, grid, cell, image.item("pixel_values"))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 

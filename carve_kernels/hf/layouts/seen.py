@@ -41,7 +41,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     original = image.original
     if original is None or original.mode not in _MODES:
         return
-    cells = inside(image.size, box, grid)
+    cells = _inside(image.size, box, grid)
     if not cells:
         return
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
@@ -59,7 +59,15 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     )
 
 
-def pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
+def check_pixels(image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor) -> None:
+    """The same for pixels [3, H, W]; rows or columns of one pixel if the image is narrower than a cell."""
+    rows, columns = _within(image.size, box, grid)
+    down, across = cell[0] if rows else 1, cell[1] if columns else 1
+    grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
+    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)))
+
+
+def _pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
     """What `check_seen` reads of pixels [3, H, W]: four parts of each cell, or one of a cell of odd sides."""
     parts = (1, 1) if cell[0] % 2 or cell[1] % 2 else (2, 2)
 
@@ -94,13 +102,18 @@ def patches_of(patches: torch.Tensor, grid: Size, merge: Size, raster: bool) -> 
     return seen
 
 
-def inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
-    """Some cells of a grid that lie within the image, in order."""
+def _within(size: Size, box: Box, grid: Size) -> list[list[int]]:
+    """The rows and the columns of a grid that lie within the image."""
     within = []
     for first, last, count, limit in ((box[1], box[3], grid[0], size[0]), (box[0], box[2], grid[1], size[1])):
         edges = np.linspace(first, last, count + 1)
         within.append(((edges[:-1] > -0.01) & (edges[1:] < limit + 0.01)).nonzero()[0].tolist())
-    rows, columns = within
+    return within
+
+
+def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
+    """Some cells of a grid that lie within the image, in order."""
+    rows, columns = _within(size, box, grid)
     count = len(rows) * len(columns)
     numbers = (
         range(count) if count <= _SAMPLES else [number * (count - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,6 +124,36 @@ def test_other_canvases_than_the_models_are_refused() -> None:
 def test_a_crop_that_is_given_to_a_call_is_seen(name: str) -> None:
     with pytest.raises(ValueError, match="pixel_values do not show the image of 113 x 225"):
         processed(name, LARGE, {"size": {"shortest_edge": 70}})
+
+
+def test_tiles_of_another_size_than_that_of_the_base_are_seen() -> None:
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 104 x 674"):
+        processed("llava_onevision", (104, 674), {"crop_size": {"height": 84, "width": 28}})
+
+
+@pytest.mark.parametrize("size", [LARGE, (300, 290), (301, 75)])
+def test_pixels_that_make_no_whole_patch_have_no_token(size: Size) -> None:
+    """As in OneVision, whose tiles have 384 pixels and patches of 14."""
+    model, processor = remaining_pixels()
+    image = Image.effect_noise((size[1], size[0]), 90).convert("RGB")
+    inputs = processor(images=[image], text=[build_prompt(processor, "x")], return_tensors="pt")
+    layout = layout_of(model, processor, inputs, [image])
+    assert float(deviations(layout, measure(model, processor, size)).max()) <= TOLERANCE
+
+
+@functools.cache
+def remaining_pixels() -> tuple[Any, Any]:
+    """A model and its processor with tiles of 60 pixels and patches of 14."""
+    model, processor = available("llava_onevision")
+    config, found = copy.deepcopy(model.config), copy.copy(processor)
+    config.vision_config.image_size = 60
+    config.image_grid_pinpoints = [[60, 120], [120, 60], [120, 120]]
+    found.image_processor = copy.deepcopy(processor.image_processor)
+    found.image_processor.size = type(processor.image_processor.size)(height=60, width=60)
+    found.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(model)(config).float().eval(), found
 
 
 def test_other_pooling_than_the_processors_is_refused() -> None:
