@@ -17,7 +17,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, options_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen, pixels_of
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Box, Size, View
 
 # The number of class tokens that a vision tower puts before its patches.
@@ -56,7 +56,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     patch = cell_of(image.config, image.options)
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
     grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), box_of(image, pixels, patch)
-    check_seen(image, box, grid, patch, pixels_of(image.item("pixel_values"), patch))
+    check_pixels(image, box, grid, patch, image.item("pixel_values"))
     tokens.take(max(0, _extra_tokens(image.processor)))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 

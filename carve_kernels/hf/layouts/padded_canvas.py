@@ -41,8 +41,7 @@ def _is_black(image: ProcessedImage, tiles: Size, small: Size, large: Size) -> b
     pixels = image.entry("pixel_values", "[tiles, 3, H, W]")[image.before :][: tiles[0] * tiles[1]].unflatten(0, tiles)
     strip = pixels[:, 0] if axis == 0 else pixels[0].transpose(-1, -2)
     band = strip.transpose(0, 1).flatten(1, 2)[:, small[axis] : large[axis], : large[1 - axis]]
-    black = torch.zeros(3, device=band.device)
-    if image.image_processor.do_normalize:
-        mean, std = (band.new_tensor(getattr(image.image_processor, name)) for name in ("image_mean", "image_std"))
-        black = -mean.float() / std.float()
-    return bool(((band.float() - black[:, None, None]).abs() < 0.01).all())
+    mean, std = (band.new_tensor(getattr(image.image_processor, name)) for name in ("image_mean", "image_std"))
+    black = -mean.float() / std.float()
+    # Zero, exactly, if the call did not normalise: no level of an image becomes that.
+    return not band.any() or bool(((band.float() - black[:, None, None]).abs() < 0.01).all())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from carve_kernels.hf.layouts.cells import cell_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen, pixels_of
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import View
 
 
@@ -25,7 +25,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         for length, count, side in zip(image.size, grid, cell, strict=True)
     ]
     box = spans[1][0], spans[0][0], spans[1][1], spans[0][1]
-    check_seen(image, box, grid, cell, pixels_of(image.item("pixel_values"), cell))
+    check_pixels(image, box, grid, cell, image.item("pixel_values"))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 

@@ -7,6 +7,7 @@ patches would have the same shape, a few cells are compared with the image itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,16 @@ from carve_kernels.hf.layouts.processed_image import ProcessedImage
 from carve_kernels.types import Box, Size
 
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Convert = Callable[[Image.Image], Image.Image]
 _SAMPLES = 8
-# Pixels around a cell, which the filter of a resize reads.
+# Pixels around a cell that the filter of a resize reads, of the original or of a smaller result.
 _MARGIN = 4
+# A large image is first averaged over whole pixels, which is several times cheaper: in cells that are not small, the
+# error is a tenth of the tolerance.
+_REDUCING_GAP, _SMALL = 1.5, 7
+_FILTERS = tuple(Image.Resampling)
+# The modes whose conversion to RGB is known.
+_MODES = ("RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "PA", "RGBX")
 # Of 255 levels, and of the contrast. Means differ by 0.01 levels between Pillow and torchvision, by half a level on a
 # flat image in bfloat16, and by several levels where another part of an image is visible.
 _LEVELS, _SHARE = 0.6, 0.005
@@ -31,7 +39,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     `seen(rows, columns)` has the means of equal parts of cells over all channels, [cells, down, across].
     """
     original = image.original
-    if original is None or original.mode not in ("RGB", "L"):
+    if original is None or original.mode not in _MODES:
         return
     cells = _inside(image.size, box, grid)
     if not cells:
@@ -39,20 +47,27 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
     values = seen(rows, columns).float().cpu().numpy()
     count, down, across = values.shape
-    parts = np.stack([_part(image, box, grid, cell, row, column) for row, column in cells])
-    levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3).mean((2, 4), dtype=np.float32)
-    grey = levels.mean(3)
-    contrast = float(np.abs(grey - np.median(grey)).mean())
-    errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(image.image_processor, levels))
-    if min(errors) > _LEVELS + _SHARE * contrast:
-        raise ValueError(
-            f"inputs: pixel_values do not show the image of {image.size[0]} x {image.size[1]} as the settings of "
-            f"{type(image.image_processor).__name__} make them; give the images that made the inputs, and give "
-            "settings to the image processor, not to a call"
-        )
+    for resample, convert in _conversions(image):
+        parts = np.stack([_part(image, box, grid, cell, place, resample, convert) for place in cells])
+        levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3)
+        if _equal(image.image_processor, values, levels.mean((2, 4), dtype=np.float32)):
+            return
+    raise ValueError(
+        f"inputs: pixel_values do not show the image of {image.size[0]} x {image.size[1]} as the settings of "
+        f"{type(image.image_processor).__name__} make them; give the images that made the inputs, and give "
+        "settings to the image processor, not to a call"
+    )
 
 
-def pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
+def check_pixels(image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor) -> None:
+    """The same for pixels [3, H, W]; rows or columns of one pixel if the image is narrower than a cell."""
+    rows, columns = _within(image.size, box, grid)
+    down, across = cell[0] if rows else 1, cell[1] if columns else 1
+    grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
+    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)))
+
+
+def _pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
     """What `check_seen` reads of pixels [3, H, W]: four parts of each cell, or one of a cell of odd sides."""
     parts = (1, 1) if cell[0] % 2 or cell[1] % 2 else (2, 2)
 
@@ -87,13 +102,18 @@ def patches_of(patches: torch.Tensor, grid: Size, merge: Size, raster: bool) -> 
     return seen
 
 
-def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
-    """Some cells of a grid that lie within the image, in order."""
+def _within(size: Size, box: Box, grid: Size) -> list[list[int]]:
+    """The rows and the columns of a grid that lie within the image."""
     within = []
     for first, last, count, limit in ((box[1], box[3], grid[0], size[0]), (box[0], box[2], grid[1], size[1])):
         edges = np.linspace(first, last, count + 1)
         within.append(((edges[:-1] > -0.01) & (edges[1:] < limit + 0.01)).nonzero()[0].tolist())
-    rows, columns = within
+    return within
+
+
+def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
+    """Some cells of a grid that lie within the image, in order."""
+    rows, columns = _within(size, box, grid)
     count = len(rows) * len(columns)
     numbers = (
         range(count) if count <= _SAMPLES else [number * (count - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
@@ -101,24 +121,54 @@ def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
     return [(rows[number // len(columns)], columns[number % len(columns)]) for number in numbers]
 
 
-def _part(image: ProcessedImage, box: Box, grid: Size, cell: Size, row: int, column: int) -> Any:
+def _conversions(image: ProcessedImage) -> Iterator[tuple[Image.Resampling, Convert]]:
+    """The filters and conversions to RGB, those of the processor first: a filter may have been given to a call."""
+    own = getattr(image.image_processor, "resample", None)
+    first = Image.Resampling.BICUBIC if own is None else Image.Resampling(int(own))
+    original = image.original
+    transparent = "A" in original.mode or "transparency" in original.info
+    for resample in sorted(_FILTERS, key=lambda each: each != first):
+        yield resample, _opaque
+        if transparent:
+            yield resample, _over_white
+
+
+def _opaque(part: Image.Image) -> Image.Image:
+    return part.convert("RGB")
+
+
+def _over_white(part: Image.Image) -> Image.Image:
+    part = part.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+
+
+def _part(
+    image: ProcessedImage, box: Box, grid: Size, cell: Size, place: Size, resample: Image.Resampling, convert: Convert
+) -> Any:
     """A cell of the image, resized as the image processor would, uint8 [height, width, 3]."""
-    scales = (box[2] - box[0]) / grid[1] / cell[1], (box[3] - box[1]) / grid[0] / cell[0]
-    start = box[0] + column * cell[1] * scales[0], box[1] + row * cell[0] * scales[1]
-    spans = []
-    for first, scale, length, limit in zip(start, scales, (cell[1], cell[0]), image.size[::-1], strict=True):
-        before = _MARGIN if first - _MARGIN * scale >= 0 else 0
-        after = _MARGIN if first + (length + _MARGIN) * scale <= limit else 0
-        spans.append(
-            (max(0.0, first - before * scale), min(float(limit), first + (length + after) * scale), before, after)
+    width, height = (box[2] - box[0]) / grid[1], (box[3] - box[1]) / grid[0]
+    left, top = max(0.0, box[0] + place[1] * width), max(0.0, box[1] + place[0] * height)
+    right, bottom = min(float(image.size[1]), left + width), min(float(image.size[0]), top + height)
+    source, bounds = image.original, (left, top, right, bottom)
+    if source.mode != "RGB":
+        # The whole image would be converted anew for each cell.
+        across, down = (
+            ceil(_MARGIN * max(1.0, side / out)) for side, out in zip((width, height), cell[::-1], strict=True)
         )
-    (left, right, skip_x, more_x), (top, bottom, skip_y, more_y) = spans
-    size = cell[1] + skip_x + more_x, cell[0] + skip_y + more_y
-    resample = getattr(image.image_processor, "resample", None)
-    part = image.original.resize(
-        size, Image.Resampling(3 if resample is None else int(resample)), (left, top, right, bottom)
-    )
-    return np.asarray(part.convert("RGB"))[skip_y : skip_y + cell[0], skip_x : skip_x + cell[1]]
+        edges = floor(left) - across, floor(top) - down, ceil(right) + across, ceil(bottom) + down
+        corner = max(0, edges[0]), max(0, edges[1])
+        source = convert(source.crop((*corner, min(image.size[1], edges[2]), min(image.size[0], edges[3]))))
+        bounds = left - corner[0], top - corner[1], right - corner[0], bottom - corner[1]
+    gap = _REDUCING_GAP if min(cell) > _SMALL else None
+    return np.asarray(source.resize(cell[::-1], resample, bounds, reducing_gap=gap))
+
+
+def _equal(processor: Any, values: Any, levels: Any) -> bool:
+    """Whether values are what the processor makes of levels."""
+    grey = levels.mean(3)
+    contrast = float(np.abs(grey - np.median(grey)).mean())
+    errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(processor, levels))
+    return bool(min(errors) <= _LEVELS + _SHARE * contrast)
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen, pixels_of
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Size, View
 
 
@@ -37,7 +37,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         _check_shape(image.size, resized, max(*cell, *sides(getattr(image.image_processor, "patch_size", cell))))
     rows, columns = resized[0] // cell[0], resized[1] // cell[1]
     box = covered(image.size, resized, (rows, columns), cell)
-    check_seen(image, box, (rows, columns), cell, pixels_of(image.item("pixel_values"), cell))
+    check_pixels(image, box, (rows, columns), cell, image.item("pixel_values"))
     if not image.options.get("newlines"):
         return (View(tokens.take(rows * columns), (rows, columns), box),)
     found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen, pixels_of
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.hf.layouts.tiling import function_of, size_of
 from carve_kernels.types import Box, Size, View
 
@@ -46,12 +47,15 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"images: image {image.number + 1} is {image.size[0]} x {image.size[1]}, that of the inputs is "
             f"{size[0]} x {size[1]}; give the images of the prompts in order"
         )
-    side = int(vision.image_size // vision.patch_size * Fraction(getattr(image.config, "downsample_rate", None) or 1))
+    rate = Fraction(getattr(image.config, "downsample_rate", None) or 1)
+    side, cell = int(vision.image_size // vision.patch_size * rate), int(vision.patch_size / rate)
+    grid, cells = (side, side), (cell, cell)
     several = _one_of_several(image)
-    base = View(tokens.take(side * side), (side, side), _square(image.size) if several else image.box)
-    cell = vision.image_size // side, vision.image_size // side
+    # Pixels at the right and the bottom that make no whole patch have no token.
+    part = side * cell / vision.image_size
+    base = View(tokens.take(side * side), grid, _shrunk(_square(image.size) if several else image.box, part))
     # A size and a crop that are given to a call are not known.
-    check_seen(image, base.box, base.grid, cell, pixels_of(pixels[0], cell))
+    check_pixels(image, base.box, grid, cells, pixels[0])
     if several:
         tokens.take(1)
         return (base,)
@@ -64,29 +68,71 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"inputs: pixel_values have other tiles than the {expected} of an image of {size[0]} x {size[1]} by the "
             "image_grid_pinpoints of the model's config; give the processor that made the inputs, with its settings"
         )
-    grid, box = _unpadded(image, canvas, (tiles[0] * side, tiles[1] * side))
-    grid = _limited(image.config, grid, side)
-    rows = tokens.take(grid[0] * (grid[1] + 1)).view(grid[0], grid[1] + 1)[:, :-1].flatten()
+    whole = _canvas_box(image, canvas)
+    for number in sorted({1, expected - 1}):
+        row, column = divmod(number - 1, tiles[1])
+        corner = row * vision.image_size, column * vision.image_size
+        box = _box(whole, canvas, corner, (corner[0] + side * cell, corner[1] + side * cell))
+        check_pixels(image, box, grid, cells, pixels[number])
+    first, kept = _unpadded(image.size, (tiles[0] * side, tiles[1] * side))
+    shown = _limited(image.config, kept, side)
+    rows = tokens.take(shown[0] * (shown[1] + 1)).view(shown[0], shown[1] + 1)[:, :-1]
     # Nothing is kept of an image that is thinner than a patch of its canvas.
-    return (base, View(rows, grid, box, kind="tile")) if len(rows) else (base,)
+    if not rows.numel():
+        return (base,)
+    down, across = (list(_runs(*span, side, cell, vision.image_size)) for span in zip(first, kept, strict=True))
+    if shown != kept:
+        down, across = ([(slice(None), runs[0][1], runs[-1][2])] for runs in (down, across))
+    views = [base]
+    for (selected, top, bottom), (columns, left, right) in product(down, across):
+        here = rows[selected, columns]
+        box = _box(whole, canvas, (top, left), (bottom, right))
+        views.append(View(here.flatten(), (here.shape[0], here.shape[1]), box, kind="tile"))
+    return tuple(views)
 
 
-def _unpadded(image: ProcessedImage, canvas: Size, patches: Size) -> tuple[Size, Box]:
-    """The rows and columns of the canvas's patches that the model keeps, and the part of the image that they show."""
+def _unpadded(size: Size, patches: Size) -> tuple[Size, Size]:
+    """The first row and column of the canvas's patches that the model keeps, and how many it keeps."""
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-    kept = unpad_image(torch.arange(patches[0] * patches[1]).view(1, *patches), image.size)[0]
+    kept = unpad_image(torch.arange(patches[0] * patches[1]).view(1, *patches), size)[0]
     first = divmod(int(kept[0, 0]), patches[1]) if kept.numel() else (0, 0)
+    return first, (kept.shape[0], kept.shape[1])
+
+
+def _runs(first: int, count: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, int, int]]:
+    """Rows or columns that are kept, and the pixels of the canvas that they cover: all, or those of each tile.
+
+    They are evenly spaced through all tiles if these have whole patches only.
+    """
+    remaining, end = tile - side * cell, first + count
+    for number in range(first // side, -(-end // side)) if remaining else (0,):
+        here = range(max(first, number * side), min(end, (number + 1) * side)) if remaining else range(first, end)
+        before = number * remaining
+        yield slice(here.start - first, here.stop - first), here.start * cell + before, here.stop * cell + before
+
+
+def _canvas_box(image: ProcessedImage, canvas: Size) -> Box:
+    """The canvas of all tiles, with the image in its middle."""
     blank = np.broadcast_to(np.uint8(0), (3, *image.size))
     resized = function_of(image.image_processor, "get_patch_output_size")(blank, canvas, "channels_first")
-    spans = []
-    for axis in (0, 1):
-        cell, pad = canvas[axis] / patches[axis], (canvas[axis] - resized[axis]) // 2
-        scale = image.size[axis] / resized[axis]
-        edges = first[axis], first[axis] + kept.shape[axis]
-        spans.append([(edge * cell - pad) * scale for edge in edges])
-    (top, bottom), (left, right) = spans
-    return tuple(kept.shape), (left, top, right, bottom)
+    (top, bottom), (left, right) = (
+        (-((full - length) // 2) * side / length, (full - (full - length) // 2) * side / length)
+        for full, length, side in zip(canvas, resized, image.size, strict=True)
+    )
+    return left, top, right, bottom
+
+
+def _box(whole: Box, canvas: Size, start: Size, end: Size) -> Box:
+    """The part of a canvas between two corners, (top, left) and (bottom, right) in its pixels."""
+    left, top, right, bottom = whole
+    down, across = (bottom - top) / canvas[0], (right - left) / canvas[1]
+    return left + start[1] * across, top + start[0] * down, left + end[1] * across, top + end[0] * down
+
+
+def _shrunk(box: Box, part: float) -> Box:
+    left, top, right, bottom = box
+    return left, top, left + (right - left) * part, top + (bottom - top) * part
 
 
 def _limited(config: Any, grid: Size, side: int) -> Size:

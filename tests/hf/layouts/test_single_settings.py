@@ -165,6 +165,39 @@ def test_another_image_of_the_same_size_is_refused() -> None:
         layout_of(*pair(name), inputs, [(97, 131)])
 
 
+def test_a_width_that_is_less_than_a_cell_is_seen() -> None:
+    image = photograph((228, 26))
+    assert layout_of(*pair("deepseek_vl"), inputs_of("deepseek_vl", image, {}), [image]).views
+    with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 228 x 26"):
+        layout_of(*pair("deepseek_vl"), inputs_of("deepseek_vl", image, {"min_size": 28}), [image])
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2])
+def test_a_filter_of_a_call_has_a_layout(resample: int) -> None:
+    for name, size in (("llava", (97, 131)), ("qwen2_vl", (20, 31)), ("emu3", (97, 131))):
+        noise = Image.effect_noise((size[1], size[0]), 90).convert("RGB")
+        assert layout_of(*pair(name), inputs_of(name, noise, {"resample": resample}), [noise]).views
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGBA", "P"])
+def test_a_tiny_image_that_is_enlarged_has_a_layout(mode: str) -> None:
+    """The filter reads pixels far from a cell."""
+    image = photograph((5, 9)).convert(mode)
+    assert layout_of(*pair("llava"), inputs_of("llava", image, {}), [image]).views
+
+
+def test_a_transparent_image_is_seen() -> None:
+    first, second = (photograph((97, 131)).convert("RGBA") for _ in range(2))
+    for image in (first, second):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    second = second.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name in ("llava", "chameleon", "emu3"):
+        inputs = inputs_of(name, first, {})
+        assert layout_of(*pair(name), inputs, [first]).views
+        with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 97 x 131"):
+            layout_of(*pair(name), inputs, [second])
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "janus", "pixtral"])
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_images_of_other_modes_have_a_layout(name: str, mode: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +65,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "qianfan_ocr": ({"max_patches": 3}, {"crop_to_patches": False}),
     "smolvlm": ({"size": {"longest_edge": 48}}, {"do_image_splitting": False}),
 }
+UNNORMALISED: dict[str, Any] = {"do_normalize": False}
 CASES = [
     pytest.param(name, settings, id=f"{name}-{settings}", marks=pytest.mark.slow if number else ())
     for name, each in SETTINGS.items()
@@ -123,6 +126,36 @@ def test_a_crop_that_is_given_to_a_call_is_seen(name: str) -> None:
         processed(name, LARGE, {"size": {"shortest_edge": 70}})
 
 
+def test_tiles_of_another_size_than_that_of_the_base_are_seen() -> None:
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 104 x 674"):
+        processed("llava_onevision", (104, 674), {"crop_size": {"height": 84, "width": 28}})
+
+
+@pytest.mark.parametrize("size", [LARGE, (300, 290), (301, 75)])
+def test_pixels_that_make_no_whole_patch_have_no_token(size: Size) -> None:
+    """As in OneVision, whose tiles have 384 pixels and patches of 14."""
+    model, processor = remaining_pixels()
+    image = Image.effect_noise((size[1], size[0]), 90).convert("RGB")
+    inputs = processor(images=[image], text=[build_prompt(processor, "x")], return_tensors="pt")
+    layout = layout_of(model, processor, inputs, [image])
+    assert float(deviations(layout, measure(model, processor, size)).max()) <= TOLERANCE
+
+
+@functools.cache
+def remaining_pixels() -> tuple[Any, Any]:
+    """A model and its processor with tiles of 60 pixels and patches of 14."""
+    model, processor = available("llava_onevision")
+    config, found = copy.deepcopy(model.config), copy.copy(processor)
+    config.vision_config.image_size = 60
+    config.image_grid_pinpoints = [[60, 120], [120, 60], [120, 120]]
+    found.image_processor = copy.deepcopy(processor.image_processor)
+    found.image_processor.size = type(processor.image_processor.size)(height=60, width=60)
+    found.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(model)(config).float().eval(), found
+
+
 def test_other_pooling_than_the_processors_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pooling_size is \[2, 2\], the inputs have 9 patches"):
         processed("molmo2", LARGE, {"pooling_size": [3, 3]})
@@ -143,6 +176,10 @@ def test_the_canvas_of_an_enlarged_image_is_known_by_its_pixels() -> None:
     for enlarge, bottom in ((False, 112), (True, 112 * 80 / 89)):
         _, layout = processed("llama4", (80, 50), {"resize_to_max_canvas": enlarge, "max_patches": 2})
         assert max(view.box[3] for view in layout.views[0]) == pytest.approx(bottom)
+    # Black is another number then.
+    for size in ((24, 225), (80, 50)):
+        boxes = [[view.box for view in processed("llama4", size, more)[1].views[0]] for more in ({}, UNNORMALISED)]
+        assert boxes[0] == boxes[1]
     black = Image.new("RGB", (50, 80))
     inputs = processor(images=[black], text=[build_prompt(processor, "x")], return_tensors="pt", max_patches=2)
     assert layout_of(model, processor, inputs, [black]).views[0][0].box == (0, 0, 56, 56)
