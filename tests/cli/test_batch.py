@@ -178,16 +178,16 @@ def test_the_old_name_of_images_works(ask: Ask, folder: Path) -> None:
 
 
 def test_too_little_memory_for_one_image_is_its_error(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from carve_kernels.hf.engine import passes
+    from carve_kernels.hf.engine import requests
 
-    open_image = passes.open_image
+    open_image = requests.open_image
 
     def full(image: Any, limit: int) -> Any:
         if Path(image).name == "2.png":
             raise MemoryError
         return open_image(image, limit)
 
-    monkeypatch.setattr(passes, "open_image", full)
+    monkeypatch.setattr(requests, "open_image", full)
     done = ask(LINES)
     assert done.exit_code == 1 and "line 2: MemoryError" in done.stderr and done.stderr.count("\n") == 1
     assert records(folder)["second"]["error"] == {"type": "MemoryError", "message": "MemoryError"}
