@@ -72,7 +72,8 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
         inputs = processor(text=[prompt], videos=frames, return_tensors="pt", **options)
     except ValueError as error:
         sizes = " and ".join(f"{len(video)} x {video.size[0]} x {video.size[1]}" for video in given)
-        raise ValueError(f"video: the processor refuses frames x height x width of {sizes} ({error})") from error
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"video: the processor refuses frames x height x width of {sizes} ({cause})") from error
     entries = {name: value for name, value in inputs.items() if not is_for_training(name)}
     return moved(entries, input_device(model), pixel_dtype(model))
 

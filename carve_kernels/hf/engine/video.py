@@ -36,7 +36,8 @@ class VideoResult:
     answer           the plain answer, empty without `plain`; `answer_ids` its tokens
     refined_answer   the answer on the refined video; `refined_ids` its tokens
     video            the frames that the model was given; `refined` is the kept span of them, cropped to `box`, and not
-                     shorter than the frames that the model puts together
+                     shorter than the frames that the model puts together; all frames where a processor cannot put
+                     videos of different lengths into one prompt (images="original+refined")
     saliency         a VideoSaliency: `saliency[f]` is that of a frame, float32 [H, W]
     regions          the selected regions over space and time; `box` is x0 y0 f0 x1 y1 f1, pixels and frames
     key_frames       the frames with the largest share of the contrast, in the order of time
@@ -169,7 +170,7 @@ def answer_video(setup: Setup, request: VideoRequest, report: Callable[[str], No
     with _timed(seconds, "second pass"):
         if not is_whole or not setup.plain or setup.preset.images != "refined":
             try:
-                second = _second_prompt(setup, request, refined)
+                second, refined = _second_prompt(setup, request, refined, regions.box)
             except ValueError as error:
                 # The processor may refuse a very thin crop; the results so far are kept.
                 reason = f"the refined video cannot be shown to the model: {error}"
@@ -204,12 +205,19 @@ def _prompt(model: Any, processor: Any, videos: Sequence[Video], text: str, loca
     return VideoPrompt(text, text_inputs, ImageFeatures(lambda: entries), layout)
 
 
-def _second_prompt(setup: Setup, request: VideoRequest, refined: Video) -> VideoPrompt:
-    """The refined video in place of the original, or after it (`Preset.images`)."""
+def _second_prompt(
+    setup: Setup, request: VideoRequest, refined: Video, box: Sequence[int]
+) -> tuple[VideoPrompt, Video]:
+    """The refined video in place of the original, or after it (`Preset.images`), and the video that it shows."""
     if setup.preset.images == "refined":
-        return _prompt(setup.model, setup.processor, [refined], request.task.text)
+        return _prompt(setup.model, setup.processor, [refined], request.task.text), refined
     text = build_video_prompt(setup.processor, request.question + setup.preset.suffix, 2)
-    return _prompt(setup.model, setup.processor, [request.video, refined], text)
+    try:
+        return _prompt(setup.model, setup.processor, [request.video, refined], text), refined
+    except ValueError:
+        # Processors that stack the pixels of videos take only videos of equally many frames.
+        refined = request.video.crop(box, len(request.video))
+        return _prompt(setup.model, setup.processor, [request.video, refined], text), refined
 
 
 def _decode(setup: Setup, prompt: VideoPrompt, new_tokens: int, rows: Any) -> Branch:

@@ -75,12 +75,14 @@ def test_the_refined_video_after_the_original(name: str) -> None:
     assert result.refined_ids == generated(model, processor, [CLIP, result.refined])
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "internvl"])
-def test_some_processors_take_no_videos_of_two_lengths(name: str) -> None:
-    _, _, engine = engine_of(name, images="original+refined")
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl", "video_llava"])
+def test_where_videos_have_to_be_of_one_length_all_frames_are_cropped(name: str) -> None:
+    model, processor, engine = engine_of(name, images="original+refined")
     result = engine.ask_video(CLIP, QUESTION)
-    assert len(result.refined) < len(CLIP) and result.refined_ids == result.answer_ids
-    assert result.reason is not None and result.reason.startswith("the refined video cannot be shown to the model")
+    x0, y0, f0, x1, y1, f1 = result.box
+    assert result.reason is None and f1 - f0 < len(CLIP)
+    assert len(result.refined) == len(CLIP) and result.refined.size == (y1 - y0, x1 - x0)
+    assert result.refined_ids == generated(model, processor, [CLIP, result.refined])
 
 
 def test_a_prompt_of_ones_own() -> None:
