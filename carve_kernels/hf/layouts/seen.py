@@ -22,6 +22,8 @@ Convert = Callable[[Image.Image], Image.Image]
 _SAMPLES = 8
 # Pixels around a cell that the filter of a resize reads, of the original or of a smaller result.
 _MARGIN = 4
+# The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
+_REACH = 2
 # A large image is first averaged over whole pixels, which is several times cheaper: in cells that are not small, the
 # error is a tenth of the tolerance.
 _REDUCING_GAP, _SMALL = 1.5, 7
@@ -41,7 +43,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     original = image.original
     if original is None or original.mode not in _MODES:
         return
-    cells = _inside(image.size, box, grid)
+    cells = _inside(image.size, box, grid, cell)
     if not cells:
         return
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
@@ -61,7 +63,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
 
 def check_pixels(image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor) -> None:
     """The same for pixels [3, H, W]; rows or columns of one pixel if the image is narrower than a cell."""
-    rows, columns = _within(image.size, box, grid)
+    rows, columns = _within(image.size, box, grid, cell)
     down, across = cell[0] if rows else 1, cell[1] if columns else 1
     grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
     check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)))
@@ -102,18 +104,21 @@ def patches_of(patches: torch.Tensor, grid: Size, merge: Size, raster: bool) -> 
     return seen
 
 
-def _within(size: Size, box: Box, grid: Size) -> list[list[int]]:
-    """The rows and the columns of a grid that lie within the image."""
+def _within(size: Size, box: Box, grid: Size, cell: Size) -> list[list[int]]:
+    """The rows and the columns of a grid that lie within the image, and whose filter reads no padding around it."""
     within = []
-    for first, last, count, limit in ((box[1], box[3], grid[0], size[0]), (box[0], box[2], grid[1], size[1])):
-        edges = np.linspace(first, last, count + 1)
-        within.append(((edges[:-1] > -0.01) & (edges[1:] < limit + 0.01)).nonzero()[0].tolist())
+    for axis in (0, 1):
+        first, last, limit = box[1 - axis], box[3 - axis], size[axis]
+        edges = np.linspace(first, last, grid[axis] + 1)
+        reach = _REACH * max(1.0, (last - first) / grid[axis] / cell[axis])
+        low, high = (reach if first < -0.01 else -0.01), limit - (reach if last > limit + 0.01 else -0.01)
+        within.append(((edges[:-1] > low) & (edges[1:] < high)).nonzero()[0].tolist())
     return within
 
 
-def _inside(size: Size, box: Box, grid: Size) -> list[tuple[int, int]]:
-    """Some cells of a grid that lie within the image, in order."""
-    rows, columns = _within(size, box, grid)
+def _inside(size: Size, box: Box, grid: Size, cell: Size) -> list[tuple[int, int]]:
+    """Some of these cells, in order."""
+    rows, columns = _within(size, box, grid, cell)
     count = len(rows) * len(columns)
     numbers = (
         range(count) if count <= _SAMPLES else [number * (count - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]

@@ -69,11 +69,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             "image_grid_pinpoints of the model's config; give the processor that made the inputs, with its settings"
         )
     whole = _canvas_box(image, canvas)
-    for number in sorted({1, expected - 1}):
-        row, column = divmod(number - 1, tiles[1])
-        corner = row * vision.image_size, column * vision.image_size
-        box = _box(whole, canvas, corner, (corner[0] + side * cell, corner[1] + side * cell))
-        check_pixels(image, box, grid, cells, pixels[number])
+    corner = (tiles[0] - 1) * vision.image_size, (tiles[1] - 1) * vision.image_size
+    last = _box(whole, canvas, corner, (corner[0] + side * cell, corner[1] + side * cell))
+    check_pixels(image, last, grid, cells, pixels[expected - 1])
     first, kept = _unpadded(image.size, (tiles[0] * side, tiles[1] * side))
     shown = _limited(image.config, kept, side)
     rows = tokens.take(shown[0] * (shown[1] + 1)).view(shown[0], shown[1] + 1)[:, :-1]

@@ -131,6 +131,17 @@ def test_tiles_of_another_size_than_that_of_the_base_are_seen() -> None:
         processed("llava_onevision", (104, 674), {"crop_size": {"height": 84, "width": 28}})
 
 
+def test_padding_beside_a_tiny_image_of_several_is_not_compared() -> None:
+    """They are padded to squares and resized then, so that the filter reads padding."""
+    model, processor = available("llava_onevision")
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((18, 6), (180, 60), (9, 5), (17, 40))]
+    inputs = processor(images=[images], text=[build_prompt(processor, "x", len(images))], return_tensors="pt")
+    assert len(layout_of(model, processor, inputs, [images]).views[0]) == len(images)
+    images[1] = images[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 60 x 180"):
+        layout_of(model, processor, inputs, [images])
+
+
 @pytest.mark.parametrize("size", [LARGE, (300, 290), (301, 75)])
 def test_pixels_that_make_no_whole_patch_have_no_token(size: Size) -> None:
     """As in OneVision, whose tiles have 384 pixels and patches of 14."""
