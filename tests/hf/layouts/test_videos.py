@@ -112,11 +112,13 @@ def check(layout: VisualLayout, inputs: Any, frames: int, size: tuple[int, int])
     [
         (5, SIZES[0]),
         (2, SIZES[1]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in product((1, 2, 3, 8), SIZES)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product((1, 3, 8), SIZES[::2])),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_is_where_the_processor_put_it(name: str, frames: int, size: tuple[int, int]) -> None:
+    if frames == 1 and name.startswith("qwen3"):
+        pytest.skip("its processor takes two frames or more")
     given = clip(frames, size)
     model, processor, inputs = processed(name, [given])
     layout = layout_of(model, processor, inputs, videos=[given])
