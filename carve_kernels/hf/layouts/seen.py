@@ -156,7 +156,7 @@ def _part(
     right, bottom = min(float(image.size[1]), left + width), min(float(image.size[0]), top + height)
     source, bounds = image.original, (left, top, right, bottom)
     if source.mode != "RGB":
-        # The whole image would be converted anew for each cell.
+        # The whole image would be converted again for each cell.
         across, down = (
             ceil(_MARGIN * max(1.0, side / out)) for side, out in zip((width, height), cell[::-1], strict=True)
         )

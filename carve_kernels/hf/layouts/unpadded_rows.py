@@ -73,13 +73,13 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     last = _box(whole, canvas, corner, (corner[0] + side * cell, corner[1] + side * cell))
     check_pixels(image, last, grid, cells, pixels[expected - 1])
     first, kept = _unpadded(image.size, (tiles[0] * side, tiles[1] * side))
-    shown = _limited(image.config, kept, side)
-    rows = tokens.take(shown[0] * (shown[1] + 1)).view(shown[0], shown[1] + 1)[:, :-1]
+    visible = _limited(image.config, kept, side)
+    rows = tokens.take(visible[0] * (visible[1] + 1)).view(visible[0], visible[1] + 1)[:, :-1]
     # Nothing is kept of an image that is thinner than a patch of its canvas.
     if not rows.numel():
         return (base,)
     down, across = (list(_runs(*span, side, cell, vision.image_size)) for span in zip(first, kept, strict=True))
-    if shown != kept:
+    if visible != kept:
         down, across = ([(slice(None), runs[0][1], runs[-1][2])] for runs in (down, across))
     views = [base]
     for (selected, top, bottom), (columns, left, right) in product(down, across):
