@@ -102,7 +102,7 @@ def test_what_needs_an_extra_names_it() -> None:
         import carve_kernels
         assert callable(carve_kernels.zoom) and callable(carve_kernels.carve) and callable(carve_kernels.AttentionMaps)
         for name, use, missing in (
-            ("CarveEngine", lambda: carve_kernels.CarveEngine, "pillow"),
+            ("CarveEngine", lambda: carve_kernels.CarveEngine, "packaging"),
             ("load", lambda: carve_kernels.load, "safetensors"),
             ("capture_attention", lambda: carve_kernels.capture_attention, "packaging"),
             ("layout_of", lambda: carve_kernels.layout_of, "pillow"),

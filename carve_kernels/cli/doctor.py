@@ -244,7 +244,7 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
     from carve_kernels.hf import names, processors
     from carve_kernels.hf.families import FAMILIES
 
-    for family in FAMILIES:
+    for family in (name for name, family in FAMILIES.items() if family.kind is not None):
         limit = ""
         try:
             name = processors.processor_class(family)
@@ -254,6 +254,9 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
                 limit = "images work without torchvision, videos need it: pip install torchvision"
         except names.UpstreamChanged as error:
             why = one_line(error.what)
+        except ImportError as error:
+            # transformers has a stand-in for a class that needs a missing library.
+            why = "needs torchvision: pip install torchvision" if torchvision else one_line(error)
         yield f"{family} processor", why is None, why or limit
 
 

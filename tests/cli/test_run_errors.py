@@ -153,7 +153,7 @@ def test_an_unexpected_error_is_not_hidden(run: Invoke, monkeypatch: pytest.Monk
     def fault(*args: Any, **settings: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("carve_kernels.hf.engine.engine.CarveEngine.__call__", fault)
+    monkeypatch.setattr("carve_kernels.hf.engine.engine.CarveEngine.ask", fault)
     assert isinstance(run().exception, KeyError)
 
 

@@ -127,7 +127,12 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     answer = CarveEngine.answer
 
     def changed(self: CarveEngine, *args: Any, **settings: Any) -> Any:
-        return [dataclasses.replace(result, **changes) for result in answer(self, *args, **settings)]
+        results = []
+        for result in answer(self, *args, **settings):
+            shares = {"unseen": changes["unseen"]} if "unseen" in changes else {}
+            images = tuple(dataclasses.replace(image, **shares) for image in result.images)
+            results.append(dataclasses.replace(result, **changes, images=images))
+        return results
 
     monkeypatch.setattr(CarveEngine, "answer", changed)
     return changes

@@ -14,7 +14,7 @@ from carve_kernels.hf.decoding.blocks import MasksUnknown, blocks_of, whole_bloc
 from carve_kernels.hf.decoding.prompt_groups import Branch, PromptGroup
 from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.decoding.tree_attention import TreeUnsupported
-from carve_kernels.hf.inputs import ImageFeatures
+from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.model import attention_modules
 from tests.support.families import state
 from tests.support.zoo.kinds import IMAGE, build, kinds, set_text_attention

@@ -27,15 +27,6 @@ PRESETS = [
 ]
 
 
-def own_masks(model: Any) -> None:
-    class SeesBothWays(type(model)):  # type: ignore[misc]
-        @staticmethod
-        def create_masks_for_generate(**_: Any) -> None:
-            raise AssertionError
-
-    model.__class__ = SeesBothWays
-
-
 def own_attention(model: Any) -> None:
     AttentionInterface.register("carve_test_attention", sdpa_attention_forward)
     AttentionMaskInterface.register("carve_test_attention", sdpa_mask)
@@ -55,12 +46,10 @@ def configured(**settings: Any) -> Callable[[Any], None]:
 
 
 REASONS: list[tuple[str, Callable[[Any], None]]] = [
-    ("SeesBothWays makes its own masks", own_masks),
     ("it has its own generate", own_generate),
     ("'carve_test_attention' is not one of transformers'", own_attention),
     ("layers of type chunked_attention", chunked),
     ("attention is not causal", lambda model: setattr(model.config.text_config, "use_bidirectional_attention", True)),
-    ("reuse the keys of other layers", lambda model: setattr(model.config.text_config, "num_kv_shared_layers", 2)),
     ("its rotation is 'dynamic'", lambda model: rotated(model, rope_type="dynamic")),
     ("its rotation is 'longrope'", lambda model: rotated(model, full_attention={"rope_type": "longrope"})),
     ("its cache is 'quantized'", configured(cache_implementation="quantized")),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carve_kernels.hf.decoding import tree_attention
-from carve_kernels.hf.decoding.prefix_cache import PrefixCache, Segment, TokenTree
+from carve_kernels.hf.decoding.prefix_cache import BLOCKS, PrefixCache, Segment, TokenTree
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -31,7 +31,8 @@ def attend(
     query = torch.randn(1, rows, 6, 16, generator=generator).to(dtype).transpose(1, 2)
     keys = torch.randn(1, 2, columns + 5, 16, generator=generator).to(dtype)[:, :, :columns]
     value_cache = torch.randn(1, 2, columns + 5, values, generator=generator).to(dtype)[:, :, :columns]
-    found = tree_attention._sdpa(segment, query, keys, value_cache, window, {"scaling": 0.3})
+    view = window, BLOCKS[0]
+    found = tree_attention._sdpa(segment, query, keys, value_cache, view, {"scaling": 0.3})
     seen = segment.tree.visible(segment.past, window)
     truth = torch.nn.functional.scaled_dot_product_attention(
         query.double(), keys.double(), value_cache.double(), attn_mask=seen, scale=0.3, enable_gqa=True

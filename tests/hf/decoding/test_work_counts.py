@@ -207,7 +207,7 @@ def test_questions_on_one_image_share_it_and_images_share_the_forwards() -> None
     # Prefills by image, then steps with three questions and two general instructions: one call for each image.
     assert work.captures == [(2, 3), (2, 2)] * WORDS
     for result, request in zip(together, requests, strict=True):
-        alone = engine(request.image, request.question)
+        alone = engine(request.images[0], request.question)
         assert result.answer_ids == alone.answer_ids and result.refined_ids == alone.refined_ids
         for mine, expected in ((result.task, alone.task), (result.general, alone.general)):
             assert torch.allclose(mine.values, expected.values, rtol=1e-4, atol=1e-8)

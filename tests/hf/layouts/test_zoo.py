@@ -16,8 +16,6 @@ from tests.support.zoo.kinds import Kind, build, kinds, set_text_attention
 # For `make test`: deep features, linear layers, shared keys and windows, tiles, cross-attention, early fusion.
 FEW = ("qwen3_vl", "qwen3_5", "gemma4_e", "internvl", "mllama", "fuyu")
 NEW_TOKENS = 4
-# Their configs do not say which token stands for a part of an image.
-UNNAMED = ("phi4_multimodal",)
 # Relative to a map's maximum: float32 noise; a wrong map is off by a tenth or more.
 TOLERANCE = 1e-5
 
@@ -73,12 +71,11 @@ def test_maps_of_a_generation_equal_eagers(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_tokens_the_image_tokens_are_captured(kind: Kind) -> None:
-    """They are the true columns; a config that names no image token is refused."""
+    """They are the true columns."""
     if not kind.exists():
         pytest.skip(f"transformers {transformers.__version__} has no {kind.class_name}")
     model, inputs, columns = build(kind.name)
-    if kind.name in UNNAMED:
-        with pytest.raises(ValueError, match="names no image token; pass tokens="):
+    if kind.name in         with pytest.raises(ValueError, match="names no image token; pass tokens="):
             image_token_positions(model, inputs["input_ids"])
         return
     (found,) = image_token_positions(model, inputs["input_ids"])

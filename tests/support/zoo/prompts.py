@@ -13,7 +13,7 @@ from carve_kernels.hf.decoding.generation import preserved_positions
 from carve_kernels.hf.decoding.prompt_groups import Branch, PromptGroup
 from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.decoding.tree_decoder import TreeDecoder
-from carve_kernels.hf.inputs import ImageFeatures
+from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.model import decoder_layers
 from tests.support.families import watched
 
