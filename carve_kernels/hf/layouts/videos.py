@@ -26,6 +26,7 @@ from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.centre_crop import box_of
 from carve_kernels.hf.layouts.merged_grid import MERGE
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.rows import by_row
 from carve_kernels.hf.processors import TOKEN_TYPES
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import Box, Size, View, VisualLayout
@@ -175,7 +176,9 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
     is_video = _video_tokens(config, family, inputs, alone)
     if not is_video.any():
         raise ValueError("inputs: found no video token in the prompt; build it with a video")
-    rows = _by_row(videos, len(ids))
+    rows = by_row("videos", videos, len(ids), _is_video)
+    for video in (video for row in rows for video in row):
+        _check(video)
     total, number = sum(map(len, rows)), 0
     found: list[tuple[list[View], ...]] = []
     sizes = []
@@ -305,27 +308,11 @@ def _frames(video: Any, inputs: Any, number: int, total: int) -> tuple[int, tupl
     return count, (*video.seconds, video.duration) if isinstance(video, Video) else None
 
 
-def _by_row(videos: Any, rows: int) -> list[list[Any]]:
-    if _is_video(videos):
-        videos = [videos]
-    if not isinstance(videos, Sequence) or isinstance(videos, str):
-        raise TypeError(f"videos: expected a list of videos or of lists of videos, got {describe(videos)}")
-    nested = [[video] for video in videos] if all(map(_is_video, videos)) else [list(row) for row in videos]
-    if rows == 1 and len(nested) > 1:
-        nested = [[video for row in nested for video in row]]
-    if len(nested) != rows:
-        raise ValueError(
-            f"videos: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
-            "videos a row, in the order of the prompt"
-        )
-    for video in (video for row in nested for video in row):
-        if isinstance(video, (list, tuple)) and not video:
-            raise ValueError("videos: expected at least one frame in each video, got one without frames")
-        if not _is_video(video):
-            raise TypeError(
-                f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}"
-            )
-    return nested
+def _check(video: Any) -> None:
+    if isinstance(video, (list, tuple)) and not video:
+        raise ValueError("videos: expected at least one frame in each video, got one without frames")
+    if not _is_video(video):
+        raise TypeError(f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}")
 
 
 def _is_video(value: Any) -> bool:

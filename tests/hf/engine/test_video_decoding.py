@@ -94,5 +94,5 @@ def test_a_prompt_of_ones_own() -> None:
     with pytest.raises(ValueError, match=r"videos: the prompt has 0 video\(s\), got 1"):
         engine.ask_video(CLIP, QUESTION, prompt="what")
     both = engine_of("qwen2_5_vl", images="original+refined")[2]
-    with pytest.raises(ValueError, match="prompt: expected None where the last question shows two videos"):
+    with pytest.raises(ValueError, match="prompt: expected None where the last question shows more videos"):
         both.ask_video(CLIP, QUESTION, prompt=prompt)
