@@ -21,7 +21,7 @@ CORPUS = (
 # The first id of the zoo's special tokens: image, video, start, end, break.
 FIRST = 300
 SQUARE = {"height": 56, "width": 56}
-CROP = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
+CROP: dict[str, Any] = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
 TEMPLATE = (
     "{{% for message in messages %}}{{{{ message['role'] | upper }}}}: {{% for part in message['content'] %}}"
     "{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
