@@ -13,6 +13,7 @@ from carve_kernels import checks, deprecation
 from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
+from carve_kernels.hf.decoding.recurrent import state_bytes
 from carve_kernels.hf.engine import batching
 from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
@@ -235,9 +236,14 @@ class CarveEngine:
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of keys and values of one token in all layers."""
+        """The bytes of keys and values of one token in all layers that attend."""
         backbone = text_backbone(self.model)
-        return len(decoder_layers(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
+        return len(attention_modules(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """The bytes of a prompt's states in recurrent and convolution layers, which do not grow with its tokens."""
+        return state_bytes(self.model)
 
     def request(self, image: ImageSources, question: str, prompt: str | None = None, refine: Refine = None) -> Request:
         """Check an image, or several, and a question, open and process the images; the model does not run."""
