@@ -63,9 +63,9 @@ def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
     channels, values = image.config.num_channels, patches.shape[1]
     if values != channels * cell[0] * cell[1]:
         raise ValueError(
-            f"inputs: expected {name} of {channels} channels of {cell[0]} x {cell[1]} pixels, which the model reads, got "
-            f"{values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: convert "
-            'it first, with image.convert("RGB")'
+            f"inputs: expected {name} of {channels} channels of {cell[0]} x {cell[1]} pixels, as the model reads them, "
+            f"got {values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: "
+            'convert it first, with image.convert("RGB")'
         )
     counts = (image.entry("input_ids") == names.image_id(image.config)).sum(1).tolist()
     return patches[sum([count for count in counts if count][: image.number]) :]

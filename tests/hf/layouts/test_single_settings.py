@@ -183,9 +183,7 @@ def test_fuyu_reads_three_channels(mode: str, values: int) -> None:
     image = photograph((97, 131)).convert(mode)
     inputs = inputs_of("fuyu", image, {})
     for given in (image, (97, 131)):
-        with pytest.raises(
-            ValueError, match=f"^inputs: expected image_patches of 3 channels of 14 x 14 .*{values} num"
-        ):
+        with pytest.raises(ValueError, match=f"^inputs: expected image_patches of 3 channels of 14 x 14 .*{values} "):
             layout_of(model, processor, inputs, [given])
     preset = Preset.release(layers=[3], max_new_tokens=1, images="refined")
     assert CarveEngine(model, processor, preset=preset).ask(image, "x").layout.views[0][0].grid == (7, 10)
