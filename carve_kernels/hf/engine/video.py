@@ -119,10 +119,13 @@ def make_video_request(
     check_texts(question, prompt, preset, "videos")
     refuse_fit(fit)
     if isinstance(video, Video):
-        if opening["fps"] is not None:
-            raise ValueError(f"fps: expected None for a Video, whose frames are all read, got {opening['fps']!r}")
+        for name in ("max_frames", "fps"):
+            if opening[name] is not None:
+                raise ValueError(
+                    f"{name}: expected None for a Video, whose frames are all read, got {checks.describe(opening[name])}"
+                )
     elif isinstance(video, (str, os.PathLike)):
-        video = open_video(video, **opening)
+        video = open_video(video, **{name: value for name, value in opening.items() if value is not None})
     else:
         raise TypeError(f"video: expected a path or a Video, got {checks.describe(video)}")
     texts = [
