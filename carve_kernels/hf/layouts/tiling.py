@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 
+from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
 from carve_kernels.types import Box, Size, View
 
@@ -26,23 +26,19 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
     patches a side become a token, or their possible numbers, from which `tokens` of the prompt select; with the
     entry named by `fine` there are half as many.
     """
-    name = image.options.get("shapes")
-    if name is not None:
+    if name := image.options.get("shapes"):
         shapes = image.entry(name, "[tiles, 2]")
         if number >= len(shapes):
             raise ended(image)
-        sides = shapes[number].tolist()
-        patch = (1, 1)
+        lengths, patch = shapes[number].tolist(), (1, 1)
     else:
-        sides = list(image.entry("pixel_values").shape[-2:])
-        patch = size_of(image.config.vision_config.patch_size)
-        if sides[0] != sides[1]:
-            raise ValueError(f"inputs: expected square tiles in pixel_values, got {sides[0]} x {sides[1]}")
-    merges = _merges(image)
-    for merge in merges:
-        rows, columns = (-(-(side // size) // merge) for side, size in zip(sides, patch, strict=True))
+        lengths, patch = image.entry("pixel_values").shape[-2:], sides(attribute(image.config, PATCH))
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"inputs: expected square tiles in pixel_values, got {lengths[0]} x {lengths[1]}")
+    for merge in _merges(image):
+        rows, columns = (-(-(length // side) // merge) for length, side in zip(lengths, patch, strict=True))
         if tokens in (None, rows * columns):
-            span = rows * merge * patch[0] / sides[0], columns * merge * patch[1] / sides[1]
+            span = rows * merge * patch[0] / lengths[0], columns * merge * patch[1] / lengths[1]
             return (rows, columns), span
     raise ValueError(
         f"inputs: the prompt has {tokens} image tokens in a run, a tile needs {rows} x {columns}; the prompt was "
@@ -94,19 +90,14 @@ def function_of(image_processor: Any, name: str) -> Any:
     modules = (sys.modules[kind.__module__] for kind in type(image_processor).__mro__)
     found = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
     if found is None:
-        raise ValueError(f"processor: the tiles of {type(image_processor).__name__} are not known, it has no {name}")
+        raise ValueError(f"processor: the sizes of {type(image_processor).__name__} are not known, it has no {name}")
     return found
-
-
-def size_of(value: Any) -> Size:
-    """A size that may be given as one number."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _merges(image: ProcessedImage) -> Sequence[int]:
     merge = image.options.get("merge", (1,))
     if not isinstance(merge, str):
         return tuple(merge)
-    factor = attrgetter(merge)(image.config)
+    factor = attribute(image.config, merge)
     factor = round(1 / factor if factor < 1 else factor)
     return (factor // 2 if image.has(image.options.get("fine", "")) else factor,)
