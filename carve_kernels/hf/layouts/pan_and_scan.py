@@ -9,20 +9,27 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
-from carve_kernels.hf.layouts.boxes import shrunk
-from carve_kernels.hf.layouts.cells import cell_of
+from carve_kernels.hf.layouts.boxes import covered, shrunk
+from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Box, Size, View
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """The whole image, and then its crops along its long side."""
     pixels, cell = image.entry("pixel_values", "[images and crops, 3, H, W]"), cell_of(image.config, image.options)
-    grid = pixels.shape[-2] // cell[0], pixels.shape[-1] // cell[1]
+    height, width = pixels.shape[-2:]
+    grid = height // cell[0], width // cell[1]
     count = grid[0] * grid[1]
     # Patches that make no whole cell are not pooled.
-    shares = grid[0] * cell[0] / pixels.shape[-2], grid[1] * cell[1] / pixels.shape[-1]
+    shares = grid[0] * cell[0] / height, grid[1] * cell[1] / width
     whole = View(tokens.take(count), grid, shrunk(image.box, *shares))
+    if image.before < len(pixels):
+        patch = sides(attribute(image.config, PATCH))
+        patches = height // patch[0], width // patch[1]
+        box = covered(image.size, (height, width), patches, patch)
+        check_pixels(image, box, patches, patch, pixels[image.before])
     if image.has("num_crops"):
         crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
     else:

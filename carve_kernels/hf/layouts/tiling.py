@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from carve_kernels.hf.layouts.boxes import shrunk
 from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
+from carve_kernels.hf.layouts.seen import AT_ONCE, Resize, check_pixels, check_seen, patches_of
 from carve_kernels.types import Box, Size, View
 
 # The place of the view of the whole image, among those of tiles, which are (row, column) from 1.
@@ -48,12 +50,34 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
 
 def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Size, span: Span) -> View:
     """The view of a tile at a place of the rows and columns of tiles that cover a box, or of all of the box."""
-    (row, column), (rows, columns) = (1, 1) if place == WHOLE else place, (1, 1) if place == WHOLE else tiles
-    left, top, right, bottom = box
-    height, width = (bottom - top) / rows, (right - left) / columns
-    left, top = left + (column - 1) * width, top + (row - 1) * height
-    part = left, top, left + width * span[1], top + height * span[0]
+    part = shrunk(_tile_box(box, place, tiles), *span)
     return View(tokens, grid, part, kind="base" if place == WHOLE else "tile")
+
+
+def check_tile(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: Size, resize: Resize = AT_ONCE) -> None:
+    """Raise ValueError if the first of an image's tiles, or that of the whole image, does not show its part of a box.
+
+    The order of images of equal numbers of tiles is not seen otherwise.
+    """
+    index = places.index(WHOLE) if WHOLE in places else 0
+    number, part = image.before + index, _tile_box(box, places[index], tiles)
+    pixels, cell = image.entry("pixel_values"), sides(attribute(image.config, PATCH))
+    if name := image.options.get("shapes"):
+        shapes = image.entry(name)
+        grid = int(shapes[number, 0]), int(shapes[number, 1])
+        if pixels.ndim == 4:
+            # The patches of all tiles beside each other.
+            patches = pixels[0].unflatten(-1, (-1, cell[1])).movedim(2, 0)[int(shapes[:number].prod(1).sum()) :]
+        else:
+            patches = pixels[number]
+        check_seen(image, part, grid, cell, patches_of(patches, grid, (1, 1), raster=True))
+        return
+    if pixels.ndim == 5:
+        pixels = pixels.flatten(0, 1)[_real_tiles(image, pixels).flatten()]
+    height, width = pixels.shape[-2:]
+    grid = height // cell[0], width // cell[1]
+    part = shrunk(part, grid[0] * cell[0] / height, grid[1] * cell[1] / width)
+    check_pixels(image, part, grid, cell, pixels[number], resize)
 
 
 def check_count(image: ProcessedImage, tiles: int) -> None:
@@ -62,14 +86,28 @@ def check_count(image: ProcessedImage, tiles: int) -> None:
     tiles_of = image.entry(name)
     found, needed = len(tiles_of), image.before + tiles
     if tiles_of.ndim == 5:
-        # Those of each row, padded to the same number.
-        mask = image.entries.get("pixel_attention_mask", tiles_of.new_ones(tiles_of.shape[:2]))
-        found = int((mask.flatten(2)[..., 0] if mask.ndim > 2 else mask).count_nonzero())
+        found = int(_real_tiles(image, tiles_of).count_nonzero())
     if found < needed or (found > needed and image.number == image.total - 1):
         raise ValueError(
             f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "
             "probably truncated, or give every image of the prompts in order"
         )
+
+
+def _real_tiles(image: ProcessedImage, tiles: torch.Tensor) -> torch.Tensor:
+    """Which of the tiles of each row are not those that pad it to the same number as the others, bool [rows, tiles]."""
+    mask = image.entries.get("pixel_attention_mask", tiles.new_ones(tiles.shape[:2]))
+    return (mask.flatten(2)[..., 0] if mask.ndim > 2 else mask) != 0
+
+
+def _tile_box(box: Box, place: Size, tiles: Size) -> Box:
+    """The part of a box that a tile at a place of its rows and columns of tiles covers; all of it at that of WHOLE."""
+    if place == WHOLE:
+        return box
+    left, top, right, bottom = box
+    height, width = (bottom - top) / tiles[0], (right - left) / tiles[1]
+    left, top = left + (place[1] - 1) * width, top + (place[0] - 1) * height
+    return left, top, left + width, top + height
 
 
 def pattern_of(image: ProcessedImage, name: str) -> str:
