@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from carve_kernels.hf import names
 from carve_kernels.hf.layouts import merged_grid
 from carve_kernels.hf.layouts.boxes import covered
 from carve_kernels.hf.layouts.cells import cell_of, options_of, settings_of, sides
@@ -48,11 +51,24 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         )
     if "merge" in image.options:
         merged_grid.check_patches(image, found, box)
-    elif image.total == 1:
-        # Where the patches of a later image begin is not known.
-        patches = image.entry("pixel_values" if image.has("pixel_values") else "image_patches", "[patches, values]")
-        check_seen(image, box, found, cell, patches_of(patches, found, (1, 1), raster=True))
+    else:
+        check_seen(image, box, found, cell, patches_of(_patches(image, cell), found, (1, 1), raster=True))
     return (View(tokens.take(rows * columns), found, box),)
+
+
+def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
+    """The patches of Fuyu from those of an image on: one for each image token, and a prompt has one image."""
+    name = "pixel_values" if image.has("pixel_values") else "image_patches"
+    patches: torch.Tensor = image.entry(name, "[patches, values]")
+    channels, values = image.config.num_channels, patches.shape[1]
+    if values != channels * cell[0] * cell[1]:
+        raise ValueError(
+            f"inputs: expected {name} of {channels} channels of {cell[0]} x {cell[1]} pixels, as the model reads them, "
+            f"got {values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: "
+            'convert it first, with image.convert("RGB")'
+        )
+    counts = (image.entry("input_ids") == names.image_id(image.config)).sum(1).tolist()
+    return patches[sum([count for count in counts if count][: image.number]) :]
 
 
 def _resized(image: ProcessedImage) -> Size:
