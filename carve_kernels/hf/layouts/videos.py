@@ -23,7 +23,7 @@ from PIL import Image
 from carve_kernels.checks import describe, integer
 from carve_kernels.hf import names
 from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
-from carve_kernels.hf.layouts.centre_crop import box_of
+from carve_kernels.hf.layouts.cropping import cropped_box
 from carve_kernels.hf.layouts.merged_grid import MERGE
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.rows import by_row
@@ -248,7 +248,7 @@ def _cropped(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     pixels, patch = tuple(frames.shape[-2:]), sides(attribute(video.config, PATCH))
     pool, is_rounded_up = video.options.get("pool", 1), video.options.get("rounded_up", False)
     cell = patch if is_rounded_up else (patch[0] * pool, patch[1] * pool)
-    box = box_of(video, pixels, cell)
+    box = cropped_box(video, pixels, cell)
     rows, columns = pixels[0] // cell[0], pixels[1] // cell[1]
     grid = (ceil(rows / pool), ceil(columns / pool)) if is_rounded_up else (rows, columns)
     before = int(video.processor.num_additional_image_tokens) if video.options.get("class_token") else 0
@@ -266,7 +266,7 @@ def _square(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     if not video.options.get("squared"):
         # The frames of all videos follow each other.
         pixels = tuple(video.entry("pixel_values", "[frames, 3, H, W]").shape[-2:])
-        return video.views(tokens, video.frames, (side, side), box_of(video, pixels, (1, 1)))
+        return video.views(tokens, video.frames, (side, side), cropped_box(video, pixels, (1, 1)))
     made = len(video.item("pixel_values", "[videos, frames, 3, H, W]"))
     if made > video.frames and video.total > 1:
         raise ValueError(

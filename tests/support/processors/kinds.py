@@ -11,7 +11,7 @@ import transformers
 
 from tests.support.zoo.kinds import Kind, build, kinds
 
-FILES = ("single", "tiles", "videos")
+FILES = ("single", "tiles", "videos", "others")
 CORPUS = (
     "USER: what digit is red ASSISTANT: seven",
     "Write a general description of the image.",
