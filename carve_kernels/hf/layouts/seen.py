@@ -7,6 +7,7 @@ patches would have the same shape, a few cells are compared with the image itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from math import ceil, floor
 from typing import Any
 
@@ -25,7 +26,8 @@ _MARGIN = 4
 # The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
 _REACH = 2
 # A large image is first averaged over whole pixels, which is several times cheaper: in cells that are not small, the
-# error is a tenth of the tolerance.
+# error is a tenth of the tolerance, except for noise in images that are enlarged along one axis and shrunk along the
+# other.
 _REDUCING_GAP, _SMALL = 1.5, 7
 _FILTERS = tuple(Image.Resampling)
 # The modes whose conversion to RGB is known.
@@ -49,8 +51,9 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
     values = seen(rows, columns).float().cpu().numpy()
     count, down, across = values.shape
-    for resample, convert in _conversions(image):
-        parts = np.stack([_part(image, box, grid, cell, place, resample, convert) for place in cells])
+    gaps = (_REDUCING_GAP, None) if min(cell) > _SMALL else (None,)
+    for gap, (resample, convert) in product(gaps, tuple(_conversions(image))):
+        parts = np.stack([_part(image, box, grid, cell, place, resample, convert, gap) for place in cells])
         levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3)
         if _equal(image.image_processor, values, levels.mean((2, 4), dtype=np.float32)):
             return
@@ -148,7 +151,14 @@ def _over_white(part: Image.Image) -> Image.Image:
 
 
 def _part(
-    image: ProcessedImage, box: Box, grid: Size, cell: Size, place: Size, resample: Image.Resampling, convert: Convert
+    image: ProcessedImage,
+    box: Box,
+    grid: Size,
+    cell: Size,
+    place: Size,
+    resample: Image.Resampling,
+    convert: Convert,
+    gap: float | None,
 ) -> Any:
     """A cell of the image, resized as the image processor would, uint8 [height, width, 3]."""
     width, height = (box[2] - box[0]) / grid[1], (box[3] - box[1]) / grid[0]
@@ -164,7 +174,6 @@ def _part(
         corner = max(0, edges[0]), max(0, edges[1])
         source = convert(source.crop((*corner, min(image.size[1], edges[2]), min(image.size[0], edges[3]))))
         bounds = left - corner[0], top - corner[1], right - corner[0], bottom - corner[1]
-    gap = _REDUCING_GAP if min(cell) > _SMALL else None
     return np.asarray(source.resize(cell[::-1], resample, bounds, reducing_gap=gap))
 
 

@@ -5,10 +5,10 @@ An image keeps its shape on the canvas of its tiles, and the model drops rows or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import product
+from itertools import groupby, product
+from math import ceil, floor, sqrt
 from typing import Any
 
 import numpy as np
@@ -78,9 +78,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     # Nothing is kept of an image that is thinner than a patch of its canvas.
     if not rows.numel():
         return (base,)
-    down, across = (list(_runs(*span, side, cell, vision.image_size)) for span in zip(first, kept, strict=True))
-    if visible != kept:
-        down, across = ([(slice(None), runs[0][1], runs[-1][2])] for runs in (down, across))
+    down, across = (
+        list(_runs(*span, side, cell, vision.image_size)) for span in zip(first, kept, visible, strict=True)
+    )
     views = [base]
     for (selected, top, bottom), (columns, left, right) in product(down, across):
         here = rows[selected, columns]
@@ -98,16 +98,25 @@ def _unpadded(size: Size, patches: Size) -> tuple[Size, Size]:
     return first, (kept.shape[0], kept.shape[1])
 
 
-def _runs(first: int, count: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows or columns that are kept, and the pixels of the canvas that they cover: all, or those of each tile.
+def _runs(first: int, count: int, shown: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, float, float]]:
+    """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
 
-    They are evenly spaced through all tiles if these have whole patches only.
+    All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
+    between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, end = tile - side * cell, first + count
-    for number in range(first // side, -(-end // side)) if remaining else (0,):
-        here = range(max(first, number * side), min(end, (number + 1) * side)) if remaining else range(first, end)
-        before = number * remaining
-        yield slice(here.start - first, here.stop - first), here.start * cell + before, here.stop * cell + before
+    remaining, step = tile - side * cell, Fraction(count, shown)
+
+    def before(number: int) -> Fraction:
+        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
+        at = first + (number + Fraction(1, 2)) * step - Fraction(1, 2)
+        lower, upper = floor(at) // side, ceil(at) // side
+        return remaining * (lower + at % 1 * (upper - lower))
+
+    for pixels, numbers in groupby(range(shown), before):
+        rows = list(numbers)
+        wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
+        start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
+        yield slice(rows[0], rows[-1] + 1), float(start * cell + pixels - wider), float(end * cell + pixels + wider)
 
 
 def _canvas_box(image: ProcessedImage, canvas: Size) -> Box:
@@ -121,7 +130,7 @@ def _canvas_box(image: ProcessedImage, canvas: Size) -> Box:
     return left, top, right, bottom
 
 
-def _box(whole: Box, canvas: Size, start: Size, end: Size) -> Box:
+def _box(whole: Box, canvas: Size, start: tuple[float, float], end: tuple[float, float]) -> Box:
     """The part of a canvas between two corners, (top, left) and (bottom, right) in its pixels."""
     left, top, right, bottom = whole
     down, across = (bottom - top) / canvas[0], (right - left) / canvas[1]
@@ -136,7 +145,7 @@ def _shrunk(box: Box, part: float) -> Box:
 def _limited(config: Any, grid: Size, side: int) -> Size:
     """The rows and columns after the model has resized them to at most about as many patches as `anyres_max_9` says."""
     limit = getattr(config, "vision_aspect_ratio", "")
-    ratio = math.sqrt(grid[0] * grid[1] / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 1.0
+    ratio = sqrt(grid[0] * grid[1] / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 1.0
     return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
 
 
