@@ -5,10 +5,10 @@ An image keeps its shape on the canvas of its tiles, and the model drops rows or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import accumulate, product
+from itertools import accumulate, groupby, product
+from math import ceil, floor, sqrt
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     # Nothing is kept of an image that is thinner than a patch of its canvas.
     if not found.numel():
         return (base,)
-    down, across = (list(_runs(*span, side, cell, tile)) for span in zip(first, kept, strict=True))
-    if visible != kept:
-        down, across = ([(slice(None), runs[0][1], runs[-1][2])] for runs in (down, across))
+    down, across = (list(_runs(*span, side, cell, tile)) for span in zip(first, kept, visible, strict=True))
     views = [base]
     for (selected, top, bottom), (chosen, left, right) in product(down, across):
         here = found[selected, chosen]
@@ -112,7 +110,7 @@ def _canvas(image: ProcessedImage, pixels: torch.Tensor) -> Size:
     return canvas
 
 
-def _box(image: ProcessedImage, canvas: Size, start: Size, end: Size) -> Box:
+def _box(image: ProcessedImage, canvas: Size, start: tuple[float, float], end: tuple[float, float]) -> Box:
     """The box between two corners, in pixels of the canvas with the image in its middle."""
     blank = np.broadcast_to(np.uint8(0), (3, *image.size))
     resized = function_of(image.image_processor, "get_patch_output_size")(blank, canvas, "channels_first")
@@ -129,18 +127,29 @@ def _unpadded(size: Size, patches: Size) -> tuple[Size, Size]:
     return first, (kept.shape[0], kept.shape[1])
 
 
+def _runs(first: int, count: int, shown: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, float, float]]:
+    """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
+
+    All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
+    between the two nearest, which lie in two tiles at some of their edges.
+    """
+    remaining, step = tile - side * cell, Fraction(count, shown)
+
+    def before(number: int) -> Fraction:
+        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
+        at = first + (number + Fraction(1, 2)) * step - Fraction(1, 2)
+        lower, upper = floor(at) // side, ceil(at) // side
+        return remaining * (lower + at % 1 * (upper - lower))
+
+    for pixels, numbers in groupby(range(shown), before):
+        rows = list(numbers)
+        wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
+        start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
+        yield slice(rows[0], rows[-1] + 1), float(start * cell + pixels - wider), float(end * cell + pixels + wider)
+
+
 def _limited(config: Any, grid: Size, side: int) -> Size:
     """The rows and columns after the model has resized them to at most about as many patches as `anyres_max_9` says."""
     limit = getattr(config, "vision_aspect_ratio", "")
-    ratio = math.sqrt(grid[0] * grid[1] / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 1.0
+    ratio = sqrt(grid[0] * grid[1] / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 1.0
     return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
-
-
-def _runs(first: int, count: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows or columns that are kept, and the pixels of the canvas that they cover: all, or those of each tile."""
-    remaining, end = tile - side * cell, first + count
-    # They are evenly spaced through all tiles if these have whole patches only.
-    step = side if remaining else end
-    for number in range(first // step, -(-end // step)):
-        start, stop = max(first, number * step), min(end, (number + 1) * step)
-        yield slice(start - first, stop - first), start * cell + number * remaining, stop * cell + number * remaining
