@@ -6,15 +6,13 @@ from typing import Any
 
 import transformers
 
-from tests.support.processors.kinds import image_processor, processor, template, tokenizer
+from tests.support.processors.kinds import CROP, SQUARE, image_processor, processor, template, tokenizer
 from tests.support.processors.single import (
     AREA,
     GLM_NAMES,
     GLM_TEMPLATE,
     GLM_TOKENS,
     PIXTRAL_TOKENS,
-    SQUARE,
-    centre_crop,
     pixtral_images,
     qwen,
 )
@@ -110,7 +108,7 @@ def gemma3n() -> Any:
 @processor()
 def fast_vlm() -> Any:
     return transformers.LlavaProcessor(
-        centre_crop("clip", "CLIPImageProcessor"),
+        image_processor("clip", "CLIPImageProcessor")(**CROP),
         tokenizer(("<image>",), {"image_token": "<image>"}),
         patch_size=14,
         vision_feature_select_strategy="full",
@@ -134,9 +132,7 @@ def perception_lm() -> Any:
 @processor()
 def step3p7() -> Any:
     marks = ("<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>")
-    images = transformers.Step3p7ImageProcessor(
-        size={"height": 112, "width": 112}, patch_size=56, max_image_size=336
-    )
+    images = transformers.Step3p7ImageProcessor(size={"height": 112, "width": 112}, patch_size=56, max_image_size=336)
     return transformers.Step3p7Processor(
         images, tokenizer(("<im_patch>", "<v>", *marks)), chat_template=template("<im_patch>")
     )
