@@ -56,16 +56,20 @@ def sections(path: Path = LIST) -> Tables:
     return tables
 
 
-@functools.cache
 def pieces(name: str) -> str:
     """A name as its words: `_RoomReader` is `_room_reader_`."""
     return "_" + "_".join(piece.lower() for piece in _PIECE.findall(name)) + "_"
 
 
-def retired(name: str, table: dict[str, str]) -> list[str]:
+def retired(name: str, table: dict[str, str]) -> tuple[str, ...]:
     """The retired words that a name is made of."""
+    return _retired(name, tuple(table))
+
+
+@functools.cache
+def _retired(name: str, olds: tuple[str, ...]) -> tuple[str, ...]:
     words = pieces(name)
-    return [old for old in table if f"_{old}_" in words]
+    return tuple(old for old in olds if f"_{old}_" in words)
 
 
 @functools.cache
