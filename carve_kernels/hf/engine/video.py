@@ -122,7 +122,7 @@ def make_video_request(
         for name in ("max_frames", "fps"):
             if opening[name] is not None:
                 raise ValueError(
-                    f"{name}: expected None for a Video, whose frames are all read, got {checks.describe(opening[name])}"
+                    f"{name}: expected None for a Video: all its frames are read, got {checks.describe(opening[name])}"
                 )
     elif isinstance(video, (str, os.PathLike)):
         video = open_video(video, **{name: value for name, value in opening.items() if value is not None})
