@@ -47,6 +47,7 @@ FAMILIES: dict[str, Family] = {
         {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
         placeholder=True,
     ),
+    "blip": Family(None, reason="the image is read by cross-attention, no token stands for it"),
     "blip-2": _QUERIES,
     "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),

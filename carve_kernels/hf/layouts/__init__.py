@@ -25,6 +25,8 @@ from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
 
+_EACH = "give the images of each row as its own list, in the order of the prompt"
+
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
     """Find the visual tokens of a batch, their grids and boxes, from the output of the processor.
@@ -62,6 +64,11 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     of_rows = by_row("images", images, len(is_image), _is_image)
+    for row, (of_row, here) in enumerate(zip(of_rows, is_image, strict=True)):
+        if not of_row and bool(here.any()):
+            raise ValueError(
+                f"images: row {row} has {int(here.sum())} image tokens in its prompt, got no image; {_EACH}"
+            )
     sizes = tuple(tuple(_size(image) for image in row) for row in of_rows)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
@@ -75,6 +82,11 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
             original = given if isinstance(given, Image.Image) else None
             size = sizes[row][index]
             image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
+            if index and cursor.taken >= len(cursor):
+                raise ValueError(
+                    f"images: the prompt of row {row} ends before image {index + 1} of {len(of_row)}; it was probably "
+                    f"truncated, or {_EACH}"
+                )
             of_image = kind.views(image, cursor)
             found += [replace(view, image=index) for view in of_image]
             number, before = number + 1, before + len(of_image)
@@ -148,10 +160,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
         return
     # One image may have several runs of tokens, but not fewer than one.
     if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
-        raise ValueError(
-            f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
-            "row as its own list, in the order of the prompt"
-        )
+        raise ValueError(f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; {_EACH}")
     grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for view in views)
     raise ValueError(
         f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "
