@@ -4,6 +4,8 @@
 option       meaning
 ===========  =======================================================================================================
 cell, ...    as for `cells.cell_of`
+square       the attribute of the config with the number of tokens of any image, which are a square grid (Gemma 3n)
+stride       the processor's setting with the side of a cell, which the config lacks (FastVLM)
 class_token  the tokens of the vision tower are selected by vision_feature_select_strategy, by default without the first
 ===========  =======================================================================================================
 """
@@ -12,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, isqrt
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import cell_of, options_of
+from carve_kernels.hf.layouts.cells import attribute, cell_of, options_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Box, Size, View
@@ -29,7 +31,10 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
     Files of older processors lack them; transformers then counts with None, or one token too few.
     """
-    if not options_of(config, processor).get("class_token"):
+    options = options_of(config, processor)
+    if "stride" in options:
+        yield from _strides(processor, options["stride"])
+    if not options.get("class_token"):
         return
     patch = config.vision_config.patch_size
     size = getattr(processor, "patch_size", patch)
@@ -48,13 +53,26 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     yield "num_additional_image_tokens", count, before
 
 
+def _strides(processor: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """The settings by which the processor counts a token for each cell."""
+    stride = getattr(processor, name, None)
+    if not isinstance(stride, int):
+        raise ValueError(
+            f"processor: {name} is {stride!r}, expected the side of the cells of the model's vision tower in pixels, "
+            "which its config does not have"
+        )
+    strategy = getattr(processor, "vision_feature_select_strategy", None)
+    yield "vision_feature_select_strategy", strategy, "full"
+    yield "num_additional_image_tokens", getattr(processor, "num_additional_image_tokens", 0), 0
+
+
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the crop, with the grid from `pixel_values` and the box from the image processor's settings.
 
     A class token before the patches (vision_feature_select_strategy "full") is in no view.
     """
-    patch = cell_of(image.config, image.options)
     pixels = tuple(image.item("pixel_values", "[images, 3, H, W]").shape[-2:])
+    patch = _cell(image.config, image.processor, pixels)
     grid, box = (pixels[0] // patch[0], pixels[1] // patch[1]), box_of(image, pixels, patch)
     check_pixels(image, box, grid, patch, image.item("pixel_values"))
     tokens.take(max(0, _extra_tokens(image.processor)))
@@ -79,7 +97,9 @@ def box_of(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> Box:
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The image itself if it is not cropped, else the smallest canvas that has it within the crop."""
-    image_processor, patch = processor.image_processor, cell_of(config, options_of(config, processor))
+    image_processor = processor.image_processor
+    pixels = _cropped_size(image_processor, _resized_size(image_processor, _padded_size(image_processor, size)))
+    patch = _cell(config, processor, pixels)
     left, top, right, bottom = _box(image_processor, size, patch)
     if left <= 0 and top <= 0 and right >= size[1] and bottom >= size[0]:
         return size, 0, 0
@@ -105,6 +125,24 @@ def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
             top_left = [(low + high) // 2 for low, high in offsets]
             return (sides[0], sides[1]), top_left[0], top_left[1]
         sides = [side + 1 for side in sides]
+
+
+def _cell(config: Any, processor: Any, pixels: tuple[int, ...]) -> Size:
+    """The pixels of the vision tower's input that a token covers, (height, width)."""
+    options = options_of(config, processor)
+    if "stride" in options:
+        side = int(getattr(processor, options["stride"]))
+        return side, side
+    if "square" not in options:
+        return cell_of(config, options)
+    tokens = attribute(config, options["square"])
+    side = isqrt(tokens)
+    if side**2 != tokens or pixels[0] % side or pixels[1] % side:
+        raise ValueError(
+            f"inputs: expected pixel_values that {tokens} square tokens cover, as in the model's config, got "
+            f"{pixels[0]} x {pixels[1]}"
+        )
+    return pixels[0] // side, pixels[1] // side
 
 
 def _extra_tokens(processor: Any) -> int:

@@ -1,6 +1,7 @@
 """One run of tokens per image, on the patches of the image that is resized to a side of a square and centred in it.
 
-DeepSeek-VL and Janus. The option `cell` is that of `cells.cell_of`.
+DeepSeek-VL and Janus. The option `cell` is that of `cells.cell_of`; `first` names the entry with the pixels that were
+resized and centred first, from which those of another side were made.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         raise ValueError(
             f"inputs: expected square pixel_values, got {pixels[0]} x {pixels[1]}; the image must be padded (do_pad)"
         )
+    shortest = getattr(image.image_processor, "min_size", 0)
+    square = image.item(image.options.get("first", "pixel_values")).shape[-1]
     spans = [
-        _span(length, max(image.size), pixels[0], count * side, getattr(image.image_processor, "min_size", 0))
+        _span(length, max(image.size), square, count * side * square / pixels[0], shortest)
         for length, count, side in zip(image.size, grid, cell, strict=True)
     ]
     box = spans[1][0], spans[0][0], spans[1][1], spans[0][1]
@@ -29,7 +32,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 
-def _span(length: int, longest: int, side: int, covered: int, shortest: int) -> tuple[float, float]:
+def _span(length: int, longest: int, side: int, covered: float, shortest: int) -> tuple[float, float]:
     """Where the cells begin and end along a side of the image, resized and centred in a side of the square."""
     resized = max(round(length * (side / longest)), shortest)
     start = (side - resized) // 2
