@@ -44,7 +44,7 @@ DISTINCT = (
 )
 # Their tokens are codes, which no gradient reaches; where the image is cut is measured, in which order they are is not.
 CODES = ("chameleon", "emu3")
-# The edge of their image is resized twice with what is around it, which cannot be measured; `test_single_tokens` has it.
+# The edge of their image is resized twice with what is around it, which cannot be measured: see `test_single_tokens`.
 EDGES = ("deepseek_vl_hybrid",)
 # Families that are not listed, so that their layout itself is measured.
 UNLISTED = ("video_llava",)

@@ -166,7 +166,7 @@ def perception_lm() -> Example:
 def step3p7() -> Example:
     """Two crops of one token each, and the whole image."""
     tower = {"width": 32, "layers": 2, "heads": 2, "image_size": 112, "max_position_embeddings": 64, "mlp_ratio": 2.0}
-    language = text(head_dim=16, mlp_layer_types=["dense"] * 4, layer_types=["full_attention"] * 4, sliding_window=64)
+    language = text(num_hidden_layers=2, head_dim=16, mlp_layer_types=["dense"] * 2, sliding_window=64)
     settings = config("step3p7", vision_config=tower, text_config=language, image_token_id=IMAGE)
     found = {
         "pixel_values": torch.randn(1, 3, 112, 112),
