@@ -186,6 +186,37 @@ BY_PROCESSOR: dict[tuple[str, str], Family] = {
 """The layout of model types that are used with several processors, by model type and class of the processor."""
 
 
+_MERGED_FRAMES = Family("merged_frames")
+_GLM_FRAMES = Family("merged_frames", {"image_token": True})
+_COMPRESSED = {"entry": "video_merge_sizes", "mask": "video_compression_mask"}
+
+VIDEO_FAMILIES: dict[str, Family] = {
+    "exaone4_5": _MERGED_FRAMES,
+    "glm46v": _GLM_FRAMES,
+    "glm4v": _GLM_FRAMES,
+    "glm4v_moe": _GLM_FRAMES,
+    "glm_ocr": _GLM_FRAMES,
+    "hyperclovax_vision_v2": _MERGED_FRAMES,
+    "internvl": Family("square_frames", {"image_token": True, "count": "image_seq_length"}),
+    "lfm3_vl": _MERGED_FRAMES,
+    "llava_next_video": Family("cropped_frames", {"pool": 2}),
+    "llava_onevision": Family("cropped_frames", {"pool": 2, "rounded_up": True, "newline": True}),
+    "qwen2_5_omni_thinker": _MERGED_FRAMES,
+    "qwen2_5_vl": _MERGED_FRAMES,
+    "qwen2_vl": _MERGED_FRAMES,
+    "qwen3_5": _MERGED_FRAMES,
+    "qwen3_5_moe": _MERGED_FRAMES,
+    "qwen3_omni_moe_thinker": _MERGED_FRAMES,
+    "qwen3_vl": _MERGED_FRAMES,
+    "qwen3_vl_moe": _MERGED_FRAMES,
+    "qwen4_exp": _MERGED_FRAMES,
+    "smolvlm": Family("square_frames", {"image_token": True, "count": "image_seq_len", "squared": True}),
+    "video_llama_3": Family("merged_frames", _COMPRESSED),
+    "video_llava": Family("cropped_frames", {"class_token": True}),
+}
+"""The layout of the videos of each model type; `image_token` says that the tokens of a video are image tokens."""
+
+
 def family_of(model_type: str, processor: Any) -> Family | None:
     """The family of a model type and a processor; None for one that is not listed."""
     listed = (BY_PROCESSOR.get((model_type, kind.__name__)) for kind in type(processor).__mro__)

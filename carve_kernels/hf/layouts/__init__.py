@@ -7,7 +7,6 @@ There is a module for each kind of layout, that is for each way in which process
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.kinds import kind_of
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.rows import by_row
@@ -72,7 +72,7 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     sizes = tuple(tuple(_size(image) for image in row) for row in of_rows)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
-    kind, total = _kind(family), sum(map(len, sizes))
+    kind, total = kind_of(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
     for row, of_row in enumerate(of_rows):
@@ -117,7 +117,7 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
             f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
             "load the model's own tokenizer"
         )
-    settings = getattr(_kind(family), "settings", None)
+    settings = getattr(kind_of(family), "settings", None)
     for name, setting, required in settings(config, processor) if settings else ():
         if setting != required:
             raise ValueError(
@@ -135,23 +135,9 @@ def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, 
             f"fit: expected None, got 'pad': what a processor of {unwrap(model).config.model_type!r} crops is unknown, "
             f"known are {supported()}"
         )
-    canvas = getattr(_kind(family), "canvas", None)
+    canvas = getattr(kind_of(family), "canvas", None)
     found: tuple[Size, int, int] = canvas(unwrap(model).config, processor, size) if canvas else (size, 0, 0)
     return found
-
-
-def _kind(family: Family) -> Any:
-    """The module of a kind of layout.
-
-    ========  =====================================================================================================
-    views     (image, tokens) -> the views of one image; its tokens are taken from the cursor `tokens`
-    settings  (config, processor) -> (name, found, expected) for each setting of the processor that must agree with
-              the model's config; optional
-    canvas    (config, processor, size) -> the smallest canvas of an image that the processor does not crop, as
-              (size, top, left); optional, without it images are never cropped
-    ========  =====================================================================================================
-    """
-    return import_module(f"{__name__}.{family.kind}")
 
 
 def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None:

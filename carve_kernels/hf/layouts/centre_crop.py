@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, options_of, settings_of
+from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, options_of, settings_of, sides
 from carve_kernels.hf.layouts.cropping import cropped_box, cropped_size, smallest_canvas
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
@@ -59,8 +59,7 @@ def _strides(processor: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
             f"processor: {name} is {stride!r}, expected the side of the cells of the model's vision tower in pixels, "
             "which its config does not have"
         )
-    strategy = getattr(processor, "vision_feature_select_strategy", None)
-    yield "vision_feature_select_strategy", strategy, "full"
+    yield "vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", None), "full"
     yield "num_additional_image_tokens", getattr(processor, "num_additional_image_tokens", 0), 0
 
 
@@ -86,8 +85,7 @@ def _cell(config: Any, processor: Any, pixels: Size) -> Size:
     """The pixels of the vision tower's input that a token covers, (height, width)."""
     options = options_of(config, processor)
     if "stride" in options:
-        side = int(getattr(processor, options["stride"]))
-        return side, side
+        return sides(getattr(processor, options["stride"]))
     if "square" not in options:
         return cell_of(config, options)
     tokens = attribute(config, options["square"])

@@ -29,7 +29,7 @@ def cropped_box(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> B
 
 
 def cropped_size(image_processor: Any, size: Size) -> Size:
-    """The (height, width) that an image processor makes of an image."""
+    """The size of what an image processor makes of an image."""
     return _sizes(image_processor, size)[2]
 
 

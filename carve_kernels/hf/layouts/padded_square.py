@@ -25,8 +25,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     square = image.item(image.options.get("first", "pixel_values")).shape[-1]
     resized = _resized(image.size, square, getattr(image.image_processor, "min_size", 0))
     top, left = (-((square - length) // 2) for length in resized)
-    down, across = (count * side * square / pixels[0] for count, side in zip(grid, cell, strict=True))
-    box = part(image.size, resized, (top, left), (top + down, left + across))
+    scale = square / pixels[0]
+    end = top + grid[0] * cell[0] * scale, left + grid[1] * cell[1] * scale
+    box = part(image.size, resized, (top, left), end)
     check_pixels(image, box, grid, cell, image.item("pixel_values"))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
