@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _QUERIES,
     "instructblip": _QUERIES,
     "instructblipvideo": _QUERIES,
-    "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}"}),
+    "idefics3": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_tag}", "steps": True}),
     "internvl": Family("counted_tiles", {"merge": "downsample_ratio"}),
     "janus": _SQUARE,
     "kimi_k25": Family(
@@ -163,7 +163,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _MERGED,
     "qwen3_vl_moe": _MERGED,
     "qwen4_exp": _MERGED,
-    "smolvlm": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_token}"}),
+    "smolvlm": Family("marked_tiles", {**_ROWS_AND_COLUMNS, "whole": "{global_image_token}", "steps": True}),
     "video_llama_3": Family("merged_grid", {"entry": "image_merge_sizes"}),
     "vipllava": Family("centre_crop", {"class_token": True}),
 }

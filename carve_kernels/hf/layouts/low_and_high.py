@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import Resize, check_seen, patches_of
 from carve_kernels.types import Box, View, ViewKind
 
 
@@ -14,6 +17,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     counts = [grid[0] * grid[1] + grid[2] * grid[3] for grid in image.entry("image_grids").tolist()]
     start = sum(counts[: image.number])
     pooling = image.entry("image_token_pooling", "[tokens, patches]")[start : start + counts[image.number]]
+    _check(image)
     found = []
     kinds: tuple[ViewKind, ViewKind] = ("base", "tile")
     for grid, kind in zip(((low_rows, low_columns), (rows, columns)), kinds, strict=True):
@@ -22,6 +26,15 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             found.append(View(tokens.take(count), grid, _box(image, pooling[:count].view(*grid, -1)), kind=kind))
         pooling = pooling[count:]
     return tuple(found)
+
+
+def _check(image: ProcessedImage) -> None:
+    """Raise ValueError if the crop of the whole image does not show it."""
+    patches = image.entry("pixel_values", "[crops, patches, values]")
+    crop = int(image.entry("image_num_crops")[: image.number].sum())
+    grid, cell = ((isqrt(number),) * 2 for number in (patches.shape[1], patches.shape[2] // 3))
+    seen = patches_of(patches[crop], grid, (1, 1), raster=True)
+    check_seen(image, image.box, grid, cell, seen, Resize(average=False))
 
 
 def _box(image: ProcessedImage, pooling: torch.Tensor) -> Box:

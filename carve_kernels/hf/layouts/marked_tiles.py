@@ -3,18 +3,34 @@
 The options are regular expressions of the text in front of the tokens of a view: `whole` for the whole image, `tile`
 with the numbers of row and column, or `first`, `column` and `row` for the first tile, the next of a row, and the
 first of the next row; `alone` for an image without tiles. `after` matches what follows each view. `last` says that
-the whole image ends its tiles, `optional` that it may be left out, `padded` that the tiles cover a padded canvas.
+the whole image ends its tiles, `optional` that it may be left out, `padded` that the tiles cover a padded canvas,
+`steps` that the image is resized to the image processor's size, then to its tiles, and only then to that of a tile.
 """
 
 from __future__ import annotations
 
 import re
 
+import numpy as np
+
+from carve_kernels.hf.layouts.cells import sides
 from carve_kernels.hf.layouts.padded_canvas import canvas_box
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.tiling import WHOLE, check_count, ended, grid_of, pattern_of, tile_view
+from carve_kernels.hf.layouts.seen import AT_ONCE, Resize
+from carve_kernels.hf.layouts.tiling import (
+    WHOLE,
+    check_count,
+    check_tile,
+    ended,
+    function_of,
+    grid_of,
+    pattern_of,
+    tile_view,
+)
 from carve_kernels.types import Size, View
 
+# Up to how many sides of a tile the longest side of an image without tiles may have been.
+_MULTIPLES = 6
 _MARKS = ("tile", "first", "column", "row", "whole", "alone")
 
 
@@ -44,6 +60,8 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     tiles = _check(image, places)
     box = canvas_box(image, tiles) if image.options.get("padded") else image.box
     whole = box if len(places) == 1 else image.box
+    resize = _resize(image, tiles) if image.options.get("steps") else AT_ONCE
+    check_tile(image, whole if WHOLE in places else box, places, tiles, resize)
     return tuple(
         tile_view(whole if place == WHOLE else box, place, tiles, *part)
         for place, part in zip(places, parts, strict=True)
@@ -72,3 +90,18 @@ def _check(image: ProcessedImage, places: list[Size]) -> Size:
         raise ended(image)
     check_count(image, len(places))
     return rows, columns
+
+
+def _resize(image: ProcessedImage, tiles: Size) -> Resize:
+    """The sizes of the whole image between its own and that of a tile: as the settings say, or those of a call.
+
+    The longest side was given as a multiple of a tile's, which the tiles of the prompt tell if there are several.
+    """
+    side, size = image.entry("pixel_values").shape[-1], image.image_processor.size
+    canvas = [(tiles[0] * side, tiles[1] * side)] if tiles != (1, 1) else []
+    longest = [max(canvas[0])] if canvas else [number * side for number in range(1, _MULTIPLES + 1)]
+    function = function_of(image.image_processor, "get_resize_output_image_size")
+    blank = np.broadcast_to(np.uint8(0), (3, *image.size))
+    first = [sides(size)] if "height" in size else [function(blank, dict(size)["longest_edge"])]
+    first += [function(blank, length) for length in longest]
+    return Resize([*([resized, *canvas] for resized in first), canvas])

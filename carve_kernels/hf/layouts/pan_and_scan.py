@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import cell_of
+from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Box, Size, View
 
 
@@ -20,6 +21,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     grid = pixels.shape[-2] // cell[0], pixels.shape[-1] // cell[1]
     count = grid[0] * grid[1]
     whole = View(tokens.take(count), grid, _pooled(image.box, pixels, grid, cell))
+    patch = sides(attribute(image.config, PATCH))
+    patches = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
+    if image.before < len(pixels):
+        check_pixels(image, _pooled(image.box, pixels, patches, patch), patches, patch, pixels[image.before])
     if image.has("num_crops"):
         crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
     else:

@@ -10,10 +10,12 @@ pooled   the positions are those of pooled patches already
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any
 
 from carve_kernels.hf.layouts.cells import PATCH, attribute, settings_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_seen, patches_of
 from carve_kernels.types import View
 
 POOLING = "vision_config.pooling_kernel_size"
@@ -35,4 +37,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"got {rows} x {columns}"
         )
     grid = rows // pooling, columns // pooling
+    pixels = image.item("pixel_values", "[images, patches, values]")
+    side = isqrt(pixels.shape[-1] // 3)
+    check_seen(
+        image, image.box, (rows, columns), (side, side), patches_of(pixels, (rows, columns), (1, 1), raster=True)
+    )
     return (View(tokens.take(grid[0] * grid[1]), grid, image.box),)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
+from carve_kernels.hf.layouts.seen import AT_ONCE, Resize, check_pixels, check_seen, patches_of
 from carve_kernels.types import Box, Size, View
 
 # The place of the view of the whole image, among those of tiles, which are (row, column) from 1.
@@ -52,12 +53,34 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
 
 def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Size, span: Span) -> View:
     """The view of a tile at a place of the rows and columns of tiles that cover a box, or of all of the box."""
-    (row, column), (rows, columns) = (1, 1) if place == WHOLE else place, (1, 1) if place == WHOLE else tiles
-    left, top, right, bottom = box
-    height, width = (bottom - top) / rows, (right - left) / columns
-    left, top = left + (column - 1) * width, top + (row - 1) * height
-    part = left, top, left + width * span[1], top + height * span[0]
+    part = _part(box, place, tiles, span)
     return View(tokens, grid, part, kind="base" if place == WHOLE else "tile")
+
+
+def check_tile(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: Size, resize: Resize = AT_ONCE) -> None:
+    """Raise ValueError if the first of an image's tiles, or that of the whole image, does not show its part of a box.
+
+    The order of images of equal numbers of tiles is not seen otherwise.
+    """
+    index = places.index(WHOLE) if WHOLE in places else 0
+    number, part = image.before + index, _part(box, places[index], tiles)
+    pixels = image.entry("pixel_values")
+    if (name := image.options.get("shapes")) is None:
+        if pixels.ndim == 5:
+            pixels = pixels.flatten(0, 1)[_real_tiles(image, pixels).flatten()]
+        side, cell = tuple(pixels.shape[-2:]), size_of(image.config.vision_config.patch_size)
+        grid = side[0] // cell[0], side[1] // cell[1]
+        span = grid[0] * cell[0] / side[0], grid[1] * cell[1] / side[1]
+        check_pixels(image, _part(part, WHOLE, tiles, span), grid, cell, pixels[number], resize)
+        return
+    shapes, cell = image.entry(name), size_of(image.config.vision_config.patch_size)
+    grid = int(shapes[number, 0]), int(shapes[number, 1])
+    if pixels.ndim == 4:
+        # The patches of all tiles beside each other.
+        pixels = pixels[0].unflatten(-1, (-1, cell[1])).movedim(2, 0)[int(shapes[:number].prod(1).sum()) :]
+    else:
+        pixels = pixels[number]
+    check_seen(image, part, grid, cell, patches_of(pixels, grid, (1, 1), raster=True))
 
 
 def check_count(image: ProcessedImage, tiles: int) -> None:
@@ -66,14 +89,27 @@ def check_count(image: ProcessedImage, tiles: int) -> None:
     tiles_of = image.entry(name)
     found, needed = len(tiles_of), image.before + tiles
     if tiles_of.ndim == 5:
-        # Those of each row, padded to the same number.
-        mask = image.entries.get("pixel_attention_mask", tiles_of.new_ones(tiles_of.shape[:2]))
-        found = int((mask.flatten(2)[..., 0] if mask.ndim > 2 else mask).count_nonzero())
+        found = int(_real_tiles(image, tiles_of).count_nonzero())
     if found < needed or (found > needed and image.number == image.total - 1):
         raise ValueError(
             f"images: {name} has {found} tiles, the prompts of {image.number + 1} image(s) have {needed}; a prompt was "
             "probably truncated, or give every image of the prompts in order"
         )
+
+
+def _real_tiles(image: ProcessedImage, tiles: torch.Tensor) -> torch.Tensor:
+    """Which of the tiles of each row are not those that pad it to the same number as the others, bool [rows, tiles]."""
+    mask = image.entries.get("pixel_attention_mask", tiles.new_ones(tiles.shape[:2]))
+    return (mask.flatten(2)[..., 0] if mask.ndim > 2 else mask) != 0
+
+
+def _part(box: Box, place: Size, tiles: Size, span: Span = (1.0, 1.0)) -> Box:
+    """The part of a box that a tile at a place of rows and columns of tiles covers, from its top left."""
+    (row, column), (rows, columns) = (1, 1) if place == WHOLE else place, (1, 1) if place == WHOLE else tiles
+    left, top, right, bottom = box
+    height, width = (bottom - top) / rows, (right - left) / columns
+    left, top = left + (column - 1) * width, top + (row - 1) * height
+    return left, top, left + width * span[1], top + height * span[0]
 
 
 def pattern_of(image: ProcessedImage, name: str) -> str:
