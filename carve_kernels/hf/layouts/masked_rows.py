@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from carve_kernels.hf.layouts.cells import PATCH, attribute
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Box, Size, View
 
 
@@ -24,27 +21,15 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     seen = mask[1 : 1 + crops[0] * crops[1], ::2, ::2].unflatten(0, crops).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     kept = int(seen[:, 0].sum()), int(seen[0].sum())
     box = _box(image, (height, width))
-    _check(image, crops, box)
+    patch = vision.patch_size
+    pixels = image.item("image_pixel_values", "[images, crops, 3, H, W]")[1 : 1 + crops[0] * crops[1]]
+    check_pixels(image, box, (height // patch, width // patch), (patch, patch), pixels.unflatten(0, crops))
     cell = box[3] / (crops[0] * side), box[2] / (crops[1] * side)
     rows = tokens.take(kept[0] * (kept[1] + 1)).view(kept[0], kept[1] + 1)[:, :-1].flatten()
     tokens.take(1)
     whole = tokens.take(side * (side + 1)).view(side, side + 1)[:, :-1].flatten()
     crop_box = 0.0, 0.0, kept[1] * cell[1], kept[0] * cell[0]
     return View(rows, kept, crop_box, kind="tile"), View(whole, (side, side), box)
-
-
-def _check(image: ProcessedImage, crops: Size, box: Box) -> None:
-    """Raise ValueError if the crops do not show the image in a box."""
-    patch = attribute(image.config, PATCH)
-    pixels = image.item("image_pixel_values", "[images, crops, 3, H, W]")[1 : 1 + crops[0] * crops[1]]
-    side = pixels.shape[-1] // patch
-    patches = pixels.unflatten(0, crops).unflatten(3, (side, patch)).unflatten(5, (side, patch))
-
-    def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        found = patches[rows // side, columns // side, :, rows % side, :, columns % side]
-        return found.float().mean((1, 2, 3))[:, None, None]
-
-    check_seen(image, box, (crops[0] * side, crops[1] * side), (patch, patch), seen)
 
 
 def _box(image: ProcessedImage, canvas: Size) -> Box:
