@@ -140,9 +140,9 @@ def layouts(
 ) -> None:
     """`layout_of` beside the processor's own call, for one image of about 1,024 tokens; on one thread."""
     _check_output("--markdown", markdown)
-    names, size = family or list(layout_cases.CASES), layout_cases.PHOTO
+    names, size = family or list(bench_layouts.QUICK if quick else layout_cases.CASES), layout_cases.PHOTO
     if quick:
-        names, size, rounds = list(bench_layouts.QUICK), bench_layouts.QUICK_PHOTO, 3
+        size, rounds = bench_layouts.QUICK_PHOTO, 3
     unknown = sorted(set(names) - set(layout_cases.CASES))
     if unknown:
         raise typer.BadParameter(f"--family: expected some of {list(layout_cases.CASES)}, got {unknown}")

@@ -17,7 +17,7 @@ MODULE = "benchmarks.support.layouts"
 TABLE = "layout_of beside the processor: ms"
 # Milliseconds.
 MOST = 5.0
-QUICK, QUICK_PHOTO = ("qwen2_vl", "internvl"), (400, 1200)
+QUICK, QUICK_PHOTO = ("qwen2_vl", "internvl"), (600, 1800)
 
 
 def measure(names: Sequence[str], size: Size, *, rounds: int, advance: Callable[[str], None]) -> Iterator[Line]:

@@ -18,11 +18,15 @@ Part = tuple[Size, Box]
 
 
 class LayoutCase(NamedTuple):
-    """The views, in the order of the prompt; what is set in the model's config; and in its processor."""
+    """The views, in the order of the prompt; what is set in the model's config; and in its processor.
+
+    `newlines` is the number of image tokens that are in no view.
+    """
 
     parts: tuple[Part, ...]
     config: Mapping[str, Any] = {}
     settings: Mapping[str, Any] = {}
+    newlines: int = 0
 
 
 def _square(side: int) -> dict[str, int]:
@@ -84,6 +88,7 @@ ROWS = LayoutCase(
     (_ALL, ((16, 48), WHOLE)),
     {_SIDE: 224, "image_grid_pinpoints": _canvases(224)},
     {**_crop(224), "image_processor.image_grid_pinpoints": _canvases(224)},
+    newlines=16,
 )
 MARKED = LayoutCase(_TWELVE, {**_SIXTEEN, "scale_factor": 4}, _SIX_COLUMNS)
 SLICES = LayoutCase(_EIGHT_SLICES, settings={"image_processor.scale_resolution": 560})
@@ -102,6 +107,7 @@ CASES: dict[str, LayoutCase] = {
         (_STRIP,),
         {"vq_config.channel_multiplier": [1, 2, 2, 4]},
         {"image_processor.max_pixels": 1024 * 64, "image_processor.spatial_factor": 8, "downsample_ratio": 8},
+        newlines=18,
     ),
     "ernie4_5_vl_moe": CELLS_OF_28,
     "exaone4_5": CELLS_OF_28,
@@ -124,13 +130,15 @@ CASES: dict[str, LayoutCase] = {
         ROWS.parts,
         {_SIDE: 448, "image_grid_pinpoints": _canvases(448)},
         {**_crop(448), "image_processor.image_grid_pinpoints": _canvases(448)},
+        newlines=16,
     ),
     "granite_docling": LayoutCase(
         _TWELVE,
         {**_SIXTEEN, "vision_config.scale_factor": 4},
         _tile(512, **{"image_processor.max_patches": 12, "image_seq_len": 64}),
     ),
-    "hunyuan_vl": CELLS_OF_32,
+    # A token before the first row, one behind each row, and one behind the last.
+    "hunyuan_vl": CELLS_OF_32._replace(newlines=20),
     "hyperclovax_vision_v2": CELLS_OF_28,
     "idefics3": MARKED,
     "internvl": COUNTED,
@@ -163,6 +171,7 @@ CASES: dict[str, LayoutCase] = {
         ROWS.parts,
         ROWS.config,
         _tile(224, **{"image_processor.image_grid_pinpoints": _canvases(224), "num_image_tokens": 256}),
+        newlines=16,
     ),
     "minicpm_ocr": LayoutCase(_EIGHT_SLICES, settings={"image_processor.scale_resolution": 280}),
     "minicpmv4_6": SLICES,
@@ -187,7 +196,7 @@ CASES: dict[str, LayoutCase] = {
         {_SIDE: 448},
         _tile(448, **{"image_processor.image_seq_length": 1024, "image_seq_length": 1024}),
     ),
-    "phi4_multimodal": LayoutCase((((16, 48), WHOLE), _ALL)),
+    "phi4_multimodal": LayoutCase((((16, 48), WHOLE), _ALL), newlines=33),
     "pixtral": LayoutCase((_LONG_STRIP,), settings={"image_processor.size": {"longest_edge": 784}}),
     "qianfan_ocr": COUNTED,
     "qwen2_5_omni_thinker": CELLS_OF_28,

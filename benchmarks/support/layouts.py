@@ -82,11 +82,9 @@ def check(name: str, ids: torch.Tensor, token: int, found: VisualLayout, size: S
     tokens = torch.cat([view.tokens for view in views])
     if not bool((tokens[1:] > tokens[:-1]).all()) or not bool(is_image[tokens].all()):
         raise WrongAnswer(f"{LAYOUT} of {name}: expected columns of image tokens in order, got others")
-    # Newlines: one a row of all tiles, and a line of HunYuan-VL has two more.
     newlines = int(is_image.sum()) - len(tokens)
-    rows = max(grid[0] for grid in grids)
-    if newlines not in (0, rows, rows + 2):
-        raise WrongAnswer(f"{LAYOUT} of {name}: expected {len(tokens)} image tokens and newlines, got {newlines} more")
+    if newlines != CASES[name].newlines:
+        raise WrongAnswer(f"{LAYOUT} of {name}: expected {CASES[name].newlines} newlines, got {newlines}")
 
 
 def measure_here(task: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.tiling import (
     WHOLE,
     check_count,
-    check_tile,
+    check_tiles,
     ended,
     function_of,
     grid_of,
@@ -33,7 +33,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         raise ValueError(f"inputs: the prompt has {len(parts)} tiles, num_patches is {image.item('num_patches')}")
     tiles = _tiles(image, max(1, len(parts) - 1))
     places = [*((index // tiles[1] + 1, index % tiles[1] + 1) for index in range(len(parts) - 1)), WHOLE]
-    check_tile(image, image.box, places, tiles)
+    check_tiles(image, image.box, places, tiles)
     return tuple(
         tile_view(image.box, place, tiles, part, grid, span) for place, part in zip(places, parts, strict=True)
     )

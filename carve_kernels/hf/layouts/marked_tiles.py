@@ -20,7 +20,7 @@ from carve_kernels.hf.layouts.seen import AT_ONCE, Resize
 from carve_kernels.hf.layouts.tiling import (
     WHOLE,
     check_count,
-    check_tile,
+    check_tiles,
     ended,
     function_of,
     grid_of,
@@ -31,6 +31,8 @@ from carve_kernels.types import Size, View
 
 # Up to how many sides of a tile the longest side of an image without tiles may have been.
 _MULTIPLES = 6
+# From which enlargement of one side on the longest side must be known, and how many of its lengths are tried.
+_ENLARGED, _LENGTHS = 1.5, 16
 _MARKS = ("tile", "first", "column", "row", "whole", "alone")
 
 
@@ -61,7 +63,8 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     box = canvas_box(image, tiles) if image.options.get("padded") else image.box
     whole = box if len(places) == 1 else image.box
     resize = _resize(image, tiles) if image.options.get("steps") else AT_ONCE
-    check_tile(image, whole if WHOLE in places else box, places, tiles, resize)
+    if resize is not None:
+        check_tiles(image, box, places, tiles, resize)
     return tuple(
         tile_view(whole if place == WHOLE else box, place, tiles, *part)
         for place, part in zip(places, parts, strict=True)
@@ -92,16 +95,33 @@ def _check(image: ProcessedImage, places: list[Size]) -> Size:
     return rows, columns
 
 
-def _resize(image: ProcessedImage, tiles: Size) -> Resize:
-    """The sizes of the whole image between its own and that of a tile: as the settings say, or those of a call.
+def _resize(image: ProcessedImage, tiles: Size) -> Resize | None:
+    """The sizes to which the whole image may be resized before it is resized to its tiles; None if that is open.
 
-    The longest side was given as a multiple of a tile's, which the tiles of the prompt tell if there are several.
+    The longest side is a multiple of a tile's, which the tiles of a prompt tell if there are several.
     """
     side, size = image.entry("pixel_values").shape[-1], image.image_processor.size
-    canvas = [(tiles[0] * side, tiles[1] * side)] if tiles != (1, 1) else []
-    longest = [max(canvas[0])] if canvas else [number * side for number in range(1, _MULTIPLES + 1)]
+    longest = [side * max(tiles)] if tiles != (1, 1) else [side * number for number in range(1, _MULTIPLES + 1)]
     function = function_of(image.image_processor, "get_resize_output_image_size")
     blank = np.broadcast_to(np.uint8(0), (3, *image.size))
-    first = [sides(size)] if "height" in size else [function(blank, dict(size)["longest_edge"])]
-    first += [function(blank, length) for length in longest]
-    return Resize([*([resized, *canvas] for resized in first), canvas])
+    first = [function(blank, length) for length in longest]
+    if "height" in size:
+        return Resize([[sides(size)], *([each] for each in first), []])
+    # Of an image that is much enlarged along one side, little remains that does not depend on the length. If a call was
+    # given it, it need not be a multiple; the tiles of the prompt must be those of one that it can be.
+    if (
+        tiles != (1, 1)
+        and max(count * side / length for count, length in zip(tiles, first[0], strict=True)) > _ENLARGED
+    ):
+        lengths = range(longest[0] - side + 1, longest[0] + 1, max(1, side // _LENGTHS))
+        found = {_tiles(image, length) for length in lengths}
+        if tiles in found and _tiles(image, dict(size)["longest_edge"]) != tiles:
+            return None
+    return Resize([[function(blank, dict(size)["longest_edge"])], *([each] for each in first), []])
+
+
+def _tiles(image: ProcessedImage, longest: int) -> Size:
+    """The rows and columns of tiles of an image, by the image processor, with a longest side."""
+    settings = {"do_image_splitting": True, "size": {"longest_edge": longest}}
+    _, rows, columns = image.image_processor.get_number_of_image_patches(*image.size, settings)
+    return int(rows), int(columns)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from carve_kernels.hf.layouts.boxes import part, shrunk
 from carve_kernels.hf.layouts.cells import PATCH, attribute
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.seen import check_seen
-from carve_kernels.types import Box, Size, View
+from carve_kernels.hf.layouts.seen import check_pixels
+from carve_kernels.types import Size, View
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
@@ -24,25 +22,13 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     seen = mask[1 : 1 + crops[0] * crops[1], ::2, ::2].unflatten(0, crops).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     kept = int(seen[:, 0].sum()), int(seen[0].sum())
     whole = part(image.size, _resized(image.size, (height, width)), (0, 0), (height, width))
-    _check(image, crops, whole)
+    patch = attribute(image.config, PATCH)
+    pixels = image.item("image_pixel_values", "[images, crops, 3, H, W]")[1 : 1 + crops[0] * crops[1]]
+    check_pixels(image, whole, (height // patch, width // patch), (patch, patch), pixels.unflatten(0, crops))
     box = shrunk(whole, kept[0] / (crops[0] * side), kept[1] / (crops[1] * side))
     rows = View(tokens.take_rows(*kept).flatten(), kept, box, kind="tile")
     tokens.take(1)
     return rows, View(tokens.take_rows(side, side).flatten(), (side, side), whole)
-
-
-def _check(image: ProcessedImage, crops: Size, box: Box) -> None:
-    """Raise ValueError if the crops do not show the image in a box."""
-    patch = attribute(image.config, PATCH)
-    pixels = image.item("image_pixel_values", "[images, crops, 3, H, W]")[1 : 1 + crops[0] * crops[1]]
-    side = pixels.shape[-1] // patch
-    patches = pixels.unflatten(0, crops).unflatten(3, (side, patch)).unflatten(5, (side, patch))
-
-    def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        found = patches[rows // side, columns // side, :, rows % side, :, columns % side]
-        return found.float().mean((1, 2, 3))[:, None, None]
-
-    check_seen(image, box, (crops[0] * side, crops[1] * side), (patch, patch), seen)
 
 
 def _resized(size: Size, canvas: Size) -> Size:

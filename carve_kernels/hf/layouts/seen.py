@@ -95,7 +95,10 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
 def check_pixels(
     image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor, resize: Resize = AT_ONCE
 ) -> None:
-    """The same for pixels [3, H, W]; rows or columns of one pixel if the image is narrower than a cell."""
+    """The same for pixels [3, H, W], or those of rows and columns of tiles [rows, columns, 3, H, W].
+
+    If the image is narrower than a cell, rows or columns of one pixel are compared.
+    """
     rows, columns = _within(image.size, box, grid, cell)
     down, across = cell[0] if rows else 1, cell[1] if columns else 1
     grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
@@ -103,14 +106,15 @@ def check_pixels(
 
 
 def _pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
-    """What `check_seen` reads of pixels [3, H, W]: four parts of each cell, or one of a cell of odd sides."""
+    """What `check_seen` reads of pixels: four parts of each cell, or one of a cell of odd sides."""
     parts = (1, 1) if cell[0] % 2 or cell[1] % 2 else (2, 2)
+    tiles = pixels if pixels.ndim == 5 else pixels[None, None]
+    height, width = tiles.shape[-2:]
 
     def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        down, across = (
-            first[:, None] * length + torch.arange(length) for first, length in zip((rows, columns), cell, strict=True)
-        )
-        found = pixels[:, down[:, :, None], across[:, None, :]].float().mean(0)
+        down = (rows[:, None] * cell[0] + torch.arange(cell[0]))[:, :, None]
+        across = (columns[:, None] * cell[1] + torch.arange(cell[1]))[:, None, :]
+        found = tiles[down // height, across // width, :, down % height, across % width].float().mean(-1)
         return found.view(-1, parts[0], cell[0] // parts[0], parts[1], cell[1] // parts[1]).mean((2, 4))
 
     return seen

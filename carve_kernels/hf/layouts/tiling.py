@@ -18,6 +18,8 @@ from carve_kernels.types import Box, Size, View
 # The place of the view of the whole image, among those of tiles, which are (row, column) from 1.
 WHOLE = (0, 0)
 Span = tuple[float, float]
+# The longest side of cells of tiles that are compared with the image, in pixels.
+_CELL = 16
 
 
 def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tuple[Size, Span]:
@@ -54,30 +56,32 @@ def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Si
     return View(tokens, grid, part, kind="base" if place == WHOLE else "tile")
 
 
-def check_tile(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: Size, resize: Resize = AT_ONCE) -> None:
-    """Raise ValueError if the first of an image's tiles, or that of the whole image, does not show its part of a box.
+def check_tiles(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: Size, resize: Resize = AT_ONCE) -> None:
+    """Raise ValueError if the tiles of an image do not show a box; of tiles with patches of their own, that of WHOLE.
 
     The order of images of equal numbers of tiles is not seen otherwise.
     """
+    pixels = image.entry("pixel_values")
+    if (name := image.options.get("shapes")) is None:
+        first = image.before + (places[0] == WHOLE and len(places) > 1)
+        if pixels.ndim == 5:
+            first = int(_real_tiles(image, pixels).flatten().nonzero()[first])
+            pixels = pixels.flatten(0, 1)
+        shown, lengths = pixels[first : first + tiles[0] * tiles[1]].unflatten(0, tiles), pixels.shape[-2:]
+        height, width = (max(cell for cell in range(1, _CELL + 1) if side % cell == 0) for side in lengths)
+        grid = tiles[0] * lengths[0] // height, tiles[1] * lengths[1] // width
+        check_pixels(image, box, grid, (height, width), shown, resize)
+        return
     index = places.index(WHOLE) if WHOLE in places else 0
     number, part = image.before + index, _tile_box(box, places[index], tiles)
-    pixels, cell = image.entry("pixel_values"), sides(attribute(image.config, PATCH))
-    if name := image.options.get("shapes"):
-        shapes = image.entry(name)
-        grid = int(shapes[number, 0]), int(shapes[number, 1])
-        if pixels.ndim == 4:
-            # The patches of all tiles beside each other.
-            patches = pixels[0].unflatten(-1, (-1, cell[1])).movedim(2, 0)[int(shapes[:number].prod(1).sum()) :]
-        else:
-            patches = pixels[number]
-        check_seen(image, part, grid, cell, patches_of(patches, grid, (1, 1), raster=True))
-        return
-    if pixels.ndim == 5:
-        pixels = pixels.flatten(0, 1)[_real_tiles(image, pixels).flatten()]
-    height, width = pixels.shape[-2:]
-    grid = height // cell[0], width // cell[1]
-    part = shrunk(part, grid[0] * cell[0] / height, grid[1] * cell[1] / width)
-    check_pixels(image, part, grid, cell, pixels[number], resize)
+    shapes, cell = image.entry(name), sides(attribute(image.config, PATCH))
+    grid = int(shapes[number, 0]), int(shapes[number, 1])
+    if pixels.ndim == 4:
+        # The patches of all tiles beside each other.
+        pixels = pixels[0].unflatten(-1, (-1, cell[1])).movedim(2, 0)[int(shapes[:number].prod(1).sum()) :]
+    else:
+        pixels = pixels[number]
+    check_seen(image, part, grid, cell, patches_of(pixels, grid, (1, 1), raster=True))
 
 
 def check_count(image: ProcessedImage, tiles: int) -> None:
