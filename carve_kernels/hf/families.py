@@ -44,7 +44,11 @@ FAMILIES: dict[str, Family] = {
     "aria": _QUERIES,
     "aya_vision": Family(
         "counted_tiles",
-        {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
+        {
+            "between": r"{tile_token}_\d+|{tile_global_token}",
+            "merge": "downsample_factor",
+            "settings": {"img_size": "vision_config.image_size"},
+        },
         placeholder=True,
     ),
     "blip": Family(None, reason="the image is read by cross-attention, no token stands for it"),

@@ -148,9 +148,10 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
     if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
         raise ValueError(f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; {_EACH}")
     grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for view in views)
+    cut, other = "the prompt was probably truncated within the image", "the processor's settings are not the model's"
     raise ValueError(
         f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "
-        "the prompt was probably truncated within the image"
+        + (cut if len(cursor) < cursor.taken else f"probably {other}")
     )
 
 

@@ -27,15 +27,19 @@ _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The patch size, and the settings by which the processor counts the tokens that the vision tower returns.
-
-    Files of older processors lack them; transformers then counts with None, or one token too few.
-    """
+    """The settings by which the processor counts the tokens that the vision tower returns."""
     options = options_of(config, processor)
     if "stride" in options:
         yield from _strides(processor, options["stride"])
-    if not options.get("class_token"):
-        return
+    if options.get("class_token"):
+        yield from tower_settings(config, processor)
+
+
+def tower_settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The patch size, and what selects the tokens of a vision tower that may have a class token.
+
+    Files of older processors lack them; transformers then counts with None, or one token too few.
+    """
     yield from settings_of(config, processor, {"patch_size": PATCH})
     before = _CLASS_TOKENS.get(config.vision_config.model_type)
     strategy = getattr(config, "vision_feature_select_strategy", "default")

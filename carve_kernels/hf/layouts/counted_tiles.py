@@ -1,15 +1,18 @@
 """Tiles in rows, then the whole image; a prompt shows only how many there are (InternVL, Aya Vision).
 
 The option `between` matches the text between two tiles of an image, without it they are one run of tokens; `pages`
-says that several images may be one run.
+says that several images may be one run; `settings` has the attributes of the processor that must equal the config's.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from carve_kernels.hf.layouts.cells import options_of, settings_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.tiling import (
     WHOLE,
@@ -22,6 +25,11 @@ from carve_kernels.hf.layouts.tiling import (
     tile_view,
 )
 from carve_kernels.types import Size, View
+
+
+def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What the number of tokens of a tile depends on."""
+    yield from settings_of(config, processor, options_of(config, processor).get("settings", {}))
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:

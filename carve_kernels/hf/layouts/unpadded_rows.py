@@ -16,6 +16,7 @@ import torch
 
 from carve_kernels.hf.layouts.boxes import part
 from carve_kernels.hf.layouts.cells import sides
+from carve_kernels.hf.layouts.centre_crop import tower_settings
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.hf.layouts.tiling import function_of
@@ -34,6 +35,9 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     for name in ("downsample_rate", "vision_aspect_ratio"):
         if hasattr(config, name) and hasattr(processor, name):
             yield name, getattr(processor, name), getattr(config, name)
+    yield from tower_settings(config, processor)
+    if hasattr(processor, "num_image_tokens"):
+        yield "num_image_tokens", processor.num_image_tokens, (side // config.vision_config.patch_size) ** 2
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:

@@ -139,6 +139,21 @@ def test_no_box_is_wrong_where_settings_may_have_had_the_same_shape(name: str, s
         ),
         ("emu3", {"downsample_ratio": 8}, r"downsample_ratio is 8, expected 2"),
         ("vipllava", {"patch_size": None}, r"patch_size is None, expected 14"),
+        ("fast_vlm", {"patch_size": None}, r"patch_size is None, expected the side of the cells"),
+        (
+            "fast_vlm",
+            {"vision_feature_select_strategy": None},
+            r"vision_feature_select_strategy is None, expected 'full'",
+        ),
+        ("llava_next", {"patch_size": None}, r"patch_size is None, expected 14"),
+        (
+            "llava_next",
+            {"vision_feature_select_strategy": None},
+            r"vision_feature_select_strategy is None, expected 'de",
+        ),
+        ("llava_next", {"num_additional_image_tokens": 0}, r"num_additional_image_tokens is 0, expected 1"),
+        ("llava_onevision", {"num_image_tokens": None}, r"num_image_tokens is None, expected 16"),
+        ("aya_vision", {"img_size": 364}, r"img_size is 364, expected 56"),
     ],
     ids=str,
 )
