@@ -25,19 +25,19 @@ from carve_kernels.types import Box, Size, View
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     """The canvases, the side of a tile, and what the number of tokens depends on."""
-    image_processor = processor.image_processor
+    image_processor, vision = processor.image_processor, config.vision_config
     found, expected = (
         [list(map(int, canvas)) for canvas in owner.image_grid_pinpoints] for owner in (image_processor, config)
     )
     yield "image_processor.image_grid_pinpoints", found, expected
     for name, length in dict(image_processor.size).items():
-        yield f"image_processor.size[{name!r}]", length, config.vision_config.image_size
+        yield f"image_processor.size[{name!r}]", length, vision.image_size
     for name in ("downsample_rate", "vision_aspect_ratio"):
         if hasattr(config, name) and hasattr(processor, name):
             yield name, getattr(processor, name), getattr(config, name)
     yield from tower_settings(config, processor)
     if hasattr(processor, "num_image_tokens"):
-        yield "num_image_tokens", processor.num_image_tokens, (side // config.vision_config.patch_size) ** 2
+        yield "num_image_tokens", processor.num_image_tokens, (vision.image_size // vision.patch_size) ** 2
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
