@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import bench_capture, bench_engine, bench_pixels, bench_session
-from benchmarks.support import cases, engine_opponents, timing
-from carve_kernels.types import Capture
+from benchmarks.support import cases, engine_opponents, layouts, memory, timing
+from carve_kernels.types import Capture, View, VisualLayout
 from tests.support.bench import run
 
 
@@ -74,6 +74,31 @@ def test_a_flat_truth_stops_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("capture")
     assert result.exit_code == 1
     assert "flat" in result.output
+
+
+LAYOUT_FAULTS: dict[str, tuple[Callable[[View], View], str]] = {
+    "another box": (lambda view: dataclasses.replace(view, box=(0.0, 0.0, view.box[2] + 2, view.box[3])), "cells off"),
+    "another grid": (lambda view: dataclasses.replace(view, grid=view.grid[::-1]), "expected grids"),
+    "another order": (lambda view: dataclasses.replace(view, tokens=view.tokens.flip(0)), "in order"),
+    "the next tokens": (lambda view: dataclasses.replace(view, tokens=view.tokens + 1), "in order"),
+}
+
+
+@pytest.mark.parametrize("fault", LAYOUT_FAULTS)
+def test_a_wrong_layout_stops_layouts(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, message = LAYOUT_FAULTS[fault]
+    honest = layouts.layout_of
+
+    def broken(*args: Any) -> VisualLayout:
+        found = honest(*args)
+        return dataclasses.replace(found, views=(tuple(map(change, found.views[0])),))
+
+    monkeypatch.setattr(memory, "in_fresh_process", lambda _, task, **__: layouts.measure_here(task))
+    monkeypatch.setattr(layouts, "layout_of", broken)
+    monkeypatch.setattr(layouts, "paired", untimed)
+    result = run("layouts")
+    assert result.exit_code == 1
+    assert "nothing was timed" in result.output and message in result.output
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import bench_capture, bench_engine, bench_session
+from benchmarks import bench_capture, bench_engine, bench_layouts, bench_session
 from benchmarks.__main__ import app
-from benchmarks.support import cases, engine_opponents, lines, memory, timing
+from benchmarks.support import cases, engine_opponents, layout_cases, layouts, lines, memory, timing
 from benchmarks.support.models import Shape
+from tests.hf.layouts.families_page import checked
 from tests.support import tiny_models
 from tests.support.bench import run
 
@@ -61,6 +62,27 @@ def test_session_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.
     assert all(set(line["seconds"]) == {"plain", "session", "eager"} for line in found["price"])
     (peaks,) = found["memory"]
     assert peaks["eager_measured"] and peaks["bound"] == 2 * 128 * 4
+
+
+def test_layouts_reports_every_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # test_session_reports starts a process; this would take as long again.
+    monkeypatch.setattr(memory, "in_fresh_process", lambda _, task, **__: layouts.measure_here(task))
+    files = tmp_path / "layouts.json", tmp_path / "layouts.md"
+    result = run("layouts", "--output", str(files[0]), "--markdown", str(files[1]))
+    assert result.exit_code == 0, result.output
+    found = report_of(files[0])["results"]
+    assert [line["labels"]["name"] for line in found] == list(bench_layouts.QUICK)
+    assert [line["labels"]["tokens"] for line in found] == [990, 1024]
+    for line in found:
+        assert len(line["ratios"]) == 4 and all(
+            0 < spread["p10"] <= spread["p90"] for spread in line["ratios"].values()
+        )
+    assert "layout_of, of the process" in files[1].read_text()
+    assert run("layouts", "--family", "nothing").exit_code == 2
+
+
+def test_layouts_has_every_family() -> None:
+    assert set(layout_cases.CASES) == {each.name for each in checked()}
 
 
 def test_engine_reports_every_opponent_against_its_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,16 @@ import torch
 
 from carve_kernels.hf.layouts.cells import options_of, settings_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
-from carve_kernels.hf.layouts.tiling import WHOLE, check_count, ended, function_of, grid_of, pattern_of, tile_view
+from carve_kernels.hf.layouts.tiling import (
+    WHOLE,
+    check_count,
+    check_tiles,
+    ended,
+    function_of,
+    grid_of,
+    pattern_of,
+    tile_view,
+)
 from carve_kernels.types import Size, View
 
 
@@ -31,10 +40,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     if image.has("num_patches") and int(image.item("num_patches")) != len(parts):
         raise ValueError(f"inputs: the prompt has {len(parts)} tiles, num_patches is {image.item('num_patches')}")
     tiles = _tiles(image, max(1, len(parts) - 1))
-    places = [(index // tiles[1] + 1, index % tiles[1] + 1) for index in range(len(parts) - 1)]
+    places = [*((index // tiles[1] + 1, index % tiles[1] + 1) for index in range(len(parts) - 1)), WHOLE]
+    check_tiles(image, image.box, places, tiles)
     return tuple(
-        tile_view(image.box, place, tiles, part, grid, span)
-        for place, part in zip([*places, WHOLE], parts, strict=True)
+        tile_view(image.box, place, tiles, part, grid, span) for place, part in zip(places, parts, strict=True)
     )
 
 

@@ -6,9 +6,10 @@ patches would have the same shape, a few cells are compared with the image itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from math import ceil, floor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,18 +25,47 @@ _SAMPLES = 8
 _MARGIN = 4
 # The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
 _REACH = 2
-# A large image is first averaged over whole pixels, which is several times cheaper: in cells that are not small, the
-# error is a tenth of the tolerance.
-_REDUCING_GAP, _SMALL = 1.5, 7
+# A large image is first averaged over whole pixels, which is cheaper, and not seen in cells that are not small, except
+# for noise in images that are enlarged along one axis and shrunk along the other: they are compared again without.
+_REDUCING_GAP, _SMALL = 3.0, 7
 _FILTERS = tuple(Image.Resampling)
+_SAMPLING = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 # The modes whose conversion to RGB is known.
 _MODES = ("RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "PA", "RGBX")
 # Of 255 levels, and of the contrast. Means differ by 0.01 levels between Pillow and torchvision, by half a level on a
 # flat image in bfloat16, and by several levels where another part of an image is visible.
 _LEVELS, _SHARE = 0.6, 0.005
+# The same share where the sizes of the image in between may be other ones.
+_STEPS_SHARE = 0.03
 
 
-def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Seen) -> None:
+class Resize(NamedTuple):
+    """How an image processor resizes an image.
+
+    =======  =======================================================================================================
+    steps    the sizes to which it may resize the whole image before, in order; several where that is not known
+    average  whether a pixel is the average of what it covers, and not what is at its centre (antialias)
+    =======  =======================================================================================================
+    """
+
+    steps: Sequence[Sequence[Size]] = ((),)
+    average: bool = True
+
+
+AT_ONCE = Resize()
+
+
+class _Way(NamedTuple):
+    """One of the ways to resize an image, and to convert it to RGB."""
+
+    steps: Sequence[Size]
+    average: bool
+    resample: Image.Resampling
+    convert: Convert
+    gap: float | None
+
+
+def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Seen, resize: Resize = AT_ONCE) -> None:
     """Raise ValueError if cells do not show their parts of the image; nothing is known of images given as sizes.
 
     `seen(rows, columns)` has the means of equal parts of cells over all channels, [cells, down, across].
@@ -49,35 +79,42 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
     values = seen(rows, columns).float().cpu().numpy()
     count, down, across = values.shape
-    for resample, convert in _conversions(image):
-        parts = np.stack([_part(image, box, grid, cell, place, resample, convert) for place in cells])
+    for way in _ways(image, resize, cell):
+        parts = np.stack([_part(image, box, grid, cell, place, way) for place in cells])
         levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3)
-        if _equal(image.image_processor, values, levels.mean((2, 4), dtype=np.float32)):
+        share = _STEPS_SHARE if way.steps else _SHARE
+        if _equal(image.image_processor, values, levels.mean((2, 4), dtype=np.float32), share):
             return
     raise ValueError(
         f"inputs: pixel_values do not show the image of {image.size[0]} x {image.size[1]} as the settings of "
-        f"{type(image.image_processor).__name__} make them; give the images that made the inputs, and give "
-        "settings to the image processor, not to a call"
+        f"{type(image.image_processor).__name__} make them; give the images that made the inputs, in the order of the "
+        "prompts, and give settings to the image processor, not to a call"
     )
 
 
-def check_pixels(image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor) -> None:
-    """The same for pixels [3, H, W]; rows or columns of one pixel if the image is narrower than a cell."""
+def check_pixels(
+    image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor, resize: Resize = AT_ONCE
+) -> None:
+    """The same for pixels [3, H, W], or those of rows and columns of tiles [rows, columns, 3, H, W].
+
+    If the image is narrower than a cell, rows or columns of one pixel are compared.
+    """
     rows, columns = _within(image.size, box, grid, cell)
     down, across = cell[0] if rows else 1, cell[1] if columns else 1
     grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
-    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)))
+    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)), resize)
 
 
 def _pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
-    """What `check_seen` reads of pixels [3, H, W]: four parts of each cell, or one of a cell of odd sides."""
+    """What `check_seen` reads of pixels: four parts of each cell, or one of a cell of odd sides."""
     parts = (1, 1) if cell[0] % 2 or cell[1] % 2 else (2, 2)
+    tiles = pixels if pixels.ndim == 5 else pixels[None, None]
+    height, width = tiles.shape[-2:]
 
     def seen(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        down, across = (
-            first[:, None] * length + torch.arange(length) for first, length in zip((rows, columns), cell, strict=True)
-        )
-        found = pixels[:, down[:, :, None], across[:, None, :]].float().mean(0)
+        down = (rows[:, None] * cell[0] + torch.arange(cell[0]))[:, :, None]
+        across = (columns[:, None] * cell[1] + torch.arange(cell[1]))[:, None, :]
+        found = tiles[down // height, across // width, :, down % height, across % width].float().mean(-1)
         return found.view(-1, parts[0], cell[0] // parts[0], parts[1], cell[1] // parts[1]).mean((2, 4))
 
     return seen
@@ -126,16 +163,18 @@ def _inside(size: Size, box: Box, grid: Size, cell: Size) -> list[tuple[int, int
     return [(rows[number // len(columns)], columns[number % len(columns)]) for number in numbers]
 
 
-def _conversions(image: ProcessedImage) -> Iterator[tuple[Image.Resampling, Convert]]:
-    """The filters and conversions to RGB, those of the processor first: a filter may have been given to a call."""
+def _ways(image: ProcessedImage, resize: Resize, cell: Size) -> Iterator[_Way]:
+    """The ways to resize and convert an image, that of the processor first: a filter may have been given to a call."""
     own = getattr(image.image_processor, "resample", None)
     first = Image.Resampling.BICUBIC if own is None else Image.Resampling(int(own))
     original = image.original
     transparent = "A" in original.mode or "transparency" in original.info
-    for resample in sorted(_FILTERS, key=lambda each: each != first):
-        yield resample, _opaque
+    filters = sorted(_FILTERS if resize.average else _SAMPLING, key=lambda each: each != first)
+    gaps = (_REDUCING_GAP, None) if resize.average and min(cell) > _SMALL else (None,)
+    for gap, resample, steps in product(gaps, filters, resize.steps):
+        yield _Way(steps, resize.average, resample, _opaque, gap)
         if transparent:
-            yield resample, _over_white
+            yield _Way(steps, resize.average, resample, _over_white, gap)
 
 
 def _opaque(part: Image.Image) -> Image.Image:
@@ -147,33 +186,52 @@ def _over_white(part: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
 
 
-def _part(
-    image: ProcessedImage, box: Box, grid: Size, cell: Size, place: Size, resample: Image.Resampling, convert: Convert
-) -> Any:
+def _part(image: ProcessedImage, box: Box, grid: Size, cell: Size, place: Size, way: _Way) -> Any:
     """A cell of the image, resized as the image processor would, uint8 [height, width, 3]."""
     width, height = (box[2] - box[0]) / grid[1], (box[3] - box[1]) / grid[0]
     left, top = max(0.0, box[0] + place[1] * width), max(0.0, box[1] + place[0] * height)
     right, bottom = min(float(image.size[1]), left + width), min(float(image.size[0]), top + height)
-    source, bounds = image.original, (left, top, right, bottom)
-    if source.mode != "RGB":
-        # The whole image would be converted again for each cell.
+    sizes = [image.size, *way.steps]
+    bounds = _scaled((left, top, right, bottom), image.size, sizes[-1])
+    return np.asarray(_resized(image.original, sizes, bounds, cell, way))
+
+
+def _resized(original: Image.Image, sizes: Sequence[Size], bounds: Box, cell: Size, way: _Way) -> Image.Image:
+    """A cell of what is within bounds of the last of the sizes to which an image is resized one after another."""
+    *before, size = sizes
+    source = original
+    if before or source.mode != "RGB":
+        # The whole image would be resized or converted again for each cell.
+        left, top, right, bottom = bounds
         across, down = (
-            ceil(_MARGIN * max(1.0, side / out)) for side, out in zip((width, height), cell[::-1], strict=True)
+            ceil(_MARGIN * max(1.0, length / out))
+            for length, out in zip((right - left, bottom - top), cell[::-1], strict=True)
         )
-        edges = floor(left) - across, floor(top) - down, ceil(right) + across, ceil(bottom) + down
-        corner = max(0, edges[0]), max(0, edges[1])
-        source = convert(source.crop((*corner, min(image.size[1], edges[2]), min(image.size[0], edges[3]))))
+        corner = max(0, floor(left) - across), max(0, floor(top) - down)
+        end = min(size[1], ceil(right) + across), min(size[0], ceil(bottom) + down)
         bounds = left - corner[0], top - corner[1], right - corner[0], bottom - corner[1]
-    gap = _REDUCING_GAP if min(cell) > _SMALL else None
-    return np.asarray(source.resize(cell[::-1], resample, bounds, reducing_gap=gap))
+        if before:
+            shape = end[1] - corner[1], end[0] - corner[0]
+            source = _resized(original, before, _scaled((*corner, *end), size, before[-1]), shape, way)
+        else:
+            source = way.convert(source.crop((*corner, *end)))
+    if not way.average:
+        return source.transform(cell[::-1], Image.Transform.EXTENT, bounds, way.resample)
+    return source.resize(cell[::-1], way.resample, bounds, reducing_gap=way.gap)
 
 
-def _equal(processor: Any, values: Any, levels: Any) -> bool:
+def _scaled(bounds: Box, size: Size, to: Size) -> Box:
+    """Bounds within a size as those within another one."""
+    across, down = to[1] / size[1], to[0] / size[0]
+    return bounds[0] * across, bounds[1] * down, bounds[2] * across, bounds[3] * down
+
+
+def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
     """Whether values are what the processor makes of levels."""
     grey = levels.mean(3)
     contrast = float(np.abs(grey - np.median(grey)).mean())
     errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(processor, levels))
-    return bool(min(errors) <= _LEVELS + _SHARE * contrast)
+    return bool(min(errors) <= _LEVELS + share * contrast)
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:

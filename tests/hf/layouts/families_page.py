@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import transformers
 
-from carve_kernels.hf.families import BY_PROCESSOR, FAMILIES, Family
+from carve_kernels.hf.families import BY_PROCESSOR, FAMILIES, VIDEO_FAMILIES, Family
 from carve_kernels.hf.layouts.comparison import deviations
 from carve_kernels.hf.layouts.measured import measure
-from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
 from tests.hf.layouts.test_measured import ALL, CODES, EDGES, OPTIONS, SHAPES, TOLERANCE, UNLISTED, family, layout
 from tests.support.processors.kinds import pair, pairs, zoo_kind
 from tests.support.zoo.kinds import kinds

@@ -128,7 +128,7 @@ def test_pages_of_one_run_each_have_their_tiles() -> None:
     layout = layout_of(model, processor, {**inputs, "num_patches": entries["num_patches"]}, [pages])
     assert [sum(view.image == page for view in layout.views[0]) for page in (0, 1)] == list(entries["num_patches"])
     with pytest.raises(ValueError, match="pixel_values has 9 tiles, the prompts of 2"):
-        layout_of(model, processor, {**inputs, "num_patches": [1, 1]}, [pages])
+        layout_of(model, processor, {**inputs, "num_patches": [1, 1]}, [sizes])
 
 
 def test_images_in_another_order_are_refused_where_sizes_came_back() -> None:

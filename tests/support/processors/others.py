@@ -6,15 +6,13 @@ from typing import Any
 
 import transformers
 
-from tests.support.processors.kinds import image_processor, processor, template, tokenizer
+from tests.support.processors.kinds import CROP, SQUARE, image_processor, processor, template, tokenizer
 from tests.support.processors.single import (
     AREA,
     GLM_NAMES,
     GLM_TEMPLATE,
     GLM_TOKENS,
     PIXTRAL_TOKENS,
-    SQUARE,
-    centre_crop,
     pixtral_images,
     qwen,
 )
@@ -96,7 +94,7 @@ def gemma3n() -> Any:
 @processor()
 def fast_vlm() -> Any:
     return transformers.LlavaProcessor(
-        centre_crop("clip", "CLIPImageProcessor"),
+        image_processor("clip", "CLIPImageProcessor")(**CROP),
         tokenizer(("<image>",), {"image_token": "<image>"}),
         patch_size=14,
         vision_feature_select_strategy="full",
