@@ -230,17 +230,17 @@ def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
     """Whether values are what the processor makes of levels."""
     grey = levels.mean(3)
     contrast = float(np.abs(grey - np.median(grey)).mean())
-    errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(processor, levels))
-    return bool(min(errors) <= _LEVELS + share * contrast)
+    bound = _LEVELS + share * contrast
+    return any(np.abs(values - found).mean() / scale <= bound for found, scale in _normalised(processor, levels))
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
-    """What levels of 0 to 255 become, over all channels, with and without a rescale and a normalisation; and of one."""
+    """What levels of 0 to 255 become, over all channels, with and without a normalisation and a rescale; and of one."""
     factor = float(getattr(processor, "rescale_factor", None) or 1 / 255)
     mean, std = (
         np.atleast_1d(np.asarray(getattr(processor, name, None) or default, dtype=np.float32))
         for name, default in (("image_mean", 0.0), ("image_std", 1.0))
     )
     for scale in (factor, 1.0):
-        yield (levels * scale).mean(-1), scale
         yield ((levels * scale - mean) / std).mean(-1), scale / float(std.mean())
+        yield (levels * scale).mean(-1), scale
