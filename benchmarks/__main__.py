@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | engine | gpu`: check answers, time opponents in turns, print tables.
+"""`python -m benchmarks capture | cpu | session | layouts | engine | gpu`: check answers, time opponents in turns.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing.
 """
@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import bench_capture, bench_engine, bench_pixels, bench_session
+from benchmarks import bench_capture, bench_engine, bench_layouts, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
-from benchmarks.support import cases, lines, machine
+from benchmarks.support import cases, layout_cases, lines, machine
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
 from carve_kernels.models import small
@@ -127,6 +127,31 @@ def session(
             "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
             "memory": bench_session.memory(shape, peaks, rows=rows, advance=advance),
         }
+
+
+@app.command()
+def layouts(
+    quick: Quick = False,
+    family: Annotated[list[str] | None, typer.Option(help="A processor of the tests, may be repeated; all.")] = None,
+    rounds: Annotated[int, typer.Option(min=3)] = 9,
+    threads: Threads = None,
+    output: Output = None,
+    markdown: Markdown = None,
+) -> None:
+    """`layout_of` beside the processor's own call, for one image of about 1,024 tokens; on one thread."""
+    _check_output("--markdown", markdown)
+    names, size = family or list(layout_cases.CASES), layout_cases.PHOTO
+    if quick:
+        names, size, rounds = list(bench_layouts.QUICK), bench_layouts.QUICK_PHOTO, 3
+    unknown = sorted(set(names) - set(layout_cases.CASES))
+    if unknown:
+        raise typer.BadParameter(f"--family: expected some of {list(layout_cases.CASES)}, got {unknown}")
+    with _reporting("layouts", output, threads, lines.tables) as report, _progress(1) as advance:
+        report["settings"] = {"size": size, "rounds": rounds}
+        entries = list(bench_layouts.measure(names, size, rounds=rounds, advance=advance))
+        report["results"] = _without_goals(entries) if quick else entries
+    if markdown is not None:
+        markdown.write_text(lines.markdown(report))
 
 
 @app.command()

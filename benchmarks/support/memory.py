@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,13 +43,13 @@ def peak_in_fresh_process(what: str, shape: Shape, length: int, rows: int) -> Pe
     return Peak(**in_fresh_process("benchmarks.support.memory", task))
 
 
-def in_fresh_process(module: str, task: dict[str, Any]) -> Any:
+def in_fresh_process(module: str, task: dict[str, Any], environment: Mapping[str, str] = _MALLOC) -> Any:
     """The last line, as JSON, that a module prints when it is run with this task."""
     command = [sys.executable, "-m", module, json.dumps(task)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | _MALLOC, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         reason = "killed, most likely for memory" if done.returncode == -9 else done.stderr[-2000:]
-        raise RuntimeError(f"memory of {task}: its process failed: {reason}")
+        raise RuntimeError(f"{module} of {task}: its process failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -26,6 +26,8 @@ _CROSS = Family(None, reason="the image is read by cross-attention, its token on
 _MERGED = Family("merged_grid")
 _PIXTRAL = {"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"}
 _PIXTRAL_CELL = ("vision_config.patch_size", "spatial_merge_size")
+_MISTRAL = Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL})
+_MUSE = Family("merged_grid", {"merge": "vision_config.merge_size", "raster": True})
 _SQUARE = Family("padded_square")
 _ROWS_AND_COLUMNS = {"tile": r"<row_(\d+)_col_(\d+)>", "last": True, "merge": "scale_factor"}
 _SLICES = {
@@ -48,7 +50,9 @@ FAMILIES: dict[str, Family] = {
     "blip-2": _QUERIES,
     "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
+    "cohere_compass": _MERGED,
     "cosmos3_edge": _MERGED,
+    "cosmos3_omni": _MERGED,
     "deepseek_ocr2": _QUERIES,
     "deepseek_vl": _SQUARE,
     "emu3": Family(
@@ -66,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "glm4v": _MERGED,
     "glm4v_moe": _MERGED,
     "glm_ocr": _MERGED,
+    "glmga": _MERGED,
     "got_ocr2": Family("counted_tiles", {"pages": True, "merge": (4,)}),
     "granite4_vision": Family("unpadded_rows"),
     "granite_docling": Family(
@@ -135,10 +140,12 @@ FAMILIES: dict[str, Family] = {
     "minicpmv4_6": Family("marked_tiles", _SLICES),
     "minicpmv4_7": Family("marked_tiles", _SLICES),
     "minimax_m3_vl": _MERGED,
-    "mistral3": Family("sized_grid", {"cell": _PIXTRAL_CELL, "settings": _PIXTRAL}),
+    "mistral3": _MISTRAL,
+    "mistral_large4": _MISTRAL,
     "mllama": _CROSS,
     "molmo2": Family("low_and_high", placeholder=True),
-    "muse_glimmer": Family("merged_grid", {"merge": "vision_config.merge_size", "raster": True}),
+    "muse_glimmer": _MUSE,
+    "muse_spark": _MUSE,
     "ovis2": Family(
         "marked_tiles",
         {

@@ -17,7 +17,7 @@ class Counting:
 
     def __init__(self, faults: dict[str, Exception] | None = None, tokens: int = 10) -> None:
         self.device = torch.device("cpu")
-        self.bytes_per_token = 1000
+        self.bytes_per_token, self.bytes_per_prompt = 1000, 0
         self.groups: list[list[str]] = []
         self._faults, self._tokens = faults or {}, tokens
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,6 +53,19 @@ def states_reason(model: Any) -> str | None:
         if not continues:
             return f"its layer {number} ({type(module).__name__}) does not continue a copy of its states"
     return None
+
+
+def state_bytes(model: Any) -> int:
+    """The bytes of one prompt's states in all recurrent layers; a class that cannot be tried counts as none."""
+    config: Any = text_backbone(model).config
+    sizes: dict[type[nn.Module], int] = {}
+    modules = recurrent_modules(model).values()
+    for module in modules:
+        if type(module) not in sizes:
+            # It may be any forward.
+            with suppress(Exception):
+                sizes[type(module)] = caches.states_nbytes(_tried(module, config))
+    return sum(sizes.get(type(module), 0) for module in modules)
 
 
 class States(NamedTuple):
@@ -127,11 +140,8 @@ class RecurrentLayers:
 
 def _continues(module: nn.Module, config: Any) -> bool:
     """Whether runs after a copy of the prefix's state give what one run over all tokens does."""
-    device, dtype = min(devices_of(module), key=str), dtype_of(module) or torch.float32
     prefix, runs = _TRIAL
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(1, prefix + sum(runs), config.hidden_size, generator=generator).to(device, dtype)
-    name = str(caches.cache_argument(module))
+    hidden, name = _hidden(module, config, prefix + sum(runs)), str(caches.cache_argument(module))
     with torch.no_grad():
         expected = module(hidden, **{name: caches.new_states(config)})
         states = caches.new_states(config)
@@ -145,6 +155,19 @@ def _continues(module: nn.Module, config: Any) -> bool:
                     return False
                 start += count
     return True
+
+
+def _tried(module: nn.Module, config: Any) -> Any:
+    """A cache with the states of one layer."""
+    states = caches.new_states(config)
+    with torch.no_grad():
+        module(_hidden(module, config, 1), **{str(caches.cache_argument(module)): states})
+    return states
+
+
+def _hidden(module: nn.Module, config: Any, count: int) -> torch.Tensor:
+    device, dtype = min(devices_of(module), key=str), dtype_of(module) or torch.float32
+    return torch.randn(1, count, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:

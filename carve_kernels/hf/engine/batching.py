@@ -26,6 +26,8 @@ _Pending = tuple[Request, tuple[Any, ...]]
 MAX_BATCH = 8
 # KV caches get a quarter of the free memory; the rest is for activations and other processes.
 _SHARE = 4
+# A request has states of recurrent layers behind its image, behind its question, and behind the general instruction.
+_STATES = 3
 # Errors that end the whole batch: the backend, another transformers, or a GPU that needs a new process.
 _FATAL = (BackendUnavailable, UpstreamChanged, torch.AcceleratorError)
 _EXPECTED = (ValueError, TypeError, OSError)
@@ -41,6 +43,9 @@ class Engine(Protocol):
 
     @property
     def bytes_per_token(self) -> int: ...
+
+    @property
+    def bytes_per_prompt(self) -> int: ...
 
     def request(self, image: Any, question: str, prompt: str | None = None) -> Request: ...
 
@@ -91,10 +96,10 @@ def stream(
     given = {"images": images, "questions": questions, "prompts": prompts}
     many = {name: value for name, value in given.items() if _is_many(name, value)}
     total = _total(many)
-    limit = _token_limit(engine, tokens)
+    limit, own = _token_limit(engine, tokens)
     columns: list[Any] = [many.get(name, repeat(value)) for name, value in given.items()]
     calls: Iterable[tuple[Any, ...]] = _zip(columns, many) if many else [(images, questions, prompts)]
-    return _report(_results(engine, calls, limit), total if many else 1, on_progress)
+    return _report(_results(engine, calls, limit, own), total if many else 1, on_progress)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -128,10 +133,12 @@ def _available_in_cgroup() -> int | None:
     return None if limit == "max" else int(limit) - used + int(facts.get("inactive_file", 0))
 
 
-def _token_limit(engine: Engine, tokens: int | None) -> int:
+def _token_limit(engine: Engine, tokens: int | None) -> tuple[int, int]:
+    """The most tokens of a batch, and how many tokens take as much memory as the states of one request."""
     if tokens is not None:
-        return checks.integer("tokens", tokens, low=1)
-    return max(1, free_bytes(engine.device) // _SHARE // engine.bytes_per_token)
+        return checks.integer("tokens", tokens, low=1), 0
+    each = engine.bytes_per_token
+    return max(1, free_bytes(engine.device) // _SHARE // each), -(-_STATES * engine.bytes_per_prompt // each)
 
 
 def _is_many(name: str, value: Any) -> bool:
@@ -172,8 +179,8 @@ def _zip(columns: list[Any], many: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         yield call
 
 
-def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int) -> Iterator[Result]:
-    """Results in the order of the calls; requests are pending until no more of them fit."""
+def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int, own: int) -> Iterator[Result]:
+    """Results in the order of the calls; requests are pending until no more fit, each with `own` tokens more."""
     pending: list[_Pending] = []
     tokens = 0
     source = iter(calls)
@@ -188,7 +195,7 @@ def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int) -> It
         if call is None or request is None:
             break
         failed = isinstance(request, CarveFailure)
-        if failed or (pending and tokens + request.tokens > limit):
+        if failed or (pending and tokens + request.tokens + own > limit):
             had_pending = len(pending)
             yield from _answer(engine, pending)
             pending, tokens = [], 0
@@ -199,7 +206,7 @@ def _results(engine: Engine, calls: Iterable[tuple[Any, ...]], limit: int) -> It
             yield request
             continue
         pending.append((request, call))
-        tokens += request.tokens
+        tokens += request.tokens + own
         # _answer frees the requests, so this frame must not hold one.
         request = None
         if tokens >= limit or len(pending) == MAX_BATCH:

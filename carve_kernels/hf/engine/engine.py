@@ -13,6 +13,7 @@ from carve_kernels import checks, deprecation
 from carve_kernels.backends import BACKENDS
 from carve_kernels.hf import names
 from carve_kernels.hf.decoding import exclusive, sequential_reason
+from carve_kernels.hf.decoding.recurrent import state_bytes
 from carve_kernels.hf.engine import batching
 from carve_kernels.hf.engine.cache import Memory, memory_of
 from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
@@ -31,7 +32,6 @@ from carve_kernels.hf.model import (
     unwrap,
 )
 from carve_kernels.hf.session import contract
-from carve_kernels.hf.videos import MAX_FRAMES
 from carve_kernels.presets import FITS, Preset
 
 Many = list[Any] | tuple[Any, ...]
@@ -176,7 +176,7 @@ class CarveEngine:
         video: VideoSource,
         question: str,
         *,
-        max_frames: int = MAX_FRAMES,
+        max_frames: int | None = None,
         fps: float | None = None,
         prompt: str | None = None,
         on_progress: OnProgress | None = None,
@@ -187,7 +187,7 @@ class CarveEngine:
         argument     meaning
         ===========  ==================================================================================================
         video        a path, of which `open_video` takes frames, or a Video: then all of its frames are read
-        max_frames   of a path: at most so many frames; `fps`: so many for each second
+        max_frames   of a path: at most so many frames, None = 32; `fps`: so many for each second
         prompt       the whole text that the model reads, with one video token; None: the chat template's
         ===========  ==================================================================================================
 
@@ -235,9 +235,14 @@ class CarveEngine:
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of keys and values of one token in all layers."""
+        """The bytes of keys and values of one token in all layers that attend."""
         backbone = text_backbone(self.model)
-        return len(decoder_layers(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
+        return len(attention_modules(self.model)) * names.key_value_size(backbone.config) * backbone.dtype.itemsize
+
+    @property
+    def bytes_per_prompt(self) -> int:
+        """The bytes of a prompt's states in recurrent and convolution layers, which do not grow with its tokens."""
+        return state_bytes(self.model)
 
     def request(self, image: ImageSources, question: str, prompt: str | None = None, refine: Refine = None) -> Request:
         """Check an image, or several, and a question, open and process the images; the model does not run."""

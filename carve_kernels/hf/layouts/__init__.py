@@ -6,7 +6,6 @@ There is a module for each kind of layout, that is for each way in which process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.rows import by_row
 from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
@@ -62,14 +61,14 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     is_image = ids == names.image_id(config)
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    by_row = _by_row(images, len(is_image))
-    sizes = tuple(tuple(_size(image) for image in row) for row in by_row)
+    of_rows = by_row("images", images, len(is_image), _is_image)
+    sizes = tuple(tuple(_size(image) for image in row) for row in of_rows)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
     kind, total = _kind(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
-    for row, of_row in enumerate(by_row):
+    for row, of_row in enumerate(of_rows):
         cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
         found: list[View] = []
         for index, given in enumerate(of_row):
@@ -158,22 +157,6 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
         f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "
         "the prompt was probably truncated within the image"
     )
-
-
-def _by_row(images: Any, rows: int) -> list[Any]:
-    if _is_image(images):
-        images = [images]
-    if not isinstance(images, Sequence) or isinstance(images, str):
-        raise TypeError(f"images: expected a list of images or of lists of images, got {describe(images)}")
-    nested = [[image] for image in images] if all(_is_image(image) for image in images) else list(images)
-    if rows == 1 and len(nested) > 1:
-        nested = [[image for row in nested for image in row]]
-    if len(nested) != rows:
-        raise ValueError(
-            f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
-            "images a row, in the order of the prompt"
-        )
-    return nested
 
 
 def _is_image(value: Any) -> bool:

@@ -90,6 +90,10 @@ class Cursor:
         self.taken += count
         return torch.tensor(found + [-1] * (count - len(found)), dtype=torch.int32)
 
+    def take_rows(self, rows: int, columns: int) -> torch.Tensor:
+        """The same for rows of image tokens [rows, columns], each of which one more image token ends, a newline."""
+        return self.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns]
+
     def run(self) -> int:
         """How many of the next image tokens follow each other without another token between them."""
         end = self.taken

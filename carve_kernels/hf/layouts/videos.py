@@ -23,9 +23,10 @@ from PIL import Image
 from carve_kernels.checks import describe, integer
 from carve_kernels.hf import names
 from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
-from carve_kernels.hf.layouts.centre_crop import box_of
+from carve_kernels.hf.layouts.cropping import cropped_box
 from carve_kernels.hf.layouts.merged_grid import MERGE
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.rows import by_row
 from carve_kernels.hf.processors import TOKEN_TYPES
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import Box, Size, View, VisualLayout
@@ -59,18 +60,25 @@ _MERGED = VideoFamily("merged")
 _GLM = VideoFamily("merged", {"image_token": True})
 
 VIDEO_FAMILIES: dict[str, VideoFamily] = {
+    "exaone4_5": _MERGED,
     "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
+    "hyperclovax_vision_v2": _MERGED,
     "internvl": VideoFamily("square", {"image_token": True, "count": "image_seq_length"}),
+    "lfm3_vl": _MERGED,
     "llava_next_video": VideoFamily("cropped", {"pool": 2}),
     "llava_onevision": VideoFamily("cropped", {"pool": 2, "rounded_up": True, "newline": True}),
+    "qwen2_5_omni_thinker": _MERGED,
     "qwen2_5_vl": _MERGED,
     "qwen2_vl": _MERGED,
     "qwen3_5": _MERGED,
     "qwen3_5_moe": _MERGED,
+    "qwen3_omni_moe_thinker": _MERGED,
     "qwen3_vl": _MERGED,
     "qwen3_vl_moe": _MERGED,
+    "qwen4_exp": _MERGED,
     "smolvlm": VideoFamily("square", {"image_token": True, "count": "image_seq_len", "squared": True}),
     "video_llama_3": VideoFamily("merged", {"merge_sizes": "video_merge_sizes", "mask": "video_compression_mask"}),
     "video_llava": VideoFamily("cropped", {"class_token": True}),
@@ -175,7 +183,9 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
     is_video = _video_tokens(config, family, inputs, alone)
     if not is_video.any():
         raise ValueError("inputs: found no video token in the prompt; build it with a video")
-    rows = _by_row(videos, len(ids))
+    rows = by_row("videos", videos, len(ids), _is_video)
+    for video in (video for row in rows for video in row):
+        _check(video)
     total, number = sum(map(len, rows)), 0
     found: list[tuple[list[View], ...]] = []
     sizes = []
@@ -245,7 +255,7 @@ def _cropped(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     pixels, patch = tuple(frames.shape[-2:]), sides(attribute(video.config, PATCH))
     pool, is_rounded_up = video.options.get("pool", 1), video.options.get("rounded_up", False)
     cell = patch if is_rounded_up else (patch[0] * pool, patch[1] * pool)
-    box = box_of(video, pixels, cell)
+    box = cropped_box(video, pixels, cell)
     rows, columns = pixels[0] // cell[0], pixels[1] // cell[1]
     grid = (ceil(rows / pool), ceil(columns / pool)) if is_rounded_up else (rows, columns)
     before = int(video.processor.num_additional_image_tokens) if video.options.get("class_token") else 0
@@ -263,7 +273,7 @@ def _square(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     if not video.options.get("squared"):
         # The frames of all videos follow each other.
         pixels = tuple(video.entry("pixel_values", "[frames, 3, H, W]").shape[-2:])
-        return video.views(tokens, video.frames, (side, side), box_of(video, pixels, (1, 1)))
+        return video.views(tokens, video.frames, (side, side), cropped_box(video, pixels, (1, 1)))
     made = len(video.item("pixel_values", "[videos, frames, 3, H, W]"))
     if made > video.frames and video.total > 1:
         raise ValueError(
@@ -305,27 +315,11 @@ def _frames(video: Any, inputs: Any, number: int, total: int) -> tuple[int, tupl
     return count, (*video.seconds, video.duration) if isinstance(video, Video) else None
 
 
-def _by_row(videos: Any, rows: int) -> list[list[Any]]:
-    if _is_video(videos):
-        videos = [videos]
-    if not isinstance(videos, Sequence) or isinstance(videos, str):
-        raise TypeError(f"videos: expected a list of videos or of lists of videos, got {describe(videos)}")
-    nested = [[video] for video in videos] if all(map(_is_video, videos)) else [list(row) for row in videos]
-    if rows == 1 and len(nested) > 1:
-        nested = [[video for row in nested for video in row]]
-    if len(nested) != rows:
-        raise ValueError(
-            f"videos: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
-            "videos a row, in the order of the prompt"
-        )
-    for video in (video for row in nested for video in row):
-        if isinstance(video, (list, tuple)) and not video:
-            raise ValueError("videos: expected at least one frame in each video, got one without frames")
-        if not _is_video(video):
-            raise TypeError(
-                f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}"
-            )
-    return nested
+def _check(video: Any) -> None:
+    if isinstance(video, (list, tuple)) and not video:
+        raise ValueError("videos: expected at least one frame in each video, got one without frames")
+    if not _is_video(video):
+        raise TypeError(f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}")
 
 
 def _is_video(value: Any) -> bool:

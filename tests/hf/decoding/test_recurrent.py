@@ -14,6 +14,7 @@ from carve_kernels.hf.decoding import sequential_reason
 from carve_kernels.hf.decoding.prompt_groups import Branch
 from carve_kernels.hf.decoding.recurrent import recurrent_modules
 from carve_kernels.hf.decoding.sequential import greedy_generate
+from carve_kernels.hf.image_inputs import moved
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import attention_modules
 from tests.support.families import state
@@ -58,6 +59,26 @@ def test_prompts_equal_their_own_generate_and_the_prefix_is_read_once(name: str)
         second = decode(model, layers, again)
     assert tokens == [suffixes] * 4 and [result.ids for result in second] == [result.ids for result in found][::-1]
     assert torch.allclose(second[0].maps.values, found[2].maps.values, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "qwen2_5_vl"])
+def test_the_memory_of_a_prompt_is_that_of_its_cache(name: str, dtype: torch.dtype) -> None:
+    model, inputs, _ = build(name)
+    engine = CarveEngine(model.to(dtype), None, preset=Preset.paper(layers=tuple(attention_modules(model))[:1]))
+    with torch.no_grad():
+        cache = model(**moved(inputs, torch.device("cpu"), dtype), use_cache=True).past_key_values
+    tokens = inputs["input_ids"].shape[1]
+    keys = [each for layer in cache.layers for each in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    states = [
+        state
+        for layer in cache.layers
+        for kind in ("conv_states", "recurrent_states")
+        for state in getattr(layer, kind, {}).values()
+    ]
+    assert engine.bytes_per_token * tokens == sum(each.nbytes for each in keys if each is not None) > 0
+    assert engine.bytes_per_prompt == sum(each.nbytes for each in states if each is not None)
+    assert (engine.bytes_per_prompt > 0) is (name != "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])

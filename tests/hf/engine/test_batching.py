@@ -105,6 +105,14 @@ def test_the_bound_comes_from_the_free_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(batching, "free_bytes", lambda device: 4 * 25 * 1000)
     list(stream(engine, "p", ["a", "b", "c", "d", "e"]))
     assert [len(group) for group in engine.groups] == [2, 2, 1]
+    # The states of a request, three for each prompt, take as much as 3 tokens.
+    engine = Counting(tokens=10)
+    engine.bytes_per_prompt = 999
+    list(stream(engine, "p", ["a", "b", "c", "d", "e"]))
+    assert [len(group) for group in engine.groups] == [1] * 5
+    engine.groups.clear()
+    list(stream(engine, "p", ["a", "b", "c", "d", "e"], tokens=20))
+    assert [len(group) for group in engine.groups] == [2, 2, 1]
 
 
 def test_free_memory_is_what_the_machine_and_the_container_have_left(
