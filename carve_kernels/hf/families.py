@@ -47,6 +47,7 @@ FAMILIES: dict[str, Family] = {
         {"between": r"{tile_token}_\d+|{tile_global_token}", "merge": "downsample_factor"},
         placeholder=True,
     ),
+    "blip": Family(None, reason="the image is read by cross-attention, no token stands for it"),
     "blip-2": _QUERIES,
     "chameleon": Family("centre_crop", {"halvings": "vq_config.channel_multiplier"}),
     "cohere2_vision": Family("counted_tiles", {"between": "{img_line_break_token}", "merge": "downsample_factor"}),
@@ -55,15 +56,18 @@ FAMILIES: dict[str, Family] = {
     "cosmos3_omni": _MERGED,
     "deepseek_ocr2": _QUERIES,
     "deepseek_vl": _SQUARE,
+    "deepseek_vl_hybrid": Family("padded_square", {"first": "high_res_pixel_values"}),
     "emu3": Family(
         "sized_grid",
         {"halvings": "vq_config.channel_multiplier", "newlines": True, "settings": {"downsample_ratio": None}},
     ),
     "ernie4_5_vl_moe": _MERGED,
     "exaone4_5": _MERGED,
+    "fast_vlm": Family("centre_crop", {"stride": "patch_size"}),
     "florence2": Family(None, reason="its encoder mixes them with the prompt"),
     "fuyu": Family("padded_grid", {"cell": ("patch_size",)}),
     "gemma3": Family("pan_and_scan", {"tokens": "mm_tokens_per_image"}, placeholder=True),
+    "gemma3n": Family("centre_crop", {"square": "vision_soft_tokens_per_image"}),
     "gemma4": Family("patch_positions"),
     "gemma4_unified": Family("patch_positions", {"pooled": True}),
     "glm46v": _MERGED,
@@ -180,6 +184,37 @@ BY_PROCESSOR: dict[tuple[str, str], Family] = {
     ("llava", "PixtralProcessor"): Family("sized_grid", {"settings": {**_PIXTRAL, "spatial_merge_size": 1}}),
 }
 """The layout of model types that are used with several processors, by model type and class of the processor."""
+
+
+_MERGED_FRAMES = Family("merged_frames")
+_GLM_FRAMES = Family("merged_frames", {"image_token": True})
+_COMPRESSED = {"entry": "video_merge_sizes", "mask": "video_compression_mask"}
+
+VIDEO_FAMILIES: dict[str, Family] = {
+    "exaone4_5": _MERGED_FRAMES,
+    "glm46v": _GLM_FRAMES,
+    "glm4v": _GLM_FRAMES,
+    "glm4v_moe": _GLM_FRAMES,
+    "glm_ocr": _GLM_FRAMES,
+    "hyperclovax_vision_v2": _MERGED_FRAMES,
+    "internvl": Family("square_frames", {"image_token": True, "count": "image_seq_length"}),
+    "lfm3_vl": _MERGED_FRAMES,
+    "llava_next_video": Family("cropped_frames", {"pool": 2}),
+    "llava_onevision": Family("cropped_frames", {"pool": 2, "rounded_up": True, "newline": True}),
+    "qwen2_5_omni_thinker": _MERGED_FRAMES,
+    "qwen2_5_vl": _MERGED_FRAMES,
+    "qwen2_vl": _MERGED_FRAMES,
+    "qwen3_5": _MERGED_FRAMES,
+    "qwen3_5_moe": _MERGED_FRAMES,
+    "qwen3_omni_moe_thinker": _MERGED_FRAMES,
+    "qwen3_vl": _MERGED_FRAMES,
+    "qwen3_vl_moe": _MERGED_FRAMES,
+    "qwen4_exp": _MERGED_FRAMES,
+    "smolvlm": Family("square_frames", {"image_token": True, "count": "image_seq_len", "squared": True}),
+    "video_llama_3": Family("merged_frames", _COMPRESSED),
+    "video_llava": Family("cropped_frames", {"class_token": True}),
+}
+"""The layout of the videos of each model type; `image_token` says that the tokens of a video are image tokens."""
 
 
 def family_of(model_type: str, processor: Any) -> Family | None:

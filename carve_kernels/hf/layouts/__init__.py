@@ -7,7 +7,6 @@ There is a module for each kind of layout, that is for each way in which process
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.kinds import kind_of
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.rows import by_row
@@ -24,6 +24,8 @@ from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
+
+_EACH = "give the images of each row as its own list, in the order of the prompt"
 
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
@@ -62,10 +64,15 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
     of_rows = by_row("images", images, len(is_image), _is_image)
+    for row, (of_row, here) in enumerate(zip(of_rows, is_image, strict=True)):
+        if not of_row and bool(here.any()):
+            raise ValueError(
+                f"images: row {row} has {int(here.sum())} image tokens in its prompt, got no image; {_EACH}"
+            )
     sizes = tuple(tuple(_size(image) for image in row) for row in of_rows)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
-    kind, total = _kind(family), sum(map(len, sizes))
+    kind, total = kind_of(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
     for row, of_row in enumerate(of_rows):
@@ -75,6 +82,11 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
             original = given if isinstance(given, Image.Image) else None
             size = sizes[row][index]
             image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
+            if index and cursor.taken >= len(cursor):
+                raise ValueError(
+                    f"images: the prompt of row {row} ends before image {index + 1} of {len(of_row)}; it was probably "
+                    f"truncated, or {_EACH}"
+                )
             of_image = kind.views(image, cursor)
             found += [replace(view, image=index) for view in of_image]
             number, before = number + 1, before + len(of_image)
@@ -105,7 +117,7 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
             f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
             "load the model's own tokenizer"
         )
-    settings = getattr(_kind(family), "settings", None)
+    settings = getattr(kind_of(family), "settings", None)
     for name, setting, required in settings(config, processor) if settings else ():
         if setting != required:
             raise ValueError(
@@ -123,23 +135,9 @@ def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, 
             f"fit: expected None, got 'pad': what a processor of {unwrap(model).config.model_type!r} crops is unknown, "
             f"known are {supported()}"
         )
-    canvas = getattr(_kind(family), "canvas", None)
+    canvas = getattr(kind_of(family), "canvas", None)
     found: tuple[Size, int, int] = canvas(unwrap(model).config, processor, size) if canvas else (size, 0, 0)
     return found
-
-
-def _kind(family: Family) -> Any:
-    """The module of a kind of layout.
-
-    ========  =====================================================================================================
-    views     (image, tokens) -> the views of one image; its tokens are taken from the cursor `tokens`
-    settings  (config, processor) -> (name, found, expected) for each setting of the processor that must agree with
-              the model's config; optional
-    canvas    (config, processor, size) -> the smallest canvas of an image that the processor does not crop, as
-              (size, top, left); optional, without it images are never cropped
-    ========  =====================================================================================================
-    """
-    return import_module(f"{__name__}.{family.kind}")
 
 
 def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None:
@@ -148,10 +146,7 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
         return
     # One image may have several runs of tokens, but not fewer than one.
     if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
-        raise ValueError(
-            f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
-            "row as its own list, in the order of the prompt"
-        )
+        raise ValueError(f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; {_EACH}")
     grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for view in views)
     raise ValueError(
         f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "

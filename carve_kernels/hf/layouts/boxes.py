@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from carve_kernels.types import Box, Size
 
+Point = tuple[float, float]
 
-def part(size: Size, resized: Size, start: Size, end: Size, padded: Size | None = None) -> Box:
+
+def part(size: Size, resized: Size, start: Point, end: Point, padded: Size | None = None) -> Box:
     """The box between two corners, (top, left) and (bottom, right) in pixels of the resized image.
 
     `padded` is the size of the image with the same padding at opposite sides, if it has any before it is resized.

@@ -4,6 +4,8 @@
 option       meaning
 ===========  =======================================================================================================
 cell, ...    as for `cells.cell_of`
+square       the attribute of the config with the number of tokens of any image, which are a square grid (Gemma 3n)
+stride       the processor's setting with the side of a cell, which the config lacks (FastVLM)
 class_token  the tokens of the vision tower are selected by vision_feature_select_strategy, by default without the first
 ===========  =======================================================================================================
 """
@@ -11,10 +13,11 @@ class_token  the tokens of the vision tower are selected by vision_feature_selec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import PATCH, cell_of, options_of, settings_of
-from carve_kernels.hf.layouts.cropping import cropped_box, smallest_canvas
+from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, options_of, settings_of, sides
+from carve_kernels.hf.layouts.cropping import cropped_box, cropped_size, smallest_canvas
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Size, View
@@ -28,7 +31,10 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
     Files of older processors lack them; transformers then counts with None, or one token too few.
     """
-    if not options_of(config, processor).get("class_token"):
+    options = options_of(config, processor)
+    if "stride" in options:
+        yield from _strides(processor, options["stride"])
+    if not options.get("class_token"):
         return
     yield from settings_of(config, processor, {"patch_size": PATCH})
     before = _CLASS_TOKENS.get(config.vision_config.model_type)
@@ -45,10 +51,23 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     yield "num_additional_image_tokens", count, before
 
 
+def _strides(processor: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """The settings by which the processor counts a token for each cell."""
+    stride = getattr(processor, name, None)
+    if not isinstance(stride, int):
+        raise ValueError(
+            f"processor: {name} is {stride!r}, expected the side of the cells of the model's vision tower in pixels, "
+            "which its config does not have"
+        )
+    yield "vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", None), "full"
+    yield "num_additional_image_tokens", getattr(processor, "num_additional_image_tokens", 0), 0
+
+
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the crop, with the grid from `pixel_values` and the box from the image processor's settings."""
-    pixels, cell = image.item("pixel_values", "[images, 3, H, W]"), cell_of(image.config, image.options)
+    pixels = image.item("pixel_values", "[images, 3, H, W]")
     height, width = pixels.shape[-2:]
+    cell = _cell(image.config, image.processor, (height, width))
     grid, box = (height // cell[0], width // cell[1]), cropped_box(image, (height, width), cell)
     check_pixels(image, box, grid, cell, pixels)
     # A class token before the patches is in no view.
@@ -58,7 +77,25 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
 def canvas(config: Any, processor: Any, size: Size) -> tuple[Size, int, int]:
     """The image itself if it is not cropped, else the smallest canvas that has it within the crop."""
-    return smallest_canvas(processor.image_processor, size, cell_of(config, options_of(config, processor)))
+    image_processor = processor.image_processor
+    return smallest_canvas(image_processor, size, _cell(config, processor, cropped_size(image_processor, size)))
+
+
+def _cell(config: Any, processor: Any, pixels: Size) -> Size:
+    """The pixels of the vision tower's input that a token covers, (height, width)."""
+    options = options_of(config, processor)
+    if "stride" in options:
+        return sides(getattr(processor, options["stride"]))
+    if "square" not in options:
+        return cell_of(config, options)
+    tokens = attribute(config, options["square"])
+    side = isqrt(tokens)
+    if side**2 != tokens or pixels[0] % side or pixels[1] % side:
+        raise ValueError(
+            f"inputs: expected pixel_values that {tokens} square tokens cover, as in the model's config, got "
+            f"{pixels[0]} x {pixels[1]}"
+        )
+    return pixels[0] // side, pixels[1] // side
 
 
 def _extra_tokens(processor: Any) -> int:

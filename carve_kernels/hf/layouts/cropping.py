@@ -18,7 +18,7 @@ def cropped_box(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> B
     Raises ValueError if the settings of the image processor make another size of the image.
     """
     image_processor, size = image.image_processor, image.size
-    expected = _sizes(image_processor, size)[2]
+    expected = cropped_size(image_processor, size)
     if expected != pixels:
         raise ValueError(
             f"inputs: pixel_values are {pixels[0]} x {pixels[1]}, but the settings of "
@@ -26,6 +26,11 @@ def cropped_box(image: ProcessedImage, pixels: tuple[int, ...], cell: Size) -> B
             f"{size[1]}; give the processor and the images that made the inputs, with the same settings"
         )
     return _box(image_processor, size, cell)
+
+
+def cropped_size(image_processor: Any, size: Size) -> Size:
+    """The size of what an image processor makes of an image."""
+    return _sizes(image_processor, size)[2]
 
 
 def smallest_canvas(image_processor: Any, size: Size, cell: Size) -> tuple[Size, int, int]:

@@ -57,7 +57,7 @@ def grid_of(image: ProcessedImage) -> Size:
             f"inputs: expected pixel_values of patches of {height} x {width} pixels, as in the model's config, got "
             f"{pixels[0].numel()} numbers a patch"
         )
-    return merged("image_grid_thw", patches, _merge(image))
+    return merged("image_grid_thw", patches, merge_of(image))
 
 
 def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
@@ -65,11 +65,12 @@ def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
     if not image.has("pixel_values"):
         return
     start = int(image.entry("image_grid_thw")[: image.number].prod(1).sum())
-    merge, patch = _merge(image), sides(attribute(image.config, PATCH))
+    merge, patch = merge_of(image), sides(attribute(image.config, PATCH))
     seen = patches_of(image.entry("pixel_values")[start:], grid, merge, bool(image.options.get("raster")))
     check_seen(image, box, grid, (merge[0] * patch[0], merge[1] * patch[1]), seen)
 
 
-def _merge(image: ProcessedImage) -> Size:
+def merge_of(image: ProcessedImage) -> Size:
+    """How many patches become a token, as (rows, columns)."""
     entry = image.options.get("entry")
     return sides(int(image.item(entry)) if entry else attribute(image.config, image.options.get("merge", MERGE)))

@@ -1,6 +1,7 @@
 """One run of tokens per image, on the patches of the image that is resized to a side of a square and centred in it.
 
-DeepSeek-VL and Janus. The option `cell` is that of `cells.cell_of`.
+DeepSeek-VL and Janus. The option `cell` is that of `cells.cell_of`; `first` names the entry with the pixels that were
+resized and centred first, from which those of another side were made.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         raise ValueError(
             f"inputs: expected square pixel_values, got {pixels[0]} x {pixels[1]}; the image must be padded (do_pad)"
         )
-    resized = _resized(image.size, pixels[0], getattr(image.image_processor, "min_size", 0))
-    top, left = (-((pixels[0] - length) // 2) for length in resized)
-    box = part(image.size, resized, (top, left), (top + grid[0] * cell[0], left + grid[1] * cell[1]))
+    square = image.item(image.options.get("first", "pixel_values")).shape[-1]
+    resized = _resized(image.size, square, getattr(image.image_processor, "min_size", 0))
+    top, left = (-((square - length) // 2) for length in resized)
+    scale = square / pixels[0]
+    end = top + grid[0] * cell[0] * scale, left + grid[1] * cell[1] * scale
+    box = part(image.size, resized, (top, left), end)
     check_pixels(image, box, grid, cell, image.item("pixel_values"))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 

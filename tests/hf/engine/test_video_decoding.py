@@ -12,7 +12,7 @@ from carve_kernels import CarveEngine, Preset
 from carve_kernels.hf import names
 from carve_kernels.hf.decoding.sequential import greedy_generate
 from carve_kernels.hf.engine.video import VideoResult
-from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
+from carve_kernels.hf.families import VIDEO_FAMILIES
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.hf.video_inputs import build_video_prompt, video_inputs
 from carve_kernels.hf.videos import Video

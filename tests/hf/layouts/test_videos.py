@@ -12,8 +12,8 @@ import torch
 import transformers
 from PIL import Image
 
+from carve_kernels.hf.families import VIDEO_FAMILIES
 from carve_kernels.hf.layouts import layout_of
-from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
 from carve_kernels.hf.video_inputs import build_video_prompt, video_inputs
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import View, VisualLayout

@@ -20,10 +20,6 @@ from tests.support.processors.single import (
 FILLERS = tuple(f"<|unused{number}|>" for number in range(310))
 
 
-def sounds() -> Any:
-    return transformers.WhisperFeatureExtractor(feature_size=16)
-
-
 @processor()
 def cosmos3_omni() -> Any:
     return qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16)
@@ -76,16 +72,6 @@ def deepseek_vl_hybrid() -> Any:
 
 
 @processor()
-def pp_chart2table() -> Any:
-    """Its chat template spells out the tokens of an image."""
-    return transformers.PPChart2TableProcessor(
-        image_processor("pp_chart2table", "PPChart2TableImageProcessor")(size={"height": 256, "width": 256}),
-        tokenizer(("<imgpad>", "<v>", "<img>", "</img>")),
-        chat_template=template(f"<img>{'<imgpad>' * 16}</img>"),
-    )
-
-
-@processor()
 def gemma3n() -> Any:
     names = {
         "image_token": "<image_soft_token>",
@@ -113,42 +99,6 @@ def fast_vlm() -> Any:
         patch_size=14,
         vision_feature_select_strategy="full",
         chat_template=template("<image>"),
-    )
-
-
-@processor()
-def perception_lm() -> Any:
-    names = {"image_token": "<|image|>", "video_token": "<|video|>"}
-    return transformers.PerceptionLMProcessor(
-        transformers.PerceptionLMVideoProcessor(size=SQUARE),
-        transformers.PerceptionLMImageProcessor(tile_size=56, max_num_tiles=6),
-        tokenizer(tuple(names.values()), names),
-        patch_size=14,
-        pooling_ratio=2,
-        chat_template=template("<|image|>", "<|video|>"),
-    )
-
-
-@processor()
-def step3p7() -> Any:
-    marks = ("<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>")
-    images = transformers.Step3p7ImageProcessor(size={"height": 112, "width": 112}, patch_size=56, max_image_size=336)
-    return transformers.Step3p7Processor(
-        images, tokenizer(("<im_patch>", "<v>", *marks)), chat_template=template("<im_patch>")
-    )
-
-
-@processor()
-def nemotron_h_omni() -> Any:
-    names = {"image_token": "<image>", "video_token": "<video>", "audio_token": "<so_embedding>"}
-    names |= {"image_start_token": "<img>", "image_end_token": "</img>"}
-    special = ("<image>", "<video>", "<img>", "</img>", *FILLERS[:6], "<so_embedding>")
-    return transformers.NemotronH_Omni_Reasoning_V3Processor(
-        transformers.NemotronH_Omni_Reasoning_V3ImageProcessor(patch_size=14, min_num_patches=4, max_num_patches=256),
-        transformers.NemotronH_Omni_Reasoning_V3VideoProcessor(patch_size=14),
-        tokenizer(special, names),
-        sounds(),
-        chat_template=template("<image>", "<video>"),
     )
 
 

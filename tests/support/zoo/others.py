@@ -57,25 +57,6 @@ def deepseek_vl_hybrid() -> Example:
     return example(settings, 16, found)
 
 
-@kind("GotOcr2ForConditionalGeneration")
-def pp_chart2table() -> Example:
-    tower = {
-        "hidden_size": 32,
-        "output_channels": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 256,
-        "patch_size": 16,
-        "mlp_dim": 64,
-        "window_size": 4,
-        "global_attn_indexes": [1],
-    }
-    settings = config(
-        "pp_chart2table", vision_config=tower, text_config=text(**QWEN2), image_token_index=IMAGE, image_seq_length=16
-    )
-    return example(settings, 16, pixels(256))
-
-
 @kind("MuseSparkForConditionalGeneration", since="5.24")
 def muse_spark() -> Example:
     tower = vision(
@@ -94,6 +75,7 @@ def muse_spark() -> Example:
         num_experts_per_tok=2,
         moe_intermediate_size=32,
         moe_hidden_size=32,
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
     )
     sound = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 64}
     settings = config(
@@ -184,8 +166,7 @@ def perception_lm() -> Example:
 def step3p7() -> Example:
     """Two crops of one token each, and the whole image."""
     tower = {"width": 32, "layers": 2, "heads": 2, "image_size": 112, "max_position_embeddings": 64, "mlp_ratio": 2.0}
-    layers = ["sliding_attention", "full_attention"] * 2
-    language = text(head_dim=16, mlp_layer_types=["dense"] * 4, layer_types=layers, sliding_window=64)
+    language = text(num_hidden_layers=2, head_dim=16, mlp_layer_types=["dense"] * 2, sliding_window=64)
     settings = config("step3p7", vision_config=tower, text_config=language, image_token_id=IMAGE)
     found = {
         "pixel_values": torch.randn(1, 3, 112, 112),
@@ -260,31 +241,3 @@ def mistral_large4() -> Example:
     )
     found = {"pixel_values": torch.randn(1, 3, 56, 84), "image_sizes": torch.tensor([[56, 84]])}
     return example(settings, 6, found, row=3)
-
-
-@kind("Dots3NoteForConditionalGeneration", since="5.24")
-def dots3_note() -> Example:
-    settings = config(
-        "dots3_note",
-        text_config=text(q_lora_rank=16, **SPARSE),
-        vision_config=vision(image_size=None),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=AUDIO,
-    )
-    return example(settings, 6, patches(3 * 2 * 14 * 14))
-
-
-@kind("HYV4VLForConditionalGeneration", since="5.24")
-def hy_v4_vl() -> Example:
-    """A newline after each row, with the id of the image token."""
-    rotation = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    tower = vision(image_size=None, patch_size=16, out_hidden_size=64, max_image_size=128)
-    settings = config(
-        "hy_v4_vl",
-        text_config=text(q_lora_rank=16, rope_parameters=rotation, **SPARSE),
-        vision_config=tower,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    )
-    return example(settings, 2 * (3 + 1), patches(3 * 16 * 16), types="mm_token_type_ids")
