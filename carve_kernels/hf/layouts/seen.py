@@ -231,7 +231,7 @@ def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
     grey = levels.mean(3)
     contrast = float(np.abs(grey - np.median(grey)).mean())
     errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(processor, levels))
-    return bool(min(errors) <= _LEVELS + share * contrast)
+    return any(error <= _LEVELS + share * contrast for error in errors)
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
@@ -242,5 +242,5 @@ def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
         for name, default in (("image_mean", 0.0), ("image_std", 1.0))
     )
     for scale in (factor, 1.0):
-        yield (levels * scale).mean(-1), scale
         yield ((levels * scale - mean) / std).mean(-1), scale / float(std.mean())
+        yield (levels * scale).mean(-1), scale
