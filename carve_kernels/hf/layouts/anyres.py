@@ -59,8 +59,6 @@ def limited(config: Any, grid: Size, side: int) -> Size:
 def runs_of(
     first: int, count: int, shown: int, side: int, cell: int, tile: int
 ) -> Iterator[tuple[slice, float, float]]:
-    first: int, count: int, shown: int, side: int, cell: int, tile: int
-) -> Iterator[tuple[slice, float, float]]:
     """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
 
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates

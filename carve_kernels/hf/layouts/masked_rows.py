@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from carve_kernels.hf.layouts.boxes import part, shrunk
-from carve_kernels.hf.layouts.cells import PATCH, attribute
+from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Size, View
@@ -22,9 +22,9 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     seen = mask[1 : 1 + crops[0] * crops[1], ::2, ::2].unflatten(0, crops).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     kept = int(seen[:, 0].sum()), int(seen[0].sum())
     whole = part(image.size, _resized(image.size, (height, width)), (0, 0), (height, width))
-    patch = attribute(image.config, PATCH)
+    patch = sides(attribute(image.config, PATCH))
     pixels = image.item("image_pixel_values", "[images, crops, 3, H, W]")[1 : 1 + crops[0] * crops[1]]
-    check_pixels(image, whole, (height // patch, width // patch), (patch, patch), pixels.unflatten(0, crops))
+    check_pixels(image, whole, (height // patch[0], width // patch[1]), patch, pixels.unflatten(0, crops))
     box = shrunk(whole, kept[0] / (crops[0] * side), kept[1] / (crops[1] * side))
     rows = View(tokens.take_rows(*kept).flatten(), kept, box, kind="tile")
     tokens.take(1)
