@@ -57,14 +57,14 @@ def limited(config: Any, grid: Size, side: int) -> Size:
 
 
 def runs_of(
-    first: int, count: int, shown: int, side: int, cell: int, tile: int
+    first: int, count: int, visible: int, side: int, cell: int, tile: int
 ) -> Iterator[tuple[slice, float, float]]:
-    """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
+    """Rows or columns of patches that are kept, resized to `visible`, and the pixels of the canvas that they cover.
 
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
     between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, step = tile - side * cell, Fraction(count, shown)
+    remaining, step = tile - side * cell, Fraction(count, visible)
 
     def before(number: int) -> Fraction:
         """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
@@ -72,7 +72,7 @@ def runs_of(
         lower, upper = floor(at) // side, ceil(at) // side
         return remaining * (lower + at % 1 * (upper - lower))
 
-    for pixels, numbers in groupby(range(shown), before):
+    for pixels, numbers in groupby(range(visible), before):
         rows = list(numbers)
         wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
         start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
