@@ -19,6 +19,7 @@ from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.cells import check_settings
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.videos import has_images, video_layout
@@ -107,12 +108,7 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
             "load the model's own tokenizer"
         )
     settings = getattr(_kind(family), "settings", None)
-    for name, setting, required in settings(config, processor) if settings else ():
-        if setting != required:
-            raise ValueError(
-                f"processor: {name} is {setting!r}, expected {required!r} as in the model's config; "
-                f"set processor.{name} = {required!r}, or write it into the processor's file in the checkpoint"
-            )
+    check_settings(settings(config, processor) if settings else ())
     return family
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -73,3 +73,13 @@ def covered(size: Size, resized: Size, grid: Size, cell: Size) -> Box:
         count * side * full / length for count, side, full, length in zip(grid, cell, size, resized, strict=True)
     )
     return 0.0, 0.0, right, bottom
+
+
+def check_settings(settings: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise ValueError at the first (name, found, expected) of a processor that does not agree with the model."""
+    for name, found, expected in settings:
+        if found != expected:
+            raise ValueError(
+                f"processor: {name} is {found!r}, expected {expected!r} as in the model's config; "
+                f"set processor.{name} = {expected!r}, or write it into the processor's file in the checkpoint"
+            )

@@ -11,26 +11,29 @@ square   frames that are stretched to a square, whose tokens the processor count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isqrt
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.hf import names
-from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
+from carve_kernels.hf.layouts.cells import PATCH, attribute, check_settings, settings_of, sides
 from carve_kernels.hf.layouts.centre_crop import box_of
 from carve_kernels.hf.layouts.merged_grid import MERGE
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.seen import check_pixels, check_seen, patches_of
 from carve_kernels.hf.processors import TOKEN_TYPES
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import Box, Size, View, VisualLayout
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
+# The pixels of a frame by which it is known how much it varies.
+_POINTS = (16, 16)
 
 
 class VideoFamily(NamedTuple):
@@ -81,15 +84,31 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
 @dataclass(frozen=True)
 class ProcessedVideo(ProcessedImage):
     """One video of a batch; `frames` is the number of frames that the model is shown, and `times` when each begins and
-    the last one ends, where that is known.
+    the last one ends, where that is known. `shown` are these frames, if all that were given are.
     """
 
     frames: int = 0
     times: tuple[float, ...] | None = None
+    shown: Sequence[Image.Image] | None = None
 
     @property
     def image_processor(self) -> Any:
         return self.processor.video_processor
+
+    def clearest(self, each: int = 1) -> tuple[int, ProcessedVideo]:
+        """The number of the group of `each` frames whose first frame varies most, and the video with it as its image.
+
+        Pixels are compared with that frame: an even one, as of a video that fades in, would tell nothing.
+        """
+        if self.shown is None:
+            return 0, self
+        first = self.shown[::each]
+        numbers = range(len(first))
+        number = max(
+            numbers,
+            key=lambda each: ImageStat.Stat(first[each].resize(_POINTS, Image.Resampling.NEAREST).convert("L")).var[0],
+        )
+        return number, replace(self, original=first[number])
 
     def item(self, name: str, shape: str | None = None) -> Any:
         """The item of this video in an entry that has one for each video."""
@@ -171,6 +190,8 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         raise ValueError(f"videos: expected a model_type of {known}, got {config.model_type!r}")
     if getattr(processor, "video_processor", None) is None:
         raise ValueError("processor: expected one with a video processor, which needs torchvision")
+    if family.kind == "merged":
+        check_settings(_settings(config, processor, family.options))
     ids = inputs["input_ids"]
     is_video = _video_tokens(config, family, inputs, alone)
     if not is_video.any():
@@ -184,9 +205,12 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         of_row = []
         for video in given:
             frames, times = _frames(video, inputs, number, total)
+            all_of_them = not _is_shape(video) and len(video) == frames
+            shown = (video.frames if isinstance(video, Video) else video) if all_of_them else None
             video = ProcessedVideo(
-                config, processor, inputs, family.options, _size(video), number, total, frames=frames, times=times
-            )
+                config, processor, inputs, family.options, _size(video), number, total,
+                frames=frames, times=times, shown=shown,
+            )  # fmt: skip
             of_row.append(_KINDS[family.kind](video, cursor))
             number += 1
         if cursor.taken != len(cursor):
@@ -204,6 +228,13 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
 def has_images(images: Any) -> bool:
     """Whether there is any image in what `layout_of` takes."""
     return images is not None and (not isinstance(images, Sequence) or any(images))
+
+
+def _settings(config: Any, processor: Any, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The sizes of patches of several frames, and how many are merged, if that is not said for each video."""
+    found = {"patch_size": PATCH, "temporal_patch_size": getattr(config.vision_config, "temporal_patch_size", 1)}
+    merge = {} if "merge_sizes" in options else {"merge_size": MERGE}
+    yield from settings_of(config, processor.video_processor, {**found, **merge}, "video_processor.")
 
 
 def _video_tokens(config: Any, family: VideoFamily, inputs: Any, alone: bool) -> torch.Tensor:
@@ -236,8 +267,25 @@ def _merged(video: ProcessedVideo, tokens: Cursor) -> list[View]:
             "inputs: tokens of the video were dropped because they look like those of the frame before, so they have "
             "no map of their own; call the processor with use_token_compression=False"
         )
-    grid = patches[0] // merge[0], patches[1] // merge[1]
-    return video.views(tokens, made, grid, video.box, each=int(video.image_processor.temporal_patch_size))
+    grid, each = (patches[0] // merge[0], patches[1] // merge[1]), _frames_of_a_patch(video)
+    found = video.views(tokens, made, grid, video.box, each=each)
+    if not video.has("pixel_values_videos"):
+        return found
+    (group, frame), patch = video.clearest(each), sides(attribute(video.config, PATCH))
+    pixels = video.entry("pixel_values_videos", "[patches, values]")
+    if pixels.shape[1] != 3 * each * patch[0] * patch[1]:
+        raise ValueError(
+            f"inputs: expected pixel_values_videos of patches of {each} x {patch[0]} x {patch[1]} pixels, as in the "
+            f"model's config, got {pixels.shape[1]} numbers a patch"
+        )
+    start = int(video.entry("video_grid_thw")[: video.number].prod(1).sum()) + group * patches[0] * patches[1]
+    seen = patches_of(pixels[start:].view(-1, 3, each, patch[0] * patch[1])[:, :, 0], grid, merge, raster=False)
+    check_seen(frame, video.box, grid, (merge[0] * patch[0], merge[1] * patch[1]), seen)
+    return found
+
+
+def _frames_of_a_patch(video: ProcessedVideo) -> int:
+    return int(getattr(video.config.vision_config, "temporal_patch_size", 1))
 
 
 def _cropped(video: ProcessedVideo, tokens: Cursor) -> list[View]:
@@ -250,6 +298,8 @@ def _cropped(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     grid = (ceil(rows / pool), ceil(columns / pool)) if is_rounded_up else (rows, columns)
     before = int(video.processor.num_additional_image_tokens) if video.options.get("class_token") else 0
     found = video.views(tokens, len(frames), grid, box, before=before)
+    number, frame = video.clearest()
+    check_pixels(frame, box, (rows, columns), cell, frames[number])
     if video.options.get("newline"):
         tokens.take(1)
     return found
@@ -262,8 +312,14 @@ def _square(video: ProcessedVideo, tokens: Cursor) -> list[View]:
         raise ValueError(f"processor: expected a square number of tokens a frame, got {count}")
     if not video.options.get("squared"):
         # The frames of all videos follow each other.
-        pixels = tuple(video.entry("pixel_values", "[frames, 3, H, W]").shape[-2:])
-        return video.views(tokens, video.frames, (side, side), box_of(video, pixels, (1, 1)))
+        frames = video.entry("pixel_values", "[frames, 3, H, W]")
+        pixels = tuple(frames.shape[-2:])
+        box = box_of(video, pixels, (1, 1))
+        if len(frames) == video.frames:
+            # Where those of a later one begin is not known.
+            number, frame = video.clearest()
+            check_pixels(frame, box, (side, side), (pixels[0] // side, pixels[1] // side), frames[number])
+        return video.views(tokens, video.frames, (side, side), box)
     made = len(video.item("pixel_values", "[videos, frames, 3, H, W]"))
     if made > video.frames and video.total > 1:
         raise ValueError(
