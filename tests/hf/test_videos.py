@@ -192,7 +192,7 @@ def test_frames_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr("carve_kernels.hf.videos.MAX_PIXELS", 5 * 64 * 48)
     path = write(tmp_path / "clip.mp4")
     assert len(open_video(path, max_frames=5)) == 5
-    with pytest.raises(ValueError, match="max_frames: 6 frames of 64 x 48 pixels are too many .* at most 5"):
+    with pytest.raises(ValueError, match=r"max_frames: 6 frames of 64 x 48 pixels are too many .* at most 5"):
         open_video(path, max_frames=6)
 
 
