@@ -102,15 +102,15 @@ def make_request(
     return Request(tuple(originals), question, task, general, features, image_inputs, tokens, chosen)
 
 
-def check_texts(question: str, prompt: str | None, preset: Preset, shown: str) -> None:
-    """Check a question, and the prompt that a user wrote for the images or videos (`shown`) of both passes."""
+def check_texts(question: str, prompt: str | None, preset: Preset, visuals: str) -> None:
+    """Check a question, and the prompt that a user wrote for the images or videos (`visuals`) of both passes."""
     checks.text("question", question)
     if prompt is None:
         return
     checks.text("prompt", prompt)
     if preset.images != "refined":
         raise ValueError(
-            f"prompt: expected None where the last question shows more {shown} than the first "
+            f"prompt: expected None where the last question shows more {visuals} than the first "
             f"(images={preset.images!r}), since one prompt cannot hold both; got {checks.describe(prompt)}"
         )
 

@@ -47,8 +47,8 @@ def smallest_canvas(image_processor: Any, size: Size, cell: Size) -> tuple[Size,
     resized = _sizes(image_processor, square)[1]
     spans = zip(*_cells(image_processor, square, cell), resized, strict=True)
     scale = max(map(Fraction, size, (min(end, side) - max(0, start) for start, end, side in spans)))
-    for grown in count():
-        height, width = (ceil(scale * side) + grown for side in resized)
+    for more in count():
+        height, width = (ceil(scale * side) + more for side in resized)
         # Cells may begin and end within a pixel of the canvas.
         left, top, right, bottom = _box(image_processor, (height, width), cell)
         first = ceil(max(0, top)), ceil(max(0, left))
