@@ -26,6 +26,7 @@ ELSEWHERE = {
 }
 # Arguments whose name in the message is a variable.
 SPELLED = {
+    "hf/engine/video.py": {"fps", "max_frames"},
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
     "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
     "hf/session/forward_tracker.py": set(names._CALLBACKS),
@@ -96,6 +97,7 @@ PLAIN = {
     Refusal("fused", "TypeError", "hf/session/session.py"),
     Refusal("video", "TypeError", "hf/engine/video.py"),
     Refusal("video", "TypeError", "hf/videos.py"),
+    Refusal("progress", "TypeError", "hf/videos.py"),
     Refusal("videos", "TypeError", "hf/layouts/videos.py"),
     Refusal("probes", "TypeError", "hf/profile/profile.py"),
     Refusal("probes", "ValueError", "hf/profile/profile.py"),

@@ -205,12 +205,16 @@ def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:
     return notes
 
 
-def unseen_warning(share: float) -> str | None:
-    """A warning of the share of an image that the model did not see; None where it is negligible."""
+def unseen_warning(share: float, measured: bool = False) -> str | None:
+    """A warning of the share of an image that the model did not see; None where it is negligible.
+
+    What a measured layout leaves out cannot be shown by a fit.
+    """
     if share <= 0.005:
         return None
     text = percent(share).replace("%", " %")
-    return f"{text} of the image was outside the model's view (centre crop); --fit pad shows it whole"
+    fix = "" if measured else " (centre crop); --fit pad shows it whole"
+    return f"{text} of the image was outside the model's view{fix}"
 
 
 def percent(share: float) -> str:

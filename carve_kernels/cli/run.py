@@ -62,7 +62,8 @@ def run(
     refuse_inputs((folder / file for file in files_of(len(image))), inputs)
     asked = Question(opened, question)
     report = ask(folder, asked, {name: preset}, lambda: settings.load(model), chosen, **settings.engine)
-    warning = unseen_warning(max(each.unseen for each in report.results[name].images))
+    result = report.results[name]
+    warning = unseen_warning(max(each.unseen for each in result.images), result.layout.measured)
     if warning is not None:
         say(warning, "yellow")
 

@@ -139,7 +139,8 @@ def _kept(result: VideoResult) -> str:
         return f"The whole video is kept: {result.regions.reason}"
     x0, y0, f0, x1, y1, f1 = result.box
     begin, end = seconds_of(result.video.seconds[f0]), seconds_of(result.video.end(f1 - 1))
-    return f"Kept: frames {f0 + 1} to {f1} of {len(result.video)} ({begin} to {end}), pixels {x0},{y0} to {x1},{y1}"
+    frames = f"frames {f0 + 1} to {f1}" if f1 > f0 + 1 else f"frame {f1}"
+    return f"Kept: {frames} of {len(result.video)} ({begin} to {end}), pixels {x0},{y0} to {x1},{y1}"
 
 
 def _summarise(result: VideoResult, folder: Path, names: tuple[str, ...]) -> None:

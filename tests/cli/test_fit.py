@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from carve_kernels.cli.report import unseen_warning
+from carve_kernels.hf import families
 from tests.cli.conftest import LINES, QUESTION, Ask, Invoke, records, table, written
 
 WARNING = "40 % of the image was outside the model's view (centre crop); --fit pad shows it whole"
@@ -18,6 +19,14 @@ def test_a_share_is_never_rounded_to_all_or_nothing() -> None:
     warnings = [unseen_warning(share) for share in (0.0, 0.005, 0.0051, 0.4, 0.9985, 0.99999, 1.0)]
     assert warnings[:2] == [None, None] and warnings[3] == WARNING
     assert [text and text.split(" %")[0] for text in warnings[2:]] == ["1", "40", "99", "99", "100"]
+
+
+def test_no_fit_is_advised_where_it_would_be_refused(run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.FAMILIES, "llava")
+    done = run()
+    assert done.exit_code == 0 and done.stdout.splitlines().count(WARNING.split(" (")[0]) == 1
+    done = run("--fit", "pad")
+    assert done.exit_code == 2 and "--fit: expected None, got 'pad': what a processor of 'llava' crops" in done.stderr
 
 
 def numbers(values: Any) -> Any:

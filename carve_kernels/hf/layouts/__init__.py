@@ -16,7 +16,7 @@ from torch import nn
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
-from carve_kernels.hf.layouts.kinds import kind_of
+from carve_kernels.hf.layouts.kinds import check_settings, kind_of
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.rows import by_row
@@ -121,13 +121,7 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
             f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
             "load the model's own tokenizer"
         )
-    settings = getattr(kind_of(family), "settings", None)
-    for name, setting, required in settings(config, processor) if settings else ():
-        if setting != required:
-            raise ValueError(
-                f"processor: {name} is {setting!r}, expected {required!r} as in the model's config; "
-                f"set processor.{name} = {required!r}, or write it into the processor's file in the checkpoint"
-            )
+    check_settings(family, config, processor)
     return family
 
 

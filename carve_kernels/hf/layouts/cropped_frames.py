@@ -18,6 +18,7 @@ from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.cropping import cropped_box
 from carve_kernels.hf.layouts.processed_image import Cursor
 from carve_kernels.hf.layouts.processed_video import ProcessedVideo
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import View
 
 
@@ -32,6 +33,8 @@ def views(video: ProcessedVideo, tokens: Cursor) -> list[View]:
     grid = (ceil(rows / pool), ceil(columns / pool)) if is_rounded_up else (rows, columns)
     before = int(video.processor.num_additional_image_tokens) if video.options.get("class_token") else 0
     found = video.views(tokens, len(frames), grid, box, before=before)
+    number, frame = video.clearest()
+    check_pixels(frame, box, (rows, columns), cell, frames[number])
     if video.options.get("newline"):
         tokens.take(1)
     return found

@@ -20,3 +20,14 @@ def kind_of(family: Family) -> Any:
     ========  =====================================================================================================
     """
     return import_module(f"{__package__}.{family.kind}")
+
+
+def check_settings(family: Family, config: Any, processor: Any) -> None:
+    """Raise ValueError at the first setting of a processor that does not agree with the model's config."""
+    settings = getattr(kind_of(family), "settings", None)
+    for name, found, expected in settings(config, processor) if settings else ():
+        if found != expected:
+            raise ValueError(
+                f"processor: {name} is {found!r}, expected {expected!r} as in the model's config; "
+                f"set processor.{name} = {expected!r}, or write it into the processor's file in the checkpoint"
+            )

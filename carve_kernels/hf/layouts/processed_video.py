@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, ClassVar
 
+from PIL import Image, ImageStat
+
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.types import Box, Size, View
+
+# The pixels of a frame by which it is known how much it varies.
+_POINTS = (16, 16)
 
 
 @dataclass(frozen=True)
 class ProcessedVideo(ProcessedImage):
     """One video of a batch; `frames` is the number of frames that the model is shown, and `times` when each begins and
-    the last one ends, where that is known.
+    the last one ends, where that is known. `shown` are these frames, if all that were given are.
     """
 
     frames: int = 0
     times: tuple[float, ...] | None = None
+    shown: Sequence[Image.Image] | None = None
 
     what: ClassVar[str] = "video"
 
     @property
     def image_processor(self) -> Any:
         return self.processor.video_processor
+
+    def clearest(self, each: int = 1) -> tuple[int, ProcessedVideo]:
+        """The number of the group of `each` frames whose first frame varies most, and the video with it as its image.
+
+        Pixels are compared with that frame: an even one, as of a video that fades in, would tell nothing.
+        """
+        if self.shown is None:
+            return 0, self
+        first = self.shown[::each]
+        number = max(range(len(first)), key=lambda group: _variance(first[group]))
+        return number, replace(self, original=first[number])
 
     def views(self, tokens: Cursor, made: int, grid: Size, box: Box, *, each: int = 1, before: int = 0) -> list[View]:
         """The views of `made` groups of `each` frames, `before` tokens before each of them.
@@ -44,3 +62,7 @@ class ProcessedVideo(ProcessedImage):
             positions = tokens.take(grid[0] * grid[1])
             found.append(View(positions, grid, box, frame=(first, last), kind="frame", seconds=seconds))
         return found
+
+
+def _variance(frame: Image.Image) -> float:
+    return ImageStat.Stat(frame.resize(_POINTS, Image.Resampling.NEAREST).convert("L")).var[0]

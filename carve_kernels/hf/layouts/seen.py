@@ -20,7 +20,8 @@ from carve_kernels.types import Box, Size
 
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Convert = Callable[[Image.Image], Image.Image]
-_SAMPLES = 8
+# The cells that are compared, and the pixels a side by which those of the second kind are found.
+_SPACED, _DIFFERENT, _POINTS = 4, 4, 4
 # Pixels around a cell that the filter of a resize reads, of the original or of a smaller result.
 _MARGIN = 4
 # The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
@@ -73,7 +74,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     original = image.original
     if original is None or original.mode not in _MODES:
         return
-    cells = _inside(image.size, box, grid, cell)
+    cells = _inside(original, box, grid, cell)
     if not cells:
         return
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
@@ -153,14 +154,27 @@ def _within(size: Size, box: Box, grid: Size, cell: Size) -> list[list[int]]:
     return within
 
 
-def _inside(size: Size, box: Box, grid: Size, cell: Size) -> list[tuple[int, int]]:
-    """Some of these cells, in order."""
-    rows, columns = _within(size, box, grid, cell)
+def _inside(original: Image.Image, box: Box, grid: Size, cell: Size) -> list[tuple[int, int]]:
+    """Some of these cells, in order: evenly spaced ones, and those that differ most from the rest of the image."""
+    rows, columns = _within((original.height, original.width), box, grid, cell)
     count = len(rows) * len(columns)
-    numbers = (
-        range(count) if count <= _SAMPLES else [number * (count - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
-    )
-    return [(rows[number // len(columns)], columns[number % len(columns)]) for number in numbers]
+    numbers = set(range(count))
+    if count > _SPACED + _DIFFERENT:
+        numbers = {number * (count - 1) // (_SPACED - 1) for number in range(_SPACED)}
+        numbers.update(_differences(original, box, grid, rows, columns).argsort()[-_DIFFERENT:].tolist())
+    return [(rows[number // len(columns)], columns[number % len(columns)]) for number in sorted(numbers)]
+
+
+def _differences(original: Image.Image, box: Box, grid: Size, rows: list[int], columns: list[int]) -> Any:
+    """How far cells are from the median of all of them, by some of their pixels, float [N]."""
+    across, down = (box[2] - box[0]) / grid[1], (box[3] - box[1]) / grid[0]
+    left, top = box[0] + columns[0] * across, box[1] + rows[0] * down
+    right, bottom = box[0] + (columns[-1] + 1) * across, box[1] + (rows[-1] + 1) * down
+    bounds = max(0.0, left), max(0.0, top), min(float(original.width), right), min(float(original.height), bottom)
+    shape = len(columns) * _POINTS, len(rows) * _POINTS
+    points = np.asarray(original.resize(shape, Image.Resampling.NEAREST, bounds).convert("L"), dtype=np.float32)
+    parts = np.abs(points - np.median(points)).reshape(len(rows), _POINTS, len(columns), _POINTS)
+    return parts.mean((1, 3)).ravel()
 
 
 def _ways(image: ProcessedImage, resize: Resize, cell: Size) -> Iterator[_Way]:

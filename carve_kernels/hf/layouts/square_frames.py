@@ -15,6 +15,7 @@ from math import isqrt
 from carve_kernels.hf.layouts.cropping import cropped_box
 from carve_kernels.hf.layouts.processed_image import Cursor
 from carve_kernels.hf.layouts.processed_video import ProcessedVideo
+from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import View
 
 
@@ -26,8 +27,14 @@ def views(video: ProcessedVideo, tokens: Cursor) -> list[View]:
         raise ValueError(f"processor: expected a square number of tokens a frame, got {count}")
     if not video.options.get("squared"):
         # The frames of all videos follow each other.
-        pixels = tuple(video.entry("pixel_values", "[frames, 3, H, W]").shape[-2:])
-        return video.views(tokens, video.frames, (side, side), cropped_box(video, pixels, (1, 1)))
+        frames = video.entry("pixel_values", "[frames, 3, H, W]")
+        height, width = frames.shape[-2:]
+        box = cropped_box(video, (height, width), (1, 1))
+        if len(frames) == video.frames:
+            # Where those of a later one begin is not known.
+            number, frame = video.clearest()
+            check_pixels(frame, box, (side, side), (height // side, width // side), frames[number])
+        return video.views(tokens, video.frames, (side, side), box)
     made = len(video.item("pixel_values", "[videos, frames, 3, H, W]"))
     if made > video.frames and video.total > 1:
         raise ValueError(

@@ -67,10 +67,10 @@ def check_tiles(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: 
         if pixels.ndim == 5:
             first = int(_real_tiles(image, pixels).flatten().nonzero()[first])
             pixels = pixels.flatten(0, 1)
-        shown, lengths = pixels[first : first + tiles[0] * tiles[1]].unflatten(0, tiles), pixels.shape[-2:]
+        own, lengths = pixels[first : first + tiles[0] * tiles[1]].unflatten(0, tiles), pixels.shape[-2:]
         height, width = (max(cell for cell in range(1, _CELL + 1) if side % cell == 0) for side in lengths)
         grid = tiles[0] * lengths[0] // height, tiles[1] * lengths[1] // width
-        check_pixels(image, box, grid, (height, width), shown, resize)
+        check_pixels(image, box, grid, (height, width), own, resize)
         return
     index = places.index(WHOLE) if WHOLE in places else 0
     number, part = image.before + index, _tile_box(box, places[index], tiles)

@@ -12,7 +12,7 @@ from PIL import Image
 from carve_kernels.checks import describe, integer
 from carve_kernels.hf import names
 from carve_kernels.hf.families import VIDEO_FAMILIES, Family
-from carve_kernels.hf.layouts.kinds import kind_of
+from carve_kernels.hf.layouts.kinds import check_settings, kind_of
 from carve_kernels.hf.layouts.processed_image import Cursor
 from carve_kernels.hf.layouts.processed_video import ProcessedVideo
 from carve_kernels.hf.layouts.rows import by_row
@@ -70,6 +70,7 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         raise ValueError(f"videos: expected a model_type of {known}, got {config.model_type!r}")
     if getattr(processor, "video_processor", None) is None:
         raise ValueError("processor: expected one with a video processor, which needs torchvision")
+    check_settings(family, config, processor)
     ids = inputs["input_ids"]
     is_video = _video_tokens(config, family, inputs, alone)
     if not is_video.any():
@@ -85,9 +86,12 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         of_row = []
         for video in given:
             frames, times = _frames(video, inputs, number, total)
+            all_of_them = not _is_shape(video) and len(video) == frames
+            shown = (video.frames if isinstance(video, Video) else video) if all_of_them else None
             video = ProcessedVideo(
-                config, processor, inputs, family.options, _size(video), number, total, frames=frames, times=times
-            )
+                config, processor, inputs, family.options, _size(video), number, total,
+                frames=frames, times=times, shown=shown,
+            )  # fmt: skip
             of_row.append(kind.views(video, cursor))
             number += 1
         if cursor.taken != len(cursor):

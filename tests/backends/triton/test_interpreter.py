@@ -139,6 +139,18 @@ def test_what_is_not_fixed_is_refused() -> None:
         _total_kernel[(1,)](halves(16), torch.empty(1, dtype=torch.bfloat16), SIZE=16)
 
 
+@pytest.mark.parametrize("element", [tl.float32, tl.bfloat16, tl.pointer_type(tl.int64)], ids=str)
+def test_remembered_types_are_the_shipped_ones(element: tl.dtype) -> None:
+    for shape in ([16], [4, 8], [8, 4], [4, 8]):
+        found, shipped = tl.block_type(element, shape), object.__new__(tl.block_type)
+        interpreter.SHIPPED["block_type"](shipped, element, shape)
+        assert found == shipped and str(vars(found)) == str(vars(shipped)) and found.scalar is not None
+        value, plain = tl.tensor(None, found), object.__new__(tl.tensor)
+        interpreter.SHIPPED["tensor"](plain, None, shipped)
+        assert value.type == plain.type and value.dtype == element and value.numel.value == plain.numel.value
+        assert [size.value for size in value.shape] == shape
+
+
 def test_a_false_hint_is_an_error() -> None:
     storage = torch.zeros(64)
     offset = (-storage.data_ptr() % 16) // 4

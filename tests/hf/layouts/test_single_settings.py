@@ -170,6 +170,15 @@ def test_settings_of_the_processor_that_are_not_the_models(
         layout_of(model, processor, inputs, [image])
 
 
+def test_a_crop_is_seen_by_the_cells_that_differ_from_an_even_image() -> None:
+    for edges in ((131, 0, 204, 640), (360, 384, 468, 500)):
+        image = Image.new("RGB", (480, 640), "grey")
+        image.paste("white", edges)
+        with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 640 x 480"):
+            layout_of(*pair("llava"), inputs_of("llava", image, {"do_resize": False}), [image])
+        assert layout_of(*pair("llava"), inputs_of("llava", image, {}), [image]).views
+
+
 def test_another_image_of_the_same_size_is_refused() -> None:
     first, second = photograph((97, 131)), photograph((97, 131)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for name in ("qwen2_vl", "llava", "pixtral", "janus", "emu3"):

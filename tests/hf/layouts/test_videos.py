@@ -21,6 +21,7 @@ from tests.support.processors.kinds import pair, pairs
 
 SIZES = [(120, 90), (57, 211), (300, 100), (64, 64)]
 NAMES = sorted(set(VIDEO_FAMILIES) & set(pairs()))
+SQUARE = {"height": 56, "width": 56}
 SEPARATE = ("smolvlm", "internvl")
 
 
@@ -296,3 +297,35 @@ def test_rows_of_very_low_frames_are_not_taken_for_channels(name: str, height: i
     inputs = video_inputs(model, processor, Video(frames, (0.0, 1.0), 2.0, 1.0, 2), build_video_prompt(processor, "x"))
     found = colours(name, processor, inputs)
     torch.testing.assert_close(found, torch.tensor([240.0, 120.0, 0.0]).expand_as(found), rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen2_vl", {"merge_size": 1}),
+        ("glm4v", {"merge_size": 4}),
+        ("llava_next_video", {"do_resize": False}),
+        ("video_llava", {"size": {"shortest_edge": 112}}),
+        ("internvl", {"size": {"height": 112, "width": 112}, "do_center_crop": True, "crop_size": SQUARE}),
+    ],
+)  # fmt: skip
+def test_settings_of_a_call_that_make_another_video_are_seen(name: str, settings: dict[str, Any]) -> None:
+    """A video may fade in: the frame that varies most is compared."""
+    size = (224, 112)
+    frames = [*clip(2, size), *(Image.effect_noise(size, 90).convert("RGB") for _ in range(2))]
+    model, processor, inputs = processed(name, [frames], **settings)
+    with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 112 x 224"):
+        layout_of(model, processor, inputs, videos=[frames])
+    model, processor, inputs = processed(name, [frames])
+    assert layout_of(model, processor, inputs, videos=[frames]).views
+    with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 112 x 224"):
+        layout_of(model, processor, inputs, videos=[[*frames[:2], *reversed(frames[2:])]])
+
+
+@pytest.mark.parametrize("setting", ["merge_size", "patch_size", "temporal_patch_size"])
+def test_settings_of_the_video_processor_that_are_not_the_models(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    frames = clip(4, (120, 90))
+    model, processor, inputs = processed("qwen2_vl", [frames])
+    monkeypatch.setattr(processor.video_processor, setting, 4)
+    with pytest.raises(ValueError, match=rf"^processor: video_processor\.{setting} is 4, expected"):
+        layout_of(model, processor, inputs, videos=[(4, 90, 120)])

@@ -70,3 +70,23 @@ def test_each_prompt_is_as_alone(name: str, side: str) -> None:
             scale = float(single.values.max())
             assert float((maps.view(row, index) - single.view(0, index)).abs().max()) <= 2e-4 * scale
         assert not maps.values[row, ..., single.values.shape[-1] :].any()
+
+
+def test_hunyuan_differs_in_a_batch_by_the_positions_that_the_model_makes() -> None:
+    """It numbers the images of all rows together; under the positions of each row alone the maps are those alone."""
+    if not zoo_kind("hunyuan_vl").exists():
+        pytest.skip("this transformers has no such class")
+    model, processor = pair("hunyuan_vl")
+    inputs = inputs_of("hunyuan_vl", slice(0, 2), padding=True, padding_side="left")
+    rows = [inputs_of("hunyuan_vl", slice(row, row + 1)) for row in (0, 1)]
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    together, *single = (model.model.get_rope_index(*(each[name] for name in names))[0] for each in (inputs, *rows))
+    length = single[1].shape[-1]
+    assert not torch.equal(together[:, 1, -length:], single[1][:, 0])
+    together[:, 1, -length:] = single[1][:, 0]
+    layout = layout_of(model, processor, inputs, IMAGES)
+    with capture_attention(model, layers="all", tokens=layout) as session, torch.no_grad():
+        model(**inputs, position_ids=together)
+    expected = alone("hunyuan_vl", 1).values[0]
+    found = session.maps.values[1, ..., : expected.shape[-1]]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
