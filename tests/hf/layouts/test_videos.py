@@ -226,8 +226,8 @@ def test_the_positions_of_a_model_are_those_of_the_frames_in_time(name: str) -> 
     _, processor = pair(name)
     video = Video(tuple(clip(8, (120, 90))), tuple(0.25 + 0.5 * number for number in range(8)), 4.0, 25.0, 100)
     text = build_video_prompt(processor, "x")
-    for shown in (video, video.crop((0, 0, 2, 90, 60, 6))):
-        inputs = video_inputs(pair(name)[0], processor, shown, text)
+    for part in (video, video.crop((0, 0, 2, 90, 60, 6))):
+        inputs = video_inputs(pair(name)[0], processor, part, text)
         seconds = inputs["second_per_grid_ts" if name == "qwen2_5_vl" else "video_second_per_grid"]
         assert seconds.tolist() == [1.0]
 
