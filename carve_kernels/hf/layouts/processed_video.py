@@ -19,12 +19,12 @@ _POINTS = (16, 16)
 @dataclass(frozen=True)
 class ProcessedVideo(ProcessedImage):
     """One video of a batch; `frames` is the number of frames that the model is shown, and `times` when each begins and
-    the last one ends, where that is known. `images` are these frames, if all that were given are.
+    the last one ends, where that is known. `visible` are these frames, if all that were given are.
     """
 
     frames: int = 0
     times: tuple[float, ...] | None = None
-    images: Sequence[Image.Image] | None = None
+    visible: Sequence[Image.Image] | None = None
 
     what: ClassVar[str] = "video"
 
@@ -37,9 +37,9 @@ class ProcessedVideo(ProcessedImage):
 
         Pixels are compared with that frame: an even one, as of a video that fades in, would tell nothing.
         """
-        if self.images is None:
+        if self.visible is None:
             return 0, self
-        first = self.images[::each]
+        first = self.visible[::each]
         number = max(range(len(first)), key=lambda group: _variance(first[group]))
         return number, replace(self, original=first[number])
 

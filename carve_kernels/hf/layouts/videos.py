@@ -87,10 +87,10 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         for video in given:
             frames, times = _frames(video, inputs, number, total)
             all_of_them = not _is_shape(video) and len(video) == frames
-            images = (video.frames if isinstance(video, Video) else video) if all_of_them else None
+            visible = (video.frames if isinstance(video, Video) else video) if all_of_them else None
             video = ProcessedVideo(
                 config, processor, inputs, family.options, _size(video), number, total,
-                frames=frames, times=times, images=images,
+                frames=frames, times=times, visible=visible,
             )  # fmt: skip
             of_row.append(kind.views(video, cursor))
             number += 1
