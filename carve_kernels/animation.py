@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,14 +55,18 @@ def strip(
 ) -> Image.Image:
     """Some frames of a video side by side, with their saliency over them and the time under each.
 
-    `saliency` is read for the chosen frames alone. Every frame has the same colours for the same values. `shares` are
-    those of all frames in the contrast.
+    `saliency` is read for the chosen frames alone. Every frame has the same colours for the same values. `seconds` and
+    `shares` are those of all frames: when each begins, and its part of the contrast.
     """
+    _check(frames, saliency)
+    for name, values in (("seconds", seconds), ("shares", shares)):
+        if len(values) not in (0, len(frames)):
+            raise ValueError(f"{name}: expected one for each of {len(frames)} frames, got {len(values)}")
     if not chosen:
         raise ValueError("chosen: expected at least one frame, got none")
     for index, number in enumerate(chosen):
         checks.integer(f"chosen[{index}]", number, low=0, high=len(frames) - 1)
-    ends = _ends(saliency[number] for number in chosen)
+    ends = _ends(saliency, chosen)
     tiles = []
     for number in chosen:
         facts = [seconds_of(seconds[number]) if seconds else "", f"{shares[number]:.0%}" if shares else ""]
@@ -83,49 +87,91 @@ def animation(
     """Write an animation of a video, with its saliency over it and the box of its regions in the frames that it has.
 
     It is a WebP file, or a GIF where this Pillow writes no WebP or the path ends in .gif; the path that was written is
-    returned. The frames follow each other as in the video, by `seconds` (one more than frames), or five a second.
+    returned. The frames follow each other as in the video, by `seconds` (one more than frames), or five a second. They
+    are made one at a time.
     """
     checks.integer("longest", longest, low=16)
-    if not frames:
-        raise ValueError("frames: expected at least one, got none")
-    if saliency is not None and len(frames) != len(saliency):
-        raise ValueError(f"saliency: expected one for each of {len(frames)} frames, got {len(saliency)}")
+    _check(frames, saliency)
     if seconds and len(seconds) != len(frames) + 1:
-        raise ValueError(f"seconds: expected {len(frames) + 1}, when each frame begins and the last one ends")
-    target = Path(path)
+        raise ValueError(
+            f"seconds: expected {len(frames) + 1}, when each frame begins and the last one ends, got {len(seconds)}"
+        )
+    box = None if regions is None or regions.reason is not None else _box_of(regions, frames)
+    target = Path(checks.path("path", path))
     if target.suffix.lower() != ".gif" and not features.check("webp"):
         target = target.with_suffix(".gif")
-    ends = pairwise(seconds)
-    durations = [max(20, round(1000 * (end - begin))) for begin, end in ends] or [200] * len(frames)
-    figures = list(_animated(frames, saliency, regions, longest))
+    durations = [max(20, round(1000 * (end - begin))) for begin, end in pairwise(seconds)] or [200] * len(frames)
+    ends = None if saliency is None else _ends(saliency, range(len(frames)))
+
+    def figure_of(number: int) -> Image.Image:
+        frame = frames[number]
+        scale = min(1.0, longest / max(frame.size))
+        size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+        figure = frame.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        if saliency is not None:
+            figure = overlay(figure, saliency[number], ends=ends)
+        if box is not None and box[2] <= number < box[5]:
+            x0, y0, x1, y1 = (edge * scale for edge in (*box[:2], *box[3:5]))
+            line = max(2, round(max(size) / 200))
+            ImageDraw.Draw(figure).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_BOX, width=line)
+        return figure
+
     options: dict[str, Any] = {"format": "GIF", "disposal": 1}
     if target.suffix.lower() != ".gif":
         options = {"format": "WEBP", "quality": 80, "method": 3}
     written = io.BytesIO()
-    figures[0].save(written, save_all=True, append_images=figures[1:], duration=durations, loop=0, **options)
+    _Figures(len(frames), figure_of).save(written, save_all=True, duration=durations, loop=0, **options)
     write_whole(target, written.getvalue())
     return target
 
 
-def _animated(
-    frames: Sequence[Image.Image], saliency: Saliencies | None, regions: Regions | None, longest: int
-) -> Iterator[Image.Image]:
-    ends = None if saliency is None else _ends(saliency[number] for number in range(len(frames)))
-    for number, frame in enumerate(frames):
-        scale = min(1.0, longest / max(frame.size))
-        size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-        figure = frame.resize(size, Image.Resampling.LANCZOS)
-        if saliency is not None:
-            figure = overlay(figure, saliency[number], ends=ends)
-        if regions is not None and regions.reason is None and regions.box[2] <= number < regions.box[5]:
-            x0, y0, _, x1, y1, _ = regions.box
-            line = max(2, round(max(size) / 200))
-            edges = (x0 * scale, y0 * scale, max(x0 * scale, x1 * scale - 1), max(y0 * scale, y1 * scale - 1))
-            ImageDraw.Draw(figure).rectangle(edges, outline=_BOX, width=line)
-        yield figure
+class _Figures(Image.Image):
+    """An image with several frames for Pillow's writers, each of which is made when it is sought."""
+
+    def __init__(self, count: int, figure_of: Callable[[int], Image.Image]) -> None:
+        super().__init__()
+        self.n_frames = count
+        self._figure_of = figure_of
+        self.seek(0)
+
+    def seek(self, frame: int) -> None:
+        if not 0 <= frame < self.n_frames:
+            raise EOFError(f"frame {frame} of {self.n_frames}")
+        if frame != self.tell():
+            figure = self._figure_of(frame)
+            self.im, self._mode, self._size, self._frame = figure.im, figure.mode, figure.size, frame
+
+    def tell(self) -> int:
+        return getattr(self, "_frame", -1)
 
 
-def _ends(saliencies: Iterable[torch.Tensor]) -> tuple[float, float]:
+def _check(frames: Sequence[Image.Image], saliency: Saliencies | None) -> None:
+    if not frames:
+        raise ValueError("frames: expected at least one, got none")
+    for index, frame in enumerate(frames):
+        if not isinstance(frame, Image.Image):
+            raise TypeError(f"frames[{index}]: expected a PIL image, got {checks.describe(frame)}")
+    if saliency is not None and len(frames) != len(saliency):
+        raise ValueError(f"saliency: expected one for each of {len(frames)} frames, got {len(saliency)}")
+
+
+def _box_of(regions: Regions, frames: Sequence[Image.Image]) -> tuple[int, ...]:
+    """The box x0 y0 f0 x1 y1 f1 of the regions of a video. Raises ValueError for one that is not in its frames."""
+    width, height = frames[0].size
+    if len(regions.box) != 6:
+        raise ValueError(
+            f"regions: expected those of a video, with a box x0 y0 f0 x1 y1 f1, got the box {regions.box} of an image"
+        )
+    x0, y0, f0, x1, y1, f1 = regions.box
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and 0 <= f0 < f1 <= len(frames)):
+        raise ValueError(
+            f"regions: expected a box in {len(frames)} frames {width} wide and {height} high, got {regions.box}"
+        )
+    return regions.box
+
+
+def _ends(saliency: Saliencies, numbers: Sequence[int]) -> tuple[float, float]:
     """The lowest and the highest value of some frames."""
-    pairs = [values.aminmax() for values in saliencies]
-    return min(low.item() for low, _ in pairs), max(high.item() for _, high in pairs)
+    # One after the other: a variable would keep a frame while the next one is made.
+    pairs = [[value.item() for value in saliency[number].aminmax()] for number in numbers]
+    return min(low for low, _ in pairs), max(high for _, high in pairs)

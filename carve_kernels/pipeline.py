@@ -13,7 +13,7 @@ from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.zoom import check_box, refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
-from carve_kernels.types import Box, Regions, Size
+from carve_kernels.types import Box, Regions, Size, View
 from carve_kernels.view_pixels import combine, density, rectangle, seen_pixels, select
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def carve(
     task: torch.Tensor,
     general: torch.Tensor,
     *,
-    grid: Size | Sequence[Size],
+    grid: Size | View | Sequence[Size] | Sequence[View],
     preset: str | Preset | Mapping[str, Any] = "paper",
     box: Box | Sequence[Box] | None = None,
     backend: str = "auto",
@@ -101,7 +101,8 @@ def carve(
     image     PIL image           H x W       the original; any mode that `zoom` takes
     task      float32 or float64  [L, T1, N]  attention on each token, by layer and step of the answer
     general   as task             [L, T2, N]  the same for the general instruction
-    grid      int                 (GH, GW)    rows and columns of tokens; or a list of grids, N = all of them
+    grid      int                 (GH, GW)    rows and columns of tokens; or a list of grids, N = all of them; or the
+                                              views of one image of a layout, whose boxes may reach into padding
     preset    str, Preset, dict               "paper", "release", or other values
     box       float               4           x0 y0 x1 y1 of the image that the grid covers, pixels (rounded);
                                               None = the whole image; a list for a list of grids
@@ -114,25 +115,39 @@ def carve(
     thumbnail; or the highest of them (`Preset.overlap="max"`). A degenerate map (no steps, constant, all 0) gives no
     region: `refined` is the original, and `reason` says why.
 
-    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a box outside the image and for an image with
-    an EXIF orientation, since the maps may be of its stored or of its rotated pixels.
+    Raises what `contrast`, `regions` and `zoom` raise, and ValueError for a `box` outside the image, for views of
+    several images, and for an image with an EXIF orientation, since the maps may be of its stored or rotated pixels.
 
     Source: the pipeline of CARVE (arXiv 2509.06461); the presets name the values of the paper and of its release.
     """
     settings = Preset.of(preset)
     original = to_rgb("image", image)
     refuse_turned("image", image)
-    several = is_several(grid)
-    grids: Any = list(grid) if several else [grid]
+    grids, boxes = _grids_and_boxes(grid, box, original.size)
+    for name, maps in (("task", task), ("general", general)):
+        checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
+    return carve_views(original, task, general, grids, boxes, settings, backend)
+
+
+def _grids_and_boxes(grid: Any, box: Any, size: tuple[int, int]) -> tuple[list[Size], list[Box]]:
+    """The grids and boxes of the arguments of `carve`, for an image of (width, height)."""
+    given = list(grid) if isinstance(grid, (list, tuple)) else [grid]
+    views = [each for each in given if isinstance(each, View)]
+    if views:
+        if len(views) < len(given):
+            raise TypeError(f"grid: expected sizes or views, got both, {len(views)} views of {len(given)}")
+        if box is not None:
+            raise ValueError(f"box: expected None with views, which have their boxes, got {checks.describe(box)}")
+        if len({(view.image, view.frame) for view in views}) > 1:
+            raise ValueError("grid: expected views of one image or frame, got views of several; select them before")
+        return [view.grid for view in views], [view.box for view in views]
+    grids: Any = list(grid) if is_several(grid) else [grid]
     boxes: Any = [None] * len(grids) if box is None else list(box) if is_several(box) else [box]
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")
-    whole = (0.0, 0.0, float(original.width), float(original.height))
+    whole = (0.0, 0.0, float(size[0]), float(size[1]))
     # Rounding may add half a pixel.
-    checked = [whole if given is None else check_box(given, original.size, checks.number, 0.5) for given in boxes]
-    for name, maps in (("task", task), ("general", general)):
-        checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
-    return carve_views(original, task, general, grids, checked, settings, backend)
+    return grids, [whole if given is None else check_box(given, size, checks.number, 0.5) for given in boxes]
 
 
 def carve_views(

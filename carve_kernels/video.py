@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import sqrt
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from carve_kernels.ops.contrast import contrast
 from carve_kernels.pipeline import is_flat, pair
 from carve_kernels.presets import Preset
 from carve_kernels.types import Box, Regions, Size, View
-from carve_kernels.view_pixels import combine, density, rectangle, seen_pixels, select_all
+from carve_kernels.view_pixels import combine, density, paste, rectangle, seen_pixels, select_all, widened
 
 LONGEST = 448
-"""The longer side of the frames on which regions are selected, in pixels: of larger ones all would not fit in memory,
-and no model's grid has as many tokens.
-"""
+"""The longer side of the frames on which regions are selected, in pixels: no model's grid has as many tokens."""
+
+MOST_PIXELS = 2**23
+"""The pixels of all frames together on which regions are selected, about: their saliency has 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ class VideoSaliency:
     [f]       float32   [H, W]      the saliency of frame f, 0 where there is no view
     ========  ========  ==========  ==========================================================================
 
-    Frames that share their tokens, as two do in a temporal patch of Qwen, have the same saliency. Iterating needs the
-    memory of one frame, `tensor()` that of all.
+    Frames that share their tokens, as two do in a temporal patch of Qwen, have the same saliency. Reading one needs its
+    own memory beside the grids (and that of the view where this covers it in part), `tensor()` needs that of all. A
+    loop over them has two, since its variable keeps a frame while the next one is made; one with `frame(number,
+    out=buffer)`.
     """
 
     grid: tuple[torch.Tensor, ...]
@@ -53,49 +58,48 @@ class VideoSaliency:
         return self.frames
 
     def __getitem__(self, frame: int) -> torch.Tensor:
-        number = checks.integer("frame", frame, low=-self.frames, high=self.frames - 1)
-        return self.frame(number % self.frames)
+        return self.frame(checks.integer("frame", frame, low=-self.frames, high=self.frames - 1) % self.frames)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self.frame(number) for number in range(self.frames))
 
-    def frame(self, number: int, size: Size | None = None) -> torch.Tensor:
-        """The saliency of a frame, float32 [H, W] or of another size."""
-        height, width = size or self.size
-        visible = self._visible(number)
-        boxes = [_scaled(self.views[index].box, self.size, (height, width)) for index in visible]
-        rectangles = [rectangle(box, (height, width)) for box in boxes]
-        # The ratio of a map to 0 + 1 is the map: the views are widened to pixels as in every contrast.
-        pixels = (
-            contrast(
-                self.grid[index].reshape(1, 1, -1), torch.zeros_like(self.grid[index]).reshape(1, 1, -1),
-                self.views[index].grid, (1, 1) if each is None else (each[3] - each[1], each[2] - each[0]),
-                lam=1.0, step_weights=[1.0], backend=self.backend,
-            )
-            for index, each in zip(visible, rectangles, strict=True)
-        )  # fmt: skip
-        if rectangles == [(0, 0, width, height)]:
+    def frame(self, number: int, size: Size | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The saliency of a frame, float32 [H, W] or of another size; written into `out`, if that is given."""
+        visible, shape = self._visible(number), self._shape(size)
+        if out is None:
+            out = torch.empty(shape, device=self._device)
+        checks.tensor("out", out, shape=shape, dtypes=(torch.float32,))
+        if out.device != self._device:
+            raise ValueError(f"out: expected a tensor on {self._device} as the maps, got {checks.describe(out)}")
+        boxes = [_scaled(self.views[index].box, self.size, shape) for index in visible]
+        rectangles = [rectangle(box, shape) for box in boxes]
+        grids = [self.grid[index].to(torch.float32) for index in visible]
+        if rectangles == [(0, 0, shape[1], shape[0])] and out.is_contiguous():
             # Most frames have one view of all of it, whose pixels need no memory beside them.
-            return next(pixels).to(torch.float32)
+            return widened(grids[0], shape, out)
+        views = (widened(grid, (1, 1) if each is None else (each[3] - each[1], each[2] - each[0]))
+                 for grid, each in zip(grids, rectangles, strict=True))  # fmt: skip
+        if len(rectangles) == 1:
+            return paste(next(views), rectangles[0], out)
         densities = [density(self.views[index].grid, box) for index, box in zip(visible, boxes, strict=True)]
-        found = combine(pixels, rectangles, densities, (height, width), self.preset.overlap)
-        return (found if found.numel() else torch.zeros(height, width, device=self._device)).to(torch.float32)
+        found = combine(views, rectangles, densities, shape, self.preset.overlap)
+        return out.copy_(found) if found.numel() else out.zero_()
 
     def tensor(self, size: Size | None = None) -> torch.Tensor:
         """The saliency of all frames, float32 [F, H, W] or of another size."""
-        found = torch.empty(self.frames, *(size or self.size), device=self._device)
+        found = torch.empty(self.frames, *self._shape(size), device=self._device)
         for number, values in enumerate(found):
-            values.copy_(self.frame(number, size))
+            self.frame(number, size, out=values)
         return found
 
     def seen(self, size: Size | None = None) -> torch.Tensor:
         """The pixels of the frames that some view covers, bool [F, H, W] or of another size."""
-        shape = size or self.size
-        boxes = ([_scaled(self.views[index].box, self.size, shape) for index in self._visible(number)]
-                 for number in range(self.frames))  # fmt: skip
-        return torch.stack(
-            [seen_pixels([rectangle(box, shape) for box in each], shape, self._device) for each in boxes]
-        )
+        shape = self._shape(size)
+        found = torch.empty(self.frames, *shape, dtype=torch.bool, device=self._device)
+        for number, pixels in enumerate(found):
+            boxes = (_scaled(self.views[index].box, self.size, shape) for index in self._visible(number))
+            pixels.copy_(seen_pixels((rectangle(box, shape) for box in boxes), shape, self._device))
+        return found
 
     def mass(self) -> torch.Tensor:
         """The share of each frame in the contrast of all frames, float64 [F] on the CPU; 0 where there is none."""
@@ -117,12 +121,12 @@ class VideoSaliency:
         mass = self.mass().tolist()
         return sorted(sorted(firsts, key=lambda frame: -mass[frame])[:count])
 
-    def regions(self, longest: int = LONGEST) -> Regions:
+    def regions(self, longest: int | None = None) -> Regions:
         """The regions of the video over space and time, by the preset (connectivity 4 becomes 6, and 8 becomes 26).
 
-        They are selected on frames of at most `longest` pixels on their longer side: the mask is [F, h, w] in these,
-        boxes are in pixels of the frames themselves and reach outwards to the next whole one. `keep` is a share of the
-        pixels that some view covers.
+        They are selected on frames of `reduced_size(longest)`: the mask is [F, h, w] in these, boxes are in pixels of
+        the frames themselves and reach outwards to the next whole one. `keep` is a share of the pixels that some view
+        covers. All frames are in memory at once, with at most 30 bytes for each of their pixels.
         """
         size = self.reduced_size(longest)
         if self.reason is not None:
@@ -132,10 +136,18 @@ class VideoSaliency:
         boxes = torch.tensor([_outward(box, size, self.size) for box in found.boxes.tolist()], dtype=torch.int64)
         return replace(found, boxes=boxes.reshape(-1, 6), box=tuple(_outward(found.box, size, self.size)))
 
-    def reduced_size(self, longest: int = LONGEST) -> Size:
-        """The size of the frames that regions are selected on."""
-        scale = min(1.0, checks.integer("longest", longest, low=1) / max(self.size))
-        return max(1, round(self.size[0] * scale)), max(1, round(self.size[1] * scale))
+    def reduced_size(self, longest: int | None = None) -> Size:
+        """The size of the frames that regions are selected on: with `longest` pixels on the longer side at most.
+
+        None: 448, and fewer where all frames together would have more than about 2^23 pixels (`MOST_PIXELS`).
+        """
+        height, width = self.size
+        if longest is None:
+            scale = min(LONGEST / max(self.size), sqrt(MOST_PIXELS / (self.frames * height * width)))
+        else:
+            scale = checks.integer("longest", longest, low=1) / max(self.size)
+        scale = min(1.0, scale)
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
     def seconds(self, frame: int) -> float | None:
         """When a frame is shown in the video, where that is known."""
@@ -149,10 +161,21 @@ class VideoSaliency:
     def _device(self) -> torch.device:
         return self.grid[0].device
 
+    def _shape(self, size: Size | None) -> Size:
+        return self.size if size is None else checks.size("size", size)
+
     def _visible(self, number: int) -> list[int]:
         """The views that show a frame."""
-        spans = [view.frame or (0, 0) for view in self.views]
-        return [index for index, (first, last) in enumerate(spans) if first <= number < last]
+        return self._views_of_frames[checks.integer("frame", number, low=0, high=self.frames - 1)]
+
+    @cached_property
+    def _views_of_frames(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(self.frames)]
+        for index, view in enumerate(self.views):
+            first, last = view.frame or (0, 0)
+            for views in found[first:last]:
+                views.append(index)
+        return found
 
 
 def contrast_frames(

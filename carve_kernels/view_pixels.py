@@ -73,14 +73,29 @@ def combine(
     return saliency
 
 
+def paste(view: torch.Tensor, each: Rectangle | None, saliency: torch.Tensor) -> torch.Tensor:
+    """Write the only view of an image on the pixels of its rectangle in a saliency [H, W], and 0 where it is not."""
+    saliency.zero_()
+    if each is not None:
+        rows, columns = inside = _inside(each, (saliency.shape[0], saliency.shape[1]))
+        saliency[inside] = view[_moved(rows, each[1]), _moved(columns, each[0])]
+    return saliency
+
+
+def widened(grid: torch.Tensor, size: Size, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The map of a view [GH, GW] on pixels [H, W], as every contrast is widened to them; written into `out`."""
+    if out is None:
+        return interpolate(grid[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    # `interpolate` has no `out`.
+    torch.ops.aten._upsample_bilinear2d_aa.out(grid[None, None], list(size), False, None, None, out=out[None, None])
+    return out
+
+
 def on_pixels(maps: Sequence[torch.Tensor], boxes: Sequence[Box], size: Size) -> torch.Tensor:
     """The maps of views [GH, GW] on the pixels of their image of (height, width), as `combine` does, [H, W]."""
     rectangles = [rectangle(box, size) for box in boxes]
     shapes = [(1, 1) if each is None else (each[3] - each[1], each[2] - each[0]) for each in rectangles]
-    views = (
-        interpolate(view[None, None], shape, mode="bilinear", antialias=True)[0, 0]
-        for view, shape in zip(maps, shapes, strict=True)
-    )
+    views = (widened(view, shape) for view, shape in zip(maps, shapes, strict=True))
     grids = [(view.shape[0], view.shape[1]) for view in maps]
     return combine(views, rectangles, list(map(density, grids, boxes)), size, "mean")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, features
 
 from carve_kernels.animation import animation, seconds_of, strip
 from carve_kernels.types import Regions
+from carve_kernels.visualize import overlay
 
 
 def video(count: int = 6, size: tuple[int, int] = (96, 64)) -> tuple[list[Image.Image], torch.Tensor]:
@@ -20,6 +22,10 @@ def video(count: int = 6, size: tuple[int, int] = (96, 64)) -> tuple[list[Image.
     for number in range(count):
         saliency[number, 20:40, 10 * number : 10 * number + 20] = (number + 1) / count
     return [Image.new("RGB", size, (90, 90, 90))] * count, saliency
+
+
+def selected(*box: int) -> Regions:
+    return Regions(torch.empty(0), torch.empty(0, 6, dtype=torch.int64), torch.empty(0), box)
 
 
 def heat(figure: Image.Image) -> numpy.ndarray:
@@ -74,10 +80,12 @@ def test_an_animation_has_all_frames_at_their_times_and_the_box_where_it_is(suff
     if suffix == "webp" and not features.check("webp"):
         pytest.skip("this Pillow writes no WebP")
     frames, saliency = video()
-    mask = torch.zeros_like(saliency, dtype=torch.bool)
-    regions = Regions(mask, torch.empty(0, 6, dtype=torch.int64), torch.empty(0), (10, 10, 2, 60, 50, 4))
     path = animation(
-        tmp_path / f"clip.{suffix}", frames, saliency, regions=regions, seconds=[0, 0.5, 1, 1.5, 2, 3, 3.25]
+        tmp_path / f"clip.{suffix}",
+        frames,
+        saliency,
+        regions=selected(10, 10, 2, 60, 50, 4),
+        seconds=[0, 0.5, 1, 1.5, 2, 3, 3.25],
     )
     assert path == tmp_path / f"clip.{suffix}"
     with Image.open(path) as opened:
@@ -115,11 +123,56 @@ def test_without_webp_it_is_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"frames": []}, "frames: expected at least one, got none"),
         ({"saliency": video(5)[1]}, "saliency: expected one for each of 6 frames, got 5"),
         ({"seconds": [0.0, 1.0]}, "seconds: expected 7"),
+        ({"seconds": [0.0] * 6}, "seconds: expected 7, .*, got 6"),
         ({"longest": 3}, "longest: expected an integer of at least 16"),
+        ({"frames": ["a.png"] * 6}, r"frames\[0\]: expected a PIL image, got str"),
+        (
+            {"regions": selected(10, 10, 60, 50)},
+            r"regions: expected those of a video, .* \(10, 10, 60, 50\) of an image",
+        ),
+        ({"regions": selected(0, 0, 0, 97, 64, 6)}, "regions: expected a box in 6 frames 96 wide and 64 high"),
+        ({"regions": selected(0, 0, 3, 96, 64, 7)}, "regions: expected a box in 6 frames 96 wide and 64 high"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     frames, saliency = video()
     arguments: dict[str, Any] = {"frames": frames, "saliency": saliency, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         animation(tmp_path / "clip.webp", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": [0.0, 1.0]}, "seconds: expected one for each of 6 frames, got 2"),
+        ({"shares": [0.5] * 5}, "shares: expected one for each of 6 frames, got 5"),
+        ({"saliency": video(5)[1]}, "saliency: expected one for each of 6 frames, got 5"),
+        ({"frames": []}, "frames: expected at least one, got none"),
+        ({"chosen": [1.5]}, r"chosen\[0\]: expected an integer"),
+    ],
+)
+def test_what_does_not_fit_a_strip_is_refused(changes: dict[str, Any], message: str) -> None:
+    frames, saliency = video()
+    arguments: dict[str, Any] = {"frames": frames, "saliency": saliency, "chosen": [5], **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        strip(**arguments)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_figures_are_made_one_at_a_time(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, saliency = video(12)
+    made: list[weakref.ref[Any]] = []
+    most = 0
+
+    def watched(*arguments: Any, **options: Any) -> Image.Image:
+        nonlocal most
+        figure = overlay(*arguments, **options)
+        made.append(weakref.ref(figure))
+        most = max(most, sum(each() is not None for each in made))
+        return figure
+
+    monkeypatch.setattr("carve_kernels.animation.overlay", watched)
+    animation(tmp_path / f"clip.{suffix}", frames, saliency)
+    # The writer of WebP goes back to the first one at its end.
+    assert len(made) in (12, 13) and most == 1

@@ -22,7 +22,7 @@ PLACES = ("carve_kernels", "csrc", "docs", "examples", "tests", "README.md", "Ma
 SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".inc", ".md", ".toml", ".cff", ".svg"}
 ITSELF = {"retired_words.txt", "test_retired_words.py"}
 # Public names that are kept: an option of `batch`, and what `deprecation` registers.
-_KEPT = re.compile(r"\"--pictures\", hidden=True|.*\b(?:deprecation\.\w+|renamed|moved_names|moved_module)\(.*")
+_KEPT = re.compile(r"\"--pictures\", hidden=True|^.*\b(?:deprecation\.\w+|renamed|moved_names|moved_module)\(.*")
 _ALIAS = re.compile(r"[\"'][\w.]+[\"']|carve_kernels\.[\w.]+|from carve_kernels import \w+")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
@@ -102,12 +102,16 @@ def found_in(path: Path, name: str, tables: Tables) -> Iterator[Found]:
     text = readable(path)
     for old in (*retired(path.name, tables["words"]), *retired(path.name, tables["names"])):
         yield Found(name, 0, old, {**tables["words"], **tables["names"]}[old])
-    for match in _NAME.finditer(text):
-        for old in retired(match[0], tables["words"]):
-            yield Found(name, text.count("\n", 0, match.start()) + 1, old, tables["words"][old])
-    for number, word in identifiers(text, path.suffix):
-        for old in retired(word, tables["names"]):
-            yield Found(name, number, old, tables["names"][old])
+    present = set(_NAME.findall(text))
+    if any(retired(each, tables["words"]) for each in present):
+        for match in _NAME.finditer(text):
+            for old in retired(match[0], tables["words"]):
+                yield Found(name, text.count("\n", 0, match.start()) + 1, old, tables["words"][old])
+    # Splitting every file into tokens would take longer than all the rest.
+    if any(retired(each, tables["names"]) for each in present):
+        for number, word in identifiers(text, path.suffix):
+            for old in retired(word, tables["names"]):
+                yield Found(name, number, old, tables["names"][old])
     for match in phrases(tuple(tables["phrases"])).finditer(text):
         words = re.findall(r"\w{2,}", match[0].lower())
         old = next(old for old in tables["phrases"] if re.findall(r"\w{2,}", old) == words)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
-from carve_kernels import Preset, carve, contrast, regions
+from carve_kernels import Preset, View, carve, contrast, regions
 from carve_kernels.pipeline import CarveOutcome, carve_views
 from carve_kernels.types import Box, Size
 from carve_kernels.view_pixels import combine, rectangle, seen_pixels, select
@@ -78,6 +80,32 @@ def test_pixels_of_one_view_have_exactly_its_values() -> None:
     both = carve(photograph(60, 40), task, general, grid=[(3, 4), (5, 4)], box=boxes, preset=PRESET)
     views = contrast(task, general, [(3, 4), (5, 4)], [(40, 31), (40, 29)], lam=0.01)
     assert torch.equal(both.saliency, torch.cat(views, 1)) and bool(both.seen.all())
+
+
+def test_views_of_a_layout_may_reach_into_padding() -> None:
+    """Numbers are refused there, since they may be of another image."""
+    task, general = maps((1, 12 + 20), steps=1)
+    boxes: list[Box] = [(-10.0, -0.5, 45.0, 52.0), (45.0, 0.0, 61.0, 40.5)]
+    grids: list[Size] = [(3, 4), (5, 4)]
+    views = [View(torch.arange(grid[0] * grid[1]), grid, box) for grid, box in zip(grids, boxes, strict=True)]
+    image = photograph(60, 40)
+    expected = carve_views(image, task, general, grids, boxes, PRESET, "auto")
+    found = carve(image, task, general, grid=views, preset=PRESET)
+    assert torch.equal(found.saliency, expected.saliency) and bool(found.seen.all())
+    assert torch.equal(found.regions.mask, expected.regions.mask)
+    single = carve(image, task[..., :12], general[..., :12], grid=views[0], preset=PRESET)
+    assert not single.seen[:, 45:].any() and bool(single.seen[:, :45].all())
+    assert not single.regions.mask[:, 45:].any() and single.regions.box[2] <= 45
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "box: expected 0 <= x0", {"grid": grids, "box": boxes}),
+        (ValueError, "box: expected None with views, which have their boxes, got list", {"grid": views, "box": boxes}),
+        (TypeError, "grid: expected sizes or views, got both, 1 views of 2", {"grid": [views[0], (5, 4)]}),
+        (ValueError, "grid: expected views of one image", {"grid": [views[0], replace(views[1], image=1)]}),
+        (ValueError, "grid: expected views of one image", {"grid": [views[0], replace(views[1], frame=(0, 1))]}),
+    ]
+    for error, message, options in cases:
+        with pytest.raises(error, match=message):
+            carve(image, task, general, preset=PRESET, **options)
 
 
 def test_tiles_leave_no_gap_between_them() -> None:

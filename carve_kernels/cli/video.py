@@ -19,6 +19,7 @@ from carve_kernels.hf.engine.video import VideoResult
 from carve_kernels.hf.videos import Video
 from carve_kernels.maps import is_saved
 from carve_kernels.presets import Preset
+from carve_kernels.video import VideoSaliency
 
 RECORD = "video.json"
 _KIND = "carve_kernels.video"
@@ -108,7 +109,7 @@ def _write(folder: Path, names: tuple[str, ...], result: VideoResult, facts: Map
     ends = [*video.seconds, video.duration]
     animation(folder / heat, video.frames, saliency, regions=result.regions, seconds=ends)
     animation(folder / refined, result.refined.frames, seconds=[*result.refined.seconds, result.refined.duration])
-    numpy.save(folder / array, saliency.tensor(saliency.reduced_size()).cpu().numpy())
+    _write_frames(folder / array, saliency)
     page = strip(
         video.frames, saliency, chosen=result.key_frames, seconds=video.seconds, shares=saliency.mass().tolist(),
         title=result.question, caption=_caption(result),
@@ -117,6 +118,15 @@ def _write(folder: Path, names: tuple[str, ...], result: VideoResult, facts: Map
     page.save(folder / _STRIP, pnginfo=png_info(**marks))
     result.task.save(folder / maps)
     write_json(folder / record_name, _KIND, facts)
+
+
+def _write_frames(path: Path, saliency: VideoSaliency) -> None:
+    """The saliency of all frames as a .npy file, float32 [F, h, w] in the size that regions are selected on."""
+    size = saliency.reduced_size()
+    array = numpy.lib.format.open_memmap(path, mode="w+", dtype=numpy.float32, shape=(len(saliency), *size))
+    for number in range(len(saliency)):
+        array[number] = saliency.frame(number, size).cpu().numpy()
+    array.flush()
 
 
 def _caption(result: VideoResult) -> str:

@@ -73,7 +73,9 @@ def text_backbone(model: nn.Module) -> PreTrainedModel:
     while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         inner = unwrap(names.inner_decoder(decoder))
         if inner is decoder:
-            raise TypeError(f"model: found no text decoder with `layers` in {type(unwrap(model)).__name__}")
+            crossing = names.cross_attention_in(unwrap(model))
+            why = "" if crossing is None else f", whose {crossing} uses cross-attention, which cannot be captured"
+            raise TypeError(f"model: found no text decoder with `layers` in {type(unwrap(model)).__name__}{why}")
         decoder = inner
     return decoder
 

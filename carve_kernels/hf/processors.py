@@ -25,8 +25,8 @@ RETURN_TOKEN_TYPES = {f"return_{TOKEN_TYPES}": True}
 # What has a column for each token.
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", TOKEN_TYPES, "cross_attention_mask",
          "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
-# What only the vision tower reads: the prefix of most names, and the name of Fuyu.
-_PIXELS = ("pixel", "image_patches")
+# What only the vision tower reads: the prefix of most names, and the names of Fuyu and DeepSeek-VL's hybrid.
+_PIXELS = ("pixel", "image_patches", "high_res_pixel")
 # Processors that write all that is around an image in a prompt without a chat template.
 _WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)
 _LOG = logging.getLogger("carve_kernels")

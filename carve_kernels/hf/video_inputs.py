@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from carve_kernels.checks import text as check_text
 from carve_kernels.hf.image_inputs import moved, pixel_dtype
 from carve_kernels.hf.inputs import image_token, template_of, text_settings
 from carve_kernels.hf.model import input_device, unwrap
 from carve_kernels.hf.processors import RETURN_TOKEN_TYPES, is_for_training, is_pixels, is_text, lacks_token_types
 from carve_kernels.hf.videos import Video
+
+# How many seconds there are between two temporal patches of each video, by which models number positions.
+_SECONDS = ("second_per_grid_ts", "video_second_per_grid")
 
 
 def video_token(processor: Any) -> str:
@@ -75,6 +80,11 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
         cause = str(error).partition("\n")[0]
         raise ValueError(f"video: the processor refuses frames x height x width of {sizes} ({cause})") from error
     entries = {name: value for name, value in inputs.items() if not is_for_training(name)}
+    for name in _SECONDS:
+        if name in entries:
+            # Processors compute them as if the frames were from the whole file, or two a second.
+            patch = processor.video_processor.temporal_patch_size
+            entries[name] = torch.tensor([patch * video.spacing for video in given])
     return moved(entries, input_device(model), pixel_dtype(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,12 @@ from carve_kernels.types import Size
 MAX_FRAMES = 32
 """The most frames that `open_video` takes unless told otherwise."""
 
+MAX_PIXELS = 2**30
+"""The most pixels that the frames of a video may have together: 3 GiB in memory."""
+
 Progress = Callable[[int, int], None]
+
+_LOG = logging.getLogger("carve_kernels")
 
 # By the degrees that a file's display matrix turns its frames, counterclockwise.
 _TURNED = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, -180: Transpose.ROTATE_180, -90: Transpose.ROTATE_270}
@@ -91,6 +97,13 @@ class Video:
             "frames_indices": [round(second * self.fps) for second in self.seconds],
         }
 
+    @property
+    def spacing(self) -> float:
+        """The mean time from a frame to the next one; of one frame how long it lasts, where that is known."""
+        if len(self) > 1:
+            return (self.seconds[-1] - self.seconds[0]) / (len(self) - 1)
+        return self.duration - self.seconds[0] or 1 / self.fps
+
     def end(self, frame: int) -> float:
         """When a frame is followed by the next one that was taken, or the video ends."""
         return self.seconds[frame + 1] if frame + 1 < len(self.seconds) else self.duration
@@ -132,14 +145,17 @@ def open_video(
     ================  =============  ==========================================================================
 
     The video is divided into as many equal times as frames are taken, and each is the one in the middle of its time.
+    Damaged frames are left out, with a warning.
 
-    Raises ValueError if the file is missing, is no video, has no frames or no times, or has frames of too many pixels;
-    TypeError for anything but a path; ImportError if PyAV is missing.
+    Raises ValueError if the file is missing, is no video, has no frames or no times, or has frames of too many pixels,
+    each or together (`MAX_PIXELS`); TypeError for anything but a path; ImportError if PyAV is missing.
     """
     integer("max_frames", max_frames, low=1)
     integer("max_image_pixels", max_image_pixels, low=1)
     if fps is not None and number("fps", fps, low=0) == 0:
         raise ValueError(f"fps: expected a number above 0, got {describe(fps)}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function of two numbers or None, got {describe(progress)}")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"video: expected a path, got {describe(path)}")
     file = os.fspath(check_path("video", path))
@@ -148,13 +164,22 @@ def open_video(
     with needed_by("a video"):
         import av
     try:
-        times, duration, rate = _times(av, file, max_image_pixels)
+        times, duration, rate, (width, height) = _times(av, file, max_image_pixels)
         chosen = _choose(times, duration, max_frames, fps)
+        if (most := MAX_PIXELS // (width * height)) < len(chosen):
+            raise ValueError(
+                f"max_frames: {len(chosen)} frames of {width} x {height} pixels are too many for the memory, at most "
+                f"{most}"
+            )
         kept = dict(_decode(av, file, [times[index] for index in chosen], progress))
     except av.error.FFmpegError as error:
-        raise ValueError(f"video: {file} cannot be read as a video ({error})") from error
+        raise ValueError(f"video: {file} cannot be read as a video ({error.strerror})") from error
     if not kept:
         raise ValueError(f"video: {file} has no frames that can be decoded")
+    if len(kept) < len(chosen):
+        _LOG.warning(
+            "video: %s is damaged, %d of %d frames cannot be decoded", file, len(chosen) - len(kept), len(chosen)
+        )
     found = sorted(kept)
     start = times[0]
     return Video(
@@ -167,8 +192,8 @@ def open_video(
     )
 
 
-def _times(av: Any, file: str, most_pixels: int) -> tuple[list[Any], float, float]:
-    """When each frame of a file begins, in seconds as fractions; how long all last; frames per second."""
+def _times(av: Any, file: str, most_pixels: int) -> tuple[list[Any], float, float, tuple[int, int]]:
+    """When each frame begins, in seconds as fractions; how long all last; frames per second; width and height."""
     with av.open(file) as container:
         stream = _stream(container, file)
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -189,7 +214,7 @@ def _times(av: Any, file: str, most_pixels: int) -> tuple[list[Any], float, floa
         if not lasts and stream.average_rate:
             lasts = 1 / stream.average_rate
         duration = float(times[-1] - times[0] + lasts)
-    return times, duration, len(times) / duration if duration > 0 else 1.0
+    return times, duration, len(times) / duration if duration > 0 else 1.0, (width, height)
 
 
 def _choose(times: list[Any], duration: float, most: int, fps: float | None) -> list[int]:
@@ -209,7 +234,7 @@ def _decode(av: Any, file: str, times: list[Any], progress: Progress | None) -> 
         stream = _stream(container, file)
         stream.thread_type = "AUTO"
         done = 0
-        for frame in container.decode(stream):
+        for frame in _frames(av, container, stream):
             if frame.pts is None or (time := frame.pts * frame.time_base) not in wanted:
                 continue
             image = frame.to_image().convert("RGB")
@@ -220,6 +245,15 @@ def _decode(av: Any, file: str, times: list[Any], progress: Progress | None) -> 
                 progress(done, len(times))
             if done == len(times):
                 return
+
+
+def _frames(av: Any, container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a file, without those that are damaged."""
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            continue
 
 
 def _stream(container: Any, file: str) -> Any:

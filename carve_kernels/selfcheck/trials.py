@@ -244,14 +244,27 @@ def _regions(quick: bool) -> list[Build]:
     for kind, shape, chosen in itertools.product(kinds, shapes, options):
         listed = ", ".join(f"{option} {value}" for option, value in chosen.items())
         builds.append(partial(_saliency, f"{kind}, {shape[0]} x {shape[1]}, {listed}", shape, kind, **chosen))
+    videos = [(5, 23, 37)] if quick else [(5, 23, 37), (1, 5, 70), (300, 2, 3), (9, 131, 130)]
+    for kind, (frames, *shape), connectivity in itertools.product(kinds, videos, (6, 26)):
+        name = f"{kind}, {frames} x {shape[0]} x {shape[1]}, connectivity {connectivity}"
+        chosen = {"keep": 0.3, "floor": 2, "connectivity": connectivity}
+        builds.append(partial(_saliency, name, (shape[0], shape[1]), kind, frames=frames, **chosen))
     return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
 
 
 def _saliency(
-    name: str, shape: Size, kind: str, dtype: torch.dtype = torch.float32, timed: bool = False, **options: Any
+    name: str,
+    shape: Size,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    timed: bool = False,
+    frames: int | None = None,
+    **options: Any,
 ) -> Trial:
     options = options or {"keep": 0.4, "top": 2}
-    saliency = _SALIENCIES[kind](shape).to(dtype)
+    saliency = _SALIENCIES[kind]((shape[0] * (frames or 1), shape[1])).to(dtype)
+    if frames is not None:
+        saliency = saliency.view(frames, *shape)
     truth = regions(saliency, **options, backend="reference")
     sizes = {"height": shape[0], "width": shape[1]}
     judge = partial(identical, truth=truth)

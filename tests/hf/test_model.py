@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from carve_kernels.hf.model import attention_modules, decoder_layers, image_token_positions, text_backbone, unwrap
+from carve_kernels import CarveEngine, capture_attention
+from carve_kernels.hf.model import (
+    attention_modules,
+    check_decoder,
+    decoder_layers,
+    image_token_positions,
+    text_backbone,
+    unwrap,
+)
 from tests.support import tiny_models
 
 
@@ -110,6 +119,25 @@ def test_other_modules_are_refused() -> None:
     tower = tiny_models.tiny_llava()[0].model.vision_tower
     with pytest.raises(TypeError, match="no text decoder with `layers` in CLIPVisionModel"):
         text_backbone(tower)
+
+
+def test_blip_is_refused_for_its_cross_attention() -> None:
+    """Its text decoder has no `layers`, and reads the image by cross-attention."""
+    language = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    language |= {"vocab_size": 50, "encoder_hidden_size": 32, "bos_token_id": 1}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.BlipConfig(text_config=language, vision_config={**vision, "intermediate_size": 32})
+    model = transformers.BlipForConditionalGeneration(config)
+    message = (
+        r"^model: found no text decoder .* BlipForConditionalGeneration, whose .*crossattention.* uses cross-attention"
+    )
+    for refuses in (
+        check_decoder,
+        lambda each: capture_attention(each, layers="all"),
+        lambda each: CarveEngine(each, None),
+    ):
+        with pytest.raises(TypeError, match=message):
+            refuses(model)
 
 
 def test_image_tokens_include_video_tokens_and_need_a_name_in_the_config() -> None:

@@ -158,6 +158,7 @@ def empty(path: Path) -> Path:
         (write, {"max_frames": 0}, ValueError, "max_frames: expected an integer of at least 1"),
         (write, {"fps": 0}, ValueError, "fps: expected a number above 0"),
         (write, {"fps": "2"}, TypeError, "fps: expected a number"),
+        (write, {"progress": 3}, TypeError, "progress: expected a function"),
     ],
 )
 def test_what_is_no_video_is_named(
@@ -173,6 +174,26 @@ def test_a_damaged_end_leaves_the_frames_before_it(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) * 3 // 5])
     video = open_video(path, max_frames=3)
     assert 0 < len(video) <= 3 and video.duration < 2
+
+
+def test_damaged_frames_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "clip.mkv", codec="ffv1")
+    data = bytearray(path.read_bytes())
+    for index in range(len(data) // 2, len(data) * 3 // 5):
+        data[index] ^= 0x5A
+    path.write_bytes(data)
+    video = open_video(path)
+    assert 8 <= len(video) < 20 and numbers(video)[:8] == list(range(8))
+    lost = video.total - len(video)
+    assert lost >= 1 and f"is damaged, {lost} of {video.total} frames cannot be decoded" in caplog.text
+
+
+def test_frames_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("carve_kernels.hf.videos.MAX_PIXELS", 5 * 64 * 48)
+    path = write(tmp_path / "clip.mp4")
+    assert len(open_video(path, max_frames=5)) == 5
+    with pytest.raises(ValueError, match=r"max_frames: 6 frames of 64 x 48 pixels are too many .* at most 5"):
+        open_video(path, max_frames=6)
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from carve_kernels import BackendUnavailable, contrast, regions
 from carve_kernels.types import RegionOptions
 from tests.support.planted_maps import SALIENCIES, assert_same, backends, maps, on_gpu, serving
+from tests.support.scipy_regions import regions_of_scipy
 
 
 @pytest.fixture(params=[*backends("regions"), *on_gpu("regions")])
@@ -45,16 +46,11 @@ def boxes_of(labels: numpy.ndarray, selected: list[int]) -> list[list[int]]:
 def test_equals_scipy(backend: str, dtype: torch.dtype, keep: float, connectivity: int, score: str) -> None:
     values = saliency(dtype=dtype)
     found = regions(values, keep=keep, top=2, connectivity=connectivity, score=score, backend=backend)
-    array = values.numpy()
-    structure = numpy.ones((3, 3)) if connectivity == 8 else None
-    labels, count = ndimage.label(array >= numpy.percentile(array, 100 * (1 - keep)), structure)
-    measure = {"sum": ndimage.sum, "mean": ndimage.mean, "max": ndimage.maximum}[score]
-    scores = measure(array.astype(numpy.float64), labels, range(1, count + 1))
-    selected = [int(label) + 1 for label in numpy.argsort(-numpy.asarray(scores), kind="stable")[:2]]
+    labels, selected, scores = regions_of_scipy(values.numpy(), keep, 2, connectivity, score)
     assert found.reason is None
     assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, selected))
     assert found.boxes.tolist() == boxes_of(labels, selected)
-    numpy.testing.assert_allclose(found.scores.numpy(), [scores[label - 1] for label in selected], rtol=1e-9)
+    numpy.testing.assert_allclose(found.scores.numpy(), scores, rtol=1e-9)
     edges = found.boxes
     assert found.box == (*edges[:, :2].amin(0).tolist(), *edges[:, 2:].amax(0).tolist())
 

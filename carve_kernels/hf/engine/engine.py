@@ -32,7 +32,6 @@ from carve_kernels.hf.model import (
     unwrap,
 )
 from carve_kernels.hf.session import contract
-from carve_kernels.hf.videos import MAX_FRAMES
 from carve_kernels.presets import FITS, Preset
 
 Many = list[Any] | tuple[Any, ...]
@@ -177,7 +176,7 @@ class CarveEngine:
         video: VideoSource,
         question: str,
         *,
-        max_frames: int = MAX_FRAMES,
+        max_frames: int | None = None,
         fps: float | None = None,
         prompt: str | None = None,
         on_progress: OnProgress | None = None,
@@ -188,7 +187,7 @@ class CarveEngine:
         argument     meaning
         ===========  ==================================================================================================
         video        a path, of which `open_video` takes frames, or a Video: then all of its frames are read
-        max_frames   of a path: at most so many frames; `fps`: so many for each second
+        max_frames   of a path: at most so many frames, None = 32; `fps`: so many for each second
         prompt       the whole text that the model reads, with one video token; None: the chat template's
         ===========  ==================================================================================================
 

@@ -78,18 +78,11 @@ def make_request(
     refine: Refine = None,
 ) -> Request:
     """Check images and a question, open the images and run the processor; the model does not run."""
-    checks.text("question", question)
+    check_texts(question, prompt, preset, "images")
     sources = list(images) if isinstance(images, (list, tuple)) else [images]
     if not sources:
         raise ValueError(f"images: expected at least one image, got {checks.describe(images)}")
     chosen = chosen_images(refine, len(sources))
-    if prompt is not None:
-        checks.text("prompt", prompt)
-        if preset.images != "refined":
-            raise ValueError(
-                "prompt: expected None where the last question shows more images than the first "
-                f"(images={preset.images!r}), since one prompt cannot hold both; got {checks.describe(prompt)}"
-            )
     check_processor(model, processor)
     originals = [open_image(sources[0], max_image_pixels)] if len(sources) == 1 else _opened(sources, max_image_pixels)
     letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
@@ -107,6 +100,19 @@ def make_request(
         image_inputs.clear()
     tokens = sum(each.inputs["input_ids"].shape[1] + preset.max_new_tokens for each in (task, general))
     return Request(tuple(originals), question, task, general, features, image_inputs, tokens, chosen)
+
+
+def check_texts(question: str, prompt: str | None, preset: Preset, shown: str) -> None:
+    """Check a question, and the prompt that a user wrote for the images or videos (`shown`) of both passes."""
+    checks.text("question", question)
+    if prompt is None:
+        return
+    checks.text("prompt", prompt)
+    if preset.images != "refined":
+        raise ValueError(
+            f"prompt: expected None where the last question shows more {shown} than the first "
+            f"(images={preset.images!r}), since one prompt cannot hold both; got {checks.describe(prompt)}"
+        )
 
 
 def make_second_prompt(

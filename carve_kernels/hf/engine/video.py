@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from carve_kernels import checks
 from carve_kernels.hf.decoding import Branch, PromptGroup
 from carve_kernels.hf.engine.passes import Setup, decode_answer, entropy_by_layer
+from carve_kernels.hf.engine.requests import check_texts
 from carve_kernels.hf.engine.whole_layers import whole_layers
 from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.layouts import layout_of
@@ -115,21 +116,16 @@ def make_video_request(
     **opening: Any,
 ) -> VideoRequest:
     """Check a video and a question, open the video and run the processor; the model does not run."""
-    checks.text("question", question)
+    check_texts(question, prompt, preset, "videos")
     refuse_fit(fit)
-    if prompt is not None:
-        checks.text("prompt", prompt)
-        if preset.images != "refined":
-            raise ValueError(
-                "prompt: expected None where the last question shows two videos "
-                f"(images={preset.images!r}), since one prompt cannot hold one and then two; "
-                f"got {checks.describe(prompt)}"
-            )
     if isinstance(video, Video):
-        if opening["fps"] is not None:
-            raise ValueError(f"fps: expected None for a Video, whose frames are all read, got {opening['fps']!r}")
+        for name in ("max_frames", "fps"):
+            if opening[name] is not None:
+                raise ValueError(
+                    f"{name}: expected None for a Video: all its frames are read, got {checks.describe(opening[name])}"
+                )
     elif isinstance(video, (str, os.PathLike)):
-        video = open_video(video, **opening)
+        video = open_video(video, **{name: value for name, value in opening.items() if value is not None})
     else:
         raise TypeError(f"video: expected a path or a Video, got {checks.describe(video)}")
     texts = [

@@ -6,25 +6,26 @@ There is a module for each kind of layout, that is for each way in which process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
+from carve_kernels.hf.layouts.kinds import kind_of
 from carve_kernels.hf.layouts.measured import measured_layout
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.layouts.rows import by_row
 from carve_kernels.hf.layouts.videos import has_images, video_layout
 from carve_kernels.hf.model import check_decoder, unwrap
 from carve_kernels.ops.zoom import refuse_turned
 from carve_kernels.types import Size, View, VisualLayout
+
+_EACH = "give the images of each row as its own list, in the order of the prompt"
 
 
 def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None, videos: Any = None) -> VisualLayout:
@@ -39,6 +40,10 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     videos  the same for videos: a `Video`, a list of the frames that the processor was given, or (frames,
             height, width). None = there is none
     ======  ==========================================================================================
+
+    A few cells of an image are compared with the pixels of the inputs, so that another order of the images, or another
+    image, is refused. Nothing can be compared with a (height, width): of images whose tokens are equally many, their
+    order is not checked then, nor is that of images of families that are not listed, or of videos.
 
     Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
     family that is not listed is measured, see `layouts.measured`.
@@ -62,20 +67,30 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     is_image = ids == names.image_id(config)
     if not is_image.any():
         raise ValueError("inputs: found no image token in the prompt; build it with an image, as `build_prompt` does")
-    by_row = _by_row(images, len(is_image))
-    sizes = tuple(tuple(_size(image) for image in row) for row in by_row)
+    of_rows = by_row("images", images, len(is_image), _is_image)
+    for row, (of_row, here) in enumerate(zip(of_rows, is_image, strict=True)):
+        if not of_row and bool(here.any()):
+            raise ValueError(
+                f"images: row {row} has {int(here.sum())} image tokens in its prompt, got no image; {_EACH}"
+            )
+    sizes = tuple(tuple(_size(image) for image in row) for row in of_rows)
     if family is None:
         return measured_layout(model, processor, inputs, sizes)
-    kind, total = _kind(family), sum(map(len, sizes))
+    kind, total = kind_of(family), sum(map(len, sizes))
     views: list[tuple[View, ...]] = []
     number = before = 0
-    for row, of_row in enumerate(by_row):
+    for row, of_row in enumerate(of_rows):
         cursor = Cursor(ids[row], is_image[row], getattr(processor, "tokenizer", processor))
         found: list[View] = []
         for index, given in enumerate(of_row):
             original = given if isinstance(given, Image.Image) else None
             size = sizes[row][index]
             image = ProcessedImage(config, processor, inputs, family.options, size, number, total, before, original)
+            if index and cursor.taken >= len(cursor):
+                raise ValueError(
+                    f"images: the prompt of row {row} ends before image {index + 1} of {len(of_row)}; it was probably "
+                    f"truncated, or {_EACH}"
+                )
             of_image = kind.views(image, cursor)
             found += [replace(view, image=index) for view in of_image]
             number, before = number + 1, before + len(of_image)
@@ -106,7 +121,7 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
             f"processor: its image token has the id {token}, expected {expected} as in the model's config; "
             "load the model's own tokenizer"
         )
-    settings = getattr(_kind(family), "settings", None)
+    settings = getattr(kind_of(family), "settings", None)
     for name, setting, required in settings(config, processor) if settings else ():
         if setting != required:
             raise ValueError(
@@ -124,23 +139,9 @@ def canvas_of(model: nn.Module, processor: Any, size: Size) -> tuple[Size, int, 
             f"fit: expected None, got 'pad': what a processor of {unwrap(model).config.model_type!r} crops is unknown, "
             f"known are {supported()}"
         )
-    canvas = getattr(_kind(family), "canvas", None)
+    canvas = getattr(kind_of(family), "canvas", None)
     found: tuple[Size, int, int] = canvas(unwrap(model).config, processor, size) if canvas else (size, 0, 0)
     return found
-
-
-def _kind(family: Family) -> Any:
-    """The module of a kind of layout.
-
-    ========  =====================================================================================================
-    views     (image, tokens) -> the views of one image; its tokens are taken from the cursor `tokens`
-    settings  (config, processor) -> (name, found, expected) for each setting of the processor that must agree with
-              the model's config; optional
-    canvas    (config, processor, size) -> the smallest canvas of an image that the processor does not crop, as
-              (size, top, left); optional, without it images are never cropped
-    ========  =====================================================================================================
-    """
-    return import_module(f"{__name__}.{family.kind}")
 
 
 def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None:
@@ -149,31 +150,12 @@ def _check_row(row: int, cursor: Cursor, views: list[View], images: int) -> None
         return
     # One image may have several runs of tokens, but not fewer than one.
     if cursor.runs < images or (cursor.taken < len(cursor) and cursor.runs > len(views) == images):
-        raise ValueError(
-            f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; give the images of each "
-            "row as its own list, in the order of the prompt"
-        )
+        raise ValueError(f"images: row {row} has {cursor.runs} image(s) in its prompt, got {images}; {_EACH}")
     grids = " and ".join(f"{view.grid[0]} x {view.grid[1]}" for view in views)
     raise ValueError(
         f"inputs: row {row} has {len(cursor)} image tokens, its grid of {grids} needs {cursor.taken}; "
         "the prompt was probably truncated within the image"
     )
-
-
-def _by_row(images: Any, rows: int) -> list[Any]:
-    if _is_image(images):
-        images = [images]
-    if not isinstance(images, Sequence) or isinstance(images, str):
-        raise TypeError(f"images: expected a list of images or of lists of images, got {describe(images)}")
-    nested = [[image] for image in images] if all(_is_image(image) for image in images) else list(images)
-    if rows == 1 and len(nested) > 1:
-        nested = [[image for row in nested for image in row]]
-    if len(nested) != rows:
-        raise ValueError(
-            f"images: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
-            "images a row, in the order of the prompt"
-        )
-    return nested
 
 
 def _is_image(value: Any) -> bool:

@@ -1,13 +1,14 @@
-"""Sizes that a family's options name by the attributes of the model's config."""
+"""Sizes that a family's options name by the attributes of the model's config, and grids of whole cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import Any
 
 from carve_kernels.hf.families import family_of
-from carve_kernels.types import Box, Size
+from carve_kernels.types import Size
 
 PATCH = "vision_config.patch_size"
 
@@ -54,22 +55,25 @@ def options_of(config: Any, processor: Any) -> Mapping[str, Any]:
     return {} if family is None else family.options
 
 
-def settings_of(config: Any, owner: Any, names: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, found, expected) for the attributes of a processor that `names` maps to attributes of a config.
+def settings_of(config: Any, processor: Any, names: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, found, expected) for the attributes of a processor that `names` maps to attributes of a config, or values.
 
-    One of them may have a size as a number, and the other one as (height, width).
+    One of them may have a size as a number, and the other one as (height, width). What a processor lacks is not wrong.
     """
     for name, path in names.items():
         expected = attribute(config, path) if isinstance(path, str) else path
-        found = getattr(owner, name, expected)
+        *owners, last = name.split(".")
+        found = getattr(reduce(lambda owner, each: getattr(owner, each, None), owners, processor), last, expected)
         height, width = sides(expected)
         same = found is not None and sides(found) == (height, width)
-        yield f"{prefix}{name}", found, found if same else height if height == width else (height, width)
+        yield name, found, found if same else height if height == width else (height, width)
 
 
-def covered(size: Size, resized: Size, grid: Size, cell: Size) -> Box:
-    """The box of a grid at the top left of an image that was resized, and maybe padded at the right and the bottom."""
-    bottom, right = (
-        count * side * full / length for count, side, full, length in zip(grid, cell, size, resized, strict=True)
-    )
-    return 0.0, 0.0, right, bottom
+def merged(name: str, patches: Sequence[int], merge: Size) -> Size:
+    """The grid of cells of so many patches in an entry of this name. Raises ValueError if some make no whole cell."""
+    if patches[0] % merge[0] or patches[1] % merge[1]:
+        raise ValueError(
+            f"inputs: expected {name} of multiples of {merge[0]} x {merge[1]} patches, which the model merges, got "
+            f"{patches[0]} x {patches[1]}"
+        )
+    return patches[0] // merge[0], patches[1] // merge[1]

@@ -136,7 +136,14 @@ def _embeddings(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | N
     finally:
         handle.remove()
         names.restore_positions(notes)
-    return found[0] if found else None
+    return _first_of_several(found[0], inputs["input_ids"].shape) if found else None
+
+
+def _first_of_several(states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The states [B, S, E] of tokens that have several, side by side or one set after the other, made of the first."""
+    if states.ndim != 4:
+        return states
+    return states[0] if states.shape[1:3] == shape else states[:, :, 0]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from math import isqrt
 
 import torch
 
+from carve_kernels.hf.layouts.boxes import part
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import Resize, check_seen, patches_of
 from carve_kernels.types import Box, View, ViewKind
@@ -46,10 +47,8 @@ def _box(image: ProcessedImage, pooling: torch.Tensor) -> Box:
             "patches a token; set it as it was for the inputs"
         )
     exists = pooling.unflatten(-1, (height, width)).transpose(1, 2).flatten(2, 3).flatten(0, 1) >= 0
-    spans = []
-    for there, length in zip((exists.any(1), exists.any(0)), image.size, strict=True):
-        patch = length / int(there.sum())
-        before = int(there.int().argmax())
-        spans.append((-before * patch, (len(there) - before) * patch))
-    (top, bottom), (left, right) = spans
-    return left, top, right, bottom
+    rows, columns = exists.any(1), exists.any(0)
+    # The patches within the image are its resized copy, in pixels of the size of a patch.
+    start = -int(rows.int().argmax()), -int(columns.int().argmax())
+    end = start[0] + len(rows), start[1] + len(columns)
+    return part(image.size, (int(rows.sum()), int(columns.sum())), start, end)

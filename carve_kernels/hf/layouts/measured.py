@@ -300,8 +300,17 @@ def _joined(boxes: list[Box], grids: list[tuple[Size, slice]], size: Size) -> li
 
 
 def _settings_of(processor: Any) -> str:
-    parts = (processor, getattr(processor, "image_processor", None))
-    return " ".join(str(getattr(part, "to_json_string", lambda: "")()) for part in parts)
+    """The settings of a processor and of its image processor."""
+    return " ".join(map(_written, (processor, getattr(processor, "image_processor", None))))
+
+
+def _written(part: Any) -> str:
+    try:
+        return str(getattr(part, "to_json_string", lambda: "")())
+    # A processor without a file of one of its parts (Ernie's font) cannot be written.
+    except Exception:
+        plain = (bool, int, float, str, list, tuple, dict)
+        return repr({name: value for name, value in vars(part).items() if isinstance(value, plain)})
 
 
 def _is_text(name: str, value: Any, inputs: Mapping[str, Any]) -> bool:

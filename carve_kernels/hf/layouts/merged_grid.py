@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import PATCH, attribute, options_of, settings_of, sides
+from carve_kernels.hf.layouts.cells import PATCH, attribute, merged, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_seen, patches_of
 from carve_kernels.types import Box, Size, View
@@ -26,28 +26,27 @@ MERGE = "vision_config.spatial_merge_size"
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     """The patch and merge sizes, and what the prompts of HunYuan-VL need."""
     options = options_of(config, processor)
-    names = {"patch_size": PATCH}
+    names: dict[str, Any] = {"image_processor.patch_size": PATCH}
     if "entry" not in options:
-        names["merge_size"] = options.get("merge", MERGE)
+        names["image_processor.merge_size"] = options.get("merge", MERGE)
     if options.get("lines"):
-        yield from settings_of(config, processor, {"cat_extra_token": True})
-        yield from settings_of(config, processor.image_processor, {"spatial_patch_size": 1}, "image_processor.")
-    yield from settings_of(config, getattr(processor, "image_processor", None), names, "image_processor.")
+        names |= {"cat_extra_token": True, "image_processor.spatial_patch_size": 1}
+    yield from settings_of(config, processor, names)
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole image."""
-    rows, columns = merged(image)
-    check_patches(image, (rows, columns), image.box)
+    rows, columns = grid = grid_of(image)
+    check_patches(image, grid, image.box)
     if not image.options.get("lines"):
-        return (View(tokens.take(rows * columns), (rows, columns), image.box),)
+        return (View(tokens.take(rows * columns), grid, image.box),)
     tokens.take(1)
-    found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)
+    found = tokens.take_rows(rows, columns).flatten()
     tokens.take(1)
-    return (View(found, (rows, columns), image.box),)
+    return (View(found, grid, image.box),)
 
 
-def merged(image: ProcessedImage) -> Size:
+def grid_of(image: ProcessedImage) -> Size:
     """The grid of merged patches. Raises ValueError if the patches do not have the model's size or cannot be merged."""
     frames, *patches = image.item("image_grid_thw", "[images, 3]").tolist()
     if frames != 1:
@@ -58,13 +57,7 @@ def merged(image: ProcessedImage) -> Size:
             f"inputs: expected pixel_values of patches of {height} x {width} pixels, as in the model's config, got "
             f"{pixels[0].numel()} numbers a patch"
         )
-    merge = sides(_merge(image))
-    if patches[0] % merge[0] or patches[1] % merge[1]:
-        raise ValueError(
-            f"inputs: expected image_grid_thw of multiples of {merge[0]} x {merge[1]} patches, which the model merges, "
-            f"got {patches[0]} x {patches[1]}"
-        )
-    return patches[0] // merge[0], patches[1] // merge[1]
+    return merged("image_grid_thw", patches, merge_of(image))
 
 
 def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
@@ -72,11 +65,12 @@ def check_patches(image: ProcessedImage, grid: Size, box: Box) -> None:
     if not image.has("pixel_values"):
         return
     start = int(image.entry("image_grid_thw")[: image.number].prod(1).sum())
-    merge, patch = sides(_merge(image)), sides(attribute(image.config, PATCH))
+    merge, patch = merge_of(image), sides(attribute(image.config, PATCH))
     seen = patches_of(image.entry("pixel_values")[start:], grid, merge, bool(image.options.get("raster")))
     check_seen(image, box, grid, (merge[0] * patch[0], merge[1] * patch[1]), seen)
 
 
-def _merge(image: ProcessedImage) -> Any:
+def merge_of(image: ProcessedImage) -> Size:
+    """How many patches become a token, as (rows, columns)."""
     entry = image.options.get("entry")
-    return int(image.item(entry)) if entry else attribute(image.config, image.options.get("merge", MERGE))
+    return sides(int(image.item(entry)) if entry else attribute(image.config, image.options.get("merge", MERGE)))

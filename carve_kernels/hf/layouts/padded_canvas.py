@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from carve_kernels.hf.layouts.boxes import covered
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
 from carve_kernels.hf.layouts.tiling import function_of
 from carve_kernels.types import Box, Size
@@ -25,9 +26,7 @@ def canvas_box(image: ProcessedImage, tiles: Size) -> Box:
             "inputs: expected the image on all of its canvas of tiles, as with resize_to_max_canvas, got black below "
             "it; set processor.image_processor.resize_to_max_canvas as it was for the inputs"
         )
-    placed = large if enlarged else small
-    (rows, columns), (height, width) = canvas.tolist(), image.size
-    return 0.0, 0.0, columns * width / placed[1], rows * height / placed[0]
+    return covered(image.size, large if enlarged else small, tiles, (side, side))
 
 
 def _fit(image: ProcessedImage, target: tuple[torch.Tensor | int, ...]) -> Size:

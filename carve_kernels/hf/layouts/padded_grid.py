@@ -11,14 +11,18 @@ cell    as for `cells.cell_of`
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from carve_kernels.hf import names
 from carve_kernels.hf.layouts import merged_grid
-from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
+from carve_kernels.hf.layouts.boxes import covered
+from carve_kernels.hf.layouts.cells import cell_of, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_seen, patches_of
+from carve_kernels.hf.layouts.tiling import function_of
 from carve_kernels.types import Size, View
 
 
@@ -27,9 +31,8 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     options = options_of(config, processor)
     if "merge" in options:
         yield from merged_grid.settings(config, processor)
-        return
-    image_processor = getattr(processor, "image_processor", None)
-    yield from settings_of(config, image_processor, {"patch_size": cell_of(config, options)}, "image_processor.")
+    else:
+        yield from settings_of(config, processor, {"image_processor.patch_size": cell_of(config, options)})
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
@@ -39,7 +42,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     box = covered(image.size, resized, (rows, columns), cell)
     run = tokens.run()
     # A prompt that ends within the first row is truncated, which the number of tokens shows.
-    found = merged_grid.merged(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
+    found = merged_grid.grid_of(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
     if found != (rows, columns):
         raise ValueError(
             f"inputs: expected a grid of {rows} x {columns}, which the settings of "
@@ -48,11 +51,24 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         )
     if "merge" in image.options:
         merged_grid.check_patches(image, found, box)
-    elif image.total == 1:
-        # Where the patches of a later image begin is not known.
-        patches = image.entry("pixel_values" if image.has("pixel_values") else "image_patches", "[patches, values]")
-        check_seen(image, box, found, cell, patches_of(patches, found, (1, 1), raster=True))
+    else:
+        check_seen(image, box, found, cell, patches_of(_patches(image, cell), found, (1, 1), raster=True))
     return (View(tokens.take(rows * columns), found, box),)
+
+
+def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
+    """The patches of Fuyu from those of an image on: one for each image token, and a prompt has one image."""
+    name = "pixel_values" if image.has("pixel_values") else "image_patches"
+    patches: torch.Tensor = image.entry(name, "[patches, values]")
+    channels, values = image.config.num_channels, patches.shape[1]
+    if values != channels * cell[0] * cell[1]:
+        raise ValueError(
+            f"inputs: expected {name} of {channels} channels of {cell[0]} x {cell[1]} pixels, as the model reads them, "
+            f"got {values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: "
+            'convert it first, with image.convert("RGB")'
+        )
+    counts = (image.entry("input_ids") == names.image_id(image.config)).sum(1).tolist()
+    return patches[sum([count for count in counts if count][: image.number]) :]
 
 
 def _resized(image: ProcessedImage) -> Size:
@@ -60,11 +76,8 @@ def _resized(image: ProcessedImage) -> Size:
     if not processor.do_resize:
         return height, width
     if name := image.options.get("resize"):
-        resize = getattr(sys.modules[type(processor).__module__], name)
-        longest = processor.size.max_height
-        resized: Size = resize(
-            height, width, processor.patch_size, processor.merge_size, processor.max_patches, longest
-        )[0]
+        resize, patch, merge = function_of(processor, name), processor.patch_size, processor.merge_size
+        resized: Size = resize(height, width, patch, merge, processor.max_patches, processor.size.max_height)[0]
         return resized
     largest = sides(processor.size)
     scale = min(largest[0] / height, largest[1] / width)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
+from carve_kernels.hf.layouts.boxes import covered, shrunk
 from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
@@ -18,13 +19,17 @@ from carve_kernels.types import Box, Size, View
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """The whole image, and then its crops along its long side."""
     pixels, cell = image.entry("pixel_values", "[images and crops, 3, H, W]"), cell_of(image.config, image.options)
-    grid = pixels.shape[-2] // cell[0], pixels.shape[-1] // cell[1]
+    height, width = pixels.shape[-2:]
+    grid = height // cell[0], width // cell[1]
     count = grid[0] * grid[1]
-    whole = View(tokens.take(count), grid, _pooled(image.box, pixels, grid, cell))
-    patch = sides(attribute(image.config, PATCH))
-    patches = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
+    # Patches that make no whole cell are not pooled.
+    shares = grid[0] * cell[0] / height, grid[1] * cell[1] / width
+    whole = View(tokens.take(count), grid, shrunk(image.box, *shares))
     if image.before < len(pixels):
-        check_pixels(image, _pooled(image.box, pixels, patches, patch), patches, patch, pixels[image.before])
+        patch = sides(attribute(image.config, PATCH))
+        patches = height // patch[0], width // patch[1]
+        box = covered(image.size, (height, width), patches, patch)
+        check_pixels(image, box, patches, patch, pixels[image.before])
     if image.has("num_crops"):
         crops = [tokens.take(count) for _ in range(int(image.item("num_crops")))]
     else:
@@ -35,7 +40,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"inputs: pixel_values hold {given} crops of the last image, the prompt has {len(crops)}; it was probably "
             "truncated, or the images do not match the prompt"
         )
-    boxes = [_pooled(box, pixels, grid, cell) for box in _boxes(image.size, len(crops))]
+    boxes = [shrunk(box, *shares) for box in _boxes(image.size, len(crops))]
     return (whole, *(View(found, grid, box, kind="crop") for found, box in zip(crops, boxes, strict=True)))
 
 
@@ -54,13 +59,6 @@ def _text(processor: Any, tokens: Cursor, edges: tuple[str, str]) -> str:
     """The text up to the next image token, without the tokens around an image."""
     text: str = processor.tokenizer.convert_tokens_to_string(tokens.between())
     return text.replace(edges[0], "").replace(edges[1], "")
-
-
-def _pooled(box: Box, pixels: Any, grid: Size, cell: Size) -> Box:
-    """The part of a box that whole cells cover: what remains of the patches is not pooled."""
-    left, top, right, bottom = box
-    shares = (grid[1] * cell[1] / pixels.shape[-1], grid[0] * cell[0] / pixels.shape[-2])
-    return left, top, left + (right - left) * shares[0], top + (bottom - top) * shares[1]
 
 
 def _boxes(size: Size, crops: int) -> list[Box]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +38,8 @@ class ProcessedImage:
     before: int = 0
     original: Any = None
 
+    what: ClassVar[str] = "image"
+
     @property
     def image_processor(self) -> Any:
         return self.processor.image_processor
@@ -63,12 +65,12 @@ class ProcessedImage:
         return found
 
     def item(self, name: str, shape: str | None = None) -> Any:
-        """The item of this image in an entry that has one for each image."""
+        """The item of this image in an entry that has one for each image; of a video, likewise."""
         found = self.entry(name, shape)
         if len(found) != self.total:
             raise ValueError(
-                f"images: the inputs hold {len(found)} image(s), got {self.total}; give every image of the prompts in "
-                "order, one list a row, and select views afterwards by `view.image`"
+                f"{self.what}s: the inputs hold {len(found)} {self.what}(s), got {self.total}; give every {self.what} "
+                "of the prompts in order, one list a row, and select views afterwards by `view.image`"
             )
         return found[self.number]
 
@@ -89,6 +91,10 @@ class Cursor:
         found = self._positions[self.taken : self.taken + count]
         self.taken += count
         return torch.tensor(found + [-1] * (count - len(found)), dtype=torch.int32)
+
+    def take_rows(self, rows: int, columns: int) -> torch.Tensor:
+        """The same for rows of image tokens [rows, columns], each of which one more image token ends, a newline."""
+        return self.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns]
 
     def run(self) -> int:
         """How many of the next image tokens follow each other without another token between them."""

@@ -25,7 +25,8 @@ _SAMPLES = 8
 _MARGIN = 4
 # The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
 _REACH = 2
-# A large image is first averaged over whole pixels, which is cheaper, and not seen in cells that are not small.
+# A large image is first averaged over whole pixels, which is cheaper, and not seen in cells that are not small, except
+# for noise in images that are enlarged along one axis and shrunk along the other: they are compared again without.
 _REDUCING_GAP, _SMALL = 3.0, 7
 _FILTERS = tuple(Image.Resampling)
 _SAMPLING = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
@@ -61,6 +62,7 @@ class _Way(NamedTuple):
     average: bool
     resample: Image.Resampling
     convert: Convert
+    gap: float | None
 
 
 def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Seen, resize: Resize = AT_ONCE) -> None:
@@ -77,7 +79,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
     values = seen(rows, columns).float().cpu().numpy()
     count, down, across = values.shape
-    for way in _ways(image, resize):
+    for way in _ways(image, resize, cell):
         parts = np.stack([_part(image, box, grid, cell, place, way) for place in cells])
         levels = parts.reshape(count, down, cell[0] // down, across, cell[1] // across, 3)
         share = _STEPS_SHARE if way.steps else _SHARE
@@ -161,17 +163,18 @@ def _inside(size: Size, box: Box, grid: Size, cell: Size) -> list[tuple[int, int
     return [(rows[number // len(columns)], columns[number % len(columns)]) for number in numbers]
 
 
-def _ways(image: ProcessedImage, resize: Resize) -> Iterator[_Way]:
+def _ways(image: ProcessedImage, resize: Resize, cell: Size) -> Iterator[_Way]:
     """The ways to resize and convert an image, that of the processor first: a filter may have been given to a call."""
     own = getattr(image.image_processor, "resample", None)
     first = Image.Resampling.BICUBIC if own is None else Image.Resampling(int(own))
     original = image.original
     transparent = "A" in original.mode or "transparency" in original.info
     filters = sorted(_FILTERS if resize.average else _SAMPLING, key=lambda each: each != first)
-    for resample, steps in product(filters, resize.steps):
-        yield _Way(steps, resize.average, resample, _opaque)
+    gaps = (_REDUCING_GAP, None) if resize.average and min(cell) > _SMALL else (None,)
+    for gap, resample, steps in product(gaps, filters, resize.steps):
+        yield _Way(steps, resize.average, resample, _opaque, gap)
         if transparent:
-            yield _Way(steps, resize.average, resample, _over_white)
+            yield _Way(steps, resize.average, resample, _over_white, gap)
 
 
 def _opaque(part: Image.Image) -> Image.Image:
@@ -214,8 +217,7 @@ def _resized(original: Image.Image, sizes: Sequence[Size], bounds: Box, cell: Si
             source = way.convert(source.crop((*corner, *end)))
     if not way.average:
         return source.transform(cell[::-1], Image.Transform.EXTENT, bounds, way.resample)
-    gap = _REDUCING_GAP if min(cell) > _SMALL else None
-    return source.resize(cell[::-1], way.resample, bounds, reducing_gap=gap)
+    return source.resize(cell[::-1], way.resample, bounds, reducing_gap=way.gap)
 
 
 def _scaled(bounds: Box, size: Size, to: Size) -> Box:
@@ -228,12 +230,12 @@ def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
     """Whether values are what the processor makes of levels."""
     grey = levels.mean(3)
     contrast = float(np.abs(grey - np.median(grey)).mean())
-    bound = _LEVELS + share * contrast
-    return any(np.abs(values - found).mean() / scale <= bound for found, scale in _normalised(processor, levels))
+    errors = (np.abs(values - found).mean() / scale for found, scale in _normalised(processor, levels))
+    return any(error <= _LEVELS + share * contrast for error in errors)
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
-    """What levels of 0 to 255 become, over all channels, with and without a normalisation and a rescale; and of one."""
+    """What levels of 0 to 255 become, over all channels, with and without a rescale and a normalisation; and of one."""
     factor = float(getattr(processor, "rescale_factor", None) or 1 / 255)
     mean, std = (
         np.atleast_1d(np.asarray(getattr(processor, name, None) or default, dtype=np.float32))

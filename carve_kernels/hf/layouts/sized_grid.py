@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import cell_of, covered, options_of, settings_of, sides
+from carve_kernels.hf.layouts.boxes import covered
+from carve_kernels.hf.layouts.cells import cell_of, options_of, settings_of, sides
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.types import Size, View
@@ -31,17 +32,15 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """One view of the whole cells; what remains of the image at the right and the bottom has no token."""
-    height, width = (int(side) for side in image.item("image_sizes"))
-    resized, cell = (height, width), cell_of(image.config, image.options)
+    height, width = image.item("image_sizes")
+    resized, cell = (int(height), int(width)), cell_of(image.config, image.options)
     if image.original is None:
         _check_shape(image.size, resized, max(*cell, *sides(getattr(image.image_processor, "patch_size", cell))))
-    rows, columns = resized[0] // cell[0], resized[1] // cell[1]
-    box = covered(image.size, resized, (rows, columns), cell)
-    check_pixels(image, box, (rows, columns), cell, image.item("pixel_values"))
-    if not image.options.get("newlines"):
-        return (View(tokens.take(rows * columns), (rows, columns), box),)
-    found = tokens.take(rows * (columns + 1)).view(rows, columns + 1)[:, :columns].reshape(-1)
-    return (View(found, (rows, columns), box),)
+    rows, columns = grid = resized[0] // cell[0], resized[1] // cell[1]
+    box = covered(image.size, resized, grid, cell)
+    check_pixels(image, box, grid, cell, image.item("pixel_values"))
+    found = tokens.take_rows(*grid).flatten() if image.options.get("newlines") else tokens.take(rows * columns)
+    return (View(found, grid, box),)
 
 
 def _check_shape(size: Size, resized: Size, step: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 
+from carve_kernels.hf.layouts.boxes import shrunk
+from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
 from carve_kernels.hf.layouts.seen import AT_ONCE, Resize, check_pixels, check_seen, patches_of
 from carve_kernels.types import Box, Size, View
@@ -29,23 +30,19 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
     patches a side become a token, or their possible numbers, from which `tokens` of the prompt select; with the
     entry named by `fine` there are half as many.
     """
-    name = image.options.get("shapes")
-    if name is not None:
+    if name := image.options.get("shapes"):
         shapes = image.entry(name, "[tiles, 2]")
         if number >= len(shapes):
             raise ended(image)
-        sides = shapes[number].tolist()
-        patch = (1, 1)
+        lengths, patch = shapes[number].tolist(), (1, 1)
     else:
-        sides = list(image.entry("pixel_values").shape[-2:])
-        patch = size_of(image.config.vision_config.patch_size)
-        if sides[0] != sides[1]:
-            raise ValueError(f"inputs: expected square tiles in pixel_values, got {sides[0]} x {sides[1]}")
-    merges = _merges(image)
-    for merge in merges:
-        rows, columns = (-(-(side // size) // merge) for side, size in zip(sides, patch, strict=True))
+        lengths, patch = image.entry("pixel_values").shape[-2:], sides(attribute(image.config, PATCH))
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"inputs: expected square tiles in pixel_values, got {lengths[0]} x {lengths[1]}")
+    for merge in _merges(image):
+        rows, columns = (-(-(length // side) // merge) for length, side in zip(lengths, patch, strict=True))
         if tokens in (None, rows * columns):
-            span = rows * merge * patch[0] / sides[0], columns * merge * patch[1] / sides[1]
+            span = rows * merge * patch[0] / lengths[0], columns * merge * patch[1] / lengths[1]
             return (rows, columns), span
     raise ValueError(
         f"inputs: the prompt has {tokens} image tokens in a run, a tile needs {rows} x {columns}; the prompt was "
@@ -55,7 +52,7 @@ def grid_of(image: ProcessedImage, number: int, tokens: int | None = None) -> tu
 
 def tile_view(box: Box, place: Size, tiles: Size, tokens: torch.Tensor, grid: Size, span: Span) -> View:
     """The view of a tile at a place of the rows and columns of tiles that cover a box, or of all of the box."""
-    part = _part(box, place, tiles, span)
+    part = shrunk(_tile_box(box, place, tiles), *span)
     return View(tokens, grid, part, kind="base" if place == WHOLE else "tile")
 
 
@@ -70,14 +67,14 @@ def check_tiles(image: ProcessedImage, box: Box, places: Sequence[Size], tiles: 
         if pixels.ndim == 5:
             first = int(_real_tiles(image, pixels).flatten().nonzero()[first])
             pixels = pixels.flatten(0, 1)
-        shown, sides = pixels[first : first + tiles[0] * tiles[1]].unflatten(0, tiles), pixels.shape[-2:]
-        height, width = (max(cell for cell in range(1, _CELL + 1) if side % cell == 0) for side in sides)
-        grid = tiles[0] * sides[0] // height, tiles[1] * sides[1] // width
-        check_pixels(image, box, grid, (height, width), shown, resize)
+        own, lengths = pixels[first : first + tiles[0] * tiles[1]].unflatten(0, tiles), pixels.shape[-2:]
+        height, width = (max(cell for cell in range(1, _CELL + 1) if side % cell == 0) for side in lengths)
+        grid = tiles[0] * lengths[0] // height, tiles[1] * lengths[1] // width
+        check_pixels(image, box, grid, (height, width), own, resize)
         return
     index = places.index(WHOLE) if WHOLE in places else 0
-    number, part = image.before + index, _part(box, places[index], tiles)
-    shapes, cell = image.entry(name), size_of(image.config.vision_config.patch_size)
+    number, part = image.before + index, _tile_box(box, places[index], tiles)
+    shapes, cell = image.entry(name), sides(attribute(image.config, PATCH))
     grid = int(shapes[number, 0]), int(shapes[number, 1])
     if pixels.ndim == 4:
         # The patches of all tiles beside each other.
@@ -107,13 +104,14 @@ def _real_tiles(image: ProcessedImage, tiles: torch.Tensor) -> torch.Tensor:
     return (mask.flatten(2)[..., 0] if mask.ndim > 2 else mask) != 0
 
 
-def _part(box: Box, place: Size, tiles: Size, span: Span = (1.0, 1.0)) -> Box:
-    """The part of a box that a tile at a place of rows and columns of tiles covers, from its top left."""
-    (row, column), (rows, columns) = (1, 1) if place == WHOLE else place, (1, 1) if place == WHOLE else tiles
+def _tile_box(box: Box, place: Size, tiles: Size) -> Box:
+    """The part of a box that a tile at a place of its rows and columns of tiles covers; all of it at that of WHOLE."""
+    if place == WHOLE:
+        return box
     left, top, right, bottom = box
-    height, width = (bottom - top) / rows, (right - left) / columns
-    left, top = left + (column - 1) * width, top + (row - 1) * height
-    return left, top, left + width * span[1], top + height * span[0]
+    height, width = (bottom - top) / tiles[0], (right - left) / tiles[1]
+    left, top = left + (place[1] - 1) * width, top + (place[0] - 1) * height
+    return left, top, left + width, top + height
 
 
 def pattern_of(image: ProcessedImage, name: str) -> str:
@@ -134,19 +132,14 @@ def function_of(image_processor: Any, name: str) -> Any:
     modules = (sys.modules[kind.__module__] for kind in type(image_processor).__mro__)
     found = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
     if found is None:
-        raise ValueError(f"processor: the tiles of {type(image_processor).__name__} are not known, it has no {name}")
+        raise ValueError(f"processor: the sizes of {type(image_processor).__name__} are not known, it has no {name}")
     return found
-
-
-def size_of(value: Any) -> Size:
-    """A size that may be given as one number."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _merges(image: ProcessedImage) -> Sequence[int]:
     merge = image.options.get("merge", (1,))
     if not isinstance(merge, str):
         return tuple(merge)
-    factor = attrgetter(merge)(image.config)
+    factor = attribute(image.config, merge)
     factor = round(1 / factor if factor < 1 else factor)
     return (factor // 2 if image.has(image.options.get("fine", "")) else factor,)

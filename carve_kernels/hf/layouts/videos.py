@@ -1,125 +1,24 @@
-"""Layouts of videos: a grid of tokens for each frame, or for each few frames that a model puts together.
-
-=======  ===========================================================================================================
-kind     meaning
-=======  ===========================================================================================================
-merged   the grid of merged patches from `video_grid_thw`, one for each temporal patch (Qwen2-VL and later, GLM-4V)
-cropped  the patches of the resized and maybe centre-cropped frames, pooled or not (LLaVA-NeXT-Video, Video-LLaVA)
-square   frames that are stretched to a square, whose tokens the processor counts (InternVL, SmolVLM)
-=======  ===========================================================================================================
-"""
+"""Where the tokens of the videos of a batch are: each frame, or each few that a model puts together, has a grid."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, isqrt
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 
 from carve_kernels.checks import describe, integer
 from carve_kernels.hf import names
-from carve_kernels.hf.layouts.cells import PATCH, attribute, sides
-from carve_kernels.hf.layouts.centre_crop import box_of
-from carve_kernels.hf.layouts.merged_grid import MERGE
-from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
+from carve_kernels.hf.families import VIDEO_FAMILIES, Family
+from carve_kernels.hf.layouts.kinds import kind_of
+from carve_kernels.hf.layouts.processed_image import Cursor
+from carve_kernels.hf.layouts.processed_video import ProcessedVideo
+from carve_kernels.hf.layouts.rows import by_row
 from carve_kernels.hf.processors import TOKEN_TYPES
 from carve_kernels.hf.videos import Video
-from carve_kernels.types import Box, Size, View, VisualLayout
-
-_NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-class VideoFamily(NamedTuple):
-    """A kind of layout of videos and its options.
-
-    ===========  ===================================================================================================
-    option       meaning
-    ===========  ===================================================================================================
-    image_token  the tokens of a video are image tokens
-    merge_sizes  the entry with the merge size of each video
-    mask         the entry that says which tokens were not dropped because they look like those of the frame before
-    pool         by which factor patches are pooled
-    rounded_up   pooled patches are interpolated, so that none is left out
-    class_token  each frame has further tokens before its patches, as many as the processor adds to an image
-    newline      there is a token after the last frame
-    count        the processor's attribute with the tokens of a frame
-    squared      frames are stretched to a square whatever their size is, and `pixel_values` has a video's own dimension
-    ===========  ===================================================================================================
-    """
-
-    kind: str
-    options: Mapping[str, Any] = _NONE
-
-
-_MERGED = VideoFamily("merged")
-_GLM = VideoFamily("merged", {"image_token": True})
-
-VIDEO_FAMILIES: dict[str, VideoFamily] = {
-    "glm46v": _GLM,
-    "glm4v": _GLM,
-    "glm4v_moe": _GLM,
-    "internvl": VideoFamily("square", {"image_token": True, "count": "image_seq_length"}),
-    "llava_next_video": VideoFamily("cropped", {"pool": 2}),
-    "llava_onevision": VideoFamily("cropped", {"pool": 2, "rounded_up": True, "newline": True}),
-    "qwen2_5_vl": _MERGED,
-    "qwen2_vl": _MERGED,
-    "qwen3_5": _MERGED,
-    "qwen3_5_moe": _MERGED,
-    "qwen3_vl": _MERGED,
-    "qwen3_vl_moe": _MERGED,
-    "smolvlm": VideoFamily("square", {"image_token": True, "count": "image_seq_len", "squared": True}),
-    "video_llama_3": VideoFamily("merged", {"merge_sizes": "video_merge_sizes", "mask": "video_compression_mask"}),
-    "video_llava": VideoFamily("cropped", {"class_token": True}),
-}
-"""The layout of the videos of each model type."""
-
-
-@dataclass(frozen=True)
-class ProcessedVideo(ProcessedImage):
-    """One video of a batch; `frames` is the number of frames that the model is shown, and `times` when each begins and
-    the last one ends, where that is known.
-    """
-
-    frames: int = 0
-    times: tuple[float, ...] | None = None
-
-    @property
-    def image_processor(self) -> Any:
-        return self.processor.video_processor
-
-    def item(self, name: str, shape: str | None = None) -> Any:
-        """The item of this video in an entry that has one for each video."""
-        found = self.entry(name, shape)
-        if len(found) != self.total:
-            raise ValueError(
-                f"videos: the inputs hold {len(found)} video(s), got {self.total}; give every video of the prompts in "
-                "order, one list a row, and select views afterwards by `view.image`"
-            )
-        return found[self.number]
-
-    def views(self, tokens: Cursor, made: int, grid: Size, box: Box, *, each: int = 1, before: int = 0) -> list[View]:
-        """The views of `made` groups of `each` frames, `before` tokens before each of them.
-
-        The last group may have been filled with its last frame.
-        """
-        if made != ceil(self.frames / each):
-            made_of = f"{made} frames" if each == 1 else f"{made} groups of {each} frames"
-            raise ValueError(
-                f"videos: the processor shows {made_of} of a video of {self.frames}; give the frames that it was "
-                "shown, call it with do_sample_frames=False, or with return_metadata=True"
-            )
-        found = []
-        for group in range(made):
-            tokens.take(before)
-            first, last = group * each, min((group + 1) * each, self.frames)
-            seconds = None if self.times is None else (self.times[first], self.times[last])
-            positions = tokens.take(grid[0] * grid[1])
-            found.append(View(positions, grid, box, frame=(first, last), kind="frame", seconds=seconds))
-        return found
+from carve_kernels.types import Size, View, VisualLayout
 
 
 @dataclass(frozen=True)
@@ -175,8 +74,10 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
     is_video = _video_tokens(config, family, inputs, alone)
     if not is_video.any():
         raise ValueError("inputs: found no video token in the prompt; build it with a video")
-    rows = _by_row(videos, len(ids))
-    total, number = sum(map(len, rows)), 0
+    rows = by_row("videos", videos, len(ids), _is_video)
+    for video in (video for row in rows for video in row):
+        _check(video)
+    kind, total, number = kind_of(family), sum(map(len, rows)), 0
     found: list[tuple[list[View], ...]] = []
     sizes = []
     for row, given in enumerate(rows):
@@ -187,7 +88,7 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
             video = ProcessedVideo(
                 config, processor, inputs, family.options, _size(video), number, total, frames=frames, times=times
             )
-            of_row.append(_KINDS[family.kind](video, cursor))
+            of_row.append(kind.views(video, cursor))
             number += 1
         if cursor.taken != len(cursor):
             raise ValueError(
@@ -206,7 +107,7 @@ def has_images(images: Any) -> bool:
     return images is not None and (not isinstance(images, Sequence) or any(images))
 
 
-def _video_tokens(config: Any, family: VideoFamily, inputs: Any, alone: bool) -> torch.Tensor:
+def _video_tokens(config: Any, family: Family, inputs: Any, alone: bool) -> torch.Tensor:
     """Which tokens are those of videos. Raises ValueError where they cannot be told from those of images."""
     ids = inputs["input_ids"]
     if not family.options.get("image_token"):
@@ -220,64 +121,6 @@ def _video_tokens(config: Any, family: VideoFamily, inputs: Any, alone: bool) ->
             f"videos: prompts of {config.model_type} have the same tokens for images and videos; give images in others"
         )
     return is_visual
-
-
-def _merged(video: ProcessedVideo, tokens: Cursor) -> list[View]:
-    entry, mask = (video.options.get(name) for name in ("merge_sizes", "mask"))
-    made, *patches = video.item("video_grid_thw", "[videos, 3]").tolist()
-    merge = sides(int(video.item(entry)) if entry else attribute(video.config, MERGE))
-    if patches[0] % merge[0] or patches[1] % merge[1]:
-        raise ValueError(
-            f"inputs: expected video_grid_thw of multiples of {merge[0]} x {merge[1]} patches, which the model merges, "
-            f"got {patches[0]} x {patches[1]}"
-        )
-    if mask and video.has(mask) and not bool(video.entry(mask).all()):
-        raise ValueError(
-            "inputs: tokens of the video were dropped because they look like those of the frame before, so they have "
-            "no map of their own; call the processor with use_token_compression=False"
-        )
-    grid = patches[0] // merge[0], patches[1] // merge[1]
-    return video.views(tokens, made, grid, video.box, each=int(video.image_processor.temporal_patch_size))
-
-
-def _cropped(video: ProcessedVideo, tokens: Cursor) -> list[View]:
-    frames = video.item("pixel_values_videos", "[videos, frames, 3, H, W]")
-    pixels, patch = tuple(frames.shape[-2:]), sides(attribute(video.config, PATCH))
-    pool, is_rounded_up = video.options.get("pool", 1), video.options.get("rounded_up", False)
-    cell = patch if is_rounded_up else (patch[0] * pool, patch[1] * pool)
-    box = box_of(video, pixels, cell)
-    rows, columns = pixels[0] // cell[0], pixels[1] // cell[1]
-    grid = (ceil(rows / pool), ceil(columns / pool)) if is_rounded_up else (rows, columns)
-    before = int(video.processor.num_additional_image_tokens) if video.options.get("class_token") else 0
-    found = video.views(tokens, len(frames), grid, box, before=before)
-    if video.options.get("newline"):
-        tokens.take(1)
-    return found
-
-
-def _square(video: ProcessedVideo, tokens: Cursor) -> list[View]:
-    count = int(getattr(video.processor, video.options["count"]))
-    side = isqrt(count)
-    if side * side != count:
-        raise ValueError(f"processor: expected a square number of tokens a frame, got {count}")
-    if not video.options.get("squared"):
-        # The frames of all videos follow each other.
-        pixels = tuple(video.entry("pixel_values", "[frames, 3, H, W]").shape[-2:])
-        return video.views(tokens, video.frames, (side, side), box_of(video, pixels, (1, 1)))
-    made = len(video.item("pixel_values", "[videos, frames, 3, H, W]"))
-    if made > video.frames and video.total > 1:
-        raise ValueError(
-            f"inputs: a video of {video.frames} frames was filled to the {made} of another one; give videos of as many "
-            "frames"
-        )
-    return video.views(tokens, made, (side, side), video.box)
-
-
-_KINDS: dict[str, Callable[[ProcessedVideo, Cursor], list[View]]] = {
-    "merged": _merged,
-    "cropped": _cropped,
-    "square": _square,
-}
 
 
 def _frames(video: Any, inputs: Any, number: int, total: int) -> tuple[int, tuple[float, ...] | None]:
@@ -305,27 +148,11 @@ def _frames(video: Any, inputs: Any, number: int, total: int) -> tuple[int, tupl
     return count, (*video.seconds, video.duration) if isinstance(video, Video) else None
 
 
-def _by_row(videos: Any, rows: int) -> list[list[Any]]:
-    if _is_video(videos):
-        videos = [videos]
-    if not isinstance(videos, Sequence) or isinstance(videos, str):
-        raise TypeError(f"videos: expected a list of videos or of lists of videos, got {describe(videos)}")
-    nested = [[video] for video in videos] if all(map(_is_video, videos)) else [list(row) for row in videos]
-    if rows == 1 and len(nested) > 1:
-        nested = [[video for row in nested for video in row]]
-    if len(nested) != rows:
-        raise ValueError(
-            f"videos: expected a list for each of the {rows} row(s) of the batch, got {len(nested)}; give one list of "
-            "videos a row, in the order of the prompt"
-        )
-    for video in (video for row in nested for video in row):
-        if isinstance(video, (list, tuple)) and not video:
-            raise ValueError("videos: expected at least one frame in each video, got one without frames")
-        if not _is_video(video):
-            raise TypeError(
-                f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}"
-            )
-    return nested
+def _check(video: Any) -> None:
+    if isinstance(video, (list, tuple)) and not video:
+        raise ValueError("videos: expected at least one frame in each video, got one without frames")
+    if not _is_video(video):
+        raise TypeError(f"videos: expected a Video, a list of frames or (frames, height, width), got {describe(video)}")
 
 
 def _is_video(value: Any) -> bool:

@@ -78,77 +78,71 @@ def share_above(values: torch.Tensor) -> float:
     return float((values > 0).double().mean()) if bool((values == 0).any()) else 1.0
 
 
+def check(values: torch.Tensor, options: dict[str, Any], order: str, resident: int, seed: int) -> None:
+    """That threads in some order find what the reference finds."""
+    with emulator.running("regions", order, resident=resident, seed=seed):
+        found = device.forward(values, RegionOptions(**options))
+    assert_same(found, reference.forward(values, RegionOptions(**options)))
+
+
+def check_hard(values: torch.Tensor, connectivity: int, order: str) -> None:
+    """The same of all that is above the least value, which must leave some regions out."""
+    options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
+    wanted = reference.forward(values, RegionOptions(**options))
+    assert wanted.reason is None and not bool(wanted.mask.all())
+    for seed in (1, 2):
+        check(values, options, order, 1 if order == "forward" else 4 * seed, seed)
+
+
+DRAWN: dict[str, Any] = {
+    "saliency": st.sampled_from(sorted(SALIENCIES)),
+    "dtype": st.sampled_from([torch.float32, torch.float64]),
+    "score": st.sampled_from(["sum", "mean", "max"]),
+    "order": st.sampled_from(emulator.ORDERS),
+    "resident": st.integers(1, 6),
+    "seed": st.integers(1, 999),
+}
+
+
+def check_drawn(
+    shape: tuple[int, ...], saliency: str, dtype: torch.dtype, order: str, resident: int, seed: int, **options: Any
+) -> None:
+    noise = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    options |= options.pop("limit")
+    check(SALIENCIES[saliency](noise), options, order, resident, seed)
+
+
 @settings(max_examples=40)
 @given(
     shape=SHAPES,
-    saliency=st.sampled_from(sorted(SALIENCIES)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
     limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
     connectivity=st.sampled_from([4, 8]),
-    score=st.sampled_from(["sum", "mean", "max"]),
-    order=st.sampled_from(emulator.ORDERS),
-    resident=st.integers(1, 6),
-    seed=st.integers(1, 999),
+    **DRAWN,
 )
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_any_order_of_threads_finds_what_the_reference_finds(
-    shape: tuple[int, int],
-    saliency: str,
-    dtype: torch.dtype,
-    limit: Any,
-    order: str,
-    resident: int,
-    seed: int,
-    **options: Any,
-) -> None:
-    values = SALIENCIES[saliency](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
-    with emulator.running("regions", order, resident=resident, seed=seed):
-        found = device.forward(values, RegionOptions(**options, **limit))
-    assert_same(found, reference.forward(values, RegionOptions(**options, **limit)))
+def test_any_order_of_threads_finds_what_the_reference_finds(**drawn: Any) -> None:
+    check_drawn(**drawn)
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 70), st.integers(1, 40)),
+    keep=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
+    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}]),
+    connectivity=st.sampled_from([6, 26]),
+    **DRAWN,
+)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_any_order_of_threads_finds_the_same_over_frames(**drawn: Any) -> None:
+    check_drawn(**drawn)
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 @pytest.mark.parametrize("image", HARD)
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_hard_images(image: str, connectivity: int, order: str) -> None:
-    values = HARD[image]
-    options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
-    wanted = reference.forward(values, RegionOptions(**options))
-    assert wanted.reason is None and not bool(wanted.mask.all())
-    for seed in (1, 2):
-        with emulator.running("regions", order, resident=1 if order == "forward" else 4 * seed, seed=seed):
-            assert_same(device.forward(values, RegionOptions(**options)), wanted)
-
-
-@settings(max_examples=30)
-@given(
-    shape=st.tuples(st.integers(1, 6), st.integers(1, 70), st.integers(1, 40)),
-    saliency=st.sampled_from(sorted(SALIENCIES)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    keep=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
-    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}]),
-    connectivity=st.sampled_from([6, 26]),
-    score=st.sampled_from(["sum", "mean", "max"]),
-    order=st.sampled_from(emulator.ORDERS),
-    resident=st.integers(1, 6),
-    seed=st.integers(1, 999),
-)
-@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_any_order_of_threads_finds_the_same_over_frames(
-    shape: tuple[int, ...],
-    saliency: str,
-    dtype: torch.dtype,
-    limit: Any,
-    order: str,
-    resident: int,
-    seed: int,
-    **options: Any,
-) -> None:
-    values = SALIENCIES[saliency](torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
-    with emulator.running("regions", order, resident=resident, seed=seed):
-        found = device.forward(values, RegionOptions(**options, **limit))
-    assert_same(found, reference.forward(values, RegionOptions(**options, **limit)))
+    check_hard(HARD[image], connectivity, order)
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
@@ -161,12 +155,7 @@ def test_regions_that_are_joined_late_over_frames(connectivity: int, order: str)
     where = torch.meshgrid(*map(torch.arange, (5, 13, 35)), indexing="ij")
     board = (sum(where) % 2 == 0) * (1 + torch.randint(0, 5, (5, 13, 35)) / 4)
     for values in (teeth, teeth.flip(0).contiguous(), board):
-        options: dict[str, Any] = {"keep": share_above(values), "floor": 3, "connectivity": connectivity}
-        wanted = reference.forward(values, RegionOptions(**options))
-        assert wanted.reason is None and not bool(wanted.mask.all())
-        for seed in (1, 2):
-            with emulator.running("regions", order, resident=1 if order == "forward" else 4 * seed, seed=seed):
-                assert_same(device.forward(values, RegionOptions(**options)), wanted)
+        check_hard(values, connectivity, order)
 
 
 @pytest.mark.parametrize("score", ["sum", "mean", "max"])

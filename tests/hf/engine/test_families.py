@@ -17,14 +17,15 @@ from carve_kernels.hf.families import FAMILIES
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import attention_modules, text_backbone
 from carve_kernels.maps import AttentionMaps
-from tests.support.processors.kinds import pair, pairs
+from tests.support.processors.kinds import pair, pairs, zoo_kind
 from tests.support.tiny_models import make_image
 from tests.support.tolerances import relative
 
 QUESTION = "what digit is red"
 PHOTO, OTHER = make_image(150, 100, 1), make_image(90, 130, 2)
-# What the installed transformers itself cannot run with an image.
-BROKEN = {"llama4": "image_outputs"}
+# What the installed transformers itself cannot run with an image, and its error.
+ERRORS = {"llama4": "image_outputs"}
+BROKEN = {name: ERRORS[name] for name in pairs() if zoo_kind(name).broken_in == names.version()}
 # Their processors take one image a prompt.
 ONE_IMAGE = ("fuyu",)
 REFUSED = {name: family.reason for name in pairs() if (family := FAMILIES.get(name)) and family.reason is not None}

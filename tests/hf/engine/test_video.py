@@ -102,8 +102,12 @@ def test_what_cannot_be_used_is_refused_before_the_model_runs(monkeypatch: pytes
         engine.ask_video(video(), "what <|video_pad|>")
     with pytest.raises(ValueError, match="text: contains the image token"):
         engine.ask_video(video(), "what <|image_pad|>")
-    with pytest.raises(ValueError, match=r"fps: expected None for a Video, .* got 2\.0"):
+    with pytest.raises(ValueError, match=r"fps: expected None for a Video, .* got float 2\.0"):
         engine.ask_video(video(), QUESTION, fps=2.0)
+    with pytest.raises(ValueError, match=r"max_frames: expected None for a Video, .* got int 3"):
+        engine.ask_video(video(), QUESTION, max_frames=3)
+    with pytest.raises(ValueError, match="max_frames: expected an integer of at least 1"):
+        engine.ask_video("clip.mp4", QUESTION, max_frames=0)
     with pytest.raises(ValueError, match=r"video: .* is missing"):
         engine.ask_video("clip.mp4", QUESTION)
     with pytest.raises(TypeError, match="video: expected a path or a Video, got list"):

@@ -19,15 +19,16 @@ from typing import NamedTuple
 
 import transformers
 
-from carve_kernels.hf.families import BY_PROCESSOR, FAMILIES, Family
+from carve_kernels.hf.families import BY_PROCESSOR, FAMILIES, VIDEO_FAMILIES, Family
 from carve_kernels.hf.layouts.comparison import deviations
 from carve_kernels.hf.layouts.measured import measure
-from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
-from tests.hf.layouts.test_measured import ALL, CODES, OPTIONS, SHAPES, TOLERANCE, UNLISTED, family, layout
+from tests.hf.layouts.test_measured import ALL, CODES, EDGES, OPTIONS, SHAPES, TOLERANCE, UNLISTED, family, layout
 from tests.support.processors.kinds import pair, pairs, zoo_kind
 from tests.support.zoo.kinds import kinds
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
+# With another vision tower, since that of the checkpoints needs timm.
+TOWERS = ("fast_vlm", "gemma3n")
 COLUMNS = ("`model_type`", "class", "tokens", "settings", "worst token")
 _ROW = re.compile(r"^\| `(\w+)`[^|]* \| `\w+` \|.*\| ([^|]+) \|$", re.MULTILINE)
 _VERSION = re.compile(r"transformers (\d+\.\d+\.\d+)")
@@ -50,13 +51,23 @@ that names both. `layout_of(model, processor, inputs, images)` needs the images 
 processor may not return them. An image with an EXIF orientation is refused, since some calls of a processor apply it
 and others do not: rotate it first, with `PIL.ImageOps.exif_transpose`. Settings of a processor that do not fit the
 model, such as the `patch_size` that files of older LLaVA processors lack, are refused by name.
+
+**Another order of the images**, or another image, is noticed by the pixels in every family above: a few cells of the
+tower's input are compared with the image, and inputs that do not show it are refused. Nothing is noticed of images that
+are given as (height, width), whose sizes and numbers of tokens alone are checked; of videos and families that are not
+listed; of modes other than 1, L, LA, P, PA, RGB, RGBA, RGBX and CMYK; where images differ in other places than these
+cells; where nothing but padding and its edge is in a cell (tiny images of Fuyu, Kimi-K2.5, Llama 4, DeepSeek-VL); and,
+in Idefics3 and SmolVLM, of an image with tiles that one side enlarges much, if its longest edge was given to a call:
+how it was resized twice is then open.
 """
 CHECKED = """
 **What was checked**, with the real class of each family, tiny and random, and its real processor: on photographs of
 {shapes} pixels (width x height) the box of every token is where it is measured through the model's own processor and
 vision tower, in the same order, within {tolerance} of its side, or of 4 pixels for smaller boxes; "worst token" is the
 farthest. The tokens of {sizes} random sizes fit. {codes} embed codes of the image, which no gradient reaches: measured
-is where their image is cut, not the order of their tokens. `python -m tests.hf.layouts.families_page` compares, and
+is where their image is cut, not the order of their tokens. {edges} resizes the edge of its image twice with what is
+around it: compared are a few cells with the image, and where it ends. {towers} have a vision tower of timm, in whose
+place is one with the same grid. `python -m tests.hf.layouts.families_page` compares, and
 writes this page: last with transformers {version}.
 """
 VIDEOS = """
@@ -125,6 +136,8 @@ def worst(name: str) -> str:
         raise ValueError(f"names: transformers {transformers.__version__} has no {zoo_kind(name).class_name}")
     if name in CODES:
         return "only where the image is cut"
+    if name in EDGES:
+        return "only where the image ends"
     assert family(name).reason is None
     off = max(float(deviations(layout(name, size, {}), measure(*pair(name), size)).max()) for size in SHAPES)
     if off > TOLERANCE:
@@ -135,8 +148,9 @@ def worst(name: str) -> str:
 def page(numbers: dict[str, str], version: str) -> str:
     """The page with the worst token of each processor."""
     shapes = ", ".join(f"{width} x {height}" for height, width in SHAPES)
-    codes = " and ".join(f"`{name}`" for name in CODES)
-    paragraph = CHECKED.format(version=version, shapes=shapes, tolerance=TOLERANCE, sizes=ALL, codes=codes)
+    groups = {"codes": CODES, "edges": EDGES, "towers": TOWERS}
+    named = {group: " and ".join(f"`{name}`" for name in names) for group, names in groups.items()}
+    paragraph = CHECKED.format(version=version, shapes=shapes, tolerance=TOLERANCE, sizes=ALL, **named)
     filled = textwrap.fill(" ".join(paragraph.split()), 118, break_long_words=False, break_on_hyphens=False)
     text = HEAD.format(count=len(families()), checked=filled)
     rows = checked()

@@ -44,6 +44,8 @@ DISTINCT = (
 )
 # Their tokens are codes, which no gradient reaches; where the image is cut is measured, in which order they are is not.
 CODES = ("chameleon", "emu3")
+# The edge of their image is resized twice with what is around it, which cannot be measured: see `test_single_tokens`.
+EDGES = ("deepseek_vl_hybrid",)
 # Families that are not listed, so that their layout itself is measured.
 UNLISTED = ("video_llava",)
 # How many random sizes: in `make test`, and in all.
@@ -150,6 +152,8 @@ def check(name: str, size: Size, settings: dict[str, Any]) -> None:
             layout(name, size, settings)
         return
     found = layout(name, size, settings)
+    if name in EDGES:
+        return
     if name in CODES:
         check_outline(name, size, found)
         return

@@ -231,6 +231,23 @@ def count_calls(processor: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+def test_the_settings_of_a_processor_that_cannot_be_written_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ernie's video processor cannot without the file of its font; measured again are other settings."""
+    right = listed("ernie4_5_vl_moe")
+    processor = pair("ernie4_5_vl_moe")[1]
+    with pytest.raises(ValueError, match="font"):
+        processor.to_json_string()
+    unlist("ernie4_5_vl_moe", monkeypatch)
+    found = listed("ernie4_5_vl_moe")
+    assert found.measured and torch.equal(found.tokens(), right.tokens())
+    before = measured._settings_of(processor)
+    monkeypatch.setattr(processor.image_processor, "size", {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9})
+    assert measured._settings_of(processor) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(processor, "image_token", "<|other|>")
+    assert measured._settings_of(processor) != before
+
+
 def test_a_batch_of_a_family_that_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pair("qwen2_vl")
     photos = [[photograph((131, 97)), photograph((60, 90))], [photograph((80, 80))]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carve_kernels import layout_of
+from carve_kernels import CarveEngine, Preset, layout_of
 from carve_kernels.hf.inputs import build_prompt
 from carve_kernels.hf.layouts.comparison import deviations
 from carve_kernels.hf.layouts.measured import measure
@@ -163,6 +163,30 @@ def test_another_image_of_the_same_size_is_refused() -> None:
             layout_of(*pair(name), inputs, [second])
         # Of an image that is given as its size nothing is known.
         layout_of(*pair(name), inputs, [(97, 131)])
+
+
+def test_a_later_image_of_fuyu_is_seen() -> None:
+    images = [[photograph((97, 131))], [], [photograph((60, 200))]]
+    model, processor = pair("fuyu")
+    inputs = processor(images=images, text=["x", "no image", "what"], return_tensors="pt")
+    layout = layout_of(model, processor, inputs, images)
+    assert [[view.grid for view in row] for row in layout.views] == [[(7, 10)], [], [(4, 12)]]
+    turned = [*images[:2], [images[2][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)]]
+    with pytest.raises(ValueError, match=r"^inputs: pixel_values do not show the image of 60 x 200"):
+        layout_of(model, processor, inputs, turned)
+
+
+@pytest.mark.parametrize(("mode", "values"), [("RGBA", 784), ("P", 196), ("L", 196), ("LA", 392)])
+def test_fuyu_reads_three_channels(mode: str, values: int) -> None:
+    """Its image processor keeps what an image has, which the model cannot read; the engine converts images."""
+    model, processor = pair("fuyu")
+    image = photograph((97, 131)).convert(mode)
+    inputs = inputs_of("fuyu", image, {})
+    for given in (image, (97, 131)):
+        with pytest.raises(ValueError, match=f"^inputs: expected image_patches of 3 channels of 14 x 14 .*{values} "):
+            layout_of(model, processor, inputs, [given])
+    preset = Preset.release(layers=[3], max_new_tokens=1, images="refined")
+    assert CarveEngine(model, processor, preset=preset).ask(image, "x").layout.views[0][0].grid == (7, 10)
 
 
 def test_a_width_that_is_less_than_a_cell_is_seen() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from carve_kernels import VisualLayout, layout_of
 from carve_kernels.hf.inputs import build_prompt
 from carve_kernels.hf.layouts.comparison import deviations
 from carve_kernels.hf.layouts.measured import measure
-from carve_kernels.types import Size
+from carve_kernels.types import Size, View
 from tests.support.processors.kinds import pair, zoo_kind
 
 # In cells.
@@ -126,6 +127,18 @@ def test_a_crop_that_is_given_to_a_call_is_seen(name: str) -> None:
         processed(name, LARGE, {"size": {"shortest_edge": 70}})
 
 
+def test_every_other_pixel_of_a_row_is_compared_exactly() -> None:
+    """The mean over whole pixels, which is compared first, differs too much."""
+    model, processor = available("llava_onevision")
+    image = Image.new("RGB", (200, 9), "grey")
+    for column in range(0, 200, 2):
+        image.putpixel((column, 5), (255, 255, 255))
+    inputs = processor(images=[image], text=[build_prompt(processor, "x")], return_tensors="pt")
+    assert layout_of(model, processor, inputs, [image]).views
+    with pytest.raises(ValueError, match="pixel_values do not show the image of 9 x 200"):
+        layout_of(model, processor, inputs, [image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
+
+
 def test_tiles_of_another_size_than_that_of_the_base_are_seen() -> None:
     with pytest.raises(ValueError, match="pixel_values do not show the image of 104 x 674"):
         processed("llava_onevision", (104, 674), {"crop_size": {"height": 84, "width": 28}})
@@ -153,18 +166,52 @@ def test_pixels_that_make_no_whole_patch_have_no_token(size: Size) -> None:
 
 
 @functools.cache
-def remaining_pixels() -> tuple[Any, Any]:
-    """A model and its processor with tiles of 60 pixels and patches of 14."""
+def remaining_pixels(limit: str = "anyres_max_9", most: int = 2) -> tuple[Any, Any]:
+    """A model and its processor with tiles of 60 pixels, at most so many a side, and patches of 14."""
     model, processor = available("llava_onevision")
     config, found = copy.deepcopy(model.config), copy.copy(processor)
     config.vision_config.image_size = 60
-    config.image_grid_pinpoints = [[60, 120], [120, 60], [120, 120]]
+    config.image_grid_pinpoints = [
+        [60 * rows, 60 * columns] for rows, columns in product(range(1, most + 1), repeat=2)
+    ][1:]
+    config.vision_aspect_ratio = found.vision_aspect_ratio = limit
     found.image_processor = copy.deepcopy(processor.image_processor)
     found.image_processor.size = type(processor.image_processor.size)(height=60, width=60)
     found.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return type(model)(config).float().eval(), found
+
+
+@pytest.mark.parametrize("limit", ["anyres_max_1", "anyres_max_2"])
+def test_cells_are_where_the_model_interpolates_its_patches(limit: str) -> None:
+    """The model's own function is given the place of each patch in place of its features."""
+    model, processor = remaining_pixels(limit, 4)
+    tile = model.config.vision_config.image_size
+    inner = 14 * torch.arange(4).double() + 7
+    for size in ((tile * 2, tile * 4), (tile * 3, tile * 3), (tile * 4, tile)):
+        image = Image.effect_noise((size[1], size[0]), 90).convert("RGB")
+        inputs = processor(images=[image], text=[build_prompt(processor, "x")], return_tensors="pt")
+        views = layout_of(model, processor, inputs, [image]).views[0][1:]
+        starts = torch.cartesian_prod(*(tile * torch.arange(side // tile).double() for side in size))
+        places = torch.cat([starts[:1], starts])[:, None] + torch.cartesian_prod(inner, inner)
+        packed = model.model.pack_image_features(
+            [places], inputs["image_sizes"], torch.full((2,), torch.nan, dtype=torch.float64), limit
+        )[0][0]
+        rows = packed[16:][packed[16:].isfinite().all(1)]
+        tokens = torch.cat([view.tokens for view in views])
+        middles = torch.cat([middles_of(view) for view in views])[tokens.argsort()]
+        assert len(rows) == len(middles) < 16 * len(starts)
+        assert float((rows - middles).abs().max()) < 1e-6
+
+
+def middles_of(view: View) -> torch.Tensor:
+    """The (y, x) of the middles of a view's cells, [N, 2]."""
+    left, top, right, bottom = view.box
+    sides = ((top, bottom, view.grid[0]), (left, right, view.grid[1]))
+    return torch.cartesian_prod(
+        *(start + (torch.arange(count).double() + 0.5) * (end - start) / count for start, end, count in sides)
+    )
 
 
 def test_other_pooling_than_the_processors_is_refused() -> None:

@@ -12,8 +12,8 @@ import torch
 import transformers
 from PIL import Image
 
+from carve_kernels.hf.families import VIDEO_FAMILIES
 from carve_kernels.hf.layouts import layout_of
-from carve_kernels.hf.layouts.videos import VIDEO_FAMILIES
 from carve_kernels.hf.video_inputs import build_video_prompt, video_inputs
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import View, VisualLayout
@@ -117,7 +117,7 @@ def check(layout: VisualLayout, inputs: Any, frames: int, size: tuple[int, int])
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_is_where_the_processor_put_it(name: str, frames: int, size: tuple[int, int]) -> None:
-    if frames == 1 and name.startswith(("glm", "qwen3")):
+    if frames == 1 and name.startswith(("glm", "lfm3", "qwen3", "qwen4")):
         pytest.skip("its processor takes two frames or more")
     given = clip(frames, size)
     model, processor, inputs = processed(name, [given])
@@ -205,6 +205,33 @@ def test_a_family_with_the_same_tokens_for_both_refuses_both(name: str) -> None:
         layout_of(model, processor, inputs, [frames[0]], [frames])
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_the_sound_of_a_video_is_between_its_tokens(name: str) -> None:
+    frames, size = clip(8, SIZES[0]), SIZES[0]
+    model, processor = pair(name)
+    sound = numpy.sin(numpy.arange(4 * 16000) / 9).astype(numpy.float32)
+    inputs = processor(
+        text=[prompt(name, processor)], videos=[frames], audio=[sound], audio_from_video_indices=[0],
+        load_audio_from_video=True, return_tensors="pt", do_sample_frames=False,
+    )  # fmt: skip
+    layout = layout_of(model, processor, inputs, videos=[frames])
+    check(layout, inputs, 8, size)
+    tokens = torch.cat([view.tokens for view in layout.views[0]])
+    assert int((tokens.diff() > 1).sum()) >= 1
+    assert_places(list(layout.views[0]), colours(name, processor, inputs), size)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_the_positions_of_a_model_are_those_of_the_frames_in_time(name: str) -> None:
+    _, processor = pair(name)
+    video = Video(tuple(clip(8, (120, 90))), tuple(0.25 + 0.5 * number for number in range(8)), 4.0, 25.0, 100)
+    text = build_video_prompt(processor, "x")
+    for shown in (video, video.crop((0, 0, 2, 90, 60, 6))):
+        inputs = video_inputs(pair(name)[0], processor, shown, text)
+        seconds = inputs["second_per_grid_ts" if name == "qwen2_5_vl" else "video_second_per_grid"]
+        assert seconds.tolist() == [1.0]
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "llava_onevision"])
 def test_two_videos_in_a_prompt(name: str) -> None:
     one, other = clip(2, (120, 90)), clip(2, (120, 90))
@@ -253,7 +280,7 @@ def test_videos_that_do_not_fit_are_refused(videos: Any, error: type[Exception],
 def test_a_family_without_a_layout_of_videos_names_those_that_have_one() -> None:
     model, processor = pair("gemma3")
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=r"videos: expected a model_type of glm46v, .*, got 'gemma3'"):
+    with pytest.raises(ValueError, match=r"videos: expected a model_type of exaone4_5, .*, got 'gemma3'"):
         layout_of(model, processor, inputs, videos=[clip(2, (64, 64))])
     without = transformers.Qwen2VLProcessor.__new__(transformers.Qwen2VLProcessor)
     without.video_processor = None

@@ -11,7 +11,7 @@ import transformers
 
 from tests.support.zoo.kinds import Kind, build, kinds
 
-FILES = ("single", "tiles", "videos")
+FILES = ("single", "tiles", "videos", "others")
 CORPUS = (
     "USER: what digit is red ASSISTANT: seven",
     "Write a general description of the image.",
@@ -20,6 +20,8 @@ CORPUS = (
 )
 # The first id of the zoo's special tokens: image, video, start, end, break.
 FIRST = 300
+SQUARE = {"height": 56, "width": 56}
+CROP: dict[str, Any] = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
 TEMPLATE = (
     "{{% for message in messages %}}{{{{ message['role'] | upper }}}}: {{% for part in message['content'] %}}"
     "{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
@@ -43,6 +45,8 @@ def processor(kind: str | None = None) -> Callable[[Callable[[], Any]], Callable
     """Add a function that returns a processor, under its name; `kind` is the zoo's if that has another name."""
 
     def add(make: Callable[[], Any]) -> Callable[[], Any]:
+        if make.__name__ in _PAIRS:
+            raise ValueError(f"expected one processor of the name {make.__name__}, got two")
         _PAIRS[make.__name__] = Pair(make.__name__, kind or make.__name__, make)
         return make
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from tests.support.processors.kinds import image_processor, processor, template, tokenizer
+from tests.support.processors.kinds import CROP, SQUARE, image_processor, processor, template, tokenizer
 
 QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|nl|>")
 QWEN_NAMES = {
@@ -30,7 +30,6 @@ GLM_TOKENS = (
 GLM_NAMES = {"image_token": "<|image|>", "video_token": "<|video|>"}
 GLM_TEMPLATE = template("<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>")
 AREA = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}
-SQUARE = {"height": 56, "width": 56}
 
 
 def qwen(name: str, video: str, patch: int = 14, names: dict[str, str] | None = None, **more: Any) -> Any:
@@ -219,15 +218,10 @@ def kimi_k25() -> Any:
     )
 
 
-def centre_crop(folder: str, name: str) -> Any:
-    crop = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
-    return image_processor(folder, name)(**crop)
-
-
 @processor()
 def llava() -> Any:
     return transformers.LlavaProcessor(
-        centre_crop("clip", "CLIPImageProcessor"),
+        image_processor("clip", "CLIPImageProcessor")(**CROP),
         tokenizer(("<image>",)),
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -244,17 +238,6 @@ def paligemma() -> Any:
     images = image_processor("siglip", "SiglipImageProcessor")(size=SQUARE)
     images.image_seq_length = 16
     return transformers.PaliGemmaProcessor(images, tokenizer(("<image>",), {"image_token": "<image>"}))
-
-
-@processor()
-def got_ocr2() -> Any:
-    images = image_processor("got_ocr2", "GotOcr2ImageProcessor")(size={"height": 256, "width": 256})
-    made = transformers.GotOcr2Processor(
-        images, tokenizer(("<imgpad>", "<video>", "<img>", "</img>")), chat_template=template("<img><imgpad></img>")
-    )
-    # As many as the tower of the zoo returns.
-    made.num_image_tokens = 16
-    return made
 
 
 @processor()

@@ -8,9 +8,8 @@ from unittest import mock
 
 import transformers
 
-from tests.support.processors.kinds import image_processor, processor, template, tokenizer
+from tests.support.processors.kinds import CROP, SQUARE, image_processor, processor, template, tokenizer
 
-TILE = {"height": 56, "width": 56}
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 ROWS_AND_COLUMNS = [(row, column) for row in range(1, 7) for column in range(1, 7)]
 IMG_CONTEXT = ("<IMG_CONTEXT>", "<video>", "<img>", "</img>")
@@ -24,7 +23,7 @@ COHERE_TOKENS = ("<|IMG_PATCH|>", "<v>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "
 
 
 def got_ocr2_images(**settings: Any) -> Any:
-    return image_processor("got_ocr2", "GotOcr2ImageProcessor")(size=TILE, **settings)
+    return image_processor("got_ocr2", "GotOcr2ImageProcessor")(size=SQUARE, **settings)
 
 
 @processor()
@@ -32,7 +31,7 @@ def internvl() -> Any:
     return transformers.InternVLProcessor(
         got_ocr2_images(crop_to_patches=True, min_patches=1, max_patches=6),
         tokenizer(IMG_CONTEXT, IMG_CONTEXT_NAMES),
-        transformers.InternVLVideoProcessor(size=TILE),
+        transformers.InternVLVideoProcessor(size=SQUARE),
         image_seq_length=4,
         chat_template=template("<IMG_CONTEXT>", "<video>"),
     )
@@ -70,19 +69,20 @@ def cohere2_vision() -> Any:
         "img_line_break_token": "<|IMG_LINE_BREAK|>",
     }
     return transformers.Cohere2VisionProcessor(
-        transformers.Cohere2VisionImageProcessor(size=TILE, patch_size=2, max_patches=6),
+        transformers.Cohere2VisionImageProcessor(size=SQUARE, patch_size=2, max_patches=6),
         tokenizer(COHERE_TOKENS, names),
         chat_template=template("<|IMG_PATCH|>"),
     )
 
 
+def llava_next_images() -> Any:
+    return image_processor("llava_next", "LlavaNextImageProcessor")(**CROP, image_grid_pinpoints=PINPOINTS)
+
+
 @processor()
 def llava_next() -> Any:
-    images = image_processor("llava_next", "LlavaNextImageProcessor")(
-        size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=PINPOINTS
-    )
     return transformers.LlavaNextProcessor(
-        images,
+        llava_next_images(),
         tokenizer(("<image>",)),
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -92,28 +92,9 @@ def llava_next() -> Any:
 
 
 @processor()
-def llava_next_video() -> Any:
-    images = image_processor("llava_next", "LlavaNextImageProcessor")(
-        size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=PINPOINTS
-    )
-    return transformers.LlavaNextVideoProcessor(
-        transformers.LlavaNextVideoVideoProcessor(size={"shortest_edge": 56}, crop_size=TILE),
-        images,
-        tokenizer(("<image>", "<video>")),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>", "<video>"),
-    )
-
-
-@processor()
 def granite4_vision() -> Any:
-    images = image_processor("llava_next", "LlavaNextImageProcessor")(
-        size={"shortest_edge": 56}, crop_size=TILE, image_grid_pinpoints=PINPOINTS
-    )
     return transformers.Granite4VisionProcessor(
-        images,
+        llava_next_images(),
         tokenizer(("<image>",)),
         patch_size=14,
         vision_feature_select_strategy="full",
@@ -125,12 +106,12 @@ def granite4_vision() -> Any:
 @processor()
 def llava_onevision() -> Any:
     images = image_processor("llava_onevision", "LlavaOnevisionImageProcessor")(
-        size=TILE, image_grid_pinpoints=PINPOINTS
+        size=SQUARE, image_grid_pinpoints=PINPOINTS
     )
     return transformers.LlavaOnevisionProcessor(
         images,
         tokenizer(("<image>", "<video>")),
-        transformers.LlavaOnevisionVideoProcessor(size=TILE),
+        transformers.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         chat_template=template("<image>", "<video>"),
@@ -174,7 +155,7 @@ def smolvlm() -> Any:
 def ovis2() -> Any:
     marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
     return transformers.Ovis2Processor(
-        image_processor("ovis2", "Ovis2ImageProcessor")(size=TILE, crop_to_patches=True, max_patches=6),
+        image_processor("ovis2", "Ovis2ImageProcessor")(size=SQUARE, crop_to_patches=True, max_patches=6),
         tokenizer(("<IMG_ATOM>", "<v>", "<a>", "<b>", "<c>", *marks, "<image>"), {"image_token": "<image>"}),
         image_seq_length=16,
         chat_template=template("<image>"),
@@ -185,7 +166,7 @@ def ovis2() -> Any:
 def llama4() -> Any:
     marks = ("<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>")
     return transformers.Llama4Processor(
-        transformers.Llama4ImageProcessor(size=TILE, max_patches=6),
+        transformers.Llama4ImageProcessor(size=SQUARE, max_patches=6),
         tokenizer(("<|patch|>", "<v>", *marks)),
         patch_size=14,
         chat_template=template("<|image|>"),
@@ -196,7 +177,7 @@ def llama4() -> Any:
 def molmo2() -> Any:
     marks = ("<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>", "<frame_start>", "<frame_end>", "<|image|>")
     return transformers.Molmo2Processor(
-        transformers.Molmo2ImageProcessor(size=TILE, max_crops=6, overlap_margins=[1, 1]),
+        transformers.Molmo2ImageProcessor(size=SQUARE, max_crops=6, overlap_margins=[1, 1]),
         transformers.Molmo2VideoProcessor(),
         tokenizer(("<im_patch>", "<im_low>", *marks, "<|video|>"), bos=False),
         chat_template=template("<|image|>", "<|video|>"),
@@ -263,7 +244,7 @@ def granite_docling() -> Any:
     marks = [f"<row_{row}_col_{column}>" for row, column in ROWS_AND_COLUMNS]
     special = ("<image>", "<v>", "<fake_token_around_image>", "<global-img>", *marks)
     return transformers.GraniteDoclingProcessor(
-        image_processor("granite_docling", "GraniteDoclingImageProcessor")(size=TILE, max_patches=6),
+        image_processor("granite_docling", "GraniteDoclingImageProcessor")(size=SQUARE, max_patches=6),
         tokenizer(special, {"image_token": "<image>"}),
         image_seq_len=4,
         chat_template=template("<image>"),

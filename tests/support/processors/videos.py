@@ -6,17 +6,15 @@ from typing import Any
 
 import transformers
 
-from tests.support.processors.kinds import image_processor, processor, template, tokenizer
-from tests.support.processors.tiles import PINPOINTS, TILE
-
-_CROP = {"size": {"shortest_edge": 56}, "crop_size": TILE}
+from tests.support.processors.kinds import CROP, image_processor, processor, template, tokenizer
+from tests.support.processors.tiles import llava_next_images
 
 
 @processor()
 def llava_next_video() -> Any:
     return transformers.LlavaNextVideoProcessor(
-        transformers.LlavaNextVideoVideoProcessor(**_CROP),
-        image_processor("llava_next", "LlavaNextImageProcessor")(**_CROP, image_grid_pinpoints=PINPOINTS),
+        transformers.LlavaNextVideoVideoProcessor(**CROP),
+        llava_next_images(),
         tokenizer(("<image>", "<video>")),
         template("<image>", "<video>"),
         patch_size=14,
@@ -28,8 +26,8 @@ def llava_next_video() -> Any:
 @processor()
 def video_llava() -> Any:
     return transformers.VideoLlavaProcessor(
-        image_processor("video_llava", "VideoLlavaImageProcessor")(**_CROP),
-        transformers.VideoLlavaVideoProcessor(**_CROP),
+        image_processor("video_llava", "VideoLlavaImageProcessor")(**CROP),
+        transformers.VideoLlavaVideoProcessor(**CROP),
         tokenizer(("<image>", "<video>")),
         patch_size=14,
         vision_feature_select_strategy="default",

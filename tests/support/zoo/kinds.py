@@ -13,7 +13,7 @@ import transformers
 # One vocabulary for all kinds: image and video tokens, tokens around them, and the end of a row of patches.
 IMAGE, VIDEO, START, END, BREAK = 300, 301, 302, 303, 304
 VOCABULARY = 400
-FILES = ("grids", "fixed", "tiles", "queries")
+FILES = ("grids", "fixed", "tiles", "queries", "others")
 
 
 class Example(NamedTuple):
