@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import groupby
-from math import ceil, floor, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -64,16 +64,19 @@ def runs_of(
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
     between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, step = tile - side * cell, Fraction(count, visible)
+    remaining, step, unit = tile - side * cell, Fraction(count, visible), 2 * visible
 
-    def before(number: int) -> Fraction:
-        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
-        at = first + (number + Fraction(1, 2)) * step - Fraction(1, 2)
-        lower, upper = floor(at) // side, ceil(at) // side
-        return remaining * (lower + at % 1 * (upper - lower))
+    def before(number: int) -> int:
+        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile.
 
-    for pixels, numbers in groupby(range(visible), before):
-        rows = list(numbers)
+        Times `unit`, in which all numbers are whole.
+        """
+        row, rest = divmod(unit * first + (2 * number + 1) * count - visible, unit)
+        lower, upper = row // side, (row + (rest > 0)) // side
+        return remaining * (lower * unit + rest * (upper - lower))
+
+    for whole, numbers in groupby(range(visible), before):
+        rows, pixels = list(numbers), Fraction(whole, unit)
         wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
         start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
         yield slice(rows[0], rows[-1] + 1), float(start * cell + pixels - wider), float(end * cell + pixels + wider)

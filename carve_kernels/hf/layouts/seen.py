@@ -249,7 +249,7 @@ def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
-    """What levels of 0 to 255 become, over all channels, with and without a normalisation and a rescale; and of one."""
+    """What levels of 0 to 255 become, over all channels, with and without a rescale and a normalisation; and of one."""
     factor = float(getattr(processor, "rescale_factor", None) or 1 / 255)
     mean, std = (
         np.atleast_1d(np.asarray(getattr(processor, name, None) or default, dtype=np.float32))
