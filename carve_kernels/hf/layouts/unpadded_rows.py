@@ -98,13 +98,15 @@ def _unpadded(size: Size, patches: Size) -> tuple[Size, Size]:
     return first, (kept.shape[0], kept.shape[1])
 
 
-def _runs(first: int, count: int, shown: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, float, float]]:
-    """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
+def _runs(
+    first: int, count: int, visible: int, side: int, cell: int, tile: int
+) -> Iterator[tuple[slice, float, float]]:
+    """Rows or columns of patches that are kept, resized to `visible`, and the pixels of the canvas that they cover.
 
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
     between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, step = tile - side * cell, Fraction(count, shown)
+    remaining, step = tile - side * cell, Fraction(count, visible)
 
     def before(number: int) -> Fraction:
         """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
@@ -112,7 +114,7 @@ def _runs(first: int, count: int, shown: int, side: int, cell: int, tile: int) -
         lower, upper = floor(at) // side, ceil(at) // side
         return remaining * (lower + at % 1 * (upper - lower))
 
-    for pixels, numbers in groupby(range(shown), before):
+    for pixels, numbers in groupby(range(visible), before):
         rows = list(numbers)
         wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
         start, end = (first + number * step for number in (rows[0], rows[-1] + 1))

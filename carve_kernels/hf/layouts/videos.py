@@ -84,12 +84,12 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
 @dataclass(frozen=True)
 class ProcessedVideo(ProcessedImage):
     """One video of a batch; `frames` is the number of frames that the model is shown, and `times` when each begins and
-    the last one ends, where that is known. `shown` are these frames, if all that were given are.
+    the last one ends, where that is known. `visible` are these frames, if all that were given are.
     """
 
     frames: int = 0
     times: tuple[float, ...] | None = None
-    shown: Sequence[Image.Image] | None = None
+    visible: Sequence[Image.Image] | None = None
 
     @property
     def image_processor(self) -> Any:
@@ -100,9 +100,9 @@ class ProcessedVideo(ProcessedImage):
 
         Pixels are compared with that frame: an even one, as of a video that fades in, would tell nothing.
         """
-        if self.shown is None:
+        if self.visible is None:
             return 0, self
-        first = self.shown[::each]
+        first = self.visible[::each]
         numbers = range(len(first))
         number = max(
             numbers,
@@ -206,10 +206,10 @@ def video_layout(config: Any, processor: Any, inputs: Any, videos: Any, *, alone
         for video in given:
             frames, times = _frames(video, inputs, number, total)
             all_of_them = not _is_shape(video) and len(video) == frames
-            shown = (video.frames if isinstance(video, Video) else video) if all_of_them else None
+            visible = (video.frames if isinstance(video, Video) else video) if all_of_them else None
             video = ProcessedVideo(
                 config, processor, inputs, family.options, _size(video), number, total,
-                frames=frames, times=times, shown=shown,
+                frames=frames, times=times, visible=visible,
             )  # fmt: skip
             of_row.append(_KINDS[family.kind](video, cursor))
             number += 1
