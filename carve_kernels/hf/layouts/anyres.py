@@ -18,6 +18,21 @@ from carve_kernels.hf.layouts.tiling import function_of
 from carve_kernels.types import Box, Size
 
 
+def tiles_of(image: ProcessedImage) -> torch.Tensor:
+    """The pixels of the whole image and of its tiles. Raises ValueError if they are those of another image or model."""
+    pixels, tile = image.item("pixel_values", "[images, tiles, 3, H, W]"), image.config.vision_config.image_size
+    if tuple(pixels.shape[-2:]) != sides(tile):
+        got = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+        raise ValueError(f"inputs: expected tiles of {tile} pixels as in the model's config, got {got}")
+    size = sides(image.item("image_sizes").tolist())
+    if size != image.size:
+        raise ValueError(
+            f"images: image {image.number + 1} is {image.size[0]} x {image.size[1]}, that of the inputs is "
+            f"{size[0]} x {size[1]}; give the images of the prompts in order"
+        )
+    return pixels
+
+
 def canvas_size(image: ProcessedImage, pixels: torch.Tensor) -> Size:
     """The size of the canvas of an image. Raises ValueError if there are other tiles than those of this canvas."""
     tile, canvases = image.config.vision_config.image_size, list(map(list, image.config.image_grid_pinpoints))
