@@ -127,24 +127,26 @@ def _unpadded(size: Size, patches: Size) -> tuple[Size, Size]:
     return first, (kept.shape[0], kept.shape[1])
 
 
-def _runs(first: int, count: int, shown: int, side: int, cell: int, tile: int) -> Iterator[tuple[slice, float, float]]:
-    """Rows or columns of patches that are kept, resized to `shown`, and the pixels of the canvas that they cover.
+def _runs(
+    first: int, count: int, visible: int, side: int, cell: int, tile: int
+) -> Iterator[tuple[slice, float, float]]:
+    """Rows or columns of patches that are kept, resized to `visible`, and the pixels of the canvas that they cover.
 
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
     between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, step, unit = tile - side * cell, Fraction(count, shown), 2 * shown
+    remaining, step, unit = tile - side * cell, Fraction(count, visible), 2 * visible
 
     def before(number: int) -> int:
         """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile.
 
         Times `unit`, in which all numbers are whole.
         """
-        row, rest = divmod(unit * first + (2 * number + 1) * count - shown, unit)
+        row, rest = divmod(unit * first + (2 * number + 1) * count - visible, unit)
         lower, upper = row // side, (row + (rest > 0)) // side
         return remaining * (lower * unit + rest * (upper - lower))
 
-    for whole, numbers in groupby(range(shown), before):
+    for whole, numbers in groupby(range(visible), before):
         rows, pixels = list(numbers), Fraction(whole, unit)
         wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
         start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
