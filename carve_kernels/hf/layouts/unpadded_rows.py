@@ -48,7 +48,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     box = part(size, (tile, tile), (0, 0), (end, end), (max(size), max(size)) if several else size)
     base = View(tokens.take(side * side), grid, box)
     # A size and a crop that are given to a call are not known.
-    check_pixels(image, box, grid, cells, pixels[0])
+    check_pixels(image, box, grid, cells, pixels[0], samples=4)
     if several:
         tokens.take(1)
         return (base,)
@@ -56,7 +56,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     rows, columns = canvas[0] // tile, canvas[1] // tile
     last = (rows - 1) * tile, (columns - 1) * tile
     box = part_of_canvas(image, canvas, last, (last[0] + end, last[1] + end))
-    check_pixels(image, box, grid, cells, pixels[rows * columns])
+    check_pixels(image, box, grid, cells, pixels[rows * columns], samples=4)
     first, kept = unpadded(size, (rows * side, columns * side))
     visible = limited(image.config, kept, side)
     found = tokens.take_rows(*visible)
