@@ -14,6 +14,7 @@ from PIL import Image
 
 from carve_kernels.hf.families import VIDEO_FAMILIES
 from carve_kernels.hf.layouts import layout_of
+from carve_kernels.hf.processors import takes_settings
 from carve_kernels.hf.video_inputs import build_video_prompt, video_inputs
 from carve_kernels.hf.videos import Video
 from carve_kernels.types import View, VisualLayout
@@ -49,12 +50,13 @@ def prompt(name: str, processor: Any, videos: int = 1) -> str:
 
 def processed(name: str, videos: list[Any], **options: Any) -> tuple[Any, Any, Any]:
     model, processor = pair(name)
-    more = {"use_token_compression": False} if name == "video_llama_3" else {}
+    more: dict[str, Any] = {"use_token_compression": False} if name == "video_llama_3" else {}
+    if takes_settings(processor):
+        more["do_sample_frames"] = False
     # Of a package that spells out the number of frames.
     with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words", str, create=True):
         inputs = processor(
-            text=[prompt(name, processor, len(videos))], videos=videos, return_tensors="pt", do_sample_frames=False,
-            **more, **options,
+            text=[prompt(name, processor, len(videos))], videos=[videos], return_tensors="pt", **more, **options
         )  # fmt: skip
     return model, processor, inputs
 
