@@ -87,6 +87,11 @@ def _is_one_of(processor: Any, classes: tuple[str, ...]) -> bool:
     return any(kind.__name__ in classes for kind in type(processor).__mro__)
 
 
+def takes_settings(processor: Any) -> bool:
+    """Whether a call takes settings of the parts of a processor; that of Video-LLaVA's takes none in 5.12."""
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(processor.__call__).parameters.values())
+
+
 def writes_prompts(processor: Any) -> bool:
     """Whether a processor without a chat template writes what separates the images of a prompt from its text."""
     return type(processor).__name__ in _WITHOUT_TEMPLATE

@@ -57,8 +57,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
 def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
     """The patches of Fuyu from those of an image on: one for each image token, and a prompt has one image."""
-    name = "pixel_values" if image.has("pixel_values") else "image_patches"
-    patches: torch.Tensor = image.entry(name, "[patches, values]")
+    separate = not image.has("pixel_values") and image.has("image_patches")
+    name = "image_patches" if separate else "pixel_values"
+    # Those of transformers 5.12 are a list of an entry for each image, or the only entry.
+    patches: torch.Tensor = image.item(name).flatten(0, -2) if separate else image.entry(name, "[patches, values]")
     channels, values = image.config.num_channels, patches.shape[1]
     if values != channels * cell[0] * cell[1]:
         raise ValueError(
@@ -66,6 +68,8 @@ def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
             f"got {values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: "
             'convert it first, with image.convert("RGB")'
         )
+    if separate:
+        return patches
     counts = (image.entry("input_ids") == names.image_id(image.config)).sum(1).tolist()
     return patches[sum([count for count in counts if count][: image.number]) :]
 

@@ -358,8 +358,12 @@ def deepseek_vl() -> Any:
     )
 
 
+# By what the processor tokenizes a text whose first token it drops; that of transformers 5.12 only encodes its marks.
+FUYU_READS = "__call__" if "replace_image_token" in vars(transformers.FuyuProcessor) else "encode"
+
+
 def _prefixed(self: Any, text: str, **options: Any) -> Any:
-    return transformers.PreTrainedTokenizerFast.__call__(self, f"x{text}", **options)
+    return getattr(transformers.PreTrainedTokenizerFast, FUYU_READS)(self, f"x{text}", **options)
 
 
 @processor()
@@ -367,9 +371,9 @@ def fuyu() -> Any:
     patch: Any = {"height": 14, "width": 14}
     # The one on Pillow fails in transformers 5.24.
     images = transformers.FuyuImageProcessor(size={"height": 112, "width": 168}, patch_size=patch)
-    made = tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"})
+    made = tokenizer(("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|", "<0x04>"), {"image_token": "|SPEAKER|"})
     # The processor drops the first token of a text, which Fuyu's tokenizer adds.
-    made.__class__ = type("PrefixTokenizer", (type(made),), {"__call__": _prefixed})
+    made.__class__ = type("PrefixTokenizer", (type(made),), {FUYU_READS: _prefixed})
     return transformers.FuyuProcessor(images, made)
 
 
