@@ -57,9 +57,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 
 def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
     """The patches of Fuyu from those of an image on: one for each image token, and a prompt has one image."""
-    separate = not image.has("pixel_values") and image.has("image_patches")
-    name = "image_patches" if separate else "pixel_values"
-    # Those of transformers 5.12 are a list of an entry for each image, or the only entry.
+    name = "pixel_values" if image.has("pixel_values") else "image_patches"
+    # Those of transformers 5.12 are separate: a list of [1, patches, values], or one tensor of that shape.
+    given = image.entry(name)
+    separate = isinstance(given, list) or getattr(given, "ndim", 0) == 3
     patches: torch.Tensor = image.item(name).flatten(0, -2) if separate else image.entry(name, "[patches, values]")
     channels, values = image.config.num_channels, patches.shape[1]
     if values != channels * cell[0] * cell[1]:

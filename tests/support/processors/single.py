@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import transformers
@@ -298,6 +299,10 @@ def gemma4_unified() -> Any:
 
 
 PIXTRAL_TOKENS = ("[IMG]", "<video>", "<start>", "[IMG_END]", "[IMG_BREAK]")
+
+
+# In transformers 5.12 the vision tower of Pixtral has positions for images up to its image_size only.
+PIXTRAL_IS_BOUNDED = hasattr(import_module("transformers.models.pixtral.modeling_pixtral"), "position_ids_in_meshgrid")
 
 
 def pixtral_images(patch: int) -> Any:
