@@ -33,9 +33,11 @@ class UpstreamChanged(RuntimeError):
 
 
 def describe(value: Any) -> str:
-    """A value in an error message: tensors by dtype and shape, the rest by type and a short repr."""
+    """A value in an error message: tensors and arrays by dtype and shape, the rest by type and a short repr."""
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    if isinstance(value, numpy.ndarray):
+        return f"a NumPy array of {value.dtype} and shape {list(value.shape)}"
     try:
         text = repr(value)
     except ValueError:
