@@ -115,6 +115,12 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
+def function(name: str, value: Any) -> None:
+    """Check a function that may be left out."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function or None, got {describe(value)}")
+
+
 def text(name: str, value: Any) -> str:
     """Check a string that is not blank and can be encoded as UTF-8."""
     return writable(name, filled(name, value))

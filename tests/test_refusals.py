@@ -94,6 +94,7 @@ PASSED = {
 }
 # What any function refuses: an argument of another type, or an empty list.
 PLAIN = {
+    Refusal("inputs", "TypeError", "hf/layouts/__init__.py"),
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("fused", "TypeError", "hf/session/session.py"),
     Refusal("video", "TypeError", "hf/engine/video.py"),
