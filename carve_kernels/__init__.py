@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carve_kernels.backends import explain as explain
     from carve_kernels.checks import BackendUnavailable as BackendUnavailable
+    from carve_kernels.hf.engine.cache import Memory as Memory
     from carve_kernels.hf.engine.engine import CarveEngine as CarveEngine
+    from carve_kernels.hf.engine.result import CarvedImage as CarvedImage
+    from carve_kernels.hf.engine.result import CarveFailure as CarveFailure
+    from carve_kernels.hf.engine.result import CarveResult as CarveResult
     from carve_kernels.hf.layouts import layout_of as layout_of
     from carve_kernels.hf.loading import load as load
+    from carve_kernels.hf.profile.profile import Probe as Probe
+    from carve_kernels.hf.profile.profile import Profile as Profile
+    from carve_kernels.hf.profile.profile import profile as profile
     from carve_kernels.hf.session.session import capture_attention as capture_attention
     from carve_kernels.hf.videos import open_video as open_video
     from carve_kernels.maps import AttentionMaps as AttentionMaps
@@ -25,8 +32,11 @@ if TYPE_CHECKING:
     from carve_kernels.ops.regions import regions as regions
     from carve_kernels.ops.saliency import saliency as saliency
     from carve_kernels.ops.zoom import zoom as zoom
-    from carve_kernels.pipeline import Preset as Preset
+    from carve_kernels.pipeline import CarveOutcome as CarveOutcome
     from carve_kernels.pipeline import carve as carve
+    from carve_kernels.presets import Preset as Preset
+    from carve_kernels.types import Capture as Capture
+    from carve_kernels.types import Regions as Regions
     from carve_kernels.types import View as View
     from carve_kernels.types import VisualLayout as VisualLayout
     from carve_kernels.video import contrast_frames as contrast_frames
@@ -37,8 +47,17 @@ __version__ = "0.3.0"
 _SOURCES = {
     "AttentionMaps": "maps",
     "BackendUnavailable": "checks",
+    "Capture": "types",
     "CarveEngine": "hf.engine",
-    "Preset": "pipeline",
+    "CarveFailure": "hf.engine.result",
+    "CarveOutcome": "pipeline",
+    "CarveResult": "hf.engine.result",
+    "CarvedImage": "hf.engine.result",
+    "Memory": "hf.engine.cache",
+    "Preset": "presets",
+    "Probe": "hf.profile",
+    "Profile": "hf.profile",
+    "Regions": "types",
     "View": "types",
     "VisualLayout": "types",
     "attention": "ops.attention",
@@ -52,6 +71,7 @@ _SOURCES = {
     "layout_of": "hf.layouts",
     "load": "hf.loading",
     "open_video": "hf.videos",
+    "profile": "hf.profile",
     "regions": "ops.regions",
     "saliency": "ops.saliency",
     "zoom": "ops.zoom",

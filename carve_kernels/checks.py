@@ -33,9 +33,11 @@ class UpstreamChanged(RuntimeError):
 
 
 def describe(value: Any) -> str:
-    """A value in an error message: tensors by dtype and shape, the rest by type and a short repr."""
+    """A value in an error message: tensors and arrays by dtype and shape, the rest by type and a short repr."""
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    if isinstance(value, numpy.ndarray):
+        return f"a NumPy array of {value.dtype} and shape {list(value.shape)}"
     try:
         text = repr(value)
     except ValueError:
@@ -111,6 +113,12 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     options = ", ".join(repr(option) for option in allowed)
     expected = f"one of {options}" if len(allowed) > 1 else options
     raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def function(name: str, value: Any) -> None:
+    """Check a function that may be left out."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function or None, got {describe(value)}")
 
 
 def text(name: str, value: Any) -> str:

@@ -126,6 +126,9 @@ def carve(
     grids, boxes = _grids_and_boxes(grid, box, original.size)
     for name, maps in (("task", task), ("general", general)):
         checks.tensor(name, maps, shape=("L", "T", "N"), dtypes=(torch.float32, torch.float64))
+    if task.numel() and general.numel():
+        # Before the steps are paired: an error has the shape that was passed.
+        checks.tensor("general", general, shape=(task.shape[0], "T", task.shape[2]), dtypes=(task.dtype,))
     return carve_views(original, task, general, grids, boxes, settings, backend)
 
 
@@ -141,7 +144,11 @@ def _grids_and_boxes(grid: Any, box: Any, size: tuple[int, int]) -> tuple[list[S
         if len({(view.image, view.frame) for view in views}) > 1:
             raise ValueError("grid: expected views of one image or frame, got views of several; select them before")
         return [view.grid for view in views], [view.box for view in views]
-    grids: Any = list(grid) if is_several(grid) else [grid]
+    grids = (
+        [checks.size(f"grid[{index}]", each) for index, each in enumerate(grid)]
+        if is_several(grid)
+        else [checks.size("grid", grid)]
+    )
     boxes: Any = [None] * len(grids) if box is None else list(box) if is_several(box) else [box]
     if len(boxes) != len(grids):
         raise ValueError(f"box: expected {len(grids)} boxes, one for each grid, got {checks.describe(box)}")

@@ -26,7 +26,36 @@ OVERLAPS = ("mean", "max")
 
 @dataclass(frozen=True)
 class Preset:
-    """Every parameter of CARVE; the defaults are the paper's, or `# ours` where the paper gives none."""
+    """Every parameter of CARVE; the defaults are the paper's, or `# ours` where the paper gives none.
+
+    ==============  ====================================================================================================
+    field           meaning
+    ==============  ====================================================================================================
+    name            what the preset is called: "paper", "release", or any other text
+    layers          the layers that are read: "paper", "release", "all", or their numbers (-1 is the last)
+    rows            the rows whose attention is captured, as `capture_attention` takes them for one prompt
+    steps           the steps of both answers that are paired: "t_start" the first, "t_end" the last, "t_full" each
+    step_weights    a weight for each step of "t_full"; None is 1, 2, 3, ...
+    layer_weights   a weight for each of `layers`; None is 1
+    lam             what is added to the general map before the division; "mean" is the mean of that map
+    normalize       how the contrast is scaled: "none", "sum", "max" or "minmax"
+    overlap         where views of an image overlap: "mean" of them, by tokens per area, or "max"
+    keep            the share of the pixels that are above the threshold, in (0, 1]
+    top             the most regions that are selected (the paper); None where `floor` is given
+    floor           select max(floor, int(count * keep)) of the regions (the release); None where `top` is given
+    connectivity    the neighbours of a pixel in one region: 4, or 8 with the corners
+    score           how regions are ranked: "sum", "mean" or "max" of the saliency inside them
+    fill            the colour (red, green, blue) of the pixels that were not selected
+    resample        the filter of the magnification: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos"
+    size            of the refined image: "longer" side as the image's, both sides to "cover" it, or (height, width)
+    limit           the most pixels of the refined image, as a multiple of the image's
+    general_prompt  the general instruction whose map is divided by
+    suffix          a text after every prompt
+    images          what the second pass is shown: "refined", or "original+refined"
+    max_new_tokens  the most tokens of an answer
+    max_pixels      the most pixels to which a processor that can scales an image; None leaves it as it is
+    ==============  ====================================================================================================
+    """
 
     name: str = "paper"
     layers: str | tuple[int, ...] = "paper"

@@ -119,6 +119,21 @@ def test_what_needs_an_extra_names_it() -> None:
     )
 
 
+def test_the_plugin_serves_arrays_and_says_why_it_loads_no_model() -> None:
+    run(
+        """
+        from carve_kernels.plugin import backend
+        from carve_kernels.protocol import mismatch
+
+        assert mismatch(backend) is None and "transformers" not in sys.modules
+        found = backend.regions([[0.0, 1.0], [0.0, 5.0]], keep=0.5, top=1)
+        assert found.box == (1, 0, 2, 2), found
+        reason = backend.supports("small")
+        assert reason.startswith("load needs ") and "pip install 'carve-kernels[hf]'" in reason, reason
+        """
+    )
+
+
 def test_the_command_line_without_its_packages_names_the_extra() -> None:
     result = process(
         BLOCK

@@ -23,11 +23,12 @@ LAYERS = {
         "atomic_write",
         "deprecation",
         "extras",
+        "arrays",
     ),
     1: ("backends",),
     2: ("ops", "visualize", "animation", "fonts"),
     3: ("pipeline", "view_pixels", "video", "presets", "maps", "complexity", "selfcheck"),
-    4: ("hf", "models"),
+    4: ("hf", "models", "protocol", "conformance", "plugin"),
     5: ("cli", "__main__"),
 }
 TOP = 6  # carve_kernels itself, which only the command line may import from

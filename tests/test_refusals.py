@@ -27,6 +27,7 @@ ELSEWHERE = {
 # Arguments whose name in the message is a variable.
 SPELLED = {
     "hf/engine/video.py": {"fps", "max_frames"},
+    "hf/videos.py": {"path", "video"},
     "hf/session/generate_guard.py": set(generate_guard._REFUSED),
     "hf/session/attention_masks.py": {"position_ids", *names._SEGMENTS},
     "hf/session/forward_tracker.py": set(names._CALLBACKS),
@@ -93,10 +94,10 @@ PASSED = {
 }
 # What any function refuses: an argument of another type, or an empty list.
 PLAIN = {
+    Refusal("inputs", "TypeError", "hf/layouts/__init__.py"),
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("fused", "TypeError", "hf/session/session.py"),
     Refusal("video", "TypeError", "hf/engine/video.py"),
-    Refusal("video", "TypeError", "hf/videos.py"),
     Refusal("progress", "TypeError", "hf/videos.py"),
     Refusal("videos", "TypeError", "hf/layouts/videos.py"),
     Refusal("probes", "TypeError", "hf/profile/profile.py"),

@@ -83,13 +83,13 @@ def _about_video(
     from carve_kernels.cli import video
     from carve_kernels.cli.ours import refuse_inputs
     from carve_kernels.hf.engine.video import refuse_fit
-    from carve_kernels.hf.videos import MAX_FRAMES, open_video
+    from carve_kernels.hf.videos import MAX_FRAMES, open_frames
 
     refuse_fit(settings.fit)
     if refine is not None:
         raise ValueError(f"--refine: expected with several images alone, got {refine!r}")
     frames = MAX_FRAMES if max_frames is None else max_frames
-    opened = open_video(file, max_frames=frames, fps=fps, max_image_pixels=settings.pixel_limit)
+    opened = open_frames("video", file, max_frames=frames, fps=fps, max_image_pixels=settings.pixel_limit)
     inputs = {"--video": [checks.path("video", file)], "--preset": settings.preset_files}
     refuse_inputs((folder / name for name in video.files()), inputs)
     video.ask(folder, opened, question, preset, lambda: settings.load(model), **settings.engine)

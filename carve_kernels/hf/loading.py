@@ -74,12 +74,8 @@ def load(
     """
     torch_dtype = dtype_of("dtype", dtype)
     target = None if device is None else usable("device", device)
-    checkpoint = find(model)
+    checkpoint, family = check_checkpoint(model, allow_pickle)
     folder = checkpoint.folder
-    family = _family(checkpoint)
-    _check_weights(checkpoint, allow_pickle)
-    if (folder / _PROFILE).is_file():
-        _json_object("model", folder / _PROFILE)
     processor = _processor(checkpoint, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         str(folder.absolute()),
@@ -95,6 +91,16 @@ def load(
     if target is not None:
         network.to(target)
     return network.eval(), processor
+
+
+def check_checkpoint(model: str | os.PathLike[str], allow_pickle: bool = False) -> tuple[Checkpoint, str]:
+    """A checkpoint and its model type, from its files alone. Raises what `load` raises before it reads any weight."""
+    checkpoint = find(model)
+    family = _family(checkpoint)
+    _check_weights(checkpoint, allow_pickle)
+    if (checkpoint.folder / _PROFILE).is_file():
+        _json_object("model", checkpoint.folder / _PROFILE)
+    return checkpoint, family
 
 
 def dtype_of(name: str, dtype: Any) -> str | torch.dtype:

@@ -58,7 +58,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if not self.frames:
-            raise ValueError("video: expected at least one frame, got none")
+            raise ValueError("frames: expected at least one frame, got none")
         if len(self.seconds) != len(self.frames):
             raise ValueError(f"seconds: expected one for each of {len(self.frames)} frames, got {len(self.seconds)}")
         if any(later <= earlier for earlier, later in pairwise(self.seconds)):
@@ -70,7 +70,7 @@ class Video:
                 raise ValueError(f"frames[{index}]: expected an RGB image, got mode {frame.mode}; convert it first")
         sizes = {frame.size for frame in self.frames}
         if len(sizes) > 1:
-            raise ValueError(f"video: expected frames of one size, got {sorted(sizes)}")
+            raise ValueError(f"frames: expected frames of one size, got {sorted(sizes)}")
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -150,6 +150,21 @@ def open_video(
     Raises ValueError if the file is missing, is no video, has no frames or no times, or has frames of too many pixels,
     each or together (`MAX_PIXELS`); TypeError for anything but a path; ImportError if PyAV is missing.
     """
+    return open_frames(
+        "path", path, max_frames=max_frames, fps=fps, max_image_pixels=max_image_pixels, progress=progress
+    )
+
+
+def open_frames(
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    max_frames: int = MAX_FRAMES,
+    fps: float | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    progress: Progress | None = None,
+) -> Video:
+    """`open_video` for a path that was passed as the argument `name`, which errors name."""
     integer("max_frames", max_frames, low=1)
     integer("max_image_pixels", max_image_pixels, low=1)
     if fps is not None and number("fps", fps, low=0) == 0:
@@ -157,25 +172,25 @@ def open_video(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a function of two numbers or None, got {describe(progress)}")
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"video: expected a path, got {describe(path)}")
-    file = os.fspath(check_path("video", path))
+        raise TypeError(f"{name}: expected a path, got {describe(path)}")
+    file = os.fspath(check_path(name, path))
     if not os.path.isfile(file):
-        raise ValueError(f"video: {file} is {'not a file' if os.path.exists(file) else 'missing'}")
+        raise ValueError(f"{name}: {file} is {'not a file' if os.path.exists(file) else 'missing'}")
     with needed_by("a video"):
         import av
     try:
-        times, duration, rate, (width, height) = _times(av, file, max_image_pixels)
+        times, duration, rate, (width, height) = _times(av, name, file, max_image_pixels)
         chosen = _choose(times, duration, max_frames, fps)
         if (most := MAX_PIXELS // (width * height)) < len(chosen):
             raise ValueError(
                 f"max_frames: {len(chosen)} frames of {width} x {height} pixels are too many for the memory, at most "
                 f"{most}"
             )
-        kept = dict(_decode(av, file, [times[index] for index in chosen], progress))
+        kept = dict(_decode(av, name, file, [times[index] for index in chosen], progress))
     except av.error.FFmpegError as error:
-        raise ValueError(f"video: {file} cannot be read as a video ({error.strerror})") from error
+        raise ValueError(f"{name}: {file} cannot be read as a video ({error.strerror})") from error
     if not kept:
-        raise ValueError(f"video: {file} has no frames that can be decoded")
+        raise ValueError(f"{name}: {file} has no frames that can be decoded")
     if len(kept) < len(chosen):
         _LOG.warning(
             "video: %s is damaged, %d of %d frames cannot be decoded", file, len(chosen) - len(kept), len(chosen)
@@ -192,21 +207,21 @@ def open_video(
     )
 
 
-def _times(av: Any, file: str, most_pixels: int) -> tuple[list[Any], float, float, tuple[int, int]]:
+def _times(av: Any, name: str, file: str, most_pixels: int) -> tuple[list[Any], float, float, tuple[int, int]]:
     """When each frame begins, in seconds as fractions; how long all last; frames per second; width and height."""
     with av.open(file) as container:
-        stream = _stream(container, file)
+        stream = _stream(container, name, file)
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > most_pixels:
             raise ValueError(
-                f"video: {file} is too large: {width} x {height} pixels a frame, at most {most_pixels}; raise "
+                f"{name}: {file} is too large: {width} x {height} pixels a frame, at most {most_pixels}; raise "
                 "max_image_pixels, or shrink it first"
             )
         packets = [packet for packet in container.demux(stream) if packet.size]
         if not packets:
-            raise ValueError(f"video: {file} has no frames")
+            raise ValueError(f"{name}: {file} has no frames")
         if any(packet.pts is None for packet in packets):
-            raise ValueError(f"video: {file} does not say when its frames are shown; write it in another container")
+            raise ValueError(f"{name}: {file} does not say when its frames are shown; write it in another container")
         times = sorted({packet.pts * stream.time_base for packet in packets})
         last = max(packets, key=lambda packet: packet.pts)
         # Of one frame, or of a file that does not say how long the last one lasts, the stream knows its rate.
@@ -227,11 +242,13 @@ def _choose(times: list[Any], duration: float, most: int, fps: float | None) -> 
     return sorted({bisect_right(begins, middle) - 1 for middle in middles})
 
 
-def _decode(av: Any, file: str, times: list[Any], progress: Progress | None) -> Iterator[tuple[Any, Image.Image]]:
+def _decode(
+    av: Any, name: str, file: str, times: list[Any], progress: Progress | None
+) -> Iterator[tuple[Any, Image.Image]]:
     """The frames that begin at these times, upright."""
     wanted = set(times)
     with av.open(file) as container:
-        stream = _stream(container, file)
+        stream = _stream(container, name, file)
         stream.thread_type = "AUTO"
         done = 0
         for frame in _frames(av, container, stream):
@@ -256,9 +273,9 @@ def _frames(av: Any, container: Any, stream: Any) -> Iterator[Any]:
             continue
 
 
-def _stream(container: Any, file: str) -> Any:
+def _stream(container: Any, name: str, file: str) -> Any:
     if not container.streams.video:
         raise ValueError(
-            f"video: {file} has no video, only {', '.join(s.type for s in container.streams) or 'nothing'}"
+            f"{name}: {file} has no video, only {', '.join(s.type for s in container.streams) or 'nothing'}"
         )
     return container.streams.video[0]

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from carve_kernels import checks
 from carve_kernels.backends import resolve
 from carve_kernels.types import NORMALIZE, ContrastOptions, Size, Views
+
+
+@overload
+def contrast(
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grid: Size,
+    size: Size,
+    *,
+    lam: float | str = ...,
+    layer_weights: Sequence[float] | torch.Tensor | None = ...,
+    step_weights: Sequence[float] | torch.Tensor | None = ...,
+    normalize: str = ...,
+    check: bool | None = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def contrast(
+    task: torch.Tensor,
+    general: torch.Tensor,
+    grid: Sequence[Size],
+    size: Sequence[Size],
+    *,
+    lam: float | str = ...,
+    layer_weights: Sequence[float] | torch.Tensor | None = ...,
+    step_weights: Sequence[float] | torch.Tensor | None = ...,
+    normalize: str = ...,
+    check: bool | None = ...,
+    backend: str = ...,
+) -> list[torch.Tensor]: ...
 
 
 def contrast(
@@ -24,7 +56,7 @@ def contrast(
     normalize: str = "none",
     check: bool | None = None,
     backend: str = "auto",
-) -> Any:
+) -> torch.Tensor | list[torch.Tensor]:
     """Contrast the maps of a question with those of a general instruction, on the pixels of the image.
 
     Equals, with a ratio of 0 where `general + lam` is 0::

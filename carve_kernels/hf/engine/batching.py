@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
@@ -59,8 +59,9 @@ def answer_all(
     prompts: Any = None,
     on_progress: OnResult | None = None,
 ) -> list[Result]:
-    """All results of `stream`."""
-    return list(stream(engine, images, questions, prompts, on_progress=on_progress))
+    """All results of `stream`, for the arguments of a call of the engine."""
+    given = {"image": images, "question": questions, "prompt": prompts}
+    return list(_stream(engine, given, None, on_progress))
 
 
 def stream(
@@ -94,11 +95,19 @@ def stream(
     iterators of unequal lengths when the shorter one ends. BackendUnavailable and a broken GPU end the whole batch.
     """
     given = {"images": images, "questions": questions, "prompts": prompts}
+    return _stream(engine, given, tokens, on_progress)
+
+
+def _stream(
+    engine: Engine, given: Mapping[str, Any], tokens: int | None, on_progress: OnResult | None
+) -> Iterator[Result]:
+    """`stream` of images, questions and prompts, by the names that they were passed under."""
+    checks.function("on_progress", on_progress)
     many = {name: value for name, value in given.items() if _is_many(name, value)}
     total = _total(many)
     limit, own = _token_limit(engine, tokens)
     columns: list[Any] = [many.get(name, repeat(value)) for name, value in given.items()]
-    calls: Iterable[tuple[Any, ...]] = _zip(columns, many) if many else [(images, questions, prompts)]
+    calls: Iterable[tuple[Any, ...]] = _zip(columns, many) if many else [tuple(given.values())]
     return _report(_results(engine, calls, limit, own), total if many else 1, on_progress)
 
 
@@ -145,9 +154,9 @@ def _is_many(name: str, value: Any) -> bool:
     """Whether an argument has one value for each question, or one for all of them."""
     if checks.is_many(value):
         return True
-    if isinstance(value, (str, os.PathLike, Image.Image)) or (value is None and name == "prompts"):
+    if isinstance(value, (str, os.PathLike, Image.Image)) or (value is None and name in ("prompt", "prompts")):
         return False
-    one = "a path or a PIL image" if name == "images" else "a text"
+    one = "a path or a PIL image" if name in ("image", "images") else "a text"
     raise TypeError(f"{name}: expected {one}, a list or an iterator of them, got {checks.describe(value)}")
 
 

@@ -165,6 +165,7 @@ class CarveEngine:
         Each image has its own contrast, of its own tokens. The second pass shows all images with the refined ones in
         place of their originals, or all originals and then the refined ones (`Preset.images`).
         """
+        checks.function("on_progress", on_progress)
         report = on_progress or (lambda stage, done, total: None)
         request = self.request(images, question, prompt, refine)
         [result] = self.answer([request], lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
@@ -194,6 +195,7 @@ class CarveEngine:
         The contrast of all frames is one, `Preset.keep` is a share of the pixels of all of them, and regions go on from
         a frame to the next one. Nothing of a video is cached.
         """
+        checks.function("on_progress", on_progress)
         report = on_progress or (lambda stage, done, total: None)
         check_steady(self.model)
         request = make_video_request(

@@ -18,7 +18,7 @@ from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.model import image_token_positions, unwrap
 from carve_kernels.hf.video_inputs import build_video_prompt, divided, video_inputs
-from carve_kernels.hf.videos import Video, open_video
+from carve_kernels.hf.videos import Video, open_frames
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
 from carve_kernels.types import Regions, VisualLayout
@@ -125,7 +125,8 @@ def make_video_request(
                     f"{name}: expected None for a Video: all its frames are read, got {checks.describe(opening[name])}"
                 )
     elif isinstance(video, (str, os.PathLike)):
-        video = open_video(video, **{name: value for name, value in opening.items() if value is not None})
+        given = {name: value for name, value in opening.items() if value is not None}
+        video = open_frames("video", video, **given)
     else:
         raise TypeError(f"video: expected a path or a Video, got {checks.describe(video)}")
     texts = [

@@ -6,6 +6,7 @@ There is a module for each kind of layout, that is for each way in which process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
 from carve_kernels.hf import names
 from carve_kernels.hf.families import Family, family_of, supported
@@ -54,6 +56,8 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
     an image has an EXIF orientation, since whether the processor applied it depends on how it was called.
     """
     check_decoder(model)
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise TypeError(f"inputs: expected the output of the processor, with input_ids, got {describe(inputs)}")
     config = unwrap(model).config
     if videos is not None:
         alone = not has_images(images)

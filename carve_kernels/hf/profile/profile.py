@@ -167,6 +167,9 @@ def profile(
     check_processor(model, processor)
     steps = [checks.choice(f"steps[{index}]", step, STEPS) for index, step in enumerate(_list("steps", steps))]
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
+    checks.function("on_progress", on_progress)
+    if rows is not None:
+        _list("rows", rows)
     by_image = _by_image(probes)
     checks.choice("backend", backend, ("auto", *BACKENDS))
     letterbox = Letterbox.of(fit, model, processor, limit)

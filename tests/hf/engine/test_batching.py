@@ -18,7 +18,7 @@ from PIL import Image
 from carve_kernels import CarveEngine, Preset
 from carve_kernels.checks import BackendUnavailable
 from carve_kernels.hf.engine import batching
-from carve_kernels.hf.engine.batching import MAX_BATCH, free_bytes, stream
+from carve_kernels.hf.engine.batching import MAX_BATCH, answer_all, free_bytes, stream
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from tests.support.counting import QUESTIONS, Counting
 from tests.support.families import family, state, watched
@@ -80,6 +80,13 @@ def test_what_does_not_fit_together_is_an_error_before_any_work() -> None:
         stream(engine, "p", "a", 3)
     with pytest.raises(ValueError, match="tokens: expected an integer of at least 1"):
         stream(engine, "p", "a", tokens=0)
+    with pytest.raises(TypeError, match="on_progress: expected a function or None, got int 3"):
+        stream(engine, "p", "a", on_progress=3)  # type: ignore[arg-type]
+    # A call of the engine has other names.
+    with pytest.raises(ValueError, match=r"^image, question: expected one length, got 2, 1"):
+        answer_all(engine, ["p", "q"], ["a"])
+    with pytest.raises(TypeError, match=r"^question: expected a text, a list or an iterator of them, got int 3"):
+        answer_all(engine, ["p"], 3)
     assert engine.groups == []
     outcomes = stream(engine, iter(["p", "q"]), iter(["a", "b", "c"]), tokens=1)
     assert next(outcomes) == ("p", "a", None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carve_kernels import CarveEngine, Preset, load
+from carve_kernels import CarveEngine, Preset, layout_of, load
 from carve_kernels.hf.profile.profile import Probe, profile
 from tests.support.families import family, state
 from tests.support.tiny_models import make_image, save, tiny_llava
@@ -56,6 +56,19 @@ def test_layers_that_the_model_lacks() -> None:
 def test_an_unavailable_backend(backend: Any) -> None:
     with pytest.raises(ValueError, match="backend: expected one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got"):
         CarveEngine(*family("llava"), preset=SHORT, backend=backend)
+
+
+def test_arguments_of_another_kind_are_named_before_any_work() -> None:
+    model, processor = family("llava")
+    engine = CarveEngine(model, processor, preset=SHORT)
+    for call in (lambda: engine(PHOTO, QUESTION, on_progress=3), lambda: engine([PHOTO], QUESTION, on_progress=3)):  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match=r"^on_progress: expected a function or None, got int 3$"):
+            call()
+    with pytest.raises(TypeError, match=r"^rows: expected a list, got int 5$"):
+        profile(model, processor, [Probe(PHOTO, QUESTION)], rows=5)  # type: ignore[arg-type]
+    for inputs in (5, {"pixel_values": torch.zeros(1)}):
+        with pytest.raises(TypeError, match=r"^inputs: expected the output of the processor, with input_ids, got "):
+            layout_of(model, processor, inputs, [PHOTO])
 
 
 def test_no_request_has_no_answer() -> None:
