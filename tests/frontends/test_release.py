@@ -22,8 +22,12 @@ from tests.support.zoo.kinds import IMAGE, build
 LAYERS, STEPS, QUESTION = [1, 2, 3], 6, "what digit is red"
 SUFFIX = "Answer the question using a single word or phrase."
 # LLaVA's processor shows the middle of an image that is not square, and the release would stretch it over all of it.
-SIZES = {"qwen2_5": [(150, 90), (97, 131), (112, 112)], "llava": [(120, 120), (91, 91), (56, 56)]}
-KINDS = {"qwen2_5": "qwen2_5_vl", "llava": "llava"}
+SIZES = {
+    "qwen2_5": [(150, 90), (97, 131), (112, 112)],
+    "llava": [(120, 120), (91, 91), (56, 56)],
+    "qwen2_vl": [(130, 100)],
+}
+KINDS = {"qwen2_5": "qwen2_5_vl", "llava": "llava", "qwen2_vl": "qwen2_vl"}
 
 
 class Rendition(NamedTuple):
@@ -55,19 +59,19 @@ def images(family: str) -> list[Image.Image]:
             for seed, size in enumerate(SIZES[family])]  # fmt: skip
 
 
-def model_inputs(processor: Any, family: str, shown: list[Image.Image], text: str) -> Any:
+def model_inputs(processor: Any, family: str, displayed: list[Image.Image], text: str) -> Any:
     if family == "llava":
-        prompt = "<image>" * len(shown) + f"\nUSER: {text} {SUFFIX}\nASSISTANT:"
+        prompt = "<image>" * len(displayed) + f"\nUSER: {text} {SUFFIX}\nASSISTANT:"
     else:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         bounds = {"factor": 28, "min_pixels": 4 * 28 * 28, "max_pixels": 16384 * 28 * 28}
-        sizes = [smart_resize(image.height, image.width, **bounds) for image in shown]
-        shown = [image.resize((width, height)) for image, (height, width) in zip(shown, sizes, strict=True)]
-        content = [*({"type": "image"} for _ in shown), {"type": "text", "text": f"{text} {SUFFIX}"}]
+        sizes = [smart_resize(image.height, image.width, **bounds) for image in displayed]
+        displayed = [image.resize((width, height)) for image, (height, width) in zip(displayed, sizes, strict=True)]
+        content = [*({"type": "image"} for _ in displayed), {"type": "text", "text": f"{text} {SUFFIX}"}]
         message = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return processor(images=shown, text=[prompt], return_tensors="pt")
+    return processor(images=displayed, text=[prompt], return_tensors="pt")
 
 
 def greedy(model: Any, processor: Any, inputs: Any) -> tuple[str, list[list[Any]]]:
@@ -112,7 +116,7 @@ def mask_of(saliency: Any, rule: str, share: float = 0.2, floor: int = 3, percen
 
 
 @functools.cache
-def looks(family: str, number: int) -> Any:
+def passes(family: str, number: int) -> Any:
     """Answers and maps of both prompts, and the grid."""
     _, eager, processor = models(family)
     image = images(family)[number]
@@ -125,7 +129,7 @@ def looks(family: str, number: int) -> Any:
 def rendition(family: str, number: int, version: str) -> Rendition:
     _, eager, processor = models(family)
     image = images(family)[number]
-    (answer, task), (_, general), grid = looks(family, number)
+    (answer, task), (_, general), grid = passes(family, number)
     every = range(min(len(task), len(general)))
     steps = {"v4": every}.get(version, range(1))
     rule = {"v1": "remove_small", "v2": "size"}.get(version, "attention_sum")
@@ -162,6 +166,29 @@ def test_carve_equals_the_procedure(family: str, number: int, version: str) -> N
     assert (found.original_answer, found.refined_answer) == (expected.answer, expected.refined_answer)
     np.testing.assert_allclose(found.query_attention, expected.task, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(found.general_attention, expected.general, rtol=1e-4, atol=1e-8)
+
+
+def test_carve_takes_qwen2_vl_too() -> None:
+    model, _, processor = models("qwen2_vl")
+    expected = rendition("qwen2_vl", 0, "v4")
+    found = release.carve(model, processor, images("qwen2_vl")[0], QUESTION, layers=LAYERS, max_new_tokens=STEPS)
+    np.testing.assert_array_equal(found.mask_map, expected.mask)
+    assert (found.original_answer, found.refined_answer) == (expected.answer, expected.refined_answer)
+
+
+@pytest.mark.parametrize("option", [{"repetition_penalty": 1.7}, {"num_beams": 8}])
+def test_the_generation_config_decides_over_the_last_answer_only(
+    option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, eager, processor = models("qwen2_5")
+    usual = rendition("qwen2_5", 1, "v4")
+    for each in (model, eager):
+        for name, value in option.items():
+            monkeypatch.setattr(each.generation_config, name, value)
+    expected = rendition("qwen2_5", 1, "v4")
+    assert expected.refined_answer != usual.refined_answer
+    found = release.carve(model, processor, images("qwen2_5")[1], QUESTION, layers=LAYERS, max_new_tokens=STEPS)
+    assert (found.original_answer, found.refined_answer) == (usual.answer, expected.refined_answer)
 
 
 def test_names_and_defaults_are_the_release_s() -> None:
@@ -243,7 +270,7 @@ def test_the_true_grid_is_used_where_the_release_takes_a_square() -> None:
     assert release.dynamic_reshape_attention(ratio)[1] == (16, 16)
     assert release.dynamic_reshape_attention(ratio[:24]) == (None, None)
     for count in (255, 257):
-        with pytest.raises(ValueError, match=f"output_shape: expected the grid of {count} tokens, got 8 x 32"):
+        with pytest.raises(ValueError, match=f"fallback_shape: expected the grid of {count} tokens, got 8 x 32"):
             release.dynamic_reshape_attention(np.ones(count), (8, 32))
 
 

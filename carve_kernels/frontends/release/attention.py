@@ -83,7 +83,7 @@ def dynamic_reshape_attention(att: Array, fallback_shape: Any = None) -> tuple[A
     count = int(att.size)
     if count <= 1:
         return None, None
-    grid = _grid(count, fallback_shape)
+    grid = _grid("fallback_shape", count, fallback_shape)
     return (None, None) if grid is None else (att.reshape(grid), grid)
 
 
@@ -116,7 +116,10 @@ def fuse_contrastive_attention(
     if not steps:
         raise ValueError("query_maps, general_maps: expected at least one step, got none")
     used = 1 if step_mode == "first" else steps
-    depth = min(len(maps) for maps in (*query_maps[:used], *general_maps[:used]))
+    depths = {len(maps) for maps in (*query_maps[:used], *general_maps[:used])}
+    if len(depths) > 1:
+        raise ValueError(f"query_maps, general_maps: expected as many layers at each step, got {sorted(depths)}")
+    depth = depths.pop()
     chosen = [layer for layer in layers if -depth <= layer < depth]
     if not chosen:
         raise ValueError(
@@ -128,7 +131,7 @@ def fuse_contrastive_attention(
     )
     if task.shape != general.shape:
         raise ValueError(f"general_maps: expected {task.shape[2]} tokens as in query_maps, got {general.shape[2]}")
-    grid = _grid(task.shape[2], output_shape) if task.shape[2] > 1 else None
+    grid = _grid("output_shape", task.shape[2], output_shape) if task.shape[2] > 1 else None
     if grid is None:
         raise ValueError(
             f"output_shape: expected the grid of the {task.shape[2]} tokens, which are not a square, got {output_shape}"
@@ -189,14 +192,14 @@ def _columns(model: Any, ids: torch.Tensor, start: int | None, end: int | None, 
     return first + 1, row.index(end)
 
 
-def _grid(count: int, given: Any) -> Size | None:
+def _grid(name: str, count: int, given: Any) -> Size | None:
     """The grid of so many tokens: the given one, else a square, else None."""
     if given is None:
         side = math.isqrt(count)
         return (side, side) if side * side == count else None
     rows, columns = (int(side) for side in given)
     if rows * columns != count:
-        raise ValueError(f"fallback_shape, output_shape: expected the grid of {count} tokens, got {rows} x {columns}")
+        raise ValueError(f"{name}: expected the grid of {count} tokens, got {rows} x {columns}")
     return rows, columns
 
 

@@ -1,4 +1,4 @@
-"""The release's `carve`: both prompts decode in one batch after one look at the image, and its cache serves the last.
+"""The release's `carve`: the image is read once, both prompts decode in one batch, the last one continues the cache.
 
 The question and the general instruction are decoded by plain argmax, the question about both images by the model's own
 generation config, as the release does.
@@ -30,6 +30,7 @@ from carve_kernels.frontends.release.attention import (
 )
 from carve_kernels.frontends.release.masking import att_sum_crop_pipeline, check_rule
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
+from carve_kernels.hf.decoding.generation import preserved_positions
 from carve_kernels.hf.engine.requests import Prompt, locate_prompt
 from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
@@ -49,8 +50,8 @@ VERSIONS = {
 }
 """The step mode and the mask rule of each version."""
 
-FAMILIES = {"qwen2_5": "qwen2_5_vl", "llava": "llava"}
-"""The model_type of each family."""
+FAMILIES = {"qwen2_5": ("qwen2_5_vl", "qwen2_vl"), "llava": ("llava",)}
+"""The model types of each family."""
 
 _MOST_PIXELS = 256 * 28 * 28
 # qwen_vl_utils resizes images to multiples of two patches, within these numbers of pixels, before the processor does.
@@ -86,7 +87,7 @@ class CarveOutput:
 class _Request(NamedTuple):
     """The image as the processor gets it, its two prompts, its grid of tokens, and the rectangle that they show."""
 
-    shown: Image.Image
+    resized: Image.Image
     image_inputs: ImageInputs
     task: Prompt
     general: Prompt
@@ -183,7 +184,7 @@ def carve(
 
 def _check_family(model: Any, family: str) -> None:
     kind = unwrap(model).config.model_type
-    if kind != FAMILIES[family]:
+    if kind not in FAMILIES[family]:
         raise ValueError(f"family: expected the one of the model, whose model_type is {kind!r}, got {family!r}")
 
 
@@ -204,13 +205,13 @@ def _request(
     model: Any, processor: Any, family: str, image: Image.Image, question: str, general_instruction: str
 ) -> _Request:
     """Process an image and its two prompts."""
-    shown = _resized(image) if family == "qwen2_5" else image
+    resized = _resized(image) if family == "qwen2_5" else image
     image_inputs = ImageInputs.for_model(model, processor, None)
 
     def locate_image(text: str) -> tuple[Prompt, ImageFeatures]:
         prompt = _prompt(processor, family, text, 1)
-        inputs, features = image_inputs.inputs([shown], prompt)
-        return locate_prompt(model, processor, [shown], prompt, inputs, features), features
+        inputs, features = image_inputs.inputs([resized], prompt)
+        return locate_prompt(model, processor, [resized], prompt, inputs, features), features
 
     task, features = locate_image(question)
     general, _ = locate_image(general_instruction)
@@ -218,9 +219,9 @@ def _request(
     if len(views) != 1:
         raise ValueError(f"processor: expected one that shows an image as one grid of tokens, got {len(views)} of them")
     left, top, right, bottom = views[0].box
-    across, down = image.width / shown.width, image.height / shown.height
+    across, down = image.width / resized.width, image.height / resized.height
     box = left * across, top * down, right * across, bottom * down
-    return _Request(shown, image_inputs, task, general, features, views[0].grid, box)
+    return _Request(resized, image_inputs, task, general, features, views[0].grid, box)
 
 
 def _first_pass(
@@ -243,15 +244,15 @@ def _saliency(
     lam: float,
     step_mode: str,
 ) -> Array:
-    """The saliency on the pixels that the model was shown, and 0 on others."""
+    """The saliency on the pixels that the model sees, and 0 on others."""
     left, top, right, bottom = rectangle(request.box, (image.height, image.width)) or (0, 0, 0, 0)
-    shown = fuse_contrastive_attention(
+    visible = fuse_contrastive_attention(
         *maps, (right - left, bottom - top), layers=layers, lam=lam, output_shape=request.grid, step_mode=step_mode
     )
-    if shown.shape == (image.height, image.width):
-        return shown
+    if visible.shape == (image.height, image.width):
+        return visible
     saliency = np.zeros((image.height, image.width))
-    saliency[max(0, top) : bottom, max(0, left) : right] = shown[
+    saliency[max(0, top) : bottom, max(0, left) : right] = visible[
         max(0, -top) : image.height - top, max(0, -left) : image.width - left
     ]
     return saliency
@@ -269,7 +270,11 @@ def _second_pass(
 ) -> str:
     """The answer about the image and the refined one, after the cached prefix of the image where that is possible."""
     later = _resized(refined) if family == "qwen2_5" else refined
-    inputs, features = request.image_inputs.inputs([request.shown, later], _prompt(processor, family, question, 2))
+    inputs, features = request.image_inputs.inputs([request.resized, later], _prompt(processor, family, question, 2))
+    if (unwrap(model).generation_config.num_beams or 1) > 1:
+        with torch.no_grad(), preserved_positions(unwrap(model)):
+            beams = model.generate(**{**inputs, **features.entries}, max_new_tokens=steps, do_sample=False)
+        return _last_answer(processor, beams[0, inputs["input_ids"].shape[1] :].tolist())
     branch = Branch(inputs, steps, images=features, later_images=request.image_inputs.subset([later]))
     prefix = request.task.prefix_ids
     begins = tuple(inputs["input_ids"][0, : len(prefix)].tolist()) == prefix
@@ -282,7 +287,11 @@ def _second_pass(
         second = PromptGroup(features, end)
     second.branches.append(branch)
     Decoder(model, processor, every_layer(model), "auto").decode([second])
-    [text] = processor.batch_decode([list(branch.ids)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return _last_answer(processor, list(branch.ids))
+
+
+def _last_answer(processor: Any, new: list[int]) -> str:
+    [text] = processor.batch_decode([new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     answer: str = text.strip().rpartition("ASSISTANT:")[2]
     return answer.strip()
 

@@ -19,8 +19,8 @@ def plot_pipeline(image: Image.Image, out: CarveOutput, save_path: str | None = 
     """The image, its saliency, the mask and the refined image side by side: a figure, written to `save_path` if any."""
     figure, axes = _subplots(1, 4, (16, 4))
     panels = ("Original", "Contrastive attention", "Top-K mask", "Refined image")
-    for axis, title, shown in zip(axes, panels, (image, image, out.mask_map, out.refined_image), strict=True):
-        axis.imshow(shown, cmap="gray")
+    for axis, title, content in zip(axes, panels, (image, image, out.mask_map, out.refined_image), strict=True):
+        axis.imshow(content, cmap="gray")
         axis.set_title(title)
         axis.axis("off")
     edges = (0, image.width, image.height, 0)
