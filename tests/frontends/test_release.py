@@ -168,6 +168,20 @@ def test_carve_equals_the_procedure(family: str, number: int, version: str) -> N
     np.testing.assert_allclose(found.general_attention, expected.general, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5", "llava"])
+def test_one_prompt_after_the_other_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a model that rules out tree decoding."""
+    model, _, processor = models(family)
+    expected = rendition(family, 0, "v4")
+    monkeypatch.setattr("carve_kernels.hf.decoding.sequential_reason", lambda model: "the test says so")
+    found = release.carve(
+        model, processor, images(family)[0], QUESTION, family=family, layers=LAYERS, max_new_tokens=STEPS
+    )
+    assert np.abs(found.sum_att_map - expected.saliency).max() <= 1e-5 * expected.saliency.max()
+    np.testing.assert_array_equal(found.mask_map, expected.mask)
+    assert (found.original_answer, found.refined_answer) == (expected.answer, expected.refined_answer)
+
+
 def test_carve_takes_qwen2_vl_too() -> None:
     model, _, processor = models("qwen2_vl")
     expected = rendition("qwen2_vl", 0, "v4")
@@ -367,6 +381,27 @@ def test_arguments_are_refused_before_the_model_runs(options: dict[str, Any], me
             release.carve(model, processor, images("qwen2_5")[0], QUESTION, **{"layers": LAYERS, **options})
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("error", "change", "message"),
+    [
+        (ValueError, {"query_maps": []}, "query_maps, general_maps: expected at least one step"),
+        (ValueError, {"query_maps": [[np.ones(24)]]}, "query_maps, general_maps: expected as many layers at each"),
+        (ValueError, {"query_maps": [[np.full(24, np.nan)] * 2]}, "query_maps: expected finite maps"),
+        (ValueError, {"general_maps": [[np.ones(20)] * 2]}, "general_maps: expected 24 tokens as in query_maps"),
+        (ValueError, {"layers": [2, 3]}, "layers: expected numbers below 2"),
+        (TypeError, {"layers": ["all"]}, r"layers\[0\]: expected an integer"),
+        (ValueError, {"output_shape": (5, 5)}, "output_shape: expected the grid of 24 tokens, got 5 x 5"),
+        (ValueError, {"output_shape": None}, "output_shape: expected the grid of the 24 tokens"),
+        (ValueError, {"step_mode": "last"}, "step_mode: expected one of 'first', 'all'"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(error: type[Exception], change: dict[str, Any], message: str) -> None:
+    maps = [[np.ones(24)] * 2]
+    given = {"query_maps": maps, "general_maps": maps, "layers": [0], "output_shape": (4, 6), **change}
+    with pytest.raises(error, match=message):
+        release.fuse_contrastive_attention(image_size=(30, 20), **given)
 
 
 def test_a_checkpoint_is_loaded_as_the_release_loads_it(tmp_path: Path) -> None:

@@ -119,12 +119,7 @@ def fuse_contrastive_attention(
     depths = {len(maps) for maps in (*query_maps[:used], *general_maps[:used])}
     if len(depths) > 1:
         raise ValueError(f"query_maps, general_maps: expected as many layers at each step, got {sorted(depths)}")
-    depth = depths.pop()
-    chosen = [layer for layer in layers if -depth <= layer < depth]
-    if not chosen:
-        raise ValueError(
-            f"layers: expected numbers of layers below {depth}, got {list(layers)}, all of them beyond the model"
-        )
+    chosen = layers_within(layers, depths.pop())
     task, general = (
         _stacked(name, maps[:used], chosen)
         for name, maps in (("query_maps", query_maps), ("general_maps", general_maps))
@@ -138,6 +133,15 @@ def fuse_contrastive_attention(
         )
     pixels: torch.Tensor = contrast(task, general, grid, (height, width), lam=lam)
     return pixels.numpy()
+
+
+def layers_within(layers: Sequence[int], depth: int) -> list[int]:
+    """The numbers of layers that a model of so many has, of which there must be one."""
+    numbers = [checks.integer(f"layers[{index}]", layer) for index, layer in enumerate(layers)]
+    chosen = [layer for layer in numbers if -depth <= layer < depth]
+    if not chosen:
+        raise ValueError(f"layers: expected numbers below {depth}, the layers of the model, got {numbers}")
+    return chosen
 
 
 def argmax_twin(model: Any, end: int | None) -> Any:

@@ -27,10 +27,11 @@ from carve_kernels.frontends.release.attention import (
     by_step,
     every_layer,
     fuse_contrastive_attention,
+    layers_within,
 )
 from carve_kernels.frontends.release.masking import att_sum_crop_pipeline, check_rule
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
-from carve_kernels.hf.decoding.generation import preserved_positions
+from carve_kernels.hf.decoding.generation import greedy_config, preserved_positions
 from carve_kernels.hf.engine.requests import Prompt, locate_prompt
 from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
@@ -146,6 +147,8 @@ def carve(
     checks.choice("version", version, tuple(VERSIONS))
     checks.choice("family", family, tuple(FAMILIES))
     step_mode, strategy = VERSIONS[version]
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image: expected a PIL image, got {checks.describe(image)}")
     checks.text("question", question)
     checks.text("general_instruction", general_instruction)
     steps = checks.integer("max_new_tokens", max_new_tokens, low=1)
@@ -193,9 +196,8 @@ def _check_model(model: Any, family: str, layers: Sequence[int], device: Any) ->
     check_decoder(model)
     check_steady(model)
     _check_family(model, family)
-    depth = len(every_layer(model))
-    if not any(-depth <= layer < depth for layer in layers):
-        raise ValueError(f"layers: expected numbers below {depth}, the layers of the model, got {list(layers)}")
+    layers_within(layers, len(every_layer(model)))
+    greedy_config(model, 1)
     place = input_device(model)
     if device is not None and torch.device(device).type != place.type:
         raise ValueError(f"device: expected that of the model, {place}, got {device!r}; move the model before")
