@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from carve_kernels import extras
 from carve_kernels.frontends.release.attention import Array, dynamic_reshape_attention
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ def plot_layerwise(out: CarveOutput, lam: float = 1e-8, step: int = 0, save_path
 
 
 def _subplots(down: int, across: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    with extras.needed_by("plot_pipeline and plot_layerwise"):
-        import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
     return figure, list(axes.flat)
 
