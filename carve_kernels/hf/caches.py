@@ -186,8 +186,9 @@ def copy_state(source: Any, target: Any, module: Any) -> None:
 def states_nbytes(cache: Any) -> int:
     """The bytes of the states of a cache's recurrent layers; None has none."""
     kinds = (getattr(layer, kind, None) for layer in getattr(cache, "layers", ()) for kind in _KINDS_OF_STATES)
-    tensors = (tensor for states in kinds for tensor in (states or {}).values() if tensor is not None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    # A layer of transformers 5.12 has one tensor of a kind, later ones have several by number.
+    tensors = (tensor for states in kinds for tensor in (states.values() if isinstance(states, dict) else (states,)))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
 def has_layers(cache: Any) -> bool:

@@ -27,6 +27,8 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", TOKEN_TYPES, "cross_at
          "image_patches_indices", "moe_mm_token_type_ids")  # fmt: skip
 # What only the vision tower reads: the prefix of most names, and the names of Fuyu and DeepSeek-VL's hybrid.
 _PIXELS = ("pixel", "image_patches", "high_res_pixel")
+# Processors that put an image where their token of its beginning is; in 5.12 their `image_token` is the model's.
+_AT_BEGINNING = ("Gemma3Processor",)
 # Processors that write all that is around an image in a prompt without a chat template.
 _WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)
 _LOG = logging.getLogger("carve_kernels")
@@ -49,7 +51,7 @@ def processor_of(folder: Path, family: str) -> Any:
 
 def adds_image_token(processor: Any) -> bool:
     """Whether a processor puts the token of its one image before the text by itself, as Fuyu's does."""
-    return any(kind.__name__ == "FuyuProcessor" for kind in type(processor).__mro__)
+    return _is_one_of(processor, ("FuyuProcessor",))
 
 
 def processor_class(family: str) -> str:
@@ -69,7 +71,8 @@ def image_token(processor: Any) -> str:
     It may be another one than the model's, as in Gemma 3, or than the processor's own, as in Qianfan-OCR.
     """
     owners = (processor, getattr(processor, "tokenizer", None))
-    listed = (getattr(owner, name, None) for name in ("image_placeholder_token", "image_token") for owner in owners)
+    attributes = ("boi_token",) if _is_one_of(processor, _AT_BEGINNING) else ("image_placeholder_token", "image_token")
+    listed = (getattr(owner, name, None) for name in attributes for owner in owners)
     token = next((found for found in listed if found is not None), None)
     if token is None:
         raise ValueError(
@@ -77,6 +80,16 @@ def image_token(processor: Any) -> str:
             f"{type(processor).__name__}, which has none"
         )
     return str(token)
+
+
+def _is_one_of(processor: Any, classes: tuple[str, ...]) -> bool:
+    """Whether a processor is of a class with one of these names, or of one that extends it."""
+    return any(kind.__name__ in classes for kind in type(processor).__mro__)
+
+
+def takes_settings(processor: Any) -> bool:
+    """Whether a call takes settings of the parts of a processor; that of Video-LLaVA's takes none in 5.12."""
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(processor.__call__).parameters.values())
 
 
 def writes_prompts(processor: Any) -> bool:

@@ -11,7 +11,14 @@ from carve_kernels.checks import text as check_text
 from carve_kernels.hf.image_inputs import moved, pixel_dtype
 from carve_kernels.hf.inputs import image_token, template_of, text_settings
 from carve_kernels.hf.model import input_device, unwrap
-from carve_kernels.hf.processors import RETURN_TOKEN_TYPES, is_for_training, is_pixels, is_text, lacks_token_types
+from carve_kernels.hf.processors import (
+    RETURN_TOKEN_TYPES,
+    is_for_training,
+    is_pixels,
+    is_text,
+    lacks_token_types,
+    takes_settings,
+)
 from carve_kernels.hf.videos import Video
 
 # How many seconds there are between two temporal patches of each video, by which models number positions.
@@ -72,8 +79,12 @@ def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], pr
         options["use_token_compression"] = False
     if lacks_token_types(processor, unwrap(model)):
         options |= RETURN_TOKEN_TYPES
+    if not takes_settings(processor):
+        # What it then makes of the frames is compared with them when their tokens are located.
+        options = {}
     try:
-        frames = [list(video.frames) for video in given]
+        # SmolVLM's in 5.12 takes the videos of each prompt only, the others as well.
+        frames = [[list(video.frames) for video in given]]
         inputs = processor(text=[prompt], videos=frames, return_tensors="pt", **options)
     except ValueError as error:
         sizes = " and ".join(f"{len(video)} x {video.size[0]} x {video.size[1]}" for video in given)

@@ -73,6 +73,9 @@ def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], ma
     twin.generation_config = config
     prepared = names.prepared_by_generate(twin, inputs, criteria)
     positions = prepared.positions
+    if (positions is None or positions.ndim == 2) and names.position_modules(model):
+        # The Omni models of transformers 5.12 drop those of `generate` and number the tokens in their forward.
+        positions = _of_decoder(model, inputs).get("position_ids", positions)
     if positions is None:
         positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
     if positions.ndim == 2:
@@ -80,24 +83,31 @@ def prepare_generation(model: Any, processor: Any, inputs: Mapping[str, Any], ma
     return Generation(positions, prepared.processors, prepared.criteria)
 
 
-class _Masks(Exception):
-    """Ends a forward at its text decoder, with the masks that this was given."""
+class _Reached(Exception):
+    """Ends a forward at its text decoder, with the arguments that this was given."""
 
 
 def masks_by_generate(model: Any, inputs: Mapping[str, Any]) -> Any:
     """The mask argument with which `generate` would call the text decoder for a prompt; no layer runs."""
+    return _of_decoder(model, inputs).get("attention_mask")
+
+
+def _of_decoder(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with which `generate` would call the text decoder for a prompt; no layer runs."""
 
     def end(_decoder: Any, _args: Any, given: dict[str, Any]) -> None:
-        raise _Masks(given.get("attention_mask"))
+        raise _Reached(given)
 
     twin = copy.copy(model)
     twin.generation_config = greedy_config(model, 1)
     twin.generation_config.update(cache_implementation=None, stop_strings=None)
     hook = text_backbone(model).register_forward_pre_hook(end, with_kwargs=True)
     try:
-        twin.generate(**inputs)
-    except _Masks as reached:
-        return reached.args[0]
+        with preserved_positions(model):
+            twin.generate(**inputs)
+    except _Reached as reached:
+        given: dict[str, Any] = reached.args[0]
+        return given
     finally:
         hook.remove()
     raise ValueError("its text decoder was not called")

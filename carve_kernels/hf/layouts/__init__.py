@@ -43,7 +43,8 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
 
     A few cells of an image are compared with the pixels of the inputs, so that another order of the images, or another
     image, is refused. Nothing can be compared with a (height, width): of images whose tokens are equally many, their
-    order is not checked then, nor is that of images of families that are not listed, or of videos.
+    order is not checked then, nor is that of images of families that are not listed, or of videos whose frames the
+    processor chose.
 
     Boxes are in pixels of these images, and reach outside of an image where the processor padded it. The layout of a
     family that is not listed is measured, see `layouts.measured`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import groupby
-from math import ceil, floor, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,21 @@ from carve_kernels.hf.layouts.cells import sides
 from carve_kernels.hf.layouts.processed_image import ProcessedImage
 from carve_kernels.hf.layouts.tiling import function_of
 from carve_kernels.types import Box, Size
+
+
+def tiles_of(image: ProcessedImage) -> torch.Tensor:
+    """The pixels of the whole image and of its tiles. Raises ValueError if they are those of another image or model."""
+    pixels, tile = image.item("pixel_values", "[images, tiles, 3, H, W]"), image.config.vision_config.image_size
+    if tuple(pixels.shape[-2:]) != sides(tile):
+        got = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+        raise ValueError(f"inputs: expected tiles of {tile} pixels as in the model's config, got {got}")
+    size = sides(image.item("image_sizes").tolist())
+    if size != image.size:
+        raise ValueError(
+            f"images: image {image.number + 1} is {image.size[0]} x {image.size[1]}, that of the inputs is "
+            f"{size[0]} x {size[1]}; give the images of the prompts in order"
+        )
+    return pixels
 
 
 def canvas_size(image: ProcessedImage, pixels: torch.Tensor) -> Size:
@@ -64,16 +79,19 @@ def runs_of(
     All of them are evenly spaced if tiles have whole patches only, else those of each tile. The model interpolates
     between the two nearest, which lie in two tiles at some of their edges.
     """
-    remaining, step = tile - side * cell, Fraction(count, visible)
+    remaining, step, unit = tile - side * cell, Fraction(count, visible), 2 * visible
 
-    def before(number: int) -> Fraction:
-        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile."""
-        at = first + (number + Fraction(1, 2)) * step - Fraction(1, 2)
-        lower, upper = floor(at) // side, ceil(at) // side
-        return remaining * (lower + at % 1 * (upper - lower))
+    def before(number: int) -> int:
+        """The pixels without a patch before a row: of so many tiles, and a part of the next at the edge of a tile.
 
-    for pixels, numbers in groupby(range(visible), before):
-        rows = list(numbers)
+        Times `unit`, in which all numbers are whole.
+        """
+        row, rest = divmod(unit * first + (2 * number + 1) * count - visible, unit)
+        lower, upper = row // side, (row + (rest > 0)) // side
+        return remaining * (lower * unit + rest * (upper - lower))
+
+    for whole, numbers in groupby(range(visible), before):
+        rows, pixels = list(numbers), Fraction(whole, unit)
         wider = min(pixels % remaining, -pixels % remaining) if remaining else 0
         start, end = (first + number * step for number in (rows[0], rows[-1] + 1))
         yield slice(rows[0], rows[-1] + 1), float(start * cell + pixels - wider), float(end * cell + pixels + wider)

@@ -16,55 +16,21 @@ from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
-from carve_kernels.hf.layouts.cells import PATCH, attribute, cell_of, options_of, settings_of, sides
+from carve_kernels.hf.layouts.cells import attribute, cell_of, options_of, sides
 from carve_kernels.hf.layouts.cropping import cropped_box, cropped_size, smallest_canvas
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
+from carve_kernels.hf.layouts.towers import extra_tokens, stride_settings, tower_settings
 from carve_kernels.types import Size, View
-
-# The number of class tokens that a vision tower puts before its patches.
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     """The settings by which the processor counts the tokens that the vision tower returns."""
     options = options_of(config, processor)
     if "stride" in options:
-        yield from _strides(processor, options["stride"])
+        yield from stride_settings(processor, options["stride"])
     if options.get("class_token"):
         yield from tower_settings(config, processor)
-
-
-def tower_settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The patch size, and what selects the tokens of a vision tower that may have a class token.
-
-    Files of older processors lack them; transformers then counts with None, or one token too few.
-    """
-    yield from settings_of(config, processor, {"patch_size": PATCH})
-    before = _CLASS_TOKENS.get(config.vision_config.model_type)
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
-    count = getattr(processor, "num_additional_image_tokens", 0)
-    if isinstance(count, int) and (before is None or _extra_tokens(processor) == before - (strategy == "default")):
-        return
-    yield "vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", strategy), strategy
-    if before is None:
-        raise ValueError(
-            f"processor: num_additional_image_tokens is {count!r}, expected the number of tokens that the model's "
-            "vision tower puts before its patches"
-        )
-    yield "num_additional_image_tokens", count, before
-
-
-def _strides(processor: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """The settings by which the processor counts a token for each cell."""
-    stride = getattr(processor, name, None)
-    if not isinstance(stride, int):
-        raise ValueError(
-            f"processor: {name} is {stride!r}, expected the side of the cells of the model's vision tower in pixels, "
-            "which its config does not have"
-        )
-    yield "vision_feature_select_strategy", getattr(processor, "vision_feature_select_strategy", None), "full"
-    yield "num_additional_image_tokens", getattr(processor, "num_additional_image_tokens", 0), 0
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
@@ -75,7 +41,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     grid, box = (height // cell[0], width // cell[1]), cropped_box(image, (height, width), cell)
     check_pixels(image, box, grid, cell, pixels)
     # A class token before the patches is in no view.
-    tokens.take(max(0, _extra_tokens(image.processor)))
+    tokens.take(max(0, extra_tokens(image.processor)))
     return (View(tokens.take(grid[0] * grid[1]), grid, box),)
 
 
@@ -100,9 +66,3 @@ def _cell(config: Any, processor: Any, pixels: Size) -> Size:
             f"{pixels[0]} x {pixels[1]}"
         )
     return pixels[0] // side, pixels[1] // side
-
-
-def _extra_tokens(processor: Any) -> int:
-    """The number of image tokens in a prompt besides those of the patches; -1 if one is left out."""
-    dropped = getattr(processor, "vision_feature_select_strategy", None) == "default"
-    return int(getattr(processor, "num_additional_image_tokens", 0)) - dropped

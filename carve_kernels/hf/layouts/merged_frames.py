@@ -15,7 +15,7 @@ from typing import Any
 
 from carve_kernels.hf.families import VIDEO_FAMILIES
 from carve_kernels.hf.layouts.cells import PATCH, attribute, merged, settings_of, sides
-from carve_kernels.hf.layouts.merged_grid import MERGE, merge_of
+from carve_kernels.hf.layouts.merged_patches import MERGE, merge_of
 from carve_kernels.hf.layouts.processed_image import Cursor
 from carve_kernels.hf.layouts.processed_video import ProcessedVideo
 from carve_kernels.hf.layouts.seen import check_seen, patches_of

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from carve_kernels.hf import names
-from carve_kernels.hf.layouts import merged_grid
 from carve_kernels.hf.layouts.boxes import covered
-from carve_kernels.hf.layouts.cells import cell_of, options_of, settings_of, sides
+from carve_kernels.hf.layouts.cells import PATCH, cell_of, options_of, settings_of, sides
+from carve_kernels.hf.layouts.merged_patches import check_patches, grid_of
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_seen, patches_of
 from carve_kernels.hf.layouts.tiling import function_of
@@ -29,10 +29,9 @@ from carve_kernels.types import Size, View
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     """The patch size, and the merge size if there is one."""
     options = options_of(config, processor)
-    if "merge" in options:
-        yield from merged_grid.settings(config, processor)
-    else:
-        yield from settings_of(config, processor, {"image_processor.patch_size": cell_of(config, options)})
+    merge = {"image_processor.merge_size": options["merge"]} if "merge" in options else {}
+    patch = PATCH if merge else cell_of(config, options)
+    yield from settings_of(config, processor, {"image_processor.patch_size": patch, **merge})
 
 
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
@@ -42,7 +41,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     box = covered(image.size, resized, (rows, columns), cell)
     run = tokens.run()
     # A prompt that ends within the first row is truncated, which the number of tokens shows.
-    found = merged_grid.grid_of(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
+    found = grid_of(image) if "merge" in image.options else (rows, run if run < len(tokens) else columns)
     if found != (rows, columns):
         raise ValueError(
             f"inputs: expected a grid of {rows} x {columns}, which the settings of "
@@ -50,7 +49,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
             f"{found[0]} x {found[1]}; give settings to the image processor, not to a call, which hides the padding"
         )
     if "merge" in image.options:
-        merged_grid.check_patches(image, found, box)
+        check_patches(image, found, box)
     else:
         check_seen(image, box, found, cell, patches_of(_patches(image, cell), found, (1, 1), raster=True))
     return (View(tokens.take(rows * columns), found, box),)
@@ -59,7 +58,10 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
 def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
     """The patches of Fuyu from those of an image on: one for each image token, and a prompt has one image."""
     name = "pixel_values" if image.has("pixel_values") else "image_patches"
-    patches: torch.Tensor = image.entry(name, "[patches, values]")
+    # Those of transformers 5.12 are separate: a list of [1, patches, values], or one tensor of that shape.
+    given = image.entry(name)
+    separate = isinstance(given, list) or getattr(given, "ndim", 0) == 3
+    patches: torch.Tensor = image.item(name).flatten(0, -2) if separate else image.entry(name, "[patches, values]")
     channels, values = image.config.num_channels, patches.shape[1]
     if values != channels * cell[0] * cell[1]:
         raise ValueError(
@@ -67,6 +69,8 @@ def _patches(image: ProcessedImage, cell: Size) -> torch.Tensor:
             f"got {values} numbers a patch; {type(image.image_processor).__name__} keeps the channels of an image: "
             'convert it first, with image.convert("RGB")'
         )
+    if separate:
+        return patches
     counts = (image.entry("input_ids") == names.image_id(image.config)).sum(1).tolist()
     return patches[sum([count for count in counts if count][: image.number]) :]
 

@@ -98,10 +98,10 @@ class Cursor:
 
     def run(self) -> int:
         """How many of the next image tokens follow each other without another token between them."""
-        end = self.taken
-        while end < len(self) and self._positions[end] - self._positions[self.taken] == end - self.taken:
+        start, end, positions = self.taken, self.taken, self._positions
+        while end < len(positions) and positions[end] - positions[start] == end - start:
             end += 1
-        return end - self.taken
+        return end - start
 
     def between(self) -> list[str]:
         """The tokens between the last image token that was taken, or the row's first token, and the next one."""

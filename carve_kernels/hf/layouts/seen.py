@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from math import ceil, floor
+from math import ceil, floor, isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,10 @@ from carve_kernels.types import Box, Size
 
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Convert = Callable[[Image.Image], Image.Image]
-# The cells that are compared, and the pixels a side by which those of the second kind are found.
-_SPACED, _DIFFERENT, _POINTS = 4, 4, 4
+# The cells of an image that are compared.
+_SAMPLES = 8
+# The pixels a side of a cell by which it is known how far it differs from others, and most of them in all.
+_POINTS, _MOST_POINTS = 4, 2**14
 # Pixels around a cell that the filter of a resize reads, of the original or of a smaller result.
 _MARGIN = 4
 # The same of a filter that is not Lanczos, towards padding: images are padded before or after they are resized.
@@ -66,7 +68,15 @@ class _Way(NamedTuple):
     gap: float | None
 
 
-def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Seen, resize: Resize = AT_ONCE) -> None:
+def check_seen(
+    image: ProcessedImage,
+    box: Box,
+    grid: Size,
+    cell: Size,
+    seen: Seen,
+    resize: Resize = AT_ONCE,
+    samples: int = _SAMPLES,
+) -> None:
     """Raise ValueError if cells do not show their parts of the image; nothing is known of images given as sizes.
 
     `seen(rows, columns)` has the means of equal parts of cells over all channels, [cells, down, across].
@@ -74,7 +84,7 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
     original = image.original
     if original is None or original.mode not in _MODES:
         return
-    cells = _inside(original, box, grid, cell)
+    cells = _inside(original, box, grid, cell, samples)
     if not cells:
         return
     rows, columns = (torch.tensor(each) for each in zip(*cells, strict=True))
@@ -94,7 +104,13 @@ def check_seen(image: ProcessedImage, box: Box, grid: Size, cell: Size, seen: Se
 
 
 def check_pixels(
-    image: ProcessedImage, box: Box, grid: Size, cell: Size, pixels: torch.Tensor, resize: Resize = AT_ONCE
+    image: ProcessedImage,
+    box: Box,
+    grid: Size,
+    cell: Size,
+    pixels: torch.Tensor,
+    resize: Resize = AT_ONCE,
+    samples: int = _SAMPLES,
 ) -> None:
     """The same for pixels [3, H, W], or those of rows and columns of tiles [rows, columns, 3, H, W].
 
@@ -103,7 +119,7 @@ def check_pixels(
     rows, columns = _within(image.size, box, grid, cell)
     down, across = cell[0] if rows else 1, cell[1] if columns else 1
     grid = grid[0] * cell[0] // down, grid[1] * cell[1] // across
-    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)), resize)
+    check_seen(image, box, grid, (down, across), _pixels_of(pixels, (down, across)), resize, samples)
 
 
 def _pixels_of(pixels: torch.Tensor, cell: Size) -> Seen:
@@ -154,14 +170,15 @@ def _within(size: Size, box: Box, grid: Size, cell: Size) -> list[list[int]]:
     return within
 
 
-def _inside(original: Image.Image, box: Box, grid: Size, cell: Size) -> list[tuple[int, int]]:
-    """Some of these cells, in order: evenly spaced ones, and those that differ most from the rest of the image."""
+def _inside(original: Image.Image, box: Box, grid: Size, cell: Size, samples: int) -> list[tuple[int, int]]:
+    """Some of these cells, in order: half are evenly spaced, half those that differ most from the rest of the image."""
     rows, columns = _within((original.height, original.width), box, grid, cell)
     count = len(rows) * len(columns)
     numbers = set(range(count))
-    if count > _SPACED + _DIFFERENT:
-        numbers = {number * (count - 1) // (_SPACED - 1) for number in range(_SPACED)}
-        numbers.update(_differences(original, box, grid, rows, columns).argsort()[-_DIFFERENT:].tolist())
+    if count > samples:
+        half = samples // 2
+        numbers = {number * (count - 1) // (half - 1) for number in range(half)}
+        numbers.update(_differences(original, box, grid, rows, columns).argsort()[-half:].tolist())
     return [(rows[number // len(columns)], columns[number % len(columns)]) for number in sorted(numbers)]
 
 
@@ -171,9 +188,10 @@ def _differences(original: Image.Image, box: Box, grid: Size, rows: list[int], c
     left, top = box[0] + columns[0] * across, box[1] + rows[0] * down
     right, bottom = box[0] + (columns[-1] + 1) * across, box[1] + (rows[-1] + 1) * down
     bounds = max(0.0, left), max(0.0, top), min(float(original.width), right), min(float(original.height), bottom)
-    shape = len(columns) * _POINTS, len(rows) * _POINTS
+    side = max(1, min(_POINTS, isqrt(_MOST_POINTS // (len(rows) * len(columns)))))
+    shape = len(columns) * side, len(rows) * side
     points = np.asarray(original.resize(shape, Image.Resampling.NEAREST, bounds).convert("L"), dtype=np.float32)
-    parts = np.abs(points - np.median(points)).reshape(len(rows), _POINTS, len(columns), _POINTS)
+    parts = np.abs(points - np.median(points)).reshape(len(rows), side, len(columns), side)
     return parts.mean((1, 3)).ravel()
 
 
@@ -249,7 +267,7 @@ def _equal(processor: Any, values: Any, levels: Any, share: float) -> bool:
 
 
 def _normalised(processor: Any, levels: Any) -> Iterator[tuple[Any, float]]:
-    """What levels of 0 to 255 become, over all channels, with and without a normalisation and a rescale; and of one."""
+    """What levels of 0 to 255 become, over all channels, with and without a rescale and a normalisation; and of one."""
     factor = float(getattr(processor, "rescale_factor", None) or 1 / 255)
     mean, std = (
         np.atleast_1d(np.asarray(getattr(processor, name, None) or default, dtype=np.float32))

@@ -10,14 +10,11 @@ from fractions import Fraction
 from itertools import accumulate, product
 from typing import Any
 
-import torch
-
-from carve_kernels.hf.layouts.anyres import canvas_size, limited, part_of_canvas, runs_of, unpadded
+from carve_kernels.hf.layouts.anyres import canvas_size, limited, part_of_canvas, runs_of, tiles_of, unpadded
 from carve_kernels.hf.layouts.boxes import part
-from carve_kernels.hf.layouts.cells import sides
-from carve_kernels.hf.layouts.centre_crop import tower_settings
 from carve_kernels.hf.layouts.processed_image import Cursor, ProcessedImage
 from carve_kernels.hf.layouts.seen import check_pixels
+from carve_kernels.hf.layouts.towers import tower_settings
 from carve_kernels.types import View
 
 
@@ -41,7 +38,7 @@ def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
 def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     """The whole image and the rows over its tiles; the former alone where a prompt has several images (OneVision)."""
     vision, size = image.config.vision_config, image.size
-    pixels, tile = _tiles(image), vision.image_size
+    pixels, tile = tiles_of(image), vision.image_size
     rate = Fraction(getattr(image.config, "downsample_rate", None) or 1)
     side, cell = int(tile // vision.patch_size * rate), int(vision.patch_size / rate)
     grid, cells = (side, side), (cell, cell)
@@ -51,7 +48,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     box = part(size, (tile, tile), (0, 0), (end, end), (max(size), max(size)) if several else size)
     base = View(tokens.take(side * side), grid, box)
     # A size and a crop that are given to a call are not known.
-    check_pixels(image, box, grid, cells, pixels[0])
+    check_pixels(image, box, grid, cells, pixels[0], samples=4)
     if several:
         tokens.take(1)
         return (base,)
@@ -59,7 +56,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     rows, columns = canvas[0] // tile, canvas[1] // tile
     last = (rows - 1) * tile, (columns - 1) * tile
     box = part_of_canvas(image, canvas, last, (last[0] + end, last[1] + end))
-    check_pixels(image, box, grid, cells, pixels[rows * columns])
+    check_pixels(image, box, grid, cells, pixels[rows * columns], samples=4)
     first, kept = unpadded(size, (rows * side, columns * side))
     visible = limited(image.config, kept, side)
     found = tokens.take_rows(*visible)
@@ -73,21 +70,6 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
         box = part_of_canvas(image, canvas, (top, left), (bottom, right))
         views.append(View(here.flatten(), (here.shape[0], here.shape[1]), box, kind="tile"))
     return tuple(views)
-
-
-def _tiles(image: ProcessedImage) -> torch.Tensor:
-    """The pixels of the whole image and of its tiles. Raises ValueError if they are those of another image or model."""
-    pixels, tile = image.item("pixel_values", "[images, tiles, 3, H, W]"), image.config.vision_config.image_size
-    if tuple(pixels.shape[-2:]) != sides(tile):
-        got = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
-        raise ValueError(f"inputs: expected tiles of {tile} pixels as in the model's config, got {got}")
-    size = sides(image.item("image_sizes").tolist())
-    if size != image.size:
-        raise ValueError(
-            f"images: image {image.number + 1} is {image.size[0]} x {image.size[1]}, that of the inputs is "
-            f"{size[0]} x {size[1]}; give the images of the prompts in order"
-        )
-    return pixels
 
 
 def _is_one_of_several(image: ProcessedImage) -> bool:

@@ -26,6 +26,8 @@ PHOTO, OTHER = make_image(150, 100, 1), make_image(90, 130, 2)
 # What the installed transformers itself cannot run with an image, and its error.
 ERRORS = {"llama4": "image_outputs"}
 BROKEN = {name: ERRORS[name] for name in pairs() if zoo_kind(name).broken_in == names.version()}
+# In transformers 5.12 its vision tower attends from one image to the other; the engine encodes a refined one by itself.
+MIXED = ("minimax_m3_vl",) if names.version().startswith("5.12.") else ()
 # Their processors take one image a prompt.
 ONE_IMAGE = ("fuyu",)
 REFUSED = {name: family.reason for name in pairs() if (family := FAMILIES.get(name)) and family.reason is not None}
@@ -85,6 +87,8 @@ def test_one_image_and_the_refined_one_after_it(name: str) -> None:
     assert deviation(result.task, captured(model, processor, inputs, result.task, 2), 2) < 1e-4
     inputs = inputs_of(processor, [PHOTO], preset.general_prompt, preset, model.dtype)
     assert deviation(result.general, captured(model, processor, inputs, result.general, 2), 2) < 1e-4
+    if name in MIXED:
+        pytest.skip(f"the vision tower of transformers {names.version()} mixes images")
     displayed = [result.refined] if name in ONE_IMAGE else [PHOTO, result.refined]
     inputs = inputs_of(processor, displayed, QUESTION, preset, model.dtype)
     assert list(result.refined_ids) == generated(model, processor, inputs, preset)

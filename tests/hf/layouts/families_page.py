@@ -54,11 +54,12 @@ model, such as the `patch_size` that files of older LLaVA processors lack, are r
 
 **Another order of the images**, or another image, is noticed by the pixels in every family above: a few cells of the
 tower's input are compared with the image, and inputs that do not show it are refused. Nothing is noticed of images that
-are given as (height, width), whose sizes and numbers of tokens alone are checked; of videos and families that are not
-listed; of modes other than 1, L, LA, P, PA, RGB, RGBA, RGBX and CMYK; where images differ in other places than these
-cells; where nothing but padding and its edge is in a cell (tiny images of Fuyu, Kimi-K2.5, Llama 4, DeepSeek-VL); and,
-in Idefics3 and SmolVLM, of an image with tiles that one side enlarges much, if its longest edge was given to a call:
-how it was resized twice is then open.
+are given as (height, width), whose sizes and numbers of tokens alone are checked; of families that are not listed; of
+videos whose frames the processor chose, of SmolVLM's, and of several of InternVL's in a prompt; of modes other than 1,
+L, LA, P, PA, RGB, RGBA, RGBX and CMYK; where images differ in other places than these cells; where nothing but padding
+and its edge is in a cell (tiny images of Fuyu, Kimi-K2.5, Llama 4, DeepSeek-VL); and, in Idefics3 and SmolVLM, of an
+image with tiles that one side enlarges much, if its longest edge was given to a call: how it was resized twice is then
+open.
 """
 CHECKED = """
 **What was checked**, with the real class of each family, tiny and random, and its real processor: on photographs of

@@ -21,7 +21,7 @@ SIZES: tuple[Size, Size] = ((120, 180), (180, 120))
 # Their processors take the images of each prompt as a list.
 LISTS = (
     *("gemma3", "gemma4", "gemma4_e", "gemma4_unified", "granite_docling", "idefics3", "smolvlm", "lfm2_vl"),
-    "llava_onevision",
+    *("llava_onevision", "gemma3n"),
 )
 
 

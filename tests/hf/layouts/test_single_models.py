@@ -32,7 +32,7 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("kimi_k25", {"vision_config.merge_kernel_size": [3, 3]}, {"merge_size": 3}, {}),
     ("video_llama_3", {}, {"merge_size": 2}, {}),
     ("gemma4", {"vision_config.pooling_kernel_size": 3}, {"pooling_kernel_size": 3}, {}),
-    ("mistral3", {"spatial_merge_size": 3}, {}, {"spatial_merge_size": 3}),
+    ("mistral3", {"spatial_merge_size": 3, "vision_config.image_size": 126}, {}, {"spatial_merge_size": 3}),
     ("lighton_ocr", {"spatial_merge_size": 1}, {}, {"spatial_merge_size": 1, "effective_patch_size": 14}),
     ("llava", {"vision_feature_select_strategy": "full"}, {}, {"vision_feature_select_strategy": "full"}),
     ("llava", {"vision_feature_layer": [-2, -1]}, {}, {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import transformers
@@ -300,6 +301,10 @@ def gemma4_unified() -> Any:
 PIXTRAL_TOKENS = ("[IMG]", "<video>", "<start>", "[IMG_END]", "[IMG_BREAK]")
 
 
+# In transformers 5.12 the vision tower of Pixtral has positions for images up to its image_size only.
+PIXTRAL_IS_BOUNDED = hasattr(import_module("transformers.models.pixtral.modeling_pixtral"), "position_ids_in_meshgrid")
+
+
 def pixtral_images(patch: int) -> Any:
     sides = {"height": patch, "width": patch}
     return image_processor("pixtral", "PixtralImageProcessor")(size={"longest_edge": 112}, patch_size=sides)
@@ -338,12 +343,14 @@ def lighton_ocr() -> Any:
 @processor()
 def janus() -> Any:
     names = {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"}
-    return transformers.JanusProcessor(
+    made = transformers.JanusProcessor(
         image_processor("janus", "JanusImageProcessor")(size=SQUARE),
         tokenizer(("<image>", "<video>", "<start>", "<end>"), names),
-        num_image_tokens=16,
         chat_template=template("<image>"),
     )
+    # No argument in transformers 5.12.
+    made.num_image_tokens = 16
+    return made
 
 
 @processor()
@@ -356,8 +363,12 @@ def deepseek_vl() -> Any:
     )
 
 
+# By what the processor tokenizes a text whose first token it drops; that of transformers 5.12 only encodes its marks.
+FUYU_READS = "__call__" if "replace_image_token" in vars(transformers.FuyuProcessor) else "encode"
+
+
 def _prefixed(self: Any, text: str, **options: Any) -> Any:
-    return transformers.PreTrainedTokenizerFast.__call__(self, f"x{text}", **options)
+    return getattr(transformers.PreTrainedTokenizerFast, FUYU_READS)(self, f"x{text}", **options)
 
 
 @processor()
@@ -365,9 +376,9 @@ def fuyu() -> Any:
     patch: Any = {"height": 14, "width": 14}
     # The one on Pillow fails in transformers 5.24.
     images = transformers.FuyuImageProcessor(size={"height": 112, "width": 168}, patch_size=patch)
-    made = tokenizer(("|SPEAKER|", "|NEWLINE|"), {"image_token": "|SPEAKER|"})
+    made = tokenizer(("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|", "<0x04>"), {"image_token": "|SPEAKER|"})
     # The processor drops the first token of a text, which Fuyu's tokenizer adds.
-    made.__class__ = type("PrefixTokenizer", (type(made),), {"__call__": _prefixed})
+    made.__class__ = type("PrefixTokenizer", (type(made),), {FUYU_READS: _prefixed})
     return transformers.FuyuProcessor(images, made)
 
 
