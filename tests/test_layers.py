@@ -29,7 +29,7 @@ LAYERS = {
     2: ("ops", "visualize", "animation", "fonts"),
     3: ("pipeline", "view_pixels", "video", "presets", "maps", "complexity", "selfcheck"),
     4: ("hf", "models", "protocol", "conformance", "plugin"),
-    5: ("cli", "__main__"),
+    5: ("cli", "__main__", "frontends"),
 }
 TOP = 6  # carve_kernels itself, which only the command line may import from
 

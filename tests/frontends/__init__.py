@@ -1,0 +1,1 @@
+"""Frontends against renditions of the programs that they stand for."""
