@@ -95,6 +95,7 @@ PASSED = {
 PLAIN = {
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("fused", "TypeError", "hf/session/session.py"),
+    Refusal("grad", "TypeError", "hf/session/session.py"),
     Refusal("video", "TypeError", "hf/engine/video.py"),
     Refusal("video", "TypeError", "hf/videos.py"),
     Refusal("progress", "TypeError", "hf/videos.py"),
