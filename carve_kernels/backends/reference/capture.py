@@ -73,7 +73,9 @@ def logits(query: Tensor, key: Tensor, options: CaptureOptions) -> Tensor:
     """The logits [B, A, R, S], -inf at keys that a row does not see, in float64 for float64 input, else in float32."""
     scores = _scores(query, key, options.scale)
     if options.softcap is not None:
-        scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
+        capped = torch.tanh_(scores.div_(options.softcap))
+        # The gradient of a tanh is computed from its result, which is therefore kept.
+        scores = capped * options.softcap if capped.requires_grad else capped.mul_(options.softcap)
     visible = visible_keys(options, key.shape[2])
     return scores if visible is None else scores.masked_fill_(~visible, -math.inf)
 

@@ -60,5 +60,5 @@ def check_model(model: nn.Module, *, divided: bool) -> None:
     if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in decoder_layers(model)):
         raise ValueError(
             "grad: expected a forward that keeps its activations, got gradient checkpointing, which runs the layers "
-            "again outside of it; use model.gradient_checkpointing_disable()"
+            "again outside of it; turn it off, or use model.eval()"
         )

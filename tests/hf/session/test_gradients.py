@@ -225,7 +225,7 @@ def test_a_frozen_model_is_refused() -> None:
 
 def test_gradient_checkpointing_is_refused_in_training_mode() -> None:
     model, inputs, _ = build("llava")
-    model.gradient_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     with capture_attention(model, layers=[1], grad=True) as session:
         model(**inputs)
         assert session.maps.values.requires_grad
