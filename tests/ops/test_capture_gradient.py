@@ -12,6 +12,7 @@ import torch
 from benchmarks.support.memory import allocations, peak_of_tensors
 from carve_kernels import capture, explain
 from carve_kernels.backends.reference import capture_backward
+from carve_kernels.selfcheck.moving import move
 from carve_kernels.types import Capture
 from tests.support.attention import Case, exact, planted
 from tests.support.capture_backends import BACKENDS, entered
@@ -32,6 +33,8 @@ CASES = {
     "no tokens": SMALL.but(tokens=0, ragged=False),
     "no keys": SMALL.but(keys=0, view="all", ragged=False),
 }
+# The function itself: in a test for a GPU, `capture` moves detached copies there.
+in_place = capture
 # Several blocks of keys, and several parts of the rows.
 LONG = Case(batch=1, rows=5, keys=2300, tokens=300, query_heads=2, key_heads=1, size=32, gain=1.0)
 
@@ -42,8 +45,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield backend
 
 
-def arguments_of(case: Case, *, double: bool = True) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    arguments, options = planted(case)
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the backend of a test runs."""
+    return "cuda" if str(request.node.callspec.params["backend"]).endswith("on gpu") else "cpu"
+
+
+def arguments_of(case: Case, *, double: bool = True, device: str = "cpu") -> tuple[list[torch.Tensor], dict[str, Any]]:
+    arguments, options = move(planted(case), device)
     if double:
         arguments, options = exact(arguments, options)
     query, key, tokens = arguments
@@ -83,7 +92,7 @@ def loss(captured: Capture, part: int | None = None) -> torch.Tensor:
     """A sum of the parts (or of one of them) with planted weights."""
     random = torch.Generator().manual_seed(5)
     weights = [torch.rand(each.shape, generator=random, dtype=torch.float64) for each in captured]
-    sums = [(each * weight).sum() for each, weight in zip(captured, weights, strict=True)]
+    sums = [(each * weight.to(each.device)).sum() for each, weight in zip(captured, weights, strict=True)]
     return sum(sums) if part is None else sums[part]  # type: ignore[return-value]
 
 
@@ -133,19 +142,16 @@ def test_the_reference_is_autograd_of_the_textbook(name: str, heads: Heads, part
     ],
 )
 def test_a_backend_has_the_gradients_of_the_reference(
-    backend: str, name: str, dtype: torch.dtype, heads: Heads
+    backend: str, device: str, name: str, dtype: torch.dtype, heads: Heads
 ) -> None:
-    inputs, options = arguments_of(CASES[name].but(dtype=dtype, size=32), double=False)
-    found = gradients(functools.partial(capture, heads=heads, backend=backend), inputs, options)
-    truth_inputs = [each.detach().double().requires_grad_() for each in inputs[:2]] + inputs[2:]
-    truth_options = dict(options)
-    if options.get("sink") is not None:
-        truth_options["sink"] = options["sink"].detach().double().requires_grad_()
-    expected = gradients(functools.partial(textbook, heads=heads), truth_inputs, truth_options)
+    case = CASES[name].but(dtype=dtype, size=32)
+    inputs, options = arguments_of(case, double=False, device=device)
+    found = gradients(functools.partial(in_place, heads=heads, backend=backend), inputs, options)
+    expected = gradients(functools.partial(textbook, heads=heads), *arguments_of(case))
     eps = torch.finfo(dtype).eps
     for one, other, given in zip(found, expected, [*inputs[:2], options.get("sink")], strict=False):
         assert one.dtype == given.dtype and one.shape == given.shape  # type: ignore[union-attr]
-        assert float((one.double() - other).norm()) <= max(8 * eps, 2e-5) * float(other.norm()) + 1e-12
+        assert float((one.cpu().double() - other).norm()) <= max(8 * eps, 2e-5) * float(other.norm()) + 1e-12
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
@@ -223,16 +229,16 @@ def test_keys_that_were_overwritten_are_noticed() -> None:
         loss(captured).backward()
 
 
-def test_without_gradients_nothing_is_kept(backend: str) -> None:
-    inputs, options = arguments_of(SMALL.but(size=32), double=False)
+def test_without_gradients_nothing_is_kept(backend: str, device: str) -> None:
+    inputs, options = arguments_of(SMALL.but(size=32), double=False, device=device)
     plain = [each.detach() for each in inputs]
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda each: each):
-        found = capture(*plain, **options, backend=backend)
+        found = in_place(*plain, **options, backend=backend)
         with torch.no_grad():
-            under = capture(*inputs, **options, backend=backend)
+            under = in_place(*inputs, **options, backend=backend)
         assert not kept and not any(part.requires_grad for part in (*found, *under))
-        with_graph = capture(*inputs, **options, backend=backend)
+        with_graph = in_place(*inputs, **options, backend=backend)
     # The query and the key themselves, tokens, and the mask: no copies.
     memory = {each.untyped_storage().data_ptr() for each in (*inputs, options["mask"])}
     assert kept and {each.untyped_storage().data_ptr() for each in kept} <= memory
