@@ -97,6 +97,7 @@ PLAIN = {
     Refusal("inputs", "TypeError", "hf/layouts/__init__.py"),
     Refusal("on_layer", "TypeError", "hf/session/session.py"),
     Refusal("fused", "TypeError", "hf/session/session.py"),
+    Refusal("grad", "TypeError", "hf/session/session.py"),
     Refusal("video", "TypeError", "hf/engine/video.py"),
     Refusal("progress", "TypeError", "hf/videos.py"),
     Refusal("videos", "TypeError", "hf/layouts/videos.py"),

@@ -61,6 +61,9 @@ BEST_FOR: dict[tuple[str, str], str] = {
     ("attention", "cuda"): "decode steps in bfloat16 or float16: keys and values are read once",
 }
 
+# What computes the gradients of a capture.
+BACKWARD = "plain torch, after the maps of every backend; the probabilities of the rows are computed again"
+
 _CHOICES = ("auto", *BACKENDS)
 
 _log = logging.getLogger("carve_kernels")
@@ -133,6 +136,7 @@ def explain() -> str:
             if any((stage, name) in BEST_FOR for name in order[stage]):
                 remarks = [_describe(stage, name, missing[stage, name] is not None) for name in order[stage]]
                 lines.append(f"  {stage}: {', then '.join([*remarks, *filter(None, [FALLBACK.get(stage)])])}")
+    lines.append(f"gradients of capture: {BACKWARD}")
     lines.append("A backend requested by name says which arguments it does not serve; auto uses the next one.")
     return "\n".join(lines)
 

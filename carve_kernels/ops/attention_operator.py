@@ -15,6 +15,7 @@ from carve_kernels.backends.native import schemas  # noqa: F401  (an operator is
 from carve_kernels.backends.native.scratch import NONE, ScratchNeeds
 from carve_kernels.backends.reference import attention as reference
 from carve_kernels.backends.reference.capture import visible_keys
+from carve_kernels.ops.capture_gradient import needs_gradient, with_gradient
 from carve_kernels.types import Attended, Capture, CaptureOptions
 
 # Rows of a prefill whose mask over all keys is made at a time.
@@ -94,8 +95,7 @@ def sdpa_and_capture(
     out: Capture | None = None,
 ) -> Attended:
     """The output by scaled_dot_product_attention, the capture by the backend that `auto` takes for it."""
-    module = resolve("capture", "auto", query.device, query, key, tokens, options, out=out)
-    captured: Capture = module.forward(query, key, tokens, options, out=out)
+    captured = _captured(query, key, tokens, options, out)
     # Without a mask all rows go into one call.
     step = _ROWS if options.mask is not None or options.positions is not None else max(query.shape[2], 1)
     parts = [
@@ -107,6 +107,18 @@ def sdpa_and_capture(
         return Attended(attended, captured)
     output.copy_(attended)
     return Attended(output, captured)
+
+
+def _captured(
+    query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions, out: Capture | None
+) -> Capture:
+    differentiable = needs_gradient(query, key, options.sink)
+    tensors = (query.detach(), key.detach()) if differentiable else (query, key)
+    module = resolve("capture", "auto", query.device, *tensors, tokens, options, out=out)
+    if differentiable:
+        return with_gradient(query, key, tokens, options, module, out)
+    captured: Capture = module.forward(query, key, tokens, options, out=out)
+    return captured
 
 
 def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:

@@ -13,6 +13,7 @@ from carve_kernels import checks
 from carve_kernels.backends import resolve
 from carve_kernels.backends.native.scratch import NONE, Memory
 from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
+from carve_kernels.ops.capture_gradient import needs_gradient, with_gradient
 from carve_kernels.ops.layer_operator import LayerOperator as LayerOperator
 from carve_kernels.ops.layer_operator import layer_operator as layer_operator
 from carve_kernels.types import Capture, CaptureOptions, Layers, Slot
@@ -66,6 +67,11 @@ def capture(
     input). `mass` is the sum of the head mean over the tokens; `entropy` is H / ln N of the head mean renormalised over
     the tokens, 0 where fewer than two tokens are used or the mass is 0. A row that sees no key gives zeros.
 
+    Maps, mass and entropy are differentiable, once, in the query, the key and the sink, after every backend: plain
+    torch computes the rows' probabilities again, a few rows at a time, in memory of rows x S. An `lse` counts as the
+    log-sum-exp of the logits, whose change with the query and the key is part of the gradients. Where nothing requires
+    a gradient, and under `torch.no_grad`, nothing is kept.
+
     Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend that cannot serve.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
@@ -75,9 +81,13 @@ def capture(
     checks.choice("heads", heads, ("mean", "each"))
     if out is not None:
         check_out(query, tokens, heads, out)
-    module = resolve("capture", backend, query.device, query, key, tokens, options, out=out)
+    differentiable = needs_gradient(query, key, sink)
+    tensors = (query.detach(), key.detach()) if differentiable else (query, key)
+    module = resolve("capture", backend, query.device, *tensors, tokens, options, out=out)
     if check or (check is None and query.device.type == "cpu"):
-        check_values(query, key, tokens, options)
+        check_values(*tensors, tokens, options)
+    if differentiable:
+        return with_gradient(query, key, tokens, options, module, out)
     result: Capture = module.forward(query, key, tokens, options, out=out)
     return result
 

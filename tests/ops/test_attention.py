@@ -188,6 +188,28 @@ def test_a_gradient_goes_through_the_output() -> None:
     assert value.grad is not None and bool(value.grad.any())
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_go_through_output_and_map(softcap: float | None, backend: str) -> None:
+    random = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(2, heads, count, 8, generator=random, dtype=torch.float64).requires_grad_()
+               for heads, count in ((4, 2), (2, 9), (2, 9))]  # fmt: skip
+    query, key, value = tensors
+    sink = torch.randn(4, generator=random, dtype=torch.float64).requires_grad_()
+    tokens = torch.tensor([[1, 4, 6], [0, 2, -1]])
+    logits = 0.3 * query @ key.repeat_interleave(2, 1).mT
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    shares = torch.cat([logits, sink.view(1, -1, 1, 1).expand(2, -1, 2, 1)], -1).softmax(-1)[..., :-1]
+    picked = shares.mean(1).gather(-1, tokens.clamp(min=0)[:, None].expand(-1, 2, -1)) * (tokens >= 0)[:, None]
+    output = shares @ value.repeat_interleave(2, 1)
+    found = attention(query, key, value, tokens, scale=0.3, softcap=softcap, sink=sink, backend=backend)
+    losses = ((each.square().sum() + 3 * maps.square().sum()) for each, maps in (
+        (output, picked), (found.output, found.capture.maps)))  # fmt: skip
+    expected, given = (torch.autograd.grad(loss, [*tensors, sink]) for loss in losses)
+    for one, other in zip(given, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "value no tensor": (TypeError, "value: expected a tensor", {"value": None}),
     "value dtype": (TypeError, "value: expected dtype", {"value": torch.zeros(2, 2, 77, 64, dtype=torch.float16)}),

@@ -24,26 +24,7 @@ def forward(
 ) -> Capture:
     """Capture(maps, mass, entropy) in float32, or in float64 for float64 input; see `carve_kernels.capture`."""
     scores = logits(query, key, options)
-    dtype, sink = scores.dtype, options.sink
-
-    # The maximum and the sum below it stay two numbers: one logarithm would be rounded to the digits of the maximum.
-    if options.lse is not None:
-        top = options.lse.to(dtype).unsqueeze(-1)
-        summed = torch.ones_like(top)
-        dead = (scores == -math.inf).all(-1, keepdim=True) | (top == -math.inf)
-        top = top.masked_fill(dead, 0.0)
-    else:
-        top = scores.amax(-1, keepdim=True) if key.shape[2] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
-        if sink is not None:
-            sink = sink.to(dtype).view(1, -1, 1, 1)
-            top = torch.maximum(top, sink)
-        dead = top == -math.inf
-        top = top.masked_fill(dead, 0.0)
-        summed = torch.zeros_like(top)
-        for block in scores.split(KEY_BLOCK, -1):
-            summed += torch.exp(block - top).sum(-1, keepdim=True)
-        if sink is not None:
-            summed += torch.exp(sink - top)
+    top, summed, dead = normaliser(scores, options)
 
     used = (tokens >= 0) & (tokens < key.shape[2])
     if key.shape[2]:
@@ -64,11 +45,37 @@ def forward(
     return out
 
 
+def normaliser(scores: Tensor, options: CaptureOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """(top, summed, dead), each [B, A, R, 1]: probabilities are exp(scores - top) / summed, and 0 in dead rows.
+
+    The maximum and the sum below it stay two numbers: one logarithm would be rounded to the digits of the maximum.
+    """
+    dtype, sink = scores.dtype, options.sink
+    if options.lse is not None:
+        top = options.lse.to(dtype).unsqueeze(-1)
+        dead = (scores == -math.inf).all(-1, keepdim=True) | (top == -math.inf)
+        return top.masked_fill(dead, 0.0), torch.ones_like(top), dead
+    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    if sink is not None:
+        sink = sink.to(dtype).view(1, -1, 1, 1)
+        top = torch.maximum(top, sink)
+    dead = top == -math.inf
+    top = top.masked_fill(dead, 0.0)
+    summed = torch.zeros_like(top)
+    for block in scores.split(KEY_BLOCK, -1):
+        summed += torch.exp(block - top).sum(-1, keepdim=True)
+    if sink is not None:
+        summed += torch.exp(sink - top)
+    return top, summed, dead
+
+
 def logits(query: Tensor, key: Tensor, options: CaptureOptions) -> Tensor:
     """The logits [B, A, R, S], -inf at keys that a row does not see, in float64 for float64 input, else in float32."""
     scores = _scores(query, key, options.scale)
     if options.softcap is not None:
-        scores = torch.tanh_(scores.div_(options.softcap)).mul_(options.softcap)
+        capped = torch.tanh_(scores.div_(options.softcap))
+        # The gradient of a tanh is computed from its result, which is therefore kept.
+        scores = capped * options.softcap if capped.requires_grad else capped.mul_(options.softcap)
     visible = visible_keys(options, key.shape[2])
     return scores if visible is None else scores.masked_fill_(~visible, -math.inf)
 

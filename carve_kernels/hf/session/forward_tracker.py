@@ -29,6 +29,7 @@ from carve_kernels.hf.query_rows import Rows, resolve_rows
 from carve_kernels.hf.session.attention_masks import attended_columns, check_call, is_prepared
 from carve_kernels.hf.session.cache_tracker import CacheTable, CompleteForward, TrackedPrompt
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.graphs import check_model
 from carve_kernels.hf.session.hidden_tokens import LayerWindows
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
 from carve_kernels.types import VisualLayout
@@ -71,6 +72,7 @@ class ForwardTracker:
         self.record: Record | None = None
         self.generation: GenerateCall | None = None
         self._model, self._modules, self._options = model, modules, options
+        self.grad = options.grad
         # None if it is known only when the layers run.
         self._device = next(iter(set().union(*map(devices_of, modules))), None)
         self._shares = head_shares(model, modules)
@@ -114,7 +116,8 @@ class ForwardTracker:
         if record is not None:
             if record.step == 0:
                 self._unsafe = self._has_unsafe_hooks()
-            record.batching = record.on_layer is None and caches.keeps_cache(self._model, given) and not self._unsafe
+            waits = record.on_layer is None and record.graphs is None
+            record.batching = waits and caches.keeps_cache(self._model, given) and not self._unsafe
         self.record = record
         self._leave_graphs()
         self._begun = self.generation
@@ -212,6 +215,11 @@ class ForwardTracker:
         self, prompt: TrackedPrompt, record: Record, ids: torch.Tensor | None, cache: Any, total: int, row: int
     ) -> Record:
         """A decode step after which there are `total` tokens; `row` of its query is captured."""
+        if self.grad:
+            raise ValueError(
+                "grad: expected whole prompts, got a decode step; run the prompt and its answer as one prompt, with "
+                "the captured rows as rows"
+            )
         self._check_thread()
         if is_capturing(record.state.device):
             return self._step_in_graph(prompt, record, ids, cache)
@@ -311,6 +319,8 @@ class ForwardTracker:
                 f"model: expected one token after a cache of this session in a CUDA graph, got {source.shape[1]}; run "
                 "the prompt before the graph is captured"
             )
+        if self.grad:
+            check_model(self._model, divided=self._shares is not None)
         self.record, self._thread = None, threading.current_thread()
         batch, length = source.shape[:2]
         total = past + length

@@ -72,6 +72,11 @@ class GenerateGuard:
             values = [given[name]] if name in given else [getattr(config, name, None) for config in configs]
             return next((value for value in values if value is not None), None)
 
+        if any(tracker.grad for tracker in self.trackers):
+            raise ValueError(
+                "grad: expected calls of the model itself, got generate, which records no gradients; run the prompt "
+                "and its answer as one prompt"
+            )
         if given.get("assistant_model") is not None:
             raise ValueError("assistant_model: expected None inside capture_attention, got an assistant model")
         for name, off in _REFUSED.items():

@@ -18,6 +18,7 @@ from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
+from carve_kernels.hf.session.graphs import LayerGraphs
 from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
@@ -49,6 +50,7 @@ class SessionOptions(NamedTuple):
     on_layer: OnLayer | None
     backend: str
     fused: bool = False
+    grad: bool = False
 
 
 class Record:
@@ -92,6 +94,7 @@ class Record:
         self.dtype = ""
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
+        self.graphs = LayerGraphs(options.backend) if options.grad else None
         self.batch: LayerBatch | None = None
         # Whether the current forward is a decode step, and what its layers that attend and capture have in common.
         self.decoding = False
@@ -184,7 +187,9 @@ class Record:
         self, index: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, keywords: dict[str, Any]
     ) -> None:
         options = names.attention_options(query, keywords)
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        if self.graphs is not None:
+            self.graphs.check(self.layers[index], query, key)
+        elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
             query, key = query.detach(), key.detach()
         alike = self._check(index, query, key, mask, options)
         _, heads, length, size = query.shape
@@ -244,10 +249,15 @@ class Record:
         self.dtype = str(query.dtype).removeprefix("torch.")
         if self.on_layer is not None:
             slot = max(0, self.step - 1)
-            self.on_layer(self.layers[index], self.step, Capture(*(buffer[slot, index] for buffer in self.target)))
+            captured = Capture(*(buffer[slot, index] for buffer in self.target))
+            if self.graphs is not None:
+                captured = self.graphs.of_layer(index)
+            self.on_layer(self.layers[index], self.step, captured)
 
     def _sink(self, index: int, sink: torch.Tensor) -> torch.Tensor:
-        """A layer's sink as the operator takes it; converted once."""
+        """A layer's sink as the operator takes it; converted once, or as it is where it is a part of a graph."""
+        if self.graphs is not None:
+            return sink
         needs_grad = torch.is_grad_enabled() and sink.requires_grad
         if sink.dtype == torch.float32 and sink.is_contiguous() and not needs_grad:
             return sink
@@ -359,7 +369,10 @@ class Record:
                 f"cache: keys of layer {self.layers[batch.first]} or a later one were written to between their "
                 "attention and their capture; use on_layer, which captures each layer immediately"
             )
-        self.state.calls.run(batch, self.target, self.slot)
+        if self.graphs is not None:
+            self.graphs.capture(batch, self.target)
+        else:
+            self.state.calls.run(batch, self.target, self.slot)
         if batch.hidden is not None:
             self.state.hide(batch.hidden, batch.first, len(batch.query), self.decoding)
         self._average(batch, batch.first, len(batch.query), batch.query[0].shape[1])
@@ -380,8 +393,9 @@ class Record:
                 raise _DEFERRED[name]()
         steps = min(self.step + 1, self.max_steps, state.steps + 1) if self.last else 1
         later = state.later if steps > 1 else None
+        first = Capture(*(buffer[0] for buffer in state.first))
         return assemble(
-            Capture(*(buffer[0] for buffer in state.first)),
+            first if self.graphs is None else self.graphs.joined(first),
             None if later is None else Capture(*(buffer[: steps - 1, :, :, 0] for buffer in later)),
             self._running(steps),
             self.weight,

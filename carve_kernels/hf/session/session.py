@@ -46,6 +46,7 @@ def capture_attention(
     on_layer: OnLayer | None = None,
     backend: str = "auto",
     fused: bool = False,
+    grad: bool = False,
 ) -> CaptureSession:
     """A session in which forwards and `generate` of a model also capture the attention of selected rows.
 
@@ -76,6 +77,9 @@ def capture_attention(
     fused      True: in decode steps on a GPU in bfloat16 or float16, one operator computes the attention of a captured
                layer and its map; outputs then differ from those of the model's own attention in the last bits. Where it
                does not serve, the model's own is called, as in prefills, and one line in the log says why
+    grad       True: maps, mass and entropy of a prompt are parts of the graph of its forward, for losses of attention
+               and gradients of maps by any weight or input; generate and decode steps are refused. False: they are
+               detached
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
@@ -98,6 +102,10 @@ def capture_attention(
         raise TypeError(f"on_layer: expected a function or None, got {checks.describe(on_layer)}")
     if not isinstance(fused, bool):
         raise TypeError(f"fused: expected True or False, got {checks.describe(fused)}")
+    if not isinstance(grad, bool):
+        raise TypeError(f"grad: expected True or False, got {checks.describe(grad)}")
+    if fused and grad:
+        raise ValueError("fused: expected False beside grad=True, where there are no decode steps, got True")
     options = SessionOptions(
         numbers,
         check_rows(rows, None if processor is None else tokenizer_of(processor)),
@@ -107,6 +115,7 @@ def capture_attention(
         on_layer,
         checks.choice("backend", backend, ("auto", *BACKENDS)),
         fused,
+        grad,
     )
     if fused and backend != "auto":
         for indices in _by_device(modules):
