@@ -42,7 +42,9 @@ def show_layout(model: str, image: str | None, output: str) -> bool:
         numbers = {token: number for number, token in enumerate(tokens)}
         title = f"{loaded.config.model_type}: {len(tokens)} image tokens of {opened.width} x {opened.height} pixels"
         outside = len(tokens) - sum(view.tokens.numel() for view in layout.views[0])
-        caption = f"{how}; {layout.unseen():.1%} of the image is in no view"
+        caption = how
+        if f"{layout.unseen():.1%}" != "0.0%":
+            caption += f"; the model does not see {layout.unseen():.1%} of the image"
         if outside:
             caption += f"; {number_of(outside, 'image token')} without a place, such as newlines"
         figure = layout_figure(opened, layout, numbers, title, caption)
@@ -76,7 +78,7 @@ def _compared(model: Any, processor: Any, layout: Any, size: tuple[int, int]) ->
     except ValueError as error:
         return f"the layout of the family, which cannot be measured here: {one_line(error)}", True
     worst = float(off.max())
-    text = f"the worst token is {worst:.3f} of its side off what was measured, {TOLERANCE} is allowed"
+    text = f"its boxes differ from the measured ones by at most {worst:.3f} of a token's side (limit: {TOLERANCE})"
     return f"the layout of the family; {text}", worst <= TOLERANCE
 
 

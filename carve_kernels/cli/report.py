@@ -358,7 +358,7 @@ def _last_tile(result: CarveResult, truth: str | None, number: int) -> Tile:
     image, order = result.images[number].refined, ""
     caption = f"refined image, {image.width} x {image.height}"
     if number not in result.refined_images:
-        return Tile(image, "Not refined", f"{caption}, as it would be")
+        return Tile(image, "Not refined", f"{caption}, not shown to the model")
     if result.preset.images == "original+refined":
         order = ", shown after the original" if len(result.images) == 1 else ", shown after the originals"
     return Tile(image, f"Refined answer: {_verdict(result.refined_answer, truth)}", f"{caption}{order}")

@@ -1,4 +1,4 @@
-"""carve-kernels run: ask any local checkpoint of a supported family about an image, about several, or about a video."""
+"""carve-kernels run: ask a local checkpoint about an image, about several, or about a video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @options.spread
 def run(
     model: options.ModelOption,
-    question: Annotated[str, typer.Option("--question", "-q", help="The question about it.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="The question to ask.")],
     image: Annotated[
         list[str] | None, options.path("Image file; repeat it for a question about several.", "--image", "-i")
     ] = None,

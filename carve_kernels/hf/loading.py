@@ -58,7 +58,7 @@ def load(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load the model, in eval mode, and the processor of a supported family.
+    """Load a model that takes images and text, in eval mode, and its processor.
 
     `model` is a checkpoint directory, "small" (the embedded model), or an id such as Org/Name in the local hub cache. A
     directory takes precedence over an id of the same name; a directory called small is "./small", or a Path. The
@@ -69,8 +69,8 @@ def load(
     code of their author. Without torchvision, a processor that needs it only for videos is loaded for images.
 
     Raises ValueError, before any weight is read, if the checkpoint or one of its files is missing or broken (for an id
-    with the command that downloads it), if the family is not supported, if the weights are pickles, for an unknown
-    dtype, or for a device that is unavailable; ImportError if the processor needs a missing library.
+    with the command that downloads it), if its model does not take images and text, if the weights are pickles, for an
+    unknown dtype, or for a device that is unavailable; ImportError if the processor needs a missing library.
     """
     torch_dtype = dtype_of("dtype", dtype)
     target = None if device is None else usable("device", device)

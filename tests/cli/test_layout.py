@@ -29,8 +29,8 @@ def test_the_layout_of_a_family(show: Invoke, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     for words in ("llava: 36 image tokens of 160 x 96 pixels", "6 x 6", "0 to 35", "32.0, 0.0, 128.0, 96.0"):
         assert words in done.stdout, words
-    assert "the layout of the family; the worst token is 0.00" in done.stdout
-    assert "40.0% of the image is in no view" in done.stdout
+    assert "the layout of the family; its boxes differ from the measured ones by at most 0.00" in done.stdout
+    assert "the model does not see 40.0% of the image" in done.stdout
     with Image.open(tmp_path / "out" / "layout.png") as figure:
         assert figure.info["Software"] == "carve_kernels" and min(figure.size) > 300
     # It replaces its own file, and no other.
@@ -57,7 +57,7 @@ def test_a_layout_that_is_off_is_said(show: Invoke, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("carve_kernels.hf.layouts.layout_of", off)
     done = show()
-    assert done.exit_code == 1 and "the worst token is 1.2" in done.stdout
+    assert done.exit_code == 1 and "by at most 1.2" in done.stdout
 
 
 def test_a_family_that_is_not_listed(show: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class CarveEngine:
     ================  =================================================================================================
     argument          meaning
     ================  =================================================================================================
-    model             a transformers model of a supported family
+    model             a transformers model that takes images and text, see docs/families.md
     processor         its processor
     preset            "paper", "release", a Preset or a dict of its fields; None takes the profile, or "paper"
     profile           a dict, or the path of a carve.json: which rows and layers of this model react to the question.

@@ -87,7 +87,8 @@ def capture_attention(
     (docs/platforms.md). The vision tower is not touched, and the model is restored on leaving, also after an error or
     Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
     a way of decoding whose map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
-    with alternatives. Raises BackendUnavailable for a named backend that cannot serve, also not `fused`.
+    with alternatives. Raises BackendUnavailable if a named backend cannot serve the capture or, with `fused`, the
+    operator of the decode steps.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
     """
     if not isinstance(model, nn.Module):
