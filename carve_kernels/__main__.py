@@ -10,6 +10,9 @@ def main() -> None:
     try:
         with needed_by("carve-kernels"):
             from carve_kernels.cli import app
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     except ImportError as error:
         sys.exit(f"error: {error}")
     app(prog_name="carve-kernels")

@@ -32,15 +32,32 @@ def requirement(package: str) -> str:
     return next((match[1].strip() for match in matches if match), package)
 
 
+def is_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: the lazy imports of transformers turn it into an ImportError."""
+    seen: list[BaseException] = []
+    left = [error]
+    while left:
+        each = left.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return True
+        if each is not None and not any(each is other for other in seen):
+            seen.append(each)
+            left += [each.__cause__, each.__context__]
+    return False
+
+
 @contextmanager
 def needed_by(what: str) -> Iterator[None]:
     """Turn the import error of a missing package into one that names its extra.
 
     A torchvision that does not fit torch is named as the cause: transformers reports other modules as missing then.
+    Raises KeyboardInterrupt where Ctrl-C ended the import.
     """
     try:
         yield
     except ModuleNotFoundError as error:
+        if is_interrupted(error):
+            raise KeyboardInterrupt from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

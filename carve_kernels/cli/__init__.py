@@ -19,6 +19,7 @@ from carve_kernels.cli.doctor import doctor
 from carve_kernels.cli.output import INTERRUPTED, TYPED, advised, clock, exit_code, fail, note, printable
 from carve_kernels.cli.profile import profile
 from carve_kernels.cli.run import run
+from carve_kernels.extras import is_interrupted
 
 # What an error may begin with: an argument, or an element of one.
 _ARGUMENT = re.compile(r"(?P<name>\w+)(\[\d+\])*(='(?P<value>[^']*)')?: ")
@@ -36,17 +37,23 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            fail("interrupted; nothing was written")
-            raise typer.Exit(INTERRUPTED) from None
+            raise _interrupted() from None
         except BrokenPipeError:
             # The reader of the pipe has enough, and typer ends silently.
             raise
         except Exception as error:
+            if is_interrupted(error):
+                raise _interrupted() from None
             code = exit_code(error)
             if code is None or ctx.params.get("debug"):
                 raise
             fail(error)
             raise typer.Exit(code) from error
+
+
+def _interrupted() -> typer.Exit:
+    fail("interrupted; nothing was written")
+    return typer.Exit(INTERRUPTED)
 
 
 @contextmanager

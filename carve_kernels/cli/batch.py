@@ -23,6 +23,7 @@ from carve_kernels.cli.output import (
     say,
     versions,
 )
+from carve_kernels.extras import is_interrupted
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import QuestionLine
@@ -133,7 +134,9 @@ class _Run:
                 with quiet():
                     self._answer(load(), todo)
             self._finish(len(todo), time.perf_counter() - start)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ImportError) as error:
+            if not is_interrupted(error):
+                raise
             fail(f"interrupted; {self._progress()}")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:

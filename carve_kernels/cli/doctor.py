@@ -15,7 +15,7 @@ from rich.text import Text
 from carve_kernels.cli import options
 from carve_kernels.cli.output import one_line, versions
 from carve_kernels.cli.tables import screen, table
-from carve_kernels.extras import FIT_TORCHVISION, requirement
+from carve_kernels.extras import FIT_TORCHVISION, is_interrupted, requirement
 
 Line = tuple[str, bool, str]
 """What was tried, whether it works, and more: facts, or why not."""
@@ -74,6 +74,8 @@ def why_not(module: str, name: str | None = None) -> str | None:
             getattr(loaded, name)
     # Incompatible libraries raise errors of any kind.
     except Exception as error:
+        if is_interrupted(error):
+            raise KeyboardInterrupt from error
         return one_line(error)
     return None
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from carve_kernels.cli import output as output_module
 from carve_kernels.cli.report import FILES, write_record
+from carve_kernels.extras import needed_by
 from tests.cli.conftest import QUESTION, Invoke, content
 
 
@@ -112,19 +113,38 @@ def interrupt(*args: Any, **settings: Any) -> None:
     raise KeyboardInterrupt
 
 
+def interrupt_import(*args: Any, **settings: Any) -> None:
+    """Ctrl-C while transformers imports lazily, as it reports it."""
+    try:
+        try:
+            interrupt()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Failed to import") from error
+    except RuntimeError as error:
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'", name="transformers") from error
+
+
+@pytest.mark.parametrize("how", [interrupt, interrupt_import])
 @pytest.mark.parametrize("place", ["hf.engine.CarveEngine.answer", "hf.loading.load", "cli.ours.json.dumps"])
 def test_an_interruption_leaves_everything_as_it_was(
-    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, how: Any
 ) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     write_record(folder, {"question": "old"})
     before = content(tmp_path)
-    monkeypatch.setattr(f"carve_kernels.{place}", interrupt)
+    monkeypatch.setattr(f"carve_kernels.{place}", how)
     done = run()
     assert done.exit_code == 130
     assert done.stderr == "error: interrupted; nothing was written\n"
     assert content(tmp_path) == before
+
+
+def test_an_interrupted_import_of_an_extra_is_an_interruption() -> None:
+    with pytest.raises(KeyboardInterrupt), needed_by("CarveEngine"):
+        interrupt_import()
+    with pytest.raises(ImportError, match="pip install"), needed_by("CarveEngine"):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
 
 def test_a_failure_while_moving_leaves_no_record(run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
