@@ -32,6 +32,7 @@ NAMES = [
     "layout_of",
     "load",
     "open_video",
+    "overlay",
     "regions",
     "saliency",
     "zoom",
