@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from carve_kernels.types import View as View
     from carve_kernels.types import VisualLayout as VisualLayout
     from carve_kernels.video import contrast_frames as contrast_frames
+    from carve_kernels.visualize import overlay as overlay
 
 __version__ = "0.3.0"
 
@@ -71,6 +72,7 @@ _SOURCES = {
     "layout_of": "hf.layouts",
     "load": "hf.loading",
     "open_video": "hf.videos",
+    "overlay": "visualize",
     "profile": "hf.profile",
     "regions": "ops.regions",
     "saliency": "ops.saliency",

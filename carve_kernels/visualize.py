@@ -72,8 +72,15 @@ def overlay(
     highest). Pixels of the image that are not `seen` (bool [H, W], None = all are) are hatched; of a saliency of the
     whole image they are no part of the range. `ends` are the values of the darkest and the lightest colour, as for the
     frames of one video (None = the lowest and the highest value).
+
+    Raises TypeError or ValueError for an image that is not a PIL image, a saliency that is not a finite float32 or
+    float64 [h, w], and for numbers out of range.
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image: expected a PIL image, got {checks.describe(image)}")
     checks.number("alpha", alpha, low=0, high=1)
+    if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
+        raise ValueError(f"box: expected x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {checks.describe(box)}")
     small = _shrink(image)
     scale_x, scale_y = small.width / image.width, small.height / image.height
     x0, y0, x1, y1 = box or (0, 0, *image.size)

@@ -106,6 +106,7 @@ def test_what_needs_an_extra_names_it() -> None:
             ("load", lambda: carve_kernels.load, "safetensors"),
             ("capture_attention", lambda: carve_kernels.capture_attention, "packaging"),
             ("layout_of", lambda: carve_kernels.layout_of, "pillow"),
+            ("overlay", lambda: carve_kernels.overlay, "pillow"),
             ("carve_kernels.models.scenes", lambda: __import__("carve_kernels.models.scenes"), "pillow"),
             ("zoom", lambda: carve_kernels.zoom(None, None, (0, 0, 1, 1)), "pillow"),
         ):

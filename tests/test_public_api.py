@@ -44,6 +44,7 @@ NAMES = [
     "layout_of",
     "load",
     "open_video",
+    "overlay",
     "profile",
     "regions",
     "saliency",

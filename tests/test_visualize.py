@@ -105,6 +105,10 @@ def test_bad_arguments_are_named() -> None:
         panel([[Tile(None)]], tile=3)
     with pytest.raises(ValueError, match="alpha: expected a number from 0 to 1"):
         overlay(Image.new("RGB", (3, 3)), torch.rand(3, 3), alpha=2)
+    with pytest.raises(ValueError, match=r"box: expected x0, y0, x1, y1 with x0 < x1 and y0 < y1, got"):
+        overlay(Image.new("RGB", (3, 3)), torch.rand(3, 3), box=(2, 0, 1, 3))
+    with pytest.raises(TypeError, match="image: expected a PIL image, got str"):
+        overlay("image.png", torch.rand(3, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="saliency: expected finite values"):
         saliency_image(torch.tensor([[float("nan")]]))
     with pytest.raises(ValueError, match="saliency: expected shape"):

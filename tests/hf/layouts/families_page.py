@@ -74,7 +74,8 @@ writes this page: last with transformers {version}.
 VIDEOS = """
 The videos of {names} have a layout, too: `layout_of(..., videos=)` and `CarveEngine.ask_video`. Each view has
 its frames, and their seconds where the processor or the `Video` has them. The box and the frames of every token are
-compared with a clip whose colours are coordinates.
+compared with a clip whose colours are coordinates. `video_llava` is in none of the tables above, since it is listed
+with videos alone: its images are measured, like those of a family that is not listed.
 """
 REFUSED = """## Refused
 
