@@ -19,6 +19,7 @@ EXTRAS = {
     "transformers": ("transformers", "hf"),
     "typer": ("typer", "cli"),
 }
+INSTALL_TORCHVISION = "pip install torchvision, from the same index as torch"
 FIT_TORCHVISION = "pip install the torchvision of this torch, from the same index, or pip uninstall torchvision"
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from carve_kernels.cli import options
 from carve_kernels.cli.output import one_line, versions
 from carve_kernels.cli.tables import screen, table
-from carve_kernels.extras import FIT_TORCHVISION, is_interrupted, requirement
+from carve_kernels.extras import FIT_TORCHVISION, INSTALL_TORCHVISION, is_interrupted, requirement
 
 Line = tuple[str, bool, str]
 """What was tried, whether it works, and more: facts, or why not."""
@@ -177,8 +177,10 @@ def _models(transformers: str | None) -> Iterator[Line]:
         "" if torchvision is None else f"does not fit torch and breaks transformers ({torchvision}); {FIT_TORCHVISION}"
     )
     if torchvision == "missing":
-        more = "missing; many processors work without it: pip install torchvision"
+        more = f"missing; videos need it, and some processors of images: {INSTALL_TORCHVISION}"
     yield "torchvision", torchvision is None, more
+    av = why_not("av") if find_spec("av") else f"missing; videos need it: pip install '{requirement('av')}'"
+    yield "av", av is None, av or ""
     if transformers is None and why_not("torch") is None:
         yield from _processors(torchvision)
 
@@ -252,13 +254,15 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
             name = processors.processor_class(family)
             why = why_not("transformers", name)
             kind = None if why else getattr(importlib.import_module("transformers"), name)
-            if kind is not None and torchvision and processors.video_parts(kind):
-                limit = "images work without torchvision, videos need it: pip install torchvision"
+            if kind is not None and processors.lacks_num2words(kind):
+                why = "needs num2words: pip install num2words"
+            elif kind is not None and torchvision and processors.video_parts(kind):
+                limit = f"images work without torchvision, videos need it: {INSTALL_TORCHVISION}"
         except names.UpstreamChanged as error:
             why = one_line(error.what)
         except ImportError as error:
             # transformers has a stand-in for a class that needs a missing library.
-            why = "needs torchvision: pip install torchvision" if torchvision else one_line(error)
+            why = f"needs torchvision: {INSTALL_TORCHVISION}" if torchvision else one_line(error)
         yield f"{family} processor", why is None, why or limit
 
 

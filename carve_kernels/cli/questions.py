@@ -91,18 +91,26 @@ def _escaped(letter: str) -> str:
 
 
 def _question(text: str, number: int, folder: Path) -> QuestionLine:
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise TypeError(f"expected a JSON object, got {checks.describe(values)}")
     fields = {key: values[key] for key in _KEYS if values.get(key) is not None}
+    missing = [key for key in ("image", "question") if key not in fields]
+    if missing:
+        raise ValueError("; ".join(f"{key}: missing" for key in missing))
+    if isinstance(fields["image"], list):
+        raise TypeError("image: expected one path, a string, got a list; only the Python API takes lists of images")
     id = fields.get("id", number)
     if isinstance(id, bool) or not isinstance(id, (str, int)):
         raise TypeError(f"id: expected a text or a number, got {checks.describe(id)}")
     question = QuestionLine(
         id=checks.text("id", str(id)),
         line=number,
-        image=folder / _path("image", fields.get("image")),
-        text=_text("question", fields.get("question")),
+        image=folder / _path("image", fields["image"]),
+        text=_text("question", fields["question"]),
         prompt=_text("prompt", fields["prompt"]) if "prompt" in fields else None,
         truth=_text("answer", fields["answer"]) if "answer" in fields else None,
         extra={key: value for key, value in values.items() if key not in _KEYS},

@@ -150,6 +150,18 @@ def video_parts(processor_class: Any) -> list[str]:
         raise names.changed(f"its processors do not list their parts ({error})") from error
 
 
+def lacks_num2words(processor_class: Any) -> bool:
+    """Whether a processor class needs num2words, which is missing, as SmolVLM's does for images and videos."""
+    return vars(sys.modules[processor_class.__module__]).get("num2words", "") is None
+
+
+def is_without_videos(processor: Any) -> bool:
+    """Whether a processor's class has a video part and this one was loaded without it, for lack of torchvision."""
+    if getattr(processor, "video_processor", None) is not None:
+        return False
+    return isinstance(processor, _ImagesOnly) or bool(video_parts(type(processor)))
+
+
 def without_videos(complete: Any) -> Any:
     """A processor class without its video part, which refuses videos by name."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from carve_kernels.checks import text as check_text
+from carve_kernels.extras import INSTALL_TORCHVISION
 from carve_kernels.hf.image_inputs import moved, pixel_dtype
 from carve_kernels.hf.inputs import image_token, template_of, text_settings
 from carve_kernels.hf.model import input_device, unwrap
@@ -16,6 +17,7 @@ from carve_kernels.hf.processors import (
     is_for_training,
     is_pixels,
     is_text,
+    is_without_videos,
     lacks_token_types,
     takes_settings,
 )
@@ -28,6 +30,18 @@ _SECONDS = ("second_per_grid_ts", "video_second_per_grid")
 def video_token(processor: Any) -> str:
     """The text that stands for a video in a prompt."""
     return str(getattr(processor, "video_token", "<video>"))
+
+
+def check_takes_videos(model: Any, processor: Any) -> None:
+    """Raise ValueError for a model or a processor that takes images only."""
+    family = unwrap(model).config.model_type
+    if is_without_videos(processor):
+        raise ValueError(
+            f"video: expected a processor of {family} with its video part, which needs torchvision; "
+            f"{INSTALL_TORCHVISION}, and load it again"
+        )
+    if getattr(processor, "video_processor", None) is None:
+        raise ValueError(f"video: expected a model that takes videos; {family} takes images only")
 
 
 def build_video_prompt(processor: Any, text: str, n_videos: int = 1) -> str:
@@ -64,8 +78,7 @@ def build_video_prompt(processor: Any, text: str, n_videos: int = 1) -> str:
 
 def video_inputs(model: Any, processor: Any, videos: Video | Sequence[Video], prompt: str) -> dict[str, Any]:
     """The processor's entries for a prompt about videos, on the model's device; every frame of them is shown."""
-    if getattr(processor, "video_processor", None) is None:
-        raise ValueError("processor: expected one with a video processor, which needs torchvision")
+    check_takes_videos(model, processor)
     given = [videos] if isinstance(videos, Video) else list(videos)
     count = prompt.count(video_token(processor))
     if count != len(given):

@@ -20,7 +20,7 @@ from tests.support import tiny_models
 @pytest.mark.parametrize(
     ("lines", "more", "message"),
     [
-        ([LINES[0], "{", "{}"], (), "line 2: Expecting"),
+        ([LINES[0], "{", "{}"], (), "line 2: not JSON (Expecting"),
         ([LINES[1], LINES[1]], (), "line 2: id: 'second' is also the id of line 1"),
         ([], (), "has no questions"),
         (LINES, ("--layers", "two"), "layers: expected 20-25"),

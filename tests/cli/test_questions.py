@@ -43,11 +43,13 @@ GOOD = {"image": "a.png", "question": "what"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: Expecting property name"),
+        ("{", "line 2: not JSON (Expecting property name"),
         ("[1]", "line 2: expected a JSON object, got list [1]"),
-        ("[" * 100_000, "line 2: "),
-        ({"question": "what"}, "line 2: image: expected a string, got NoneType"),
-        ({"image": "a.png"}, "line 2: question: expected a string"),
+        ("[" * 100_000, "line 2: not JSON ("),
+        ({"question": "what"}, "line 2: image: missing"),
+        ({"image": "a.png"}, "line 2: question: missing"),
+        ({"image": None}, "line 2: image: missing; question: missing"),
+        ({**GOOD, "image": ["a.png"]}, "line 2: image: expected one path, a string, got a list; only the Python API"),
         ({**GOOD, "question": " "}, "line 2: question: expected a string with"),
         ({**GOOD, "image": 3}, "line 2: image: expected a string, got int 3"),
         ({**GOOD, "image": "a\0b"}, "line 2: image: expected characters that can be written"),

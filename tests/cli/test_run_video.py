@@ -92,6 +92,12 @@ def test_options_of_a_video_without_one(carve: Invoke, video_checkpoint: Path, t
         assert done.exit_code == 2 and message in done.output, done.output
 
 
+def test_a_model_that_takes_images_only_is_named(ask: Invoke, tmp_path: Path) -> None:
+    done = ask("-m", "small", "--layers", "1")
+    assert done.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "error: --video: expected a model that takes videos; llava takes images only" in done.stderr
+
+
 def test_a_fit_is_refused_before_the_model_is_loaded(ask: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("carve_kernels.hf.loading.load", pytest.fail)
     done = ask("--fit", "pad")

@@ -15,9 +15,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from carve_kernels import load
+from carve_kernels import CarveEngine, load
 from carve_kernels.extras import needed_by
-from carve_kernels.hf.processors import processor_of, video_parts, without_videos
+from carve_kernels.hf.processors import lacks_num2words, processor_of, video_parts, without_videos
+from tests.hf.test_videos import write
 from tests.support import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +125,25 @@ def test_a_video_is_refused_by_name(checkpoint: Path, by_name: bool) -> None:
     with pytest.raises(ValueError, match=r"^videos: .* pip install torchvision"):
         processor(text=[text], videos=[video]) if by_name else processor(None, [text], [video])
     assert processor(text=["hello"], videos=None)["input_ids"]
+
+
+@pytest.mark.usefixtures("no_torchvision")
+def test_a_question_about_a_video_names_what_it_needs(checkpoint: Path, tmp_path: Path) -> None:
+    clip = write(tmp_path / "clip.mp4", size=(64, 64))
+    expected = r"^video: expected a processor of qwen2_5_vl with its video part, .* pip install torchvision, from the "
+    with pytest.raises(ValueError, match=expected):
+        CarveEngine(*load(checkpoint)).ask_video(clip, "what is this")
+    with pytest.raises(ValueError, match=r"^video: expected a model that takes videos; llava takes images only$"):
+        CarveEngine(*load("small")).ask_video(clip, "what is this")
+
+
+def test_a_processor_that_needs_num2words_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    assert lacks_num2words(transformers.SmolVLMProcessor) and not lacks_num2words(transformers.LlavaProcessor)
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    assert not lacks_num2words(transformers.SmolVLMProcessor)
 
 
 def test_with_torchvision_the_processor_is_complete(checkpoint: Path) -> None:

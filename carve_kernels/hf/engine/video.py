@@ -17,7 +17,7 @@ from carve_kernels.hf.engine.whole_layers import whole_layers
 from carve_kernels.hf.image_inputs import ImageFeatures
 from carve_kernels.hf.layouts import layout_of
 from carve_kernels.hf.model import image_token_positions, unwrap
-from carve_kernels.hf.video_inputs import build_video_prompt, divided, video_inputs
+from carve_kernels.hf.video_inputs import build_video_prompt, check_takes_videos, divided, video_inputs
 from carve_kernels.hf.videos import Video, open_frames
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
@@ -118,6 +118,7 @@ def make_video_request(
     """Check a video and a question, open the video and run the processor; the model does not run."""
     check_texts(question, prompt, preset, "videos")
     refuse_fit(fit)
+    check_takes_videos(model, processor)
     if isinstance(video, Video):
         for name in ("max_frames", "fps"):
             if opening[name] is not None:
