@@ -64,7 +64,7 @@ def test_a_family_that_is_not_listed(show: Invoke, monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(families.FAMILIES, "llava")
     done = show()
     assert done.exit_code == 0, done.output
-    assert "no layout is known for this family, so the boxes were measured; 40.0% of the image" in done.stdout
+    assert "no layout is known for this family, so the boxes were measured; the model does not see 40.0%" in done.stdout
 
 
 def test_an_image_without_a_model(carve: Invoke, image_file: Path) -> None:
