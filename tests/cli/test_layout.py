@@ -58,6 +58,7 @@ def test_a_layout_that_is_off_is_said(show: Invoke, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("carve_kernels.hf.layouts.layout_of", off)
     done = show()
     assert done.exit_code == 1 and "by at most 1.2" in done.stdout
+    assert "does not see" not in done.stdout
 
 
 def test_a_family_that_is_not_listed(show: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
