@@ -49,7 +49,7 @@ def test_code_blocks_run(page: str, code: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_blocks_of_the_readme_run_in_order(tmp_path: Path) -> None:
-    """In a process of their own, beside what `make demo` has written, and they print what their comments say."""
+    """In a process of their own, beside what the demo has written, and they print what their comments say."""
     maps, carve = (code for page, code in blocks("python") if page == "README.md")
     assert len(maps.splitlines()) <= 8 and len(carve.splitlines()) <= 5
     folder = tmp_path / "out" / "demo"
@@ -62,7 +62,7 @@ def test_the_blocks_of_the_readme_run_in_order(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
     assert printed[0] == "torch.Size([1, 2, 2, 1, 144])" and f"  # {printed[1]}\n" in carve
-    assert (tmp_path / "refined.png").is_file()
+    assert (folder.parent / "refined.png").is_file()
 
 
 def test_the_readme_and_the_verdicts_are_short() -> None:

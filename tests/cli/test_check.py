@@ -76,7 +76,7 @@ def test_a_wrong_backend_ends_with_1_and_names_the_case(
         "sinks, softcap, window, float32", "sinks, softcap, window, bfloat16",
     ]  # fmt: skip
     assert "wrong: capture, backend cpu, sinks, softcap, window, float32: maps: relative error 1.0e-02" in done.stdout
-    assert "2 of 67 cases are wrong." in done.stdout
+    assert "2 of 79 cases are wrong." in done.stdout
 
 
 def test_an_unavailable_backend_is_reported(carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

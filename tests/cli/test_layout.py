@@ -58,13 +58,14 @@ def test_a_layout_that_is_off_is_said(show: Invoke, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("carve_kernels.hf.layouts.layout_of", off)
     done = show()
     assert done.exit_code == 1 and "by at most 1.2" in done.stdout
+    assert "does not see" not in done.stdout
 
 
 def test_a_family_that_is_not_listed(show: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(families.FAMILIES, "llava")
     done = show()
     assert done.exit_code == 0, done.output
-    assert "no layout is known for this family, so the boxes were measured; 40.0% of the image" in done.stdout
+    assert "no layout is known for this family, so the boxes were measured; the model does not see 40.0%" in done.stdout
 
 
 def test_an_image_without_a_model(carve: Invoke, image_file: Path) -> None:
