@@ -40,8 +40,8 @@ def test_batch_advises_no_fit_where_it_would_be_refused(
 
 def test_of_several_images_each_says_what_was_unseen_of_it(run: Invoke, folder: Path) -> None:
     done = run("-i", folder / "2.png", "-i", folder / "1.png")
-    shown = [line for line in done.stdout.splitlines() if "outside" in line]
-    assert done.exit_code == 0 and [line.split(" was")[0] for line in shown] == ["20 % of image 0", "40 % of image 1"]
+    printed = [line for line in done.stdout.splitlines() if "outside" in line]
+    assert done.exit_code == 0 and [line.split(" was")[0] for line in printed] == ["20 % of image 0", "40 % of image 1"]
 
 
 def numbers(values: Any) -> Any:
