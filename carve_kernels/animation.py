@@ -56,7 +56,7 @@ def strip(
     """Some frames of a video side by side, with their saliency over them and the time under each.
 
     `saliency` is read for the chosen frames alone. Every frame has the same colours for the same values. `seconds` and
-    `shares` are those of all frames: when each begins, and its part of the contrast.
+    `shares` are those of all frames, numbered from 0: when each begins, and its part of the contrast.
     """
     _check(frames, saliency)
     for name, values in (("seconds", seconds), ("shares", shares)):
@@ -69,9 +69,12 @@ def strip(
     ends = _ends(saliency, chosen)
     tiles = []
     for number in chosen:
-        facts = [seconds_of(seconds[number]) if seconds else "", f"{shares[number]:.0%}" if shares else ""]
+        facts = [
+            seconds_of(seconds[number]) if seconds else "",
+            f"{shares[number]:.0%} of the contrast" if shares else "",
+        ]
         figure = overlay(frames[number], saliency[number], ends=ends)
-        tiles.append(Tile(figure, f"frame {number + 1} of {len(frames)}", ", ".join(filter(None, facts))))
+        tiles.append(Tile(figure, f"frame {number}", ", ".join(filter(None, facts))))
     return panel([tiles], title=title, caption=caption, tile=tile)
 
 

@@ -37,6 +37,11 @@ def heat(figure: Image.Image) -> numpy.ndarray:
 def test_the_same_value_has_the_same_colour_in_every_frame() -> None:
     frames, saliency = video()
     page = strip(frames, saliency, chosen=[0, 5], seconds=[0.0, 1, 2, 3, 4, 65.04], shares=[0.1] * 6, tile=240)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("carve_kernels.animation.panel", lambda rows, **_: rows[0])
+        first_tile, last_tile = strip(frames, saliency, chosen=[0, 5], shares=[0.1] * 6)
+    assert (first_tile.title, last_tile.title) == ("frame 0", "frame 5")
+    assert first_tile.caption == "10% of the contrast"
     # Two tiles of 240 pixels and the margins.
     assert page.width == 2 * 240 + 3 * 24
     first, last = page.crop((24, 0, 264, page.height)), page.crop((288, 0, 528, page.height))

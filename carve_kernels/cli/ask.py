@@ -12,6 +12,7 @@ from carve_kernels.cli.output import Announce, clock, replace_files, stages
 from carve_kernels.cli.report import Question, Report, files_of, is_ours, notes_of, stale_in, summarise, write
 from carve_kernels.hf import names
 from carve_kernels.hf.engine.engine import STAGES, CarveEngine
+from carve_kernels.hf.inputs import BARE_PROMPTS
 from carve_kernels.hf.model import input_device
 from carve_kernels.presets import Preset
 
@@ -53,15 +54,23 @@ def ask(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and the advice of transformers off the terminal."""
+    """Keep the progress bars and the advice of transformers off the terminal, and what the notes of a result say."""
+    import logging as standard
+
     from transformers.utils import logging
 
+    def is_no_note(record: standard.LogRecord) -> bool:
+        return record.getMessage() != BARE_PROMPTS
+
+    log = standard.getLogger("carve_kernels")
+    log.addFilter(is_no_note)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        log.removeFilter(is_no_note)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -212,18 +212,24 @@ class _Run:
         total = number_of(len(rows), "question")
         counts = f"{summary['answered']} of {total} answered, {len(rows) - done} of them before this run"
         if summary["right"] is not None:
-            counts += f"; right: plain {summary['right']}, refined {summary['refined_right']}"
-        rate = f"; {done / seconds:.2f} a second" if done else ""
-        say(f"{counts}; {clock.seconds():.1f} s{rate}")
+            known = sum(row.get("right") is not None for row in rows)
+            counts += f"; right of {known}: plain {summary['right']}, refined {summary['refined_right']}"
+        total_seconds, new = clock.seconds(), summary["answered"] - (len(rows) - done)
+        rate = f", {number_of(new, 'new answer')}: {new / total_seconds:.2f} a second" if new else ""
+        say(f"{counts}; {total_seconds:.1f} s{rate}")
         say(f"{self.store.folder}/: results.jsonl, summary.json")
         unseen = [row.get("unseen") or 0.0 for row in rows]
-        warning = unseen_warning(max(unseen))
+        # Nothing can be advised where a layout is measured, which is that of all questions to a model.
+        warning = unseen_warning(max(unseen), any(row.get("measured") for row in rows))
         if warning is not None:
             count = sum(unseen_warning(share) is not None for share in unseen)
             say(f"in {count} of {total} up to {warning}", "yellow")
-        notes = [f"line {row['line']}: {text}" for row in rows for text in row.get("notes") or ()]
+        notes: dict[str, list[int]] = {}
+        for row in rows:
+            for text in row.get("notes") or ():
+                notes.setdefault(text, []).append(row["line"])
         if notes:
-            note(first_few(notes))
+            note(first_few([f"{_lines(numbers)}: {text}" for text, numbers in notes.items()]))
         if failed:
             reasons = first_few([f"line {row['line']}: {row['error']['message']}" for row in failed])
             fail(f"{len(failed)} of {total} failed: {reasons}")
@@ -237,13 +243,30 @@ class _Run:
         if values.get("error") is not None:
             return {**row, "error": values["error"]}
         (numbers,) = values["presets"].values()
-        keys = ("answer", "refined_answer", "right", "refined_right", "box", "kept", "unseen", "reason", "notes")
+        keys = (
+            "answer",
+            "refined_answer",
+            "right",
+            "refined_right",
+            "box",
+            "kept",
+            "unseen",
+            "measured",
+            "reason",
+            "notes",
+        )
         return {**row, **{key: numbers.get(key) for key in keys}, "error": None}
 
     def _progress(self) -> str:
         done = f"{self.done} of {number_of(len(self.lines), 'question')}"
         verb = "is" if len(self.lines) == 1 else "are"
         return f"{done} {verb} done, in {self.store.folder}; run the command again to continue"
+
+
+def _lines(numbers: list[int]) -> str:
+    """The first of the lines that a note is about, and how many more there are."""
+    more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+    return f"line {numbers[0]}{more}"
 
 
 def _count(rows: list[dict[str, Any]], key: str) -> int | None:

@@ -258,8 +258,11 @@ def _processors(torchvision: str | None) -> Iterator[Line]:
                 why = "needs num2words: pip install num2words"
             elif kind is not None and torchvision and processors.video_parts(kind):
                 limit = f"images work without torchvision, videos need it: {INSTALL_TORCHVISION}"
-        except names.UpstreamChanged as error:
-            why = one_line(error.what)
+        except names.UpstreamChanged:
+            why = (
+                f"transformers {names.version()} lists none for this family: its checkpoints work where their "
+                "processor_config.json names one, others need a newer transformers"
+            )
         except ImportError as error:
             # transformers has a stand-in for a class that needs a missing library.
             why = f"needs torchvision: {INSTALL_TORCHVISION}" if torchvision else one_line(error)

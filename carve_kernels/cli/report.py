@@ -20,6 +20,7 @@ from carve_kernels.cli.ours import is_json, png_info, png_texts, write_json
 from carve_kernels.cli.output import clock, note, number_of, one_line, say, versions
 from carve_kernels.cli.tables import screen, table
 from carve_kernels.hf.engine.result import CarvedImage, CarveResult
+from carve_kernels.hf.inputs import bare_prompts
 from carve_kernels.maps import AttentionMaps, is_saved
 from carve_kernels.models import small
 from carve_kernels.types import Size
@@ -202,19 +203,22 @@ def notes_of(result: CarveResult, model: Any, processor: Any) -> list[str]:
         notes.append(f"the model returned no text in its {' and its '.join(silent)} answer")
     if notes and model.name_or_path == str(small()):
         notes.append("the embedded model, small, only knows questions such as 'what digit is red'")
+    if (warning := bare_prompts(processor)) is not None:
+        notes.append(warning)
     return notes
 
 
-def unseen_warning(share: float, measured: bool = False) -> str | None:
+def unseen_warning(share: float, measured: bool = False, image: int | None = None) -> str | None:
     """A warning of the share of an image that the model did not see; None where it is negligible.
 
-    What a measured layout leaves out cannot be shown by a fit.
+    What a measured layout leaves out cannot be shown by a fit. `image` is the number of one of several.
     """
     if share <= 0.005:
         return None
     text = percent(share).replace("%", " %")
     fix = "" if measured else " (centre crop); --fit pad shows it whole"
-    return f"{text} of the image was outside the model's view{fix}"
+    which = "the image" if image is None else f"image {image}"
+    return f"{text} of {which} was outside the model's view{fix}"
 
 
 def percent(share: float) -> str:
@@ -247,6 +251,7 @@ def _numbers(result: CarveResult, truth: str | None) -> dict[str, Any]:
             | ({"image": view.image} if len(result.images) > 1 else {})
             for view in layout.views[0]
         ],
+        "measured": layout.measured,
         "steps": {"task": len(result.task.steps), "general": len(result.general.steps)},
         "dtype": result.task.dtype,
         "entropy": {str(layer): value for layer, value in result.entropy.items()},
@@ -306,6 +311,7 @@ def _row(name: str, result: CarveResult, report: Report, number: int) -> list[Ti
     preset, image, truth = result.preset, result.images[number], report.question.truth
     lam = "the mean of the general map" if preset.lam == "mean" else f"{preset.lam:g}"
     unseen = f"\nhatched: {percent(image.unseen)} of the image, outside the model's view" if image.unseen > 0 else ""
+    every = "of all images: " if len(result.images) > 1 else ""
     selected = f"the whole image: {image.reason}"
     if image.reason is None:
         x0, y0, x1, y1 = image.regions.box
@@ -326,9 +332,9 @@ def _row(name: str, result: CarveResult, report: Report, number: int) -> list[Ti
         attention(
             result.task,
             "Attention for the question",
-            f"{{grid}} tokens, mean of heads and layers\nentropy {_average(result.entropy):.3f}, ",
+            f"{{grid}} tokens, mean of heads and layers\n{every}entropy {_average(result.entropy):.3f}, ",
         ),
-        attention(result.general, "Attention for the general prompt", f"{_quoted(preset.general_prompt)}\n"),
+        attention(result.general, "Attention for the general prompt", f"{_quoted(preset.general_prompt)}\n{every}"),
         Tile(
             overlay(image.image, image.saliency, seen=image.seen),
             "Contrast",

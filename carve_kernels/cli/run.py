@@ -56,16 +56,22 @@ def run(
         if value is not None:
             raise ValueError(f"{option}: expected with --video alone, got {value!r}")
     chosen = options.parse_refine(refine)
-    chosen_images(chosen, len(image))
+    try:
+        chosen_images(chosen, len(image))
+    except ValueError as error:
+        several = f"all, or numbers of images from 0 to {len(image) - 1}, each once, such as 1 or 0,1"
+        expected = several if len(image) > 1 else "0, the only image, or no --refine"
+        raise ValueError(f"--refine: expected {expected}, got {refine!r}") from error
     opened = [open_image(each, settings.pixel_limit) for each in image]
     inputs = {"--image": [checks.path("image", each) for each in image], "--preset": settings.preset_files}
     refuse_inputs((folder / file for file in files_of(len(image))), inputs)
     asked = Question(opened, question)
     report = ask(folder, asked, {name: preset}, lambda: settings.load(model), chosen, **settings.engine)
     result = report.results[name]
-    warning = unseen_warning(max(each.unseen for each in result.images), result.layout.measured)
-    if warning is not None:
-        say(warning, "yellow")
+    for number, each in enumerate(result.images):
+        warning = unseen_warning(each.unseen, result.layout.measured, number if asked.several else None)
+        if warning is not None:
+            say(warning, "yellow")
 
 
 def _about_video(

@@ -130,8 +130,9 @@ def _write_frames(path: Path, saliency: VideoSaliency) -> None:
 
 
 def _caption(result: VideoResult) -> str:
-    answers = " / ".join(filter(None, (result.answer, result.refined_answer)))
-    return f"{answers}\n{_kept(result)}. Frames with the largest share of the contrast."
+    answers = f"Plain answer: {one_line(result.answer)}\n" if result.answer else ""
+    answers += f"Refined answer: {one_line(result.refined_answer)}"
+    return f"{answers}\n{_kept(result)}. Above: the frames with the largest shares of the contrast."
 
 
 def _kept(result: VideoResult) -> str:
@@ -139,8 +140,8 @@ def _kept(result: VideoResult) -> str:
         return f"The whole video is kept: {result.regions.reason}"
     x0, y0, f0, x1, y1, f1 = result.box
     begin, end = seconds_of(result.video.seconds[f0]), seconds_of(result.video.end(f1 - 1))
-    frames = f"frames {f0 + 1} to {f1}" if f1 > f0 + 1 else f"frame {f1}"
-    return f"Kept: {frames} of {len(result.video)} ({begin} to {end}), pixels {x0},{y0} to {x1},{y1}"
+    frames = f"frames {f0} to {f1 - 1}" if f1 > f0 + 1 else f"frame {f0}"
+    return f"Kept: {frames} of {len(result.video)}, numbered from 0 ({begin} to {end}), pixels {x0},{y0} to {x1},{y1}"
 
 
 def _summarise(result: VideoResult, folder: Path, names: tuple[str, ...]) -> None:

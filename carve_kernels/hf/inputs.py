@@ -27,6 +27,9 @@ from carve_kernels.ops.zoom import orientation, to_rgb
 MAX_IMAGE_PIXELS = 178_956_970
 """The most pixels that `open_image` opens unless told otherwise: where Pillow itself stops by default."""
 
+BARE_PROMPTS = "no chat template: the prompt is the bare question; copy all files of the checkpoint"
+"""The warning of `bare_prompts`."""
+
 # Where Pillow looks for an orientation, in its order.
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # The transposition that makes an image of each EXIF orientation upright.
@@ -114,6 +117,13 @@ def build_prompt(processor: Any, text: str, n_images: int = 1) -> str:
             return prompt
         faults.append(fault)
     raise ValueError(f"processor: its chat template {faults[0]}")
+
+
+def bare_prompts(processor: Any) -> str | None:
+    """A warning of prompts that no chat template makes, unless the processor writes them or takes the text alone."""
+    if adds_image_token(processor) or writes_prompts(processor) or template_of(processor) is not None:
+        return None
+    return BARE_PROMPTS
 
 
 def prepare(

@@ -31,6 +31,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = "pytorch_model*.bin"
 _PROFILE = "carve.json"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -184,7 +185,9 @@ def _has_only_pickles(folder: Path) -> bool:
 
 
 def _processor(checkpoint: Checkpoint, family: str) -> Any:
-    folder, _, fix_broken = checkpoint
+    folder, fix_missing, fix_broken = checkpoint
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        raise ValueError(f"model: {folder} has no {' or '.join(_PROCESSOR_FILES)}; {fix_missing}")
     try:
         processor = processor_of(folder, family)
     except ImportError as error:
@@ -195,10 +198,7 @@ def _processor(checkpoint: Checkpoint, family: str) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"model: the processor in {folder} cannot be loaded ({error}); {fix_broken}") from error
     if getattr(processor, "image_processor", None) is None:
-        raise ValueError(
-            f"model: {folder} has no image processor (processor_config.json, preprocessor_config.json); "
-            f"{checkpoint.fix_missing}"
-        )
+        raise ValueError(f"model: {folder} has no image processor ({', '.join(_PROCESSOR_FILES)}); {fix_missing}")
     return processor
 
 

@@ -152,7 +152,8 @@ def video_parts(processor_class: Any) -> list[str]:
 
 def lacks_num2words(processor_class: Any) -> bool:
     """Whether a processor class needs num2words, which is missing, as SmolVLM's does for images and videos."""
-    return vars(sys.modules[processor_class.__module__]).get("num2words", "") is None
+    # transformers' stand-in for a class that cannot be imported has no module.
+    return getattr(sys.modules.get(processor_class.__module__), "num2words", "") is None
 
 
 def is_without_videos(processor: Any) -> bool:

@@ -25,6 +25,7 @@ def test_writes_a_record_for_each_and_tables_of_all(ask: Ask, folder: Path, run:
         [*(f"results/{name}/result.json" for name in NAMES), "results.jsonl", "summary.json"]
     )
     assert done.stderr == "" and "3 of 3 questions answered, 0 of them before this run" in done.stdout
+    assert "; right of 1: plain " in done.stdout and " s, 3 new answers: " in done.stdout
 
     found = records(folder)
     assert found["1"]["image_path"] == str(folder / "1.png")
@@ -135,7 +136,7 @@ def test_bad_images_are_records_and_are_tried_again(ask: Ask, folder: Path) -> N
         done.stderr.startswith("error: 3 of 5 questions failed: line 2: image: ")
         and "line 5: question: " in done.stderr
     )
-    assert "2 of 5 questions answered" in done.stdout
+    assert "2 of 5 questions answered" in done.stdout and ", 2 new answers: " in done.stdout
     found = records(folder)
     assert found["m"]["error"]["type"] == "ValueError" and "is missing" in found["m"]["error"]["message"]
     assert "cannot be read as an image" in found["b"]["error"]["message"] and found["1"]["error"] is None

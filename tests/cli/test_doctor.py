@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from carve_kernels import extras
 from carve_kernels.backends.native import extension
+from carve_kernels.cli.doctor import _models, _processors
 from tests.cli.conftest import Invoke
 
 
@@ -28,6 +30,8 @@ def test_here_everything_needed_works(carve: Invoke, monkeypatch: pytest.MonkeyP
         "CPU",
         "GPU",
         "llava processor",
+        "torchvision",
+        "av",
         "13 of 13 checks hold",
         "Ready.",
     ):
@@ -119,6 +123,19 @@ def test_torchvision_missing() -> None:
     for family, more in (("qwen2_vl", True), ("qwen2_5_vl", True), ("llava", False)):
         line = next(line for line in done.stdout.splitlines() if f"{family} processor" in line)
         assert "yes" in line and ("images work without torchvision, videos need it" in line) is more, line
+
+
+def test_what_a_family_without_a_processor_class_needs_is_said() -> None:
+    more = {what: why for what, _, why in _processors(None)}
+    assert "its checkpoints work where their processor_config.json names one" in more["fast_vlm processor"]
+    assert more["llava processor"] == ""
+
+
+def test_pyav_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[_models.__module__]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "av" else find_spec(name))
+    (line,) = (line for line in _models(None) if line[0] == "av")
+    assert not line[1] and line[2].startswith("missing; videos need it: pip install 'av")
 
 
 def test_torch_missing() -> None:

@@ -29,6 +29,21 @@ def test_no_fit_is_advised_where_it_would_be_refused(run: Invoke, monkeypatch: p
     assert done.exit_code == 2 and "--fit: expected None, got 'pad': what a processor of 'llava' crops" in done.stderr
 
 
+def test_batch_advises_no_fit_where_it_would_be_refused(
+    ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(families.FAMILIES, "llava")
+    expected = f"in 1 of 1 question up to {WARNING.split(' (')[0]}"
+    assert expected in ask(LINES[:1]).stdout.splitlines()
+    assert [row["measured"] for row in table(folder)] == [True]
+
+
+def test_of_several_images_each_says_what_was_unseen_of_it(run: Invoke, folder: Path) -> None:
+    done = run("-i", folder / "2.png", "-i", folder / "1.png")
+    printed = [line for line in done.stdout.splitlines() if "outside" in line]
+    assert done.exit_code == 0 and [line.split(" was")[0] for line in printed] == ["20 % of image 0", "40 % of image 1"]
+
+
 def numbers(values: Any) -> Any:
     (found,) = values["presets"].values()
     return found

@@ -17,6 +17,7 @@ import carve_kernels
 from carve_kernels.cli import report
 from carve_kernels.cli.options import parse_lam, parse_layers, parse_rows
 from carve_kernels.cli.report import FILES, files_of
+from carve_kernels.visualize import panel
 from tests.cli.conftest import QUESTION, Invoke, content
 from tests.support import tiny_models
 
@@ -87,14 +88,34 @@ def test_several_images(run: Invoke, tmp_path: Path, checkpoint: Path, folder: P
         assert Image.open(out / f"refined-{number}.png").tobytes() == image.refined.tobytes()
     both = Image.open(out / "panel.png")
     assert both.width == one.width and both.height > 1.6 * one.height
-    assert "of image 1" in done.stdout and run("-i", images[1]).exit_code == 0
+    assert "of image 1" in done.stdout
+    refused = run("-i", images[1], "--refine", "3")
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: --refine: expected 0, the only image, or no --refine, got '3'\n"
+    assert run("-i", images[1]).exit_code == 0
     assert sorted(content(out)) == sorted(FILES)
+
+
+def test_a_panel_says_what_is_of_all_images(run: Invoke, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+
+    def listed(rows: Any, **texts: Any) -> Any:
+        captions.extend(tile.caption for row in rows for tile in row if tile.title.startswith("Attention"))
+        return panel(rows, **texts)
+
+    monkeypatch.setattr("carve_kernels.cli.report.panel", listed)
+    assert run().exit_code == 0
+    assert len(captions) == 2 and not any("all images" in caption for caption in captions)
+    captions.clear()
+    assert run("-i", folder / "1.png", "-i", folder / "2.png").exit_code == 0
+    assert len(captions) == 4 and sum("\nof all images: entropy" in caption for caption in captions) == 2
+    assert sum("\nof all images: mass" in caption for caption in captions) == 2
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--refine", "2"), "refine: expected None, 'all', or numbers of images from 0 to 1, each once, got"),
+        (("--refine", "2"), "error: --refine: expected all, or numbers of images from 0 to 1, each once, such as"),
         (("--refine", "one"), "refine: expected all, or numbers of images such as 1 or 0,2, got 'one'"),
         (("-i", "missing.png"), "image: missing.png is missing"),
     ],

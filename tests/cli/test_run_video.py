@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import carve_kernels
+from carve_kernels import animation
 from carve_kernels.cli import video
 from tests.cli.conftest import QUESTION, QUICK, Invoke, content
 from tests.hf.test_videos import write
@@ -96,6 +97,26 @@ def test_a_model_that_takes_images_only_is_named(ask: Invoke, tmp_path: Path) ->
     done = ask("-m", "small", "--layers", "1")
     assert done.exit_code == 2 and not (tmp_path / "out").exists()
     assert "error: --video: expected a model that takes videos; llava takes images only" in done.stderr
+
+
+def test_the_strip_labels_the_answers_and_numbers_frames_as_the_record(
+    ask: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions: list[str] = []
+
+    def caught(*_args: Any, caption: str, **options: Any) -> Any:
+        captions.append(caption)
+        return animation.strip(*_args, caption=caption, **options)
+
+    monkeypatch.setattr(video, "strip", caught)
+    done = ask("--max-frames", 5)
+    assert done.exit_code == 0, done.output
+    record: dict[str, Any] = json.loads((tmp_path / "out" / video.RECORD).read_text())
+    _, _, f0, _, _, f1 = record["box"]
+    kept = f"Kept: frames {f0} to {f1 - 1} of 5, numbered from 0" if f1 > f0 + 1 else f"Kept: frame {f0} of 5, "
+    assert kept in done.stdout and kept in captions[0]
+    plain, refined, *_ = captions[0].splitlines()
+    assert plain.startswith("Plain answer: ") and refined.startswith("Refined answer: ")
 
 
 def test_a_fit_is_refused_before_the_model_is_loaded(ask: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

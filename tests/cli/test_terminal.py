@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from carve_kernels.cli import app, output
 from carve_kernels.cli.report import _settings, percent
 from carve_kernels.cli.tables import show
 from carve_kernels.hf.engine.engine import CarveEngine
+from carve_kernels.hf.inputs import BARE_PROMPTS
+from carve_kernels.hf.loading import load
 from carve_kernels.presets import Preset
 from tests.cli.conftest import LINES, QUESTION, QUICK, Ask, Invoke, table
 
@@ -150,6 +153,23 @@ def test_an_empty_answer_is_noted(run: Invoke, ask: Ask, folder: Path, altered: 
     altered.update(answer="red")
     assert ask(LINES[:1]).exit_code == 0
     assert table(folder)[0]["notes"] == ["the model returned no text in its refined answer"]
+
+
+def test_a_checkpoint_without_a_chat_template_is_noted_once(
+    run: Invoke, ask: Ask, checkpoint: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = folder / "bare"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    done = run("-m", bare)
+    assert done.exit_code == 0 and done.stderr.splitlines().count(BARE_PROMPTS) == 1
+    (numbers,) = json.loads((folder / "out/result.json").read_text())["presets"].values()
+    assert numbers["notes"].count(BARE_PROMPTS) == 1 and BARE_PROMPTS not in caplog.text
+    done = ask(LINES, "-m", bare, "-o", folder / "many")
+    assert done.exit_code == 0 and f"line 1 and 2 more: {BARE_PROMPTS}" in done.stderr
+    assert BARE_PROMPTS not in run().stderr
+    CarveEngine(*load(bare))
+    assert caplog.text.count(BARE_PROMPTS) == 1
 
 
 def test_what_the_model_did_not_see_is_printed(run: Invoke, folder: Path, altered: dict[str, Any]) -> None:

@@ -205,6 +205,16 @@ def test_weights_that_lack_a_tensor(copy: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_weights_read")
+def test_a_folder_without_a_processor_names_its_file(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    (copy / "processor_config.json").unlink()
+    expected = rf"^model: {copy} has no processor_config\.json or preprocessor_config\.json; copy all of its files$"
+    with pytest.raises(ValueError, match=expected):
+        load(copy)
+
+
+@pytest.mark.usefixtures("no_weights_read")
 def test_a_processor_that_needs_torchvision(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")

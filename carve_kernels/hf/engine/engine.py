@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from carve_kernels.hf.engine.passes import Job, Setup, first_pass, second_pass
 from carve_kernels.hf.engine.requests import ImageSource, ImageSources, Refine, Request, make_request
 from carve_kernels.hf.engine.result import CarveFailure, CarveResult
 from carve_kernels.hf.engine.video import VideoResult, VideoSource, answer_video, make_video_request
-from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
+from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS, bare_prompts
 from carve_kernels.hf.loading import resolve_preset
 from carve_kernels.hf.model import (
     attention_modules,
@@ -36,6 +37,7 @@ from carve_kernels.presets import FITS, Preset
 
 Many = list[Any] | tuple[Any, ...]
 OnProgress = Callable[[str, int, int], None]
+_LOG = logging.getLogger("carve_kernels")
 STAGES = ("first pass", "carve", "second pass")
 
 
@@ -109,6 +111,8 @@ class CarveEngine:
             raise TypeError(f"plain: expected True or False, got {checks.describe(plain)}")
         self.plain = plain
         self.fit: str | None = checks.choice("fit", fit, FITS)
+        if (warning := bare_prompts(processor)) is not None:
+            _LOG.warning("%s", warning)
 
     @overload
     def __call__(
