@@ -1,0 +1,327 @@
+"""The names of ViCrop's program (mllms_know), on this package: relative attention, its box, the answer about both.
+
+Its `utils`, `llava_methods` and `run` become this module; docs/frontends.md lists what is equal and what is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from carve_kernels import checks
+from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
+from carve_kernels.hf.decoding.generation import preserved_positions
+from carve_kernels.hf.engine.requests import locate_prompt
+from carve_kernels.hf.image_inputs import ImageInputs
+from carve_kernels.hf.inputs import build_prompt
+from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, unwrap
+from carve_kernels.hf.session import contract
+from carve_kernels.types import Size, View
+
+Array = NDArray[Any]
+MapFunction = Callable[[Image.Image, str, str, Any, Any], Array]
+Pixels = tuple[int, int, int, int]
+
+RATIOS = (1, 1.2, 1.4, 1.6, 1.8, 2)
+"""The sides of the windows, as multiples of `bbox_size`."""
+
+GENERAL_QUESTION = "Write a general description of the image."
+ANSWER_SUFFIX = "Answer the question using a single word or phrase."
+
+
+class Family(NamedTuple):
+    """A model_name: its model types, the layer of its maps and the side of its smallest box."""
+
+    model_types: tuple[str, ...]
+    layer: int
+    bbox_size: int
+
+
+FAMILIES = {"llava": Family(("llava",), 14, 336), "qwen2_5": Family(("qwen2_5_vl",), 22, 224)}
+
+METHODS = ("rel_att", "rel_att_high")
+
+
+def bbox_from_att_image_adaptive(att_map: Array, image_size: tuple[int, int], bbox_size: int = 336) -> Pixels:
+    """The box, x0 y0 x1 y1, of the window with the largest sum whose neighbours have the least.
+
+    ==========  =======================================================================================================
+    att_map     a map [rows, columns] of the whole image
+    image_size  (width, height)
+    bbox_size   the side of the smallest window in pixels; others are up to twice as large, see RATIOS
+    ==========  =======================================================================================================
+
+    At each ratio the window with the largest sum competes by (sum - mean of the sums of the windows one token beside
+    it) / tokens. Among equal windows the first column wins, then the first row; among equal ratios the smallest. A
+    window that holds all tokens has no neighbours: at ratio 1 the whole image is returned, larger ones do not compete.
+
+    Raises TypeError or ValueError for a map that is not finite, and for a window that is smaller than a token.
+    """
+    values = np.asarray(att_map)
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise ValueError(f"att_map: expected finite numbers [rows, columns], got {checks.describe(att_map)}")
+    width, height = _sides("image_size", image_size)
+    smallest = checks.integer("bbox_size", bbox_size, low=1)
+    rows, columns = values.shape
+    token = width / columns, height / rows
+    best: tuple[float, float, tuple[int, int], tuple[int, int]] | None = None
+    for ratio in RATIOS:
+        across = min(int(smallest * ratio / token[0]), columns)
+        down = min(int(smallest * ratio / token[1]), rows)
+        if not across or not down:
+            raise ValueError(
+                f"bbox_size: expected at least the {math.ceil(max(token))} pixels of a token, got {smallest}; split "
+                "the image, as high_res does"
+            )
+        if (across, down) == (columns, rows):
+            break
+        place, sharpness = _sharpest(values, across, down)
+        if best is None or sharpness > best[0]:
+            best = sharpness, ratio, place, (across, down)
+    if best is None:
+        return 0, 0, width, height
+    _, ratio, place, count = best
+    half = smallest * ratio // 2
+    edges = []
+    for axis, side in enumerate((width, height)):
+        centre = int(place[axis] * token[axis] + token[axis] * count[axis] / 2)
+        centre = min(max(centre, half), side - half)
+        edges.append((int(max(0, centre - half)), int(min(side, centre + half))))
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+
+
+def high_res_split_threshold(image: Image.Image, res_threshold: int = 1024) -> tuple[list[Image.Image], int, int]:
+    """The parts of an image by rows, the number of rows and the number of parts in each.
+
+    There are so many rows that none is higher than `res_threshold`, and about as many parts in each as make them
+    square, at least one. Parts have one size; what is beyond the image is black.
+    """
+    _check_image(image)
+    rows = math.ceil(image.height / checks.integer("res_threshold", res_threshold, low=1))
+    columns = max(1, int(rows * image.width / image.height))
+    across, down = math.ceil(image.width / columns), math.ceil(image.height / rows)
+    parts = [
+        image.crop((column * across, row * down, (column + 1) * across, (row + 1) * down))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return parts, rows, columns
+
+
+def high_res(
+    map_func: MapFunction, image: Image.Image, prompt: str, general_prompt: str, model: Any, processor: Any
+) -> Array:
+    """The maps of the parts of an image, by `map_func` with the other arguments, side by side."""
+    if not callable(map_func):
+        raise TypeError(f"map_func: expected a function, got {checks.describe(map_func)}")
+    parts, rows, columns = high_res_split_threshold(image)
+    maps = [map_func(part, prompt, general_prompt, model, processor) for part in parts]
+    return np.block([maps[row * columns : (row + 1) * columns] for row in range(rows)])
+
+
+def rel_attention_llava(
+    image: Image.Image,
+    prompt: str,
+    general_prompt: str,
+    model: Any,
+    processor: Any,
+    *,
+    layer: int = FAMILIES["llava"].layer,
+) -> Array:
+    """The map of a prompt divided by that of a general one, float32 [rows, columns], as ViCrop's for LLaVA-1.5.
+
+    Both are attention of the last token of the prompt, averaged over the heads of one layer; both prompts hold an
+    image token. Of an image that is not square, the processor shows the middle: the map has tokens of 0 beside it, so
+    that it is one of the whole image. 0 / 0 is 0.
+
+    Raises TypeError or ValueError, before the model runs, for another model_type, a layer without softmax attention,
+    and a prompt without the image; and for a general map of 0 where the other is not.
+    """
+    return _relative("llava", image, (prompt, general_prompt), model, processor, layer)
+
+
+def rel_attention_qwen2_5(
+    image: Image.Image,
+    prompt: str,
+    general_prompt: str,
+    model: Any,
+    processor: Any,
+    *,
+    layer: int = FAMILIES["qwen2_5"].layer,
+) -> Array:
+    """The same for Qwen2.5-VL, whose prompts are texts that the chat template puts behind the image."""
+    checks.text("prompt", prompt)
+    checks.text("general_prompt", general_prompt)
+    prompts = build_prompt(processor, prompt, 1), build_prompt(processor, general_prompt, 1)
+    return _relative("qwen2_5", image, prompts, model, processor, layer)
+
+
+def vicrop_qa(
+    model_name: str,
+    method_name: str,
+    image_path: Any,
+    question: str,
+    model: Any,
+    processor: Any,
+    short_question: str,
+    *,
+    layer: int | None = None,
+) -> tuple[str, str, Pixels]:
+    """The answer about an image, the answer about it and its part that the question is about, and the box of that.
+
+    ==============  ===================================================================================================
+    model_name      "llava" or "qwen2_5"
+    method_name     "rel_att", or "rel_att_high", which splits the image by `high_res`
+    image_path      a file, as `PIL.Image.open` takes it
+    short_question  the question for the map
+    layer           None: 14 for "llava", 22 for "qwen2_5"
+    ==============  ===================================================================================================
+
+    Answers are at most 20 tokens of the model's own `generate`, without sampling. Raises TypeError or ValueError,
+    before the model runs, for an argument of the wrong kind.
+    """
+    checks.choice("model_name", model_name, tuple(FAMILIES))
+    checks.choice("method_name", method_name, METHODS)
+    checks.text("question", question)
+    checks.text("short_question", short_question)
+    family = FAMILIES[model_name]
+    number = _check_model(model_name, model, family.layer if layer is None else layer)
+    with Image.open(image_path) as opened:
+        # Without the file's entries, whose orientation ViCrop does not apply.
+        image = Image.fromarray(np.asarray(opened.convert("RGB")))
+    prompts = _prompt(model_name, short_question), _prompt(model_name, GENERAL_QUESTION)
+    relative = rel_attention_llava if model_name == "llava" else rel_attention_qwen2_5
+
+    def map_func(part: Image.Image, prompt: str, general_prompt: str, model: Any, processor: Any) -> Array:
+        return relative(part, prompt, general_prompt, model, processor, layer=number)
+
+    with exclusive(model):
+        answer = _answer(model_name, model, processor, [image], question)
+        if method_name == "rel_att":
+            att_map = map_func(image, *prompts, model, processor)
+        else:
+            att_map = high_res(map_func, image, *prompts, model, processor)
+        bbox = bbox_from_att_image_adaptive(att_map, image.size, family.bbox_size)
+        both = [image, image.crop(bbox)]
+        return answer, _answer(model_name, model, processor, both, question), bbox
+
+
+def _sharpest(values: Array, across: int, down: int) -> tuple[tuple[int, int], float]:
+    """The place (column, row) of the window of so many tokens with the largest sum, and how far it is above others."""
+    sums = np.empty((values.shape[0] - down + 1, values.shape[1] - across + 1))
+    # Each by itself: other ways to sum round otherwise, which decides between equal windows.
+    for row, column in np.ndindex(sums.shape):
+        sums[row, column] = values[row : row + down, column : column + across].sum()
+    column, row = np.unravel_index(int(sums.T.argmax()), sums.T.shape)
+    beside = [(row, column - 1), (row, column + 1), (row - 1, column), (row + 1, column)]
+    neighbours = [sums[y, x] for y, x in beside if 0 <= y < sums.shape[0] and 0 <= x < sums.shape[1]]
+    return (int(column), int(row)), float((sums[row, column] - np.mean(neighbours)) / (across * down))
+
+
+def _sides(name: str, size: Any) -> tuple[int, int]:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"{name}: expected (width, height), got {checks.describe(size)}")
+    width, height = (checks.integer(f"{name}[{axis}]", side, low=1) for axis, side in enumerate(size))
+    return width, height
+
+
+def _check_image(image: Any) -> None:
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image: expected a PIL image, got {checks.describe(image)}")
+
+
+def _relative(
+    model_name: str, image: Image.Image, prompts: tuple[str, str], model: Any, processor: Any, layer: int
+) -> Array:
+    _check_image(image)
+    number = _check_model(model_name, model, layer)
+    names = ("prompt", "general_prompt")
+    for name, prompt in zip(names, prompts, strict=True):
+        if (count := checks.text(name, prompt).count(processor.image_token)) != 1:
+            raise ValueError(
+                f"{name}: expected {processor.image_token!r} once, where the image is, got it {count} times"
+            )
+    original = Image.fromarray(np.asarray(image.convert("RGB")))
+    image_inputs = ImageInputs.for_model(model, processor, None)
+    groups: dict[tuple[int, ...], PromptGroup] = {}
+    branches, views = [], []
+    for text in prompts:
+        inputs, features = image_inputs.inputs([original], text)
+        located = locate_prompt(model, processor, [original], text, inputs, features)
+        group = groups.setdefault(located.prefix_ids, PromptGroup(features, located.prefix_length, located.layout))
+        # No new token: the forward ends after the layer.
+        branches.append(Branch(located.inputs, 0, "last"))
+        group.branches.append(branches[-1])
+        views.append(located.layout.views[0])
+    if any(len(of_prompt) != 1 for of_prompt in views):
+        raise ValueError(
+            f"processor: expected one that shows an image as one grid of tokens, got {list(map(len, views))} of them"
+        )
+    with exclusive(model):
+        Decoder(model, processor, (number,), "auto").decode(list(groups.values()))
+    for branch in branches:
+        if not bool(branch.maps.whole().all()):
+            raise ValueError(f"layer: expected one whose last row sees all tokens of the image, got {layer}")
+    task, general = (branch.maps.values[0, 0, 0, 0].cpu().numpy() for branch in branches)
+    if (general[task > 0] == 0).any():
+        raise ValueError("general_prompt: expected attention to each token that the prompt looks at, got 0")
+    ratio = np.divide(task, general, out=np.zeros_like(task), where=general > 0)
+    return _on_whole_image(ratio, views[0][0], (original.height, original.width))
+
+
+def _on_whole_image(values: Array, view: View, size: Size) -> Array:
+    """A map on the grid of its view, with tokens of 0 for the parts of the image that the view does not show."""
+    rows, columns = view.grid
+    left, top, right, bottom = view.box
+    above, below = _beyond(top, bottom, size[0], rows)
+    before, after = _beyond(left, right, size[1], columns)
+    return np.pad(values.reshape(rows, columns), ((above, below), (before, after)))
+
+
+def _beyond(low: float, high: float, side: int, tokens: int) -> tuple[int, int]:
+    """How many tokens fit before and after an interval of so many tokens, rounded."""
+    each = (high - low) / tokens
+    return max(0, round(low / each)), max(0, round((side - high) / each))
+
+
+def _check_model(model_name: str, model: Any, layer: int) -> int:
+    """The number of a layer, counted from 0, of a model that must be of the family."""
+    contract.ensure()
+    check_decoder(model)
+    check_steady(model)
+    kind, expected = unwrap(model).config.model_type, FAMILIES[model_name].model_types
+    if kind not in expected:
+        raise ValueError(f"model: expected the model_type {expected[0]!r} for {model_name}, got {kind!r}")
+    having = attention_modules(model)
+    number = checks.integer("layer", layer)
+    if number not in having:
+        raise ValueError(f"layer: expected the number of a layer with softmax attention, {list(having)}, got {number}")
+    return number
+
+
+def _prompt(model_name: str, question: str) -> str:
+    text = f"{question} {ANSWER_SUFFIX}"
+    return f"<image>\nUSER: {text}\nASSISTANT:" if model_name == "llava" else text
+
+
+def _answer(model_name: str, model: Any, processor: Any, images: list[Image.Image], question: str) -> str:
+    """The answer to a question about images, by the model's own `generate`."""
+    prompt = _prompt(model_name, question)
+    if model_name == "llava":
+        prompt = "<image>" * (len(images) - 1) + prompt
+    else:
+        prompt = build_prompt(processor, prompt, len(images))
+    inputs, features = ImageInputs.for_model(model, processor, None).inputs(images, prompt)
+    inner = unwrap(model)
+    with torch.no_grad(), preserved_positions(inner):
+        ids = inner.generate(**{**inputs, **features.entries}, max_new_tokens=20, do_sample=False)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    [text] = processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answer: str = text.strip()
+    return answer
