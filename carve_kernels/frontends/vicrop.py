@@ -91,8 +91,8 @@ def bbox_from_att_image_adaptive(att_map: Array, image_size: tuple[int, int], bb
     edges = []
     for axis, side in enumerate((width, height)):
         centre = int(place[axis] * token[axis] + token[axis] * count[axis] / 2)
-        centre = min(max(centre, half), side - half)
-        edges.append((int(max(0, centre - half)), int(min(side, centre + half))))
+        kept = min(max(centre, half), side - half)
+        edges.append((int(max(0, kept - half)), int(min(side, kept + half))))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
@@ -318,7 +318,7 @@ def _answer(model_name: str, model: Any, processor: Any, images: list[Image.Imag
     else:
         prompt = build_prompt(processor, prompt, len(images))
     inputs, features = ImageInputs.for_model(model, processor, None).inputs(images, prompt)
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     with torch.no_grad(), preserved_positions(inner):
         ids = inner.generate(**{**inputs, **features.entries}, max_new_tokens=20, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :]

@@ -175,7 +175,7 @@ def test_a_prompt_that_does_not_show_the_image_once_is_refused() -> None:
         vicrop.rel_attention_qwen2_5(image, " ", QUESTION, models("qwen2_5")[0], models("qwen2_5")[2], layer=1)
 
 
-def box_of(values: Any, size: tuple[int, int], side: int) -> tuple[float, ...]:
+def box_of(values: Any, size: tuple[int, int], side: int) -> tuple[float, float, float, float]:
     """The box by its definition: every window of every ratio, ordered by what decides between them."""
     rows, columns = values.shape
     wide, high = size[0] / columns, size[1] / rows
@@ -197,7 +197,7 @@ def box_of(values: Any, size: tuple[int, int], side: int) -> tuple[float, ...]:
     half = side * ratio // 2
     found = []
     for start, count, token, length in ((x, w, wide, size[0]), (y, h, high, size[1])):
-        middle = int(start * token + token * count / 2)
+        middle: float = int(start * token + token * count / 2)
         middle = half if middle < half else middle
         middle = length - half if middle > length - half else middle
         found.append((max(0, middle - half), min(length, middle + half)))
