@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +16,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from carve_kernels import checks
+from carve_kernels.hf import names
+from carve_kernels.hf.attention_patch import INSTEAD, patched
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
 from carve_kernels.hf.decoding.generation import preserved_positions
-from carve_kernels.hf.engine.requests import locate_prompt
-from carve_kernels.hf.image_inputs import ImageInputs
+from carve_kernels.hf.engine.requests import Prompt, locate_prompt
+from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
-from carve_kernels.hf.model import attention_modules, check_decoder, check_steady, unwrap
+from carve_kernels.hf.model import (
+    attention_modules,
+    check_decoder,
+    check_steady,
+    layer_window,
+    tensor_parallel_group,
+    unwrap,
+)
 from carve_kernels.hf.session import contract
-from carve_kernels.types import Size, View
+from carve_kernels.ops.capture import capture
+from carve_kernels.types import VisualLayout
 
 Array = NDArray[Any]
 MapFunction = Callable[[Image.Image, str, str, Any, Any], Array]
@@ -45,7 +56,7 @@ class Family(NamedTuple):
 
 FAMILIES = {"llava": Family(("llava",), 14, 336), "qwen2_5": Family(("qwen2_5_vl",), 22, 224)}
 
-METHODS = ("rel_att", "rel_att_high")
+METHODS = ("rel_att", "rel_att_high", "grad_att", "grad_att_high")
 
 
 def bbox_from_att_image_adaptive(att_map: Array, image_size: tuple[int, int], bbox_size: int = 336) -> Pixels:
@@ -162,6 +173,39 @@ def rel_attention_qwen2_5(
     return _relative("qwen2_5", image, prompts, model, processor, layer)
 
 
+def gradient_attention_llava(
+    image: Image.Image,
+    prompt: str,
+    general_prompt: str,
+    model: Any,
+    processor: Any,
+    *,
+    layer: int = FAMILIES["llava"].layer,
+) -> Array:
+    """The map of a prompt weighted by its gradient, float32 [rows, columns], as ViCrop's for LLaVA-1.5.
+
+    Attention of the last token of the prompt at one layer, times the positive part of the gradient by it of the
+    log-probability of the likeliest next token, averaged over the heads. `general_prompt` is not used, as in ViCrop.
+    The implementation of the attention must be differentiable; the map is one of the whole image, and errors are as of
+    `rel_attention_llava`.
+    """
+    return _gradient("llava", image, prompt, model, processor, layer)
+
+
+def gradient_attention_qwen2_5(
+    image: Image.Image,
+    prompt: str,
+    general_prompt: str,
+    model: Any,
+    processor: Any,
+    *,
+    layer: int = FAMILIES["qwen2_5"].layer,
+) -> Array:
+    """The same for Qwen2.5-VL, whose prompts are texts that the chat template puts behind the image."""
+    checks.text("prompt", prompt)
+    return _gradient("qwen2_5", image, build_prompt(processor, prompt, 1), model, processor, layer)
+
+
 def vicrop_qa(
     model_name: str,
     method_name: str,
@@ -177,7 +221,7 @@ def vicrop_qa(
 
     ==============  ===================================================================================================
     model_name      "llava" or "qwen2_5"
-    method_name     "rel_att", or "rel_att_high", which splits the image by `high_res`
+    method_name     "rel_att" or "grad_att"; "rel_att_high" or "grad_att_high" split the image by `high_res`
     image_path      a file, as `PIL.Image.open` takes it
     short_question  the question for the map
     layer           None: 14 for "llava", 22 for "qwen2_5"
@@ -196,20 +240,28 @@ def vicrop_qa(
         # Without the file's entries, whose orientation ViCrop does not apply.
         image = Image.fromarray(np.asarray(opened.convert("RGB")))
     prompts = _prompt(model_name, short_question), _prompt(model_name, GENERAL_QUESTION)
-    relative = rel_attention_llava if model_name == "llava" else rel_attention_qwen2_5
+    of_method = _MAPS[model_name, method_name.removesuffix("_high")]
 
     def map_func(part: Image.Image, prompt: str, general_prompt: str, model: Any, processor: Any) -> Array:
-        return relative(part, prompt, general_prompt, model, processor, layer=number)
+        return of_method(part, prompt, general_prompt, model, processor, layer=number)
 
     with exclusive(model):
         answer = _answer(model_name, model, processor, [image], question)
-        if method_name == "rel_att":
+        if not method_name.endswith("_high"):
             att_map = map_func(image, *prompts, model, processor)
         else:
             att_map = high_res(map_func, image, *prompts, model, processor)
         bbox = bbox_from_att_image_adaptive(att_map, image.size, family.bbox_size)
         both = [image, image.crop(bbox)]
         return answer, _answer(model_name, model, processor, both, question), bbox
+
+
+_MAPS: dict[tuple[str, str], Callable[..., Array]] = {
+    ("llava", "rel_att"): rel_attention_llava,
+    ("llava", "grad_att"): gradient_attention_llava,
+    ("qwen2_5", "rel_att"): rel_attention_qwen2_5,
+    ("qwen2_5", "grad_att"): gradient_attention_qwen2_5,
+}
 
 
 def _sharpest(values: Array, across: int, down: int) -> tuple[tuple[int, int], float]:
@@ -241,28 +293,15 @@ def _relative(
 ) -> Array:
     _check_image(image)
     number = _check_model(model_name, model, layer)
-    names = ("prompt", "general_prompt")
-    for name, prompt in zip(names, prompts, strict=True):
-        if (count := checks.text(name, prompt).count(processor.image_token)) != 1:
-            raise ValueError(
-                f"{name}: expected {processor.image_token!r} once, where the image is, got it {count} times"
-            )
-    original = Image.fromarray(np.asarray(image.convert("RGB")))
-    image_inputs = ImageInputs.for_model(model, processor, None)
+    named = zip(("prompt", "general_prompt"), prompts, strict=True)
+    located = _located(image, dict(named), model, processor)
     groups: dict[tuple[int, ...], PromptGroup] = {}
-    branches, views = [], []
-    for text in prompts:
-        inputs, features = image_inputs.inputs([original], text)
-        located = locate_prompt(model, processor, [original], text, inputs, features)
-        group = groups.setdefault(located.prefix_ids, PromptGroup(features, located.prefix_length, located.layout))
+    branches = []
+    for prompt, features in located:
+        group = groups.setdefault(prompt.prefix_ids, PromptGroup(features, prompt.prefix_length, prompt.layout))
         # No new token: the forward ends after the layer.
-        branches.append(Branch(located.inputs, 0, "last"))
+        branches.append(Branch(prompt.inputs, 0, "last"))
         group.branches.append(branches[-1])
-        views.append(located.layout.views[0])
-    if any(len(of_prompt) != 1 for of_prompt in views):
-        raise ValueError(
-            f"processor: expected one that shows an image as one grid of tokens, got {list(map(len, views))} of them"
-        )
     with exclusive(model):
         Decoder(model, processor, (number,), "auto").decode(list(groups.values()))
     for branch in branches:
@@ -272,16 +311,86 @@ def _relative(
     if (general[task > 0] == 0).any():
         raise ValueError("general_prompt: expected attention to each token that the prompt looks at, got 0")
     ratio = np.divide(task, general, out=np.zeros_like(task), where=general > 0)
-    return _on_whole_image(ratio, views[0][0], (original.height, original.width))
+    return _on_whole_image(ratio, located[0][0].layout)
 
 
-def _on_whole_image(values: Array, view: View, size: Size) -> Array:
+def _gradient(model_name: str, image: Image.Image, prompt: str, model: Any, processor: Any, layer: int) -> Array:
+    _check_image(image)
+    number = _check_model(model_name, model, layer)
+    if layer_window(model, number) is not False:
+        raise ValueError(f"layer: expected one whose last row sees every token, got {layer}, which has a window")
+    module = attention_modules(model)[number]
+    if tensor_parallel_group(module) is not None:
+        raise ValueError("model: expected whole layers, got one whose heads are divided among processes")
+    with exclusive(model), torch.inference_mode(False), preserved_positions(unwrap(model)):
+        [(located, features)] = _located(image, {"prompt": prompt}, model, processor)
+        inputs = {**located.inputs, **features.entries}
+        weighted = _weighted_by_gradient(unwrap(model), inputs, number, module, located.layout.tokens())
+    return _on_whole_image(weighted.cpu().numpy(), located.layout)
+
+
+def _weighted_by_gradient(
+    model: Any, inputs: dict[str, Any], layer: int, module: Any, tokens: torch.Tensor
+) -> torch.Tensor:
+    """The last row's attention times the positive part of its gradient, averaged over the heads, float32 [N].
+
+    The gradient of a probability is that of its head's output times the value: no attention of all rows is needed.
+    """
+    calls: list[tuple[torch.Tensor, ...]] = []
+
+    def attend(attention: Any, module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            output, *others = attention(module, query, key, value, *args, **options)
+            columns = tokens.to(query.device)
+            row = query[:, :, -1:]
+            maps = capture(row, key, columns, scale=options["scaling"], heads="each").maps[:, :, 0]
+        # The graph begins here: neither the layers before nor the vision tower keep anything.
+        torch.set_grad_enabled(True)
+        output = output.detach().requires_grad_()
+        calls.append((output, value[:, :, columns[0].long()], maps))
+        return output, *others
+
+    with ExitStack() as stack:
+        stack.callback(vars(module).pop, INSTEAD, None)
+        setattr(module, INSTEAD, attend)
+        stack.enter_context(patched(*names.attention_entry(module, layer)))
+        stack.enter_context(torch.no_grad())
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        [(output, value, maps)] = calls
+        [gradient] = torch.autograd.grad(logits.log_softmax(-1).max(), output)
+    value = value.repeat_interleave(maps.shape[1] // value.shape[1], 1)
+    of_maps = torch.einsum("bad,band->ban", gradient[:, -1].float(), value.float())
+    weighted: torch.Tensor = (maps * of_maps.relu()).mean(1)[0]
+    return weighted
+
+
+def _located(
+    image: Image.Image, prompts: dict[str, str], model: Any, processor: Any
+) -> list[tuple[Prompt, ImageFeatures]]:
+    """Prompts about an image, by the names of their arguments, and what the processor returned for the image."""
+    for name, text in prompts.items():
+        if (count := checks.text(name, text).count(processor.image_token)) != 1:
+            raise ValueError(
+                f"{name}: expected {processor.image_token!r} once, where the image is, got it {count} times"
+            )
+    images = [Image.fromarray(np.asarray(image.convert("RGB")))]
+    image_inputs = ImageInputs.for_model(model, processor, None)
+    found = []
+    for text in prompts.values():
+        inputs, features = image_inputs.inputs(images, text)
+        found.append((locate_prompt(model, processor, images, text, inputs, features), features))
+    if any(len(prompt.layout.views[0]) != 1 for prompt, _ in found):
+        raise ValueError("processor: expected one that shows an image as one grid of tokens, got several")
+    return found
+
+
+def _on_whole_image(values: Array, layout: VisualLayout) -> Array:
     """A map on the grid of its view, with tokens of 0 for the parts of the image that the view does not show."""
+    [[view]], [[(height, width)]] = layout.views, layout.sizes
     rows, columns = view.grid
     left, top, right, bottom = view.box
-    above, below = _beyond(top, bottom, size[0], rows)
-    before, after = _beyond(left, right, size[1], columns)
-    return np.pad(values.reshape(rows, columns), ((above, below), (before, after)))
+    beyond = _beyond(top, bottom, height, rows), _beyond(left, right, width, columns)
+    return np.pad(values.reshape(rows, columns), beyond)
 
 
 def _beyond(low: float, high: float, side: int, tokens: int) -> tuple[int, int]:

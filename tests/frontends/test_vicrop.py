@@ -19,6 +19,7 @@ from tests.support.zoo.kinds import IMAGE, build
 
 KINDS = {"llava": "llava", "qwen2_5": "qwen2_5_vl"}
 MAPS = {"llava": vicrop.rel_attention_llava, "qwen2_5": vicrop.rel_attention_qwen2_5}
+GRADIENTS = {"llava": vicrop.gradient_attention_llava, "qwen2_5": vicrop.gradient_attention_qwen2_5}
 SIZES = {"llava": [(120, 120), (91, 91)], "qwen2_5": [(150, 90), (97, 131)]}
 QUESTION, GENERAL = "what digit is red", "Write a general description of the image."
 SUFFIX = "Answer the question using a single word or phrase."
@@ -69,6 +70,18 @@ def relative(name: str, image: Image.Image, layer: int) -> Any:
     return task / general
 
 
+def weighted(name: str, image: Image.Image, layer: int) -> Any:
+    """Eager attention of the last row times the positive part of its gradient by autograd, averaged over the heads."""
+    inputs = model_inputs(name, [image], asked(name, QUESTION))
+    out = models(name)[1](**inputs, output_attentions=True)
+    attention = out.attentions[layer]
+    [gradient] = torch.autograd.grad(out.logits[0, -1].softmax(-1).max().log(), attention)
+    columns = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
+    grid = (4, 4) if name == "llava" else [int(side) // 2 for side in inputs["image_grid_thw"][0, 1:]]
+    products = (attention * gradient.clamp(min=0))[0, :, -1, columns]
+    return products.mean(0).detach().numpy().reshape(grid)
+
+
 def answer(name: str, images: list[Image.Image]) -> str:
     inputs = model_inputs(name, images, asked(name, QUESTION))
     _, eager, processor = models(name)
@@ -88,6 +101,59 @@ def test_relative_attention_equals_eager_s(name: str, number: int, layer: int) -
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     box = vicrop.bbox_from_att_image_adaptive(found, image.size, 40)
     assert box == vicrop.bbox_from_att_image_adaptive(expected, image.size, 40) != (0, 0, *image.size)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("name", list(KINDS))
+def test_gradient_attention_equals_eager_autograd(name: str, number: int, layer: int) -> None:
+    model, _, processor = models(name)
+    image = scene(SIZES[name][number], number)
+    given = image, asked(name, QUESTION), asked(name, GENERAL), model, processor
+    found, expected = GRADIENTS[name](*given, layer=layer), weighted(name, image, layer)
+    assert found.dtype == np.float32 and np.ptp(expected) > 0.1 * expected.max()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+    with torch.inference_mode():
+        np.testing.assert_array_equal(GRADIENTS[name](*given, layer=layer), found)
+
+
+def test_gradient_attention_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, processor = models("llava")
+    attention = model.model.language_model.layers[2].self_attn
+    before = set(vars(attention))
+    given = scene((91, 91)), asked("llava", QUESTION), asked("llava", GENERAL), model, processor
+    vicrop.gradient_attention_llava(*given, layer=2)
+    assert torch.is_grad_enabled() and set(vars(attention)) == before
+    assert all(weight.grad is None for weight in model.parameters())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    hook = model.model.language_model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        vicrop.gradient_attention_llava(*given, layer=2)
+    hook.remove()
+    assert torch.is_grad_enabled() and set(vars(attention)) == before
+
+
+def test_a_graph_of_gradient_attention_begins_at_its_layer() -> None:
+    """What the layers before would keep is not needed."""
+    model, _, processor = models("llava")
+    kept = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, given, output, number=number: kept.update(
+                {number: (output if isinstance(output, torch.Tensor) else output[0]).requires_grad}
+            )
+        )
+        for number, layer in enumerate(model.model.language_model.layers)
+    ]
+    vicrop.gradient_attention_llava(
+        scene((91, 91)), asked("llava", QUESTION), asked("llava", GENERAL), model, processor, layer=2
+    )
+    for hook in hooks:
+        hook.remove()
+    assert kept == {0: False, 1: False, 2: True, 3: True}
 
 
 def test_prompts_whose_texts_before_the_image_differ() -> None:
@@ -117,20 +183,21 @@ def test_the_map_of_a_cropped_image_is_one_of_the_whole_image(size: tuple[int, i
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-@pytest.mark.parametrize("method", ["rel_att", "rel_att_high"])
+@pytest.mark.parametrize("method", vicrop.METHODS)
 def test_the_answer_about_both_images(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, processor = models(name)
     monkeypatch.setitem(vicrop.FAMILIES, name, vicrop.FAMILIES[name]._replace(bbox_size=36))
     image = scene(SIZES[name][0])
     image.save(tmp_path / "image.png")
-    if method == "rel_att_high":
+    of_method = weighted if method.startswith("grad_att") else relative
+    if method.endswith("_high"):
         monkeypatch.setattr(vicrop.high_res_split_threshold, "__defaults__", (80,))
         parts, rows, columns = vicrop.high_res_split_threshold(image, 80)
         assert rows > 1
-        maps = [relative(name, part, 2) for part in parts]
+        maps = [of_method(name, part, 2) for part in parts]
         values = np.block([maps[row * columns : (row + 1) * columns] for row in range(rows)])
     else:
-        values = relative(name, image, 2)
+        values = of_method(name, image, 2)
     box = box_of(values, image.size, 36)
     found = vicrop.vicrop_qa(name, method, tmp_path / "image.png", QUESTION, model, processor, QUESTION, layer=2)
     assert found == (answer(name, [image]), answer(name, [image, image.crop(box)]), box)
