@@ -385,18 +385,21 @@ def _located(
 
 
 def _on_whole_image(values: Array, layout: VisualLayout) -> Array:
-    """A map on the grid of its view, with tokens of 0 for the parts of the image that the view does not show."""
-    [[view]], [[(height, width)]] = layout.views, layout.sizes
-    rows, columns = view.grid
-    left, top, right, bottom = view.box
-    beyond = _beyond(top, bottom, height, rows), _beyond(left, right, width, columns)
-    return np.pad(values.reshape(rows, columns), beyond)
+    """A map on the grid of its view, made one of the whole image.
 
-
-def _beyond(low: float, high: float, side: int, tokens: int) -> tuple[int, int]:
-    """How many tokens fit before and after an interval of so many tokens, rounded."""
-    each = (high - low) / tokens
-    return max(0, round(low / each)), max(0, round((side - high) / each))
+    Parts of the image that the view does not show are tokens of 0; those of the view that are outside of it are left
+    out.
+    """
+    [[view]], [[sides]] = layout.views, layout.sizes
+    found = values.reshape(view.grid)
+    for axis, (low, high) in enumerate(((view.box[1], view.box[3]), (view.box[0], view.box[2]))):
+        token = (high - low) / view.grid[axis]
+        before, after = round(low / token), round((sides[axis] - high) / token)
+        found = found.take(range(max(0, -before), view.grid[axis] - max(0, -after)), axis)
+        beside = [(0, 0), (0, 0)]
+        beside[axis] = max(0, before), max(0, after)
+        found = np.pad(found, beside)
+    return found
 
 
 def _check_model(model_name: str, model: Any, layer: int) -> int:

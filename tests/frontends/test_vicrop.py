@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from carve_kernels.frontends import vicrop
 from carve_kernels.models.scenes import draw_scene
-from tests.support.processors.kinds import pair
+from tests.support.processors.kinds import CROP, image_processor, pair
 from tests.support.zoo.kinds import IMAGE, build
 
 KINDS = {"llava": "llava", "qwen2_5": "qwen2_5_vl"}
@@ -182,6 +183,23 @@ def test_the_map_of_a_cropped_image_is_one_of_the_whole_image(size: tuple[int, i
     assert np.asarray(visible.crop(box)).mean() > 0.8
 
 
+@pytest.mark.parametrize(("size", "inside"), [((112, 56), np.s_[1:3]), ((56, 112), np.s_[:, 1:3])])
+def test_tokens_of_the_padding_are_left_out(size: tuple[int, int], inside: Any) -> None:
+    """A processor that pads to a square before it resizes: half of the 4 x 4 tokens are outside of the image."""
+    model, eager, processor = models("llava")
+    padding = copy.deepcopy(processor)
+    padding.image_processor = image_processor("llava", "LlavaImageProcessor")(do_pad=True, **CROP)
+    image, prompts = scene(size), (asked("llava", QUESTION), asked("llava", GENERAL))
+    found = vicrop.rel_attention_llava(image, *prompts, model, padding, layer=2)
+    maps = []
+    for prompt in prompts:
+        inputs = padding(images=[image], text=[prompt], return_tensors="pt")
+        with torch.no_grad():
+            row = eager(**inputs, output_attentions=True).attentions[2][0, :, -1].mean(0)
+        maps.append(row[inputs["input_ids"][0] == IMAGE].numpy().reshape(4, 4))
+    np.testing.assert_allclose(found, (maps[0] / maps[1])[inside], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", list(KINDS))
 @pytest.mark.parametrize("method", vicrop.METHODS)
 def test_the_answer_about_both_images(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +245,37 @@ def test_arguments_are_refused_before_the_image_is_read(
     }  # fmt: skip
     with pytest.raises(error, match=message):
         vicrop.vicrop_qa(**given)
+
+
+def test_a_general_map_of_0_is_refused_where_the_other_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that neither prompt looks at are 0."""
+    model, _, processor = models("llava")
+    dark = [3], [3]
+
+    class Planted(vicrop.Decoder):
+        def decode(self, groups: Any) -> Any:
+            found = super().decode(groups)
+            for branch, columns in zip(groups[0].branches, dark, strict=True):
+                branch.maps.values[..., columns] = 0
+            return found
+
+    monkeypatch.setattr(vicrop, "Decoder", Planted)
+    given = scene((91, 91)), asked("llava", QUESTION), asked("llava", GENERAL), model, processor
+    found = vicrop.rel_attention_llava(*given, layer=2)
+    expected = relative("llava", scene((91, 91)), 2)
+    expected[0, 3] = 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    dark = [3], [3, 5]
+    with pytest.raises(ValueError, match="general_prompt: expected attention to each token that the prompt looks at"):
+        vicrop.rel_attention_llava(*given, layer=2)
+
+
+def test_gradient_attention_of_a_layer_with_a_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, processor = models("llava")
+    monkeypatch.setattr(model.config.text_config, "sliding_window", 8, raising=False)
+    given = scene((91, 91)), asked("llava", QUESTION), asked("llava", GENERAL), model, processor
+    with pytest.raises(ValueError, match="layer: expected one whose last row sees every token, got 2"):
+        vicrop.gradient_attention_llava(*given, layer=2)
 
 
 def test_a_prompt_that_does_not_show_the_image_once_is_refused() -> None:
