@@ -1,6 +1,7 @@
 """`python -m benchmarks capture | cpu | session | layouts | engine | gpu`: check answers, time opponents in turns.
 
-`python -m benchmarks roofline` predicts times on GPUs and measures nothing.
+`python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
+B.json` compares two reports of `--output`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 from benchmarks import bench_capture, bench_engine, bench_layouts, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
-from benchmarks.support import cases, layout_cases, lines, machine
+from benchmarks.support import cases, layout_cases, lines, machine, plot, reports
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
 from carve_kernels.models import small
@@ -34,6 +35,13 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=F
 Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: a test of the benchmark, not a measurement.")]
 Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number to this JSON file.")]
 Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables to this file.")]
+Csv = Annotated[
+    Path | None, typer.Option("--csv", dir_okay=False, help="Write the measured rows to this file, one a line.")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", dir_okay=False, help="Plot the measured rows into this .png, .pdf or .svg; by matplotlib."),
+]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
@@ -51,12 +59,17 @@ def capture(
     budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
 ) -> None:
     """One call of capture against eager attention, the common idiom, the best of plain torch and a read of the keys."""
     chosen = list(cases.standard(_geometries(geometry), cases.FULL_LENGTHS if full else cases.LENGTHS))
     if quick:
         chosen, rounds = cases.QUICK, 3
-    with _reporting("capture", output, threads, bench_capture.tables) as report, _progress(len(chosen)) as advance:
+    with (
+        _reporting("capture", output, threads, bench_capture.tables, csv_file, plot_file) as report,
+        _progress(len(chosen)) as advance,
+    ):
         report["settings"] = {"rounds": rounds, "budget": budget}
         report["results"] = bench_capture.measure(chosen, rounds=rounds, budget=budget, advance=advance)
 
@@ -71,6 +84,8 @@ def cpu(
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """The CPU backend against its goals: capture, contrast, regions, a model with a session, the cost of a call."""
@@ -85,7 +100,10 @@ def cpu(
     total = len(chosen) * len(counts)
     if part == "all":
         total += bench_pixels.CELLS * len(counts) + len(lengths) + 3
-    with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
+    with (
+        _reporting("cpu", output, max(counts), lines.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
         slow = (bench_capture.EAGER, bench_capture.REPEAT) if part == "all" else ()
         entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance, slow=slow))
@@ -115,13 +133,18 @@ def session(
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
 ) -> None:
     """A session in a whole random model with the shape of Qwen2.5-VL: seconds and peak memory."""
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
     total = 2 * len(lengths) + len(peaks)
-    with _reporting("session", output, threads, bench_session.tables) as report, _progress(total) as advance:
+    with (
+        _reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
         report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_session.LAYERS}
         report["results"] = {
             "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
@@ -136,6 +159,8 @@ def layouts(
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """`layout_of` beside the processor's own call, for one image of about 1,024 tokens; on one thread."""
@@ -146,7 +171,7 @@ def layouts(
     unknown = sorted(set(names) - set(layout_cases.CASES))
     if unknown:
         raise typer.BadParameter(f"--family: expected some of {list(layout_cases.CASES)}, got {unknown}")
-    with _reporting("layouts", output, threads, lines.tables) as report, _progress(1) as advance:
+    with _reporting("layouts", output, threads, lines.tables, csv_file, plot_file) as report, _progress(1) as advance:
         report["settings"] = {"size": size, "rounds": rounds}
         entries = list(bench_layouts.measure(names, size, rounds=rounds, advance=advance))
         report["results"] = _without_goals(entries) if quick else entries
@@ -191,6 +216,8 @@ def engine(
     model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """An engine call against three calls with eager, the release's procedure and two plain answers."""
@@ -216,7 +243,10 @@ def engine(
     elif part == "seconds":
         memory_cases = []
     total = len(chosen) + len(memory_cases) + (directory is not None)
-    with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
+    with (
+        _reporting("engine", output, threads, lines.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
         bench_engine.check(shape, names)
         entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
@@ -235,6 +265,8 @@ def gpu(
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds; a measurement that would take longer does not begin.")] = 420,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """The kernels on the first CUDA device against their opponents and predictions, written as it goes."""
@@ -247,7 +279,7 @@ def gpu(
         typer.echo(f"torch {torch.__version__} sees no CUDA device: nothing was measured", err=True)
         raise typer.Exit(1)
     sizes = gpu_sections.QUICK if quick else gpu_sections.Sizes()
-    with _reporting("gpu", output, None, lines.tables) as report:
+    with _reporting("gpu", output, None, lines.tables, csv_file, plot_file) as report:
 
         def save() -> None:
             if output is not None:
@@ -268,6 +300,32 @@ def gpu(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A report of --output.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+) -> None:
+    """B over A for the rows that both reports have; says what differs between them, and which rows only one has."""
+    try:
+        reported = reports.read(first), reports.read(second)
+    except reports.NoReport as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    found = reports.rows(reported[0]), reports.rows(reported[1])
+    console = _console()
+    for name, path, report in zip("AB", (first, second), reported, strict=True):
+        console.print(f"{name}: {path}: {report.get('command', report['benchmark'])}", markup=False, highlight=False)
+    for difference in reports.differences(*reported):
+        typer.echo(f"warning: {difference}", err=True)
+    for table in reports.comparison(*found):
+        console.print(table)
+    for row in reports.missing(*found):
+        typer.echo(row)
+    if not found[0].keys() & found[1].keys():
+        typer.echo("nothing was compared: the reports have no row in common", err=True)
+        raise typer.Exit(1)
+
+
 def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
     """Small shapes have no goals."""
     return [{**entry, "goals": []} for entry in entries]
@@ -275,10 +333,19 @@ def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
 
 @contextmanager
 def _reporting(
-    name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
+    name: str,
+    output: Path | None,
+    threads: int | None,
+    tables: Callable[[Any], list[Table]],
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a report to fill, then prints and writes it; a wrong answer ends the command with an error."""
     _check_output("--output", output)
+    _check_output("--csv", csv_file)
+    _check_output("--plot", plot_file)
+    if plot_file is not None and (reason := plot.unusable(plot_file)) is not None:
+        raise typer.BadParameter(f"--plot: {reason}")
     if threads is not None:
         torch.set_num_threads(threads)
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
@@ -288,14 +355,22 @@ def _reporting(
     except WrongAnswer as error:
         typer.echo(f"nothing was timed, since an answer is wrong: {error}", err=True)
         raise typer.Exit(1) from error
-    # A file or a pipe has no width, and the default of 80 would break every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = _console()
     console.print(report["command"])
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     for table in tables(report["results"]):
         console.print(table)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+    if csv_file is not None:
+        reports.write_csv(report, csv_file)
+    if plot_file is not None:
+        plot.write(report, plot_file)
+
+
+def _console() -> Console:
+    # A file or a pipe has no width, and the default of 80 would break every cell.
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _geometries(named: list[str] | None) -> list[str]:
