@@ -24,9 +24,10 @@ from rich.table import Table
 from benchmarks import bench_capture, bench_engine, bench_layouts, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
-from benchmarks.support import cases, layout_cases, lines, machine, plot, reports
+from benchmarks.support import cases, layout_cases, lines, machine, plot, reports, user_opponent
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
+from benchmarks.support.user_opponent import OpponentFailed
 from carve_kernels.models import small
 from carve_kernels.selfcheck.roofline import GPUS
 
@@ -41,6 +42,10 @@ Csv = Annotated[
 Plot = Annotated[
     Path | None,
     typer.Option("--plot", dir_okay=False, help="Plot the measured rows into this .png, .pdf or .svg; by matplotlib."),
+]
+Opponent = Annotated[
+    str | None,
+    typer.Option(metavar="package.module:function", help="Your own function, checked against ours and timed in turns."),
 ]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
@@ -131,12 +136,14 @@ def session(
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
+    opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,
 ) -> None:
     """A session in a whole random model with the shape of Qwen2.5-VL: seconds and peak memory."""
+    user = _user(opponent)
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
@@ -146,8 +153,9 @@ def session(
         _progress(total) as advance,
     ):
         report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_session.LAYERS}
+        report["settings"] |= {"opponent": opponent} if opponent else {}
         report["results"] = {
-            "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
+            "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance, user=user),
             "memory": bench_session.memory(shape, peaks, rows=rows, advance=advance),
         }
 
@@ -352,6 +360,9 @@ def _reporting(
     report: dict[str, Any] = {"benchmark": name, "command": command, "machine": machine.describe()}
     try:
         yield report
+    except OpponentFailed as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
     except WrongAnswer as error:
         typer.echo(f"nothing was timed, since an answer is wrong: {error}", err=True)
         raise typer.Exit(1) from error
@@ -378,6 +389,13 @@ def _geometries(named: list[str] | None) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
     return named or list(cases.GEOMETRIES)
+
+
+def _user(opponent: str | None) -> user_opponent.UserOpponent | None:
+    try:
+        return None if opponent is None else user_opponent.find(opponent)
+    except user_opponent.BadOpponent as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_output(option: str, path: Path | None) -> None:
