@@ -31,6 +31,9 @@ from benchmarks.support.user_opponent import OpponentFailed
 from carve_kernels.models import small
 from carve_kernels.selfcheck.roofline import GPUS
 
+# Options of `session` that a checkpoint has no use for.
+_OF_RANDOM = ("layers", "hidden", "dtype", "length", "memory", "rows")
+
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
 Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: a test of the benchmark, not a measurement.")]
@@ -127,6 +130,7 @@ def cpu(
 
 @app.command()
 def session(
+    context: typer.Context,
     quick: Quick = False,
     layers: Layers = 28,
     hidden: Hidden = 1024,
@@ -136,24 +140,40 @@ def session(
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
+    model: Annotated[
+        Path | None, typer.Option(help="Your checkpoint instead of the random model, with one image; seconds only.")
+    ] = None,
     opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,
 ) -> None:
-    """A session in a whole random model with the shape of Qwen2.5-VL: seconds and peak memory."""
+    """A session in a random model with the shape of Qwen2.5-VL, or in your checkpoint: seconds and peak memory."""
     user = _user(opponent)
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
-    total = 2 * len(lengths) + len(peaks)
+    if model is not None:
+        given = [name for name in _OF_RANDOM if _is_given(context, name)]
+        if given:
+            raise typer.BadParameter(f"--{given[0].replace('_', '-')}: is of the random model; leave out with --model")
+    total = 2 if model is not None else 2 * len(lengths) + len(peaks)
     with (
         _reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
         _progress(total) as advance,
     ):
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_session.LAYERS}
+        report["settings"] = {"rounds": rounds, "captured_layers": bench_session.LAYERS}
         report["settings"] |= {"opponent": opponent} if opponent else {}
+        if model is not None:
+            side = bench_session.QUICK_SIDE if quick else bench_session.SIDE
+            report["settings"] |= {"model": model.resolve().name, "side": side}
+            price = bench_session.price_of_checkpoint(
+                _subject(model, side), new_tokens, rounds=rounds, advance=advance, user=user
+            )
+            report["results"] = {"price": price, "memory": []}
+            return
+        report["settings"] |= shape._asdict()
         report["results"] = {
             "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance, user=user),
             "memory": bench_session.memory(shape, peaks, rows=rows, advance=advance),
@@ -389,6 +409,18 @@ def _geometries(named: list[str] | None) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
     return named or list(cases.GEOMETRIES)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _subject(model: Path, side: int) -> bench_session.Subject:
+    try:
+        return bench_session.of_checkpoint(model, side)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(f"--model: {str(error).removeprefix('model: ')}") from error
 
 
 def _user(opponent: str | None) -> user_opponent.UserOpponent | None:

@@ -12,20 +12,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from rich.table import Table
 
-from benchmarks.support.answers import WrongAnswer, check_maps, check_truth
+from benchmarks.support.answers import PEAK, WrongAnswer, check_maps, check_truth
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.machine import kilobytes
 from benchmarks.support.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
-from benchmarks.support.models import VISUAL_SHARE, Shape, prompt, random_model
+from benchmarks.support.models import VISUAL_SHARE, Shape, noise, prompt, random_model
 from benchmarks.support.timing import Spread, no_preparation, paired, ratio
 from benchmarks.support.user_opponent import UserOpponent
-from carve_kernels import capture_attention
+from carve_kernels import capture_attention, load
+from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.session.recording import Record
 
 LAYERS = "paper"
@@ -34,6 +37,11 @@ CAPTURES, PREFILL = "captures", "prefill"
 _STEP_GOALS = {2048: 1.02, 8192: 1.05}
 # Long enough for a map with a peak, short enough for a check in float32.
 CHECK_LENGTH = 256
+# A checkpoint need not have a peak in each row of its maps, as the random model does; a flat map is refused.
+CHECKPOINT_PEAK = 1.05
+QUESTION = "What is in the image?"
+# Pixels of a side of the image that a checkpoint is shown.
+SIDE, QUICK_SIDE = 896, 112
 # Above this share of the free memory, the size of eager's matrices is computed instead of measured.
 MEMORY_SHARE = 0.5
 MIB = 2**20
@@ -73,6 +81,16 @@ def opponents(
     return of_subject(Subject(random_model(shape, "sdpa"), inputs, tokens), new_tokens, user)
 
 
+def of_checkpoint(directory: Path, side: int) -> Subject:
+    """A checkpoint in its own dtype with an image of noise and a question; its answers never end early."""
+    model, processor = load(directory)
+    model.generation_config.eos_token_id = None
+    inputs = dict(prepare(processor, [noise(side)], build_prompt(processor, QUESTION)))
+    with torch.no_grad(), capture_attention(model, layers=LAYERS) as session:
+        model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    return Subject(model, inputs, session.maps.tokens[0].long())
+
+
 def of_subject(subject: Subject, new_tokens: int, user: UserOpponent | None = None) -> dict[str, Callable[[], Answer]]:
     """The opponents on one model; each of eager and the user's function has a model of its own with these weights."""
     model, inputs, tokens = subject
@@ -96,13 +114,16 @@ def of_subject(subject: Subject, new_tokens: int, user: UserOpponent | None = No
 
     def eager() -> Answer:
         output = answer(other, output_attentions=True)
+        for step, layer in product(output.attentions, layers):
+            if len(step) <= layer or step[layer] is None or step[layer].shape[-1] < length:
+                raise WrongAnswer(f"{EAGER}: layer {layer} has no probabilities of the whole prompt to check maps with")
         maps = [[step[layer][0, :, -1, tokens].float().mean(0) for step in output.attentions] for layer in layers]
         return Answer(output.sequences[0, length:], torch.stack([torch.stack(steps) for steps in maps]))
 
     layers = capture_attention(other, layers=LAYERS).layers
     runs = {PLAIN: plain, SESSION: session, EAGER: eager}
     if user is not None:
-        own_model, own_inputs = _twin(model), {name: value.clone() for name, value in inputs.items()}
+        own_model, own_inputs = _twin(model), copy.deepcopy(inputs)
 
         def own() -> Answer:
             return Answer(*user(own_model, own_inputs, layers=layers, tokens=tokens, new_tokens=new_tokens))
@@ -116,7 +137,7 @@ def _twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
+def check(runs: dict[str, Callable[[], Answer]], *, exact: bool, peak: float = PEAK) -> None:
     """A session changes no token, and its maps equal eager's; in bf16, eager's own rounding moves its tokens.
 
     The user's function is checked last, against the session, which must give the same answer after it.
@@ -124,10 +145,9 @@ def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
     users = [name for name in runs if name not in (PLAIN, SESSION, EAGER)]
     answers = {name: run() for name, run in runs.items() if name not in users}
     plain, session, eager = answers[PLAIN], answers[SESSION], answers.get(EAGER)
-    exact = shape.dtype == "float32"
     for name in (SESSION, EAGER) if exact and eager else (SESSION,):
         _same_ids(name, answers[name], plain)
-    check_truth(SESSION, session.maps)
+    check_truth(SESSION, session.maps, peak)
     if eager is not None:
         _same_maps(SESSION, session, eager, exact)
     for name in users:
@@ -168,16 +188,35 @@ def price(
     """Seconds of each opponent, for the prefill and with decoding, after checks in float32 and in the timed dtype."""
     exact = shape._replace(dtype="float32")
     more = (user,) if user is not None else ()
-    check(exact, opponents(exact, CHECK_LENGTH, new_tokens, *more))
+    check(opponents(exact, CHECK_LENGTH, new_tokens, *more), exact=True)
     results = []
     for length in lengths:
         for count in (1, new_tokens):
             runs = opponents(shape, length, count, *more)
             if not _eager_fits(shape, length):
                 del runs[EAGER]
-            check(shape, runs)
+            check(runs, exact=shape.dtype == "float32")
             results.append(_priced(runs, length, count, rounds))
             advance(f"price S={length}, {count} new tokens")
+    return results
+
+
+def price_of_checkpoint(
+    subject: Subject, new_tokens: int, *, rounds: int, advance: Callable[[str], None], user: UserOpponent | None = None
+) -> Any:
+    """The same for a checkpoint, checked in its own dtype; without eager there is no check, so that it must fit."""
+    available = kilobytes("/proc/meminfo", "MemAvailable")
+    if subject.eager_bytes >= MEMORY_SHARE * available:
+        raise WrongAnswer(
+            f"--model: the check needs {subject.eager_bytes / MIB:.0f} MiB for the probabilities of eager, "
+            f"and {available / MIB:.0f} MiB are free"
+        )
+    results = []
+    for count in (1, new_tokens):
+        runs = of_subject(subject, count, user)
+        check(runs, exact=subject.model.dtype == torch.float32, peak=CHECKPOINT_PEAK)
+        results.append(_priced(runs, subject.length, count, rounds))
+        advance(f"price S={subject.length}, {count} new tokens")
     return results
 
 
@@ -334,7 +373,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
             f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{entry['bound'] / MIB:.3f}",
             f"{entry['eager_extra'] / MIB:.1f}" + ("" if entry["eager_measured"] else " (computed, only the matrices)"),
         )  # fmt: skip
-    return [prices, peaks]
+    return [prices, peaks] if results["memory"] else [prices]
 
 
 def _eager_fits(shape: Shape, length: int) -> bool:
@@ -354,7 +393,7 @@ def _cell(entry: dict[str, Any], name: str) -> str:
 def _checked(dtype: str) -> dict[str, Callable[[], Answer]]:
     shape = Shape(4, 512, dtype)
     runs = opponents(shape, 512, 4)
-    check(shape, runs)
+    check(runs, exact=dtype == "float32")
     return runs
 
 

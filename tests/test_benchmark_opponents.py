@@ -1,4 +1,4 @@
-"""The user's own function is checked against ours, then timed in turns with it."""
+"""The user's own function and checkpoint are checked against ours, then timed in turns with it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import bench_session
+from tests.support import tiny_models
 from tests.support.bench import run
-from tests.test_benchmark_faults import untimed
+from tests.test_benchmark_faults import FAULTS, plant, untimed
 
 HERE = "tests.test_benchmark_opponents"
 
@@ -110,3 +111,63 @@ def test_a_name_without_a_function_is_refused(path: str, word: str, monkeypatch:
     result = run("session", "--opponent", path)
     assert result.exit_code == 2
     assert "--opponent" in result.output and word in result.output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_models.save(*tiny_models.tiny_llava(), tmp_path_factory.mktemp("benchmark") / "mine"))
+
+
+def test_a_checkpoint_takes_the_place_of_the_random_model(checkpoint: str, tmp_path: Path) -> None:
+    files = "--output", str(tmp_path / "session.json"), "--csv", str(tmp_path / "session.csv")
+    result = run("session", "--model", checkpoint, "--opponent", f"{HERE}:eager", *files)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "session.json").read_text())
+    assert report["settings"]["model"] == "mine" and "hidden" not in report["settings"]
+    prices = report["results"]["price"]
+    # 36 image tokens and a question.
+    assert [line["new_tokens"] for line in prices] == [1, 2] and all(36 < line["length"] < 100 for line in prices)
+    names = {"plain", "session", "eager", f"--opponent {HERE}:eager"}
+    assert all(set(line["seconds"]) == names for line in prices)
+    assert not report["results"]["memory"] and "peak memory" not in result.output
+
+
+def test_a_checkpoint_in_bfloat16_is_checked_by_correlation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_models.tiny_llava()
+    path = str(tiny_models.save(model.bfloat16(), processor, tmp_path / "half"))
+    assert run("session", "--model", path).exit_code == 0
+    monkeypatch.setattr(bench_session, "paired", untimed)
+    result = run("session", "--model", path, "--opponent", f"{HERE}:rolled")
+    assert result.exit_code == 1
+    assert f"--opponent {HERE}:rolled: expected a correlation" in result.output
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_maps_of_a_checkpoint_are_not_timed(fault: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda answer: answer._replace(maps=FAULTS[fault](answer.maps)), "of_subject")
+    result = run("session", "--model", checkpoint)
+    assert result.exit_code == 1
+    assert "nothing was timed" in result.output
+
+
+def test_a_checkpoint_whose_check_does_not_fit_is_not_timed(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_session, "kilobytes", lambda *_args: 1000)
+    monkeypatch.setattr(bench_session, "paired", untimed)
+    result = run("session", "--model", checkpoint)
+    assert result.exit_code == 1
+    assert "--model" in result.output
+
+
+@pytest.mark.parametrize(
+    "words", [("--hidden", "256"), ("--memory", "128"), ("--dtype", "bfloat16"), ("--length", "64")]
+)
+def test_options_of_the_random_model_are_refused_with_a_checkpoint(words: tuple[str, str], checkpoint: str) -> None:
+    result = run("session", "--model", checkpoint, *words)
+    assert result.exit_code == 2
+    assert words[0] in result.output and "--model" in result.output
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    result = run("session", "--model", str(tmp_path / "none"))
+    assert result.exit_code == 2
+    assert "--model: expected a checkpoint" in result.output
