@@ -242,6 +242,7 @@ def engine(
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the opponents with eager.")] = 3,
     model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
     csv_file: Csv = None,
@@ -250,6 +251,7 @@ def engine(
 ) -> None:
     """An engine call against three calls with eager, the release's procedure and two plain answers."""
     _check_output("--markdown", markdown)
+    user = _user(opponent, "saliency")
     shape, sizes, counts = (
         Shape(layers, hidden, dtype, *bench_engine.TOWER),
         visual or bench_engine.VISUAL,
@@ -276,8 +278,9 @@ def engine(
         _progress(total) as advance,
     ):
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
-        bench_engine.check(shape, names)
-        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        report["settings"] |= {"opponent": opponent} if opponent else {}
+        bench_engine.check(shape, names, user)
+        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance, user=user)
         entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
         entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
         report["results"] = _without_goals(entries) if quick else entries
@@ -423,9 +426,9 @@ def _subject(model: Path, side: int) -> bench_session.Subject:
         raise typer.BadParameter(f"--model: {str(error).removeprefix('model: ')}") from error
 
 
-def _user(opponent: str | None) -> user_opponent.UserOpponent | None:
+def _user(opponent: str | None, second: str = "maps") -> user_opponent.UserOpponent | None:
     try:
-        return None if opponent is None else user_opponent.find(opponent)
+        return None if opponent is None else user_opponent.find(opponent, second)
     except user_opponent.BadOpponent as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -24,7 +24,7 @@ from benchmarks.support.answers import PEAK, WrongAnswer, check_maps, check_trut
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.machine import kilobytes
 from benchmarks.support.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
-from benchmarks.support.models import VISUAL_SHARE, Shape, noise, prompt, random_model
+from benchmarks.support.models import VISUAL_SHARE, Shape, noise, prompt, random_model, twin
 from benchmarks.support.timing import Spread, no_preparation, paired, ratio
 from benchmarks.support.user_opponent import UserOpponent
 from carve_kernels import capture_attention, load
@@ -95,7 +95,7 @@ def of_subject(subject: Subject, new_tokens: int, user: UserOpponent | None = No
     """The opponents on one model; each of eager and the user's function has a model of its own with these weights."""
     model, inputs, tokens = subject
     length = subject.length
-    other = _twin(model)
+    other = twin(model)
     other.set_attn_implementation("eager")
 
     def answer(model: Any, **options: Any) -> Any:
@@ -123,18 +123,13 @@ def of_subject(subject: Subject, new_tokens: int, user: UserOpponent | None = No
     layers = capture_attention(other, layers=LAYERS).layers
     runs = {PLAIN: plain, SESSION: session, EAGER: eager}
     if user is not None:
-        own_model, own_inputs = _twin(model), copy.deepcopy(inputs)
+        own_model, own_inputs = twin(model), copy.deepcopy(inputs)
 
         def own() -> Answer:
             return Answer(*user(own_model, own_inputs, layers=layers, tokens=tokens, new_tokens=new_tokens))
 
         runs[user.name] = own
     return runs
-
-
-def _twin(model: Any) -> Any:
-    """Modules and a config of its own around the same weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def check(runs: dict[str, Callable[[], Answer]], *, exact: bool, peak: float = PEAK) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_session
+from benchmarks import bench_engine, bench_session
+from carve_kernels import CarveEngine
 from tests.support import tiny_models
 from tests.support.bench import run
 from tests.test_benchmark_faults import FAULTS, plant, untimed
@@ -46,6 +47,21 @@ def patches(model: Any, inputs: Any, **options: Any) -> tuple[torch.Tensor, torc
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1)
     return answer
+
+
+def engine(model: Any, processor: Any, image: Any, question: str, *, preset: Any) -> tuple[list[int], torch.Tensor]:
+    result = CarveEngine(model, processor, preset=preset, memory=False)(image, question)
+    return list(result.refined_ids), result.saliency
+
+
+def engine_of_another_image(*args: Any, **options: Any) -> tuple[list[int], torch.Tensor]:
+    ids, saliency = engine(*args, **options)
+    return ids, saliency.flip(-1)
+
+
+def engine_with_another_answer(*args: Any, **options: Any) -> tuple[list[int], torch.Tensor]:
+    ids, saliency = engine(*args, **options)
+    return [ids[0] + 1, *ids[1:]], saliency
 
 
 another_token = broken(lambda ids, maps: (ids + 1, maps))
@@ -171,3 +187,27 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     result = run("session", "--model", str(tmp_path / "none"))
     assert result.exit_code == 2
     assert "--model: expected a checkpoint" in result.output
+
+
+def test_an_engine_of_the_user_is_timed_with_ours(tmp_path: Path) -> None:
+    words = "--part", "seconds", "--preset", "paper", "--opponent", f"{HERE}:engine"
+    result = run("engine", *words, "--output", str(tmp_path / "engine.json"))
+    assert result.exit_code == 0, result.output
+    lines = json.loads((tmp_path / "engine.json").read_text())["results"]
+    assert sum(f"--opponent {HERE}:engine" in line["seconds"] for line in lines) == 2
+    assert sum(f"--opponent {HERE}:engine / (a)" in line["ratios"] for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("engine_of_another_image", "saliency within"),
+        ("engine_with_another_answer", "expected the tokens"),
+        ("raises", "raised RuntimeError: no luck"),
+    ],
+)
+def test_a_wrong_engine_is_not_timed(name: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_engine, "paired", untimed)
+    result = run("engine", "--part", "seconds", "--preset", "paper", "--opponent", f"{HERE}:{name}")
+    assert result.exit_code == 1
+    assert f"--opponent {HERE}:{name}" in result.output and word in result.output
