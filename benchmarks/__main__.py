@@ -1,6 +1,7 @@
 """`python -m benchmarks capture | cpu | session | layouts | engine | gpu`: check answers, time opponents in turns.
 
-`python -m benchmarks roofline` predicts times on GPUs and measures nothing.
+`python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
+B.json` compares two reports of `--output`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,32 @@ from rich.table import Table
 from benchmarks import bench_capture, bench_engine, bench_layouts, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
-from benchmarks.support import cases, layout_cases, lines, machine
+from benchmarks.support import cases, layout_cases, lines, machine, plot, reports, user_opponent
 from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
+from benchmarks.support.user_opponent import OpponentFailed
 from carve_kernels.models import small
 from carve_kernels.selfcheck.roofline import GPUS
+
+# Options of `session` that a checkpoint has no use for.
+_OF_RANDOM = ("layers", "hidden", "dtype", "length", "memory", "rows")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
 Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: a test of the benchmark, not a measurement.")]
 Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number to this JSON file.")]
 Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables to this file.")]
+Csv = Annotated[
+    Path | None, typer.Option("--csv", dir_okay=False, help="Write the measured rows to this file, one a line.")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", dir_okay=False, help="Plot the measured rows into this .png, .pdf or .svg; by matplotlib."),
+]
+Opponent = Annotated[
+    str | None,
+    typer.Option(metavar="package.module:function", help="Your own function, checked against ours and timed in turns."),
+]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
@@ -51,12 +67,17 @@ def capture(
     budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
 ) -> None:
     """One call of capture against eager attention, the common idiom, the best of plain torch and a read of the keys."""
     chosen = list(cases.standard(_geometries(geometry), cases.FULL_LENGTHS if full else cases.LENGTHS))
     if quick:
         chosen, rounds = cases.QUICK, 3
-    with _reporting("capture", output, threads, bench_capture.tables) as report, _progress(len(chosen)) as advance:
+    with (
+        _reporting("capture", output, threads, bench_capture.tables, csv_file, plot_file) as report,
+        _progress(len(chosen)) as advance,
+    ):
         report["settings"] = {"rounds": rounds, "budget": budget}
         report["results"] = bench_capture.measure(chosen, rounds=rounds, budget=budget, advance=advance)
 
@@ -71,6 +92,8 @@ def cpu(
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """The CPU backend against its goals: capture, contrast, regions, a model with a session, the cost of a call."""
@@ -85,7 +108,10 @@ def cpu(
     total = len(chosen) * len(counts)
     if part == "all":
         total += bench_pixels.CELLS * len(counts) + len(lengths) + 3
-    with _reporting("cpu", output, max(counts), lines.tables) as report, _progress(total) as advance:
+    with (
+        _reporting("cpu", output, max(counts), lines.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
         slow = (bench_capture.EAGER, bench_capture.REPEAT) if part == "all" else ()
         entries = list(bench_capture.measure_goals(chosen, counts, budget=seconds, advance=advance, slow=slow))
@@ -104,6 +130,7 @@ def cpu(
 
 @app.command()
 def session(
+    context: typer.Context,
     quick: Quick = False,
     layers: Layers = 28,
     hidden: Hidden = 1024,
@@ -113,18 +140,42 @@ def session(
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     rows: Annotated[int, typer.Option(min=1, help="Captured rows of the memory measurement.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
+    model: Annotated[
+        Path | None, typer.Option(help="Your checkpoint instead of the random model, with one image; seconds only.")
+    ] = None,
+    opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
 ) -> None:
-    """A session in a whole random model with the shape of Qwen2.5-VL: seconds and peak memory."""
+    """A session in a random model with the shape of Qwen2.5-VL, or in your checkpoint: seconds and peak memory."""
+    user = _user(opponent)
     shape, lengths, peaks = Shape(layers, hidden, dtype), length or [2048], memory or [2048, 8192]
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
-    total = 2 * len(lengths) + len(peaks)
-    with _reporting("session", output, threads, bench_session.tables) as report, _progress(total) as advance:
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "captured_layers": bench_session.LAYERS}
+    if model is not None:
+        given = [name for name in _OF_RANDOM if _is_given(context, name)]
+        if given:
+            raise typer.BadParameter(f"--{given[0].replace('_', '-')}: is of the random model; leave out with --model")
+    total = 2 if model is not None else 2 * len(lengths) + len(peaks)
+    with (
+        _reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
+        report["settings"] = {"rounds": rounds, "captured_layers": bench_session.LAYERS}
+        report["settings"] |= {"opponent": opponent} if opponent else {}
+        if model is not None:
+            side = bench_session.QUICK_SIDE if quick else bench_session.SIDE
+            report["settings"] |= {"model": model.resolve().name, "side": side}
+            price = bench_session.price_of_checkpoint(
+                _subject(model, side), new_tokens, rounds=rounds, advance=advance, user=user
+            )
+            report["results"] = {"price": price, "memory": []}
+            return
+        report["settings"] |= shape._asdict()
         report["results"] = {
-            "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance),
+            "price": bench_session.price(shape, lengths, new_tokens, rounds=rounds, advance=advance, user=user),
             "memory": bench_session.memory(shape, peaks, rows=rows, advance=advance),
         }
 
@@ -136,6 +187,8 @@ def layouts(
     rounds: Annotated[int, typer.Option(min=3)] = 9,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """`layout_of` beside the processor's own call, for one image of about 1,024 tokens; on one thread."""
@@ -146,7 +199,7 @@ def layouts(
     unknown = sorted(set(names) - set(layout_cases.CASES))
     if unknown:
         raise typer.BadParameter(f"--family: expected some of {list(layout_cases.CASES)}, got {unknown}")
-    with _reporting("layouts", output, threads, lines.tables) as report, _progress(1) as advance:
+    with _reporting("layouts", output, threads, lines.tables, csv_file, plot_file) as report, _progress(1) as advance:
         report["settings"] = {"size": size, "rounds": rounds}
         entries = list(bench_layouts.measure(names, size, rounds=rounds, advance=advance))
         report["results"] = _without_goals(entries) if quick else entries
@@ -189,12 +242,16 @@ def engine(
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the opponents with eager.")] = 3,
     model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """An engine call against three calls with eager, the release's procedure and two plain answers."""
     _check_output("--markdown", markdown)
+    user = _user(opponent, "saliency")
     shape, sizes, counts = (
         Shape(layers, hidden, dtype, *bench_engine.TOWER),
         visual or bench_engine.VISUAL,
@@ -216,10 +273,14 @@ def engine(
     elif part == "seconds":
         memory_cases = []
     total = len(chosen) + len(memory_cases) + (directory is not None)
-    with _reporting("engine", output, threads, lines.tables) as report, _progress(total) as advance:
+    with (
+        _reporting("engine", output, threads, lines.tables, csv_file, plot_file) as report,
+        _progress(total) as advance,
+    ):
         report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
-        bench_engine.check(shape, names)
-        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance)
+        report["settings"] |= {"opponent": opponent} if opponent else {}
+        bench_engine.check(shape, names, user)
+        entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance, user=user)
         entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
         entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
         report["results"] = _without_goals(entries) if quick else entries
@@ -235,6 +296,8 @@ def gpu(
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds; a measurement that would take longer does not begin.")] = 420,
     output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
     markdown: Markdown = None,
 ) -> None:
     """The kernels on the first CUDA device against their opponents and predictions, written as it goes."""
@@ -247,7 +310,7 @@ def gpu(
         typer.echo(f"torch {torch.__version__} sees no CUDA device: nothing was measured", err=True)
         raise typer.Exit(1)
     sizes = gpu_sections.QUICK if quick else gpu_sections.Sizes()
-    with _reporting("gpu", output, None, lines.tables) as report:
+    with _reporting("gpu", output, None, lines.tables, csv_file, plot_file) as report:
 
         def save() -> None:
             if output is not None:
@@ -268,6 +331,32 @@ def gpu(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A report of --output.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+) -> None:
+    """B over A for the rows that both reports have; says what differs between them, and which rows only one has."""
+    try:
+        reported = reports.read(first), reports.read(second)
+    except reports.NoReport as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    found = reports.rows(reported[0]), reports.rows(reported[1])
+    console = _console()
+    for name, path, report in zip("AB", (first, second), reported, strict=True):
+        console.print(f"{name}: {path}: {report.get('command', report['benchmark'])}", markup=False, highlight=False)
+    for difference in reports.differences(*reported):
+        typer.echo(f"warning: {difference}", err=True)
+    for table in reports.comparison(*found):
+        console.print(table)
+    for row in reports.missing(*found):
+        typer.echo(row)
+    if not found[0].keys() & found[1].keys():
+        typer.echo("nothing was compared: the reports have no row in common", err=True)
+        raise typer.Exit(1)
+
+
 def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
     """Small shapes have no goals."""
     return [{**entry, "goals": []} for entry in entries]
@@ -275,27 +364,47 @@ def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
 
 @contextmanager
 def _reporting(
-    name: str, output: Path | None, threads: int | None, tables: Callable[[Any], list[Table]]
+    name: str,
+    output: Path | None,
+    threads: int | None,
+    tables: Callable[[Any], list[Table]],
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a report to fill, then prints and writes it; a wrong answer ends the command with an error."""
     _check_output("--output", output)
+    _check_output("--csv", csv_file)
+    _check_output("--plot", plot_file)
+    if plot_file is not None and (reason := plot.unusable(plot_file)) is not None:
+        raise typer.BadParameter(f"--plot: {reason}")
     if threads is not None:
         torch.set_num_threads(threads)
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     report: dict[str, Any] = {"benchmark": name, "command": command, "machine": machine.describe()}
     try:
         yield report
+    except OpponentFailed as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
     except WrongAnswer as error:
         typer.echo(f"nothing was timed, since an answer is wrong: {error}", err=True)
         raise typer.Exit(1) from error
-    # A file or a pipe has no width, and the default of 80 would break every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = _console()
     console.print(report["command"])
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     for table in tables(report["results"]):
         console.print(table)
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
+    if csv_file is not None:
+        reports.write_csv(report, csv_file)
+    if plot_file is not None:
+        plot.write(report, plot_file)
+
+
+def _console() -> Console:
+    # A file or a pipe has no width, and the default of 80 would break every cell.
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _geometries(named: list[str] | None) -> list[str]:
@@ -303,6 +412,25 @@ def _geometries(named: list[str] | None) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"expected geometries of {list(cases.GEOMETRIES)}, got {sorted(unknown)}")
     return named or list(cases.GEOMETRIES)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _subject(model: Path, side: int) -> bench_session.Subject:
+    try:
+        return bench_session.of_checkpoint(model, side)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(f"--model: {str(error).removeprefix('model: ')}") from error
+
+
+def _user(opponent: str | None, second: str = "maps") -> user_opponent.UserOpponent | None:
+    try:
+        return None if opponent is None else user_opponent.find(opponent, second)
+    except user_opponent.BadOpponent as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_output(option: str, path: Path | None) -> None:

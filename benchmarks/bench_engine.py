@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 from benchmarks.support import engine_opponents
 from benchmarks.support.answers import WrongAnswer, check_maps, check_truth, correlate
@@ -16,6 +19,7 @@ from benchmarks.support.engine_opponents import QUESTION, Case, Counted, Opponen
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.models import Shape, noise
 from benchmarks.support.timing import Spread, no_preparation, paired
+from benchmarks.support.user_opponent import UserOpponent
 from carve_kernels import CarveEngine, load
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.models import small
@@ -38,8 +42,11 @@ def cases(shape: Shape, presets: Iterable[str], visual: Iterable[int], new_token
     return [Case(shape, name, tokens, count) for name in presets for count in new_tokens for tokens in visual]
 
 
-def check(shape: Shape, presets: Iterable[str]) -> None:
-    """In float32 all opponents give the same tokens and maps, also for the second question about an image."""
+def check(shape: Shape, presets: Iterable[str], user: UserOpponent | None = None) -> None:
+    """In float32 all opponents give the same tokens and maps, also for the second question about an image.
+
+    The user's function is checked last, by its tokens and saliency; the engine must give the same answer after it.
+    """
     for name in presets:
         opponents = Opponents(Case(shape._replace(dtype="float32"), name, CHECK_VISUAL, CHECK_TOKENS))
         engine, second = opponents.result, opponents.second()
@@ -58,10 +65,24 @@ def check(shape: Shape, presets: Iterable[str]) -> None:
             check_maps(f"{RELEASE}, {name}, {prompt}", opponent.maps, truth.maps, relative=2e-4, correlation=1 - 1e-6)
         if refined_only:
             _same_tokens(f"{EAGER}, {name}, refined answer", last, refined)
+        if user is not None:
+            ids, saliency = opponents.own(user)
+            _same_tokens(f"{user.name}, {name}, refined answer", ids.tolist(), engine.refined_ids)
+            _same_saliency(f"{user.name}, {name}", saliency, engine.saliency)
+            again = opponents.engine()
+            if again.refined_ids != engine.refined_ids or not torch.allclose(again.saliency, engine.saliency):
+                raise WrongAnswer(f"{user.name}: {ENGINE} gives another answer after it")
 
 
-def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: Callable[[str], None]) -> list[Line]:
-    """Seconds of all opponents against the goals, and their work, a line for each case."""
+def measure(
+    chosen: Sequence[Case],
+    *,
+    rounds: int,
+    slow_rounds: int,
+    advance: Callable[[str], None],
+    user: UserOpponent | None = None,
+) -> list[Line]:
+    """Seconds of all opponents against the goals, and their work, a line for each case; the user's is a slow one."""
     timed, compared, worked = [], [], []
     growth: dict[tuple[str, int], list[tuple[int, list[float]]]] = {}
     for case in chosen:
@@ -74,11 +95,16 @@ def measure(chosen: Sequence[Case], *, rounds: int, slow_rounds: int, advance: C
             REFINED: opponents.answer_refined,
         }
         fast = {name: Counted(case, run) for name, run in runs.items()}
-        slow = {name: Counted(case, run) for name, run in _slow(opponents, task).items()}
+        slow_runs = _slow(opponents, task)
+        if user is not None:
+            _check_user(opponents, user)
+            slow_runs[user.name] = partial(opponents.own, user)
+        slow = {name: Counted(case, run) for name, run in slow_runs.items()}
         seconds = paired(fast, rounds=rounds, before=no_preparation)
         seconds_slow = paired(slow, rounds=slow_rounds, before=no_preparation, warm_up=False)
-        timed.append(_seconds(case, seconds, seconds_slow))
-        compared.append(_ratios(case, seconds, seconds_slow))
+        own = (user.name,) if user is not None else ()
+        timed.append(_seconds(case, seconds, seconds_slow, own))
+        compared.append(_ratios(case, seconds, seconds_slow, own))
         worked.append(_work(opponents, {name: run.work for name, run in (fast | slow).items()}))
         ratios = _over(seconds[ENGINE], _sum(seconds, PLAIN, REFINED))
         growth.setdefault((case.preset_name, case.new_tokens), []).append((case.visual, ratios))
@@ -150,7 +176,9 @@ def _has_release(case: Case) -> bool:
     return case.visual <= RELEASE_VISUAL and case.new_tokens <= RELEASE_TOKENS
 
 
-def _seconds(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
+def _seconds(
+    case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]], own: Iterable[str] = ()
+) -> Line:
     seconds = {
         ENGINE: fast[ENGINE],
         SECOND: fast[SECOND],
@@ -158,10 +186,13 @@ def _seconds(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, lis
         EAGER: _sum(slow, EAGER_TASK, EAGER_REST),
     }
     seconds |= {RELEASE: slow[RELEASE]} if RELEASE in slow else {}
+    seconds |= {name: slow[name] for name in own}
     return line("engine: ms", _labels(case), {}, [], seconds=seconds)
 
 
-def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]]) -> Line:
+def _ratios(
+    case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list[float]], own: Iterable[str] = ()
+) -> Line:
     """Round by round; opponents with eager are compared with the engine's rounds that were timed in turns with them."""
     allowed = [0.6 * plain + refined for plain, refined in zip(fast[PLAIN], fast[REFINED], strict=True)]
     eager_to_engine = _over(_sum(slow, EAGER_TASK, EAGER_REST), slow[ENGINE])
@@ -174,6 +205,7 @@ def _ratios(case: Case, fast: Mapping[str, list[float]], slow: Mapping[str, list
         "(b) / (a) / (eager / sdpa)": _over(eager_to_engine, eager_to_sdpa),
     }
     rounds |= {"(c) / (a)": _over(slow[RELEASE], slow[ENGINE])} if RELEASE in slow else {}
+    rounds |= {f"{name} / (a)": _over(slow[name], slow[ENGINE]) for name in own}
     ratios = {name: Spread.of(values) for name, values in rounds.items()}
     return line("engine: ratios", _labels(case), ratios, _goals(case))
 
@@ -242,6 +274,27 @@ def _check_rounded(opponents: Opponents) -> Pass:
     if not correlation >= 0.98:
         raise WrongAnswer(f"{ENGINE}: expected maps with a correlation of 0.98 with eager's, got {correlation:.4f}")
     return task
+
+
+def _check_user(opponents: Opponents, user: UserOpponent) -> None:
+    """In the timed dtype: the number of tokens, and a saliency of the image; rounding may move both."""
+    ids, saliency = opponents.own(user)
+    if len(ids) != opponents.case.new_tokens:
+        raise WrongAnswer(f"{user.name}: expected {opponents.case.new_tokens} tokens, got {len(ids)}")
+    if saliency.shape != opponents.result.saliency.shape or not bool(saliency.isfinite().all()):
+        raise WrongAnswer(
+            f"{user.name}: expected a finite saliency {tuple(opponents.result.saliency.shape)}, "
+            f"got {tuple(saliency.shape)}"
+        )
+
+
+def _same_saliency(name: str, saliency: torch.Tensor, truth: torch.Tensor) -> None:
+    if saliency.shape != truth.shape:
+        raise WrongAnswer(f"{name}: expected a saliency [H, W] {tuple(truth.shape)}, got {tuple(saliency.shape)}")
+    error = float((saliency.double() - truth.double()).abs().max() / truth.double().abs().max())
+    # `not <=` instead of `>`, so that NaN fails.
+    if not error <= 1e-3:
+        raise WrongAnswer(f"{name}: expected a saliency within 1e-3 of its largest value, got {error:.1e}")
 
 
 def _same_tokens(name: str, ids: Sequence[int], truth: Sequence[int]) -> None:

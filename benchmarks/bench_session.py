@@ -6,24 +6,29 @@ smaller model.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from rich.table import Table
 
-from benchmarks.support.answers import WrongAnswer, check_maps, check_truth
+from benchmarks.support.answers import PEAK, WrongAnswer, check_maps, check_truth
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.machine import kilobytes
 from benchmarks.support.memory import EAGER, PLAIN, SESSION, eager_bytes, peak_in_fresh_process
-from benchmarks.support.models import VISUAL_SHARE, Shape, prompt, random_model
+from benchmarks.support.models import VISUAL_SHARE, Shape, noise, prompt, random_model, twin
 from benchmarks.support.timing import Spread, no_preparation, paired, ratio
-from carve_kernels import capture_attention
+from benchmarks.support.user_opponent import UserOpponent
+from carve_kernels import capture_attention, load
+from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.session.recording import Record
 
 LAYERS = "paper"
@@ -32,6 +37,11 @@ CAPTURES, PREFILL = "captures", "prefill"
 _STEP_GOALS = {2048: 1.02, 8192: 1.05}
 # Long enough for a map with a peak, short enough for a check in float32.
 CHECK_LENGTH = 256
+# A checkpoint need not have a peak in each row of its maps, as the random model does; a flat map is refused.
+CHECKPOINT_PEAK = 1.05
+QUESTION = "What is in the image?"
+# Pixels of a side of the image that a checkpoint is shown.
+SIDE, QUICK_SIDE = 896, 112
 # Above this share of the free memory, the size of eager's matrices is computed instead of measured.
 MEMORY_SHARE = 0.5
 MIB = 2**20
@@ -44,12 +54,49 @@ class Answer(NamedTuple):
     maps: torch.Tensor
 
 
-def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[[], Answer]]:
+class Subject(NamedTuple):
+    """A model, the inputs of one prompt, and the columns [N] of its visual tokens."""
+
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        return int(self.inputs["input_ids"].shape[1])
+
+    @property
+    def eager_bytes(self) -> int:
+        config = self.model.config.get_text_config()
+        size = self.model.dtype.itemsize
+        return int(config.num_hidden_layers * config.num_attention_heads * self.length**2 * size)
+
+
+def opponents(
+    shape: Shape, length: int, new_tokens: int, user: UserOpponent | None = None
+) -> dict[str, Callable[[], Answer]]:
     """`generate` with a dynamic cache: plain with sdpa, in a session, and with eager and output_attentions."""
-    model, other = random_model(shape, "sdpa"), random_model(shape, "eager")
-    other.load_state_dict(model.state_dict(), assign=True)
     inputs = prompt(length, shape.dtype)
-    visual = inputs["mm_token_type_ids"][0].bool()
+    tokens = inputs["mm_token_type_ids"][0].nonzero()[:, 0]
+    return of_subject(Subject(random_model(shape, "sdpa"), inputs, tokens), new_tokens, user)
+
+
+def of_checkpoint(directory: Path, side: int) -> Subject:
+    """A checkpoint in its own dtype with an image of noise and a question; its answers never end early."""
+    model, processor = load(directory)
+    model.generation_config.eos_token_id = None
+    inputs = dict(prepare(processor, [noise(side)], build_prompt(processor, QUESTION)))
+    with torch.no_grad(), capture_attention(model, layers=LAYERS) as session:
+        model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    return Subject(model, inputs, session.maps.tokens[0].long())
+
+
+def of_subject(subject: Subject, new_tokens: int, user: UserOpponent | None = None) -> dict[str, Callable[[], Answer]]:
+    """The opponents on one model; each of eager and the user's function has a model of its own with these weights."""
+    model, inputs, tokens = subject
+    length = subject.length
+    other = twin(model)
+    other.set_attn_implementation("eager")
 
     def answer(model: Any, **options: Any) -> Any:
         with torch.no_grad():
@@ -67,59 +114,115 @@ def opponents(shape: Shape, length: int, new_tokens: int) -> dict[str, Callable[
 
     def eager() -> Answer:
         output = answer(other, output_attentions=True)
-        layers = capture_attention(other, layers=LAYERS).layers
-        maps = [
-            [step[layer][0, :, -1, : len(visual)][:, visual].float().mean(0) for step in output.attentions]
-            for layer in layers
-        ]
+        for step, layer in product(output.attentions, layers):
+            if len(step) <= layer or step[layer] is None or step[layer].shape[-1] < length:
+                raise WrongAnswer(f"{EAGER}: layer {layer} has no probabilities of the whole prompt to check maps with")
+        maps = [[step[layer][0, :, -1, tokens].float().mean(0) for step in output.attentions] for layer in layers]
         return Answer(output.sequences[0, length:], torch.stack([torch.stack(steps) for steps in maps]))
 
-    return {PLAIN: plain, SESSION: session, EAGER: eager}
+    layers = capture_attention(other, layers=LAYERS).layers
+    runs = {PLAIN: plain, SESSION: session, EAGER: eager}
+    if user is not None:
+        own_model, own_inputs = twin(model), copy.deepcopy(inputs)
+
+        def own() -> Answer:
+            return Answer(*user(own_model, own_inputs, layers=layers, tokens=tokens, new_tokens=new_tokens))
+
+        runs[user.name] = own
+    return runs
 
 
-def check(shape: Shape, runs: dict[str, Callable[[], Answer]]) -> None:
-    """A session changes no token, and its maps equal eager's; in bf16, eager's own rounding moves its tokens."""
-    answers = {name: run() for name, run in runs.items()}
+def check(runs: dict[str, Callable[[], Answer]], *, exact: bool, peak: float = PEAK) -> None:
+    """A session changes no token, and its maps equal eager's; in bf16, eager's own rounding moves its tokens.
+
+    The user's function is checked last, against the session, which must give the same answer after it.
+    """
+    users = [name for name in runs if name not in (PLAIN, SESSION, EAGER)]
+    answers = {name: run() for name, run in runs.items() if name not in users}
     plain, session, eager = answers[PLAIN], answers[SESSION], answers.get(EAGER)
-    exact = shape.dtype == "float32"
     for name in (SESSION, EAGER) if exact and eager else (SESSION,):
-        if not torch.equal(answers[name].ids, plain.ids):
+        _same_ids(name, answers[name], plain)
+    check_truth(SESSION, session.maps, peak)
+    if eager is not None:
+        _same_maps(SESSION, session, eager, exact)
+    for name in users:
+        user = runs[name]()
+        if exact or len(user.ids) != len(plain.ids):
+            _same_ids(name, user, plain)
+        if user.maps.shape != session.maps.shape:
             raise WrongAnswer(
-                f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {answers[name].ids.tolist()}"
+                f"{name}: expected maps [L, T, N] {tuple(session.maps.shape)}, got {tuple(user.maps.shape)}"
             )
-    check_truth(SESSION, session.maps)
-    if eager is None:
-        return
+        _same_maps(name, user, session, exact)
+        again = runs[SESSION]()
+        if not (torch.equal(again.ids, session.ids) and torch.allclose(again.maps, session.maps, rtol=1e-4, atol=0)):
+            raise WrongAnswer(f"{name}: {SESSION} gives another answer after it; it must leave others as they are")
+
+
+def _same_ids(name: str, answer: Answer, plain: Answer) -> None:
+    if not torch.equal(answer.ids, plain.ids):
+        raise WrongAnswer(f"{name}: expected the tokens {plain.ids.tolist()} of {PLAIN}, got {answer.ids.tolist()}")
+
+
+def _same_maps(name: str, answer: Answer, truth: Answer, exact: bool) -> None:
     # After the first different token, the steps have different inputs.
-    steps = int((session.ids == eager.ids).long().cumprod(0).sum()) + 1
+    steps = int((answer.ids == truth.ids).long().cumprod(0).sum()) + 1
     bounds = {"relative": 2e-4, "correlation": 1 - 1e-6} if exact else {"relative": math.inf, "correlation": 0.98}
-    check_maps(SESSION, session.maps[:, :steps], eager.maps[:, :steps], **bounds)
+    check_maps(name, answer.maps[:, :steps], truth.maps[:, :steps], **bounds)
 
 
-def price(shape: Shape, lengths: Iterable[int], new_tokens: int, *, rounds: int, advance: Callable[[str], None]) -> Any:
+def price(
+    shape: Shape,
+    lengths: Iterable[int],
+    new_tokens: int,
+    *,
+    rounds: int,
+    advance: Callable[[str], None],
+    user: UserOpponent | None = None,
+) -> Any:
     """Seconds of each opponent, for the prefill and with decoding, after checks in float32 and in the timed dtype."""
     exact = shape._replace(dtype="float32")
-    check(exact, opponents(exact, CHECK_LENGTH, new_tokens))
+    more = (user,) if user is not None else ()
+    check(opponents(exact, CHECK_LENGTH, new_tokens, *more), exact=True)
     results = []
     for length in lengths:
         for count in (1, new_tokens):
-            runs = opponents(shape, length, count)
+            runs = opponents(shape, length, count, *more)
             if not _eager_fits(shape, length):
                 del runs[EAGER]
-            check(shape, runs)
-            seconds = paired(runs, rounds=rounds, before=no_preparation)
-            results.append(
-                {
-                    "length": length,
-                    "new_tokens": count,
-                    "seconds": {name: Spread.of(values)._asdict() for name, values in seconds.items()},
-                    "ratio_to_plain": {
-                        name: ratio(seconds, name, PLAIN)._asdict() for name in seconds if name != PLAIN
-                    },
-                }
-            )
+            check(runs, exact=shape.dtype == "float32")
+            results.append(_priced(runs, length, count, rounds))
             advance(f"price S={length}, {count} new tokens")
     return results
+
+
+def price_of_checkpoint(
+    subject: Subject, new_tokens: int, *, rounds: int, advance: Callable[[str], None], user: UserOpponent | None = None
+) -> Any:
+    """The same for a checkpoint, checked in its own dtype; without eager there is no check, so that it must fit."""
+    available = kilobytes("/proc/meminfo", "MemAvailable")
+    if subject.eager_bytes >= MEMORY_SHARE * available:
+        raise WrongAnswer(
+            f"--model: the check needs {subject.eager_bytes / MIB:.0f} MiB for the probabilities of eager, "
+            f"and {available / MIB:.0f} MiB are free"
+        )
+    results = []
+    for count in (1, new_tokens):
+        runs = of_subject(subject, count, user)
+        check(runs, exact=subject.model.dtype == torch.float32, peak=CHECKPOINT_PEAK)
+        results.append(_priced(runs, subject.length, count, rounds))
+        advance(f"price S={subject.length}, {count} new tokens")
+    return results
+
+
+def _priced(runs: dict[str, Callable[[], Answer]], length: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+    seconds = paired(runs, rounds=rounds, before=no_preparation)
+    return {
+        "length": length,
+        "new_tokens": new_tokens,
+        "seconds": {name: Spread.of(values)._asdict() for name, values in seconds.items()},
+        "ratio_to_plain": {name: ratio(seconds, name, PLAIN)._asdict() for name in seconds if name != PLAIN},
+    }
 
 
 def memory(shape: Shape, lengths: Iterable[int], *, rows: int, advance: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -247,9 +350,12 @@ def _summed() -> Iterator[list[float]]:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    prices = Table("S", "new tokens", *(PLAIN, SESSION, EAGER), title="generate: s, and times plain")
+    names = list(
+        dict.fromkeys((PLAIN, SESSION, EAGER, *(name for entry in results["price"] for name in entry["seconds"])))
+    )
+    prices = Table("S", "new tokens", *names, title="generate: s, and times plain")
     for entry in results["price"]:
-        cells = [_cell(entry, name) for name in (PLAIN, SESSION, EAGER)]
+        cells = [_cell(entry, name) for name in names]
         prices.add_row(str(entry["length"]), str(entry["new_tokens"]), *cells)
     peaks = Table(
         "S", "rows", "plain", "session: + tensors", "+ resident", "rows x heads x S x 4", "eager: + tensors",
@@ -262,7 +368,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
             f"{extra['tensors'] / MIB:.3f}", f"{extra['resident'] / MIB:.1f}", f"{entry['bound'] / MIB:.3f}",
             f"{entry['eager_extra'] / MIB:.1f}" + ("" if entry["eager_measured"] else " (computed, only the matrices)"),
         )  # fmt: skip
-    return [prices, peaks]
+    return [prices, peaks] if results["memory"] else [prices]
 
 
 def _eager_fits(shape: Shape, length: int) -> bool:
@@ -282,7 +388,7 @@ def _cell(entry: dict[str, Any], name: str) -> str:
 def _checked(dtype: str) -> dict[str, Callable[[], Answer]]:
     shape = Shape(4, 512, dtype)
     runs = opponents(shape, 512, 4)
-    check(shape, runs)
+    check(runs, exact=dtype == "float32")
     return runs
 
 

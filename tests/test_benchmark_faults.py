@@ -116,15 +116,15 @@ def test_another_token_stops_session(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tokens" in result.output
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
-    honest = bench_session.opponents
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], name: str = "opponents") -> None:
+    honest = getattr(bench_session, name)
 
     def opponents(*args: Any) -> dict[str, Callable[[], Any]]:
         runs = honest(*args)
         session = runs[bench_session.SESSION]
         return {**runs, bench_session.SESSION: lambda: fault(session())}
 
-    monkeypatch.setattr(bench_session, "opponents", opponents)
+    monkeypatch.setattr(bench_session, name, opponents)
     monkeypatch.setattr(bench_session, "paired", untimed)
 
 

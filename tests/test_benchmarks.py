@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -35,8 +36,9 @@ def report_of(path: Path) -> dict[str, Any]:
 
 def test_capture_reports_every_opponent_cold_and_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "last_level_cache", lambda: 2**20)
-    result = run("capture", "--output", str(tmp_path / "capture.json"))
+    result = run("capture", "--output", str(tmp_path / "capture.json"), "--csv", str(tmp_path / "capture.csv"))
     assert result.exit_code == 0, result.output
+    check_csv(tmp_path / "capture.csv", report_of(tmp_path / "capture.json"))
     lines = report_of(tmp_path / "capture.json")["results"]
     assert [line["caches"] for line in lines] == ["cold", "warm"] * len(cases.QUICK)
     for line in lines:
@@ -45,6 +47,22 @@ def test_capture_reports_every_opponent_cold_and_warm(tmp_path: Path, monkeypatc
         assert set(line["ratio_to_capture"]) == set(line["seconds"]) - {"capture"}
         assert all(0 < spread["p10"] <= spread["median"] <= spread["p90"] for spread in line["seconds"].values())
     assert "(c) folded" in result.output
+
+
+def check_csv(path: Path, report: dict[str, Any]) -> None:
+    """Every opponent of every case, with the numbers of the report."""
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == sum(len(line["seconds"]) + len(line["ratio_to_capture"]) for line in report["results"])
+    line = report["results"][-1]
+    (row,) = [
+        row for row in found
+        if all(row[f"label.{name}"] == str(line[name]) for name in ("geometry", "length", "rows", "dtype", "caches"))
+        and (row["opponent"], row["measure"]) == ("(c) folded", "seconds")
+    ]  # fmt: skip
+    assert {name: float(row[name]) for name in ("median", "p10", "p90")}.items() <= line["seconds"][
+        "(c) folded"
+    ].items()
 
 
 def test_session_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

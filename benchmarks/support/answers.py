@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import torch
 
+PEAK = 4.0
+"""The least peak of a row, in its medians."""
+
 
 class WrongAnswer(RuntimeError):
     """An opponent gives a wrong answer, or the true answer is too flat for a check."""
 
 
-def check_truth(name: str, truth: torch.Tensor) -> None:
+def check_truth(name: str, truth: torch.Tensor, least: float = PEAK) -> None:
     """Truth [..., N] must be finite and positive with a peak in every row, since a wrong map may equal a flat one."""
     if not bool(truth.isfinite().all()) or bool((truth <= 0).any()):
         raise WrongAnswer(f"{name}: expected a finite and positive truth, got other values")
     peak = float((truth.amax(-1) / truth.median(-1).values).min())
-    if peak < 4:
-        raise WrongAnswer(f"{name}: expected a peak of 4 medians in every row of the truth, got {peak:.2f}, a flat row")
+    if peak < least:
+        raise WrongAnswer(
+            f"{name}: expected a peak of {least:g} medians in every row of the truth, got {peak:.2f}, a flat row"
+        )
 
 
 def check_maps(name: str, maps: torch.Tensor, truth: torch.Tensor, *, relative: float, correlation: float) -> None:

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from benchmarks.support.memory import in_fresh_process, peak_of_tensors, peak_resident
-from benchmarks.support.models import MERGE, PATCH, Shape, noise, processor, random_model
+from benchmarks.support.models import MERGE, PATCH, Shape, noise, processor, random_model, twin
+from benchmarks.support.user_opponent import UserOpponent
 from carve_kernels import CarveEngine, Preset, carve
 from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.hf.inputs import build_prompt, prepare
@@ -156,6 +157,15 @@ class Opponents:
     def release_general(self) -> Pass:
         """(c) The general prompt by the procedure of the release."""
         return self._without_cache(self.case.preset.general_prompt)
+
+    def own(self, user: UserOpponent) -> tuple[torch.Tensor, torch.Tensor]:
+        """The user's function: the tokens of the refined answer, and the saliency [H, W]."""
+        case = self.case
+        return user(self._own_model, case.processor, case.image.copy(), QUESTION, preset=case.preset)
+
+    @cached_property
+    def _own_model(self) -> Any:
+        return twin(self.case.model)
 
     @cached_property
     def _uncached_engine(self) -> CarveEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,11 @@ def random_model(shape: Shape, attention: str, seed: int = 0, device: str = "cpu
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def twin(model: Any) -> Any:
+    """Modules and a config of its own around the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def prompt(length: int, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
