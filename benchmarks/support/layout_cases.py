@@ -101,8 +101,16 @@ CASES: dict[str, LayoutCase] = {
     "cohere2_vision": LayoutCase(
         _THREE, {_SIDE: 448}, _tile(448, **{"image_processor.patch_size": 16, "patch_size": 16})
     ),
+    "cohere_compass": CELLS_OF_32,
     "cosmos3_edge": CELLS_OF_32,
+    "cosmos3_omni": CELLS_OF_32,
     "deepseek_vl": PADDED_SQUARE,
+    # The larger image, which comes first, has 341 rows of 1024, from the 341st on.
+    "deepseek_vl_hybrid": LayoutCase(
+        (((32, 32), (0.0, -1.0, 1.0, 683 / 341)),),
+        {_SIDE: 448, "high_res_vision_config.image_size": 1024},
+        _tile(448, **{"image_processor.high_res_size": _square(1024), "num_image_tokens": 1024}),
+    ),
     "emu3": LayoutCase(
         (_STRIP,),
         {"vq_config.channel_multiplier": [1, 2, 2, 4]},
@@ -112,11 +120,15 @@ CASES: dict[str, LayoutCase] = {
     "ernie4_5_vl_moe": CELLS_OF_28,
     "exaone4_5": CELLS_OF_28,
     # Resized to 256 x 770, padded to rows of 14.
+    "fast_vlm": LayoutCase((_MIDDLE,), settings=_crop(448)),
     "fuyu": LayoutCase(
         (((19, 55), (0.0, 0.0, 1.0, 266 / 256)),), settings={"image_processor.size": {"height": 392, "width": 770}}
     ),
     "gemma3": LayoutCase(
         (((32, 32), WHOLE),), {_SIDE: 896, "mm_tokens_per_image": 1024}, _tile(896, image_seq_length=1024)
+    ),
+    "gemma3n": LayoutCase(
+        (((32, 32), WHOLE),), {"vision_soft_tokens_per_image": 1024}, _tile(448, image_seq_length=1024)
     ),
     "gemma4": SOFT_TOKENS,
     "gemma4_e": SOFT_TOKENS,
@@ -125,6 +137,7 @@ CASES: dict[str, LayoutCase] = {
     "glm4v": TWO_FRAMES,
     "glm4v_moe": TWO_FRAMES,
     "glm_ocr": TWO_FRAMES,
+    "glmga": TWO_FRAMES,
     "got_ocr2": LayoutCase((((32, 32), WHOLE),), settings=_tile(2048, num_image_tokens=1024)),
     "granite4_vision": LayoutCase(
         ROWS.parts,
@@ -179,12 +192,14 @@ CASES: dict[str, LayoutCase] = {
     "minimax_m3_vl": CELLS_OF_28,
     "mistral3": LayoutCase((_LONG_STRIP,), settings={"image_processor.size": {"longest_edge": 1568}}),
     # 27 patches a side, pooled in pairs, the last with what is beyond the image.
+    "mistral_large4": LayoutCase((_LONG_STRIP,), settings={"image_processor.size": {"longest_edge": 1568}}),
     "molmo2": LayoutCase(
         (((14, 14), (0.0, 0.0, 28 / 27, 28 / 27)), ((14, 42), (0.0, 0.0, 1.0, 28 / 27))),
         settings=_tile(378, **{"image_processor.max_crops": 6, "image_processor.overlap_margins": [4, 4]}),
     ),
     "muse_glimmer": LayoutCase((_STRIP,), settings={"image_processor.max_image_tokens": 1024}),
     # Its rows are cut one below the other, whatever the shape of the image.
+    "muse_spark": LayoutCase((_STRIP,), settings={"image_processor.max_image_tokens": 1024}),
     "ovis2": LayoutCase(
         (_ALL, *_tiles(3, 1, (16, 16))),
         {_SIDE: 448, "vision_config.hidden_stride": 2},
