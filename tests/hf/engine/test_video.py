@@ -116,7 +116,7 @@ def test_what_cannot_be_used_is_refused_before_the_model_runs(monkeypatch: pytes
     with pytest.raises(ValueError, match="fit: expected None for a video, got 'pad'"):
         padded.ask_video(video(), QUESTION)
     other = CarveEngine(*model_and_processor("gemma3"), preset=PRESET)
-    with pytest.raises(ValueError, match="processor: "):
+    with pytest.raises(ValueError, match="video: expected a model that takes videos; gemma3 takes images only"):
         other.ask_video(video(), QUESTION)
 
 
