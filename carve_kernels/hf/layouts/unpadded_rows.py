@@ -17,9 +17,6 @@ from carve_kernels.hf.layouts.seen import check_pixels
 from carve_kernels.hf.layouts.towers import tower_settings
 from carve_kernels.types import View
 
-# The longest side of cells that are compared with the image, if it can be halved.
-_CELL = 16
-
 
 def settings(config: Any, processor: Any) -> Iterator[tuple[str, Any, Any]]:
     """The canvases, the side of a tile, and what the number of tokens depends on."""
@@ -44,17 +41,14 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     pixels, tile = tiles_of(image), vision.image_size
     rate = Fraction(getattr(image.config, "downsample_rate", None) or 1)
     side, cell = int(tile // vision.patch_size * rate), int(vision.patch_size / rate)
-    grid = side, side
-    # Smaller cells are compared in less time.
-    finer = 2 if cell > _CELL and cell % 2 == 0 else 1
-    compared, cells = (side * finer, side * finer), (cell // finer, cell // finer)
+    grid, cells = (side, side), (cell, cell)
     several = _is_one_of_several(image)
     # Pixels at the right and the bottom that make no whole patch have no token.
     end = side * cell
     box = part(size, (tile, tile), (0, 0), (end, end), (max(size), max(size)) if several else size)
     base = View(tokens.take(side * side), grid, box)
     # A size and a crop that are given to a call are not known.
-    check_pixels(image, box, compared, cells, pixels[0], samples=4)
+    check_pixels(image, box, grid, cells, pixels[0], samples=4)
     if several:
         tokens.take(1)
         return (base,)
@@ -62,7 +56,7 @@ def views(image: ProcessedImage, tokens: Cursor) -> tuple[View, ...]:
     rows, columns = canvas[0] // tile, canvas[1] // tile
     last = (rows - 1) * tile, (columns - 1) * tile
     box = part_of_canvas(image, canvas, last, (last[0] + end, last[1] + end))
-    check_pixels(image, box, compared, cells, pixels[rows * columns], samples=4)
+    check_pixels(image, box, grid, cells, pixels[rows * columns], samples=4)
     first, kept = unpadded(size, (rows * side, columns * side))
     visible = limited(image.config, kept, side)
     found = tokens.take_rows(*visible)
