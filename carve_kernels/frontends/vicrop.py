@@ -343,7 +343,8 @@ def _weighted_by_gradient(
             output, *others = attention(module, query, key, value, *args, **options)
             columns = tokens.to(query.device)
             row = query[:, :, -1:]
-            maps = capture(row, key, columns, scale=options["scaling"], heads="each").maps[:, :, 0]
+            scale = names.attention_options(query, options).scale
+            maps = capture(row, key, columns, scale=scale, heads="each").maps[:, :, 0]
         # The graph begins here: neither the layers before nor the vision tower keep anything.
         torch.set_grad_enabled(True)
         output = output.detach().requires_grad_()
@@ -355,7 +356,8 @@ def _weighted_by_gradient(
         setattr(module, INSTEAD, attend)
         stack.enter_context(patched(*names.attention_entry(module, layer)))
         stack.enter_context(torch.no_grad())
-        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        last = names.logits_of(model, torch.tensor([-1], device=tokens.device))
+        logits = model(**inputs, use_cache=False, **last).logits[:, -1].float()
         [(output, value, maps)] = calls
         [gradient] = torch.autograd.grad(logits.log_softmax(-1).max(), output)
     value = value.repeat_interleave(maps.shape[1] // value.shape[1], 1)
