@@ -20,6 +20,7 @@ Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 RowsSpec = str | int | Sequence[int] | tuple[str, str | Sequence[str]] | Sequence[str | Sequence[int] | tuple[str, str]]
 """Which rows of a prompt are captured; see `capture_attention`."""
+HeadsSpec = Literal["mean", "each"]
 ViewKind = Literal["base", "tile", "crop", "frame"]
 
 # In the orders of carve::Normalize and carve::Score.
@@ -160,7 +161,7 @@ class CaptureOptions(NamedTuple):
     window: int | None = None
     sink: torch.Tensor | None = None
     lse: torch.Tensor | None = None
-    heads: Literal["mean", "each"] = "mean"
+    heads: HeadsSpec = "mean"
 
 
 class ContrastOptions(NamedTuple):
