@@ -79,6 +79,7 @@ def regions(
     options = region_options(
         keep=keep, top=top, floor=floor, min_size=min_size, connectivity=connectivity, score=score, dims=dims
     )
+    checks.flag("check", check)
     result: Regions = resolve("regions", backend, saliency.device, saliency, options).forward(saliency, options)
     # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")
