@@ -26,6 +26,7 @@ ViewKind = Literal["base", "tile", "crop", "frame"]
 # In the orders of carve::Normalize and carve::Score.
 NORMALIZE = ("none", "sum", "max", "minmax")
 SCORES = ("sum", "mean", "max")
+TOO_SMALL = "every region has fewer than min_size pixels"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class RegionOptions(NamedTuple):
     floor: int | None = None
     connectivity: int = 4
     score: str = "sum"
+    min_size: int = 1
 
 
 @dataclass(frozen=True)
