@@ -124,18 +124,16 @@ def memory(chosen: Sequence[Case], *, slow: bool, advance: Callable[[str], None]
         peaks = {name: engine_opponents.peak_of(what, case, engine.refined).tensors for name, what in others.items()}
         extra, bound = engine.tensors - price.tensors, case.prefix_bytes
         share = extra / bound
-        labels = {
-            **_labels(case),
-            PRICE: f"{price.tensors / MIB:.1f}",
-            "(a) - (d)": f"{extra / MIB:.1f}",
-            "(a) - (d), resident": f"{(engine.resident - price.resident) / MIB:.1f}",
-            "one prefix": f"{bound / MIB:.1f}",
-            **{f"{name} - (d)": f"{(tensors - price.tensors) / MIB:.1f}" for name, tensors in peaks.items()},
+        sizes = {
+            PRICE: price.tensors,
+            "(a) - (d)": extra,
+            "(a) - (d), resident": engine.resident - price.resident,
+            "one prefix": bound,
+            **{f"{name} - (d)": tensors - price.tensors for name, tensors in peaks.items()},
         }
         goal = Goal("((a) - (d)) / one prefix", _MARGIN, most=True)
-        entries.append(
-            line("peak memory: MiB of tensors", labels, {goal.ratio: Spread(share, share, share, 1)}, [goal])
-        )
+        ratios = {goal.ratio: Spread(share, share, share, 1)}
+        entries.append(line("peak memory: MiB of tensors", _labels(case), ratios, [goal], sizes=sizes))
         advance(f"memory of {case.preset_name}, {case.visual} visual tokens")
     return entries
 

@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from carve_kernels import deprecation
+from carve_kernels import checks, deprecation
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
@@ -54,12 +54,20 @@ class View:
     seconds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        rows, columns = self.grid
+        checks.tensor("tokens", self.tokens, shape=("GH * GW",), dtypes=(torch.int32, torch.int64))
+        rows, columns = checks.size("grid", self.grid)
         if self.tokens.numel() != rows * columns:
             raise ValueError(
-                f"tokens: expected {rows} x {columns} = {rows * columns} positions for the grid, "
+                f"tokens, grid: expected {rows} x {columns} = {rows * columns} positions for the grid, "
                 f"got {self.tokens.numel()}"
             )
+        checks.numbers("box", self.box, ("x0", "y0", "x1", "y1"), checks.number)
+        checks.integer("image", self.image, low=0)
+        if self.frame is not None:
+            checks.numbers("frame", self.frame, ("first", "one past the last"), checks.integer)
+        checks.choice("kind", self.kind, get_args(ViewKind))
+        if self.seconds is not None:
+            checks.numbers("seconds", self.seconds, ("begin", "end"), checks.number)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,29 @@ class VisualLayout:
     views: tuple[tuple[View, ...], ...]
     sizes: tuple[tuple[Size, ...], ...]
     measured: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.views, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in self.views):
+            raise TypeError(f"views: expected a tuple of views for each row, got {checks.describe(self.views)}")
+        for index, row in enumerate(self.views):
+            for each in row:
+                if not isinstance(each, View):
+                    raise TypeError(f"views[{index}]: expected views, got {checks.describe(each)} among them")
+        if not isinstance(self.sizes, (tuple, list)):
+            raise TypeError(f"sizes: expected a tuple of sizes for each row, got {checks.describe(self.sizes)}")
+        if len(self.sizes) != len(self.views):
+            raise ValueError(
+                f"views, sizes: expected as many rows, got {len(self.views)} and {len(self.sizes)} of them"
+            )
+        for index, images in enumerate(self.sizes):
+            if not isinstance(images, (tuple, list)):
+                raise TypeError(
+                    f"sizes[{index}]: expected a (height, width) for each image, got {checks.describe(images)}"
+                )
+            for image, size in enumerate(images):
+                checks.size(f"sizes[{index}][{image}]", size)
+        if not isinstance(self.measured, bool):
+            raise TypeError(f"measured: expected True or False, got {checks.describe(self.measured)}")
 
     def tokens(self) -> torch.Tensor:
         """The positions of all views in order, int32 [B, N], padded with -1."""

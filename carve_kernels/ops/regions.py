@@ -70,6 +70,7 @@ def regions(
     dims = 3 if isinstance(saliency, torch.Tensor) and saliency.dim() == 3 else 2
     checks.tensor("saliency", saliency, shape=_SHAPES[dims], dtypes=(torch.float32, torch.float64))
     options = region_options(keep=keep, top=top, floor=floor, connectivity=connectivity, score=score, dims=dims)
+    checks.flag("check", check)
     result: Regions = resolve("regions", backend, saliency.device, saliency, options).forward(saliency, options)
     # For a value that is not finite every backend gives no region, so NaN is searched for only then.
     is_checked = check or (check is None and saliency.device.type == "cpu")

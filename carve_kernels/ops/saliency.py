@@ -133,6 +133,7 @@ def saliency(
     selection = None if regions is None else _region_options(regions, views)
     if out is not None and not isinstance(out, Saliency):
         raise TypeError(f"out: expected a Saliency of an earlier call, got {checks.describe(out)}")
+    checks.flag("check", check)
     is_checked = check or (check is None and general.device.type == "cpu" and not torch.compiler.is_compiling())
     with torch.no_grad():
         operator = saliency_operator(backend, layers, tokens, options, general, views, contrasted, selection)
@@ -172,10 +173,7 @@ def _each_layer(layers: Layers, options: CaptureOptions) -> Iterator[tuple[torch
 def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions) -> None:
     """Refuse what `capture` does, and more than one row of the batch or of queries."""
     query, key, sink = layers
-    if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
-        raise ValueError(
-            f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
-        )
+    checks.layers(query, key, sink)
     for one in query:
         if one.dim() != 4 or one.shape[0] != 1 or one.shape[2] != 1:
             raise ValueError(
