@@ -209,8 +209,10 @@ def grounding_heads(maps: Sequence[Any], inside: Sequence[Any], *, count: int = 
     """
     checks.integer("count", count, low=1)
     many, places = _listed("maps", maps), _listed("inside", inside)
-    if len(many) != len(places) or not many:
-        raise ValueError(f"inside: expected the tokens of each of {len(many)} prompts, at least one, got {len(places)}")
+    if not many:
+        raise ValueError("maps: expected those of at least one prompt, got none")
+    if len(many) != len(places):
+        raise ValueError(f"inside: expected the tokens of each of {len(many)} prompts, got {len(places)}")
     shares: list[torch.Tensor] = []
     for number, (each, place) in enumerate(zip(many, places, strict=True)):
         values = _by_head(f"maps[{number}]", each)
@@ -410,7 +412,7 @@ def _floating(name: str, value: Any) -> torch.Tensor:
 
 
 def _listed(name: str, value: Any) -> list[Any]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected a list, got {checks.describe(value)}")
     return list(value)
 
