@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import runpy
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,8 @@ from carve_kernels.frontends import recipes
 from carve_kernels.models.scenes import draw_scene
 from tests.support.families import eager, family, generate, in_eager, inputs_of
 from tests.support.processors.kinds import pair
+
+SMALL = Path(__file__).resolve().parents[2] / "examples" / "small_vlm"
 
 
 def maps_of(layers: int, heads: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -279,6 +285,23 @@ def shared(one: tuple[int, int], other: tuple[int, int], down: int, across: int)
     """The intersection over union of two windows."""
     cells = [set(product(range(y, y + down), range(x, x + across))) for y, x in (one, other)]
     return len(cells[0] & cells[1]) / len(cells[0] | cells[1])
+
+
+def test_what_they_give_can_be_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(SMALL))
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--scenes", "10", "--validation", "3", "--levels", "4"])
+    before = set(sys.modules)
+    try:
+        runpy.run_path(str(SMALL / "recipes.py"), run_name="__main__")
+    finally:
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SMALL)):
+                del sys.modules[name]
+    table = dict(re.findall(r"^\| ([a-z_(][^|]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M))
+    assert len(table) == 11
+    shares = {name: float(share) for name, share in table.items()}
+    assert min(shares["concentrated heads"], shares["grounding heads"], shares["query_layer"]) > shares["last layer"]
+    assert shares["profile, if unsure"] > shares["plain"] and 0 < shares["(answers that were unsure)"] < 100
 
 
 # Errors name the argument.
