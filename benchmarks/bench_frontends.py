@@ -24,8 +24,8 @@ from benchmarks.support.commands import (
     Quick,
     Threads,
     check_output,
-    is_given,
     progress,
+    refuse_given,
     reporting,
     without_goals,
 )
@@ -92,9 +92,8 @@ def frontends(
     versions = version or list(VERSIONS)
     if unknown := sorted(set(versions) - set(VERSIONS)):
         raise typer.BadParameter(f"--version: expected some of {list(VERSIONS)}, got {unknown}")
-    given = [name for name in ("layers", "hidden", "family") if is_given(context, name)]
-    if model is not None and given:
-        raise typer.BadParameter(f"--{given[0]}: is of the random model; leave out with --model")
+    if model is not None:
+        refuse_given(context, ("layers", "hidden", "family"))
     shape = Shape(layers, hidden, dtype)
     if quick:
         shape, count, new_tokens, rounds = Shape(2, 128, dtype), 1, 2, 1
