@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
+
+_Number = TypeVar("_Number", int, float)
 
 # One letter before a colon is a drive of Windows.
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -192,13 +194,13 @@ def size(name: str, value: Any) -> tuple[int, int]:
 
 
 def numbers(
-    name: str, value: Any, meanings: tuple[str, ...], check: Callable[[str, Any], float] | None = None
-) -> tuple[float, ...]:
-    """Check a tuple or list of numbers, each with a meaning; `check` is `number` unless they are `integer`s."""
+    name: str, value: Any, meanings: tuple[str, ...], check: Callable[[str, Any], _Number]
+) -> tuple[_Number, ...]:
+    """Check a tuple or list of numbers, each with a meaning; `check` is `number` or `integer`."""
     if not isinstance(value, (tuple, list)) or len(value) != len(meanings):
         kind = "integers" if check is integer else "numbers"
         raise TypeError(f"{name}: expected {len(meanings)} {kind} ({', '.join(meanings)}), got {describe(value)}")
-    return tuple((check or number)(f"{name}[{index}]", each) for index, each in enumerate(value))
+    return tuple(check(f"{name}[{index}]", each) for index, each in enumerate(value))
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -61,13 +61,13 @@ class View:
                 f"tokens, grid: expected {rows} x {columns} = {rows * columns} positions for the grid, "
                 f"got {self.tokens.numel()}"
             )
-        checks.numbers("box", self.box, ("x0", "y0", "x1", "y1"))
+        checks.numbers("box", self.box, ("x0", "y0", "x1", "y1"), checks.number)
         checks.integer("image", self.image, low=0)
         if self.frame is not None:
             checks.numbers("frame", self.frame, ("first", "one past the last"), checks.integer)
         checks.choice("kind", self.kind, get_args(ViewKind))
         if self.seconds is not None:
-            checks.numbers("seconds", self.seconds, ("begin", "end"))
+            checks.numbers("seconds", self.seconds, ("begin", "end"), checks.number)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,15 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
+// The attention that each key gets from all rows. Of the capture, one layer's query, key and sink are read, and what the
+// rows see; it writes `sums` instead of maps.
+struct ColumnSumsParams {
+  CaptureParams capture;
+  float* sums;  // [batch, heads, keys], dense
+};
+
+void column_sums_cpu(const ColumnSumsParams& params);
+
 // Further arguments of a capture on a device. All pointers, also those of CaptureParams, are device memory.
 struct CaptureDevice {
   const int64_t* step;      // the step to write, or null for step 0, which the layers' outputs point to

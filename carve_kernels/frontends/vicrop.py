@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from carve_kernels import checks
+from carve_kernels.arrays import as_array
 from carve_kernels.frontends.second_answer import has_beams, second_answer
-from carve_kernels.hf import names
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.attention_patch import INSTEAD, patched
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
 from carve_kernels.hf.decoding.generation import preserved_positions
@@ -77,7 +78,7 @@ def bbox_from_att_image_adaptive(att_map: Array, image_size: tuple[int, int], bb
 
     Raises TypeError or ValueError for a map that is not finite, and for a window that is smaller than a token.
     """
-    values = np.asarray(att_map)
+    values = as_array("att_map", att_map)
     if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
         raise ValueError(f"att_map: expected finite numbers [rows, columns], got {checks.describe(att_map)}")
     width, height = _sides("image_size", image_size)
@@ -238,8 +239,10 @@ def vicrop_qa(
     checks.text("question", question)
     checks.text("short_question", short_question)
     family = FAMILIES[model_name]
-    number = _check_model(model_name, model, family.layer if layer is None else layer)
-    with Image.open(image_path) as opened:
+    number = _check_model(model_name, model, processor, family.layer if layer is None else layer)
+    # Pillow opens files that are open as well.
+    source = image_path if hasattr(image_path, "read") else checks.path("image_path", image_path)
+    with Image.open(source) as opened:
         image = _plain(opened)
     texts = {"question": question, "short_question": short_question, "general_question": GENERAL_QUESTION}
     prompts = {name: _whole_prompt(model_name, processor, text, 1) for name, text in texts.items()}
@@ -303,7 +306,7 @@ def _relative(
     model_name: str, image: Image.Image, prompts: tuple[str, str], model: Any, processor: Any, layer: int
 ) -> Array:
     _check_image(image)
-    number = _check_model(model_name, model, layer)
+    number = _check_model(model_name, model, processor, layer)
     named = dict(zip(("prompt", "general_prompt"), prompts, strict=True))
     located = _located(_plain(image), named, model, processor, ImageInputs.for_model(model, processor, None))
     groups: dict[tuple[int, ...], PromptGroup] = {}
@@ -353,7 +356,7 @@ def _of_method(
 
 def _gradient(model_name: str, image: Image.Image, prompt: str, model: Any, processor: Any, layer: int) -> Array:
     _check_image(image)
-    number = _check_model(model_name, model, layer)
+    number = _check_model(model_name, model, processor, layer)
     if layer_window(model, number) is not False:
         raise ValueError(f"layer: expected one whose last row sees every token, got {layer}, which has a window")
     module = attention_modules(model)[number]
@@ -445,11 +448,12 @@ def _on_whole_image(values: Array, layout: VisualLayout) -> Array:
     return found
 
 
-def _check_model(model_name: str, model: Any, layer: int) -> int:
+def _check_model(model_name: str, model: Any, processor: Any, layer: int) -> int:
     """The number of a layer, counted from 0, of a model that must be of the family."""
     contract.ensure()
     check_decoder(model)
     check_steady(model)
+    processors.check(processor)
     kind, expected = unwrap(model).config.model_type, FAMILIES[model_name].model_types
     if kind not in expected:
         raise ValueError(f"model: expected the model_type {expected[0]!r} for {model_name}, got {kind!r}")

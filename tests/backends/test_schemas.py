@@ -12,7 +12,16 @@ import torch
 
 from carve_kernels.backends.native import extension
 from tests.emulator.emulator import NAMESPACE as EMULATED
-from tests.support.operators import KEPT, SAMPLES, capture_layers, contrast_cpu, operator, regions_cpu, saliency
+from tests.support.operators import (
+    KEPT,
+    SAMPLES,
+    capture_layers,
+    column_sums_cpu,
+    contrast_cpu,
+    operator,
+    regions_cpu,
+    saliency,
+)
 
 
 def registered() -> list[str]:
@@ -108,6 +117,33 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
         (4, [3, 5, -11, -7, 2, 2, 1, 3], "fit"),
         (7, 4, "normalize"),
         (8, torch.empty(79), "pixels"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
+
+
+def test_column_sums_cpu_refuses_what_it_cannot_read() -> None:
+    op, good = operator("carve_kernels::column_sums_cpu"), column_sums_cpu()
+    query, key, mask, positions, sink, lse = good[:6]
+    wrong: list[tuple[int, Any, str]] = [
+        (0, query[0], "query: expected 4 dimensions"),
+        (0, query.double(), "query: expected float32, float16 or bfloat16"),
+        (0, query[..., :8], "key: expected the batch and head size of query"),
+        (1, key.half(), "key: expected the dtype of query"),
+        (1, key[:1], "key: expected the batch and head size of query"),
+        (1, key.repeat(1, 2, 1, 1)[:, :3], "key: .*heads that divides the 4 of query"),
+        (1, key.transpose(2, 3).contiguous().transpose(2, 3), "key: expected stride 1"),
+        (2, mask.float(), "mask: expected bool"),
+        (2, mask[..., :8], "mask: expected the batch"),
+        (3, positions[:1], "positions: expected shape"),
+        (3, positions.float(), "positions: expected int32 or int64"),
+        (3, None, "window: expected positions along with a window"),
+        (4, sink[:3], "sink: expected a contiguous float32"),
+        (5, lse.transpose(1, 2).contiguous().transpose(1, 2), "lse: expected a contiguous float32"),
+        (8, -1, "window: expected at least 0"),
+        (9, good[9].double(), "out: expected a contiguous float32"),
+        (9, good[9][..., :8], "out: expected a contiguous float32"),
     ]
     for index, value, message in wrong:
         with pytest.raises(RuntimeError, match=message):

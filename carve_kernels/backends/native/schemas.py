@@ -47,6 +47,9 @@ SCHEMAS: dict[str, str] = {
     "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
     "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
     "capture_layers": f"({_CAPTURE}) -> ()",
+    # The attention that each key gets from all rows, float32 [B, A, S].
+    "column_sums_cpu": "(Tensor query, Tensor key, Tensor? mask, Tensor? positions, Tensor? sink, Tensor? lse, "
+    "float scale, float softcap, int window, Tensor(a!) out) -> ()",
     "attend_layer": f"({_ATTEND}) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
