@@ -112,7 +112,8 @@ void parse_mask(const Operand& mask, CaptureParams& p) {
 }
 
 // The sizes of a call, from its first layer, and its shared inputs.
-void parse_inputs(const CaptureOperands& in, CaptureParams& p) {
+template <class Operands>
+void parse_inputs(const Operands& in, CaptureParams& p) {
   const Operand& query = in.query[0];
   const Operand& key = in.key[0];
   check(query.dims == 4, "query: expected 4 dimensions, got ", query);

@@ -6,10 +6,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
+#include "cpu/capture/arena.h"
 #include "cpu/capture/unit.h"
 #include "cpu/parallel.h"
 
@@ -21,46 +20,9 @@ constexpr int64_t kWaveFloats = int64_t{1} << 21;
 // With fewer elements of keys another thread costs more than it saves: 10 microseconds to wake it, reads at 10 GB/s.
 constexpr int64_t kSerialElements = int64_t{1} << 16;
 
-// Memory of one thread that only grows: a decode loop allocates nothing.
-class Arena {
- public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(data_); }
-
-  float* floats(int64_t count) {
-    constexpr size_t kAlignment = 64;
-    if (count > capacity_) {
-      std::free(data_);
-      capacity_ = 0;
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-      data_ = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
 thread_local Arena staging_arena;
 thread_local Arena scratch_arena;
 thread_local Arena wave_arena;
-
-const CaptureKernels& active_kernels() {
-  [[maybe_unused]] const Isa isa = active_isa();
-#ifdef CARVE_X86
-  if (isa == Isa::kAmx) return capture_kernels_amx();
-  if (isa == Isa::kAvx512Bf16) return capture_kernels_avx512_bf16();
-  if (isa == Isa::kAvx512) return capture_kernels_avx512();
-  if (isa == Isa::kAvx2) return capture_kernels_avx2();
-#endif
-  return capture_kernels_plain();
-}
 
 // The tokens of a batch row that are not padding, as runs[first, last).
 struct TokenRuns {
@@ -97,7 +59,7 @@ void find_runs(const CaptureParams& p, std::vector<KeyRun>& runs, std::vector<To
 class Captures {
  public:
   explicit Captures(const CaptureParams& params)
-      : p_(params), plan_(params, active_kernels()), runs_(run_buffer), token_runs_(token_runs_buffer) {
+      : p_(params), plan_(params, active_capture_kernels()), runs_(run_buffer), token_runs_(token_runs_buffer) {
     find_runs(p_, run_buffer, token_runs_buffer);
   }
 
@@ -167,7 +129,7 @@ class Captures {
     float* const scratch = scratch_arena.floats(plan_.scratch_floats());
     pack_unit(plan_, unit, scratch, staging);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) score_chunk(plan_, unit, chunk, scratch, staging);
-    relate_chunks(plan_, unit, scratch);
+    relate_chunks(plan_, unit, scratch, nullptr);
     gather_runs(plan_, unit, runs_.data() + tokens.first, static_cast<int64_t>(tokens.last - tokens.first), scratch);
   }
 
@@ -180,7 +142,7 @@ class Captures {
       float* const staging = staging_arena.floats(plan_.staging_floats());
       for (int64_t chunk = begin; chunk < end; ++chunk) score_chunk(plan_, unit, chunk, scratch, staging);
     });
-    relate_chunks(plan_, unit, scratch);
+    relate_chunks(plan_, unit, scratch, nullptr);
     run_range(static_cast<int64_t>(tokens.last - tokens.first), true, [&](int64_t begin, int64_t end) {
       gather_runs(plan_, unit, runs_.data() + tokens.first + begin, end - begin, scratch);
     });
@@ -207,6 +169,17 @@ class Captures {
 };
 
 }  // namespace
+
+const CaptureKernels& active_capture_kernels() {
+  [[maybe_unused]] const Isa isa = active_isa();
+#ifdef CARVE_X86
+  if (isa == Isa::kAmx) return capture_kernels_amx();
+  if (isa == Isa::kAvx512Bf16) return capture_kernels_avx512_bf16();
+  if (isa == Isa::kAvx512) return capture_kernels_avx512();
+  if (isa == Isa::kAvx2) return capture_kernels_avx2();
+#endif
+  return capture_kernels_plain();
+}
 
 void capture_cpu(const CaptureParams& params) {
   if (params.layer_count == 0 || params.batch == 0 || params.rows == 0) return;

@@ -17,10 +17,15 @@ void hide_masked(float* scores, const uint8_t* mask, int64_t keys) {
 }
 
 // Turns scores into logits where this takes more than a positive factor.
-void make_logits(float* scores, int64_t end, float scale, float softcap) {
+void make_logits(const ChunkRow& row, int64_t end) {
   for (int64_t key = 0; key < end; key += kLanes) {
-    const Vector logit = load(scores + key) * scale;
-    store(scores + key, softcap == 0.0f ? logit : hyperbolic_tangent(logit / softcap) * softcap);
+    Vector logit = load(row.scores + key) * row.scale;
+    if (row.softcap != 0.0f) {
+      const Vector capped = hyperbolic_tangent(logit / row.softcap);
+      if (row.slopes != nullptr) store(row.slopes + key, 1.0f - capped * capped);
+      logit = capped * row.softcap;
+    }
+    store(row.scores + key, logit);
   }
 }
 
@@ -29,7 +34,7 @@ Peak softmax_row(const ChunkRow& row) {
   // Whole vectors: the scores are padded, and the padding is hidden like invisible keys.
   const int64_t end = (row.keys + kLanes - 1) / kLanes * kLanes;
   const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
-  if (!linear) make_logits(scores, end, row.scale, row.softcap);
+  if (!linear) make_logits(row, end);
   hide(scores, 0, row.first);
   hide(scores, row.last, end);
   if (row.mask != nullptr) hide_masked(scores, row.mask, row.keys);
