@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from carve_kernels.backends.reference import capture
 from carve_kernels.backends.reference.attention import seen_keys
-from carve_kernels.types import CaptureOptions
+from carve_kernels.types import CaptureOptions, Given, Gradients
 
 # Scores of one part of the rows: scratch is a few times as many numbers, or those of one row where that has more.
 _SCORES = 2**22
 
 
-class Given(NamedTuple):
-    """The gradients of a loss with respect to the parts of a capture; None counts as zeros."""
-
-    maps: Tensor | None
-    mass: Tensor | None
-    entropy: Tensor | None
-
-    def of_rows(self, rows: slice) -> Given:
-        maps, mass, entropy = self
-        parts = (None if each is None else each[..., rows] for each in (mass, entropy))
-        return Given(None if maps is None else maps[..., rows, :], *parts)
+def supports(*_: object) -> str | None:
+    """The reference serves everything."""
+    return None
 
 
 def backward(
     query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, given: Given, *, of_key: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """The gradients with respect to the query, the key (None unless `of_key`) and the sink, in their dtypes.
 
     A given log-sum-exp is that of the logits, so it changes with the query and the key, as if it were computed here.
@@ -47,7 +38,7 @@ def backward(
     for start in range(0, rows if keys and tokens.shape[1] and heads else 0, step):
         part = slice(start, start + step)
         some = _options_of(options, part)
-        products, sinks = _of_products(query[:, :, part], key, tokens, some, given.of_rows(part))
+        products, sinks = _of_products(query[:, :, part], key, tokens, some, _of_rows(given, part))
         if to_sink is not None and sinks is not None:
             to_sink += sinks
         to_query[:, :, part] = _into_query(products, query[:, :, part], key, seen_keys(some, keys), to_key)
@@ -56,6 +47,12 @@ def backward(
         None if to_key is None else to_key.to(key.dtype),
         None if sink is None or to_sink is None else to_sink.to(sink.dtype),
     )
+
+
+def _of_rows(given: Given, rows: slice) -> Given:
+    maps, mass, entropy = given
+    parts = (None if each is None else each[..., rows] for each in (mass, entropy))
+    return Given(None if maps is None else maps[..., rows, :], *parts)
 
 
 def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:

@@ -6,6 +6,8 @@
 
 #include "cpu/capture/rows-inl.h"
 
+#include "cpu/capture/gradient-inl.h"
+
 constexpr CaptureKernels kKernels = {
     {score_kernels<float>(), score_kernels<Float16>(), score_kernels<Bfloat16>()},
     softmax_row,
@@ -13,4 +15,5 @@ constexpr CaptureKernels kKernels = {
     gather_row,
     mean_row,
     add_columns,
+    kGradients,
 };

@@ -51,6 +51,8 @@ struct ChunkRow {
   const uint8_t* mask;  // [keys], or null
   float scale;
   float softcap;
+  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of which those of hidden keys
+                         // may be anything
   const char* prefetch;  // as many bytes as the scores have are prefetched from here; any address is allowed
 };
 
@@ -108,6 +110,50 @@ struct Summary {
   float entropy;
 };
 
+// The gradients of the products of one row, from exponentials [keys] of a chunk, which they replace.
+struct ProductRow {
+  float* values;
+  int64_t keys;
+  float factor;         // probability = exponential * factor
+  const float* given;   // [keys]: the gradients of the loss with respect to the probabilities
+  float total;          // the sum of probability * given over all keys of the row
+  const float* slopes;  // [keys], or null: those of the softcap
+  float scale;
+};
+
+// Rows of the query's gradient from the keys of a chunk. Keys that are not listed are never read.
+struct QueryGradient {
+  const void* key;
+  int64_t key_stride;
+  int64_t size;
+  const int32_t* columns;
+  int64_t count;        // of columns, at least 1
+  const float* values;  // [rows, stride]: the gradients of the products
+  int64_t stride;
+  int64_t rows;
+  float* out;  // [rows, size]
+};
+
+// Rows of the key's gradient from those of the query.
+struct KeyGradient {
+  const float* values;  // [rows, stride]: the gradients of the products
+  int64_t stride;
+  int64_t rows;
+  const float* query;  // [rows, size]
+  int64_t size;
+  int64_t keys;
+  bool adds;   // to what is there
+  float* out;  // [keys, size]
+};
+
+struct GradientKernels {
+  // The sum of exponential * given over a chunk.
+  float (*weigh)(const float* values, const float* given, int64_t keys);
+  void (*products)(const ProductRow& row);
+  void (*query[3])(const QueryGradient& gradient);  // indexed by Float
+  void (*key)(const KeyGradient& gradient);
+};
+
 struct CaptureKernels {
   ScoreKernels score[3];  // indexed by Float
   Peak (*softmax)(const ChunkRow& row);
@@ -116,6 +162,7 @@ struct CaptureKernels {
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);
   void (*add_columns)(const ColumnRow& row);
+  GradientKernels gradient;
 };
 
 const CaptureKernels& capture_kernels_plain();
