@@ -149,7 +149,7 @@ def _kind(query: Tensor, key: Tensor, sink: Tensor | None) -> tuple[Any, ...]:
     return shapes if sink is None else (*shapes, sink.dtype, sink.stride())
 
 
-def _exponent(scale: float, softcap: float | None) -> tuple[int, float, float, float]:
+def exponent(scale: float, softcap: float | None) -> tuple[int, float, float, float]:
     """(kind of the scores, inner, factor, residual): a logit in base 2 is factor * (1 + residual) * score.
 
     `inner` multiplies the products before a tanh in base 2.
@@ -226,7 +226,7 @@ def _launch(
     batch, query_heads, rows, size = query[0].shape
     key_heads, keys = key[0].shape[1:3]
     device, element_bytes, depth, group = query[0].device, query[0].element_size(), len(query), query_heads // key_heads
-    kind, inner, factor, residual = _exponent(scale, softcap)
+    kind, inner, factor, residual = exponent(scale, softcap)
     limit = min(window or 0, _FARTHEST)
     steps = 1 if slot.step is None else slot.out.maps.shape[0]
     scratch = memory.scratch[: parts.floats * torch.float32.itemsize].view(torch.float32)

@@ -324,6 +324,8 @@ class ForwardTracker:
                 f"model: expected one token after a cache of this session in a CUDA graph, got {source.shape[1]}; run "
                 "the prompt before the graph is captured"
             )
+        if self._options.heads == "each" and self._shares is not None:
+            raise ValueError("heads: expected 'mean' for a model whose heads are divided among processes, got 'each'")
         if self.grad:
             check_model(self._model, divided=self._shares is not None)
         self.record, self._thread = None, threading.current_thread()

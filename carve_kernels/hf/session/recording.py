@@ -18,12 +18,12 @@ from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.graphs import LayerGraphs
+from carve_kernels.hf.session.graphs import EachHead, LayerGraphs
 from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
 from carve_kernels.hf.session.kept_columns import KeptColumns, Selection
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
-from carve_kernels.types import Capture, RowsSpec, VisualLayout
+from carve_kernels.types import Capture, HeadsSpec, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
@@ -52,6 +52,7 @@ class SessionOptions(NamedTuple):
     backend: str
     fused: bool = False
     grad: bool = False
+    heads: HeadsSpec = "mean"
 
 
 class Drops(Protocol):
@@ -109,7 +110,8 @@ class Record:
         self.dtype = ""
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
-        self.graphs = LayerGraphs(options.backend) if options.grad else None
+        self.graphs = LayerGraphs(options.heads, options.backend) if options.grad else None
+        self.each = EachHead(options.backend) if options.heads == "each" and not options.grad else None
         self.batch: LayerBatch | None = None
         # Whether the current forward is a decode step, and what its layers that attend and capture have in common.
         self.decoding = False
@@ -281,6 +283,11 @@ class Record:
         self._finish(index, query)
         return output.transpose(1, 2), None
 
+    @property
+    def written(self) -> int:
+        """The step of the buffers that the current forward is written to."""
+        return max(0, self.step - 1)
+
     def _finish(self, index: int, query: torch.Tensor) -> None:
         """After a layer was captured, or put into a batch."""
         if index == len(self.layers) - 1:
@@ -288,10 +295,11 @@ class Record:
             self.shared = None
         self.dtype = str(query.dtype).removeprefix("torch.")
         if self.on_layer is not None:
-            slot = max(0, self.step - 1)
-            captured = Capture(*(buffer[slot, index] for buffer in self.target))
-            if self.graphs is not None:
-                captured = self.graphs.of_layer(index)
+            source = self.graphs or self.each
+            if source is not None:
+                captured = source.of_layer(index)
+            else:
+                captured = Capture(*(buffer[self.written, index] for buffer in self.target))
             returned = self.on_layer(self.layers[index], self.step, captured)
             if returned is not None:
                 self.drops.drop(self, self.layers[index], returned)
@@ -424,6 +432,8 @@ class Record:
             )
         if self.graphs is not None:
             self.graphs.capture(batch, self.target)
+        elif self.each is not None:
+            self.each.capture(batch, self.target, self.written)
         else:
             self.state.calls.run(batch, self.target, self.slot)
         if batch.hidden is not None:

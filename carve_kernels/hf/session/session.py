@@ -32,7 +32,7 @@ from carve_kernels.hf.session.recording import OnLayer, SessionOptions
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.ops.attention_operator import attention_operator
 from carve_kernels.presets import layers_of
-from carve_kernels.types import RowsSpec, VisualLayout
+from carve_kernels.types import HeadsSpec, RowsSpec, VisualLayout
 
 
 def capture_attention(
@@ -47,6 +47,7 @@ def capture_attention(
     backend: str = "auto",
     fused: bool = False,
     grad: bool = False,
+    heads: HeadsSpec = "mean",
 ) -> CaptureSession:
     """A session in which forwards and `generate` of a model also capture the attention of selected rows.
 
@@ -111,6 +112,11 @@ def capture_attention(
         raise TypeError(f"fused: expected True or False, got {checks.describe(fused)}")
     if not isinstance(grad, bool):
         raise TypeError(f"grad: expected True or False, got {checks.describe(grad)}")
+    checks.choice("heads", heads, ("mean", "each"))
+    if heads == "each" and on_layer is None:
+        raise ValueError("on_layer: expected a function beside heads='each', which gets the maps, got None")
+    if fused and heads == "each":
+        raise ValueError("fused: expected False beside heads='each', whose maps its operator does not write, got True")
     if fused and grad:
         raise ValueError("fused: expected False beside grad=True, where there are no decode steps, got True")
     options = SessionOptions(
@@ -123,6 +129,7 @@ def capture_attention(
         checks.choice("backend", backend, ("auto", *BACKENDS)),
         fused,
         grad,
+        heads,
     )
     if fused and backend != "auto":
         for indices in _by_device(modules):

@@ -6,10 +6,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/capture/unit.h"
 #include "cpu/parallel.h"
 
@@ -21,46 +20,9 @@ constexpr int64_t kWaveFloats = int64_t{1} << 21;
 // With fewer elements of keys another thread costs more than it saves: 10 microseconds to wake it, reads at 10 GB/s.
 constexpr int64_t kSerialElements = int64_t{1} << 16;
 
-// Memory of one thread that only grows: a decode loop allocates nothing.
-class Arena {
- public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(data_); }
-
-  float* floats(int64_t count) {
-    constexpr size_t kAlignment = 64;
-    if (count > capacity_) {
-      std::free(data_);
-      capacity_ = 0;
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-      data_ = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
 thread_local Arena staging_arena;
 thread_local Arena scratch_arena;
 thread_local Arena wave_arena;
-
-const CaptureKernels& active_kernels() {
-  [[maybe_unused]] const Isa isa = active_isa();
-#ifdef CARVE_X86
-  if (isa == Isa::kAmx) return capture_kernels_amx();
-  if (isa == Isa::kAvx512Bf16) return capture_kernels_avx512_bf16();
-  if (isa == Isa::kAvx512) return capture_kernels_avx512();
-  if (isa == Isa::kAvx2) return capture_kernels_avx2();
-#endif
-  return capture_kernels_plain();
-}
 
 // The tokens of a batch row that are not padding, as runs[first, last).
 struct TokenRuns {

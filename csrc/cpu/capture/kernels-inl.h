@@ -12,4 +12,5 @@ constexpr CaptureKernels kKernels = {
     relate_tops,
     gather_row,
     mean_row,
+    add_columns,
 };

@@ -89,6 +89,20 @@ struct MeanRow {
   float* mean;  // [tokens]; may alias `sums`
 };
 
+// Scores of one row and chunk, whose probabilities 2^((logit - peak) * factor + rest) are added to the sums of the keys;
+// the factor turns scores into logits in base 2. The scores are overwritten.
+struct ColumnRow {
+  float* scores;
+  int64_t first;        // keys [first, last) of the chunk are visible to the row
+  int64_t last;
+  const uint8_t* mask;  // as of ChunkRow
+  float scale;
+  float softcap;
+  float peak;
+  float rest;
+  float* sums;  // as many as the scores
+};
+
 struct Summary {
   float mass;
   float entropy;
@@ -101,6 +115,7 @@ struct CaptureKernels {
   void (*relate)(float* tops, int64_t count, float top);
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);
+  void (*add_columns)(const ColumnRow& row);
 };
 
 const CaptureKernels& capture_kernels_plain();
@@ -110,5 +125,8 @@ const CaptureKernels& capture_kernels_avx512();
 const CaptureKernels& capture_kernels_avx512_bf16();
 const CaptureKernels& capture_kernels_amx();
 #endif
+
+// Those of the instruction set in use.
+const CaptureKernels& active_kernels();
 
 }  // namespace carve

@@ -1,4 +1,4 @@
-// Operations on the scores of a row: exponentials of a chunk, gather of the tokens, mean over the heads.
+// Operations on the scores of a row: exponentials of a chunk, gather of the tokens, mean over the heads, column sums.
 
 constexpr float kHidden = -INFINITY;
 
@@ -141,4 +141,25 @@ Summary mean_row(const MeanRow& row) {
   const float total = static_cast<float>(mass);
   if (row.used < 2 || total == 0.0f) return {total, 0.0f};
   return {total, compute_entropy(row.mean, row.tokens, total) / __builtin_logf(static_cast<float>(row.used))};
+}
+
+void add_columns(const ColumnRow& row) {
+  // Whole vectors: the scores are padded, and what is not visible in them is hidden.
+  const int64_t begin = row.first / kLanes * kLanes;
+  const int64_t end = (row.last + kLanes - 1) / kLanes * kLanes;
+  const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
+  if (!linear) make_logits(row.scores + begin, end - begin, row.scale, row.softcap);
+  hide(row.scores, begin, row.first);
+  hide(row.scores, row.last, end);
+  if (row.mask != nullptr) hide_masked(row.scores + row.first, row.mask + row.first, row.last - row.first);
+  const Vector factors = splat(static_cast<float>(linear ? row.scale * kExactLog2E : kExactLog2E));
+  const Vector peaks = splat(row.peak);
+  const Vector rests = splat(row.rest);
+  const Vector hidden = splat(kHidden);
+  for (int64_t key = begin; key < end; key += kLanes) {
+    const Vector score = load(row.scores + key);
+    const Vector value = exponential2(fma(score - peaks, factors, rests));
+    // Also where the log-sum-exp of a row that sees nothing is NaN.
+    store(row.sums + key, load(row.sums + key) + (score == hidden ? Vector{} : value));
+  }
 }
