@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
+
+_Number = TypeVar("_Number", int, float)
 
 # One letter before a colon is a drive of Windows.
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -175,8 +178,11 @@ def path(name: str, value: Any) -> Path:
     try:
         os.fsencode(given)
     except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        advice = "" if encoding == "utf-8" else "; set a UTF-8 locale, or PYTHONUTF8=1"
         raise ValueError(
-            f"{name}: expected a path, got {describe(given)}, which no file has ({error.reason})"
+            f"{name}: expected a path in {encoding}, the encoding of this system's locale, got "
+            f"{describe(given)}{advice}"
         ) from error
     if _URL.match(given):
         short = given if len(given) <= 80 else f"{given[:77]}..."
@@ -192,13 +198,13 @@ def size(name: str, value: Any) -> tuple[int, int]:
 
 
 def numbers(
-    name: str, value: Any, meanings: tuple[str, ...], check: Callable[[str, Any], float] | None = None
-) -> tuple[float, ...]:
-    """Check a tuple or list of numbers, each with a meaning; `check` is `number` unless they are `integer`s."""
+    name: str, value: Any, meanings: tuple[str, ...], check: Callable[[str, Any], _Number]
+) -> tuple[_Number, ...]:
+    """Check a tuple or list of numbers, each with a meaning; `check` is `number` or `integer`."""
     if not isinstance(value, (tuple, list)) or len(value) != len(meanings):
         kind = "integers" if check is integer else "numbers"
         raise TypeError(f"{name}: expected {len(meanings)} {kind} ({', '.join(meanings)}), got {describe(value)}")
-    return tuple((check or number)(f"{name}[{index}]", each) for index, each in enumerate(value))
+    return tuple(check(f"{name}[{index}]", each) for index, each in enumerate(value))
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -80,11 +80,11 @@ def overlay(
         raise TypeError(f"image: expected a PIL image, got {checks.describe(image)}")
     checks.number("alpha", alpha, low=0, high=1)
     if box is not None:
-        checks.numbers("box", box, ("x0", "y0", "x1", "y1"))
+        checks.numbers("box", box, ("x0", "y0", "x1", "y1"), checks.number)
         if not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(f"box: expected x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {checks.describe(box)}")
     if ends is not None:
-        checks.numbers("ends", ends, ("lowest", "highest"))
+        checks.numbers("ends", ends, ("lowest", "highest"), checks.number)
         if ends[0] > ends[1]:
             raise ValueError(f"ends: expected the lower value first, got {checks.describe(ends)}")
     if seen is not None:

@@ -79,7 +79,7 @@ def refusals(
     """A line for each wrong value of each argument that is not refused, or not by its name.
 
     `right` has arguments that are accepted, `accepts` says of an argument which values are (by default, none), `more`
-    has wrong values of its own, and `leaves` names arguments that are not tried.
+    has wrong values of its own. Arguments that `leaves` names are not tried.
     """
     call(**right)
     lines = []
