@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | layouts | engine | frontends | gpu`: check, then time in turns.
+"""`python -m benchmarks capture | cpu | column_sums | session | layouts | engine | frontends | gpu`: check, then time.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
 B.json` compares two reports of `--output`.
@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from benchmarks import bench_capture, bench_engine, bench_frontends, bench_layouts, bench_pixels, bench_session
+from benchmarks import (
+    bench_capture,
+    bench_column_sums,
+    bench_engine,
+    bench_frontends,
+    bench_layouts,
+    bench_pixels,
+    bench_session,
+)
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
 from benchmarks.support import cases, layout_cases, lines, reports, user_opponent
@@ -293,6 +301,7 @@ def engine(
 
 
 app.command()(bench_frontends.frontends)
+app.command("column_sums")(bench_column_sums.column_sums_command)
 
 
 @app.command()
