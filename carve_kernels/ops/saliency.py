@@ -18,7 +18,7 @@ from carve_kernels.ops.capture_checks import check_values as check_capture
 from carve_kernels.ops.contrast import check_values, contrast_options, is_several, views_of
 from carve_kernels.ops.regions import region_options
 from carve_kernels.ops.saliency_operator import SaliencyOperator, operands, saliency_operator
-from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views
+from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views, brief
 
 
 class SaliencyBuffers(NamedTuple):
@@ -52,6 +52,9 @@ class Saliency:
     mass: torch.Tensor
     entropy: torch.Tensor
     buffers: SaliencyBuffers = field(repr=False)
+
+    def __repr__(self) -> str:
+        return brief(self, pixels=self.pixels, maps=self.maps, mass=self.mass, entropy=self.entropy)
 
     @property
     def has_regions(self) -> bool:
