@@ -116,7 +116,8 @@ def frontends(
         reporting("frontends", output, threads, lines.tables, csv_file, plot_file) as report,
         progress(_total(folders, part, count, versions)) as advance,
     ):
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "model": model and model.resolve().name}
+        report["settings"] = {"rounds": rounds, "dtype": dtype}
+        report["settings"] |= {"model": model.resolve().name} if model is not None else shape._asdict()
         entries: list[Line] = []
         options: dict[str, Any] = {"count": count, "rounds": rounds, "advance": advance}
         if part != "memory":

@@ -69,8 +69,12 @@ class Source:
     def subject(self, dtype: str) -> Subject:
         return _subject(self, dtype)
 
+    def created(self, dtype: str) -> tuple[Any, Any]:
+        """The model and its processor."""
+        return self._loaded(dtype) if self.model else self._random(dtype)
+
     def create(self, dtype: str) -> Subject:
-        model, processor = self._loaded(dtype) if self.model else self._random(dtype)
+        model, processor = self.created(dtype)
         eager = twin(model)
         eager.set_attn_implementation("eager")
         return Subject(self.family, model, programs.adapt(eager), processor)
@@ -106,13 +110,21 @@ def family_of(directory: Path) -> str:
     found = [name for name, kinds in release.pipeline.FAMILIES.items() if kind in kinds]
     if not found:
         raise ValueError(f"expected a model_type of {list(release.pipeline.FAMILIES.values())}, got {kind!r}")
+    config = model.config
     if found == ["llava"]:
-        ids = processor(images=[noise(336)], text=["<image>"], return_tensors="pt")["input_ids"][0]
-        got = model.config.image_token_id, int((ids == model.config.image_token_id).sum())
+        ids = processor(images=[noise(llava.SIDE)], text=["<image>"], return_tensors="pt")["input_ids"][0]
+        got = config.image_token_id, int((ids == config.image_token_id).sum())
         if got != (llava.IMAGE_TOKEN, llava.TOKENS):
             raise ValueError(
                 f"the programs take the image token {llava.IMAGE_TOKEN} and {llava.TOKENS} of them an image for "
                 f"granted, got {got[0]} and {got[1]}"
+            )
+    else:
+        marks = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        expected = [config.vision_start_token_id, config.vision_end_token_id]
+        if marks != expected:
+            raise ValueError(
+                f"the release looks for <|vision_start|> and <|vision_end|>, in the config {expected}, got {marks}"
             )
     return found[0]
 
