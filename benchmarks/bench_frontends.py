@@ -47,6 +47,7 @@ from benchmarks.support.frontends import (
     of_map,
     of_release,
     peak_of,
+    with_tower,
 )
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.models import Shape
@@ -106,7 +107,9 @@ def frontends(
     if vicrop is not None and model is not None and kind != "llava":
         raise typer.BadParameter("--vicrop: its program is for LLaVA-1.5, and --model is not")
     where = None if model is None else str(model)
-    sources = {"--release": Source(kind, shape, where), "--vicrop": Source("llava", shape, where)}
+    families = {"--release": kind, "--vicrop": "llava"}
+    shapes = {option: shape if quick else with_tower(shape, name) for option, name in families.items()}
+    sources = {option: Source(name, shapes[option], where) for option, name in families.items()}
     folders = {option: folder for option, folder in (("--release", release), ("--vicrop", vicrop)) if folder}
     try:
         modules = {option: _PROGRAMS[option](folder) for option, folder in folders.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from pathlib import Path
@@ -177,8 +178,11 @@ def path(name: str, value: Any) -> Path:
     try:
         os.fsencode(given)
     except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        advice = "" if encoding == "utf-8" else "; set a UTF-8 locale, or PYTHONUTF8=1"
         raise ValueError(
-            f"{name}: expected a path, got {describe(given)}, which no file has ({error.reason})"
+            f"{name}: expected a path in {encoding}, the encoding of this system's locale, got "
+            f"{describe(given)}{advice}"
         ) from error
     if _URL.match(given):
         short = given if len(given) <= 80 else f"{given[:77]}..."

@@ -23,9 +23,31 @@ RowsSpec = str | int | Sequence[int] | tuple[str, str | Sequence[str]] | Sequenc
 HeadsSpec = Literal["mean", "each"]
 ViewKind = Literal["base", "tile", "crop", "frame"]
 
+# More of a text does not help to recognise it.
+_LONGEST_FACT = 120
+
 # In the orders of carve::Normalize and carve::Score.
 NORMALIZE = ("none", "sum", "max", "minmax")
 SCORES = ("sum", "mean", "max")
+TOO_SMALL = "every region has fewer than min_size pixels"
+
+
+def brief(value: object, **facts: object) -> str:
+    """A `repr` in one line: the class and some facts, tensors by dtype and shape, images by size."""
+    return f"{type(value).__name__}({', '.join(f'{name}={_short(fact)}' for name, fact in facts.items())})"
+
+
+def _short(fact: object) -> str:
+    if isinstance(fact, torch.Tensor):
+        return f"{str(fact.dtype).removeprefix('torch.')} {list(fact.shape)}"
+    if isinstance(fact, Sequence) and not isinstance(fact, (str, tuple)):
+        return f"[{', '.join(map(_short, fact))}]"
+    # Pillow may not be installed.
+    size = getattr(fact, "size", None)
+    if hasattr(fact, "mode") and isinstance(size, tuple):
+        return f"<{size[0]} x {size[1]} pixels>"
+    text = f"{fact:.3g}" if isinstance(fact, float) else repr(fact)
+    return text if len(text) <= _LONGEST_FACT else f"{text[: _LONGEST_FACT - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,11 @@ class View:
     frame: tuple[int, int] | None = None
     kind: ViewKind = "base"
     seconds: tuple[float, float] | None = None
+
+    def __repr__(self) -> str:
+        facts = {"tokens": self.tokens, "grid": self.grid, "box": self.box, "image": self.image, "kind": self.kind}
+        times = {"frame": self.frame, "seconds": self.seconds}
+        return brief(self, **facts, **{name: value for name, value in times.items() if value is not None})
 
     def __post_init__(self) -> None:
         checks.tensor("tokens", self.tokens, shape=("GH * GW",), dtypes=(torch.int32, torch.int64))
@@ -216,6 +243,7 @@ class RegionOptions(NamedTuple):
     floor: int | None = None
     connectivity: int = 4
     score: str = "sum"
+    min_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -243,6 +271,9 @@ class Regions:
     scores: torch.Tensor
     box: tuple[int, ...]
     reason: str | None = None
+
+    def __repr__(self) -> str:
+        return brief(self, box=self.box, boxes=self.boxes.tolist(), mask=self.mask, reason=self.reason)
 
     @classmethod
     def whole(cls, saliency: torch.Tensor, reason: str) -> Regions:

@@ -29,8 +29,8 @@ from carve_kernels.hf.model import decoder_layers
 THEIRS, OURS = "program", "ours"
 RELEASE, MAP, ANSWERS = "release", "ViCrop, map and box", "ViCrop, both answers"
 QUESTION = "what digit is red"
-# A quarter of the width of CLIP-L; of Qwen2.5-VL's tower.
-TOWERS = {"llava": (24, 256), "qwen2_5": (32, 320)}
+# Layers and the size of a head of CLIP-L; of Qwen2.5-VL's tower.
+TOWERS = {"llava": (24, 64), "qwen2_5": (32, 80)}
 # The last is of 336 pixels, as LLaVA-1.5 reads it, or nearly 256 tokens of 28 pixels, the most that the release takes.
 SIZES = {"llava": ((672, 672), (896, 896), (336, 336)), "qwen2_5": ((588, 336), (392, 504), (448, 448))}
 # ViCrop cuts at least 336 x 336 pixels out.
@@ -80,9 +80,7 @@ class Source:
         return Subject(self.family, model, programs.adapt(eager), processor)
 
     def _random(self, dtype: str) -> tuple[Any, Any]:
-        shape, tower = self.shape._replace(dtype=dtype), TOWERS[self.family]
-        if shape.layers >= tower[0]:
-            shape = shape._replace(tower_layers=tower[0], tower_hidden=tower[1])
+        shape = self.shape._replace(dtype=dtype)
         texts = [QUESTION, release.GENERAL_INSTRUCTION, ANSWER_SUFFIX]
         if self.family == "llava":
             return llava.random_llava(shape._replace(group=1), "sdpa"), llava.processor(texts)
@@ -101,6 +99,13 @@ class Source:
 @lru_cache(maxsize=1)
 def _subject(source: Source, dtype: str) -> Subject:
     return source.create(dtype)
+
+
+def with_tower(shape: Shape, family: str) -> Shape:
+    """A shape with the layers of the family's vision tower, which is as wide beside the decoder as there."""
+    layers, head = TOWERS[family]
+    # 16 heads beside 4096 in LLaVA-1.5, and beside 3584 in Qwen2.5-VL-7B.
+    return shape._replace(tower_layers=layers, tower_hidden=head * max(1, round(shape.hidden / 256)))
 
 
 def family_of(directory: Path) -> str:

@@ -18,7 +18,7 @@ from carve_kernels.ops.capture_checks import check_values as check_capture
 from carve_kernels.ops.contrast import check_values, contrast_options, is_several, views_of
 from carve_kernels.ops.regions import region_options
 from carve_kernels.ops.saliency_operator import SaliencyOperator, operands, saliency_operator
-from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views
+from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views, brief
 
 
 class SaliencyBuffers(NamedTuple):
@@ -52,6 +52,9 @@ class Saliency:
     mass: torch.Tensor
     entropy: torch.Tensor
     buffers: SaliencyBuffers = field(repr=False)
+
+    def __repr__(self) -> str:
+        return brief(self, pixels=self.pixels, maps=self.maps, mass=self.mass, entropy=self.entropy)
 
     @property
     def has_regions(self) -> bool:
@@ -202,7 +205,7 @@ def _region_options(regions: Mapping[str, Any], views: Views) -> RegionOptions:
         raise ValueError(f"regions: expected None beside several views, got {checks.describe(regions)}")
     if not isinstance(regions, Mapping):
         raise TypeError(f"regions: expected a dict of the options of `regions`, got {checks.describe(regions)}")
-    known = ("keep", "top", "floor", "connectivity", "score")
+    known = ("keep", "top", "floor", "min_size", "connectivity", "score")
     for name in regions:
         checks.choice("regions", name, known)
     if "keep" not in regions:
