@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -31,8 +33,8 @@ from benchmarks.support.commands import (
     Threads,
     check_output,
     console,
-    is_given,
     progress,
+    refuse_given,
     reporting,
     without_goals,
 )
@@ -145,9 +147,7 @@ def session(
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
     if model is not None:
-        given = [name for name in _OF_RANDOM if is_given(context, name)]
-        if given:
-            raise typer.BadParameter(f"--{given[0].replace('_', '-')}: is of the random model; leave out with --model")
+        refuse_given(context, _OF_RANDOM)
     total = 2 if model is not None else 2 * len(lengths) + len(peaks)
     with (
         reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
@@ -221,6 +221,7 @@ def roofline(
 
 @app.command()
 def engine(
+    context: typer.Context,
     quick: Quick = False,
     layers: Layers = 28,
     hidden: Hidden = 1024,
@@ -231,7 +232,9 @@ def engine(
     part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What to measure.")] = "all",
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the opponents with eager.")] = 3,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Your checkpoint instead of the random model, with one image.")
+    ] = None,
     opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
@@ -253,11 +256,17 @@ def engine(
         if math.isqrt(tokens) ** 2 != tokens:
             raise typer.BadParameter(f"--visual: expected square numbers such as 256, got {tokens}")
     names = preset or bench_engine.PRESETS
-    chosen = bench_engine.cases(shape, names, sizes, counts)
-    memory_cases = bench_engine.cases(shape, names, sizes, counts[:1])
+    directory = model or (small() if bench_engine.has_small() else None)
+    chosen: list[Any] = []
+    if model is not None:
+        refuse_given(context, ("layers", "hidden", "dtype", "visual"))
+        chosen = _checkpoint_cases(model, names, bench_session.QUICK_SIDE if quick else bench_session.SIDE, counts)
+    else:
+        chosen = list(bench_engine.cases(shape, names, sizes, counts))
+    memory_cases = [case for case in chosen if case.new_tokens == counts[0]]
     if quick:
         memory_cases = memory_cases[:1]
-    directory = model or (small() if bench_engine.has_small() else None)
+    checked = chosen
     if part == "memory":
         chosen, directory = [], None
     elif part == "seconds":
@@ -267,9 +276,14 @@ def engine(
         reporting("engine", output, threads, lines.tables, csv_file, plot_file) as report,
         progress(total) as advance,
     ):
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
+        report["settings"] = {"rounds": rounds, "slow_rounds": slow_rounds}
         report["settings"] |= {"opponent": opponent} if opponent else {}
-        bench_engine.check(shape, names, user)
+        if model is not None:
+            report["settings"] |= {"model": model.resolve().name, "side": checked[0].side}
+            bench_engine.check_checkpoint(checked, user)
+        else:
+            report["settings"] |= shape._asdict()
+            bench_engine.check(shape, names, user)
         entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance, user=user)
         entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
         entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
@@ -358,8 +372,19 @@ def _geometries(named: list[str] | None) -> list[str]:
 
 
 def _subject(model: Path, side: int) -> bench_session.Subject:
-    try:
+    with _errors_of_model():
         return bench_session.of_checkpoint(model, side)
+
+
+def _checkpoint_cases(model: Path, presets: Sequence[str], side: int, new_tokens: Sequence[int]) -> list[Any]:
+    with _errors_of_model():
+        return list(bench_engine.checkpoint_cases(model, presets, side, new_tokens))
+
+
+@contextmanager
+def _errors_of_model() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(f"--model: {str(error).removeprefix('model: ')}") from error
 

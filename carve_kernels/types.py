@@ -29,6 +29,7 @@ _LONGEST_FACT = 120
 # In the orders of carve::Normalize and carve::Score.
 NORMALIZE = ("none", "sum", "max", "minmax")
 SCORES = ("sum", "mean", "max")
+TOO_SMALL = "every region has fewer than min_size pixels"
 
 
 def brief(value: object, **facts: object) -> str:
@@ -242,6 +243,7 @@ class RegionOptions(NamedTuple):
     floor: int | None = None
     connectivity: int = 4
     score: str = "sum"
+    min_size: int = 1
 
 
 @dataclass(frozen=True)

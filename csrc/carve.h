@@ -149,7 +149,7 @@ void attend_cuda(const CaptureParams& params, const AttentionValue& value, const
 enum class Score { kSum, kMean, kMax };
 
 // Why there is no region.
-enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel };
+enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel, kTooSmall };
 
 // An image, or the frames of a video, whose regions go on from a frame to the next one.
 struct RegionsParams {
@@ -164,6 +164,7 @@ struct RegionsParams {
   int64_t floor;  // keep max(floor, int(count * keep)) regions
   int64_t connectivity;  // 4 or 8 in an image; 6 or 26 with frames
   Score score;
+  int64_t min_size;  // regions of fewer pixels are left out before `top` and `floor` count them; up to 1: none
   int64_t capacity;  // rows of `boxes` and `scores`
   bool* mask;        // [frames, height, width]
   int64_t* boxes;    // [capacity, edges()], x0 y0 x1 y1 or, with frames, x0 y0 f0 x1 y1 f1, best first
@@ -171,6 +172,7 @@ struct RegionsParams {
 
   int64_t edges() const { return has_frames ? 6 : 4; }
   bool has_corners() const { return connectivity == 8 || connectivity == 26; }
+  bool leaves_out() const { return min_size > 1; }
 };
 
 // The number of kept regions and the union of their boxes; without a region, the whole saliency and the reason.

@@ -205,7 +205,7 @@ def _region_options(regions: Mapping[str, Any], views: Views) -> RegionOptions:
         raise ValueError(f"regions: expected None beside several views, got {checks.describe(regions)}")
     if not isinstance(regions, Mapping):
         raise TypeError(f"regions: expected a dict of the options of `regions`, got {checks.describe(regions)}")
-    known = ("keep", "top", "floor", "connectivity", "score")
+    known = ("keep", "top", "floor", "min_size", "connectivity", "score")
     for name in regions:
         checks.choice("regions", name, known)
     if "keep" not in regions:

@@ -281,21 +281,22 @@ def test_regions_cpu_refuses_what_it_cannot_read() -> None:
         (2, -2, "top, floor"),
         (4, 6, "connectivity"),
         (5, 3, "score"),
-        (6, torch.zeros(9, 5, dtype=torch.bool), "shape"),
-        (6, torch.zeros(5, 9), "dtype"),
-        (7, torch.zeros(2, 3, dtype=torch.int64), "expected 4 numbers"),
-        (7, torch.zeros(1, 4, dtype=torch.int64), "as many"),
-        (8, torch.zeros(2), "dtype"),
-        (9, torch.zeros(5, dtype=torch.int64), "6 numbers"),
+        (6, 0, "min_size: expected at least 1"),
+        (7, torch.zeros(9, 5, dtype=torch.bool), "shape"),
+        (7, torch.zeros(5, 9), "dtype"),
+        (8, torch.zeros(2, 3, dtype=torch.int64), "expected 4 numbers"),
+        (8, torch.zeros(1, 4, dtype=torch.int64), "as many"),
+        (9, torch.zeros(2), "dtype"),
+        (10, torch.zeros(5, dtype=torch.int64), "6 numbers"),
     ]
     for index, value, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*good[:index], value, *good[index + 1 :])
-    video = (torch.rand(2, 5, 9), *good[1:4], 6, good[5], torch.zeros(2, 5, 9, dtype=torch.bool))
+    video = (torch.rand(2, 5, 9), *good[1:4], 6, *good[5:7], torch.zeros(2, 5, 9, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="boxes: expected 6 numbers"):
-        op(*video, *good[7:])
+        op(*video, *good[8:])
     with pytest.raises(RuntimeError, match="connectivity: expected 6 or 26 over frames, got 4"):
-        op(*video[:4], 4, *video[5:], *good[7:])
-    little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
+        op(*video[:4], 4, *video[5:], *good[8:])
+    little = (*good[:8], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[10])
     with pytest.raises(RuntimeError, match="at least 2 rows"):
         op(*little)

@@ -54,6 +54,7 @@ def regions_cpu() -> tuple[Any, ...]:
         0,
         4,
         1,
+        1,
         torch.zeros(5, 9, dtype=torch.bool),
         torch.full((2, 4), -1),
         torch.zeros(2, dtype=torch.float64),
@@ -121,7 +122,7 @@ def saliency() -> tuple[Any, ...]:
     given[3:5], given[12] = [None, mask], torch.tensor(0)
     given[16:] = [maps, torch.zeros(1, layers, 1, 1), torch.zeros(1, layers, 1, 1)]
     general, weights = torch.rand(layers, 1, tokens), torch.rand(layers, dtype=torch.float64)
-    numbers = (0.1, False, 3, 0.4, 2, 0, 4, 1, 64)
+    numbers = (0.1, False, 3, 0.4, 2, 0, 4, 1, 1, 64)
     buffers = (torch.zeros(size, dtype=torch.bool), torch.full((2, 4), -1), torch.zeros(2, dtype=torch.float64))
     step_weights = torch.ones(1, dtype=torch.float64)
     pixels = torch.full(size, torch.nan)

@@ -79,7 +79,7 @@ def column_sums_kernel(
     residual: tl.float32,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_KEY: tl.constexpr,
     BLOCK_SCAN: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, IS_DENSE: tl.constexpr, KIND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, KEEPS_KEY: tl.constexpr,
 ):  # fmt: skip
     """The sums [B, A, S] of some keys over the rows from the first to the last one that sees any of them."""
     tile, a, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -96,14 +96,22 @@ def column_sums_kernel(
             start = tl.minimum(start, tl.min(tl.where(sees, row, rows), 0).to(tl.int32))
             stop = tl.maximum(stop, tl.max(tl.where(sees, row + 1, 0), 0).to(tl.int32))
     key_ptr = b * parts.whole(stride_key_b, UNIT) + (a // group) * parts.whole(stride_key_k, UNIT)
-    key = parts.load_key(
-        parts.pick(key_ptrs, 0, ALIGN) + key_ptr, stride_key_s, stride_key_d, tl.minimum(column, keys - 1), HEAD_SIZE,
-        BLOCK_SIZE, UNIT, IS_DENSE,
-    )  # fmt: skip
+    key_ptr += parts.pick(key_ptrs, 0, ALIGN)
+    if KEEPS_KEY:
+        key = parts.load_key(
+            key_ptr, stride_key_s, stride_key_d, tl.minimum(column, keys - 1), HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE
+        )
     query_ptr = parts.pick(query_ptrs, 0, ALIGN) + b * parts.whole(stride_query_b, UNIT)
     # Added up for each lane, and over the lanes once: a sum over the lanes of every tile would cross the warps.
     sums = tl.zeros([BLOCK_ROW, BLOCK_KEY], tl.float32)
     for tile_of_rows in tl.range(start // BLOCK_ROW, tl.cdiv(stop, BLOCK_ROW)):
+        if not KEEPS_KEY:
+            # The bound is always the last key; as the compiler cannot tell, it does not move the load out of the loop,
+            # where the keys, which no matrix unit reads from shared memory, would need more registers than there are.
+            bound = tl.where(tile_of_rows < 0, 0, keys - 1)
+            key = parts.load_key(
+                key_ptr, stride_key_s, stride_key_d, tl.minimum(column, bound), HEAD_SIZE, BLOCK_SIZE, UNIT, IS_DENSE
+            )
         row, _, live = parts.lanes(tile_of_rows, 0, rows, 1, BLOCK_ROW, 1)
         head = row * 0 + a
         query = parts.load_query(

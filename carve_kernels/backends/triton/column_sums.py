@@ -74,7 +74,7 @@ def forward(query: Tensor, key: Tensor, options: CaptureOptions) -> Tensor:
         (ceiling(keys, tile.keys), query_heads, batch),
         (queries, all_keys, mask, positions, lse, top, share, out),
         (*strides, *(_NO_STRIDES[:3] if lse is None else strides_of(lse)), *sizes),
-        (*blocks, _BLOCK_SCAN, *flags),
+        (*blocks, _BLOCK_SCAN, *flags, element_bytes == 2),
         device=device, warps=tile.warps, stages=tile.stages, registers=_REGISTERS,
     )  # fmt: skip
     return out

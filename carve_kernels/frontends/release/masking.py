@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from carve_kernels import checks
 from carve_kernels.arrays import as_array
 from carve_kernels.ops.regions import regions
+from carve_kernels.types import TOO_SMALL
 
 Array = NDArray[Any]
 
@@ -49,23 +50,17 @@ def create_attention_mask(
     saliency = torch.from_numpy(values)
     if strategy == "attention_sum":
         return _mask(regions(saliency, keep=top_percent, floor=floor).mask)
-    # Values of 1 inside the mask and 0 outside have its regions, and their sums are sizes.
-    every = regions(saliency, keep=top_percent, top=saliency.numel()).mask.double()
     if strategy == "size":
+        # Values of 1 inside the mask and 0 outside have its regions, and their sums are sizes.
+        every = regions(saliency, keep=top_percent, min_size=1).mask.double()
         return _mask(regions(every, keep=top_percent, floor=floor).mask)
-    count = int(every.sum())
+    count = int(np.count_nonzero(values >= np.percentile(values, 100 * (1 - top_percent))))
     smallest = int(count * outlier_percent / 100)
-    if smallest <= 1:
-        return _mask(every)
-    if smallest > count:
+    found = regions(saliency, keep=top_percent, min_size=max(smallest, 1))
+    # A flat saliency is one region of all pixels.
+    if found.reason == TOO_SMALL or smallest > count:
         return np.zeros(values.shape, dtype=np.uint8)
-    largest = regions(every, keep=top_percent, top=count // smallest)
-    if largest.reason is not None:
-        return _mask(largest.mask)
-    kept = int((largest.scores >= smallest).sum())
-    if not kept:
-        return np.zeros(values.shape, dtype=np.uint8)
-    return _mask(regions(every, keep=top_percent, top=kept).mask)
+    return _mask(found.mask)
 
 
 def check_rule(top_percent: float, min_keep_regions: int, outlier_percent: float, strategy: str) -> int:

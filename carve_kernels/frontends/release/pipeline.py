@@ -30,9 +30,10 @@ from carve_kernels.frontends.release.attention import (
     layers_within,
 )
 from carve_kernels.frontends.release.masking import att_sum_crop_pipeline, check_rule, save_path_of
+from carve_kernels.frontends.second_answer import second_answer
 from carve_kernels.hf import processors
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
-from carve_kernels.hf.decoding.generation import greedy_config, preserved_positions
+from carve_kernels.hf.decoding.generation import greedy_config
 from carve_kernels.hf.engine.requests import Prompt, locate_prompt
 from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
@@ -283,24 +284,11 @@ def _second_pass(
 ) -> str:
     """The answer about the image and the refined one, after the cached prefix of the image where that is possible."""
     later = _resized(refined) if family == "qwen2_5" else refined
-    inputs, features = request.image_inputs.inputs([request.resized, later], _prompt(processor, family, question, 2))
-    if (unwrap(model).generation_config.num_beams or 1) > 1:
-        with torch.no_grad(), preserved_positions(unwrap(model)):
-            beams = model.generate(**{**inputs, **features.entries}, max_new_tokens=steps, do_sample=False)
-        return _last_answer(processor, beams[0, inputs["input_ids"].shape[1] :].tolist())
-    branch = Branch(inputs, steps, images=features, later_images=request.image_inputs.subset([later]))
-    prefix = request.task.prefix_ids
-    begins = tuple(inputs["input_ids"][0, : len(prefix)].tolist()) == prefix
-    if begins and branch.later_images is not None:
-        second = PromptGroup(group.images, group.start, prefix=group.prefix)
-    else:
-        branch.later_images = None
-        marks = request.task.inputs["input_ids"][0, request.task.layout.tokens()[0].long()].unique()
-        end = int(torch.isin(inputs["input_ids"][0], marks).nonzero()[-1]) + 1
-        second = PromptGroup(features, end)
-    second.branches.append(branch)
-    Decoder(model, processor, every_layer(model), "auto").decode([second])
-    return _last_answer(processor, list(branch.ids))
+    prompt = _prompt(processor, family, question, 2)
+    new = second_answer(
+        model, processor, request.image_inputs, (request.resized, later), prompt, steps, group=group, first=request.task
+    )
+    return _last_answer(processor, new)
 
 
 def _last_answer(processor: Any, new: list[int]) -> str:
