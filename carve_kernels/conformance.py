@@ -59,10 +59,15 @@ def check_frontend(frontend: Callable[[CarveBackend], Any], backend: CarveBacken
     """Run a frontend on a backend (None: this package's) and watch its calls.
 
     Raises NotConforming if it calls what the protocol does not have, loads a model without asking whether that is
-    supported, calls nothing, or fails.
+    supported, calls nothing, or fails, and if the backend is none of this version; TypeError for what is no function.
     """
+    if not callable(frontend):
+        raise TypeError(f"frontend: expected a function of a backend, got {describe(frontend)}")
     if backend is None:
         from carve_kernels.plugin import backend
+    reason = mismatch(backend)
+    if reason is not None:
+        raise NotConforming([f"the backend {reason}"])
     faults: list[str] = []
     watched = _Watched(backend, faults)
     try:
