@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | layouts | engine | gpu`: check answers, time opponents in turns.
+"""`python -m benchmarks capture | cpu | session | layouts | engine | frontends | gpu`: check, then time in turns.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
 B.json` compares two reports of `--output`.
@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 
-from benchmarks import bench_capture, bench_engine, bench_layouts, bench_pixels, bench_session
+from benchmarks import bench_capture, bench_engine, bench_frontends, bench_layouts, bench_pixels, bench_session
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
-from benchmarks.support import cases, layout_cases, lines, machine, plot, reports, user_opponent
-from benchmarks.support.answers import WrongAnswer
+from benchmarks.support import cases, layout_cases, lines, reports, user_opponent
+from benchmarks.support.commands import (
+    Csv,
+    Dtype,
+    Hidden,
+    Layers,
+    Markdown,
+    Opponent,
+    Output,
+    Plot,
+    Quick,
+    Threads,
+    check_output,
+    console,
+    progress,
+    refuse_given,
+    reporting,
+    without_goals,
+)
 from benchmarks.support.models import Shape
-from benchmarks.support.user_opponent import OpponentFailed
 from carve_kernels.models import small
 from carve_kernels.selfcheck.roofline import GPUS
 
@@ -35,25 +46,6 @@ from carve_kernels.selfcheck.roofline import GPUS
 _OF_RANDOM = ("layers", "hidden", "dtype", "length", "memory", "rows")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
-
-Quick = Annotated[bool, typer.Option(help="Small shapes and few rounds: a test of the benchmark, not a measurement.")]
-Output = Annotated[Path | None, typer.Option(dir_okay=False, help="Write every number to this JSON file.")]
-Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables to this file.")]
-Csv = Annotated[
-    Path | None, typer.Option("--csv", dir_okay=False, help="Write the measured rows to this file, one a line.")
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option("--plot", dir_okay=False, help="Plot the measured rows into this .png, .pdf or .svg; by matplotlib."),
-]
-Opponent = Annotated[
-    str | None,
-    typer.Option(metavar="package.module:function", help="Your own function, checked against ours and timed in turns."),
-]
-Layers = Annotated[int, typer.Option(min=1)]
-Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice by default.")]
 
 
 @app.command()
@@ -75,8 +67,8 @@ def capture(
     if quick:
         chosen, rounds = cases.QUICK, 3
     with (
-        _reporting("capture", output, threads, bench_capture.tables, csv_file, plot_file) as report,
-        _progress(len(chosen)) as advance,
+        reporting("capture", output, threads, bench_capture.tables, csv_file, plot_file) as report,
+        progress(len(chosen)) as advance,
     ):
         report["settings"] = {"rounds": rounds, "budget": budget}
         report["results"] = bench_capture.measure(chosen, rounds=rounds, budget=budget, advance=advance)
@@ -97,7 +89,7 @@ def cpu(
     markdown: Markdown = None,
 ) -> None:
     """The CPU backend against its goals: capture, contrast, regions, a model with a session, the cost of a call."""
-    _check_output("--markdown", markdown)
+    check_output("--markdown", markdown)
     counts, lengths = threads or [1, 2], [128] if quick else [2048, 8192]
     chosen = bench_capture.HEADLINE if cells == "headline" else bench_capture.all_cases()
     # All cells take ten minutes.
@@ -109,8 +101,8 @@ def cpu(
     if part == "all":
         total += bench_pixels.CELLS * len(counts) + len(lengths) + 3
     with (
-        _reporting("cpu", output, max(counts), lines.tables, csv_file, plot_file) as report,
-        _progress(total) as advance,
+        reporting("cpu", output, max(counts), lines.tables, csv_file, plot_file) as report,
+        progress(total) as advance,
     ):
         report["settings"] = {"cells": cells, "threads": counts, "budget": seconds}
         slow = (bench_capture.EAGER, bench_capture.REPEAT) if part == "all" else ()
@@ -123,7 +115,7 @@ def cpu(
             entries += bench_session.prefill(shape, lengths[0], rounds=2 if quick else 3, advance=advance)
             entries += bench_capture.one_row(row_length, budget=seconds, advance=advance)
             entries += bench_capture.overhead(budget=seconds, advance=advance)
-        report["results"] = _without_goals(entries) if quick else entries
+        report["results"] = without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 
@@ -155,13 +147,11 @@ def session(
     if quick:
         shape, lengths, peaks, new_tokens, rounds = Shape(2, 256, dtype), [128], [128], 2, 3
     if model is not None:
-        given = [name for name in _OF_RANDOM if _is_given(context, name)]
-        if given:
-            raise typer.BadParameter(f"--{given[0].replace('_', '-')}: is of the random model; leave out with --model")
+        refuse_given(context, _OF_RANDOM)
     total = 2 if model is not None else 2 * len(lengths) + len(peaks)
     with (
-        _reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
-        _progress(total) as advance,
+        reporting("session", output, threads, bench_session.tables, csv_file, plot_file) as report,
+        progress(total) as advance,
     ):
         report["settings"] = {"rounds": rounds, "captured_layers": bench_session.LAYERS}
         report["settings"] |= {"opponent": opponent} if opponent else {}
@@ -192,17 +182,17 @@ def layouts(
     markdown: Markdown = None,
 ) -> None:
     """`layout_of` beside the processor's own call, for one image of about 1,024 tokens; on one thread."""
-    _check_output("--markdown", markdown)
+    check_output("--markdown", markdown)
     names, size = family or list(bench_layouts.QUICK if quick else layout_cases.CASES), layout_cases.PHOTO
     if quick:
         size, rounds = bench_layouts.QUICK_PHOTO, 3
     unknown = sorted(set(names) - set(layout_cases.CASES))
     if unknown:
         raise typer.BadParameter(f"--family: expected some of {list(layout_cases.CASES)}, got {unknown}")
-    with _reporting("layouts", output, threads, lines.tables, csv_file, plot_file) as report, _progress(1) as advance:
+    with reporting("layouts", output, threads, lines.tables, csv_file, plot_file) as report, progress(1) as advance:
         report["settings"] = {"size": size, "rounds": rounds}
         entries = list(bench_layouts.measure(names, size, rounds=rounds, advance=advance))
-        report["results"] = _without_goals(entries) if quick else entries
+        report["results"] = without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
 
@@ -219,10 +209,10 @@ def roofline(
     ] = None,
 ) -> None:
     """Predicted, not timed: traffic and arithmetic of the GPU backends, the least time they take, and the bound."""
-    _check_output("--markdown", markdown)
+    check_output("--markdown", markdown)
     chosen, lengths = _geometries(geometry), length or list(rooflines.LENGTHS)
     total = 1 + len(chosen) * len(lengths) * len(rooflines.ROWS)
-    with _reporting("roofline", output, None, rooflines.tables) as report, _progress(total) as advance:
+    with reporting("roofline", output, None, rooflines.tables) as report, progress(total) as advance:
         report["gpus"] = {name: gpu._asdict() for name, gpu in GPUS.items()}
         report["results"] = rooflines.measure(chosen, lengths, advance)
     if markdown is not None:
@@ -231,6 +221,7 @@ def roofline(
 
 @app.command()
 def engine(
+    context: typer.Context,
     quick: Quick = False,
     layers: Layers = 28,
     hidden: Hidden = 1024,
@@ -241,7 +232,9 @@ def engine(
     part: Annotated[Literal["all", "seconds", "memory"], typer.Option(help="What to measure.")] = "all",
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     slow_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the opponents with eager.")] = 3,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint for the stages; the embedded model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Your checkpoint instead of the random model, with one image.")
+    ] = None,
     opponent: Opponent = None,
     threads: Threads = None,
     output: Output = None,
@@ -250,7 +243,7 @@ def engine(
     markdown: Markdown = None,
 ) -> None:
     """An engine call against three calls with eager, the release's procedure and two plain answers."""
-    _check_output("--markdown", markdown)
+    check_output("--markdown", markdown)
     user = _user(opponent, "saliency")
     shape, sizes, counts = (
         Shape(layers, hidden, dtype, *bench_engine.TOWER),
@@ -263,29 +256,43 @@ def engine(
         if math.isqrt(tokens) ** 2 != tokens:
             raise typer.BadParameter(f"--visual: expected square numbers such as 256, got {tokens}")
     names = preset or bench_engine.PRESETS
-    chosen = bench_engine.cases(shape, names, sizes, counts)
-    memory_cases = bench_engine.cases(shape, names, sizes, counts[:1])
+    directory = model or (small() if bench_engine.has_small() else None)
+    chosen: list[Any] = []
+    if model is not None:
+        refuse_given(context, ("layers", "hidden", "dtype", "visual"))
+        chosen = _checkpoint_cases(model, names, bench_session.QUICK_SIDE if quick else bench_session.SIDE, counts)
+    else:
+        chosen = list(bench_engine.cases(shape, names, sizes, counts))
+    memory_cases = [case for case in chosen if case.new_tokens == counts[0]]
     if quick:
         memory_cases = memory_cases[:1]
-    directory = model or (small() if bench_engine.has_small() else None)
+    checked = chosen
     if part == "memory":
         chosen, directory = [], None
     elif part == "seconds":
         memory_cases = []
     total = len(chosen) + len(memory_cases) + (directory is not None)
     with (
-        _reporting("engine", output, threads, lines.tables, csv_file, plot_file) as report,
-        _progress(total) as advance,
+        reporting("engine", output, threads, lines.tables, csv_file, plot_file) as report,
+        progress(total) as advance,
     ):
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "slow_rounds": slow_rounds}
+        report["settings"] = {"rounds": rounds, "slow_rounds": slow_rounds}
         report["settings"] |= {"opponent": opponent} if opponent else {}
-        bench_engine.check(shape, names, user)
+        if model is not None:
+            report["settings"] |= {"model": model.resolve().name, "side": checked[0].side}
+            bench_engine.check_checkpoint(checked, user)
+        else:
+            report["settings"] |= shape._asdict()
+            bench_engine.check(shape, names, user)
         entries = bench_engine.measure(chosen, rounds=rounds, slow_rounds=slow_rounds, advance=advance, user=user)
         entries += [bench_engine.stages(directory, rounds=rounds, advance=advance)] if directory else []
         entries += bench_engine.memory(memory_cases, slow=not quick, advance=advance)
-        report["results"] = _without_goals(entries) if quick else entries
+        report["results"] = without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))
+
+
+app.command()(bench_frontends.frontends)
 
 
 @app.command()
@@ -301,7 +308,7 @@ def gpu(
     markdown: Markdown = None,
 ) -> None:
     """The kernels on the first CUDA device against their opponents and predictions, written as it goes."""
-    _check_output("--markdown", markdown)
+    check_output("--markdown", markdown)
     unknown = set(section or ()) - set(gpu_sections.SECTIONS)
     if unknown:
         raise typer.BadParameter(f"--section: expected some of {list(gpu_sections.SECTIONS)}, got {sorted(unknown)}")
@@ -310,7 +317,7 @@ def gpu(
         typer.echo(f"torch {torch.__version__} sees no CUDA device: nothing was measured", err=True)
         raise typer.Exit(1)
     sizes = gpu_sections.QUICK if quick else gpu_sections.Sizes()
-    with _reporting("gpu", output, None, lines.tables, csv_file, plot_file) as report:
+    with reporting("gpu", output, None, lines.tables, csv_file, plot_file) as report:
 
         def save() -> None:
             if output is not None:
@@ -323,7 +330,7 @@ def gpu(
             announce=lambda text: print(text, flush=True),
         )  # fmt: skip
         if quick:
-            report["results"] = _without_goals(report["results"])
+            report["results"] = without_goals(report["results"])
     missed = [goal["goal"] for entry in report["results"] for goal in entry["goals"] if not goal["met"]]
     counts = {name: len(report[name]) for name in ("results", "left_out", "failed")} | {"goals missed": len(missed)}
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))
@@ -343,68 +350,18 @@ def compare(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     found = reports.rows(reported[0]), reports.rows(reported[1])
-    console = _console()
+    screen = console()
     for name, path, report in zip("AB", (first, second), reported, strict=True):
-        console.print(f"{name}: {path}: {report.get('command', report['benchmark'])}", markup=False, highlight=False)
+        screen.print(f"{name}: {path}: {report.get('command', report['benchmark'])}", markup=False, highlight=False)
     for difference in reports.differences(*reported):
         typer.echo(f"warning: {difference}", err=True)
     for table in reports.comparison(*found):
-        console.print(table)
+        screen.print(table)
     for row in reports.missing(*found):
         typer.echo(row)
     if not found[0].keys() & found[1].keys():
         typer.echo("nothing was compared: the reports have no row in common", err=True)
         raise typer.Exit(1)
-
-
-def _without_goals(entries: list[lines.Line]) -> list[lines.Line]:
-    """Small shapes have no goals."""
-    return [{**entry, "goals": []} for entry in entries]
-
-
-@contextmanager
-def _reporting(
-    name: str,
-    output: Path | None,
-    threads: int | None,
-    tables: Callable[[Any], list[Table]],
-    csv_file: Path | None = None,
-    plot_file: Path | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yields a report to fill, then prints and writes it; a wrong answer ends the command with an error."""
-    _check_output("--output", output)
-    _check_output("--csv", csv_file)
-    _check_output("--plot", plot_file)
-    if plot_file is not None and (reason := plot.unusable(plot_file)) is not None:
-        raise typer.BadParameter(f"--plot: {reason}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    report: dict[str, Any] = {"benchmark": name, "command": command, "machine": machine.describe()}
-    try:
-        yield report
-    except OpponentFailed as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    except WrongAnswer as error:
-        typer.echo(f"nothing was timed, since an answer is wrong: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = _console()
-    console.print(report["command"])
-    console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    for table in tables(report["results"]):
-        console.print(table)
-    if output is not None:
-        output.write_text(json.dumps(report, indent=1) + "\n")
-    if csv_file is not None:
-        reports.write_csv(report, csv_file)
-    if plot_file is not None:
-        plot.write(report, plot_file)
-
-
-def _console() -> Console:
-    # A file or a pipe has no width, and the default of 80 would break every cell.
-    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _geometries(named: list[str] | None) -> list[str]:
@@ -414,14 +371,20 @@ def _geometries(named: list[str] | None) -> list[str]:
     return named or list(cases.GEOMETRIES)
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
 def _subject(model: Path, side: int) -> bench_session.Subject:
-    try:
+    with _errors_of_model():
         return bench_session.of_checkpoint(model, side)
+
+
+def _checkpoint_cases(model: Path, presets: Sequence[str], side: int, new_tokens: Sequence[int]) -> list[Any]:
+    with _errors_of_model():
+        return list(bench_engine.checkpoint_cases(model, presets, side, new_tokens))
+
+
+@contextmanager
+def _errors_of_model() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(f"--model: {str(error).removeprefix('model: ')}") from error
 
@@ -431,19 +394,6 @@ def _user(opponent: str | None, second: str = "maps") -> user_opponent.UserOppon
         return None if opponent is None else user_opponent.find(opponent, second)
     except user_opponent.BadOpponent as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def _check_output(option: str, path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{option}: {path.parent} is not a directory")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("checking", total=total)
-        yield lambda done: progress.update(task, advance=1, description=done)
 
 
 if __name__ == "__main__":

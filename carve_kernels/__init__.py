@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from carve_kernels.ops.attention import attention as attention
     from carve_kernels.ops.capture import capture as capture
     from carve_kernels.ops.capture import capture_layers as capture_layers
+    from carve_kernels.ops.column_sums import column_sums as column_sums
     from carve_kernels.ops.contrast import contrast as contrast
     from carve_kernels.ops.regions import regions as regions
     from carve_kernels.ops.saliency import saliency as saliency
@@ -66,6 +67,7 @@ _SOURCES = {
     "capture_attention": "hf.session",
     "capture_layers": "ops.capture",
     "carve": "pipeline",
+    "column_sums": "ops.column_sums",
     "contrast": "ops.contrast",
     "contrast_frames": "video",
     "explain": "backends",

@@ -29,6 +29,22 @@ def as_tensor(name: str, value: Any, *, floating: bool = False, like: torch.Tens
     return made if like is None else made.to(like.device)
 
 
+def as_array(name: str, value: Any) -> numpy.ndarray:
+    """A NumPy array of an argument: arrays unchanged, tensors from any device, lists in the dtype that NumPy takes.
+
+    Raises what `as_tensor` raises.
+    """
+    if isinstance(value, numpy.ndarray) and value.dtype.kind in _KINDS:
+        return value
+    made = as_tensor(name, value)
+    if not isinstance(value, torch.Tensor):
+        return numpy.asarray(value)
+    plain = made.detach().cpu()
+    # NumPy has no bfloat16.
+    array: numpy.ndarray = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    return array
+
+
 def _part(name: str, value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Set
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
+
+_Number = TypeVar("_Number", int, float)
 
 # One letter before a colon is a drive of Windows.
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -102,6 +105,9 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
     result = int(value)
     if (low is not None and result < low) or (high is not None and result > high):
         raise ValueError(f"{name}: expected an integer {_range(low, high)}, got {describe(value)}")
+    if not -(2**63) <= result < 2**63:
+        # No operator and no file takes it.
+        raise ValueError(f"{name}: expected an integer of at most 64 bits, got {describe(value)}")
     return result
 
 
@@ -119,6 +125,24 @@ def function(name: str, value: Any) -> None:
     """Check a function that may be left out."""
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function or None, got {describe(value)}")
+
+
+def flag(name: str, value: Any) -> bool | None:
+    """Check a choice between True, False and None, which leaves it to the callee."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True, False or None, got {describe(value)}")
+    return value
+
+
+def layers(query: Any, key: Any, sink: Any) -> None:
+    """Check lists of tensors with an entry a layer; there may be no sinks."""
+    for name, given in (("query", query), ("key", key), ("sink", sink)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of tensors, one for each layer, got {describe(given)}")
+    if not query or len(query) != len(key) or len(sink) not in (0, len(query)):
+        raise ValueError(
+            f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
+        )
 
 
 def text(name: str, value: Any) -> str:
@@ -151,6 +175,15 @@ def path(name: str, value: Any) -> Path:
     filled(name, given)
     if "\0" in given:
         raise ValueError(f"{name}: expected a path, got {describe(given)}, which holds a null character")
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        advice = "" if encoding == "utf-8" else "; set a UTF-8 locale, or PYTHONUTF8=1"
+        raise ValueError(
+            f"{name}: expected a path in {encoding}, the encoding of this system's locale, got "
+            f"{describe(given)}{advice}"
+        ) from error
     if _URL.match(given):
         short = given if len(given) <= 80 else f"{given[:77]}..."
         raise ValueError(f"{name}: expected a path, {short} is a URL, and nothing is fetched")
@@ -162,6 +195,16 @@ def size(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list, torch.Size)) or len(value) != 2:
         raise TypeError(f"{name}: expected a pair (height, width), got {describe(value)}")
     return integer(f"{name}[0]", value[0], low=1), integer(f"{name}[1]", value[1], low=1)
+
+
+def numbers(
+    name: str, value: Any, meanings: tuple[str, ...], check: Callable[[str, Any], _Number]
+) -> tuple[_Number, ...]:
+    """Check a tuple or list of numbers, each with a meaning; `check` is `number` or `integer`."""
+    if not isinstance(value, (tuple, list)) or len(value) != len(meanings):
+        kind = "integers" if check is integer else "numbers"
+        raise TypeError(f"{name}: expected {len(meanings)} {kind} ({', '.join(meanings)}), got {describe(value)}")
+    return tuple(check(f"{name}[{index}]", each) for index, each in enumerate(value))
 
 
 def _range(low: float | None, high: float | None) -> str:

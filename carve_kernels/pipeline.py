@@ -13,7 +13,7 @@ from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast, is_several, weights
 from carve_kernels.ops.zoom import check_box, refuse_turned, to_rgb, zoom
 from carve_kernels.presets import Preset, check_steps
-from carve_kernels.types import Box, Regions, Size, View
+from carve_kernels.types import Box, Regions, Size, View, brief
 from carve_kernels.view_pixels import combine, density, rectangle, seen_pixels, select
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class CarveOutcome:
     reason: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     seen: torch.Tensor = field(kw_only=True)
+
+    def __repr__(self) -> str:
+        return brief(self, refined=self.refined, box=self.regions.box, saliency=self.saliency, reason=self.reason)
 
 
 def pair(

@@ -147,7 +147,7 @@ class Preset:
         check_steps(self.steps, self.step_weights)
         if self.layer_weights is not None:
             weights("layer_weights", self.layer_weights, self.layer_weights)
-        if self.lam != "mean":
+        if not isinstance(self.lam, str) or self.lam != "mean":
             checks.number("lam", self.lam, low=0)
         checks.choice("normalize", self.normalize, NORMALIZE)
         checks.choice("overlap", self.overlap, OVERLAPS)

@@ -10,21 +10,44 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from carve_kernels import deprecation
+from carve_kernels import checks, deprecation
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 RowsSpec = str | int | Sequence[int] | tuple[str, str | Sequence[str]] | Sequence[str | Sequence[int] | tuple[str, str]]
 """Which rows of a prompt are captured; see `capture_attention`."""
+HeadsSpec = Literal["mean", "each"]
 ViewKind = Literal["base", "tile", "crop", "frame"]
+
+# More of a text does not help to recognise it.
+_LONGEST_FACT = 120
 
 # In the orders of carve::Normalize and carve::Score.
 NORMALIZE = ("none", "sum", "max", "minmax")
 SCORES = ("sum", "mean", "max")
+TOO_SMALL = "every region has fewer than min_size pixels"
+
+
+def brief(value: object, **facts: object) -> str:
+    """A `repr` in one line: the class and some facts, tensors by dtype and shape, images by size."""
+    return f"{type(value).__name__}({', '.join(f'{name}={_short(fact)}' for name, fact in facts.items())})"
+
+
+def _short(fact: object) -> str:
+    if isinstance(fact, torch.Tensor):
+        return f"{str(fact.dtype).removeprefix('torch.')} {list(fact.shape)}"
+    if isinstance(fact, Sequence) and not isinstance(fact, (str, tuple)):
+        return f"[{', '.join(map(_short, fact))}]"
+    # Pillow may not be installed.
+    size = getattr(fact, "size", None)
+    if hasattr(fact, "mode") and isinstance(size, tuple):
+        return f"<{size[0]} x {size[1]} pixels>"
+    text = f"{fact:.3g}" if isinstance(fact, float) else repr(fact)
+    return text if len(text) <= _LONGEST_FACT else f"{text[: _LONGEST_FACT - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -52,13 +75,26 @@ class View:
     kind: ViewKind = "base"
     seconds: tuple[float, float] | None = None
 
+    def __repr__(self) -> str:
+        facts = {"tokens": self.tokens, "grid": self.grid, "box": self.box, "image": self.image, "kind": self.kind}
+        times = {"frame": self.frame, "seconds": self.seconds}
+        return brief(self, **facts, **{name: value for name, value in times.items() if value is not None})
+
     def __post_init__(self) -> None:
-        rows, columns = self.grid
+        checks.tensor("tokens", self.tokens, shape=("GH * GW",), dtypes=(torch.int32, torch.int64))
+        rows, columns = checks.size("grid", self.grid)
         if self.tokens.numel() != rows * columns:
             raise ValueError(
-                f"tokens: expected {rows} x {columns} = {rows * columns} positions for the grid, "
+                f"tokens, grid: expected {rows} x {columns} = {rows * columns} positions for the grid, "
                 f"got {self.tokens.numel()}"
             )
+        checks.numbers("box", self.box, ("x0", "y0", "x1", "y1"), checks.number)
+        checks.integer("image", self.image, low=0)
+        if self.frame is not None:
+            checks.numbers("frame", self.frame, ("first", "one past the last"), checks.integer)
+        checks.choice("kind", self.kind, get_args(ViewKind))
+        if self.seconds is not None:
+            checks.numbers("seconds", self.seconds, ("begin", "end"), checks.number)
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,29 @@ class VisualLayout:
     views: tuple[tuple[View, ...], ...]
     sizes: tuple[tuple[Size, ...], ...]
     measured: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.views, (tuple, list)) or not all(isinstance(row, (tuple, list)) for row in self.views):
+            raise TypeError(f"views: expected a tuple of views for each row, got {checks.describe(self.views)}")
+        for index, row in enumerate(self.views):
+            for each in row:
+                if not isinstance(each, View):
+                    raise TypeError(f"views[{index}]: expected views, got {checks.describe(each)} among them")
+        if not isinstance(self.sizes, (tuple, list)):
+            raise TypeError(f"sizes: expected a tuple of sizes for each row, got {checks.describe(self.sizes)}")
+        if len(self.sizes) != len(self.views):
+            raise ValueError(
+                f"views, sizes: expected as many rows, got {len(self.views)} and {len(self.sizes)} of them"
+            )
+        for index, images in enumerate(self.sizes):
+            if not isinstance(images, (tuple, list)):
+                raise TypeError(
+                    f"sizes[{index}]: expected a (height, width) for each image, got {checks.describe(images)}"
+                )
+            for image, size in enumerate(images):
+                checks.size(f"sizes[{index}][{image}]", size)
+        if not isinstance(self.measured, bool):
+            raise TypeError(f"measured: expected True or False, got {checks.describe(self.measured)}")
 
     def tokens(self) -> torch.Tensor:
         """The positions of all views in order, int32 [B, N], padded with -1."""
@@ -172,7 +231,7 @@ class CaptureOptions(NamedTuple):
     window: int | None = None
     sink: torch.Tensor | None = None
     lse: torch.Tensor | None = None
-    heads: Literal["mean", "each"] = "mean"
+    heads: HeadsSpec = "mean"
 
 
 class ContrastOptions(NamedTuple):
@@ -196,6 +255,7 @@ class RegionOptions(NamedTuple):
     floor: int | None = None
     connectivity: int = 4
     score: str = "sum"
+    min_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -223,6 +283,9 @@ class Regions:
     scores: torch.Tensor
     box: tuple[int, ...]
     reason: str | None = None
+
+    def __repr__(self) -> str:
+        return brief(self, box=self.box, boxes=self.boxes.tolist(), mask=self.mask, reason=self.reason)
 
     @classmethod
     def whole(cls, saliency: torch.Tensor, reason: str) -> Regions:

@@ -14,7 +14,7 @@ from carve_kernels import checks
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.pipeline import is_flat, pair
 from carve_kernels.presets import Preset
-from carve_kernels.types import Box, Regions, Size, View
+from carve_kernels.types import Box, Regions, Size, View, brief
 from carve_kernels.view_pixels import combine, density, paste, rectangle, seen_pixels, select_all, widened
 
 LONGEST = 448
@@ -53,6 +53,9 @@ class VideoSaliency:
     preset: Preset
     reason: str | None = None
     backend: str = "auto"
+
+    def __repr__(self) -> str:
+        return brief(self, frames=self.frames, size=self.size, grids=list(self.grid), reason=self.reason)
 
     def __len__(self) -> int:
         return self.frames

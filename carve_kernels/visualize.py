@@ -79,8 +79,16 @@ def overlay(
     if not isinstance(image, Image.Image):
         raise TypeError(f"image: expected a PIL image, got {checks.describe(image)}")
     checks.number("alpha", alpha, low=0, high=1)
-    if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
-        raise ValueError(f"box: expected x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {checks.describe(box)}")
+    if box is not None:
+        checks.numbers("box", box, ("x0", "y0", "x1", "y1"), checks.number)
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"box: expected x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {checks.describe(box)}")
+    if ends is not None:
+        checks.numbers("ends", ends, ("lowest", "highest"), checks.number)
+        if ends[0] > ends[1]:
+            raise ValueError(f"ends: expected the lower value first, got {checks.describe(ends)}")
+    if seen is not None:
+        checks.tensor("seen", seen, shape=(image.height, image.width), dtypes=(torch.bool,))
     small = _shrink(image)
     scale_x, scale_y = small.width / image.width, small.height / image.height
     x0, y0, x1, y1 = box or (0, 0, *image.size)

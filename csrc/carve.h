@@ -125,6 +125,15 @@ int64_t capture_backward_cpu_scratch(const CaptureParams& params);
 // Reads no output of the layer. A log-sum-exp that is given is that of the logits, and changes with them.
 void capture_backward_cpu(const CaptureParams& params, const CaptureGradients& gradients);
 
+// The attention that each key gets from all rows. Of the capture, one layer's query, key and sink are read, and what the
+// rows see; it writes `sums` instead of maps.
+struct ColumnSumsParams {
+  CaptureParams capture;
+  float* sums;  // [batch, heads, keys], dense
+};
+
+void column_sums_cpu(const ColumnSumsParams& params);
+
 // Further arguments of a capture on a device. All pointers, also those of CaptureParams, are device memory.
 struct CaptureDevice {
   const int64_t* step;      // the step to write, or null for step 0, which the layers' outputs point to
@@ -158,7 +167,7 @@ void attend_cuda(const CaptureParams& params, const AttentionValue& value, const
 enum class Score { kSum, kMean, kMax };
 
 // Why there is no region.
-enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel };
+enum class Reason { kNone, kEmpty, kNotFinite, kConstant, kNoPixel, kTooSmall };
 
 // An image, or the frames of a video, whose regions go on from a frame to the next one.
 struct RegionsParams {
@@ -173,6 +182,7 @@ struct RegionsParams {
   int64_t floor;  // keep max(floor, int(count * keep)) regions
   int64_t connectivity;  // 4 or 8 in an image; 6 or 26 with frames
   Score score;
+  int64_t min_size;  // regions of fewer pixels are left out before `top` and `floor` count them; up to 1: none
   int64_t capacity;  // rows of `boxes` and `scores`
   bool* mask;        // [frames, height, width]
   int64_t* boxes;    // [capacity, edges()], x0 y0 x1 y1 or, with frames, x0 y0 f0 x1 y1 f1, best first
@@ -180,6 +190,7 @@ struct RegionsParams {
 
   int64_t edges() const { return has_frames ? 6 : 4; }
   bool has_corners() const { return connectivity == 8 || connectivity == 26; }
+  bool leaves_out() const { return min_size > 1; }
 };
 
 // The number of kept regions and the union of their boxes; without a region, the whole saliency and the reason.

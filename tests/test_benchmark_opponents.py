@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_engine, bench_session
+from benchmarks.support import engine_opponents
 from carve_kernels import CarveEngine
 from tests.support import tiny_models
 from tests.support.bench import run
@@ -211,3 +213,47 @@ def test_a_wrong_engine_is_not_timed(name: str, word: str, monkeypatch: pytest.M
     result = run("engine", "--part", "seconds", "--preset", "paper", "--opponent", f"{HERE}:{name}")
     assert result.exit_code == 1
     assert f"--opponent {HERE}:{name}" in result.output and word in result.output
+
+
+def test_an_engine_of_the_user_is_timed_on_a_checkpoint(checkpoint: str, tmp_path: Path) -> None:
+    words = "--model", checkpoint, "--part", "seconds", "--preset", "paper", "--opponent", f"{HERE}:engine"
+    result = run("engine", *words, "--output", str(tmp_path / "engine.json"))
+    assert result.exit_code == 0, result.output
+    lines = json.loads((tmp_path / "engine.json").read_text())["results"]
+    assert sum(f"--opponent {HERE}:engine" in line["seconds"] for line in lines) == 1
+
+
+@pytest.mark.parametrize("name", ["engine", "second", "eager_task", "release_general"])
+def test_a_wrong_opponent_is_not_timed_on_a_checkpoint(
+    name: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = getattr(engine_opponents.Opponents, name)
+
+    def rolled(opponents: Any) -> Any:
+        found = honest(opponents)
+        if isinstance(found, engine_opponents.Pass):
+            return found._replace(maps=found.maps.roll(1, -1))
+        task = dataclasses.replace(found.task, values=found.task.values.roll(1, -1))
+        return dataclasses.replace(found, task=task)
+
+    monkeypatch.setattr(engine_opponents.Opponents, name, rolled)
+    monkeypatch.setattr(bench_engine, "paired", untimed)
+    result = run("engine", "--model", checkpoint, "--part", "seconds", "--preset", "paper")
+    assert result.exit_code == 1
+    assert "nothing was timed" in result.output and "relative error" in result.output
+
+
+def test_a_checkpoint_in_bfloat16_is_measured_by_engine(tmp_path: Path) -> None:
+    model, processor = tiny_models.tiny_llava()
+    path = str(tiny_models.save(model.bfloat16(), processor, tmp_path / "half"))
+    result = run("engine", "--model", path, "--part", "seconds", "--preset", "paper")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("words", [("--hidden", "256"), ("--visual", "64"), ("--dtype", "float32")])
+def test_options_of_the_random_model_are_refused_by_engine(words: tuple[str, str], checkpoint: str) -> None:
+    result = run("engine", "--model", checkpoint, *words)
+    assert result.exit_code == 2
+    assert words[0] in result.output and "--model" in result.output
+    missing = run("engine", "--model", checkpoint + "none")
+    assert missing.exit_code == 2 and "--model: expected a checkpoint" in missing.output

@@ -108,10 +108,8 @@ def test_engine_reports_every_opponent_against_its_goals(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         engine_opponents, "in_fresh_process", lambda _, task: engine_opponents.measure_here(task)._asdict()
     )
-    checkpoint = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "checkpoint")
     files = tmp_path / "engine.json", tmp_path / "engine.md"
-    words = ("--model", str(checkpoint), "--output", str(files[0]), "--markdown", str(files[1]))
-    result = run("engine", *words)
+    result = run("engine", "--output", str(files[0]), "--markdown", str(files[1]))
     assert result.exit_code == 0, result.output
     found: dict[str, list[Any]] = {}
     for line in report_of(files[0])["results"]:
@@ -128,8 +126,35 @@ def test_engine_reports_every_opponent_against_its_goals(tmp_path: Path, monkeyp
         check_work(line["labels"])
     (peaks,) = found["peak memory"]
     assert peaks["ratios"]["((a) - (d)) / one prefix"]["median"] > 0
-    assert {"first pass", "second pass"} <= set(found["stages of the engine"][0]["seconds"])
+    assert peaks["bytes"]["(d) plain + refined"] > peaks["bytes"]["one prefix"] > 0
     assert "### engine: ratios" in files[1].read_text()
+
+
+def test_engine_measures_a_checkpoint_against_every_opponent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        engine_opponents, "in_fresh_process", lambda _, task: engine_opponents.measure_here(task)._asdict()
+    )
+    checkpoint = tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "mine")
+    files = tmp_path / "engine.json", tmp_path / "engine.csv"
+    result = run("engine", "--model", str(checkpoint), "--output", str(files[0]), "--csv", str(files[1]))
+    assert result.exit_code == 0, result.output
+    report = report_of(files[0])
+    assert report["settings"]["model"] == "mine" and "hidden" not in report["settings"]
+    found: dict[str, list[Any]] = {}
+    for line in report["results"]:
+        found.setdefault(line["table"].partition(":")[0], []).append(line)
+    names = {"(a) engine", "second question", "(b) eager", "(c) release", "(d) plain + refined"}
+    assert all(set(line["seconds"]) == names for line in found["engine"][:2])
+    assert [line["labels"]["visual tokens"] for line in found["engine"]] == [36] * 4
+    for line in found["work"]:
+        check_work(line["labels"])
+    (peaks,) = found["peak memory"]
+    assert peaks["bytes"]["one prefix"] > 0
+    assert {"first pass", "second pass"} <= set(found["stages of the engine"][0]["seconds"])
+    with files[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["label.model"] for row in rows} == {"mine"}
+    assert {row["opponent"] for row in rows if row["measure"] == "bytes"} == set(peaks["bytes"])
 
 
 def test_growth_is_of_medians() -> None:

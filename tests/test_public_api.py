@@ -38,6 +38,7 @@ NAMES = [
     "capture_attention",
     "capture_layers",
     "carve",
+    "column_sums",
     "contrast",
     "contrast_frames",
     "explain",

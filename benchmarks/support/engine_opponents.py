@@ -10,18 +10,20 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
+from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.memory import in_fresh_process, peak_of_tensors, peak_resident
 from benchmarks.support.models import MERGE, PATCH, Shape, noise, processor, random_model, twin
 from benchmarks.support.user_opponent import UserOpponent
-from carve_kernels import CarveEngine, Preset, carve
+from carve_kernels import CarveEngine, Preset, VisualLayout, carve, layout_of, load
 from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import decoder_layers
@@ -49,6 +51,7 @@ class Case:
 
     @property
     def side(self) -> int:
+        """Pixels of a side of the image."""
         return math.isqrt(self.visual) * MERGE * PATCH
 
     @cached_property
@@ -61,12 +64,26 @@ class Case:
     @property
     def prefix_bytes(self) -> int:
         """Bytes of the keys and values of the prompt up to the last image token."""
-        ids = self.inputs([self.image], QUESTION)["input_ids"][0]
-        length = int((ids == self.processor.image_token_id).nonzero()[-1]) + 1
+        length = int(self.columns[-1]) + 1
         model = self.model.config.get_text_config()
-        size = model.hidden_size // model.num_attention_heads
-        width = 2 * model.num_hidden_layers * model.num_key_value_heads * size
-        return length * width * getattr(torch, self.shape.dtype).itemsize
+        size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        return int(length * 2 * model.num_hidden_layers * heads * size * self.model.dtype.itemsize)
+
+    @cached_property
+    def layout(self) -> VisualLayout:
+        """Where the image is in the prompt of the question."""
+        return layout_of(self.model, self.processor, self.inputs([self.image], QUESTION), [self.image])
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The columns of the visual tokens, which all prompts have in the same place."""
+        return self.layout.tokens()[0].long()
+
+    @property
+    def exact(self) -> bool:
+        """Whether all opponents give the same tokens: in other dtypes than float32, eager rounds otherwise."""
+        return bool(self.model.dtype == torch.float32)
 
     @cached_property
     def image(self) -> Image.Image:
@@ -91,6 +108,44 @@ class Case:
     def inputs(self, images: list[Image.Image], text: str) -> Any:
         prompt = build_prompt(self.processor, text + self.preset.suffix, len(images))
         return prepare(self.processor, images, prompt, self.device, self.preset.max_pixels)
+
+
+@dataclass(frozen=True)
+class CheckpointCase(Case):
+    """The same for a checkpoint in its own dtype, whose answers never end early; `visual` tokens are what it makes."""
+
+    directory: Path = field(kw_only=True)
+    pixels: int = field(kw_only=True)
+
+    @classmethod
+    def of(cls, directory: Path, preset_name: str, pixels: int, new_tokens: int) -> CheckpointCase:
+        """The case of an image with so many pixels a side."""
+        case = cls(Shape(0, 0, ""), preset_name, 0, new_tokens, directory=directory, pixels=pixels)
+        return replace(case, visual=len(case.columns))
+
+    @property
+    def side(self) -> int:
+        return self.pixels
+
+    @property
+    def processor(self) -> Any:  # type: ignore[override]
+        return _loaded(self.directory)[1]
+
+    @property
+    def model(self) -> Any:
+        return _loaded(self.directory)[0]
+
+    @property
+    def eager(self) -> Any:
+        return _eager_twin(self.directory)
+
+    @property
+    def eager_bytes(self) -> int:
+        """Bytes of eager's probabilities of the last prompt, which may have a second image of the size of the first."""
+        config = self.model.config.get_text_config()
+        images = 1 if self.preset.images == "refined" else 2
+        length = self.inputs([self.image] * images, QUESTION)["input_ids"].shape[1] + self.new_tokens
+        return int(config.num_hidden_layers * config.num_attention_heads * length**2 * self.model.dtype.itemsize)
 
 
 class Opponents:
@@ -145,8 +200,7 @@ class Opponents:
     def last(self, task: Pass, general: Pass) -> list[int]:
         """(b), (c) Contrast, regions and zoom from the maps, then the second pass with eager."""
         case = self.case
-        side = math.isqrt(case.visual)
-        carve(case.image, task.maps, general.maps, grid=(side, side), preset=case.preset)
+        carve(case.image, task.maps, general.maps, grid=case.layout.views[0], preset=case.preset)
         images = [self.refined] if case.preset.images == "refined" else [case.image, self.refined]
         return _generate(case.eager, case.inputs(images, QUESTION), case.new_tokens)
 
@@ -180,7 +234,7 @@ class Opponents:
                 output_attentions=True,
             )  # fmt: skip
         length = inputs["input_ids"].shape[1]
-        maps = [self._last_rows(inputs, attentions) for attentions in output.attentions]
+        maps = [self._last_rows(attentions) for attentions in output.attentions]
         return Pass(output.sequences[0, length:].tolist(), torch.stack(maps, 1))
 
     def _without_cache(self, text: str) -> Pass:
@@ -188,22 +242,28 @@ class Opponents:
         case = self.case
         inputs = dict(case.inputs([case.image], text))
         length = inputs["input_ids"].shape[1]
+        # One value for each token of the prompt, such as its type.
+        grows = [name for name, value in inputs.items() if value.shape[:2] == (1, length) and value.ndim == 2]
         maps = []
         for _ in range(case.new_tokens):
             with torch.no_grad():
                 output = case.eager(**inputs, use_cache=False, output_attentions=True, logits_to_keep=1)
-            maps.append(self._last_rows(inputs, output.attentions))
+            maps.append(self._last_rows(output.attentions))
             token = output.logits[:, -1:].argmax(-1)
             added = {"input_ids": token, "attention_mask": torch.ones_like(token)}
-            for name, more in (added | {"mm_token_type_ids": torch.zeros_like(token)}).items():
-                inputs[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
+            for name in grows:
+                more = added.get(name, torch.zeros_like(token)).to(inputs[name].dtype)
+                inputs[name] = torch.cat([inputs[name], more], 1)
         return Pass(inputs["input_ids"][0, length:].tolist(), torch.stack(maps, 1))
 
-    def _last_rows(self, inputs: Any, attentions: Any) -> torch.Tensor:
+    def _last_rows(self, attentions: Any) -> torch.Tensor:
         """Head means of the last row at the visual tokens: [L, N]."""
-        visual = inputs["input_ids"][0] == self.case.processor.image_token_id
+        columns = self.case.columns
         layers = self.case.preset.layers_of(len(decoder_layers(self.case.eager)))
-        return torch.stack([attentions[layer][0, :, -1, : len(visual)][:, visual].float().mean(0) for layer in layers])
+        for layer in layers:
+            if len(attentions) <= layer or attentions[layer] is None or attentions[layer].shape[-1] <= columns[-1]:
+                raise WrongAnswer(f"eager: layer {layer} has no probabilities of the whole prompt to compare maps with")
+        return torch.stack([attentions[layer][0, :, -1, columns].float().mean(0) for layer in layers])
 
 
 class Work(NamedTuple):
@@ -242,6 +302,20 @@ def _eager(shape: Shape, device: str) -> Any:
     return model
 
 
+@lru_cache(maxsize=1)
+def _loaded(directory: Path) -> tuple[Any, Any]:
+    model, processor = load(directory)
+    model.generation_config.eos_token_id = None
+    return model, processor
+
+
+@lru_cache(maxsize=1)
+def _eager_twin(directory: Path) -> Any:
+    model = twin(_loaded(directory)[0])
+    model.set_attn_implementation("eager")
+    return model
+
+
 @contextmanager
 def _counted(model: Any) -> Iterator[list[int]]:
     counts = [0, 0]
@@ -253,7 +327,7 @@ def _counted(model: Any) -> Iterator[list[int]]:
     def images(_args: Any, _kwargs: Any) -> None:
         counts[1] += 1
 
-    with _watched(decoder_layers(model)[0], tokens), _watched(model.model.visual, images):
+    with _watched(decoder_layers(model)[0], tokens), _watched(model.get_encoder(modality="image"), images):
         yield counts
 
 
@@ -298,6 +372,8 @@ def peak_of(what: str, case: Case, refined: tuple[int, int] | None = None) -> Pe
         "what": what, "shape": case.shape._asdict(), "preset": case.preset_name, "visual": case.visual,
         "new_tokens": case.new_tokens, "refined": refined,
     }  # fmt: skip
+    if isinstance(case, CheckpointCase):
+        task |= {"directory": str(case.directory), "pixels": case.pixels}
     peak = in_fresh_process("benchmarks.support.engine_opponents", task)
     return Peak(peak["tensors"], peak["resident"], tuple(peak["refined"]))
 
@@ -314,11 +390,14 @@ def _run(what: str, opponents: Opponents) -> Callable[[], Any]:
 def measure_here(task: dict[str, Any]) -> Peak:
     """The peak of one opponent in this process."""
     size = task["refined"]
-    case = Case(Shape(**task["shape"]), task["preset"], task["visual"], task["new_tokens"])
+    if "directory" in task:
+        case: Case = CheckpointCase.of(Path(task["directory"]), task["preset"], task["pixels"], task["new_tokens"])
+    else:
+        case = Case(Shape(**task["shape"]), task["preset"], task["visual"], task["new_tokens"])
     opponents = Opponents(case, None if size is None else noise(max(size)).resize(size))
     run = _run(task["what"], opponents)
     # Created before any question.
-    _ = case.processor, case.model, task["what"] in (EAGER, RELEASE) and case.eager
+    _ = case.processor, case.model, case.layout, task["what"] in (EAGER, RELEASE) and case.eager
     # In this order, since libraries load some parts in the first call.
     tensors = peak_of_tensors(run)
     resident = peak_resident(run)

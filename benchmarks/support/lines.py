@@ -37,14 +37,16 @@ def line(
     goals: Iterable[Goal],
     *,
     seconds: Mapping[str, list[float]] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Line:
-    """One line: labels, seconds of each opponent, ratios, and whether each goal was met."""
+    """One line: labels, seconds and bytes of each opponent, ratios, and whether each goal was met."""
     spreads = {name: spread._asdict() for name, spread in ratios.items()}
     judged = [goal for goal in goals if goal.ratio in spreads]
     return {
         "table": table,
         "labels": dict(labels),
         "seconds": {name: Spread.of(values)._asdict() for name, values in (seconds or {}).items()},
+        "bytes": dict(sizes or {}),
         "ratios": spreads,
         "goals": [{"goal": goal.show(), "met": goal.met(spreads[goal.ratio])} for goal in judged],
     }
@@ -78,10 +80,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _layout(lines: list[Line], newline: str) -> Iterable[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and rows of each table: labels, medians in ms, ratios as median (p10-p90), goals."""
+    """Title, headings and rows of each table: labels, medians in ms, MiB, ratios as median (p10-p90), goals."""
     for title in dict.fromkeys(entry["table"] for entry in lines):
         chosen = [entry for entry in lines if entry["table"] == title]
-        labels, opponents = _names(chosen, "labels"), _names(chosen, "seconds", "ratios")
+        labels, opponents = _names(chosen, "labels"), _names(chosen, "seconds", "bytes", "ratios")
         rows = [
             [
                 *(str(entry["labels"].get(name, "-")) for name in labels),
@@ -94,13 +96,15 @@ def _layout(lines: list[Line], newline: str) -> Iterable[tuple[str, list[str], l
 
 
 def _names(lines: list[Line], *parts: str) -> list[str]:
-    return list(dict.fromkeys(name for part in parts for entry in lines for name in entry[part]))
+    return list(dict.fromkeys(name for part in parts for entry in lines for name in entry.get(part, ())))
 
 
 def _cell(entry: Line, name: str, newline: str) -> str:
     parts = []
     if name in entry["seconds"]:
         parts.append(f"{1e3 * entry['seconds'][name]['median']:.3g}")
+    if name in entry.get("bytes", ()):
+        parts.append(f"{entry['bytes'][name] / 2**20:.1f}")
     if name in entry["ratios"]:
         parts.append(("x " if parts else "") + Spread(**entry["ratios"][name]).show(digits=4))
     return newline.join(parts) or "-"

@@ -85,12 +85,18 @@ def random_model(shape: Shape, attention: str, seed: int = 0, device: str = "cpu
         image_token_id=_IMAGE,
         video_token_id=_VIDEO,
     )
-    dtype = getattr(torch, shape.dtype)
+    return fill(Qwen2_5_VLForConditionalGeneration, config, shape.dtype, attention, "visual.blocks", seed, device)
+
+
+def fill(
+    kind: Any, config: Any, dtype: str, attention: str, tower: str, seed: int = 0, device: str = "cpu"
+) -> nn.Module:
+    """A model of a class with random weights, whose answers never end early; `tower` is in the names of its vision."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+            model: Any = kind._from_config(config, attn_implementation=attention).eval()
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(seed)
@@ -99,7 +105,7 @@ def random_model(shape: Shape, attention: str, seed: int = 0, device: str = "cpu
             if parameter.ndim < 2:
                 continue
             scale = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
-            if "visual.blocks" in name:
+            if tower in name:
                 # A deep tower of random weights would make all patches alike.
                 scale /= 2
             parameter.normal_(std=1.5 * scale if ".q_proj" in name or ".k_proj" in name else scale, generator=generator)

@@ -17,8 +17,8 @@ SECONDS, RATIO, BYTES = "seconds", "ratio", "bytes"
 # The load is never the same; the command also names files.
 _VARYING = ("load",)
 # Labels that say what was measured or predicted, or of which machine, and not which row it is.
-_FINDINGS = ("instructions", "(d) plain + refined", "one prefix", "sum", "compiled parts without a graph")
-_FINDING_ENDS = (", us", "- (d)", "- (d), resident")
+_FINDINGS = ("instructions", "error", "sum", "compiled parts without a graph")
+_FINDING_ENDS = (", us",)
 
 
 class NoReport(ValueError):
@@ -80,16 +80,16 @@ def _measured(benchmark: str, results: Any) -> Iterator[tuple[Row, Spread]]:
         if "table" in entry:
             labels = {name: value for name, value in entry["labels"].items() if not _is_finding(name)}
             yield from _spreads(entry["table"], labels, entry["seconds"], entry["ratios"])
+            yield from _sizes(entry["table"], labels, entry.get("bytes", {}))
         elif "seconds" in entry:
             labels = {name: entry[name] for name in _CASE if name in entry}
             others = next((entry[name] for name in ("ratio_to_capture", "ratio_to_plain") if name in entry), {})
             yield from _spreads(benchmark, labels, entry["seconds"], others)
         elif "session_extra" in entry:
             labels = {name: entry[name] for name in ("length", "rows")}
-            for part, count in (("plain", entry["plain"]), ("session - plain", entry["session_extra"])):
-                for name, value in count.items():
-                    row = Row("peak memory", _texts(labels), f"{part}, {name}", BYTES)
-                    yield row, Spread(value, value, value, 1)
+            parts = (("plain", entry["plain"]), ("session - plain", entry["session_extra"]))
+            sizes = {f"{part}, {name}": value for part, count in parts for name, value in count.items()}
+            yield from _sizes("peak memory", labels, sizes)
 
 
 _CASE = ("geometry", "length", "rows", "dtype", "caches", "new_tokens")
@@ -107,6 +107,11 @@ def _spreads(
             median, p10, p90, rounds = (spread[name] for name in Spread._fields)
             measured = Spread(float(median), float(p10), float(p90), int(rounds))
             yield Row(table, _texts(labels), opponent, measure), measured
+
+
+def _sizes(table: str, labels: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[Row, Spread]]:
+    for opponent, value in sizes.items():
+        yield Row(table, _texts(labels), opponent, BYTES), Spread(value, value, value, 1)
 
 
 def _texts(labels: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -18,7 +18,7 @@ import torch
 
 from carve_kernels import checks
 
-STAGES = ("capture", "contrast", "regions", "attention")
+STAGES = ("capture", "contrast", "regions", "attention", "column_sums")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Why a backend does not implement a stage, or None where it does.
@@ -37,6 +37,13 @@ SUPPORT: dict[str, dict[str, str | None]] = {
         "cpu": "no kernel of this backend attends and captures at once",
         "triton": "no kernel of this backend attends and captures at once",
         "cuda": None,
+    },
+    "column_sums": {
+        "reference": None,
+        "cpu": None,
+        "triton": None,
+        "cuda": "not written in CUDA C++, since Triton's kernels serve the same GPUs; use backend='auto' or "
+        "backend='triton'",
     },
 }
 
@@ -59,6 +66,7 @@ BEST_FOR: dict[tuple[str, str], str] = {
     ("contrast", "triton"): "GPUs that the compiled kernels are not for: Triton compiles its own",
     ("regions", "cuda"): "the labels stay on the device, only boxes and scores leave it",
     ("attention", "cuda"): "decode steps in bfloat16 or float16: keys and values are read once",
+    ("column_sums", "triton"): "every GPU; compiled for five targets and run in Triton's interpreter, not timed yet",
 }
 
 # The backend that computes the gradients of a capture after each one's maps; the reference where that does not serve.
@@ -145,9 +153,9 @@ def tried(stage: str, device: str) -> tuple[str, ...]:
 def explain() -> str:
     """A table of every stage and backend: whether it serves here, why not and how to fix it, and what `auto` takes."""
     missing = {(stage, backend): why_not(stage, backend) for stage in STAGES for backend in BACKENDS}
-    lines = [f"torch {torch.__version__}", f"{'stage':<10}{'backend':<11}{'serves':<8}why not, and how to fix it"]
+    lines = [f"torch {torch.__version__}", f"{'stage':<12}{'backend':<11}{'serves':<8}why not, and how to fix it"]
     for (stage, backend), why in missing.items():
-        lines.append(f"{stage:<10}{backend:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip())
+        lines.append(f"{stage:<12}{backend:<11}{'no' if why else 'yes':<8}{why or ''}".rstrip())
     for where in (*PREFERRED, "other"):
         order = {stage: [name for name in tried(stage, where) if SUPPORT[stage][name] is None] for stage in STAGES}
         serving = {stage: [name for name in order[stage] if missing[stage, name] is None] for stage in STAGES}

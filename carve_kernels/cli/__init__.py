@@ -140,7 +140,10 @@ def main(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """See where a vision-language model looks, keep that part of the image, and ask again (CARVE)."""
+    """See where a vision-language model looks, keep that part of the image, and ask again (CARVE).
+
+    Exit codes: 0 done; 1 an error of the machine, or some questions of a batch failed; 2 a wrong argument; 130 Ctrl-C.
+    """
 
 
 app.command(cls=_Command)(demo)

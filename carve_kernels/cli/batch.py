@@ -77,7 +77,7 @@ def batch(
 
     folder, questions = checks.path("output", output), checks.path("input", input)
     if memory is not None and os.path.isfile(checks.path("memory", memory)):
-        raise NotADirectoryError(f"memory: {memory} is not a folder; choose another --memory")
+        raise ValueError(f"memory: {memory} is not a folder; choose another --memory")
     lines = read(questions)
     if model is None:
         model = SMALL

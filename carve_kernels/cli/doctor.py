@@ -112,6 +112,9 @@ def _problem(stage: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     if stage == "capture":
         query, key = torch.ones(1, 2, 1, 32, device=device), torch.ones(1, 2, 12, 32, device=device)
         return [query, key, torch.arange(6, dtype=torch.int32, device=device)[None]], {"scale": 0.1}
+    if stage == "column_sums":
+        query, key = torch.ones(1, 2, 3, 32, device=device), torch.ones(1, 2, 12, 32, device=device)
+        return [query, key], {"scale": 0.1}
     if stage == "attention":
         row, cache = (torch.ones(1, 2, count, 32, dtype=torch.bfloat16, device=device) for count in (1, 12))
         return [row, cache, cache, torch.arange(6, dtype=torch.int32, device=device)[None]], {"scale": 0.1}

@@ -176,13 +176,12 @@ def replace_files(
     even if the process was killed. The temporary folder is made in `within`, on the same file system as `folder`, or
     in the first existing folder above.
 
-    Raises OSError at once, before a model is loaded, if that cannot work, and ValueError if it would replace a file
-    that is not one of ours.
+    Raises at once, before a model is loaded: ValueError if the folder can be none, or a file that is not one of ours
+    would be replaced, OSError if nothing can be written there.
     """
     folder = folder.absolute()
-    base = within or next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not base.is_dir():
-        raise NotADirectoryError(f"output: {base} is not a folder; choose another --output")
+    check_folder(folder)
+    base = within or _existing(folder)
     paths = [folder / name for name in (*names, *stale)]
     refuse_taken(paths, is_ours)
     # On the same file system as `folder`, so that a move is a renaming.
@@ -191,6 +190,24 @@ def replace_files(
         # Other programs may have put files there in the meantime.
         refuse_taken(paths, is_ours)
         _move(temporary, folder, names, [name for name in stale if (folder / name).exists()])
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for the path of something else, or one that no folder can have, such as one that is too long."""
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        raise ValueError(f"output: {folder} cannot be a folder ({error.strerror}); choose another --output") from error
+    base = _existing(folder)
+    if not base.is_dir():
+        raise ValueError(f"output: {base} is not a folder; choose another --output")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the first path above it that exists."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
 @contextmanager
@@ -207,10 +224,10 @@ def temporary_folder(prefix: str, base: Path) -> Iterator[Path]:
 
 
 def refuse_taken(paths: Iterable[Path], is_ours: Callable[[Path], bool]) -> None:
-    """Raise IsADirectoryError or ValueError for a path of a folder, or of a file that is not one of ours."""
+    """Raise ValueError for a path of a folder, or of a file that is not one of ours."""
     for path in paths:
         if path.is_dir():
-            raise IsADirectoryError(f"output: {path} is a folder; choose another --output")
+            raise ValueError(f"output: {path} is a folder; choose another --output")
         refuse_foreign("output", path, is_ours)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +107,7 @@ def _question(text: str, number: int, folder: Path) -> QuestionLine:
     question = QuestionLine(
         id=checks.text("id", str(id)),
         line=number,
-        image=folder / _path("image", fields["image"]),
+        image=folder / checks.path("image", _text("image", fields["image"])),
         text=_text("question", fields["question"]),
         prompt=_text("prompt", fields["prompt"]) if "prompt" in fields else None,
         truth=_text("answer", fields["answer"]) if "answer" in fields else None,
@@ -120,19 +118,6 @@ def _question(text: str, number: int, folder: Path) -> QuestionLine:
             f"id: expected at most {_LONGEST} characters in a file name, got {checks.describe(question.id)}"
         )
     return question
-
-
-def _path(name: str, value: Any) -> Path:
-    """A path that can be encoded on this system."""
-    path = checks.path(name, _text(name, value))
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: expected a path in {sys.getfilesystemencoding()}, the encoding of this system's locale, got "
-            f"{checks.describe(value)}; set a UTF-8 locale, or PYTHONUTF8=1"
-        ) from error
-    return path
 
 
 def _text(name: str, value: Any) -> str:

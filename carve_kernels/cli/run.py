@@ -26,12 +26,14 @@ def run(
     refine: Annotated[
         str | None,
         options.option(
-            "Which of several images to refine: their numbers from 0, such as 1 or 0,2, or all. "
-            "Default: the one with the strongest contrast."
+            "Of several images, which to refine: numbers in the order of --image from 0, such as 1 or 0,2, or all. "
+            "Not with --video. Default: the image with the strongest contrast."
         ),
     ] = None,
-    max_frames: Annotated[int | None, options.option("Frames of a video at most. Default: 32.")] = None,
-    fps: Annotated[float | None, options.option("Frames of a video for each second, while the limit allows.")] = None,
+    max_frames: Annotated[int | None, options.option("With --video: frames at most. Default: 32.")] = None,
+    fps: Annotated[
+        float | None, options.option("With --video: frames for each second, while the limit allows.")
+    ] = None,
     *,
     settings: options.MethodSettings,
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carve_kernels.cli.ours import is_json, refuse_inputs, write_json
-from carve_kernels.cli.output import TEMPORARY, refuse_taken, replace_files, temporary_folder
+from carve_kernels.cli.output import TEMPORARY, check_folder, refuse_taken, replace_files, temporary_folder
 from carve_kernels.cli.report import FILES, RECORD, is_ours
 
 TABLE = "results.jsonl"
@@ -31,8 +31,10 @@ class Store:
     def opened(self) -> Iterator[Store]:
         """Make the folder, keep other runs out of it, and remove what a killed run left unfinished.
 
-        A folder that stays empty is removed. Raises OSError if the folder cannot be made or is in use by another run.
+        A folder that stays empty is removed. Raises ValueError if the path is a file's, OSError if the folder cannot be
+        made or is in use by another run.
         """
+        check_folder(self.folder)
         created = [path for path in (self._results, *self._results.parents) if not path.exists()]
         try:
             self._results.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ Its `utils`, `llava_methods` and `run` become this module; docs/frontends.md lis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from carve_kernels import checks
-from carve_kernels.hf import names
+from carve_kernels.arrays import as_array
+from carve_kernels.frontends.second_answer import has_beams, second_answer
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.attention_patch import INSTEAD, patched
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
 from carve_kernels.hf.decoding.generation import preserved_positions
@@ -33,16 +35,18 @@ from carve_kernels.hf.model import (
 )
 from carve_kernels.hf.session import contract
 from carve_kernels.ops.capture import capture
-from carve_kernels.types import VisualLayout
+from carve_kernels.types import RowsSpec, VisualLayout
 
 Array = NDArray[Any]
 MapFunction = Callable[[Image.Image, str, str, Any, Any], Array]
 Pixels = tuple[int, int, int, int]
+Located = tuple[Prompt, ImageFeatures]
 
 RATIOS = (1, 1.2, 1.4, 1.6, 1.8, 2)
 """The sides of the windows, as multiples of `bbox_size`."""
 
 GENERAL_QUESTION = "Write a general description of the image."
+MOST_TOKENS = 20
 ANSWER_SUFFIX = "Answer the question using a single word or phrase."
 
 
@@ -74,7 +78,7 @@ def bbox_from_att_image_adaptive(att_map: Array, image_size: tuple[int, int], bb
 
     Raises TypeError or ValueError for a map that is not finite, and for a window that is smaller than a token.
     """
-    values = np.asarray(att_map)
+    values = as_array("att_map", att_map)
     if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
         raise ValueError(f"att_map: expected finite numbers [rows, columns], got {checks.describe(att_map)}")
     width, height = _sides("image_size", image_size)
@@ -235,25 +239,35 @@ def vicrop_qa(
     checks.text("question", question)
     checks.text("short_question", short_question)
     family = FAMILIES[model_name]
-    number = _check_model(model_name, model, family.layer if layer is None else layer)
-    with Image.open(image_path) as opened:
-        # Without the file's entries, whose orientation ViCrop does not apply.
-        image = Image.fromarray(np.asarray(opened.convert("RGB")))
-    prompts = _prompt(model_name, short_question), _prompt(model_name, GENERAL_QUESTION)
-    of_method = _MAPS[model_name, method_name.removesuffix("_high")]
-
-    def map_func(part: Image.Image, prompt: str, general_prompt: str, model: Any, processor: Any) -> Array:
-        return of_method(part, prompt, general_prompt, model, processor, layer=number)
-
+    number = _check_model(model_name, model, processor, family.layer if layer is None else layer)
+    # Pillow opens files that are open as well.
+    source = image_path if hasattr(image_path, "read") else checks.path("image_path", image_path)
+    with Image.open(source) as opened:
+        image = _plain(opened)
+    texts = {"question": question, "short_question": short_question, "general_question": GENERAL_QUESTION}
+    prompts = {name: _whole_prompt(model_name, processor, text, 1) for name, text in texts.items()}
+    image_inputs = ImageInputs.for_model(model, processor, None)
     with exclusive(model):
-        answer = _answer(model_name, model, processor, [image], question)
-        if not method_name.endswith("_high"):
-            att_map = map_func(image, *prompts, model, processor)
+        asked, *of_map = _located(image, prompts, model, processor, image_inputs)
+        groups: dict[tuple[int, ...], PromptGroup] = {}
+        answer = _branch(groups, asked, MOST_TOKENS, None)
+        # In one batch with the answer, whose prompt begins as theirs.
+        branches = [_branch(groups, prompt, 0, "last") for prompt in of_map] if method_name == "rel_att" else []
+        if has_beams(model):
+            answer.ids = _generated(model, asked)
+            groups[asked[0].prefix_ids].branches.remove(answer)
+        Decoder(model, processor, (number,), "auto").decode([group for group in groups.values() if group.branches])
+        if branches:
+            att_map = _ratio(branches, number)
         else:
-            att_map = high_res(map_func, image, *prompts, model, processor)
+            att_map = _of_method(model_name, method_name, image, short_question, model, processor, number)
         bbox = bbox_from_att_image_adaptive(att_map, image.size, family.bbox_size)
-        both = [image, image.crop(bbox)]
-        return answer, _answer(model_name, model, processor, both, question), bbox
+        both = second_answer(
+            model, processor, image_inputs, (image, image.crop(bbox)),
+            _whole_prompt(model_name, processor, question, 2), MOST_TOKENS,
+            group=groups[asked[0].prefix_ids], first=asked[0],
+        )  # fmt: skip
+        return _text(processor, list(answer.ids)), _text(processor, both), bbox
 
 
 _MAPS: dict[tuple[str, str], Callable[..., Array]] = {
@@ -292,18 +306,26 @@ def _relative(
     model_name: str, image: Image.Image, prompts: tuple[str, str], model: Any, processor: Any, layer: int
 ) -> Array:
     _check_image(image)
-    number = _check_model(model_name, model, layer)
-    named = zip(("prompt", "general_prompt"), prompts, strict=True)
-    located = _located(image, dict(named), model, processor)
+    number = _check_model(model_name, model, processor, layer)
+    named = dict(zip(("prompt", "general_prompt"), prompts, strict=True))
+    located = _located(_plain(image), named, model, processor, ImageInputs.for_model(model, processor, None))
     groups: dict[tuple[int, ...], PromptGroup] = {}
-    branches = []
-    for prompt, features in located:
-        group = groups.setdefault(prompt.prefix_ids, PromptGroup(features, prompt.prefix_length, prompt.layout))
-        # No new token: the forward ends after the layer.
-        branches.append(Branch(prompt.inputs, 0, "last"))
-        group.branches.append(branches[-1])
+    branches = [_branch(groups, prompt, 0, "last") for prompt in located]
     with exclusive(model):
         Decoder(model, processor, (number,), "auto").decode(list(groups.values()))
+    return _ratio(branches, layer)
+
+
+def _branch(groups: dict[tuple[int, ...], PromptGroup], located: Located, steps: int, rows: RowsSpec | None) -> Branch:
+    """A branch of the group of prompts that begin as this one; without new tokens its forward ends after the layer."""
+    prompt, features = located
+    group = groups.setdefault(prompt.prefix_ids, PromptGroup(features, prompt.prefix_length, prompt.layout))
+    group.branches.append(Branch(prompt.inputs, steps, rows))
+    return group.branches[-1]
+
+
+def _ratio(branches: Sequence[Branch], layer: int) -> Array:
+    """The map of the first branch over that of the second, of the whole image."""
     for branch in branches:
         if not bool(branch.maps.whole().all()):
             raise ValueError(f"layer: expected one whose last row sees all tokens of the image, got {layer}")
@@ -311,19 +333,38 @@ def _relative(
     if (general[task > 0] == 0).any():
         raise ValueError("general_prompt: expected attention to each token that the prompt looks at, got 0")
     ratio = np.divide(task, general, out=np.zeros_like(task), where=general > 0)
-    return _on_whole_image(ratio, located[0][0].layout)
+    layout = branches[0].maps.layout
+    if layout is None:
+        raise ValueError("processor: expected one whose image tokens have a known place in the image")
+    return _on_whole_image(ratio, layout)
+
+
+def _of_method(
+    model_name: str, method_name: str, image: Image.Image, question: str, model: Any, processor: Any, layer: int
+) -> Array:
+    """The map of an image by a method that needs forwards of its own."""
+    of_method = _MAPS[model_name, method_name.removesuffix("_high")]
+
+    def map_func(part: Image.Image, prompt: str, general_prompt: str, model: Any, processor: Any) -> Array:
+        return of_method(part, prompt, general_prompt, model, processor, layer=layer)
+
+    prompts = _prompt(model_name, question), _prompt(model_name, GENERAL_QUESTION)
+    if method_name.endswith("_high"):
+        return high_res(map_func, image, *prompts, model, processor)
+    return map_func(image, *prompts, model, processor)
 
 
 def _gradient(model_name: str, image: Image.Image, prompt: str, model: Any, processor: Any, layer: int) -> Array:
     _check_image(image)
-    number = _check_model(model_name, model, layer)
+    number = _check_model(model_name, model, processor, layer)
     if layer_window(model, number) is not False:
         raise ValueError(f"layer: expected one whose last row sees every token, got {layer}, which has a window")
     module = attention_modules(model)[number]
     if tensor_parallel_group(module) is not None:
         raise ValueError("model: expected whole layers, got one whose heads are divided among processes")
     with exclusive(model), torch.inference_mode(False), preserved_positions(unwrap(model)):
-        [(located, features)] = _located(image, {"prompt": prompt}, model, processor)
+        image_inputs = ImageInputs.for_model(model, processor, None)
+        [(located, features)] = _located(_plain(image), {"prompt": prompt}, model, processor, image_inputs)
         inputs = {**located.inputs, **features.entries}
         weighted = _weighted_by_gradient(unwrap(model), inputs, number, module, located.layout.tokens())
     return _on_whole_image(weighted.cpu().numpy(), located.layout)
@@ -367,23 +408,26 @@ def _weighted_by_gradient(
 
 
 def _located(
-    image: Image.Image, prompts: dict[str, str], model: Any, processor: Any
-) -> list[tuple[Prompt, ImageFeatures]]:
+    image: Image.Image, prompts: dict[str, str], model: Any, processor: Any, image_inputs: ImageInputs
+) -> list[Located]:
     """Prompts about an image, by the names of their arguments, and what the processor returned for the image."""
     for name, text in prompts.items():
         if (count := checks.text(name, text).count(processor.image_token)) != 1:
             raise ValueError(
                 f"{name}: expected {processor.image_token!r} once, where the image is, got it {count} times"
             )
-    images = [Image.fromarray(np.asarray(image.convert("RGB")))]
-    image_inputs = ImageInputs.for_model(model, processor, None)
     found = []
     for text in prompts.values():
-        inputs, features = image_inputs.inputs(images, text)
-        found.append((locate_prompt(model, processor, images, text, inputs, features), features))
+        inputs, features = image_inputs.inputs([image], text)
+        found.append((locate_prompt(model, processor, [image], text, inputs, features), features))
     if any(len(prompt.layout.views[0]) != 1 for prompt, _ in found):
         raise ValueError("processor: expected one that shows an image as one grid of tokens, got several")
     return found
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """In RGB, without the entries of its file, whose orientation ViCrop does not apply."""
+    return Image.fromarray(np.asarray(image.convert("RGB")))
 
 
 def _on_whole_image(values: Array, layout: VisualLayout) -> Array:
@@ -404,11 +448,12 @@ def _on_whole_image(values: Array, layout: VisualLayout) -> Array:
     return found
 
 
-def _check_model(model_name: str, model: Any, layer: int) -> int:
+def _check_model(model_name: str, model: Any, processor: Any, layer: int) -> int:
     """The number of a layer, counted from 0, of a model that must be of the family."""
     contract.ensure()
     check_decoder(model)
     check_steady(model)
+    processors.check(processor)
     kind, expected = unwrap(model).config.model_type, FAMILIES[model_name].model_types
     if kind not in expected:
         raise ValueError(f"model: expected the model_type {expected[0]!r} for {model_name}, got {kind!r}")
@@ -424,18 +469,22 @@ def _prompt(model_name: str, question: str) -> str:
     return f"<image>\nUSER: {text}\nASSISTANT:" if model_name == "llava" else text
 
 
-def _answer(model_name: str, model: Any, processor: Any, images: list[Image.Image], question: str) -> str:
-    """The answer to a question about images, by the model's own `generate`."""
+def _whole_prompt(model_name: str, processor: Any, question: str, images: int) -> str:
+    """A prompt about so many images, as the processor takes it."""
     prompt = _prompt(model_name, question)
-    if model_name == "llava":
-        prompt = "<image>" * (len(images) - 1) + prompt
-    else:
-        prompt = build_prompt(processor, prompt, len(images))
-    inputs, features = ImageInputs.for_model(model, processor, None).inputs(images, prompt)
-    inner: Any = unwrap(model)
-    with torch.no_grad(), preserved_positions(inner):
-        ids = inner.generate(**{**inputs, **features.entries}, max_new_tokens=20, do_sample=False)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    [text] = processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return "<image>" * (images - 1) + prompt if model_name == "llava" else build_prompt(processor, prompt, images)
+
+
+def _generated(model: Any, located: Located) -> tuple[int, ...]:
+    """The new tokens of the model's own `generate`."""
+    prompt, features = located
+    with torch.no_grad(), preserved_positions(unwrap(model)):
+        inner: Any = unwrap(model)
+        ids = inner.generate(**{**prompt.inputs, **features.entries}, max_new_tokens=MOST_TOKENS, do_sample=False)
+    return tuple(ids[0, prompt.inputs["input_ids"].shape[1] :].tolist())
+
+
+def _text(processor: Any, new: list[int]) -> str:
+    [text] = processor.batch_decode([new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     answer: str = text.strip()
     return answer

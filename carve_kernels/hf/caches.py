@@ -191,6 +191,11 @@ def states_nbytes(cache: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
+def reuses_keys(module: Any) -> bool:
+    """Whether an attention module reads the keys of an earlier layer. Known in: since 5.20."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
+
+
 def has_layers(cache: Any) -> bool:
     """Whether a cache has layers whose keys can be read. Known in: as `reaches`."""
     return getattr(cache, "layers", None) is not None
@@ -198,7 +203,7 @@ def has_layers(cache: Any) -> bool:
 
 def _layer(cache: Any, module: Any) -> Any:
     # A layer that reuses the keys of another one has a layer in the cache that it never writes to.
-    if getattr(module, "is_kv_shared_layer", False):
+    if reuses_keys(module):
         return None
     layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     return layers[index] if layers is not None and index is not None and index < len(layers) else None

@@ -228,7 +228,7 @@ def token_mixer(model: nn.Module, decoder: nn.Module, recurrent: Collection[int]
     training = None
     for name, module in _modules(model):
         kind, path = type(module), _forward_owner(type(module)).__module__
-        if isinstance(module, _MIXERS) and id(module) in decoding:
+        if is_mixer(module) and id(module) in decoding:
             return f"{name} in its text decoder, {kind.__name__}, mixes tokens"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return f"{name} normalises over the whole batch"
@@ -240,6 +240,11 @@ def token_mixer(model: nn.Module, decoder: nn.Module, recurrent: Collection[int]
                 return f"the weights of {name}, {type(tensor).__name__}, may scale a token by other tokens"
         training = training or (name if module.training else None)
     return None if training is None else f"{training} is in training mode"
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a module of torch mixes neighbouring tokens."""
+    return isinstance(module, _MIXERS)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

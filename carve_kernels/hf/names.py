@@ -47,6 +47,9 @@ _DECODING = ("logits_processor", "stopping_criteria")
 # Arguments of `generate` that may call the model themselves.
 _CALLBACKS = (*_DECODING, "prefix_allowed_tokens_fn", "custom_generate", "streamer")
 _PROMPTS = ("inputs_embeds", "inputs", "input_ids")
+LAYER_MASK = "attention_mask"
+# The other arguments of a decoder layer that have columns: along which axis. Known in: `cache_position` to 5.20.
+COLUMN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 
 Attention = Callable[..., Any]
 
@@ -326,6 +329,11 @@ def cross_attention_in(decoder: nn.Module) -> str | None:
             return f"{name} ({type(module).__name__})"
     layers = getattr(getattr(decoder, "config", None), "cross_attention_layers", None)
     return f"layer {layers[0]}" if layers else None
+
+
+def states_added(decoder: nn.Module) -> str | None:
+    """What a text decoder adds to the states between its layers, for a message, or None."""
+    return next((f"the decoder adds {name}" for name in signature_of(decoder).parameters if "deepstack" in name), None)
 
 
 def rotations(config: Any) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from transformers import AutoProcessor, ProcessorMixin
 
+from carve_kernels.checks import describe
 from carve_kernels.hf import names
 
 TOKEN_TYPES = "mm_token_type_ids"
@@ -47,6 +48,16 @@ def processor_of(folder: Path, family: str) -> Any:
         processor = without_videos(complete).from_pretrained(str(folder), local_files_only=True)
         _LOG.info("the processor of %s takes images only, its video part needs more: %s", folder, error)
         return processor
+
+
+def check(processor: Any) -> None:
+    """Raise TypeError for what is no processor of texts and of images or videos, such as a tokenizer alone."""
+    parts = hasattr(processor, "image_processor") or hasattr(processor, "video_processor")
+    if isinstance(processor, type) or not callable(processor) or not parts or not hasattr(processor, "tokenizer"):
+        raise TypeError(
+            "processor: expected the processor of the model, which has a tokenizer and an image processor, got "
+            f"{describe(processor)}"
+        )
 
 
 def adds_image_token(processor: Any) -> bool:

@@ -17,7 +17,7 @@ from carve_kernels.checks import describe, integer, number
 from carve_kernels.checks import path as check_path
 from carve_kernels.extras import needed_by
 from carve_kernels.hf.inputs import MAX_IMAGE_PIXELS
-from carve_kernels.types import Size
+from carve_kernels.types import Size, brief
 
 MAX_FRAMES = 32
 """The most frames that `open_video` takes unless told otherwise."""
@@ -55,6 +55,10 @@ class Video:
     fps: float
     total: int
     path: str | None = None
+
+    def __repr__(self) -> str:
+        size = f"{self.size[1]} x {self.size[0]}"
+        return brief(self, frames=len(self.frames), size=size, duration=self.duration, path=self.path)
 
     def __post_init__(self) -> None:
         if not self.frames:

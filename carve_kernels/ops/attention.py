@@ -67,6 +67,7 @@ def attention(
     _check_value(query, key, value, output)
     checks.number("scale", scale)
     checks.choice("heads", heads, ("mean", "each"))
+    checks.flag("check", check)
     if out is not None:
         check_out(query, tokens, heads, out)
     if torch.compiler.is_compiling() and not _needs_gradient(query, key, value):

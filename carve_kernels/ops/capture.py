@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from carve_kernels import checks
-from carve_kernels.backends import resolve
+from carve_kernels.backends import BACKENDS, resolve
 from carve_kernels.backends.native.scratch import NONE, Memory
 from carve_kernels.ops.capture_checks import check_arguments, check_out, check_values
 from carve_kernels.ops.capture_gradient import needs_gradient, with_gradient
@@ -79,6 +79,7 @@ def capture(
     check_arguments(query, key, tokens, options)
     checks.number("scale", scale)
     checks.choice("heads", heads, ("mean", "each"))
+    checks.flag("check", check)
     if out is not None:
         check_out(query, tokens, heads, out)
     differentiable = needs_gradient(query, key, sink)
@@ -142,6 +143,7 @@ def capture_layers(
             if _capture_in_one_call(layers, tokens, options, slot, backend):
                 return
     _check_layers(layers, tokens, options, slot)
+    checks.choice("backend", backend, ("auto", *BACKENDS))
     memory = Memory.new(NONE, query[0].device)
     torch.ops.carve_kernels.capture_layers_in.default(
         list(query), list(key), tokens, None, mask, positions, list(sink), None, float(scale), float(softcap or 0.0),
@@ -183,15 +185,16 @@ def _capture_in_one_call(
 
 def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions, slot: Slot) -> None:
     (query, key, sink), (out, step, first) = layers, slot
-    if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
-        raise ValueError(
-            f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
-        )
+    checks.layers(query, key, sink)
     for layer in range(len(query)):
         check_arguments(query[layer], key[layer], tokens, options._replace(sink=sink[layer] if sink else None))
     checks.number("scale", options.scale)
     checks.integer("first", first, low=0)
-    checks.device("step", checks.tensor("step", step, shape=(), dtypes=(torch.int64,)), query[0])
+    step = checks.tensor("step", step, shape=(), dtypes=(torch.int64,))
+    checks.device("step", step, query[0])
     check_out(query[0], tokens, "mean", out, in_steps=True)
+    is_known = step.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_known and not 0 <= int(step) < len(out.maps):
+        raise ValueError(f"step: expected a step from 0 to {len(out.maps) - 1}, got {int(step)}")
     if first + len(query) > out.maps.shape[1]:
         raise ValueError(f"first: expected first + {len(query)} layers to fit in {out.maps.shape[1]}, got {first}")

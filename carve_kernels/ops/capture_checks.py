@@ -16,14 +16,19 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def check_arguments(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, options: CaptureOptions) -> None:
-    _, mask, positions, softcap, window, sink, lse, _ = options
     if not _agree(query, key, tokens):
         _name_what_disagrees(query, key, tokens)
+    if options.mask is not None and options.positions is not None:
+        raise ValueError("positions: expected None beside a mask, got both")
+    check_options(query, key, options)
+
+
+def check_options(query: torch.Tensor, key: torch.Tensor, options: CaptureOptions) -> None:
+    """Check the options against a query and a key that agree."""
+    _, mask, positions, softcap, window, sink, lse, _ = options
     batch, query_heads, rows, _ = query.shape
     keys = key.shape[2]
     if mask is not None:
-        if positions is not None:
-            raise ValueError("positions: expected None beside a mask, got both")
         checks.tensor("mask", mask, shape=(batch, "1 or A", rows, keys), dtypes=(torch.bool,))
         if mask.shape[1] not in (1, query_heads):
             raise ValueError(f"mask: expected 1 or {query_heads} heads, got {checks.describe(mask)}")
@@ -66,6 +71,12 @@ def _agree(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> bool
 
 
 def _name_what_disagrees(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor) -> None:
+    check_query_and_key(query, key)
+    checks.tensor("tokens", tokens, shape=(query.shape[0], "N"), dtypes=_INTEGERS)
+    checks.device("tokens", tokens, query)
+
+
+def check_query_and_key(query: torch.Tensor, key: torch.Tensor) -> None:
     checks.tensor("query", query, shape=("B", "A", "R", "D"), dtypes=_FLOATS)
     batch, query_heads, _, size = query.shape
     checks.tensor("key", key, shape=(batch, "KV", "S", size), dtypes=(query.dtype,))
@@ -73,8 +84,6 @@ def _name_what_disagrees(query: torch.Tensor, key: torch.Tensor, tokens: torch.T
     if not key_heads or query_heads % key_heads:
         raise ValueError(f"key: expected a number of heads that divides the query's {query_heads}, got {key_heads}")
     checks.device("key", key, query)
-    checks.tensor("tokens", tokens, shape=(batch, "N"), dtypes=_INTEGERS)
-    checks.device("tokens", tokens, query)
 
 
 def check_out(query: torch.Tensor, tokens: torch.Tensor, heads: str, out: Capture, *, in_steps: bool = False) -> None:

@@ -103,6 +103,7 @@ def contrast(
         raise ValueError(f"general: expected a tensor on {task.device} like task, got {checks.describe(general)}")
     options = contrast_options(lam, layer_weights, step_weights, normalize, layers=layers, steps=steps)
     views = views_of(grid, size, tokens)
+    checks.flag("check", check)
     if check or (check is None and task.device.type == "cpu"):
         check_values("task", task)
         check_values("general", general)
@@ -116,7 +117,7 @@ def contrast_options(
     lam: Any, layer_weights: Any, step_weights: Any, normalize: Any, *, layers: int, steps: int
 ) -> ContrastOptions:
     """Check the options of a contrast."""
-    if lam != "mean":
+    if not isinstance(lam, str) or lam != "mean":
         lam = checks.number("lam", lam, low=0)
     checks.choice("normalize", normalize, NORMALIZE)
     by_layer = weights("layer_weights", layer_weights, [1.0] * layers)
@@ -129,7 +130,7 @@ def weights(name: str, value: Any, default: Sequence[float]) -> torch.Tensor:
     if value is None:
         return torch.tensor(default, dtype=torch.float64, device="cpu")
     values = value.tolist() if isinstance(value, torch.Tensor) else value
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(f"{name}: expected a sequence of numbers, got {checks.describe(value)}")
     if len(values) != len(default):
         raise ValueError(f"{name}: expected {len(default)} weights, got {len(values)}: {checks.describe(value)}")
@@ -141,10 +142,10 @@ def views_of(grid: Any, size: Any, tokens: int) -> Views:
     """Check one grid and size, or as many of each."""
     if not is_several(grid):
         views = [(checks.size("grid", grid), checks.size("size", size))]
-    elif not is_several(size) or len(size) != len(grid):
-        raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
     else:
         grids = [checks.size(f"grid[{index}]", view) for index, view in enumerate(grid)]
+        if not is_several(size) or len(size) != len(grid):
+            raise ValueError(f"size: expected {len(grid)} sizes, one for each grid, got {checks.describe(size)}")
         views = list(zip(grids, [checks.size(f"size[{index}]", view) for index, view in enumerate(size)], strict=True))
     total = sum(rows * columns for (rows, columns), _ in views)
     if total != tokens:

@@ -18,7 +18,7 @@ from carve_kernels.ops.capture_checks import check_values as check_capture
 from carve_kernels.ops.contrast import check_values, contrast_options, is_several, views_of
 from carve_kernels.ops.regions import region_options
 from carve_kernels.ops.saliency_operator import SaliencyOperator, operands, saliency_operator
-from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views
+from carve_kernels.types import Capture, CaptureOptions, Layers, RegionOptions, Regions, Size, Views, brief
 
 
 class SaliencyBuffers(NamedTuple):
@@ -52,6 +52,9 @@ class Saliency:
     mass: torch.Tensor
     entropy: torch.Tensor
     buffers: SaliencyBuffers = field(repr=False)
+
+    def __repr__(self) -> str:
+        return brief(self, pixels=self.pixels, maps=self.maps, mass=self.mass, entropy=self.entropy)
 
     @property
     def has_regions(self) -> bool:
@@ -133,6 +136,7 @@ def saliency(
     selection = None if regions is None else _region_options(regions, views)
     if out is not None and not isinstance(out, Saliency):
         raise TypeError(f"out: expected a Saliency of an earlier call, got {checks.describe(out)}")
+    checks.flag("check", check)
     is_checked = check or (check is None and general.device.type == "cpu" and not torch.compiler.is_compiling())
     with torch.no_grad():
         operator = saliency_operator(backend, layers, tokens, options, general, views, contrasted, selection)
@@ -172,10 +176,7 @@ def _each_layer(layers: Layers, options: CaptureOptions) -> Iterator[tuple[torch
 def _check_layers(layers: Layers, tokens: torch.Tensor, options: CaptureOptions) -> None:
     """Refuse what `capture` does, and more than one row of the batch or of queries."""
     query, key, sink = layers
-    if not len(query) or len(query) != len(key) or len(sink) not in (0, len(query)):
-        raise ValueError(
-            f"query, key, sink: expected one entry a layer, got {len(query)}, {len(key)} and {len(sink)} of them"
-        )
+    checks.layers(query, key, sink)
     for one in query:
         if one.dim() != 4 or one.shape[0] != 1 or one.shape[2] != 1:
             raise ValueError(
@@ -204,7 +205,7 @@ def _region_options(regions: Mapping[str, Any], views: Views) -> RegionOptions:
         raise ValueError(f"regions: expected None beside several views, got {checks.describe(regions)}")
     if not isinstance(regions, Mapping):
         raise TypeError(f"regions: expected a dict of the options of `regions`, got {checks.describe(regions)}")
-    known = ("keep", "top", "floor", "connectivity", "score")
+    known = ("keep", "top", "floor", "min_size", "connectivity", "score")
     for name in regions:
         checks.choice("regions", name, known)
     if "keep" not in regions:

@@ -118,16 +118,16 @@ def _saliency_in(
     scratch: torch.Tensor, tickets: torch.Tensor, maps: torch.Tensor, mass: torch.Tensor, entropy: torch.Tensor,
     general: torch.Tensor, layer_weights: torch.Tensor, step_weights: torch.Tensor, shapes: list[int], lam: float,
     lam_is_mean: bool, normalize: int, keep: float, top: int, floor: int, connectivity: int, score: int,
-    _most_blocks: int, saliency: torch.Tensor, selected: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor,
-    outcome: torch.Tensor, backend: str,
+    min_size: int, _most_blocks: int, saliency: torch.Tensor, selected: torch.Tensor, boxes: torch.Tensor,
+    scores: torch.Tensor, outcome: torch.Tensor, backend: str,
 ) -> None:  # fmt: skip
     views: list[tuple[Size, Size]] = []
     for start in range(0, len(shapes), 4):
         grid_h, grid_w, height, width = shapes[start : start + 4]
         views.append(((grid_h, grid_w), (height, width)))
     contrasted = ContrastOptions("mean" if lam_is_mean else lam, layer_weights, step_weights, NORMALIZE[normalize])
-    has_regions = bool(top or floor)
-    selection = RegionOptions(keep, top or None, floor or None, connectivity, SCORES[score]) if has_regions else None
+    chosen = RegionOptions(keep, top or None, floor or None, connectivity, SCORES[score], min_size)
+    selection = chosen if top or floor else None
     options = CaptureOptions(scale, mask, positions, softcap or None, window or None)
     layers = Layers(query, key, sink)
     operator = saliency_operator(backend, layers, tokens, options, general, views, contrasted, selection)

@@ -13,6 +13,7 @@ from torch import Tensor
 from carve_kernels.backends.reference.attention import attend
 from carve_kernels.ops.attention import attention
 from carve_kernels.ops.capture import capture, capture_layers
+from carve_kernels.ops.column_sums import column_sums
 from carve_kernels.ops.contrast import contrast
 from carve_kernels.ops.regions import regions
 from carve_kernels.selfcheck.judging import Verdict, attended, captures, close, identical, roundings, worst
@@ -87,6 +88,8 @@ def trials(*, quick: bool) -> list[Build]:
         partial(_capture, "each head", _BASE.but(dtype=_HALF), heads="each"),
         partial(_capture, "known lse", _BASE.but(view="all", ragged=False), lse=True),
         partial(_layers, "three layers", _BASE.but(rows=2, dtype=_HALF, view="positions"), 3),
+        *(partial(_column_sums, name, case) for name, case in cases.items() if case.keys < 1000),
+        partial(_column_sums, "each head, bfloat16", _BASE.but(dtype=_HALF, rows=40, view="positions")),
         *_contrasts(quick),
         *_regions(quick),
     ]
@@ -189,6 +192,15 @@ def _attention(name: str, case: Case, value_size: int, timed: bool = False) -> T
     numbers: dict[str, Any] = {one: getattr(case, one) for one in names}
     numbers |= {"value_size": value_size, "span": case.tokens, "seeks_span": True}
     return Trial("attention", name, attention, (query, key, value, tokens), options, judge, numbers if timed else None)
+
+
+def _column_sums(name: str, case: Case) -> Trial:
+    (query, key, _), options = planted(case)
+    (doubled, doubled_key, _), exact_options = exact((query, key, query), options)
+    truth = column_sums(doubled, doubled_key, **exact_options, backend="reference")
+    reference = column_sums(query, key, **options, backend="reference")
+    judge = partial(close, "sums", reference=reference, truth=truth, slack=_slack(case) + roundings(case.rows))
+    return Trial("column_sums", name, column_sums, (query, key), options, judge)
 
 
 def _contrasts(quick: bool) -> list[Build]:

@@ -15,8 +15,9 @@ inline int64_t count_outcome_row(const RegionsParams& params) { return params.ed
 
 // `name` is the name of the operator, for messages.
 inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor& saliency, double keep, int64_t top,
-                                   int64_t floor, int64_t connectivity, int64_t score, torch::stable::Tensor& mask,
-                                   torch::stable::Tensor& boxes, torch::stable::Tensor& scores,
+                                   int64_t floor, int64_t connectivity, int64_t score, int64_t min_size,
+                                   torch::stable::Tensor& mask, torch::stable::Tensor& boxes,
+                                   torch::stable::Tensor& scores,
                                    const torch::stable::Tensor& outcome) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(keep > 0.0 && keep <= 1.0, name, ": keep: expected a share in (0, 1], got ", keep);
@@ -24,12 +25,14 @@ inline RegionsParams parse_regions(const char* name, const torch::stable::Tensor
                   ": top, floor: expected one of them and 0 for the other, got ", top, " and ", floor);
   STD_TORCH_CHECK(score >= 0 && score <= static_cast<int64_t>(Score::kMax), name,
                   ": score: expected a number from 0 to 2, got ", score);
+  STD_TORCH_CHECK(min_size >= 1, name, ": min_size: expected at least 1, got ", min_size);
   RegionsParams params{};
   params.keep = keep;
   params.top = top;
   params.floor = floor;
   params.connectivity = connectivity;
   params.score = static_cast<Score>(score);
+  params.min_size = min_size;
   params.is_double = saliency.scalar_type() == ScalarType::Double;
   params.has_frames = saliency.dim() == 3;
   const int64_t dims = params.has_frames ? 3 : 2;

@@ -10,9 +10,9 @@ namespace {
 using torch::stable::Tensor;
 
 void regions_cpu(const Tensor& saliency, double keep, int64_t top, int64_t floor, int64_t connectivity, int64_t score,
-                 Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
+                 int64_t min_size, Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
   const carve::RegionsParams params = carve::parse_regions("regions_cpu", saliency, keep, top, floor, connectivity,
-                                                           score, mask, boxes, scores, outcome);
+                                                           score, min_size, mask, boxes, scores, outcome);
   carve::check_outcome("regions_cpu", params, outcome);
   carve::store_outcome(params, carve::regions_cpu(params), outcome);
 }

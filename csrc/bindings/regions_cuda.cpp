@@ -10,10 +10,11 @@ namespace {
 using torch::stable::Tensor;
 
 void regions_cuda(const Tensor& saliency, double keep, int64_t top, int64_t floor, int64_t connectivity, int64_t score,
-                  int64_t most_blocks, Tensor scratch, Tensor mask, Tensor boxes, Tensor scores, Tensor outcome) {
+                  int64_t min_size, int64_t most_blocks, Tensor scratch, Tensor mask, Tensor boxes, Tensor scores,
+                  Tensor outcome) {
   const char* name = "regions_cuda";
-  const carve::RegionsParams params = carve::parse_regions(name, saliency, keep, top, floor, connectivity, score, mask,
-                                                           boxes, scores, outcome);
+  const carve::RegionsParams params = carve::parse_regions(name, saliency, keep, top, floor, connectivity, score,
+                                                           min_size, mask, boxes, scores, outcome);
   carve::check_tensor(scratch, name, "scratch", 1, torch::headeronly::ScalarType::Byte);
   carve::regions_cuda(params, carve::parse_regions_device(name, params, most_blocks, saliency.get_device(),
                                                           scratch.mutable_data_ptr(), scratch.size(0), outcome));

@@ -15,7 +15,8 @@ inline RegionsDevice parse_regions_device(const char* name, const RegionsParams&
                                           torch::stable::Tensor& outcome) {
   // The pixel index advances by 2048 per block: the stride of the whole grid must fit into 32 bits.
   constexpr int64_t kMostBlocks = 1 << 16;
-  const int64_t most = count_most_regions(params);
+  const int64_t pixels = params.frames * params.height * params.width;
+  const int64_t most = std::min(count_most_regions(params), pixels / params.min_size);
   const int64_t share = static_cast<int64_t>(static_cast<double>(most) * params.keep);
   const int64_t limit = params.top > 0 ? params.top : std::max(params.floor, share);
   STD_TORCH_CHECK(params.capacity >= std::min(most, limit), name, ": boxes: expected at least ",

@@ -10,7 +10,7 @@
 namespace carve {
 namespace {
 
-constexpr uint64_t kSaliencyArguments = kCaptureArguments + 18;
+constexpr uint64_t kSaliencyArguments = kCaptureArguments + 19;
 constexpr const char* kSaliency = "saliency";
 
 // The arguments after those of capture, in the order of the schema.
@@ -28,6 +28,7 @@ struct SaliencyOperands {
         floor(stack.scalar<int64_t>()),
         connectivity(stack.scalar<int64_t>()),
         score(stack.scalar<int64_t>()),
+        min_size(stack.scalar<int64_t>()),
         most_blocks(stack.scalar<int64_t>()),
         pixels(stack.tensor()),
         selected(stack.scalar<torch::stable::Tensor>()),
@@ -47,6 +48,7 @@ struct SaliencyOperands {
   int64_t floor;
   int64_t connectivity;
   int64_t score;
+  int64_t min_size;
   int64_t most_blocks;
   Operand pixels;  // the output of contrast; [height, width] where there are regions
   torch::stable::Tensor selected;
@@ -97,8 +99,8 @@ struct SaliencyCall {
     for (const torch::stable::Tensor* tensor : {&in.selected, &in.boxes, &in.scores, &in.outcome}) {
       check_contrast(kSaliency, tensor->get_device() == in.pixels.device, "regions: expected tensors on the device of query");
     }
-    return parse_regions(kSaliency, saliency, in.keep, in.top, in.floor, in.connectivity, in.score, in.selected,
-                         in.boxes, in.scores, in.outcome);
+    return parse_regions(kSaliency, saliency, in.keep, in.top, in.floor, in.connectivity, in.score, in.min_size,
+                         in.selected, in.boxes, in.scores, in.outcome);
   }
 };
 

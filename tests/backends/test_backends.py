@@ -138,7 +138,8 @@ def test_what_the_first_backend_does_not_serve_goes_to_the_next(plant: Plant, ca
     with pytest.raises(checks.BackendUnavailable, match="cuda cannot serve capture: 9 rows are more than 8"):
         chosen(9, "cuda")
     table = explain().splitlines()
-    index = table.index("backend='auto' on cuda tensors: capture=cuda, contrast=cuda, regions=cuda, attention=cuda")
+    picks = ", ".join(f"{stage}=cuda" for stage in STAGES)
+    index = table.index(f"backend='auto' on cuda tensors: {picks}")
     cuda, triton = (f"{backend} ({BEST_FOR['capture', backend]})" for backend in ("cuda", "triton"))
     assert table[index + 1] == f"  capture: {cuda}, then {triton}, then reference"
     assert "any number of rows" in table[index + 1]

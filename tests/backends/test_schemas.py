@@ -17,6 +17,7 @@ from tests.support.operators import (
     SAMPLES,
     capture_backward,
     capture_layers,
+    column_sums_cpu,
     contrast_cpu,
     operator,
     regions_cpu,
@@ -117,6 +118,33 @@ def test_contrast_cpu_refuses_what_it_cannot_read() -> None:
         (4, [3, 5, -11, -7, 2, 2, 1, 3], "fit"),
         (7, 4, "normalize"),
         (8, torch.empty(79), "pixels"),
+    ]
+    for index, value, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*good[:index], value, *good[index + 1 :])
+
+
+def test_column_sums_cpu_refuses_what_it_cannot_read() -> None:
+    op, good = operator("carve_kernels::column_sums_cpu"), column_sums_cpu()
+    query, key, mask, positions, sink, lse = good[:6]
+    wrong: list[tuple[int, Any, str]] = [
+        (0, query[0], "query: expected 4 dimensions"),
+        (0, query.double(), "query: expected float32, float16 or bfloat16"),
+        (0, query[..., :8], "key: expected the batch and head size of query"),
+        (1, key.half(), "key: expected the dtype of query"),
+        (1, key[:1], "key: expected the batch and head size of query"),
+        (1, key.repeat(1, 2, 1, 1)[:, :3], "key: .*heads that divides the 4 of query"),
+        (1, key.transpose(2, 3).contiguous().transpose(2, 3), "key: expected stride 1"),
+        (2, mask.float(), "mask: expected bool"),
+        (2, mask[..., :8], "mask: expected the batch"),
+        (3, positions[:1], "positions: expected shape"),
+        (3, positions.float(), "positions: expected int32 or int64"),
+        (3, None, "window: expected positions along with a window"),
+        (4, sink[:3], "sink: expected a contiguous float32"),
+        (5, lse.transpose(1, 2).contiguous().transpose(1, 2), "lse: expected a contiguous float32"),
+        (8, -1, "window: expected at least 0"),
+        (9, good[9].double(), "out: expected a contiguous float32"),
+        (9, good[9][..., :8], "out: expected a contiguous float32"),
     ]
     for index, value, message in wrong:
         with pytest.raises(RuntimeError, match=message):
@@ -276,21 +304,22 @@ def test_regions_cpu_refuses_what_it_cannot_read() -> None:
         (2, -2, "top, floor"),
         (4, 6, "connectivity"),
         (5, 3, "score"),
-        (6, torch.zeros(9, 5, dtype=torch.bool), "shape"),
-        (6, torch.zeros(5, 9), "dtype"),
-        (7, torch.zeros(2, 3, dtype=torch.int64), "expected 4 numbers"),
-        (7, torch.zeros(1, 4, dtype=torch.int64), "as many"),
-        (8, torch.zeros(2), "dtype"),
-        (9, torch.zeros(5, dtype=torch.int64), "6 numbers"),
+        (6, 0, "min_size: expected at least 1"),
+        (7, torch.zeros(9, 5, dtype=torch.bool), "shape"),
+        (7, torch.zeros(5, 9), "dtype"),
+        (8, torch.zeros(2, 3, dtype=torch.int64), "expected 4 numbers"),
+        (8, torch.zeros(1, 4, dtype=torch.int64), "as many"),
+        (9, torch.zeros(2), "dtype"),
+        (10, torch.zeros(5, dtype=torch.int64), "6 numbers"),
     ]
     for index, value, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*good[:index], value, *good[index + 1 :])
-    video = (torch.rand(2, 5, 9), *good[1:4], 6, good[5], torch.zeros(2, 5, 9, dtype=torch.bool))
+    video = (torch.rand(2, 5, 9), *good[1:4], 6, *good[5:7], torch.zeros(2, 5, 9, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="boxes: expected 6 numbers"):
-        op(*video, *good[7:])
+        op(*video, *good[8:])
     with pytest.raises(RuntimeError, match="connectivity: expected 6 or 26 over frames, got 4"):
-        op(*video[:4], 4, *video[5:], *good[7:])
-    little = (*good[:7], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[9])
+        op(*video[:4], 4, *video[5:], *good[8:])
+    little = (*good[:8], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), good[10])
     with pytest.raises(RuntimeError, match="at least 2 rows"):
         op(*little)

@@ -123,8 +123,8 @@ def test_bad_lines_are_named_before_the_work(
         (["--preset", "mine"], 2, "preset: expected one of 'paper', 'release'"),
         (["--dtype", "float8"], 2, "--dtype: "),
         (["--max-image-pixels", "100"], 2, "line 1: image: "),
-        (["-o", "a.png/carve.json"], 1, "a.png is not a folder"),
-        (["-o", "folder"], 1, "folder is a folder"),
+        (["-o", "a.png/carve.json"], 2, "a.png is not a folder"),
+        (["-o", "folder"], 2, "folder is a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -50,10 +50,11 @@ from tests.cli.conftest import QUESTION, Invoke, content
         (["--attn", "fast"], 2, "attn_implementation"),
         (["--backend", "gpu"], 2, "backend: "),
         (["--backend", "cuda"], 1, "--backend cuda: "),
-        (["-o", "text.png"], 1, "text.png is not a folder"),
-        (["-o", "text.png/deep/er"], 1, "text.png is not a folder"),
-        (["-o", "blocked"], 1, "panel.png is a folder"),
-        (["-o", "lost"], 1, "lost is not a folder"),
+        (["-o", "text.png"], 2, "text.png is not a folder"),
+        (["-o", "text.png/deep/er"], 2, "text.png is not a folder"),
+        (["-o", "blocked"], 2, "panel.png is a folder"),
+        (["-o", "lost"], 2, "lost is not a folder"),
+        (["-o", "long" * 99], 2, "cannot be a folder (File name too long)"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

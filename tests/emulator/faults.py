@@ -177,6 +177,9 @@ LABEL = (
           "(y + row) * job.width"),
     Fault(_LABEL, "boxes a row short", "shared.bottoms[index] + 1", "shared.bottoms[index]"),
     Fault(_LABEL, "the number of a part above", "if (!has_bit(above, lane)) {", "if (row == begin) {"),
+    Fault(_LABEL, "a value above the greatest", "if (next == Key(~BitsOf<T>(0))) next = key;", ""),
+    Fault(_LABEL, "the pixels of a part are stored for a mean alone", "if (job.counts_pixels) store",
+          "if (job.score == Score::kMean) store"),
 )
 
 JOIN = (
@@ -212,7 +215,9 @@ JOIN = (
     Fault(_JOIN, "the first pixel of another part",
           "atomicMin(job.firsts + root, load_coherent(job.firsts + part));", ""),
     Fault(_JOIN, "the pixels of a part are lost",
-          "if (job.score == Score::kMean) atomicAdd(job.pixels + root, load_coherent(job.pixels + part));", ""),
+          "if (job.counts_pixels) atomicAdd(job.pixels + root, load_coherent(job.pixels + part));", ""),
+    Fault(_JOIN, "the pixels of a part are added for a mean alone", "if (job.counts_pixels) atomicAdd",
+          "if (job.score == Score::kMean) atomicAdd"),
     Fault(_JOIN, "the left edge of the root alone", "atomicMin(job.left + root, load_coherent(job.left + part));", ""),
     Fault(_JOIN, "the right edge without an atomic", "atomicMax(job.right + root, load_coherent(job.right + part));",
           "store(job.right + root, load_coherent(job.right + part));", "races"),
@@ -287,6 +292,16 @@ RANK = (
     Fault(_RANK, "the mask has all ties", "load_settled(job.firsts + labels[step]) <= last.first", "true"),
     Fault(_RANK, "the mask lacks the last region", "load_settled(job.firsts + labels[step]) <= last.first",
           "load_settled(job.firsts + labels[step]) < last.first"),
+    Fault(_RANK, "a region of the least size is left out", ">= job.min_size", "> job.min_size"),
+    Fault(_RANK, "a region that is left out counts", "job.leaves_out() ? load_coherent(&job.state->large) : found",
+          "found"),
+    Fault(_RANK, "the large regions of a lane alone", "large += __shfl_xor_sync(kAllLanes, large, with);", ""),
+    Fault(_RANK, "the number of large regions without an atomic", "atomicAdd(&job.state->large, large);",
+          "job.state->large += large;", "races"),
+    Fault(_RANK, "a region that is left out keeps its rank", "is_large ? rank_key<T>(job, root) : kLeftOut",
+          "rank_key<T>(job, root)"),
+    Fault(_RANK, "no reason where all are left out", "write_whole(job, Reason::kTooSmall);", ""),
+    Fault(_SELECT, "the large regions of the call before", "store(&state->large, uint32_t(0));", ""),
 )
 
 CONTRAST = (

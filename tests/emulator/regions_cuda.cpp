@@ -81,9 +81,10 @@ bool run_random(const Size& size, int kind, int order, int number, std::mt19937&
   params.connectivity = random() % 2 ? params.has_frames ? 26 : 8 : params.has_frames ? 6 : 4;
   params.score = static_cast<carve::Score>(number % 3);
   // The first runs, which may be the only ones, have several regions.
-  params.keep = number < 6 ? one_of({0.2, 0.5}) : one_of({1.0, 1e-12, 0.2, 0.5});
+  params.keep = number < 6 ? one_of({0.2, 0.5}) : one_of({1.0, 1e-12, 1e-17, 0.2, 0.5});
   params.top = static_cast<int64_t>(one_of({0, 2, 99}));
   params.floor = params.top == 0 ? 3 : 0;
+  params.min_size = static_cast<int64_t>(one_of({1, 1, 1, 1, 2, 2, 3, 1e6}));
   const int64_t blocks = random() % 2 ? 2 : 1024;
   emulator_configure(order, order == 0 ? 1 : 5, random(), 0);
   const int64_t rows = static_cast<int64_t>(one_of({0, 1, 3, 1e6}));

@@ -64,12 +64,15 @@ bool run(int kind, double keep, int64_t top, carve::RegionsParams params) {
     return result.reason != carve::Reason::kNone && std::count(remaining.begin(), remaining.end(), 1) == count;
   }
   int64_t regions = 0;
+  bool are_large = true;
   for (int64_t pixel = 0; pixel < count; ++pixel) {
-    if (remaining[pixel]) regions += erase_region(remaining, params, pixel) > 0;
+    if (!remaining[pixel]) continue;
+    ++regions;
+    are_large = erase_region(remaining, params, pixel) >= params.min_size && are_large;
   }
   const bool ordered = params.score != carve::Score::kSum ||
                        std::is_sorted(scores.begin(), scores.begin() + result.kept, std::greater<double>());
-  return result.reason == carve::Reason::kNone && regions == result.kept && ordered;
+  return result.reason == carve::Reason::kNone && regions == result.kept && ordered && are_large;
 }
 
 }  // namespace
@@ -95,8 +98,11 @@ int main() {
             params.width = width;
             params.connectivity = frames > 0 ? corners ? 26 : 6 : corners ? 8 : 4;
             params.score = score;
-            if (!run<float>(kind, keep, top, params)) ++failures;
-            if (!run<double>(kind, keep, top, params)) ++failures;
+            for (int64_t min_size : {1, 3}) {
+              params.min_size = min_size;
+              if (!run<float>(kind, keep, top, params)) ++failures;
+              if (!run<double>(kind, keep, top, params)) ++failures;
+            }
           }
         }
       }

@@ -17,7 +17,7 @@ from carve_kernels.selfcheck.moving import move, tensors
 from carve_kernels.types import Attended
 from tests.emulator import emulator
 
-_PUBLIC = ("attention", "capture", "capture_layers", "contrast", "regions")
+_PUBLIC = ("attention", "capture", "capture_layers", "column_sums", "contrast", "regions")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from carve_kernels import BackendUnavailable, attention, capture, capture_layers, contrast, regions
+from carve_kernels import BackendUnavailable, attention, capture, capture_layers, column_sums, contrast, regions
 from carve_kernels.backends import STAGES, cpu
 from carve_kernels.backends.native import extension
 from carve_kernels.types import Capture
@@ -69,11 +69,17 @@ def _regions() -> Callable[[str], list[torch.Tensor]]:
     return call
 
 
+def _column_sums() -> Callable[[str], list[torch.Tensor]]:
+    (query, key, _), options = planted(Case(view="positions", sink=True))
+    return lambda backend: [column_sums(query, key, **options, backend=backend)]
+
+
 PROBLEMS: dict[str, Callable[[], Any]] = {
     "capture": _capture,
     "contrast": _contrast,
     "regions": _regions,
     "attention": _attention,
+    "column_sums": _column_sums,
 }
 
 

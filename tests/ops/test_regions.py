@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import BackendUnavailable, contrast, regions
-from carve_kernels.types import RegionOptions
+from carve_kernels.types import TOO_SMALL, RegionOptions
 from tests.support.planted_maps import SALIENCIES, assert_same, backends, maps, on_gpu, serving
 from tests.support.scipy_regions import regions_of_scipy
 
@@ -60,10 +60,11 @@ def test_equals_scipy(backend: str, dtype: torch.dtype, keep: float, connectivit
 def test_a_naive_search_finds_the_same(data: Any, rows: int, columns: int, eight: bool) -> None:
     levels = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 8]), min_size=rows * columns, max_size=rows * columns))
     keep = data.draw(st.sampled_from([0.1, 0.2, 0.5, 1.0]))
-    floor = data.draw(st.integers(1, 4))
+    floor, min_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     values = torch.tensor(levels, dtype=torch.float32).reshape(rows, columns)
     if len(set(levels)) == 1:
-        assert regions(values, keep=keep, floor=floor).reason == "the saliency is constant"
+        found = regions(values, keep=keep, floor=floor, min_size=min_size)
+        assert found.reason == "the saliency is constant"
         return
     above = values.numpy() >= numpy.percentile(values.numpy(), 100 * (1 - keep))
     left = [(y, x) for y in range(rows) for x in range(columns) if above[y, x]]
@@ -79,16 +80,24 @@ def test_a_naive_search_finds_the_same(data: Any, rows: int, columns: int, eight
             left = [pixel for pixel in left if pixel not in near]
             edge += near
         groups.append(sorted(group))
+    groups = [group for group in groups if len(group) >= min_size]
     # Sums of powers of two are exact, so that ties are exact: the first pixel decides.
     groups.sort(key=lambda group: (-sum(float(values[pixel]) for pixel in group), group[0]))
     selected = groups[: max(floor, int(len(groups) * keep))]
-    found = regions(values, keep=keep, floor=floor, connectivity=8 if eight else 4)
+    found = regions(values, keep=keep, floor=floor, min_size=min_size, connectivity=8 if eight else 4)
+    if not groups:
+        assert found.reason == TOO_SMALL and bool(found.mask.all()) and found.box == (0, 0, columns, rows)
+        assert len(found.boxes) == len(found.scores) == 0
+        return
     assert [[y, x] for y, x in sorted(pixel for group in selected for pixel in group)] == found.mask.nonzero().tolist()
     assert found.scores.tolist() == [sum(float(values[pixel]) for pixel in group) for group in selected]
     firsts = [(min(y for y, _ in group), min(x for _, x in group)) for group in selected]
     assert [(box[1], box[0]) for box in found.boxes.tolist()] == firsts
 
 
+LIMITS: list[dict[str, int]] = [{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]
+LIMITS += [{"min_size": 1}, {"min_size": 3}, {"min_size": 4, "top": 2}, {"min_size": 2, "floor": 1}]
+LIMITS += [{"min_size": 40, "top": 10**30}, {"min_size": 10**30}]
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 80)),
     st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 64), (1, 65), (65, 1), (3, 4100), (4100, 3), (300, 257)]),
@@ -111,7 +120,7 @@ SHAPES = st.one_of(
     kind=st.sampled_from(sorted(SALIENCIES)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
-    limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
+    limit=st.sampled_from(LIMITS),
     connectivity=st.sampled_from([4, 8]),
     score=st.sampled_from(["sum", "mean", "max"]),
     seed=st.integers(0, 999),
@@ -159,6 +168,44 @@ def test_top_is_a_cap_and_floor_is_a_floor(backend: str) -> None:
     found = regions(many, keep=0.48, floor=3, backend=backend)
     _, count = ndimage.label(many.numpy() >= numpy.percentile(many.numpy(), 52.0))
     assert len(found.boxes) == int(count * 0.48) > 3
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("score", ["sum", "mean", "max"])
+def test_small_regions_are_left_out(backend: str, connectivity: int, score: str) -> None:
+    values = torch.randn(47, 71, generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"keep": 0.4, "connectivity": connectivity, "score": score, "backend": backend}
+    every = regions(values, **options, min_size=1)
+    sizes = []
+    for min_size, top in ((1, None), (2, None), (3, 5), (6, None), (11, 2)):
+        labels, selected, scores = regions_of_scipy(values.numpy(), 0.4, top, connectivity, score, min_size)
+        found = regions(values, **options, min_size=min_size, top=top)
+        assert found.reason is None and len(selected) > 1
+        assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, selected))
+        assert found.boxes.tolist() == boxes_of(labels, selected)
+        numpy.testing.assert_allclose(found.scores.numpy(), scores, rtol=1e-9)
+        sizes.append(int(found.mask.sum()))
+    assert len(set(sizes)) == len(sizes) and sizes[0] == int(every.mask.sum())
+    # The share is of the regions that are left.
+    left = len(regions(values, **options, min_size=3).boxes)
+    found = regions(values, **options, min_size=3, floor=2)
+    assert 2 < int(left * 0.4) == len(found.boxes) < int(len(every.boxes) * 0.4)
+    assert torch.equal(found.boxes, regions(values, **options, min_size=3, top=int(left * 0.4)).boxes)
+
+
+@pytest.mark.parametrize("limit", [{}, {"top": 2}, {"floor": 3}])
+def test_where_every_region_is_small_the_whole_image_is_selected(backend: str, limit: dict[str, int]) -> None:
+    values = torch.zeros(9, 13)
+    values[2:4, 3:6] = 1
+    values[7, 7] = 2
+    for min_size, reason in ((6, None), (7, TOO_SMALL), (118, TOO_SMALL), (2**63, TOO_SMALL)):
+        found = regions(values, keep=7 / 117, min_size=min_size, backend=backend, **limit)
+        assert found.reason == reason
+        assert found.boxes.tolist() == ([[3, 2, 6, 4]] if reason is None else []) == found.boxes.tolist()
+        assert found.box == ((3, 2, 6, 4) if reason is None else (0, 0, 13, 9))
+        assert found.mask.sum() == (6 if reason is None else 117)
+    # A saliency without regions says so, whatever their size.
+    assert regions(values * 0, keep=0.5, min_size=999, backend=backend).reason == "the saliency is constant"
 
 
 def test_equal_scores_are_in_raster_order(backend: str) -> None:
@@ -221,7 +268,12 @@ def test_a_saliency_without_regions_selects_the_whole_image(backend: str, values
         ({"keep": 0}, ValueError, "keep: expected a share above 0"),
         ({"keep": 1.01}, ValueError, "keep: expected a number from 0 to 1"),
         ({"keep": "0.2"}, TypeError, "keep: expected a number"),
-        ({"top": None}, ValueError, "expected exactly one of them"),
+        ({"top": None}, ValueError, "expected exactly one of them .*, or min_size without both, got top=None"),
+        ({"floor": 3, "min_size": 2}, ValueError, "got top=2 and floor=3"),
+        ({"min_size": 0}, ValueError, "min_size: expected an integer of at least 1, got int 0"),
+        ({"min_size": 2.0}, TypeError, "min_size: expected an integer"),
+        ({"min_size": True, "top": None}, TypeError, "min_size: expected an integer"),
+        ({"min_size": "3"}, TypeError, "min_size: expected an integer"),
         ({"floor": 3}, ValueError, "got top=2 and floor=3"),
         ({"top": 0}, ValueError, "top: expected an integer of at least 1"),
         ({"top": None, "floor": 1.5}, TypeError, "floor: expected an integer"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from carve_kernels import regions
-from carve_kernels.types import RegionOptions
+from carve_kernels.types import TOO_SMALL, RegionOptions
 from tests.support.planted_maps import SALIENCIES, assert_same, backends, on_gpu, serving
 from tests.support.scipy_regions import regions_of_scipy
 
@@ -68,6 +68,27 @@ def test_a_region_goes_on_through_time_and_back(backend: str) -> None:
     assert len(regions(values, keep=2 / values.numel(), top=9, connectivity=26, backend=backend).boxes) == 2
 
 
+@pytest.mark.parametrize("connectivity", [6, 26])
+@pytest.mark.parametrize("score", ["sum", "mean", "max"])
+def test_a_size_is_the_pixels_of_all_frames(backend: str, connectivity: int, score: str) -> None:
+    values = torch.zeros(5, 9, 40)
+    values[:, 4, 3] = 2  # 5 pixels, one a frame
+    values[2, 2:4, 20:22] = 3  # 4 pixels of one frame
+    values[0, 0, 39] = 9
+    options: dict[str, Any] = {"connectivity": connectivity, "score": score, "backend": backend}
+    for min_size, count in ((1, 3), (2, 2), (4, 2), (5, 1)):
+        found = regions(values, keep=10 / values.numel(), min_size=min_size, **options)
+        assert len(found.boxes) == count and found.reason is None
+    assert found.boxes.tolist() == [[3, 4, 0, 4, 5, 5]] and found.mask.sum() == 5
+    none = regions(values, keep=10 / values.numel(), min_size=6, top=2, **options)
+    assert none.reason == TOO_SMALL and none.box == (0, 0, 0, 40, 9, 5) and bool(none.mask.all())
+    dense = noise((4, 23, 37))
+    found = regions(dense, keep=0.2, min_size=4, **options)
+    labels, selected, scores = regions_of_scipy(dense.numpy(), 0.2, None, connectivity, score, 4)
+    assert numpy.array_equal(found.mask.numpy(), numpy.isin(labels, selected)) and len(selected) == len(found.boxes)
+    numpy.testing.assert_allclose(found.scores.numpy(), scores, rtol=1e-9)
+
+
 def test_rows_and_frames_do_not_touch_past_their_ends(backend: str) -> None:
     # The last row of a frame is before the first of the next one in memory, the last column before the first.
     values = torch.zeros(3, 4, 5)
@@ -94,7 +115,7 @@ def test_one_frame_is_an_image(backend: str) -> None:
     kind=st.sampled_from(sorted(SALIENCIES)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
-    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}, {"floor": 10**9}]),
+    limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}, {"min_size": 3}, {"min_size": 8, "floor": 2}]),
     connectivity=st.sampled_from([6, 26]),
     score=st.sampled_from(["sum", "mean", "max"]),
     seed=st.integers(0, 999),

@@ -124,7 +124,15 @@ def test_layers_of_several_shapes_are_captured_one_after_the_other() -> None:
     assert_equal(saliency(*arguments, **options), stages("auto", arguments, options))
 
 
-@pytest.mark.parametrize("selected", [None, WANTED, {"keep": 0.2, "floor": 3, "connectivity": 8, "score": "mean"}])
+@pytest.mark.parametrize(
+    "selected",
+    [
+        None,
+        WANTED,
+        {"keep": 0.2, "floor": 3, "connectivity": 8, "score": "mean"},
+        {"keep": 0.3, "min_size": 20},
+    ],
+)
 def test_into_given_memory_it_is_one_operator_without_memory(backend: str, selected: Any) -> None:
     if backend in ("reference", "triton"):
         pytest.skip("these run their stages in Python")

@@ -193,6 +193,7 @@ def serving_a_cpu(backend: str, stage: str) -> Iterator[None]:
     [
         ("triton", "capture"),
         ("triton", "contrast"),
+        ("triton", "column_sums"),
         ("cuda", "capture"),
         ("cuda", "attention"),
         ("cuda", "contrast"),

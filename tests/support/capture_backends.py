@@ -1,9 +1,10 @@
-"""The backends that a capture test runs on."""
+"""The backends that a test of capture or of column sums runs on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +14,23 @@ from carve_kernels.types import CaptureOptions
 from tests.support.attention import Case, planted
 from tests.support.planted_maps import backends, on_gpu, serving
 
-# The compiled backend, once for each set of instructions: "cpu avx2".
-BACKENDS = [
-    f"{backend} {isa}".strip() for backend in backends("capture") for isa in (cpu.ISAS if backend == "cpu" else [""])
-]
-BACKENDS += on_gpu("capture")
+
+def backends_of(stage: str) -> list[Any]:
+    """The backends of a stage, the compiled one once for each set of instructions: "cpu avx2"."""
+    names = [f"{name} {isa}".strip() for name in backends(stage) for isa in (cpu.ISAS if name == "cpu" else [""])]
+    return [*names, *on_gpu(stage)]
+
+
+BACKENDS = backends_of("capture")
 
 
 @contextmanager
-def entered(name: str) -> Iterator[str]:
-    """The backend of a name in BACKENDS, with its instructions forced; skips the test where it cannot serve."""
+def entered(name: str, stage: str = "capture") -> Iterator[str]:
+    """The backend of a name in `backends_of`, with its instructions forced; skips the test where it cannot serve."""
     backend, *isa = [name] if name.endswith(" on gpu") else name.split()
-    arguments, options = planted(Case())
-    backend = serving("capture", backend, *arguments, CaptureOptions(**options))
+    (query, key, tokens), options = planted(Case())
+    tensors = (query, key, tokens) if stage == "capture" else (query, key)
+    backend = serving(stage, backend, *tensors, CaptureOptions(**options))
     if not isa:
         yield backend
         return

@@ -36,6 +36,13 @@ def contrast_cuda() -> tuple[Any, ...]:
     return (*inputs, torch.full((contrast_scratch(6, 19),), 255, dtype=torch.uint8), out)
 
 
+def column_sums_cpu() -> tuple[Any, ...]:
+    query, key = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16)
+    positions = torch.tensor([[5, 8, 6], [8, 3, 7]])
+    mask, lse = torch.ones(2, 1, 3, 9, dtype=torch.bool), torch.full((2, 4, 3), 2.0)
+    return query, key, mask, positions, torch.zeros(4), lse, 0.25, 30.0, 6, torch.full((2, 4, 9), float("nan"))
+
+
 def regions_cpu() -> tuple[Any, ...]:
     saliency = torch.zeros(5, 9)
     saliency[1, 1:4] = 1.0
@@ -46,6 +53,7 @@ def regions_cpu() -> tuple[Any, ...]:
         2,
         0,
         4,
+        1,
         1,
         torch.zeros(5, 9, dtype=torch.bool),
         torch.full((2, 4), -1),
@@ -121,7 +129,7 @@ def saliency() -> tuple[Any, ...]:
     given[3:5], given[12] = [None, mask], torch.tensor(0)
     given[16:] = [maps, torch.zeros(1, layers, 1, 1), torch.zeros(1, layers, 1, 1)]
     general, weights = torch.rand(layers, 1, tokens), torch.rand(layers, dtype=torch.float64)
-    numbers = (0.1, False, 3, 0.4, 2, 0, 4, 1, 64)
+    numbers = (0.1, False, 3, 0.4, 2, 0, 4, 1, 1, 64)
     buffers = (torch.zeros(size, dtype=torch.bool), torch.full((2, 4), -1), torch.zeros(2, dtype=torch.float64))
     step_weights = torch.ones(1, dtype=torch.float64)
     pixels = torch.full(size, torch.nan)
@@ -164,6 +172,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_kernels::cuda_build": cuda_build,
     "carve_kernels::cuda_versions": cuda_versions,
     "carve_kernels::isa_cpu": isa_cpu,
+    "carve_kernels::column_sums_cpu": column_sums_cpu,
     "carve_kernels::regions_cpu": regions_cpu,
     "carve_kernels::saliency": saliency,
     "carve_kernels::saliency_in": saliency_in,

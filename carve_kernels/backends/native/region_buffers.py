@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from carve_kernels.types import SCORES, RegionOptions, Regions
+from carve_kernels.types import SCORES, TOO_SMALL, RegionOptions, Regions
 
 # In the order of carve::Reason. Reasons and scores are numbers: the stable ABI of torch 2.13 leaks every string.
 REASONS = (
@@ -17,8 +17,11 @@ REASONS = (
     "the saliency is not finite",
     "the saliency is constant",
     "the range of the saliency is too wide for its dtype",
+    TOO_SMALL,
 )
 MOST_PIXELS = 2**31 - 1
+# Of an integer of an operator.
+_LARGEST = 2**63 - 1
 _FEW_ROWS = 1024
 # In front of the box of an outcome.
 _NUMBERS = 2
@@ -53,15 +56,16 @@ def most_regions(shape: Sequence[int], connectivity: int) -> int:
 
 def most_selected(shape: Sequence[int], options: RegionOptions) -> int:
     """The largest number of regions that are selected in a saliency of a shape."""
-    keep, top, floor, connectivity, _ = options
-    most = most_regions(shape, connectivity)
+    keep, top, floor, connectivity, _, min_size = options
+    most = min(most_regions(shape, connectivity), math.prod(shape) // min_size)
     return min(most, max(floor or 0, int(most * keep)) if top is None else top)
 
 
-def numbers(options: RegionOptions) -> tuple[float, int, int, int, int]:
+def numbers(options: RegionOptions) -> tuple[float, int, int, int, int, int]:
     """The options as an operator takes them."""
-    keep, top, floor, connectivity, score = options
-    return keep, top or 0, floor or 0, connectivity, SCORES.index(score)
+    keep, top, floor, connectivity, score, min_size = options
+    top, floor, min_size = (min(count or 0, _LARGEST) for count in (top, floor, min_size))
+    return keep, top, floor, connectivity, SCORES.index(score), min_size
 
 
 def allocate(saliency: torch.Tensor, options: RegionOptions, *, outcome_rows: int = 0) -> RegionBuffers:

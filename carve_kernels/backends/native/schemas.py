@@ -31,8 +31,8 @@ _ATTEND = (
 # 0, the regions of the saliency, which is then [H, W]. All stages share the scratch.
 _SALIENCY = (
     f"{_CAPTURE}, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, float lam, "
-    "bool lam_is_mean, int normalize, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
-    "Tensor(f!) saliency, Tensor(g!) selected, Tensor(h!) boxes, Tensor(i!) scores, Tensor(j!) outcome"
+    "bool lam_is_mean, int normalize, float keep, int top, int floor, int connectivity, int score, int min_size, "
+    "int most_blocks, Tensor(f!) saliency, Tensor(g!) selected, Tensor(h!) boxes, Tensor(i!) scores, Tensor(j!) outcome"
 )
 
 SCHEMAS: dict[str, str] = {
@@ -42,11 +42,15 @@ SCHEMAS: dict[str, str] = {
     # `contrast_scratch` bytes (backends/cuda/plan.py).
     "contrast_cuda": "(Tensor task, Tensor general, Tensor layer_weights, Tensor step_weights, int[] shapes, "
     "float lam, bool lam_is_mean, int normalize, Tensor(a!) scratch, Tensor(b!) out) -> ()",
-    "regions_cpu": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, Tensor(a!) mask, "
-    "Tensor(b!) boxes, Tensor(c!) scores, Tensor(d!) outcome) -> ()",
-    "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int most_blocks, "
-    "Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) -> ()",
+    "regions_cpu": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int min_size, "
+    "Tensor(a!) mask, Tensor(b!) boxes, Tensor(c!) scores, Tensor(d!) outcome) -> ()",
+    "regions_cuda": "(Tensor saliency, float keep, int top, int floor, int connectivity, int score, int min_size, "
+    "int most_blocks, Tensor(a!) scratch, Tensor(b!) mask, Tensor(c!) boxes, Tensor(d!) scores, Tensor(e!) outcome) "
+    "-> ()",
     "capture_layers": f"({_CAPTURE}) -> ()",
+    # The attention that each key gets from all rows, float32 [B, A, S].
+    "column_sums_cpu": "(Tensor query, Tensor key, Tensor? mask, Tensor? positions, Tensor? sink, Tensor? lse, "
+    "float scale, float softcap, int window, Tensor(a!) out) -> ()",
     "attend_layer": f"({_ATTEND}) -> ()",
     # From the gradients of a loss with respect to the parts of one layer's capture, dense float32 where there are any:
     # those with respect to the query, the key and the sink, written in dense float32.

@@ -95,10 +95,12 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def visible_keys(options: CaptureOptions, keys: int) -> Tensor | None:
-    """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all."""
+    """Which keys each row sees, as bool [B, 1 | A, R, S], or None for all; a mask hides more beside positions."""
     if options.positions is None:
         return options.mask
     column = torch.arange(keys, device=options.positions.device)
     last = options.positions[:, None, :, None]
     visible = column <= last
-    return visible if options.window is None else visible & (column > last - options.window)
+    if options.window is not None:
+        visible &= column > last - options.window
+    return visible if options.mask is None else visible & options.mask

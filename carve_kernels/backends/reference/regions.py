@@ -6,7 +6,7 @@ import numpy
 import torch
 
 from carve_kernels.backends.reference.labels import label
-from carve_kernels.types import RegionOptions, Regions
+from carve_kernels.types import TOO_SMALL, RegionOptions, Regions
 
 # Resizing changes a flat map by a few roundings.
 FLAT = 16
@@ -19,7 +19,7 @@ def supports(*_: object) -> str | None:
 
 def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
     """The selected regions, or the whole image and the reason; see `carve_kernels.regions`."""
-    keep, top, floor, connectivity, score = options
+    keep, top, floor, connectivity, score, min_size = options
     values = saliency.detach().cpu().numpy()
     reason = _why_none(values)
     if reason is not None:
@@ -32,8 +32,11 @@ def forward(saliency: torch.Tensor, options: RegionOptions) -> Regions:
         # The percentile overflowed to infinity, which no value reaches.
         return Regions.whole(saliency, "the range of the saliency is too wide for its dtype")
     order, scores = _rank(values, labels, count, score)
+    order = order[numpy.bincount(labels.reshape(-1))[1:][order] >= min_size]
+    if len(order) == 0:
+        return Regions.whole(saliency, TOO_SMALL)
     # The release rounds count * keep down, and selects at least `floor` regions.
-    selected = order[: top if floor is None else max(floor, int(count * keep))]
+    selected = order[: top if floor is None else max(floor, int(len(order) * keep))]
 
     is_selected = numpy.zeros(count + 1, dtype=bool)
     is_selected[selected + 1] = True

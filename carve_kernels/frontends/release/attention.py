@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from carve_kernels import checks
+from carve_kernels.arrays import as_array
+from carve_kernels.hf import processors
 from carve_kernels.hf.decoding.sequential import greedy_generate
-from carve_kernels.hf.model import attention_modules, decoder_layers, image_token_positions, unwrap
+from carve_kernels.hf.model import attention_modules, check_decoder, decoder_layers, image_token_positions, unwrap
 from carve_kernels.hf.session import capture_attention
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.ops.contrast import contrast
@@ -59,9 +62,17 @@ def generate_with_attention(
     """
     steps = checks.integer("max_new_tokens", max_new_tokens, low=1)
     checks.integer("num_image_tokens", num_image_tokens, low=1)
-    rows = inputs["input_ids"]
+    for name, token in (("start", vision_start_token_id), ("end", vision_end_token_id)):
+        if token is not None:
+            checks.integer(f"vision_{name}_token_id", token, low=0)
+    rows = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"inputs: expected what the processor returned, with input_ids, got {checks.describe(inputs)}")
+    checks.tensor("inputs['input_ids']", rows, shape=("B", "S"), dtypes=(torch.int64, torch.int32))
     if rows.shape[0] != 1:
         raise ValueError(f"inputs: expected one prompt, got {rows.shape[0]}")
+    check_decoder(model)
+    processors.check(processor)
     every_layer(model)
     start, stop = _columns(model, rows, vision_start_token_id, vision_end_token_id, num_image_tokens)
     end = processor.tokenizer.eos_token_id
@@ -80,11 +91,12 @@ def dynamic_reshape_attention(att: Array, fallback_shape: Any = None) -> tuple[A
 
     A map of at most one token has no grid. Raises ValueError for a `fallback_shape` that does not hold the N tokens.
     """
-    count = int(att.size)
+    values = as_array("att", att)
+    count = int(values.size)
     if count <= 1:
         return None, None
     grid = _grid("fallback_shape", count, fallback_shape)
-    return (None, None) if grid is None else (att.reshape(grid), grid)
+    return (None, None) if grid is None else (values.reshape(grid), grid)
 
 
 def fuse_contrastive_attention(
@@ -110,8 +122,11 @@ def fuse_contrastive_attention(
     Raises ValueError if no layer or no step is left, and for a grid that does not hold the tokens.
     """
     checks.choice("step_mode", step_mode, STEP_MODES)
-    width, height = (checks.integer(f"image_size[{axis}]", side, low=1) for axis, side in enumerate(image_size))
+    width, height = checks.numbers("image_size", image_size, ("width", "height"), partial(checks.integer, low=1))
     checks.number("lam", lam, low=0)
+    for name, maps in (("query_maps", query_maps), ("general_maps", general_maps)):
+        if not _is_list(maps) or not all(map(_is_list, maps)):
+            raise TypeError(f"{name}: expected a list of steps, each a list of maps [N], got {checks.describe(maps)}")
     steps = min(len(query_maps), len(general_maps))
     if not steps:
         raise ValueError("query_maps, general_maps: expected at least one step, got none")
@@ -131,13 +146,14 @@ def fuse_contrastive_attention(
         raise ValueError(
             f"output_shape: expected the grid of the {task.shape[2]} tokens, which are not a square, got {output_shape}"
         )
-    pixels: torch.Tensor = contrast(task, general, grid, (height, width), lam=lam)
-    return pixels.numpy()
+    return contrast(task, general, grid, (height, width), lam=lam).numpy()
 
 
 def layers_within(layers: Sequence[int], depth: int) -> list[int]:
     """The numbers of layers that a model of so many has, of which there must be one."""
-    numbers = [checks.integer(f"layers[{index}]", layer) for index, layer in enumerate(layers)]
+    if not checks.is_many(layers) and not _is_list(layers):
+        raise TypeError(f"layers: expected a list of numbers, got {checks.describe(layers)}")
+    numbers = [checks.integer(f"layers[{index}]", layer) for index, layer in enumerate(checks.plain(layers))]
     chosen = [layer for layer in numbers if -depth <= layer < depth]
     if not chosen:
         raise ValueError(f"layers: expected numbers below {depth}, the layers of the model, got {numbers}")
@@ -201,17 +217,22 @@ def _grid(name: str, count: int, given: Any) -> Size | None:
     if given is None:
         side = math.isqrt(count)
         return (side, side) if side * side == count else None
-    rows, columns = (int(side) for side in given)
+    rows, columns = checks.size(name, checks.plain(given))
     if rows * columns != count:
         raise ValueError(f"{name}: expected the grid of {count} tokens, got {rows} x {columns}")
     return rows, columns
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this is a list, or an array that is one of its items."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 0)
 
 
 def _stacked(name: str, maps: Sequence[Sequence[Array]], layers: Sequence[int]) -> torch.Tensor:
     """The maps of some layers, float64 [L, T, N]."""
     try:
         stacked = np.stack([[np.asarray(step[layer], dtype=np.float64) for step in maps] for layer in layers])
-    except (TypeError, ValueError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected arrays [N] of one length by step and layer ({error})") from error
     if stacked.ndim != 3 or not (np.isfinite(stacked).all() and (stacked >= 0).all()):
         raise ValueError(f"{name}: expected finite maps [N] of at least 0 by step and layer")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from carve_kernels import checks
+from carve_kernels.arrays import as_array
 from carve_kernels.ops.regions import regions
+from carve_kernels.types import TOO_SMALL
 
 Array = NDArray[Any]
 
@@ -39,7 +42,7 @@ def create_attention_mask(
     Raises TypeError or ValueError for an argument of the wrong kind or range, and for a saliency that is not finite.
     """
     floor = check_rule(top_percent, min_keep_regions, outlier_percent, strategy)
-    values = np.ascontiguousarray(sum_att_map)
+    values = np.ascontiguousarray(as_array("sum_att_map", sum_att_map))
     if values.ndim != 2 or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
         raise ValueError(
             f"sum_att_map: expected finite float32 or float64 values [H, W], got {checks.describe(sum_att_map)}"
@@ -47,23 +50,17 @@ def create_attention_mask(
     saliency = torch.from_numpy(values)
     if strategy == "attention_sum":
         return _mask(regions(saliency, keep=top_percent, floor=floor).mask)
-    # Values of 1 inside the mask and 0 outside have its regions, and their sums are sizes.
-    every = regions(saliency, keep=top_percent, top=saliency.numel()).mask.double()
     if strategy == "size":
+        # Values of 1 inside the mask and 0 outside have its regions, and their sums are sizes.
+        every = regions(saliency, keep=top_percent, min_size=1).mask.double()
         return _mask(regions(every, keep=top_percent, floor=floor).mask)
-    count = int(every.sum())
+    count = int(np.count_nonzero(values >= np.percentile(values, 100 * (1 - top_percent))))
     smallest = int(count * outlier_percent / 100)
-    if smallest <= 1:
-        return _mask(every)
-    if smallest > count:
+    found = regions(saliency, keep=top_percent, min_size=max(smallest, 1))
+    # A flat saliency is one region of all pixels.
+    if found.reason == TOO_SMALL or smallest > count:
         return np.zeros(values.shape, dtype=np.uint8)
-    largest = regions(every, keep=top_percent, top=count // smallest)
-    if largest.reason is not None:
-        return _mask(largest.mask)
-    kept = int((largest.scores >= smallest).sum())
-    if not kept:
-        return np.zeros(values.shape, dtype=np.uint8)
-    return _mask(regions(every, keep=top_percent, top=kept).mask)
+    return _mask(found.mask)
 
 
 def check_rule(top_percent: float, min_keep_regions: int, outlier_percent: float, strategy: str) -> int:
@@ -75,28 +72,40 @@ def check_rule(top_percent: float, min_keep_regions: int, outlier_percent: float
     return checks.integer("min_keep_regions", min_keep_regions, low=1)
 
 
+def save_path_of(name: str, value: Any) -> Path | None:
+    """Check where files are written; as in the release, None and an empty text write none."""
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    return checks.path(name, value)
+
+
 def apply_mask_to_image(image: Image.Image, mask_map: Array) -> Image.Image:
     """An RGB image, black outside of a mask [H, W] of 0 and 1."""
+    _check_image("image", image)
+    mask = _checked_mask(mask_map)
     pixels = np.array(image)
-    if pixels.ndim != 3 or pixels.shape != (*mask_map.shape, 3):
+    if pixels.shape != (*mask.shape, 3):
         raise ValueError(
-            f"image: expected an RGB image of {mask_map.shape[1]} x {mask_map.shape[0]} pixels, as mask_map, got "
+            f"image, mask_map: expected an RGB image of {mask.shape[1]} x {mask.shape[0]} pixels, as mask_map, got "
             f"{checks.describe(image)}"
         )
-    return Image.fromarray((pixels * mask_map[..., None]).astype(np.uint8))
+    return Image.fromarray((pixels * mask[..., None]).astype(np.uint8))
 
 
 def get_crop_bbox_from_mask(mask_map: Array) -> tuple[int, int, int, int]:
     """The box x0 y0 x1 y1 around the 1s of a mask, x1 and y1 exclusive; the whole image if there are none."""
-    rows, columns = (np.flatnonzero((mask_map == 1).any(axis)) for axis in (1, 0))
+    mask = _checked_mask(mask_map)
+    rows, columns = (np.flatnonzero((mask == 1).any(axis)) for axis in (1, 0))
     if not len(rows):
-        return 0, 0, mask_map.shape[1], mask_map.shape[0]
+        return 0, 0, mask.shape[1], mask.shape[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def resize_crop_to_match_original(crop_image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
     """A crop magnified by LANCZOS until both sides reach those of (width, height), its aspect kept."""
-    (width, height), (most_wide, most_high) = crop_image.size, original_size
+    _check_image("crop_image", crop_image)
+    sides = checks.numbers("original_size", original_size, ("width", "height"), partial(checks.integer, low=1))
+    (width, height), (most_wide, most_high) = crop_image.size, sides
     scale = max(most_wide / width, most_high / height)
     return crop_image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
 
@@ -115,6 +124,14 @@ def att_sum_crop_pipeline(
 
     Returns "crop_masked_image", "sum_att_map", "mask_map", "masked_image" and "bbox".
     """
+    _check_image("image", image)
+    folder = save_path_of("save_dir", save_dir)
+    sum_att_map = as_array("sum_att_map", sum_att_map)
+    if sum_att_map.shape != (image.height, image.width):
+        raise ValueError(
+            f"sum_att_map, image: expected a saliency of the image's {image.height} x {image.width} pixels, got "
+            f"{checks.describe(sum_att_map)}"
+        )
     mask = create_attention_mask(
         sum_att_map,
         top_percent=top_percent,
@@ -125,12 +142,12 @@ def att_sum_crop_pipeline(
     masked = apply_mask_to_image(image, mask)
     box = get_crop_bbox_from_mask(mask)
     refined = resize_crop_to_match_original(masked.crop(box), image.size)
-    if save_dir:
+    if folder is not None:
         marked = image.copy()
         ImageDraw.Draw(marked).rectangle(box, outline="red", width=5)
         low, spread = sum_att_map.min(), np.ptp(sum_att_map) + 1e-8
         _save(
-            save_dir,
+            folder,
             sum_att_map=Image.fromarray(((sum_att_map - low) / spread * 255).astype(np.uint8)),
             mask_map=Image.fromarray(mask * np.uint8(255)),
             masked_image=masked,
@@ -150,7 +167,20 @@ def _mask(mask: torch.Tensor) -> Array:
     return mask.numpy().astype(np.uint8)
 
 
-def _save(folder: str, **images: Image.Image) -> None:
-    os.makedirs(folder, exist_ok=True)
+def _checked_mask(mask_map: Any) -> Array:
+    mask = as_array("mask_map", mask_map)
+    # A mask of 255 would overflow bytes, and have no 1s to crop to.
+    if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask_map: expected 0 and 1 of shape [H, W], got {checks.describe(mask_map)}")
+    return mask
+
+
+def _check_image(name: str, image: Any) -> None:
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: expected a PIL image, got {checks.describe(image)}")
+
+
+def _save(folder: Path, **images: Image.Image) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        image.save(os.path.join(folder, f"{name}.png"))
+        image.save(folder / f"{name}.png")

@@ -29,9 +29,11 @@ from carve_kernels.frontends.release.attention import (
     fuse_contrastive_attention,
     layers_within,
 )
-from carve_kernels.frontends.release.masking import att_sum_crop_pipeline, check_rule
+from carve_kernels.frontends.release.masking import att_sum_crop_pipeline, check_rule, save_path_of
+from carve_kernels.frontends.second_answer import second_answer
+from carve_kernels.hf import processors
 from carve_kernels.hf.decoding import Branch, Decoder, PromptGroup, exclusive
-from carve_kernels.hf.decoding.generation import greedy_config, preserved_positions
+from carve_kernels.hf.decoding.generation import greedy_config
 from carve_kernels.hf.engine.requests import Prompt, locate_prompt
 from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
 from carve_kernels.hf.inputs import build_prompt
@@ -154,7 +156,8 @@ def carve(
     steps = checks.integer("max_new_tokens", max_new_tokens, low=1)
     checks.number("lam", lam, low=0)
     check_rule(top_percent, min_keep_regions, outlier_percent, strategy)
-    _check_model(model, family, layers, device)
+    save_path_of("save_dir", save_dir)
+    _check_model(model, processor, family, layers, device)
     # Without the file's entries, whose orientation the release does not apply.
     original = Image.fromarray(np.asarray(image.convert("RGB")))
     request = _request(model, processor, family, original, question, general_instruction)
@@ -191,16 +194,25 @@ def _check_family(model: Any, family: str) -> None:
         raise ValueError(f"family: expected the one of the model, whose model_type is {kind!r}, got {family!r}")
 
 
-def _check_model(model: Any, family: str, layers: Sequence[int], device: Any) -> None:
+def _check_model(model: Any, processor: Any, family: str, layers: Sequence[int], device: Any) -> None:
     contract.ensure()
     check_decoder(model)
+    processors.check(processor)
     check_steady(model)
     _check_family(model, family)
     layers_within(layers, len(every_layer(model)))
     greedy_config(model, 1)
     place = input_device(model)
-    if device is not None and torch.device(device).type != place.type:
-        raise ValueError(f"device: expected that of the model, {place}, got {device!r}; move the model before")
+    if device is not None and not _is_there(device, place):
+        raise ValueError(
+            f"device: expected that of the model, {place}, got {checks.describe(device)}; move the model before"
+        )
+
+
+def _is_there(device: Any, place: torch.device) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == place.type
+    return isinstance(device, str) and device.split(":")[0] == place.type
 
 
 def _request(
@@ -272,24 +284,11 @@ def _second_pass(
 ) -> str:
     """The answer about the image and the refined one, after the cached prefix of the image where that is possible."""
     later = _resized(refined) if family == "qwen2_5" else refined
-    inputs, features = request.image_inputs.inputs([request.resized, later], _prompt(processor, family, question, 2))
-    if (unwrap(model).generation_config.num_beams or 1) > 1:
-        with torch.no_grad(), preserved_positions(unwrap(model)):
-            beams = model.generate(**{**inputs, **features.entries}, max_new_tokens=steps, do_sample=False)
-        return _last_answer(processor, beams[0, inputs["input_ids"].shape[1] :].tolist())
-    branch = Branch(inputs, steps, images=features, later_images=request.image_inputs.subset([later]))
-    prefix = request.task.prefix_ids
-    begins = tuple(inputs["input_ids"][0, : len(prefix)].tolist()) == prefix
-    if begins and branch.later_images is not None:
-        second = PromptGroup(group.images, group.start, prefix=group.prefix)
-    else:
-        branch.later_images = None
-        marks = request.task.inputs["input_ids"][0, request.task.layout.tokens()[0].long()].unique()
-        end = int(torch.isin(inputs["input_ids"][0], marks).nonzero()[-1]) + 1
-        second = PromptGroup(features, end)
-    second.branches.append(branch)
-    Decoder(model, processor, every_layer(model), "auto").decode([second])
-    return _last_answer(processor, list(branch.ids))
+    prompt = _prompt(processor, family, question, 2)
+    new = second_answer(
+        model, processor, request.image_inputs, (request.resized, later), prompt, steps, group=group, first=request.task
+    )
+    return _last_answer(processor, new)
 
 
 def _last_answer(processor: Any, new: list[int]) -> str:

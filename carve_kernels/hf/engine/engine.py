@@ -12,7 +12,7 @@ import torch
 
 from carve_kernels import checks, deprecation
 from carve_kernels.backends import BACKENDS
-from carve_kernels.hf import names
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.decoding import exclusive, sequential_reason
 from carve_kernels.hf.decoding.recurrent import state_bytes
 from carve_kernels.hf.engine import batching
@@ -93,6 +93,7 @@ class CarveEngine:
     ) -> None:
         contract.ensure()
         check_decoder(model)
+        processors.check(processor)
         self.model, self.processor = model, processor
         self.backend = checks.choice("backend", backend, ("auto", *BACKENDS))
         self.max_image_pixels = checks.integer("max_image_pixels", max_image_pixels, low=1)

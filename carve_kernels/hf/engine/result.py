@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -12,7 +13,7 @@ from PIL.Image import Image
 from carve_kernels.complexity import complexity
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
-from carve_kernels.types import Regions, VisualLayout
+from carve_kernels.types import Regions, VisualLayout, brief
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class CarvedImage:
     unseen: float = 0.0
     reason: str | None = None
     strength: float | None = None
+
+    def __repr__(self) -> str:
+        return brief(self, image=self.image, refined=self.refined, box=self.regions.box, reason=self.reason)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,12 @@ class CarveResult:
     images: tuple[CarvedImage, ...] = field(default=(), repr=False)
     refined_images: tuple[int, ...] = (0,)
     layers_left_out: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(
+            self, question=self.question, answer=self.answer, refined_answer=self.refined_answer, image=self.image,
+            box=self.box, reason=self.reason, seconds=math.fsum(self.seconds.values()),
+        )  # fmt: skip
 
     @cached_property
     def complexity(self) -> dict[str, float]:

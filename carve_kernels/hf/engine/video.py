@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from carve_kernels.hf.video_inputs import build_video_prompt, check_takes_videos
 from carve_kernels.hf.videos import Video, open_frames
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.presets import Preset
-from carve_kernels.types import Regions, VisualLayout
+from carve_kernels.types import Regions, VisualLayout, brief
 from carve_kernels.video import VideoSaliency, contrast_frames
 
 VideoSource = str | os.PathLike[str] | Video
@@ -69,6 +70,12 @@ class VideoResult:
     refined_ids: tuple[int, ...] = field(default=(), repr=False)
     entropy: dict[int, float] = field(default_factory=dict)
     layers_left_out: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(
+            self, question=self.question, answer=self.answer, refined_answer=self.refined_answer, video=self.video,
+            box=self.box, key_frames=self.key_frames, reason=self.reason, seconds=math.fsum(self.seconds.values()),
+        )  # fmt: skip
 
     @property
     def box(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from carve_kernels.checks import describe
 from carve_kernels.checks import size as check_size
-from carve_kernels.hf import names
+from carve_kernels.hf import names, processors
 from carve_kernels.hf.families import Family, family_of, supported
 from carve_kernels.hf.layouts.kinds import check_settings, kind_of
 from carve_kernels.hf.layouts.measured import measured_layout
@@ -107,8 +107,10 @@ def layout_of(model: nn.Module, processor: Any, inputs: Any, images: Any = None,
 def check_processor(model: nn.Module, processor: Any) -> Family | None:
     """The family of a model; None for one that is not listed.
 
-    Raises ValueError if its image tokens have no place, or if the processor does not fit the model.
+    Raises TypeError for what is no processor, ValueError if the family's image tokens have no place, or if the
+    processor does not fit the model.
     """
+    processors.check(processor)
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
     if family is None:

@@ -71,12 +71,19 @@ class TrackedPrompt:
         if count is not None and count < self.length and self.record is not None:
             self.ids.append(self.record.fed(count, self.length))
 
-    def check_cache(self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], count: int) -> None:
-        """Before a forward: follow the cache back if it was cropped to `count` tokens; ValueError for other changes."""
+    def check_cache(
+        self, cache: Any, modules: Sequence[nn.Module], layers: Sequence[int], count: int, new: int
+    ) -> None:
+        """Before a forward of `new` tokens: follow the cache back if it was cropped to `count`; else ValueError."""
         if self._keys is None:
             raise ValueError(
                 f"cache: expected a cache whose last forward finished, got one of {count} tokens that was interrupted; "
                 "run the prompt again"
+            )
+        if self.record is not None and self.record.kept and (new > 1 or count < self.length):
+            raise ValueError(
+                f"cache: expected one token after the {self.length} of a prompt whose tokens were dropped, got {new} "
+                f"after {count}; its layers hold different tokens: it cannot be cropped, or go on with another text"
             )
         for layer, module, left in zip(layers, modules, self._keys, strict=True):
             state = caches.key_state(cache, module, left)

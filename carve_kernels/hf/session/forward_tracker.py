@@ -32,6 +32,7 @@ from carve_kernels.hf.session.device_state import DeviceState
 from carve_kernels.hf.session.graphs import check_model
 from carve_kernels.hf.session.hidden_tokens import LayerWindows
 from carve_kernels.hf.session.recording import CONDITIONS, Record, SessionOptions
+from carve_kernels.hf.session.token_drops import TokenDrops
 from carve_kernels.types import VisualLayout
 
 _LAST_COLUMN = 2**31 - 1
@@ -71,6 +72,8 @@ class ForwardTracker:
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
         self.generation: GenerateCall | None = None
+        # Of the model, for all of its sessions.
+        self.drops = TokenDrops(model, [self])
         self._model, self._modules, self._options = model, modules, options
         self.grad = options.grad
         # None if it is known only when the layers run.
@@ -130,6 +133,8 @@ class ForwardTracker:
         if self._sources:
             self._sources.pop()
         self.running = bool(self._sources)
+        if not self.running:
+            self.drops.end()
         prompt, ids, cache, total, in_graph = self._forward
         if output is None or prompt.length == total:
             return
@@ -287,7 +292,7 @@ class ForwardTracker:
         else:
             past = int(count)
         if past > 0:
-            prompt.check_cache(cache, self._modules, self._options.layers, past)
+            prompt.check_cache(cache, self._modules, self._options.layers, past, length)
             written = prompt.was_written(cache, self._modules[0])
             if written is not None and written.device.type != "cpu" and prompt.record is not None:
                 prompt.record.state.deferred["cache"].logical_or_(written)
@@ -319,6 +324,8 @@ class ForwardTracker:
                 f"model: expected one token after a cache of this session in a CUDA graph, got {source.shape[1]}; run "
                 "the prompt before the graph is captured"
             )
+        if self._options.heads == "each" and self._shares is not None:
+            raise ValueError("heads: expected 'mean' for a model whose heads are divided among processes, got 'each'")
         if self.grad:
             check_model(self._model, divided=self._shares is not None)
         self.record, self._thread = None, threading.current_thread()
@@ -352,6 +359,8 @@ class ForwardTracker:
             rows_kept=names.rows_kept(self._model, given),
             eos=self._end_tokens(),
             windows=self._windows,
+            attended=attended,
+            drops=self.drops,
             shares=self._shares,
         )
         prompt.prompt = total

@@ -13,6 +13,7 @@ from torch import nn
 
 from carve_kernels.hf import names
 from carve_kernels.hf.session.forward_tracker import ForwardTracker, GenerateCall, end_tokens
+from carve_kernels.hf.session.token_drops import TokenDrops
 
 GUARD = "_carve_guard"
 
@@ -38,6 +39,8 @@ class GenerateGuard:
         self.trackers: list[ForwardTracker] = []
         self.thread = threading.get_ident()
         self.stack = ExitStack()
+        self.drops = TokenDrops(model, self.trackers)
+        self.stack.callback(self.drops.close)
         self._model = model
         if hasattr(model, "generate"):
             self._replace("generate", self._guard(model.generate))
@@ -133,6 +136,7 @@ def guarded(model: nn.Module, tracker: ForwardTracker) -> Iterator[None]:
         if guard is None:
             guard = model.__dict__[GUARD] = GenerateGuard(model)
         guard.trackers.append(tracker)
+        tracker.drops = guard.drops
     try:
         yield
     finally:

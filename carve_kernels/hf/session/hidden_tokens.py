@@ -10,6 +10,11 @@ from torch import nn
 from carve_kernels.hf.session.attention_masks import Visibility
 
 
+def selects_keys(attention: nn.Module) -> bool:
+    """Whether an attention module selects the keys that it attends to by their content, with an indexer."""
+    return any("index" in type(each).__name__.lower() for each in attention.modules())
+
+
 class LayerWindows:
     """For each captured layer, whether positions alone decide what its rows see, and whether old tokens leave its view.
 
@@ -18,8 +23,7 @@ class LayerWindows:
 
     def __init__(self, windows: Sequence[bool | None], modules: Sequence[nn.Module]) -> None:
         self.by_position = [
-            window is not None and not any("index" in type(each).__name__.lower() for each in module.modules())
-            for window, module in zip(windows, modules, strict=True)
+            window is not None and not selects_keys(module) for window, module in zip(windows, modules, strict=True)
         ]
         self.limited = [window is True and known for window, known in zip(windows, self.by_position, strict=True)]
         # Whether a caller has prepared the mask of a step, which may hide any token.

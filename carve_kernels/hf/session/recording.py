@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,15 +18,16 @@ from carve_kernels.hf.model import is_capturing, version_of
 from carve_kernels.hf.query_rows import Rows
 from carve_kernels.hf.session.attention_masks import bias_error, check_mask, refuse_packed, visibility
 from carve_kernels.hf.session.device_state import DeviceState
-from carve_kernels.hf.session.graphs import LayerGraphs
+from carve_kernels.hf.session.graphs import EachHead, LayerGraphs
 from carve_kernels.hf.session.hidden_tokens import LayerWindows, hidden_tokens
+from carve_kernels.hf.session.kept_columns import KeptColumns, Selection
 from carve_kernels.maps import UNCAPTURED, AttentionMaps, assemble
 from carve_kernels.ops.attention_operator import AttentionOperator
-from carve_kernels.types import Capture, RowsSpec, VisualLayout
+from carve_kernels.types import Capture, HeadsSpec, RowsSpec, VisualLayout
 
 _LOG = logging.getLogger("carve_kernels")
 
-OnLayer = Callable[[int, int, Capture], None]
+OnLayer = Callable[[int, int, Capture], torch.Tensor | Sequence[int] | None]
 _EVICTED = "keys were evicted or added, so their columns are unknown; run the prompt again"
 # Conditions that are read from the device at the end only, and the error of each.
 _DEFERRED: dict[str, Callable[[], ValueError]] = {
@@ -51,6 +52,14 @@ class SessionOptions(NamedTuple):
     backend: str
     fused: bool = False
     grad: bool = False
+    heads: HeadsSpec = "mean"
+
+
+class Drops(Protocol):
+    """Drops tokens in the current forward."""
+
+    def drop(self, record: Record, layer: int, returned: Any) -> None:
+        """Let the layers behind `layer` process the columns that `on_layer` returned for it, in all sessions."""
 
 
 class Record:
@@ -69,12 +78,19 @@ class Record:
         rows_kept: int | None,
         eos: tuple[int, ...],
         windows: LayerWindows,
+        attended: torch.Tensor,
+        drops: Drops,
         shares: HeadShares | None = None,
     ) -> None:
         self.layers, self.layout, self.max_steps = options.layers, options.layout, options.max_steps
         self.on_layer, self.fused = options.on_layer, options.fused
         self.last, self.weight = rows.last, rows.weight
         self.state, self.shares = state, shares
+        # The columns of the prompt that are not padding, bool [B, S] on the CPU.
+        self.attended = attended
+        # What layers process after tokens were dropped behind others, in the order of these.
+        self.kept: list[KeptColumns] = []
+        self.drops = drops
         state.start(tokens, past + length)
         # The captured rows of the current forward, and where it is written.
         self.rows, self.target, self.slot = (rows.columns - past).to(state.device), state.first, state.zero
@@ -94,7 +110,8 @@ class Record:
         self.dtype = ""
         # Whether layers are captured in batches: their keys must stay in memory until then, as in a cache.
         self.batching = True
-        self.graphs = LayerGraphs(options.backend) if options.grad else None
+        self.graphs = LayerGraphs(options.heads, options.backend) if options.grad else None
+        self.each = EachHead(options.backend) if options.heads == "each" and not options.grad else None
         self.batch: LayerBatch | None = None
         # Whether the current forward is a decode step, and what its layers that attend and capture have in common.
         self.decoding = False
@@ -102,6 +119,11 @@ class Record:
 
     def advance(self, ids: torch.Tensor | None, total: int, row: int) -> None:
         """Prepare for a decode step, after which there are `total` tokens; `row` of its query is captured."""
+        if self.kept and row:
+            raise ValueError(
+                "use_cache: expected True where tokens were dropped, got a forward that reads the prompt again; its "
+                "tokens would have to be dropped again"
+            )
         state, last = self.state, self.step
         self.step += 1
         self.length = total
@@ -143,8 +165,8 @@ class Record:
         state.fed.index_copy_(1, state.slots, column.to(state.device, torch.int64))
 
     def _warn(self, last: int) -> None:
-        """Warn once of steps that are not captured; `last` is the step before."""
-        if self.last and last < self.max_steps <= self.step:
+        """Warn once of steps that are not captured, unless none are; `last` is the step before."""
+        if self.last and self.max_steps > 1 and last < self.max_steps <= self.step:
             _LOG.warning(
                 "max_steps: steps of this generation from %d on are not captured; raise max_steps for them",
                 self.max_steps,
@@ -158,6 +180,22 @@ class Record:
         self.length = self.state.read()
         self.step = self.length - self.prompt
         self._warn(last)
+
+    def keep(self, layer: int, columns: Selection) -> None:
+        """From now on layers behind `layer` process these columns of the prompt."""
+        kept = KeptColumns(layer, columns, self.state.tokens)
+        dropped = (kept.places(self.rows) < 0).any(0).nonzero().flatten().tolist()
+        if dropped and self.layers[-1] > layer:
+            column = int(self.rows[:, dropped[0]].min())
+            raise ValueError(
+                f"rows: expected rows that all captured layers process, got column {column}, which is dropped behind "
+                f"layer {layer}; capture layers up to it, or other rows"
+            )
+        self.kept.append(kept)
+
+    def kept_behind(self, layer: int) -> KeptColumns | None:
+        """What the layer behind `layer` processes; None if that is all columns."""
+        return next((each for each in reversed(self.kept) if each.layer <= layer), None)
 
     def has_fed(self, start: int, stop: int) -> bool:
         """Whether the tokens in columns `start` to `stop` are those fed at captured steps."""
@@ -193,7 +231,11 @@ class Record:
             query, key = query.detach(), key.detach()
         alike = self._check(index, query, key, mask, options)
         _, heads, length, size = query.shape
-        rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
+        kept = self._kept(index)
+        if kept is not None and not self.decoding:
+            rows = kept.places(self.rows)
+        else:
+            rows = self.rows if length == self.forward_length else self.rows - (self.forward_length - length)
         batch = self.batch
         if batch is None or not batch.accepts(index, alike, mask):
             self._flush()
@@ -241,6 +283,11 @@ class Record:
         self._finish(index, query)
         return output.transpose(1, 2), None
 
+    @property
+    def written(self) -> int:
+        """The step of the buffers that the current forward is written to."""
+        return max(0, self.step - 1)
+
     def _finish(self, index: int, query: torch.Tensor) -> None:
         """After a layer was captured, or put into a batch."""
         if index == len(self.layers) - 1:
@@ -248,11 +295,14 @@ class Record:
             self.shared = None
         self.dtype = str(query.dtype).removeprefix("torch.")
         if self.on_layer is not None:
-            slot = max(0, self.step - 1)
-            captured = Capture(*(buffer[slot, index] for buffer in self.target))
-            if self.graphs is not None:
-                captured = self.graphs.of_layer(index)
-            self.on_layer(self.layers[index], self.step, captured)
+            source = self.graphs or self.each
+            if source is not None:
+                captured = source.of_layer(index)
+            else:
+                captured = Capture(*(buffer[self.written, index] for buffer in self.target))
+            returned = self.on_layer(self.layers[index], self.step, captured)
+            if returned is not None:
+                self.drops.drop(self, self.layers[index], returned)
 
     def _sink(self, index: int, sink: torch.Tensor) -> torch.Tensor:
         """A layer's sink as the operator takes it; converted once, or as it is where it is a part of a graph."""
@@ -283,7 +333,9 @@ class Record:
         if options.paged is not None:
             raise ValueError("model: a paged cache (continuous batching) cannot be captured; use generate")
         batch, _, rows, _ = query.shape
-        complete = rows == self.forward_length
+        kept = self._kept(index)
+        dropped = 0 if kept is None else self.prompt - kept.count
+        complete = rows == self.forward_length - (0 if self.decoding else dropped)
         if not complete and rows == self.rows_kept:
             complete = self.lowest_row >= self.forward_length - rows >= 0
         expected = self.state.tokens.shape[0]
@@ -302,9 +354,12 @@ class Record:
         keys = key.shape[2]
         possible = [Reach(options.window, None) if each is None else each for each in self.reaches[index]]
         windowed = any(each.window is not None for each in possible)
+        if kept is not None and windowed:
+            raise ValueError(f"model: layer {layer} has a window, which counts keys, after tokens were dropped")
         if not compiling and not self.state.graphed:
-            if keys != self.length and not any(each.allows(keys, self.length, rows) for each in possible):
-                raise ValueError(f"cache: layer {layer} has {keys} keys, expected {self.length}; {_EVICTED}")
+            total = self.length - dropped
+            if keys != total and not any(each.allows(keys, total, rows) for each in possible):
+                raise ValueError(f"cache: layer {layer} has {keys} keys, expected {total}; {_EVICTED}")
         elif not windowed and all(keys != each.capacity for each in possible):
             self.state.deferred["cache"].logical_or_(self.state.total != keys)
         _, heads, length, size = query.shape
@@ -315,7 +370,7 @@ class Record:
                 f"model: layer {layer} has a window that the config does not name, and its first step is compiled or "
                 "goes into a CUDA graph, where no memory can be allocated for what it hides; run a step before it"
             )
-        view = hides, self.windows.by_position[index]
+        view = hides, self.windows.by_position[index], id(kept)
         return options.scale, options.softcap, keys, options.window, length, version_of(mask), windowed, kind, view
 
     def _new_batch(
@@ -328,7 +383,7 @@ class Record:
         options: names.AttentionOptions,
     ) -> LayerBatch:
         keys, window, length, _, windowed = alike[2:7]
-        hides, _ = alike[-1]
+        hides, *_ = alike[-1]
         implementation = names.implementation_of(module) or ""
         check_mask(implementation, mask, keys)
         refuse_packed(implementation, mask, options.segments, options.positions, length)
@@ -339,7 +394,7 @@ class Record:
                 self.state.deferred["attention_mask"].logical_or_(visible.biased)
             elif bool(visible.biased):
                 raise bias_error()
-        tokens, span = self._columns(keys, windowed)
+        tokens, span = self._columns(index, keys, windowed)
         hidden = None
         if hides:
             hidden = hidden_tokens(tokens, self.state.tokens >= 0, rows, visible, self.windows.by_position[index])
@@ -348,9 +403,15 @@ class Record:
             mask, hidden,
         )  # fmt: skip
 
-    def _columns(self, keys: int, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _kept(self, index: int) -> KeptColumns | None:
+        """What a captured layer processes; None if that is all columns."""
+        return self.kept_behind(self.layers[index] - 1)
+
+    def _columns(self, index: int, keys: int, windowed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens among these keys, and their span: a sliding cache passes only the last keys, so they move left."""
-        state = self.state
+        state, kept = self.state, self._kept(index)
+        if kept is not None:
+            return kept.tokens, kept.span
         # A compiled or replayed forward must not depend on the number of tokens so far.
         if torch.compiler.is_compiling() or self.state.graphed:
             if not windowed:
@@ -371,6 +432,8 @@ class Record:
             )
         if self.graphs is not None:
             self.graphs.capture(batch, self.target)
+        elif self.each is not None:
+            self.each.capture(batch, self.target, self.written)
         else:
             self.state.calls.run(batch, self.target, self.slot)
         if batch.hidden is not None:

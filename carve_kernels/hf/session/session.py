@@ -32,7 +32,7 @@ from carve_kernels.hf.session.recording import OnLayer, SessionOptions
 from carve_kernels.maps import AttentionMaps
 from carve_kernels.ops.attention_operator import attention_operator
 from carve_kernels.presets import layers_of
-from carve_kernels.types import RowsSpec, VisualLayout
+from carve_kernels.types import HeadsSpec, RowsSpec, VisualLayout
 
 
 def capture_attention(
@@ -47,6 +47,7 @@ def capture_attention(
     backend: str = "auto",
     fused: bool = False,
     grad: bool = False,
+    heads: HeadsSpec = "mean",
 ) -> CaptureSession:
     """A session in which forwards and `generate` of a model also capture the attention of selected rows.
 
@@ -71,8 +72,11 @@ def capture_attention(
     tokens     the visual tokens: None finds them in input_ids; a VisualLayout; columns [N] or [B, N], -1 is padding
     processor  processor or tokenizer; needed for ("word", ...) and ("text", ...), and to separate a question from the
                chat template
-    max_steps  the number of forward passes captured of one generation; later ones are not, with a warning in the log
-    on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer
+    max_steps  the number of forward passes captured of one generation (1: of the prompt); later ones are not, with a
+               warning in the log if there are some of decode steps
+    on_layer   called inside the forward as on_layer(layer, step, Capture of [B, Q, N] and [B, Q]) after each layer's
+               attention. At step 0 it may return the columns of the visual tokens to keep, [n] or [B, n] (-1: none):
+               then the layers behind process, and cache, these and the text alone
     backend    the backend of the capture and, with `fused`, of that operator
     fused      True: in decode steps on a GPU in bfloat16 or float16, one operator computes the attention of a captured
                layer and its map; outputs then differ from those of the model's own attention in the last bits. Where it
@@ -85,8 +89,11 @@ def capture_attention(
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
     step belongs to the prompt of its cache. Layers may run on several devices, and their heads in several processes
     (docs/platforms.md). The vision tower is not touched, and the model is restored on leaving, also after an error or
-    Ctrl-C. Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or
-    a way of decoding whose map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
+    Ctrl-C. Tokens that `on_layer` drops are `missing` behind that layer, in all open sessions of the model; in its
+    output they have the states with which they were dropped.
+
+    Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or a way of decoding whose
+    map cannot be known, if possible before the model runs. docs/refusals.md lists them all,
     with alternatives. Raises BackendUnavailable if a named backend cannot serve the capture or, with `fused`, the
     operator of the decode steps.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.
@@ -105,6 +112,11 @@ def capture_attention(
         raise TypeError(f"fused: expected True or False, got {checks.describe(fused)}")
     if not isinstance(grad, bool):
         raise TypeError(f"grad: expected True or False, got {checks.describe(grad)}")
+    checks.choice("heads", heads, ("mean", "each"))
+    if heads == "each" and on_layer is None:
+        raise ValueError("on_layer: expected a function beside heads='each', which gets the maps, got None")
+    if fused and heads == "each":
+        raise ValueError("fused: expected False beside heads='each', whose maps its operator does not write, got True")
     if fused and grad:
         raise ValueError("fused: expected False beside grad=True, where there are no decode steps, got True")
     options = SessionOptions(
@@ -117,6 +129,7 @@ def capture_attention(
         checks.choice("backend", backend, ("auto", *BACKENDS)),
         fused,
         grad,
+        heads,
     )
     if fused and backend != "auto":
         for indices in _by_device(modules):
@@ -141,6 +154,17 @@ class CaptureSession:
             self._trackers.append(tracker)
             self._places.update({index: (tracker, place) for place, index in enumerate(indices)})
         self._stack: ExitStack | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The columns of the visual tokens of the last prompt, int32 [B, N], -1 is padding; also inside `on_layer`.
+
+        Raises RuntimeError before the first forward.
+        """
+        record = self._trackers[0].record
+        if record is None:
+            raise RuntimeError("tokens: expected a forward of the model inside the session, got none")
+        return record.state.tokens.clone()
 
     @property
     def maps(self) -> AttentionMaps:

@@ -26,6 +26,7 @@ constexpr CaptureKernels kWithTiles = {
     gather_row,
     mean_row,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

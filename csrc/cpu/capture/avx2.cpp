@@ -26,6 +26,7 @@ constexpr CaptureKernels kWithDots = {
     gather_row,
     mean_row,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

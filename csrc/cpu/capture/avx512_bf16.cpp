@@ -62,6 +62,7 @@ constexpr CaptureKernels kWithPairs = {
     gather_row,
     mean_row,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

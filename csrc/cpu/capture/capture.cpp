@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu/capture/arena.h"
+#include "cpu/arena.h"
 #include "cpu/capture/unit.h"
 #include "cpu/parallel.h"
 
@@ -59,7 +59,7 @@ void find_runs(const CaptureParams& p, std::vector<KeyRun>& runs, std::vector<To
 class Captures {
  public:
   explicit Captures(const CaptureParams& params)
-      : p_(params), plan_(params, active_capture_kernels()), runs_(run_buffer), token_runs_(token_runs_buffer) {
+      : p_(params), plan_(params, active_kernels()), runs_(run_buffer), token_runs_(token_runs_buffer) {
     find_runs(p_, run_buffer, token_runs_buffer);
   }
 
@@ -169,17 +169,6 @@ class Captures {
 };
 
 }  // namespace
-
-const CaptureKernels& active_capture_kernels() {
-  [[maybe_unused]] const Isa isa = active_isa();
-#ifdef CARVE_X86
-  if (isa == Isa::kAmx) return capture_kernels_amx();
-  if (isa == Isa::kAvx512Bf16) return capture_kernels_avx512_bf16();
-  if (isa == Isa::kAvx512) return capture_kernels_avx512();
-  if (isa == Isa::kAvx2) return capture_kernels_avx2();
-#endif
-  return capture_kernels_plain();
-}
 
 void capture_cpu(const CaptureParams& params) {
   if (params.layer_count == 0 || params.batch == 0 || params.rows == 0) return;

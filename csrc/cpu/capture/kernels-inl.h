@@ -15,4 +15,5 @@ constexpr CaptureKernels kKernels = {
     gather_row,
     mean_row,
     kGradients,
+    add_columns,
 };

@@ -51,9 +51,8 @@ struct ChunkRow {
   const uint8_t* mask;  // [keys], or null
   float scale;
   float softcap;
-  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of which those of hidden keys
-                         // may be anything
   const char* prefetch;  // as many bytes as the scores have are prefetched from here; any address is allowed
+  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of hidden keys too
 };
 
 struct Peak {
@@ -89,6 +88,20 @@ struct MeanRow {
   int64_t used;  // tokens that are not padding
   float heads;
   float* mean;  // [tokens]; may alias `sums`
+};
+
+// Scores of one row and chunk, whose probabilities 2^((logit - peak) * factor + rest) are added to the sums of the keys;
+// the factor turns scores into logits in base 2. The scores are overwritten.
+struct ColumnRow {
+  float* scores;
+  int64_t first;        // keys [first, last) of the chunk are visible to the row
+  int64_t last;
+  const uint8_t* mask;  // as of ChunkRow
+  float scale;
+  float softcap;
+  float peak;
+  float rest;
+  float* sums;  // as many as the scores
 };
 
 struct Summary {
@@ -148,10 +161,8 @@ struct CaptureKernels {
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);
   GradientKernels gradient;
+  void (*add_columns)(const ColumnRow& row);
 };
-
-// Those of the active instruction set.
-const CaptureKernels& active_capture_kernels();
 
 const CaptureKernels& capture_kernels_plain();
 #ifdef CARVE_X86
@@ -160,5 +171,8 @@ const CaptureKernels& capture_kernels_avx512();
 const CaptureKernels& capture_kernels_avx512_bf16();
 const CaptureKernels& capture_kernels_amx();
 #endif
+
+// Those of the instruction set in use.
+const CaptureKernels& active_kernels();
 
 }  // namespace carve

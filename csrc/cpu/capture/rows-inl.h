@@ -1,4 +1,4 @@
-// Operations on the scores of a row: exponentials of a chunk, gather of the tokens, mean over the heads.
+// Operations on the scores of a row: exponentials of a chunk, gather of the tokens, mean over the heads, column sums.
 
 constexpr float kHidden = -INFINITY;
 
@@ -17,15 +17,15 @@ void hide_masked(float* scores, const uint8_t* mask, int64_t keys) {
 }
 
 // Turns scores into logits where this takes more than a positive factor.
-void make_logits(const ChunkRow& row, int64_t end) {
+void make_logits(float* scores, int64_t end, float scale, float softcap, float* slopes) {
   for (int64_t key = 0; key < end; key += kLanes) {
-    Vector logit = load(row.scores + key) * row.scale;
-    if (row.softcap != 0.0f) {
-      const Vector capped = hyperbolic_tangent(logit / row.softcap);
-      if (row.slopes != nullptr) store(row.slopes + key, 1.0f - capped * capped);
-      logit = capped * row.softcap;
+    Vector logit = load(scores + key) * scale;
+    if (softcap != 0.0f) {
+      const Vector capped = hyperbolic_tangent(logit / softcap);
+      if (slopes != nullptr) store(slopes + key, 1.0f - capped * capped);
+      logit = capped * softcap;
     }
-    store(row.scores + key, logit);
+    store(scores + key, logit);
   }
 }
 
@@ -34,7 +34,7 @@ Peak softmax_row(const ChunkRow& row) {
   // Whole vectors: the scores are padded, and the padding is hidden like invisible keys.
   const int64_t end = (row.keys + kLanes - 1) / kLanes * kLanes;
   const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
-  if (!linear) make_logits(row, end);
+  if (!linear) make_logits(scores, end, row.scale, row.softcap, row.slopes);
   hide(scores, 0, row.first);
   hide(scores, row.last, end);
   if (row.mask != nullptr) hide_masked(scores, row.mask, row.keys);
@@ -146,4 +146,25 @@ Summary mean_row(const MeanRow& row) {
   const float total = static_cast<float>(mass);
   if (row.used < 2 || total == 0.0f) return {total, 0.0f};
   return {total, compute_entropy(row.mean, row.tokens, total) / __builtin_logf(static_cast<float>(row.used))};
+}
+
+void add_columns(const ColumnRow& row) {
+  // Whole vectors: the scores are padded, and what is not visible in them is hidden.
+  const int64_t begin = row.first / kLanes * kLanes;
+  const int64_t end = (row.last + kLanes - 1) / kLanes * kLanes;
+  const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
+  if (!linear) make_logits(row.scores + begin, end - begin, row.scale, row.softcap, nullptr);
+  hide(row.scores, begin, row.first);
+  hide(row.scores, row.last, end);
+  if (row.mask != nullptr) hide_masked(row.scores + row.first, row.mask + row.first, row.last - row.first);
+  const Vector factors = splat(static_cast<float>(linear ? row.scale * kExactLog2E : kExactLog2E));
+  const Vector peaks = splat(row.peak);
+  const Vector rests = splat(row.rest);
+  const Vector hidden = splat(kHidden);
+  for (int64_t key = begin; key < end; key += kLanes) {
+    const Vector score = load(row.scores + key);
+    const Vector value = exponential2(fma(score - peaks, factors, rests));
+    // Also where the log-sum-exp of a row that sees nothing is NaN.
+    store(row.sums + key, load(row.sums + key) + (score == hidden ? Vector{} : value));
+  }
 }

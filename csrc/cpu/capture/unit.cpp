@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/capture/inputs.h"
+
 namespace carve {
 namespace {
 
@@ -15,55 +17,6 @@ constexpr int64_t kSpilledRows = 8;
 constexpr double kLog2E = 1.44269504088896341;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-float to_float(float value) { return value; }
-
-float to_float(Bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-float to_float(Float16 value) {
-  const int exponent = (value.bits >> 10) & 31;
-  const int mantissa = value.bits & 1023;
-  const float sign = (value.bits & 0x8000) != 0 ? -1.0f : 1.0f;
-  if (exponent == 31) return mantissa == 0 ? sign * INFINITY : NAN;
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
-  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-}
-
-template <typename T>
-void widen(const void* from, int64_t offset, int64_t stride, int64_t size, float* to) {
-  const T* line = static_cast<const T*>(from) + offset;
-  for (int64_t element = 0; element < size; ++element) to[element] = to_float(line[element * stride]);
-}
-
-// The keys of a chunk that positions and window make visible to a query row, relative to the start of the chunk.
-struct Span {
-  int64_t first;
-  int64_t last;
-};
-
-Span find_visible(const CaptureParams& p, int64_t batch, int64_t row, int64_t start, int64_t keys) {
-  if (p.positions.data == nullptr) return {0, keys};
-  const int64_t position = p.positions.at(batch, row);
-  const int64_t last = std::clamp<int64_t>(position - start + 1, 0, keys);
-  const int64_t first = p.window > 0 ? std::clamp<int64_t>(position - p.window - start + 1, 0, last) : 0;
-  return {first, last};
-}
-
-// The mask of a row and chunk as contiguous bytes, copied to `dense` if it is strided.
-const uint8_t* mask_of(const CaptureParams& p, int64_t batch, int64_t head, int64_t row, int64_t start, int64_t keys,
-                       uint8_t* dense) {
-  if (p.mask == nullptr) return nullptr;
-  const int64_t* strides = p.mask_strides;
-  const uint8_t* mask = p.mask + batch * strides[0] + head * strides[1] + row * strides[2] + start * strides[3];
-  if (strides[3] == 1) return mask;
-  for (int64_t key = 0; key < keys; ++key) dense[key] = mask[key * strides[3]];
-  return dense;
-}
 
 }  // namespace
 
@@ -94,25 +47,7 @@ int64_t UnitPlan::staging_floats() const {
 
 void pack_unit(const UnitPlan& plan, const Unit& unit, float* scratch, float* staging) {
   const CaptureParams& p = plan.params;
-  const int64_t* strides = unit.layer->query_strides;
-  float* to = staging;
-  for (int64_t row = unit.first_row; row < unit.first_row + unit.rows; ++row) {
-    for (int64_t head = unit.key_head * plan.group; head < (unit.key_head + 1) * plan.group; ++head) {
-      const int64_t offset = unit.batch * strides[0] + head * strides[1] + row * strides[2];
-      switch (p.type) {
-        case Float::kFloat32:
-          widen<float>(unit.layer->query, offset, strides[3], p.size, to);
-          break;
-        case Float::kFloat16:
-          widen<Float16>(unit.layer->query, offset, strides[3], p.size, to);
-          break;
-        case Float::kBfloat16:
-          widen<Bfloat16>(unit.layer->query, offset, strides[3], p.size, to);
-          break;
-      }
-      to += p.size;
-    }
-  }
+  widen_rows(p, *unit.layer, unit.batch, unit.key_head, unit.first_row, unit.rows, staging);
   plan.score.pack(staging, unit.rows * plan.group, p.size, plan.packed_of(scratch));
 }
 
@@ -149,7 +84,7 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
     const char* prefetch = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
     float* slopes = plan.has_slopes ? plan.slopes_of(scratch, line) + start : nullptr;
     const Peak peak =
-        plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, slopes, prefetch});
+        plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, prefetch, slopes});
     plan.tops_of(scratch, line)[chunk] = peak.top;
     plan.sums_of(scratch, line)[chunk] = peak.sum;
   }

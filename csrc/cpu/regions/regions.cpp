@@ -107,16 +107,20 @@ std::vector<Region> collect(const RegionsParams& p, const std::vector<PixelRun>&
 
 // The numbers of the kept regions, best first.
 std::vector<int32_t> rank(const RegionsParams& p, const FixedPoint& fixed, std::vector<Region>& regions) {
-  const int64_t count = static_cast<int64_t>(regions.size());
   for (Region& region : regions) {
     if (p.score == Score::kMax) continue;
     region.score = static_cast<double>(region.sum) / fixed.one * fixed.peak;
     if (p.score == Score::kMean) region.score /= static_cast<double>(region.pixels);
   }
+  std::vector<int32_t> order(regions.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (p.leaves_out()) {
+    const auto is_small = [&](int32_t number) { return regions[number].pixels < p.min_size; };
+    order.erase(std::remove_if(order.begin(), order.end(), is_small), order.end());
+  }
+  const int64_t count = static_cast<int64_t>(order.size());
   const int64_t share = static_cast<int64_t>(static_cast<double>(count) * p.keep);
   const int64_t kept = std::min(count, p.top > 0 ? p.top : std::max(p.floor, share));
-  std::vector<int32_t> order(static_cast<size_t>(count));
-  std::iota(order.begin(), order.end(), 0);
   // Sums are compared as integers: two different ones may round to the same score.
   const auto is_better = [&](int32_t one, int32_t other) {
     const Region& a = regions[one];
@@ -204,6 +208,7 @@ RegionsOutcome find_regions(const RegionsParams& p) {
   std::vector<int32_t> owners;
   std::vector<Region> regions = collect(p, runs, forest, owners);
   const std::vector<int32_t> kept = rank(p, fixed, regions);
+  if (kept.empty()) return write_whole(p, Reason::kTooSmall);
   write_mask(p, runs, owners, regions.size(), kept);
   return write_boxes(p, regions, kept);
 }

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads) add_kernel(const __grid_constan
     } else {
       atomicAdd(job.amounts + root, amount);
     }
-    if (job.score == Score::kMean) atomicAdd(job.pixels + root, load_coherent(job.pixels + part));
+    if (job.counts_pixels) atomicAdd(job.pixels + root, load_coherent(job.pixels + part));
     atomicMin(job.firsts + root, load_coherent(job.firsts + part));
     atomicMin(job.left + root, load_coherent(job.left + part));
     atomicMax(job.right + root, load_coherent(job.right + part));

@@ -56,7 +56,7 @@ __device__ __forceinline__ Threshold<T> find_threshold(const RegionsJob& job, Pi
       state->counts + counts_before<T>(kLast), load_coherent(&state->rank[kLast]), shared);
   const Key key = prefix | picked.digit;
   Key next = picked.is_repeated ? key : picked.next < count_digits<T>(kLast) ? prefix | picked.next : next_prefix;
-  if (next == ~Key(0)) next = key;  // the greatest value of all
+  if (next == Key(~BitsOf<T>(0))) next = key;  // the greatest value of all
   const T below = value_of<T>(static_cast<BitsOf<T>>(key));
   const T above = value_of<T>(static_cast<BitsOf<T>>(next));
   const T weight = static_cast<T>(job.weight);
@@ -177,7 +177,8 @@ struct RowSums {
 
 // The lanes side by side that end in a row are of one part: the last one adds for all of them. Sums are integers in
 // two's complement, so their order is irrelevant.
-__device__ __forceinline__ void add_row(LabelShared& shared, uint32_t row, RowSums sums, uint32_t number, Score score) {
+__device__ __forceinline__ void add_row(const RegionsJob& job, LabelShared& shared, uint32_t row, RowSums sums,
+                                        uint32_t number) {
   const uint32_t lane = lane_of_thread();
   const uint32_t first = first_lane_of_run(run_starts(sums.ends) | 1, lane);
   uint32_t longer = sums.ends & sums.ends << 1;
@@ -185,19 +186,19 @@ __device__ __forceinline__ void add_row(LabelShared& shared, uint32_t row, RowSu
     const Key other = __shfl_up_sync(kAllLanes, sums.amount, by);
     const uint32_t others = __shfl_up_sync(kAllLanes, sums.pixels, by);
     if (lane >= first + by) {
-      sums.amount = score != Score::kMax ? sums.amount + other : other > sums.amount ? other : sums.amount;
+      sums.amount = job.score != Score::kMax ? sums.amount + other : other > sums.amount ? other : sums.amount;
       sums.pixels += others;
     }
     longer &= longer << by;
   }
   const bool is_last = has_bit(sums.ends & ~(sums.ends >> 1), lane);
   if (!is_last) return;
-  if (score == Score::kMax) {
+  if (job.score == Score::kMax) {
     atomicMax(&shared.amounts[number], sums.amount);
   } else {
     atomicAdd(&shared.amounts[number], sums.amount);
   }
-  if (score == Score::kMean) atomicAdd(&shared.pixels[number], sums.pixels);
+  if (job.counts_pixels) atomicAdd(&shared.pixels[number], sums.pixels);
   atomicOr(&shared.columns[number], lanes_up_to(lane) & ~(lanes_up_to(first) >> 1));
   atomicMax(&shared.bottoms[number], static_cast<int32_t>(row));
 }
@@ -309,7 +310,7 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
       }
     }
     sums.ends = bits & ~below;
-    if (sums.ends != 0) add_row(shared, row, sums, number, job.score);
+    if (sums.ends != 0) add_row(job, shared, row, sums, number);
     above = bits;
   }
   __syncthreads();
@@ -323,7 +324,7 @@ __device__ __forceinline__ void label_tile(const RegionsJob& job, LabelShared& s
     store(job.right + part, static_cast<int32_t>(tile.x + 32 - __clz(static_cast<int>(columns))));
     store(job.bottom + part, static_cast<int32_t>(tile.y) + shared.bottoms[index] + 1);
     if (job.has_frames) store(job.back + part, static_cast<int32_t>(tile.frame) + 1);
-    if (job.score == Score::kMean) store(job.pixels + part, shared.pixels[index]);
+    if (job.counts_pixels) store(job.pixels + part, shared.pixels[index]);
   }
 }
 
@@ -349,9 +350,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4) label_kernel(const __grid_co
   }
   if (threshold.reason == Reason::kNone || blockIdx.x != 0 || threadIdx.x != 0) return;
   store(&job.state->reason, static_cast<int32_t>(threshold.reason));
-  store(job.outcome + 1, static_cast<int64_t>(threshold.reason));
-  const int64_t box[6] = {0, 0, 0, job.width, job.height, job.frames};
-  each_edge(job, box, [&](int at, int64_t edge, bool) { store(job.outcome + 2 + at, edge); });
+  write_whole(job, threshold.reason);
 }
 
 template <class T>

@@ -54,7 +54,11 @@ __device__ __forceinline__ bool is_better(Key key, int32_t first, Key other_key,
   return key != other_key ? key < other_key : first < other_first;
 }
 
-__device__ __forceinline__ uint32_t count_kept(const RegionsJob& job, uint32_t regions) {
+// Of a region that is left out: no score of finite values has it, and it is less than that of no region.
+constexpr Key kLeftOut = ~Key(0);
+
+__device__ __forceinline__ uint32_t count_kept(const RegionsJob& job, uint32_t found) {
+  const uint32_t regions = job.leaves_out() ? load_coherent(&job.state->large) : found;
   const int64_t share = static_cast<int64_t>(__dmul_rn(static_cast<double>(regions), job.keep));
   const int64_t limit = job.top > 0 ? job.top : job.floor > share ? job.floor : share;
   return limit < regions ? static_cast<uint32_t>(limit) : regions;
@@ -71,18 +75,25 @@ __global__ void __launch_bounds__(kTileThreads) sort_tiles_kernel(const __grid_c
   for (uint32_t start = blockIdx.x * kTile; start < regions; start += gridDim.x * kTile) {
     const uint32_t size = regions - start < kTile ? regions - start : kTile;
     const uint32_t padded = size < 2 ? 2 : 1u << (32 - __clz(static_cast<int>(size - 1)));
+    uint32_t large = 0;
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index < padded; index += kTileThreads) {
-      Key key = ~Key(0);
+      Key key = kLeftOut;
       int32_t first = INT32_MAX;
       if (index < size) {
         const int32_t root = load_settled(job.roots + start + index);
-        key = rank_key<T>(job, root);
+        const bool is_large = !job.leaves_out() || load_settled(job.pixels + root) >= job.min_size;
+        key = is_large ? rank_key<T>(job, root) : kLeftOut;
+        large += is_large;
         first = load_settled(job.firsts + root);
         store(job.amounts + root, key);
       }
       tile.keys[index] = key;
       tile.firsts[index] = first;
+    }
+    if (job.leaves_out()) {
+      for (int with = 16; with > 0; with /= 2) large += __shfl_xor_sync(kAllLanes, large, with);
+      if (lane_of_thread() == 0 && large != 0) atomicAdd(&job.state->large, large);
     }
     __syncthreads();
     for (uint32_t width = 2; width <= padded; width *= 2) {
@@ -263,15 +274,18 @@ __global__ void __launch_bounds__(kBlockThreads) keep_kernel(const __grid_consta
   start_next_launch();
   wait_for_launch();
   const uint32_t regions = load_coherent(&job.state->regions);
-  const bool is_whole = has_reason(job.state);
+  const bool has_none = has_reason(job.state);
+  const uint32_t kept = has_none ? 0 : count_kept(job, regions);
+  const bool is_whole = kept == 0;
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
   Ranked last{0, 0};
+  if (is_whole && !has_none && is_first) write_whole(job, Reason::kTooSmall);
   if (!is_whole) {
-    const uint32_t kept = count_kept(job, regions);
     int from = 0;
     for (int64_t run = kTile; run < regions; run *= fan) from = 1 - from;
     const Sorted sorted{job.sorted_keys[from], job.sorted_firsts[from]};
     last = sorted.at(kept - 1);
-    if (blockIdx.x == 0 && threadIdx.x == 0) store(job.outcome, static_cast<int64_t>(kept));
+    if (is_first) store(job.outcome, static_cast<int64_t>(kept));
     for (int64_t index = blockIdx.x * kBlockThreads + threadIdx.x; index < kept; index += gridDim.x * kBlockThreads) {
       write_region<T>(job, sorted, index);
     }

@@ -52,6 +52,9 @@ RegionsJob describe(const RegionsParams& p, const RegionsDevice& device, int64_t
   job.has_frames = p.has_frames;
   job.has_corners = p.has_corners();
   job.score = p.score;
+  // Clipped, none is left out or all of them are.
+  job.min_size = static_cast<uint32_t>(std::clamp<int64_t>(p.min_size, 1, int64_t{job.count} + 1));
+  job.counts_pixels = p.score == Score::kMean || job.min_size > 1;
   job.keep = p.keep;
   job.top = p.top;
   job.floor = p.floor;

@@ -30,6 +30,7 @@ struct RegionsState {
   Key prefix[kMostPasses];   // before each pass, the digits that are known
   uint32_t rank[kMostPasses];  // and the rank among the values with these digits
   uint32_t parts, regions;
+  uint32_t large;  // regions that are not left out; counted where any may be
   int32_t reason;
 };
 
@@ -43,6 +44,8 @@ struct RegionsJob {
   bool from_above;   // the nearer one is the greater
   bool has_corners;
   Score score;
+  uint32_t min_size;  // regions of fewer pixels are left out
+  bool counts_pixels;
   double one;  // 1 in fixed point
   double keep;
   int64_t top, floor;
@@ -59,13 +62,14 @@ struct RegionsJob {
   int32_t* parents;
   Key* amounts;  // of a region's root, in the end: its score as an integer that is less for a better one
   int32_t *firsts, *left, *right, *bottom, *upper, *back;
-  uint32_t* pixels;  // for each part
+  uint32_t* pixels;  // for each part, where they are counted
   int32_t* roots;    // for each region, in any order
   // For each region by rank, in two buffers: its score as in `amounts`, and its first pixel.
   Key* sorted_keys[2];
   int32_t* sorted_firsts[2];
 
   __device__ __forceinline__ int edges() const { return has_frames ? 6 : 4; }
+  __device__ __forceinline__ bool leaves_out() const { return min_size > 1; }
 };
 
 // What the outcome has of a box, given as x0 y0 f0 x1 y1 f1: each edge, and where it is among those that are written.
@@ -77,6 +81,13 @@ __device__ __forceinline__ void each_edge(const RegionsJob& job, const int64_t (
     if (edge % 3 == 2 && !job.has_frames) continue;
     write(at++, box[edge], edge < 3);
   }
+}
+
+// What the outcome says where there is no region.
+__device__ __forceinline__ void write_whole(const RegionsJob& job, Reason reason) {
+  store(job.outcome + 1, static_cast<int64_t>(reason));
+  const int64_t box[6] = {0, 0, 0, job.width, job.height, job.frames};
+  each_edge(job, box, [&](int at, int64_t edge, bool) { store(job.outcome + 2 + at, edge); });
 }
 
 // The largest absolute value of the saliency, which is 1 in fixed point.

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kBlockThreads) clear_kernel(const __grid_const
   store(&state->rank[0], job.rank);
   store(&state->parts, uint32_t(0));
   store(&state->regions, uint32_t(0));
+  store(&state->large, uint32_t(0));
   const bool is_empty = job.count == 0;
   store(&state->reason, static_cast<int32_t>(is_empty ? Reason::kEmpty : Reason::kNone));
   store(job.outcome + 0, int64_t(0));

@@ -14,7 +14,7 @@ from carve_kernels.backends.cuda import regions as device
 from carve_kernels.backends.native import region_buffers
 from carve_kernels.backends.reference import regions as reference
 from carve_kernels.selfcheck.cuda_work import regions_work
-from carve_kernels.types import RegionOptions, Regions
+from carve_kernels.types import TOO_SMALL, RegionOptions, Regions
 from tests.emulator import emulator
 from tests.support.planted_maps import SALIENCIES, assert_same
 
@@ -94,6 +94,7 @@ def check_hard(values: torch.Tensor, connectivity: int, order: str) -> None:
         check(values, options, order, 1 if order == "forward" else 4 * seed, seed)
 
 
+MIN_SIZES = st.sampled_from([1, 1, 2, 3, 12, 2**31, 2**80])
 DRAWN: dict[str, Any] = {
     "saliency": st.sampled_from(sorted(SALIENCIES)),
     "dtype": st.sampled_from([torch.float32, torch.float64]),
@@ -117,6 +118,7 @@ def check_drawn(
     shape=SHAPES,
     keep=st.one_of(st.sampled_from([0.05, 0.2, 0.4, 0.5, 1.0, 1e-17]), st.floats(1e-6, 1.0)),
     limit=st.sampled_from([{"top": 1}, {"top": 3}, {"top": 10**9}, {"floor": 1}, {"floor": 3}, {"floor": 10**9}]),
+    min_size=MIN_SIZES,
     connectivity=st.sampled_from([4, 8]),
     **DRAWN,
 )
@@ -130,6 +132,7 @@ def test_any_order_of_threads_finds_what_the_reference_finds(**drawn: Any) -> No
     shape=st.tuples(st.integers(1, 6), st.integers(1, 70), st.integers(1, 40)),
     keep=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
     limit=st.sampled_from([{"top": 1}, {"top": 10**9}, {"floor": 3}]),
+    min_size=MIN_SIZES,
     connectivity=st.sampled_from([6, 26]),
     **DRAWN,
 )
@@ -187,8 +190,28 @@ def test_more_regions_than_one_block_sorts(rows: int, columns: int, limit: dict[
     assert rows * columns / 2 > (5 if rows == 150 else emulator.MOST_RUNS) * 2048
 
 
+@pytest.mark.parametrize(
+    ("rows", "min_size", "limit"),
+    [(150, 2, {"floor": 3}), (150, 4, {"top": 1200}), (150, 5, {"top": 10**9}), (618, 3, {"floor": 3})],
+)
+def test_more_regions_than_one_block_sorts_and_some_of_them_small(
+    rows: int, min_size: int, limit: dict[str, int]
+) -> None:
+    # A region of one to four pixels in each cell of 3 x 3.
+    cells = torch.randint(0, 6, (rows // 3, 160), generator=torch.Generator().manual_seed(rows))
+    values = torch.zeros(rows // 3 * 3, 480)
+    for number, (down, right) in enumerate([(0, 0), (0, 1), (1, 1), (1, 0)]):
+        values[down::3, right::3] = (1 + cells % 4 / 4) * (cells >= number)
+    options = RegionOptions(keep=share_above(values), min_size=min_size, **limit)
+    wanted = reference.forward(values, options)
+    assert (wanted.reason == TOO_SMALL) == (min_size == 5)
+    assert cells.numel() > (3 if rows == 150 else emulator.MOST_RUNS) * 2048
+    assert_same(device.forward(values, options), wanted)
+
+
 def call(values: torch.Tensor, buffers: region_buffers.RegionBuffers, scratch: torch.Tensor, **changes: Any) -> None:
-    arguments = {"keep": 0.3, "top": 0, "floor": 3, "connectivity": 4, "score": 0, "blocks": 64, **changes}
+    arguments = {"keep": 0.3, "top": 0, "floor": 3, "connectivity": 4, "score": 0, "min_size": 1}
+    arguments |= {"blocks": 64, **changes}
     emulator.operators.regions_cuda(values, *arguments.values(), scratch, *buffers)
 
 
@@ -206,8 +229,9 @@ def test_nothing_outside_the_buffers_is_written(shape: tuple[int, ...], connecti
         parts.append(store[256:-256].view(part.dtype).view(part.shape))
     parts[0].copy_(values)
     buffers = region_buffers.RegionBuffers(*parts[2:])
-    call(parts[0], buffers, parts[1], connectivity=connectivity)
-    assert_same(region_buffers.read(buffers), reference.forward(values, options))
+    for min_size in (1, 3, 10**6):
+        call(parts[0], buffers, parts[1], connectivity=connectivity, min_size=min_size)
+        assert_same(region_buffers.read(buffers), reference.forward(values, options._replace(min_size=min_size)))
     for store in stores:
         assert bool((store[:256] == 0xA5).all()) and bool((store[-256:] == 0xA5).all())
     assert torch.equal(parts[0], values)
@@ -220,6 +244,7 @@ def test_nothing_outside_the_buffers_is_written(shape: tuple[int, ...], connecti
         ({"top": 1}, "top, floor: expected one of them"),
         ({"connectivity": 6}, "connectivity: expected 4 or 8"),
         ({"score": 3}, "score: expected a number"),
+        ({"min_size": 0}, "min_size: expected at least 1, got 0"),
         ({"blocks": 0}, "most_blocks: expected 1 to"),
         ({"keep": 1.0}, "boxes: expected at least 10 rows"),
     ],

@@ -14,8 +14,8 @@ SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 2
 
 # Kernels whose last program combines the results of the others.
 HANDING_OVER = ("capture_map_kernel", "capture_reread_kernel", "contrast_grid_kernel")
-# Kernels of capture that multiply keys.
-MULTIPLYING = ("capture_scores_kernel", "capture_reread_kernel")
+# Kernels that multiply keys.
+MULTIPLYING = ("capture_scores_kernel", "capture_reread_kernel", "column_normaliser_kernel", "column_sums_kernel")
 # A kernel that lets the next one start early, and the next one, which waits; and a load before the wait of what the
 # first one stores.
 OVERLAPPING = {"capture_scores_kernel": "PREEXIT", "capture_map_kernel": "ACQBULK"}

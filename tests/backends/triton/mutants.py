@@ -58,6 +58,9 @@ CAPTURE = compiled("90", "bfloat16 head size 128 rows 1")
 CONTRAST = compiled("90", "lam mean normalize none views 1")
 CONTRAST_TESTS = "tests/backends/triton/test_contrast_backend.py"
 CAPTURE_BODY = "tests/ops/test_capture.py"
+COLUMNS = compiled("80", "columns float32 head size 128 rows 64")
+COLUMNS_TESTS = "tests/backends/triton/test_column_sums_backend.py"
+COLUMNS_BODY = "tests/ops/test_column_sums.py"
 
 MUTANTS = [
     Mutant(
@@ -142,6 +145,62 @@ MUTANTS = [
         "end = tl.minimum(end, high)",
         interpreted("tests/backends/triton/test_capture_backend.py", "between_the_tokens"),
         "1 failed",
+    ),
+    Mutant(
+        "column sums of the rows before the last tile alone",
+        "column_kernels.py",
+        "tl.cdiv(stop, BLOCK_ROW)):",
+        "tl.cdiv(stop, BLOCK_ROW) - 1):",
+        interpreted(COLUMNS_TESTS, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "column sums that begin a row late",
+        "column_kernels.py",
+        "tl.min(tl.where(sees, row, rows), 0)",
+        "tl.min(tl.where(sees, row + BLOCK_ROW, rows), 0)",
+        interpreted(COLUMNS_TESTS, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "column sums of keys that a row does not see",
+        "column_kernels.py",
+        "sums += tl.where(seen, probability, 0.0)",
+        "sums += probability",
+        interpreted(COLUMNS_BODY, "whatever_its_lse and triton"),
+        "1 failed",
+    ),
+    Mutant(
+        "column sums beyond the last key",
+        "column_kernels.py",
+        "mask=column < keys)",
+        "mask=column <= keys)",
+        interpreted(COLUMNS_TESTS, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "a normaliser without the sink",
+        "column_kernels.py",
+        'total += tl.where(sink == float("-inf"), 0.0, tl.exp2(parts.above(sink, higher, residual)))',
+        "total += 0.0",
+        interpreted(COLUMNS_TESTS, "nothing_outside"),
+        "1 failed",
+    ),
+    Mutant(
+        "column sums of all rows of a causal prefill",
+        "column_kernels.py",
+        "sees = live & (last >= lowest) & (after < highest)",
+        "sees = live & (last >= 0) & (after < highest)",
+        interpreted(COLUMNS_TESTS, "are_not_read"),
+        "1 failed",
+    ),
+    Mutant(
+        "keys that stay in registers",
+        "column_kernels.py",
+        "bound = tl.where(tile_of_rows < 0, 0, keys - 1)",
+        "bound = keys - 1",
+        COLUMNS,
+        "bytes of stack",
     ),
 ]
 # One for each kind of test.

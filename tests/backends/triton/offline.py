@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.compiler.compiler import CompiledKernel
 
-from carve_kernels.backends.triton import capture, capture_backward, contrast
+from carve_kernels.backends.triton import capture, capture_backward, column_sums, contrast
 from carve_kernels.types import Capture, CaptureOptions, ContrastOptions, Given, Layers, Slot
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import (
@@ -88,7 +88,7 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
 
 
 def gradient_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> Case:
-    """The gradients of one layer of the same attention, without the capture's first kernel where that is in the table."""
+    """The gradients of one layer of the same attention."""
 
     def launch() -> None:
         heads, key_heads, keys, tokens = 28, 4, 4096, 1024
@@ -101,6 +101,25 @@ def gradient_case(dtype: torch.dtype, size: int, rows: int, option: str = "") ->
 
     name = f"gradient {str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
     return Case(f"{name} {option}".strip(), launch)
+
+
+def columns_case(dtype: torch.dtype, size: int, option: str = "") -> Case:
+    """A causal prefill of the attention of Qwen2.5-VL-7B, with another head size."""
+
+    def launch() -> None:
+        heads, key_heads, keys = 28, 4, 4096
+        query = torch.empty(1, keys, heads, size, dtype=dtype).transpose(1, 2)
+        key = torch.empty(1, key_heads, keys, size, dtype=dtype)
+        options = CaptureOptions(size**-0.5, positions=torch.empty(1, keys, dtype=torch.int64))
+        if option == "mask":
+            options = options._replace(mask=torch.empty(1, 1, 1, keys, dtype=torch.bool).expand(1, 1, keys, keys))
+        if option == "window":
+            options = options._replace(softcap=50.0, window=512, sink=torch.empty(heads))
+        if option == "lse":
+            options = options._replace(lse=torch.empty(1, heads, keys))
+        column_sums.forward(query, key, options)
+
+    return Case(f"columns {str(dtype).removeprefix('torch.')} head size {size} rows 64 {option}".strip(), launch)
 
 
 def contrast_case(lam: float | str, normalize: str, views: int) -> Case:
@@ -122,6 +141,9 @@ def cases() -> list[Case]:
         *(capture_case(dtype, size, rows) for dtype, size in heads for rows in (1, 64)),
         *(capture_case(torch.bfloat16, 128, rows, "lse") for rows in (1, 64)),
         contrast_case("mean", "none", 1),
+        columns_case(torch.bfloat16, 128),
+        columns_case(torch.bfloat16, 256),
+        columns_case(torch.float32, 128),
     ]
 
 
@@ -135,6 +157,9 @@ def more_cases() -> list[Case]:
     listed += [gradient_case(dtype, size, rows) for dtype, size in heads for rows in (1, 64)]
     listed += [gradient_case(torch.bfloat16, 128, 64, "window")]
     listed += [contrast_case(1e-8, normalize, views) for normalize, views in (("sum", 2), ("max", 5), ("minmax", 13))]
+    listed += [columns_case(dtype, size) for dtype, size in heads]
+    listed += [columns_case(torch.bfloat16, 128, option) for option in ("mask", "window", "lse")]
+    listed += [columns_case(torch.float16, 128)]
     return list((found | {case.name: case for case in listed}).values())
 
 

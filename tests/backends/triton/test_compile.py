@@ -24,6 +24,7 @@ KERNELS = {
     "capture": ("capture_scores_kernel", "capture_map_kernel"),
     "lse": ("capture_reread_kernel",),
     "contrast": ("contrast_grid_kernel", "contrast_pixels_kernel"),
+    "columns": ("column_normaliser_kernel", "column_sums_kernel"),
 }
 
 
@@ -36,15 +37,19 @@ SHORT = (
     ("100", "bfloat16 head size 64 rows 64"),
     ("120", "float32 head size 128 rows 1"),
     ("120", "lam mean normalize none views 1"),
+    ("90", "columns bfloat16 head size 128 rows 64"),
+    ("120", "columns float32 head size 128 rows 64"),
     ("gfx942", "bfloat16 head size 128 rows 1"),
     ("gfx942", "bfloat16 head size 128 rows 1 lse"),
     ("gfx942", "lam mean normalize none views 1"),
+    ("gfx942", "columns bfloat16 head size 128 rows 64"),
 )
 
 
 def kernels_of(case: str) -> tuple[str, ...]:
     """The kernels of a case in the order of their launches."""
-    return KERNELS["contrast" if case.startswith("lam") else "lse" if case.endswith("lse") else "capture"]
+    first = {"lam": "contrast", "columns": "columns"}.get(case.split()[0])
+    return KERNELS[first or ("lse" if case.endswith("lse") else "capture")]
 
 
 def test_every_kernel_is_compiled_for_amd() -> None:

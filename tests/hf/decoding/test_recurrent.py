@@ -18,6 +18,7 @@ from carve_kernels.hf.image_inputs import moved
 from carve_kernels.hf.inputs import build_prompt, prepare
 from carve_kernels.hf.model import attention_modules
 from tests.support.families import state
+from tests.support.processors.kinds import pair
 from tests.support.tiny_models import make_image, tiny_llava
 from tests.support.zoo.kinds import build, kinds
 from tests.support.zoo.prompts import QUESTIONS, alone, asking, counted_tokens, decode, group_of
@@ -65,7 +66,8 @@ def test_prompts_equal_their_own_generate_and_the_prefix_is_read_once(name: str)
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "qwen2_5_vl"])
 def test_the_memory_of_a_prompt_is_that_of_its_cache(name: str, dtype: torch.dtype) -> None:
     model, inputs, _ = build(name)
-    engine = CarveEngine(model.to(dtype), None, preset=Preset.paper(layers=tuple(attention_modules(model))[:1]))
+    processor = pair(name)[1]
+    engine = CarveEngine(model.to(dtype), processor, preset=Preset.paper(layers=tuple(attention_modules(model))[:1]))
     with torch.no_grad():
         cache = model(**moved(inputs, torch.device("cpu"), dtype), use_cache=True).past_key_values
     tokens = inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-// Memory of one thread that only grows: a decode loop allocates nothing.
+// Scratch of the kernels.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 
 namespace carve {
 
+// Memory of one thread that only grows: a decode loop allocates nothing.
 class Arena {
  public:
   Arena() = default;
