@@ -107,15 +107,6 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
-// The attention that each key gets from all rows. Of the capture, one layer's query, key and sink are read, and what the
-// rows see; it writes `sums` instead of maps.
-struct ColumnSumsParams {
-  CaptureParams capture;
-  float* sums;  // [batch, heads, keys], dense
-};
-
-void column_sums_cpu(const ColumnSumsParams& params);
-
 // The gradients of a loss with respect to the parts of a capture of one layer, and those that follow from them. All
 // arrays are dense.
 struct CaptureGradients {
@@ -133,6 +124,15 @@ int64_t capture_backward_cpu_scratch(const CaptureParams& params);
 
 // Reads no output of the layer. A log-sum-exp that is given is that of the logits, and changes with them.
 void capture_backward_cpu(const CaptureParams& params, const CaptureGradients& gradients);
+
+// The attention that each key gets from all rows. Of the capture, one layer's query, key and sink are read, and what the
+// rows see; it writes `sums` instead of maps.
+struct ColumnSumsParams {
+  CaptureParams capture;
+  float* sums;  // [batch, heads, keys], dense
+};
+
+void column_sums_cpu(const ColumnSumsParams& params);
 
 // Further arguments of a capture on a device. All pointers, also those of CaptureParams, are device memory.
 struct CaptureDevice {

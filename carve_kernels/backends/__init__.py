@@ -70,7 +70,7 @@ BEST_FOR: dict[tuple[str, str], str] = {
 }
 
 # The backend that computes the gradients of a capture after each one's maps; the reference where that does not serve.
-BACKWARD: dict[str, str] = {"reference": "reference", "cpu": "cpu", "triton": "reference", "cuda": "reference"}
+BACKWARD: dict[str, str] = {"reference": "reference", "cpu": "cpu", "triton": "triton", "cuda": "triton"}
 
 _CHOICES = ("auto", *BACKENDS)
 _BACKWARD = "capture_backward"

@@ -1,6 +1,6 @@
-// Gradients of a capture on odd sizes against sums in float64, with guard pages around every array and NaN in keys that
-// no row sees; built with sanitizers, which abort on a read or write out of bounds. Every instruction set of the machine
-// has to give the same result, with any number of threads.
+// Gradients of a capture on odd sizes against sums in float64, with guard pages around every array and NaN in keys
+// that no row sees; built with sanitizers, which abort on a read or write out of bounds. Every instruction set of the
+// machine has to give the same result, with any number of threads.
 
 #include <algorithm>
 #include <cstdio>
@@ -206,7 +206,8 @@ Found by_definition(const Problem& problem, Arrays<T>& a) {
         if (!is_used(token)) continue;
         ++used;
         for (const auto& share : shares) {
-          means[static_cast<size_t>(token)] += share[static_cast<size_t>(token_of(token))] / static_cast<double>(s.heads);
+          const double probability = share[static_cast<size_t>(token_of(token))];
+          means[static_cast<size_t>(token)] += probability / static_cast<double>(s.heads);
         }
         mass += means[static_cast<size_t>(token)];
       }

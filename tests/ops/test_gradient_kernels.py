@@ -134,6 +134,19 @@ def test_any_strides(backward: Backward) -> None:
         assert distance(one, other) <= 2e-5  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_tokens_that_are_listed_twice_count_twice(backward: Backward, heads: str) -> None:
+    """Next to each other, and farther from each other than a block of tokens."""
+    case = CASES["mask"].but(tokens=150, ragged=False, query_heads=4)
+    (query, key, tokens), options = planted(case)
+    options["heads"] = heads
+    arguments = query, key, torch.arange(150, dtype=tokens.dtype).expand(case.batch, -1) * 2 % 70 // 4
+    given = planted_given(case, heads)
+    expected = expected_of(arguments, options, given)
+    for one, other in zip(backward(arguments, options, given)[:2], expected, strict=False):
+        assert distance(one, other) <= 2e-5  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_many_rows_are_computed_in_turns(backward: Backward, batch: int) -> None:
     rows = 700 // batch if backward.module.__name__.split(".")[-2] == "cpu" else 40
@@ -160,6 +173,19 @@ def test_the_result_does_not_depend_on_the_threads(backward: Backward) -> None:
         torch.set_num_threads(before)
     for others in found[1:]:
         assert torch.equal(found[0][0], others[0]) and torch.equal(found[0][1], others[1])  # type: ignore[arg-type]
+
+
+def test_a_known_log_sum_exp_is_that_of_the_logits(backward: Backward) -> None:
+    case = CASES["sink"].but(keys=70, tokens=20)
+    arguments, options = planted(case)
+    query, key, _ = arguments
+    logits = options["scale"] * query.double() @ key.double().repeat_interleave(2, 1).mT
+    sink = options["sink"].double().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    given = planted_given(case, "mean")
+    expected = expected_of(arguments, options, given)
+    options["lse"] = torch.cat([logits, sink], -1).logsumexp(-1).float()
+    for one, other in zip(backward(arguments, options, given), expected, strict=True):
+        assert distance(one, other) <= 2e-5  # type: ignore[arg-type]
 
 
 def test_float64_is_left_to_the_reference() -> None:

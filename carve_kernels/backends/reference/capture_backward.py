@@ -9,6 +9,7 @@ from torch import Tensor
 
 from carve_kernels.backends.reference import capture
 from carve_kernels.backends.reference.attention import seen_keys
+from carve_kernels.numerics import of_probabilities
 from carve_kernels.types import CaptureOptions, Given, Gradients
 
 # Scores of one part of the rows: scratch is a few times as many numbers, or those of one row where that has more.
@@ -81,7 +82,7 @@ def _of_products(
     probabilities = logits.sub_(top).exp_().div_(summed).masked_fill_(dead, 0.0)
     picked = probabilities.gather(-1, index).masked_fill_(~used, 0.0)
     # A probability times the gradient of the loss with respect to it.
-    weighted = picked * _of_probabilities(picked, used[:, 0], options.heads, given)
+    weighted = picked * of_probabilities(picked, used[:, 0], options.heads, given)
     total = weighted.sum(-1, keepdim=True)
     products = probabilities.mul_(-total).scatter_add_(-1, index, weighted)
     if slope is not None:
@@ -91,35 +92,6 @@ def _of_products(
         share = torch.exp(options.sink.to(products.dtype).view(1, -1, 1, 1) - top).div_(summed).masked_fill_(dead, 0.0)
         sinks = -(share * total).sum((0, 2, 3))
     return products.mul_(options.scale), sinks
-
-
-def _of_probabilities(picked: Tensor, used: Tensor, heads: str, given: Given) -> Tensor:
-    """The gradients [B, A or 1, R, N] with respect to the probabilities [B, A, R, N]; `used` is bool [B, 1, N]."""
-    maps, mass, entropy = given
-    mean = picked.mean(1)
-    of_mean = torch.zeros_like(mean)
-    if maps is not None and heads == "mean":
-        of_mean = of_mean + maps
-    if mass is not None:
-        of_mean = of_mean + mass[..., None]
-    if entropy is not None:
-        of_mean = of_mean + entropy[..., None] * _slope_of_entropy(mean, used)
-    of_each = (of_mean / picked.shape[1])[:, None]
-    return of_each + maps if maps is not None and heads == "each" else of_each
-
-
-def _slope_of_entropy(mean: Tensor, used: Tensor) -> Tensor:
-    """The gradients [B, R, N] of `numerics.entropy`; 0 at a mean of 0, where they are infinite.
-
-    They are multiplied by the probabilities, and x ln x is 0 at 0.
-    """
-    total = mean.sum(-1, keepdim=True)
-    total = total.masked_fill(total == 0, 1.0)
-    share = mean / total
-    spread = torch.special.entr(share).sum(-1, keepdim=True)
-    count = used.sum(-1, keepdim=True).to(mean.dtype)
-    slope = (torch.log(share.masked_fill(share == 0, 1.0)) + spread).neg() / (total * torch.log(count.clamp(min=2.0)))
-    return torch.where((count > 1) & (share != 0), slope, 0.0)
 
 
 def _into_query(products: Tensor, query: Tensor, key: Tensor, seen: Tensor | None, to_key: Tensor | None) -> Tensor:

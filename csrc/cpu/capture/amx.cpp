@@ -25,8 +25,8 @@ constexpr CaptureKernels kWithTiles = {
     relate_tops,
     gather_row,
     mean_row,
-    add_columns,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

@@ -23,8 +23,8 @@ constexpr CaptureKernels kWithDots = {
     relate_tops,
     gather_row,
     mean_row,
-    add_columns,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

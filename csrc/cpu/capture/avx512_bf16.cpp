@@ -61,8 +61,8 @@ constexpr CaptureKernels kWithPairs = {
     relate_tops,
     gather_row,
     mean_row,
-    add_columns,
     kGradients,
+    add_columns,
 };
 
 }  // namespace

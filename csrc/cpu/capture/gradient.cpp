@@ -1,5 +1,5 @@
-// The gradients of a capture: the exponentials of a few rows over all keys are computed again, as by a capture, and then
-// replaced by the gradients of the products of query and key.
+// The gradients of a capture: the exponentials of a few rows over all keys are computed again, as by a capture, and
+// then replaced by the gradients of the products of query and key.
 //
 // The gradient of a logit is p * (given - total): p is its probability, given the gradient of the loss with respect to
 // p, which is 0 at keys without a token, and total the sum of p * given over all keys of the row. Every sum has a fixed
@@ -112,8 +112,10 @@ class Backward {
     each_of(units, parallel, [&](int64_t unit) {
       relate_chunks(plan_, unit_at(wave, unit), scratch_of(unit), sinks_of(unit));
     });
-    each_of(wave.batches * wave.rows, parallel, [&](int64_t index) { give(wave, index / wave.rows, index % wave.rows); });
-    each_of(units * lines, parallel, [&](int64_t index) { add_total(wave, index / lines, index % lines); });
+    each_of(wave.batches * wave.rows, parallel, [&](int64_t index) {
+      give(wave, index / wave.rows, index % wave.rows);
+    });
+    each_of(units * lines, parallel, [&](int64_t index) { add_total(index / lines, index % lines); });
     each_of(units * plan_.chunks, parallel, [&](int64_t index) {
       multiply(wave, index / plan_.chunks, index % plan_.chunks);
     });
@@ -234,7 +236,7 @@ class Backward {
     return given_of(unit / p_.key_heads, head_of(unit, line), line / plan_.group);
   }
 
-  void add_total(const Wave&, int64_t unit, int64_t line) const {
+  void add_total(int64_t unit, int64_t line) const {
     const float* const scores = plan_.scores_of(scratch_of(unit), line);
     const float* const factors = plan_.tops_of(scratch_of(unit), line);
     const float* const given = given_of_line(unit, line);

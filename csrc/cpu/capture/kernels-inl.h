@@ -14,6 +14,6 @@ constexpr CaptureKernels kKernels = {
     relate_tops,
     gather_row,
     mean_row,
-    add_columns,
     kGradients,
+    add_columns,
 };

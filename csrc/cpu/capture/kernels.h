@@ -51,9 +51,8 @@ struct ChunkRow {
   const uint8_t* mask;  // [keys], or null
   float scale;
   float softcap;
-  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of which those of hidden keys
-                         // may be anything
   const char* prefetch;  // as many bytes as the scores have are prefetched from here; any address is allowed
+  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of hidden keys too
 };
 
 struct Peak {
@@ -161,8 +160,8 @@ struct CaptureKernels {
   void (*relate)(float* tops, int64_t count, float top);
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);
-  void (*add_columns)(const ColumnRow& row);
   GradientKernels gradient;
+  void (*add_columns)(const ColumnRow& row);
 };
 
 const CaptureKernels& capture_kernels_plain();

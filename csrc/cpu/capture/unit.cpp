@@ -18,7 +18,6 @@ constexpr double kLog2E = 1.44269504088896341;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-
 }  // namespace
 
 UnitPlan::UnitPlan(const CaptureParams& params, const CaptureKernels& kernels)
@@ -85,7 +84,7 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
     const char* prefetch = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
     float* slopes = plan.has_slopes ? plan.slopes_of(scratch, line) + start : nullptr;
     const Peak peak =
-        plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, slopes, prefetch});
+        plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, prefetch, slopes});
     plan.tops_of(scratch, line)[chunk] = peak.top;
     plan.sums_of(scratch, line)[chunk] = peak.sum;
   }
