@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | column_sums | session | layouts | engine | frontends | gpu`: check, then time.
+"""`python -m benchmarks COMMAND`, as capture, session or engine (`--help` names all): check, then time.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
 B.json` compares two reports of `--output`.
@@ -21,6 +21,7 @@ from benchmarks import (
     bench_column_sums,
     bench_engine,
     bench_frontends,
+    bench_gradients,
     bench_layouts,
     bench_pixels,
     bench_session,
@@ -200,6 +201,31 @@ def layouts(
     with reporting("layouts", output, threads, lines.tables, csv_file, plot_file) as report, progress(1) as advance:
         report["settings"] = {"size": size, "rounds": rounds}
         entries = list(bench_layouts.measure(names, size, rounds=rounds, advance=advance))
+        report["results"] = without_goals(entries) if quick else entries
+    if markdown is not None:
+        markdown.write_text(lines.markdown(report))
+
+
+@app.command()
+def gradients(
+    quick: Quick = False,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Keys, may be repeated; 2048 and 8192.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds of a case; at least 3 rounds.")] = 2.5,
+    threads: Threads = None,
+    output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
+    markdown: Markdown = None,
+) -> None:
+    """The backward of a capture of four rows on a CPU, against plain torch and autograd, and its peak memory."""
+    check_output("--markdown", markdown)
+    lengths, seconds = (bench_gradients.QUICK, 0.0) if quick else (length or bench_gradients.LENGTHS, budget)
+    with (
+        reporting("gradients", output, threads, lines.tables, csv_file, plot_file) as report,
+        progress(3 * len(lengths)) as advance,
+    ):
+        report["settings"] = {"budget": seconds}
+        entries = list(bench_gradients.measure(lengths, budget=seconds, advance=advance))
         report["results"] = without_goals(entries) if quick else entries
     if markdown is not None:
         markdown.write_text(lines.markdown(report))

@@ -118,6 +118,9 @@ def _probe(line: QuestionLine) -> Probe:
     from carve_kernels.hf.profile.profile import Probe
 
     extra: dict[str, Any] = {key: value for key, value in line.extra.items() if value is not None}
+    if line.is_video or line.others:
+        got = "a video" if line.is_video else f"a list of {len(line.paths)}"
+        raise ValueError(f"image: expected one path, a string, in a profile, got {got}")
     if line.prompt is not None:
         raise ValueError("prompt: expected none, since paraphrases of the question need the prompt of the template")
     if "box" in extra and "boxes" in extra:
