@@ -1,7 +1,7 @@
 """Recipes of attention-guided cropping: small functions over the maps of a session; docs/frontends.md has an example.
 
-A layer by its sensitivity to the question, heads that attend to one place, a crop only when the answer is unsure, several
-peaks of one map. Each says which paper its formula is from, or that it is ours.
+A layer by its sensitivity to the question, heads that attend to one place, a crop only when the answer is unsure,
+several peaks of one map. Each says which paper its formula is from, or that it is ours.
 """
 
 from __future__ import annotations
