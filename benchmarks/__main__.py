@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | layouts | engine | frontends | gpu`: check, then time in turns.
+"""`python -m benchmarks COMMAND`, as capture, session or engine (`--help` names all): check, then time.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
 B.json` compares two reports of `--output`.
@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from benchmarks import bench_capture, bench_engine, bench_frontends, bench_layouts, bench_pixels, bench_session
+from benchmarks import (
+    bench_capture,
+    bench_column_sums,
+    bench_engine,
+    bench_frontends,
+    bench_gradients,
+    bench_layouts,
+    bench_pixels,
+    bench_session,
+)
 from benchmarks import roofline as rooflines
 from benchmarks.gpu import sections as gpu_sections
 from benchmarks.support import cases, layout_cases, lines, reports, user_opponent
@@ -200,6 +209,31 @@ def layouts(
 
 
 @app.command()
+def gradients(
+    quick: Quick = False,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Keys, may be repeated; 2048 and 8192.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds of a case; at least 3 rounds.")] = 2.5,
+    threads: Threads = None,
+    output: Output = None,
+    csv_file: Csv = None,
+    plot_file: Plot = None,
+    markdown: Markdown = None,
+) -> None:
+    """The backward of a capture of four rows on a CPU, against plain torch and autograd, and its peak memory."""
+    check_output("--markdown", markdown)
+    lengths, seconds = (bench_gradients.QUICK, 0.0) if quick else (length or bench_gradients.LENGTHS, budget)
+    with (
+        reporting("gradients", output, threads, lines.tables, csv_file, plot_file) as report,
+        progress(3 * len(lengths)) as advance,
+    ):
+        report["settings"] = {"budget": seconds}
+        entries = list(bench_gradients.measure(lengths, budget=seconds, advance=advance))
+        report["results"] = without_goals(entries) if quick else entries
+    if markdown is not None:
+        markdown.write_text(lines.markdown(report))
+
+
+@app.command()
 def roofline(
     geometry: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(cases.GEOMETRIES)}; all by default.")
@@ -295,6 +329,7 @@ def engine(
 
 
 app.command()(bench_frontends.frontends)
+app.command("column_sums")(bench_column_sums.column_sums_command)
 
 
 @app.command()

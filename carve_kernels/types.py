@@ -182,6 +182,18 @@ class Capture(NamedTuple):
         return cls(*(query.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
+class Given(NamedTuple):
+    """The gradients of a loss with respect to the parts of a capture; None counts as zeros."""
+
+    maps: torch.Tensor | None
+    mass: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""Those with respect to the query, to the key (None where they are left out) and to the sink, in their dtypes."""
+
+
 class Attended(NamedTuple):
     """What one attention returns: its output [B, A, R, E] in the dtype of the query, and the capture of its rows."""
 

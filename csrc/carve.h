@@ -107,6 +107,24 @@ struct CaptureParams {
 
 void capture_cpu(const CaptureParams& params);
 
+// The gradients of a loss with respect to the parts of a capture of one layer, and those that follow from them. All
+// arrays are dense.
+struct CaptureGradients {
+  const float* maps;     // [batch, rows, tokens], or [batch, heads, rows, tokens] where `each`; null: zeros
+  const float* mass;     // [batch, rows], or null: zeros
+  const float* entropy;  // [batch, rows], or null: zeros
+  float* query;          // [batch, heads, rows, size]
+  float* key;            // [batch, key_heads, keys, size], or null: not computed
+  float* sink;           // [heads], or null: not computed
+  float* scratch;        // capture_backward_cpu_scratch floats, aligned to 64 bytes; any contents
+};
+
+// In floats: a few for each row, head and key, of as many rows as are computed at a time.
+int64_t capture_backward_cpu_scratch(const CaptureParams& params);
+
+// Reads no output of the layer. A log-sum-exp that is given is that of the logits, and changes with them.
+void capture_backward_cpu(const CaptureParams& params, const CaptureGradients& gradients);
+
 // The attention that each key gets from all rows. Of the capture, one layer's query, key and sink are read, and what the
 // rows see; it writes `sums` instead of maps.
 struct ColumnSumsParams {

@@ -15,10 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import bench_capture, bench_engine, bench_layouts, bench_session
+from benchmarks import bench_capture, bench_engine, bench_gradients, bench_layouts, bench_session
 from benchmarks.__main__ import app
 from benchmarks.support import cases, engine_opponents, layout_cases, layouts, lines, memory, timing
 from benchmarks.support.models import Shape
+from carve_kernels.backends.native import extension
 from tests.hf.layouts.families_page import checked
 from tests.support import tiny_models
 from tests.support.bench import run
@@ -275,3 +276,30 @@ def test_rounds_are_paired_and_the_budget_ends_them() -> None:
 def test_a_geometry_keeps_its_groups() -> None:
     assert (Shape(28, 1024, "bfloat16").heads, Shape(28, 1024, "bfloat16").key_heads) == (8, 2)
     assert Shape(2, 256, "float32").key_heads == 1
+
+
+def test_gradients_reports_seconds_and_memory(tmp_path: Path) -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    files = [str(tmp_path / f"gradients.{kind}") for kind in ("json", "md")]
+    result = run("gradients", "--output", files[0], "--markdown", files[1])
+    assert result.exit_code == 0, result.output
+    found = report_of(tmp_path / "gradients.json")["results"]
+    timed = [entry for entry in found if entry["seconds"]]
+    assert [entry["labels"]["keys"] for entry in timed] == [each for each in bench_gradients.QUICK for _ in range(2)]
+    assert all(set(entry["seconds"]) == {"cpu", "plain torch", "autograd of eager"} for entry in timed)
+    first, second = found[len(timed) :]
+    assert second["ratios"]["peak, times the first"]["median"] < 2.2
+    assert 0 < first["ratios"]["peak"]["median"] < second["ratios"]["peak"]["median"]
+    assert "peak memory of a capture" in (tmp_path / "gradients.md").read_text()
+
+
+def test_gradients_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := extension.unavailable():
+        pytest.skip(reason)
+    right = bench_gradients.cpu.backward
+    monkeypatch.setattr(
+        bench_gradients.cpu, "backward", lambda *given, **more: (right(*given, **more)[0] * 1.001, *right(*given)[1:])
+    )
+    result = run("gradients")
+    assert result.exit_code == 1 and "cpu, 128 keys in float32: the gradient of the query" in result.output

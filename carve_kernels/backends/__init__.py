@@ -69,10 +69,11 @@ BEST_FOR: dict[tuple[str, str], str] = {
     ("column_sums", "triton"): "every GPU; compiled for five targets and run in Triton's interpreter, not timed yet",
 }
 
-# What computes the gradients of a capture.
-BACKWARD = "plain torch, after the maps of every backend; the probabilities of the rows are computed again"
+# The backend that computes the gradients of a capture after each one's maps; the reference where that does not serve.
+BACKWARD: dict[str, str] = {"reference": "reference", "cpu": "cpu", "triton": "triton", "cuda": "triton"}
 
 _CHOICES = ("auto", *BACKENDS)
+_BACKWARD = "capture_backward"
 
 _log = logging.getLogger("carve_kernels")
 _warned: set[str] = set()
@@ -112,6 +113,26 @@ def choose(stage: str, backend: str, device: torch.device, *args: Any, **kwargs:
         return str(error).removeprefix(_prefix(backend))
 
 
+def resolve_backward(forward: ModuleType, device: torch.device, *args: Any) -> ModuleType:
+    """The module whose `backward` computes the gradients of a capture by another module, by `BACKWARD`.
+
+    It warns once where a backend is missing here, and silently leaves what it does not serve to the reference.
+    """
+    chosen = BACKWARD.get(forward.__name__.split(".")[-2], "reference")
+    missing = why_no_backward(chosen, device)
+    if missing:
+        warn_once(missing, f"gradients of capture are computed by the reference, {chosen} is unavailable: {missing}")
+    elif _module(_BACKWARD, chosen).supports(*args) is None:
+        return _module(_BACKWARD, chosen)
+    return _module(_BACKWARD, "reference")
+
+
+def why_no_backward(backend: str, device: torch.device | None = None) -> str | None:
+    """Why a backend cannot compute gradients of a capture whatever the arguments, or None."""
+    package = _package(backend)
+    return _why_missing(_BACKWARD, backend, device, package.devices, package.unavailable)
+
+
 def _prefix(backend: str) -> str:
     return f"backend={backend!r}: "
 
@@ -144,9 +165,17 @@ def explain() -> str:
             if any((stage, name) in BEST_FOR for name in order[stage]):
                 remarks = [_describe(stage, name, missing[stage, name] is not None) for name in order[stage]]
                 lines.append(f"  {stage}: {', then '.join([*remarks, *filter(None, [FALLBACK.get(stage)])])}")
-    lines.append(f"gradients of capture: {BACKWARD}")
+    after = [f"after {name} by {_by_whom(name, missing['capture', name] is None)}" for name in BACKENDS]
+    lines.append(f"gradients of capture: {', '.join(after)}; the probabilities of the rows are computed again")
     lines.append("A backend requested by name says which arguments it does not serve; auto uses the next one.")
     return "\n".join(lines)
+
+
+def _by_whom(backend: str, serves: bool) -> str:
+    """The backend of the gradients after one's maps, and what replaces it where only those of the maps serve."""
+    chosen = BACKWARD.get(backend, "reference")
+    missing = why_no_backward(chosen) if serves else None
+    return f"{chosen} (here by reference: {missing})" if missing else chosen
 
 
 def _describe(stage: str, backend: str, is_missing: bool) -> str:

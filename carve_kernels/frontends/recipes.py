@@ -1,6 +1,6 @@
 """Recipes of attention-guided cropping: small functions over the maps of a session; docs/frontends.md has an example.
 
-A layer by its sensitivity to the question, heads that look at one place, a crop only when the answer is unsure, several
+A layer by its sensitivity to the question, heads that attend to one place, a crop only when the answer is unsure, several
 peaks of one map. Each says which paper its formula is from, or that it is ours.
 """
 
@@ -165,7 +165,7 @@ def spatial_entropy(maps: Any, grid: Size) -> torch.Tensor:
 
 
 def concentrated_heads(maps: Any, grid: Size, *, count: int = 10, mass: float | None = None) -> list[Head]:
-    """The heads that look at the image and there at one place, by `spatial_entropy`, the least scattered first.
+    """The heads that attend to the image and there to one place, by `spatial_entropy`, the least scattered first.
 
     ========  ==================  =========  =====================================================================
     maps      float32 or float64  [L, A, N]  attention of the last row on the image, see `HeadMaps`

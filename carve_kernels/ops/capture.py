@@ -67,10 +67,10 @@ def capture(
     input). `mass` is the sum of the head mean over the tokens; `entropy` is H / ln N of the head mean renormalised over
     the tokens, 0 where fewer than two tokens are used or the mass is 0. A row that sees no key gives zeros.
 
-    Maps, mass and entropy are differentiable, once, in the query, the key and the sink, after every backend: plain
-    torch computes the rows' probabilities again, a few rows at a time, in memory of rows x S. An `lse` counts as the
-    log-sum-exp of the logits, whose change with the query and the key is part of the gradients. Where nothing requires
-    a gradient, and under `torch.no_grad`, nothing is kept.
+    Maps, mass and entropy are differentiable, once, in the query, the key and the sink, after every backend: the rows'
+    probabilities are computed again, a few rows at a time, in memory of rows x S; `explain()` says by which backend.
+    An `lse` counts as the log-sum-exp of the logits, whose change with the query and the key is part of the gradients.
+    Where nothing requires a gradient, and under `torch.no_grad`, nothing is kept.
 
     Raises TypeError or ValueError for arguments that do not fit, BackendUnavailable for a backend that cannot serve.
     Source: A[l, t] of CARVE, arXiv 2509.06461, section 3.

@@ -1,4 +1,4 @@
-"""Capture with gradients: any backend computes the maps, plain torch the gradients, from rows computed again."""
+"""Capture with gradients: any backend computes the maps, that of `BACKWARD` the gradients from rows computed again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-from carve_kernels.backends.reference.capture_backward import Given, backward
-from carve_kernels.types import Capture, CaptureOptions
+from carve_kernels.backends import resolve_backward
+from carve_kernels.types import Capture, CaptureOptions, Given
+
+# Arguments after the query, the key and the sink, which have no gradients.
+_WITHOUT = 7
 
 
 def needs_gradient(query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None) -> bool:
@@ -31,7 +34,8 @@ def with_gradient(
     """
     plain = CaptureOptions(options.scale, softcap=options.softcap, window=options.window, heads=options.heads)
     tensors = query, key, options.sink, tokens, options.mask, options.positions, options.lse
-    result = Capture(*_Captured.apply(*tensors, plain, module))
+    backward = resolve_backward(module, query.device, query.detach(), key.detach(), tokens, options)
+    result = Capture(*_Captured.apply(*tensors, plain, module, backward))
     if out is None:
         return result
     for target, values in zip(out, result, strict=True):
@@ -46,7 +50,7 @@ class _Captured(torch.autograd.Function):
     def forward(
         query: torch.Tensor, key: torch.Tensor, sink: torch.Tensor | None, tokens: torch.Tensor,
         mask: torch.Tensor | None, positions: torch.Tensor | None, lse: torch.Tensor | None,
-        options: CaptureOptions, module: Any,
+        options: CaptureOptions, module: Any, _backward: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         sink = None if sink is None else sink.detach()
         options = options._replace(mask=mask, positions=positions, sink=sink, lse=lse)
@@ -55,7 +59,7 @@ class _Captured(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.options, _ = inputs
+        *tensors, ctx.options, _, ctx.module = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -64,11 +68,11 @@ class _Captured(torch.autograd.Function):
         query, key, sink, tokens, mask, positions, lse = ctx.saved_tensors
         options = ctx.options._replace(mask=mask, positions=positions, sink=sink, lse=lse)
         with torch.no_grad():
-            gradients = backward(query, key, tokens, options, Given(*given), of_key=ctx.needs_input_grad[1])
+            gradients = ctx.module.backward(query, key, tokens, options, Given(*given), of_key=ctx.needs_input_grad[1])
         if not torch.is_grad_enabled():
-            return (*gradients, *(None,) * 6)
+            return (*gradients, *(None,) * _WITHOUT)
         sources = [each for each in (query, key, sink, *given) if each is not None and each.requires_grad]
-        return (*(None if each is None else _Once.apply(each, *sources) for each in gradients), *(None,) * 6)
+        return (*(None if each is None else _Once.apply(each, *sources) for each in gradients), *(None,) * _WITHOUT)
 
 
 class _Once(torch.autograd.Function):

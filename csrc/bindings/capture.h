@@ -65,7 +65,8 @@ void check_devices(const CaptureOperands& in) {
 }
 
 // The sizes of a call, from its first layer, and its shared inputs.
-void parse_inputs(const CaptureOperands& in, CaptureParams& p) {
+template <class Operands>
+void parse_inputs(const Operands& in, CaptureParams& p) {
   parse_sizes(in.query[0], in.key[0], p);
   check(in.tokens.dims == 2, "tokens: expected 2 dimensions, got ", in.tokens);
   p.token_count = in.tokens.sizes[1];

@@ -15,6 +15,7 @@ from tests.emulator.emulator import NAMESPACE as EMULATED
 from tests.support.operators import (
     KEPT,
     SAMPLES,
+    capture_backward,
     capture_layers,
     column_sums_cpu,
     contrast_cpu,
@@ -210,6 +211,28 @@ def test_capture_layers_on_a_cpu_refuses_a_step_outside_the_buffers() -> None:
             op(**{**good, "step": torch.tensor(step)})
     with pytest.raises(RuntimeError, match="maps: expected stride 1"):
         op(**{**good, "maps": good["maps"].transpose(-1, 0).contiguous().transpose(-1, 0)})
+
+
+def test_capture_backward_refuses_what_it_cannot_read() -> None:
+    op = operator("carve_kernels::capture_backward")
+    good = dict(zip([argument.name for argument in op._schema.arguments], capture_backward(), strict=True))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"key": good["key"].half()}, "key: expected the dtype of query"),
+        ({"key": good["key"][..., 1:]}, "key: expected the batch and head size of query"),
+        ({"tokens": good["tokens"][:1]}, "tokens: expected shape"),
+        ({"maps": good["maps"].double()}, "maps: expected a contiguous float32 tensor of shape .2, 4, 1, 5."),
+        ({"maps": good["maps"].mean(1)}, "maps: expected a contiguous float32 tensor of shape .2, 4, 1, 5."),
+        ({"each": False}, "maps: expected a contiguous float32 tensor of shape .2, 1, 5."),
+        ({"mass": good["mass"][:1]}, "mass: expected a contiguous float32"),
+        ({"entropy": good["entropy"][:1]}, "entropy: expected a contiguous float32"),
+        ({"to_query": good["to_query"].transpose(1, 3)}, "to_query: expected a contiguous float32"),
+        ({"to_key": good["to_key"][:, :1]}, "to_key: expected a contiguous float32"),
+        ({"to_sink": good["to_sink"][1:]}, "to_sink: expected a contiguous float32"),
+        ({"sink": None}, "to_sink: expected none without a sink"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(RuntimeError, match=f"capture: {message}"):
+            op(**{**good, **changes})
 
 
 def test_the_library_implements_capture_layers_and_python_does_not() -> None:

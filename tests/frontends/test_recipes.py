@@ -101,12 +101,12 @@ def test_planted_spatial_entropies() -> None:
     assert found.tolist() == pytest.approx([0, 0, of_two, math.inf])
 
 
-def test_concentrated_heads_look_at_the_image_and_at_one_place() -> None:
+def test_concentrated_heads_attend_to_the_image_and_to_one_place() -> None:
     rows, columns = grid = (6, 5)
     maps = torch.full((3, 4, rows * columns), 0.001)
     scattered = torch.zeros(rows, columns)
     scattered[::2, ::2] = 0.08
-    maps[:] += scattered.flatten()  # all look at the image, at nine places
+    maps[:] += scattered.flatten()  # all attend to the image, at nine places
     maps[0, 1] = maps[2, 3] = maps[1, 1] = 0
     maps[0, 1, 7] = 0.01  # one place, but hardly at the image
     maps[2, 3, [7, 8, 12]] = 0.3

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks.support.memory import allocations, peak_of_tensors
 from carve_kernels import capture, explain
+from carve_kernels.backends import BACKENDS as ALL_BACKENDS
+from carve_kernels.backends import BACKWARD
 from carve_kernels.backends.reference import capture_backward
 from carve_kernels.selfcheck.moving import move
 from carve_kernels.types import Capture
@@ -273,5 +275,8 @@ def test_memory_grows_with_the_keys() -> None:
     assert peaks[8192] <= 4.5 * peaks[2048]
 
 
-def test_explain_names_the_backward() -> None:
-    assert "gradients of capture: plain torch" in explain()
+def test_explain_names_the_backward_of_every_backend() -> None:
+    assert set(BACKWARD) == set(ALL_BACKENDS)
+    (line,) = (line for line in explain().splitlines() if line.startswith("gradients of capture"))
+    for name, chosen in BACKWARD.items():
+        assert f"after {name} by {chosen}" in line

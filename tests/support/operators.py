@@ -97,6 +97,13 @@ def capture_layers_in() -> tuple[Any, ...]:
     return (*capture_layers(), "reference")
 
 
+def capture_backward() -> tuple[Any, ...]:
+    query, key, tokens, _, mask, positions, sinks, *_ = capture_layers()
+    parts = torch.randn(2, 4, 1, 5), torch.randn(2, 1), torch.randn(2, 1)
+    written = torch.zeros(2, 4, 1, 32), torch.zeros(2, 2, 9, 32), torch.zeros(4)
+    return query[0], key[0], tokens, mask, positions, sinks[0], None, 0.2, 3.0, 0, True, *parts, *written
+
+
 def attend_layer() -> tuple[Any, ...]:
     layers = capture_layers()
     query, key = (tensors[0].to(torch.bfloat16) for tensors in layers[:2])
@@ -157,6 +164,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "carve_emulated::contrast_cuda": contrast_cuda,
     "carve_emulated::regions_cuda": regions_cuda,
     "carve_emulated::saliency": saliency,
+    "carve_kernels::capture_backward": capture_backward,
     "carve_kernels::capture_layers": capture_layers,
     "carve_kernels::capture_layers_in": capture_layers_in,
     "carve_kernels::attend_layer_in": attend_layer_in,

@@ -52,6 +52,11 @@ SCHEMAS: dict[str, str] = {
     "column_sums_cpu": "(Tensor query, Tensor key, Tensor? mask, Tensor? positions, Tensor? sink, Tensor? lse, "
     "float scale, float softcap, int window, Tensor(a!) out) -> ()",
     "attend_layer": f"({_ATTEND}) -> ()",
+    # From the gradients of a loss with respect to the parts of one layer's capture, dense float32 where there are any:
+    # those with respect to the query, the key and the sink, written in dense float32.
+    "capture_backward": "(Tensor query, Tensor key, Tensor tokens, Tensor? mask, Tensor? positions, Tensor? sink, "
+    "Tensor? lse, float scale, float softcap, int window, bool each, Tensor? maps, Tensor? mass, Tensor? entropy, "
+    "Tensor(a!) to_query, Tensor(b!)? to_key, Tensor(c!)? to_sink) -> ()",
     # By the named backend or "auto", on every device.
     "capture_layers_in": f"({_CAPTURE}, str backend) -> ()",
     "attend_layer_in": f"({_ATTEND}, str backend) -> ()",

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from carve_kernels.backends.reference import capture
 from carve_kernels.backends.reference.attention import seen_keys
-from carve_kernels.types import CaptureOptions
+from carve_kernels.numerics import of_probabilities
+from carve_kernels.types import CaptureOptions, Given, Gradients
 
 # Scores of one part of the rows: scratch is a few times as many numbers, or those of one row where that has more.
 _SCORES = 2**22
 
 
-class Given(NamedTuple):
-    """The gradients of a loss with respect to the parts of a capture; None counts as zeros."""
-
-    maps: Tensor | None
-    mass: Tensor | None
-    entropy: Tensor | None
-
-    def of_rows(self, rows: slice) -> Given:
-        maps, mass, entropy = self
-        parts = (None if each is None else each[..., rows] for each in (mass, entropy))
-        return Given(None if maps is None else maps[..., rows, :], *parts)
+def supports(*_: object) -> str | None:
+    """The reference serves everything."""
+    return None
 
 
 def backward(
     query: Tensor, key: Tensor, tokens: Tensor, options: CaptureOptions, given: Given, *, of_key: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """The gradients with respect to the query, the key (None unless `of_key`) and the sink, in their dtypes.
 
     A given log-sum-exp is that of the logits, so it changes with the query and the key, as if it were computed here.
@@ -47,7 +39,7 @@ def backward(
     for start in range(0, rows if keys and tokens.shape[1] and heads else 0, step):
         part = slice(start, start + step)
         some = _options_of(options, part)
-        products, sinks = _of_products(query[:, :, part], key, tokens, some, given.of_rows(part))
+        products, sinks = _of_products(query[:, :, part], key, tokens, some, _of_rows(given, part))
         if to_sink is not None and sinks is not None:
             to_sink += sinks
         to_query[:, :, part] = _into_query(products, query[:, :, part], key, seen_keys(some, keys), to_key)
@@ -56,6 +48,12 @@ def backward(
         None if to_key is None else to_key.to(key.dtype),
         None if sink is None or to_sink is None else to_sink.to(sink.dtype),
     )
+
+
+def _of_rows(given: Given, rows: slice) -> Given:
+    maps, mass, entropy = given
+    parts = (None if each is None else each[..., rows] for each in (mass, entropy))
+    return Given(None if maps is None else maps[..., rows, :], *parts)
 
 
 def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:
@@ -84,7 +82,7 @@ def _of_products(
     probabilities = logits.sub_(top).exp_().div_(summed).masked_fill_(dead, 0.0)
     picked = probabilities.gather(-1, index).masked_fill_(~used, 0.0)
     # A probability times the gradient of the loss with respect to it.
-    weighted = picked * _of_probabilities(picked, used[:, 0], options.heads, given)
+    weighted = picked * of_probabilities(picked, used[:, 0], options.heads, given)
     total = weighted.sum(-1, keepdim=True)
     products = probabilities.mul_(-total).scatter_add_(-1, index, weighted)
     if slope is not None:
@@ -94,35 +92,6 @@ def _of_products(
         share = torch.exp(options.sink.to(products.dtype).view(1, -1, 1, 1) - top).div_(summed).masked_fill_(dead, 0.0)
         sinks = -(share * total).sum((0, 2, 3))
     return products.mul_(options.scale), sinks
-
-
-def _of_probabilities(picked: Tensor, used: Tensor, heads: str, given: Given) -> Tensor:
-    """The gradients [B, A or 1, R, N] with respect to the probabilities [B, A, R, N]; `used` is bool [B, 1, N]."""
-    maps, mass, entropy = given
-    mean = picked.mean(1)
-    of_mean = torch.zeros_like(mean)
-    if maps is not None and heads == "mean":
-        of_mean = of_mean + maps
-    if mass is not None:
-        of_mean = of_mean + mass[..., None]
-    if entropy is not None:
-        of_mean = of_mean + entropy[..., None] * _slope_of_entropy(mean, used)
-    of_each = (of_mean / picked.shape[1])[:, None]
-    return of_each + maps if maps is not None and heads == "each" else of_each
-
-
-def _slope_of_entropy(mean: Tensor, used: Tensor) -> Tensor:
-    """The gradients [B, R, N] of `numerics.entropy`; 0 at a mean of 0, where they are infinite.
-
-    They are multiplied by the probabilities, and x ln x is 0 at 0.
-    """
-    total = mean.sum(-1, keepdim=True)
-    total = total.masked_fill(total == 0, 1.0)
-    share = mean / total
-    spread = torch.special.entr(share).sum(-1, keepdim=True)
-    count = used.sum(-1, keepdim=True).to(mean.dtype)
-    slope = (torch.log(share.masked_fill(share == 0, 1.0)) + spread).neg() / (total * torch.log(count.clamp(min=2.0)))
-    return torch.where((count > 1) & (share != 0), slope, 0.0)
 
 
 def _into_query(products: Tensor, query: Tensor, key: Tensor, seen: Tensor | None, to_key: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,11 +117,11 @@ def scratch_needs(
     if not batch or not rows:
         return ScratchNeeds(0, 0)
     sizes = layers, batch, query_heads, key_heads, rows, keys, size, element_bytes, lse
-    scratch = _division(device, sizes, tokens)[1]
+    scratch = division_of(device, sizes, tokens)[1]
     return ScratchNeeds(scratch.floats * torch.float32.itemsize, scratch.tickets)
 
 
-def _division(
+def division_of(
     device: torch.device, sizes: tuple[int, int, int, int, int, int, int, int, bool], tokens: int
 ) -> tuple[Plan, Scratch, Tiles]:
     """How a call is divided; `sizes` are the arguments of `plan`."""
@@ -179,7 +179,7 @@ def _capture(
         return
     device, element_bytes = query[0].device, query[0].element_size()
     sizes = len(query), batch, query_heads, key_heads, rows, keys, size, element_bytes, options.lse is not None
-    division = _division(device, sizes, tokens.shape[1])
+    division = division_of(device, sizes, tokens.shape[1])
     grid, scratch, _ = division
     needs = ScratchNeeds(scratch.floats * torch.float32.itemsize, scratch.tickets)
     memory = memory or Memory.new(needs, device)
@@ -223,49 +223,31 @@ def _launch(
     query, key, sink = layers
     scale, mask, positions, softcap, window, _, lse, heads = options
     grid, parts, tile = division
-    batch, query_heads, rows, size = query[0].shape
+    batch, query_heads, rows, _ = query[0].shape
     key_heads, keys = key[0].shape[1:3]
-    device, element_bytes, depth, group = query[0].device, query[0].element_size(), len(query), query_heads // key_heads
-    kind, inner, factor, residual = exponent(scale, softcap)
-    limit = min(window or 0, _FARTHEST)
+    device, depth = query[0].device, len(query)
+    _, inner, factor, residual = exponent(scale, softcap)
+    limit = reach(window)
     steps = 1 if slot.step is None else slot.out.maps.shape[0]
     scratch = memory.scratch[: parts.floats * torch.float32.itemsize].view(torch.float32)
-
-    query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
-    queries, all_keys = Several.of(query), Several.of(key)
-    aligned = alignment(queries.addresses + all_keys.addresses, query_strides[:3] + key_strides[:3], element_bytes)
-    of_positions = _NO_STRIDES[:2] if positions is None else strides_of(positions)
-    strides = *query_strides, *key_strides, *(_NO_STRIDES if mask is None else strides_of(mask)), *of_positions
-    dense = size == 1 or query_strides[3] == key_strides[3] == 1
-    shape = size, grid.block_size, grid.block_row, grid.block_group
-    flags = aligned, aligned // element_bytes, dense, kind, window is not None
+    of_positions = strides_of_positions(positions)
     if lse is not None:
+        given = operands_of(layers, options, grid)
         row_tiles = ceiling(rows, grid.block_row)
         capture_reread_kernel.launch(
             (max(ceiling(tokens.shape[1], tile.reread.block), 1) * row_tiles * batch, 1, depth),
-            (queries, all_keys, mask, positions, scratch, lse, tokens, slot.step, memory.tickets, *slot.out),
+            (*given.tensors, mask, positions, scratch, lse, tokens, slot.step, memory.tickets, *slot.out),
             (
-                *strides, *strides_of(tokens), *strides_of(lse), *_output_strides(slot), batch, query_heads, key_heads,
-                rows, keys, tokens.shape[1], steps, slot.first, limit, inner, factor, residual,
+                *given.strides, *strides_of(tokens), *strides_of(lse), *_output_strides(slot), batch, query_heads,
+                key_heads, rows, keys, tokens.shape[1], steps, slot.first, limit, inner, factor, residual,
             ),
-            (*shape, tile.reread.block, *flags, heads == "each"),
+            (*given.shape, tile.reread.block, *given.flags, heads == "each"),
             device=device, warps=tile.reread.warps, stages=tile.reread.stages, registers=_REGISTERS,
         )  # fmt: skip
         return
 
-    tiles = ceiling(rows, grid.block_row) * grid.group_tiles
-    sums = depth * batch * query_heads * rows * grid.splits
-    has_batch, overlaps = batch > 1, overlaps_launches(device)
-    capture_scores_kernel.launch(
-        (grid.splits * tiles, key_heads, depth * batch),
-        (queries, all_keys, mask, positions, span, scratch),
-        (
-            *strides, batch, query_heads, group, rows, keys, grid.splits, grid.span, grid.padded, sums,
-            parts.statistics, limit, inner, factor,
-        ),
-        (*shape, tile.scores.block, *flags, tiles > 1, has_batch, overlaps),
-        device=device, warps=tile.scores.warps, stages=tile.scores.stages, registers=_REGISTERS,
-    )  # fmt: skip
+    launch_scores(layers, options, span, scratch, division)
+    sums, has_batch, overlaps = _sums(layers, grid), batch > 1, overlaps_launches(device)
     capture_map_kernel.launch(
         (max(ceiling(tokens.shape[1], BLOCK_TOKEN), 1), rows, depth * batch),
         (positions, tokens, Several.of(sink) if sink else None, slot.step, scratch, memory.tickets, *slot.out),
@@ -277,3 +259,67 @@ def _launch(
         (BLOCK_HEAD, BLOCK_TOKEN, BLOCK_PARTIAL, window is not None, heads == "each", has_batch, overlaps),
         device=device, warps=warps_of(device, BLOCK_TOKEN), stages=1, registers=_REGISTERS, overlaps=overlaps,
     )  # fmt: skip
+
+
+def launch_scores(
+    layers: Layers, options: CaptureOptions, span: Tensor | None, scratch: Tensor, division: tuple[Plan, Scratch, Tiles]
+) -> None:
+    """The first kernel: scores of all keys, or of those around the tokens, and the statistics of their splits."""
+    query, key, _ = layers
+    grid, parts, tile = division
+    batch, query_heads, rows, _ = query[0].shape
+    key_heads, keys = key[0].shape[1:3]
+    _, inner, factor, _ = exponent(options.scale, options.softcap)
+    given = operands_of(layers, options, grid)
+    tiles = ceiling(rows, grid.block_row) * grid.group_tiles
+    capture_scores_kernel.launch(
+        (grid.splits * tiles, key_heads, len(query) * batch),
+        (*given.tensors, options.mask, options.positions, span, scratch),
+        (
+            *given.strides, batch, query_heads, query_heads // key_heads, rows, keys, grid.splits, grid.span,
+            grid.padded, _sums(layers, grid), parts.statistics, reach(options.window), inner, factor,
+        ),
+        (*given.shape, tile.scores.block, *given.flags, tiles > 1, batch > 1, overlaps_launches(query[0].device)),
+        device=query[0].device, warps=tile.scores.warps, stages=tile.scores.stages, registers=_REGISTERS,
+    )  # fmt: skip
+
+
+def _sums(layers: Layers, grid: Plan) -> int:
+    """How far the sums of the statistics are from their maxima, in floats."""
+    batch, query_heads, rows, _ = layers.query[0].shape
+    return len(layers.query) * batch * query_heads * rows * grid.splits
+
+
+class Operands(NamedTuple):
+    """What the kernels that multiply keys have in common: tensors, strides, and the constants around the block."""
+
+    tensors: tuple[Several, Several]
+    strides: tuple[int, ...]
+    shape: tuple[int, int, int, int]
+    flags: tuple[int, int, bool, int, bool]
+
+
+def operands_of(layers: Layers, options: CaptureOptions, grid: Plan) -> Operands:
+    """The queries and the keys, with the strides of the mask and the positions."""
+    query, key, _ = layers
+    size, element_bytes, mask = query[0].shape[3], query[0].element_size(), options.mask
+    query_strides, key_strides = strides_of(query[0]), strides_of(key[0])
+    queries, all_keys = Several.of(query), Several.of(key)
+    aligned = alignment(queries.addresses + all_keys.addresses, query_strides[:3] + key_strides[:3], element_bytes)
+    of_mask = _NO_STRIDES if mask is None else strides_of(mask)
+    kind, dense = exponent(options.scale, options.softcap)[0], size == 1 or query_strides[3] == key_strides[3] == 1
+    return Operands(
+        (queries, all_keys),
+        (*query_strides, *key_strides, *of_mask, *strides_of_positions(options.positions)),
+        (size, grid.block_size, grid.block_row, grid.block_group),
+        (aligned, aligned // element_bytes, dense, kind, options.window is not None),
+    )
+
+
+def strides_of_positions(positions: Tensor | None) -> tuple[int, ...]:
+    return _NO_STRIDES[:2] if positions is None else strides_of(positions)
+
+
+def reach(window: int | None) -> int:
+    """The window of a kernel, 0 for none."""
+    return min(window or 0, _FARTHEST)

@@ -39,9 +39,7 @@ _LAST_COLUMN = 2**31 - 1
 
 
 class _Forward(NamedTuple):
-    """The current forward: its prompt, new ids and cache, the number of tokens after it, and whether it only goes into
-    a CUDA graph.
-    """
+    """The current forward: its prompt, new ids and cache, the tokens after it; whether it only goes into a graph."""
 
     prompt: TrackedPrompt
     ids: torch.Tensor | None

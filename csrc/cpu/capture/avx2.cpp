@@ -25,6 +25,7 @@ constexpr CaptureKernels kWithDots = {
     relate_tops,
     gather_row,
     mean_row,
+    kGradients,
     add_columns,
 };
 

@@ -61,6 +61,7 @@ constexpr CaptureKernels kWithPairs = {
     relate_tops,
     gather_row,
     mean_row,
+    kGradients,
     add_columns,
 };
 

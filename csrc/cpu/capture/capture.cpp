@@ -129,7 +129,7 @@ class Captures {
     float* const scratch = scratch_arena.floats(plan_.scratch_floats());
     pack_unit(plan_, unit, scratch, staging);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) score_chunk(plan_, unit, chunk, scratch, staging);
-    relate_chunks(plan_, unit, scratch);
+    relate_chunks(plan_, unit, scratch, nullptr);
     gather_runs(plan_, unit, runs_.data() + tokens.first, static_cast<int64_t>(tokens.last - tokens.first), scratch);
   }
 
@@ -142,7 +142,7 @@ class Captures {
       float* const staging = staging_arena.floats(plan_.staging_floats());
       for (int64_t chunk = begin; chunk < end; ++chunk) score_chunk(plan_, unit, chunk, scratch, staging);
     });
-    relate_chunks(plan_, unit, scratch);
+    relate_chunks(plan_, unit, scratch, nullptr);
     run_range(static_cast<int64_t>(tokens.last - tokens.first), true, [&](int64_t begin, int64_t end) {
       gather_runs(plan_, unit, runs_.data() + tokens.first + begin, end - begin, scratch);
     });

@@ -52,6 +52,7 @@ struct ChunkRow {
   float scale;
   float softcap;
   const char* prefetch;  // as many bytes as the scores have are prefetched from here; any address is allowed
+  float* slopes;         // [keys], or null: where the slopes of the softcap are written, of hidden keys too
 };
 
 struct Peak {
@@ -108,6 +109,50 @@ struct Summary {
   float entropy;
 };
 
+// The gradients of the products of one row, from exponentials [keys] of a chunk, which they replace.
+struct ProductRow {
+  float* values;
+  int64_t keys;
+  float factor;         // probability = exponential * factor
+  const float* given;   // [keys]: the gradients of the loss with respect to the probabilities
+  float total;          // the sum of probability * given over all keys of the row
+  const float* slopes;  // [keys], or null: those of the softcap
+  float scale;
+};
+
+// Rows of the query's gradient from the keys of a chunk. Keys that are not listed are never read.
+struct QueryGradient {
+  const void* key;
+  int64_t key_stride;
+  int64_t size;
+  const int32_t* columns;
+  int64_t count;        // of columns, at least 1
+  const float* values;  // [rows, stride]: the gradients of the products
+  int64_t stride;
+  int64_t rows;
+  float* out;  // [rows, size]
+};
+
+// Rows of the key's gradient from those of the query.
+struct KeyGradient {
+  const float* values;  // [rows, stride]: the gradients of the products
+  int64_t stride;
+  int64_t rows;
+  const float* query;  // [rows, size]
+  int64_t size;
+  int64_t keys;
+  bool adds;   // to what is there
+  float* out;  // [keys, size]
+};
+
+struct GradientKernels {
+  // The sum of exponential * given over a chunk.
+  float (*weigh)(const float* values, const float* given, int64_t keys);
+  void (*products)(const ProductRow& row);
+  void (*query[3])(const QueryGradient& gradient);  // indexed by Float
+  void (*key)(const KeyGradient& gradient);
+};
+
 struct CaptureKernels {
   ScoreKernels score[3];  // indexed by Float
   Peak (*softmax)(const ChunkRow& row);
@@ -115,6 +160,7 @@ struct CaptureKernels {
   void (*relate)(float* tops, int64_t count, float top);
   void (*gather)(const GatherRow& row);
   Summary (*mean)(const MeanRow& row);
+  GradientKernels gradient;
   void (*add_columns)(const ColumnRow& row);
 };
 

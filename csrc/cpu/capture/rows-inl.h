@@ -17,10 +17,15 @@ void hide_masked(float* scores, const uint8_t* mask, int64_t keys) {
 }
 
 // Turns scores into logits where this takes more than a positive factor.
-void make_logits(float* scores, int64_t end, float scale, float softcap) {
+void make_logits(float* scores, int64_t end, float scale, float softcap, float* slopes) {
   for (int64_t key = 0; key < end; key += kLanes) {
-    const Vector logit = load(scores + key) * scale;
-    store(scores + key, softcap == 0.0f ? logit : hyperbolic_tangent(logit / softcap) * softcap);
+    Vector logit = load(scores + key) * scale;
+    if (softcap != 0.0f) {
+      const Vector capped = hyperbolic_tangent(logit / softcap);
+      if (slopes != nullptr) store(slopes + key, 1.0f - capped * capped);
+      logit = capped * softcap;
+    }
+    store(scores + key, logit);
   }
 }
 
@@ -29,7 +34,7 @@ Peak softmax_row(const ChunkRow& row) {
   // Whole vectors: the scores are padded, and the padding is hidden like invisible keys.
   const int64_t end = (row.keys + kLanes - 1) / kLanes * kLanes;
   const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
-  if (!linear) make_logits(scores, end, row.scale, row.softcap);
+  if (!linear) make_logits(scores, end, row.scale, row.softcap, row.slopes);
   hide(scores, 0, row.first);
   hide(scores, row.last, end);
   if (row.mask != nullptr) hide_masked(scores, row.mask, row.keys);
@@ -148,7 +153,7 @@ void add_columns(const ColumnRow& row) {
   const int64_t begin = row.first / kLanes * kLanes;
   const int64_t end = (row.last + kLanes - 1) / kLanes * kLanes;
   const bool linear = row.softcap == 0.0f && row.scale > 0.0f;
-  if (!linear) make_logits(row.scores + begin, end - begin, row.scale, row.softcap);
+  if (!linear) make_logits(row.scores + begin, end - begin, row.scale, row.softcap, nullptr);
   hide(row.scores, begin, row.first);
   hide(row.scores, row.last, end);
   if (row.mask != nullptr) hide_masked(row.scores + row.first, row.mask + row.first, row.last - row.first);

@@ -18,20 +18,6 @@ constexpr double kLog2E = 1.44269504088896341;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Scratch of a unit: exponentials, then the maximum and the sum of each row and chunk, then the packed query.
-// The rows of a unit are [query row, head of the group].
-float* scores_of(const UnitPlan& plan, float* scratch, int64_t row) { return scratch + row * plan.stride; }
-
-float* tops_of(const UnitPlan& plan, float* scratch, int64_t row) {
-  return scratch + plan.rows * plan.group * plan.stride + row * plan.tops_stride;
-}
-
-float* sums_of(const UnitPlan& plan, float* scratch, int64_t row) {
-  return tops_of(plan, scratch, plan.rows * plan.group + row);
-}
-
-float* packed_of(const UnitPlan& plan, float* scratch) { return sums_of(plan, scratch, plan.rows * plan.group); }
-
 }  // namespace
 
 UnitPlan::UnitPlan(const CaptureParams& params, const CaptureKernels& kernels)
@@ -45,11 +31,14 @@ UnitPlan::UnitPlan(const CaptureParams& params, const CaptureKernels& kernels)
   const int64_t most = std::max<int64_t>(fitting < kSpilledRows / 2 ? kSpilledRows : fitting, 1);
   row_blocks = (params.rows + most - 1) / most;
   rows = (params.rows + row_blocks - 1) / std::max<int64_t>(row_blocks, 1);
+  has_slopes = false;
 }
+
+int64_t UnitPlan::packed_floats() const { return round_up(score.packed_floats(rows * group, params.size), 16); }
 
 int64_t UnitPlan::scratch_floats() const {
   const int64_t lines = rows * group;
-  return lines * (stride + 2 * tops_stride) + round_up(score.packed_floats(lines, params.size), 16);
+  return lines * ((has_slopes ? 2 : 1) * stride + 2 * tops_stride) + packed_floats();
 }
 
 int64_t UnitPlan::staging_floats() const {
@@ -59,7 +48,7 @@ int64_t UnitPlan::staging_floats() const {
 void pack_unit(const UnitPlan& plan, const Unit& unit, float* scratch, float* staging) {
   const CaptureParams& p = plan.params;
   widen_rows(p, *unit.layer, unit.batch, unit.key_head, unit.first_row, unit.rows, staging);
-  plan.score.pack(staging, unit.rows * plan.group, p.size, packed_of(plan, scratch));
+  plan.score.pack(staging, unit.rows * plan.group, p.size, plan.packed_of(scratch));
 }
 
 void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* scratch, float* staging) {
@@ -76,8 +65,8 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
   const int64_t bytes = p.type == Float::kFloat32 ? 4 : 2;
   const char* key = static_cast<const char*>(unit.layer->key) + offset * bytes;
   if (is_visible) {
-    plan.score.scores({key, strides[2], keys, p.size, packed_of(plan, scratch), unit.rows * plan.group,
-                       scores_of(plan, scratch, 0) + start, plan.stride, staging});
+    plan.score.scores({key, strides[2], keys, p.size, plan.packed_of(scratch), unit.rows * plan.group,
+                       plan.scores_of(scratch, 0) + start, plan.stride, staging});
   }
   // Memory would be idle during the exponentials: prefetch the next chunk, except its first tile, which scoring
   // fetched.
@@ -90,22 +79,24 @@ void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* s
     const int64_t row = unit.first_row + line / plan.group;
     const int64_t head = unit.key_head * plan.group + line % plan.group;
     const Span span = find_visible(p, unit.batch, row, start, keys);
-    float* scores = scores_of(plan, scratch, line) + start;
+    float* scores = plan.scores_of(scratch, line) + start;
     const uint8_t* mask = is_visible ? mask_of(p, unit.batch, head, row, start, keys, masked) : nullptr;
     const char* prefetch = dense ? next + std::min(line * kRowBytes, chunk_bytes) : reinterpret_cast<char*>(scores);
-    const Peak peak = plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, prefetch});
-    tops_of(plan, scratch, line)[chunk] = peak.top;
-    sums_of(plan, scratch, line)[chunk] = peak.sum;
+    float* slopes = plan.has_slopes ? plan.slopes_of(scratch, line) + start : nullptr;
+    const Peak peak =
+        plan.kernels.softmax({scores, keys, span.first, span.last, mask, p.scale, p.softcap, prefetch, slopes});
+    plan.tops_of(scratch, line)[chunk] = peak.top;
+    plan.sums_of(scratch, line)[chunk] = peak.sum;
   }
 }
 
-void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
+void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch, float* sinks) {
   const CaptureParams& p = plan.params;
   for (int64_t line = 0; line < unit.rows * plan.group; ++line) {
     const int64_t row = unit.first_row + line / plan.group;
     const int64_t head = unit.key_head * plan.group + line % plan.group;
-    float* tops = tops_of(plan, scratch, line);
-    const float* sums = sums_of(plan, scratch, line);
+    float* tops = plan.tops_of(scratch, line);
+    const float* sums = plan.sums_of(scratch, line);
     float top = *std::max_element(tops, tops + plan.chunks);
     const bool dead = top == -INFINITY;
     // The given log-sum-exp, or the sink: in base 2 like the maxima, but not rounded.
@@ -117,6 +108,7 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
       other = unit.layer->sink[head] * kLog2E;
       top = std::max(top, static_cast<float>(other));
     }
+    if (sinks != nullptr) sinks[line] = 0.0f;
     if (dead || top == -INFINITY) {
       std::fill(tops, tops + plan.chunks, 0.0f);
       continue;
@@ -127,6 +119,9 @@ void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch) {
       total += static_cast<double>(tops[chunk]) * sums[chunk];
     }
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) tops[chunk] = static_cast<float>(tops[chunk] / total);
+    if (sinks != nullptr && unit.layer->sink != nullptr) {
+      sinks[line] = static_cast<float>(std::exp2(unit.layer->sink[head] * kLog2E - top) / total);
+    }
   }
 }
 
@@ -149,7 +144,7 @@ void gather_runs(const UnitPlan& plan, const Unit& unit, const KeyRun* runs, int
     const int64_t query_row = unit.first_row + row;
     const int64_t offset = unit.batch * p.maps_strides[0] + unit.key_head * plan.group * p.maps_strides[1];
     float* each = p.each ? unit.layer->maps + offset + query_row * p.maps_strides[2] : nullptr;
-    plan.kernels.gather({scores_of(plan, from, row * plan.group), tops_of(plan, from, row * plan.group), plan.stride,
+    plan.kernels.gather({plan.scores_of(from, row * plan.group), plan.tops_of(from, row * plan.group), plan.stride,
                          plan.tops_stride, plan.group, runs, count, unit.sums + query_row * p.token_count, each,
                          p.maps_strides[1]});
   }

@@ -22,9 +22,21 @@ struct UnitPlan {
   int64_t chunks;
   int64_t stride;       // floats from one row's scores to the next
   int64_t tops_stride;  // likewise for values that exist once per chunk
+  bool has_slopes;      // the slopes of the softcap are kept; false by default
 
   int64_t scratch_floats() const;
   int64_t staging_floats() const;
+
+  // Scratch of a unit: exponentials, then the maximum and the sum of each row and chunk, then the packed query, then
+  // the slopes. The rows of a unit are [query row, head of the group].
+  float* scores_of(float* scratch, int64_t row) const { return scratch + row * stride; }
+  float* tops_of(float* scratch, int64_t row) const { return scratch + rows * group * stride + row * tops_stride; }
+  float* sums_of(float* scratch, int64_t row) const { return tops_of(scratch, rows * group + row); }
+  float* packed_of(float* scratch) const { return sums_of(scratch, rows * group); }
+  float* slopes_of(float* scratch, int64_t row) const { return packed_of(scratch) + packed_floats() + row * stride; }
+
+ private:
+  int64_t packed_floats() const;
 };
 
 struct Unit {
@@ -40,7 +52,8 @@ struct Unit {
 // each.
 void pack_unit(const UnitPlan& plan, const Unit& unit, float* scratch, float* staging);
 void score_chunk(const UnitPlan& plan, const Unit& unit, int64_t chunk, float* scratch, float* staging);
-void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch);
+// Writes the probability of the sink of each row, 0 without one, unless `sinks` is null.
+void relate_chunks(const UnitPlan& plan, const Unit& unit, float* scratch, float* sinks);
 void clear_padding(const UnitPlan& plan, const Unit& unit);
 void gather_runs(const UnitPlan& plan, const Unit& unit, const KeyRun* runs, int64_t count, const float* scratch);
 

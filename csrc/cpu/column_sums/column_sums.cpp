@@ -151,7 +151,7 @@ class ColumnSums {
                       const int64_t first = span.first;
                       const Peak peak = kernels_.softmax({scores + first, span.last - first, 0, span.last - first,
                                                           mask == nullptr ? nullptr : mask + first, p_.scale,
-                                                          p_.softcap, reinterpret_cast<const char*>(scores)});
+                                                          p_.softcap, reinterpret_cast<const char*>(scores), nullptr});
                       add(line, peak.top, peak.sum);
                     });
     }

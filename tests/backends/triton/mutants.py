@@ -58,6 +58,7 @@ CAPTURE = compiled("90", "bfloat16 head size 128 rows 1")
 CONTRAST = compiled("90", "lam mean normalize none views 1")
 CONTRAST_TESTS = "tests/backends/triton/test_contrast_backend.py"
 CAPTURE_BODY = "tests/ops/test_capture.py"
+GRADIENT_BODY = "tests/ops/test_gradient_kernels.py"
 COLUMNS = compiled("80", "columns float32 head size 128 rows 64")
 COLUMNS_TESTS = "tests/backends/triton/test_column_sums_backend.py"
 COLUMNS_BODY = "tests/ops/test_column_sums.py"
@@ -201,6 +202,38 @@ MUTANTS = [
         "bound = keys - 1",
         COLUMNS,
         "bytes of stack",
+    ),
+    Mutant(
+        "keys that no row sees",
+        "capture_backward_kernels.py",
+        "is_read = tl.max((gradient != 0).to(tl.int32), 0) > 0",
+        "is_read = tl.max((gradient != 0).to(tl.int32), 0) >= 0",
+        interpreted(GRADIENT_BODY, "triton-mask"),
+        "1 failed",
+    ),
+    Mutant(
+        "a token that is listed twice",
+        "capture_backward_kernels.py",
+        "before + merged, mask=used",
+        "merged, mask=used",
+        interpreted(GRADIENT_BODY, "triton and twice"),
+        "1 failed",
+    ),
+    Mutant(
+        "rows that replace those before them",
+        "capture_backward_kernels.py",
+        "if ADDS:",
+        "if not ADDS and scale == 0:",
+        interpreted(GRADIENT_BODY, "triton and turns"),
+        "1 failed",
+    ),
+    Mutant(
+        "a slope of the softcap",
+        "capture_backward_kernels.py",
+        "gradient *= 1.0 - capped * capped",
+        "gradient *= 1.0 - capped",
+        interpreted(GRADIENT_BODY, "triton-head"),
+        "1 failed",
     ),
 ]
 # One for each kind of test.

@@ -29,8 +29,8 @@ import torch
 import triton
 from triton.compiler.compiler import CompiledKernel
 
-from carve_kernels.backends.triton import capture, column_sums, contrast
-from carve_kernels.types import Capture, CaptureOptions, ContrastOptions, Layers, Slot
+from carve_kernels.backends.triton import capture, capture_backward, column_sums, contrast
+from carve_kernels.types import Capture, CaptureOptions, ContrastOptions, Given, Layers, Slot
 from tests.backends.triton import offline_driver
 from tests.backends.triton.limits import (
     EARLY,
@@ -87,6 +87,22 @@ def capture_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> 
     return Case(f"{name} {option}".strip(), launch)
 
 
+def gradient_case(dtype: torch.dtype, size: int, rows: int, option: str = "") -> Case:
+    """The gradients of one layer of the same attention."""
+
+    def launch() -> None:
+        heads, key_heads, keys, tokens = 28, 4, 4096, 1024
+        query, key = torch.zeros(1, heads, rows, size, dtype=dtype), torch.zeros(1, key_heads, keys, size, dtype=dtype)
+        options = CaptureOptions(size**-0.5, positions=torch.zeros(1, rows, dtype=torch.int64))
+        if option == "window":
+            options = options._replace(softcap=50.0, window=512)
+        given = Given(torch.zeros(1, rows, tokens), None, None)
+        capture_backward.backward(query, key, torch.zeros(1, tokens, dtype=torch.int32), options, given)
+
+    name = f"gradient {str(dtype).removeprefix('torch.')} head size {size} rows {rows}"
+    return Case(f"{name} {option}".strip(), launch)
+
+
 def columns_case(dtype: torch.dtype, size: int, option: str = "") -> Case:
     """A causal prefill of the attention of Qwen2.5-VL-7B, with another head size."""
 
@@ -138,6 +154,8 @@ def more_cases() -> list[Case]:
     options = ("mask", "window", "sink", "lse", "each")
     listed += [capture_case(torch.bfloat16, 128, rows, option) for option in options for rows in (1, 64)]
     listed += [capture_case(torch.float16, 128, rows) for rows in (1, 8, 64)]
+    listed += [gradient_case(dtype, size, rows) for dtype, size in heads for rows in (1, 64)]
+    listed += [gradient_case(torch.bfloat16, 128, 64, "window")]
     listed += [contrast_case(1e-8, normalize, views) for normalize, views in (("sum", 2), ("max", 5), ("minmax", 13))]
     listed += [columns_case(dtype, size) for dtype, size in heads]
     listed += [columns_case(torch.bfloat16, 128, option) for option in ("mask", "window", "lse")]

@@ -67,6 +67,32 @@ def test_a_case_of_each_kind_is_within_the_limits_and_the_table() -> None:
         warnings.warn(f"triton {triton.__version__} is not in the table of registers: {limits.REWRITE}", stacklevel=1)
 
 
+# The registers of the kernels of the gradients of a capture by Triton 3.9, on each target another case.
+GRADIENTS = {
+    ("80", "gradient bfloat16 head size 128 rows 1"): (137, 176),
+    ("90", "gradient bfloat16 head size 128 rows 64"): (223, 205),
+    ("100", "gradient bfloat16 head size 128 rows 64"): (216, 211),
+    ("120", "gradient float32 head size 128 rows 64"): (102, 185),
+}
+OF_GRADIENTS = ("capture_key_gradient_kernel", "capture_query_gradient_kernel")
+
+
+def test_gradients_fit_into_registers_and_use_matrix_instructions() -> None:
+    rows = offline.compile_in_subprocess(ROOT, *GRADIENTS)
+    names = ("capture_scores_kernel", "capture_given_kernel", *OF_GRADIENTS)
+    assert [(row.target, row.case, row.kernel) for row in rows] == [
+        (*task, name) for task in GRADIENTS for name in names
+    ]
+    for row in rows:
+        assert limits.verdict(row, triton.__version__) == [], row.name
+        if row.kernel not in OF_GRADIENTS:
+            continue
+        counted = GRADIENTS[row.target, row.case][OF_GRADIENTS.index(row.kernel)]
+        exact = limits.release(triton.__version__) == "3.9.0"
+        assert row.registers == counted if exact else row.registers <= min(limits.ALLOWANCE * counted, 255), row.name
+        assert row.count("HMMA|HGMMA|UTC.*MMA" if "bfloat16" in row.case else "FFMA"), row.name
+
+
 def test_the_table_has_every_case_with_every_triton_and_target() -> None:
     assert set(limits.versions()) >= {"3.6.0", "3.8.0", "3.9.0"}
     names = {f"{kernel} {case.name}" for case in offline.cases() for kernel in kernels_of(case.name)}
