@@ -264,6 +264,7 @@ def _regions(quick: bool) -> list[Build]:
         name = f"{kind}, {frames} x {shape[0]} x {shape[1]}, connectivity {connectivity}"
         chosen = {"keep": 0.3, "floor": 2, "connectivity": connectivity}
         builds.append(partial(_saliency, name, (shape[0], shape[1]), kind, frames=frames, **chosen))
+    builds.append(partial(_saliency, "noise, 61 x 83, min_size 4", (61, 83), "noise", keep=0.3, min_size=4))
     return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
 
 
