@@ -55,6 +55,7 @@ slow:
 # Faults planted in the kernels: the tests have to catch each.
 mutate: $(VENV)/.tests
 	$(VENV)/bin/python -m tests.emulator.mutate --all
+	$(VENV)/bin/python -m tests.native.mutants
 	$(VENV)/bin/python -m tests.backends.triton.mutants
 
 # The Triton kernels, compiled for every target and interpreted, with each supported Triton.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks capture | cpu | session | layouts | gradients | engine | frontends | gpu`: check, then time.
+"""`python -m benchmarks COMMAND`, as capture, session or engine (`--help` names all): check, then time.
 
 `python -m benchmarks roofline` predicts times on GPUs and measures nothing; `python -m benchmarks compare A.json
 B.json` compares two reports of `--output`.
@@ -18,6 +18,7 @@ import typer
 
 from benchmarks import (
     bench_capture,
+    bench_column_sums,
     bench_engine,
     bench_frontends,
     bench_gradients,
@@ -64,7 +65,7 @@ def capture(
         list[str] | None, typer.Option(help=f"One of {', '.join(cases.GEOMETRIES)}; all by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=3)] = 31,
-    budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
     threads: Threads = None,
     output: Output = None,
     csv_file: Csv = None,
@@ -90,7 +91,9 @@ def cpu(
         Literal["all", "capture"], typer.Option(help="capture: alone, and only against the fast opponents.")
     ] = "all",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")
+    ] = None,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,
@@ -326,6 +329,7 @@ def engine(
 
 
 app.command()(bench_frontends.frontends)
+app.command("column_sums")(bench_column_sums.column_sums_command)
 
 
 @app.command()
@@ -334,7 +338,9 @@ def gpu(
     section: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(gpu_sections.SECTIONS)}; all by default.")
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds; a measurement that would take longer does not begin.")] = 420,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds; a measurement that would take longer does not begin.")
+    ] = 420,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,

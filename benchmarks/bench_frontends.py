@@ -47,6 +47,7 @@ from benchmarks.support.frontends import (
     of_map,
     of_release,
     peak_of,
+    with_tower,
 )
 from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.models import Shape
@@ -106,7 +107,9 @@ def frontends(
     if vicrop is not None and model is not None and kind != "llava":
         raise typer.BadParameter("--vicrop: its program is for LLaVA-1.5, and --model is not")
     where = None if model is None else str(model)
-    sources = {"--release": Source(kind, shape, where), "--vicrop": Source("llava", shape, where)}
+    families = {"--release": kind, "--vicrop": "llava"}
+    shapes = {option: shape if quick else with_tower(shape, name) for option, name in families.items()}
+    sources = {option: Source(name, shapes[option], where) for option, name in families.items()}
     folders = {option: folder for option, folder in (("--release", release), ("--vicrop", vicrop)) if folder}
     try:
         modules = {option: _PROGRAMS[option](folder) for option, folder in folders.items()}
@@ -116,7 +119,8 @@ def frontends(
         reporting("frontends", output, threads, lines.tables, csv_file, plot_file) as report,
         progress(_total(folders, part, count, versions)) as advance,
     ):
-        report["settings"] = {**shape._asdict(), "rounds": rounds, "model": model and model.resolve().name}
+        report["settings"] = {"rounds": rounds, "dtype": dtype}
+        report["settings"] |= {"model": model.resolve().name} if model is not None else shape._asdict()
         entries: list[Line] = []
         options: dict[str, Any] = {"count": count, "rounds": rounds, "advance": advance}
         if part != "memory":

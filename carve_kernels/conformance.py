@@ -59,10 +59,15 @@ def check_frontend(frontend: Callable[[CarveBackend], Any], backend: CarveBacken
     """Run a frontend on a backend (None: this package's) and watch its calls.
 
     Raises NotConforming if it calls what the protocol does not have, loads a model without asking whether that is
-    supported, calls nothing, or fails.
+    supported, calls nothing, or fails, and if the backend is none of this version; TypeError for what is no function.
     """
+    if not callable(frontend):
+        raise TypeError(f"frontend: expected a function of a backend, got {describe(frontend)}")
     if backend is None:
         from carve_kernels.plugin import backend
+    reason = mismatch(backend)
+    if reason is not None:
+        raise NotConforming([f"the backend {reason}"])
     faults: list[str] = []
     watched = _Watched(backend, faults)
     try:
@@ -123,22 +128,32 @@ def _maps(backend: Any) -> Iterator[str]:
     query, key = (random.standard_normal(shape).astype("float32") for shape in ((2, 4, 3, 32), (2, 2, 11, 32)))
     tokens = numpy.array([[1, 2, 3, 7, 9], [0, 5, 6, -1, -1]])
     positions = numpy.array([[8, 9, 10], [4, 6, 10]])
-    seen = numpy.arange(11) <= positions[:, None, :, None]
-    for options in ({}, {"positions": positions}, {"mask": seen}):
+    last = positions[:, None, :, None]
+    seen = numpy.arange(11) <= last
+    cases: tuple[dict[str, Any], ...] = (
+        {}, {"positions": positions}, {"mask": seen}, {"softcap": 1.5}, {"positions": positions, "window": 4},
+        {"sink": numpy.array([-1.0, 0.5, 2.0, 4.0], "float32")}, {"heads": "each"},
+    )  # fmt: skip
+    for options in cases:
         logits = 0.3 * numpy.einsum("bard,basd->bars", query.astype(float), key.repeat(2, 1).astype(float))
-        if options:
-            logits = numpy.where(seen, logits, -numpy.inf)
-        weights = numpy.exp(logits - logits.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
+        if "softcap" in options:
+            logits = options["softcap"] * numpy.tanh(logits / options["softcap"])
+        if "positions" in options or "mask" in options:
+            logits = numpy.where(seen & (numpy.arange(11) > last - options.get("window", 11)), logits, -numpy.inf)
+        sink = options.get("sink", numpy.full(4, -numpy.inf))[None, :, None, None].astype(float)
+        weights = numpy.exp(logits) / (numpy.exp(logits).sum(-1, keepdims=True) + numpy.exp(sink))
         used = tokens >= 0
-        wanted = numpy.stack([weights[b].mean(0)[:, tokens[b]] * used[b] for b in range(2)])
-        mass = wanted.sum(-1)
-        share = wanted / numpy.where(mass == 0, 1, mass)[..., None]
+        each = numpy.stack([weights[b][..., tokens[b]] * used[b] for b in range(2)])
+        mean = each.mean(1)
+        wanted = each if options.get("heads") == "each" else mean
+        mass = mean.sum(-1)
+        share = mean / numpy.where(mass == 0, 1, mass)[..., None]
         bits = -(share * numpy.log(numpy.where(share > 0, share, 1))).sum(-1)
         entropy = bits / numpy.log(used.sum(-1))[:, None]
         for form, make in _FORMS.items():
             given = [make(array.copy()) for array in (query, key, tokens)]
-            found = backend.maps(*given, scale=0.3, **{name: make(value.copy()) for name, value in options.items()})
+            arrays = {name: make(value.copy()) for name, value in options.items() if isinstance(value, numpy.ndarray)}
+            found = backend.maps(*given, scale=0.3, **{**options, **arrays})
             what = f"maps of {form}{''.join(f' with {name}' for name in options)}"
             if not isinstance(found, Capture):
                 yield f"{what}: expected a Capture, got {describe(found)}"
@@ -225,6 +240,10 @@ def _regions(backend: Any) -> Iterator[str]:
         ({"top": 2, "score": "max"}, [small, corner], [9, 6]),
         ({"top": 2, "connectivity": 8}, [[3, 3, 8, 7], small], [66, 36]),
         ({"floor": 2}, [large, small], [60, 36]),
+        ({"min_size": 4}, [large, small], [60, 36]),
+        ({"min_size": 5, "score": "max"}, [large], [5]),
+        ({"min_size": 2, "top": 2, "score": "mean"}, [small, large], [9, 5]),
+        ({"min_size": 4, "floor": 1}, [large], [60]),
     ]
     for options, boxes, scores in cases:
         wanted = numpy.zeros(_SALIENCY.shape, bool)
@@ -248,9 +267,14 @@ def _regions(backend: Any) -> Iterator[str]:
 
 
 def _degenerate(backend: Any) -> Iterator[str]:
-    found = backend.regions(numpy.ones((4, 6), "float32"), keep=0.4, top=2)
-    if not isinstance(found.reason, str) or tuple(found.box) != (0, 0, 6, 4) or not bool(found.mask.all()):
-        yield f"regions of a flat saliency: expected all of it and a reason, got {describe(found)}"
+    flat = backend.regions(numpy.ones((4, 6), "float32"), keep=0.4, top=2)
+    small = backend.regions(_SALIENCY.copy(), keep=_ABOVE, min_size=13)
+    for what, found, box in (
+        ("a flat saliency", flat, (0, 0, 6, 4)),
+        ("a saliency whose regions are all below min_size", small, (0, 0, 9, 7)),
+    ):
+        if not isinstance(found.reason, str) or tuple(found.box) != box or not bool(found.mask.all()):
+            yield f"regions of {what}: expected all of it and a reason, got {describe(found)}"
 
 
 def _carve(backend: Any) -> Iterator[str]:
@@ -284,9 +308,50 @@ def _carve(backend: Any) -> Iterator[str]:
             wide = named == "exact" or max(width, height) == 80
             if not wide or (named == "exact" and (width, height) != size):
                 yield f"{what}: expected a refined image of {size}, got {(width, height)}"
+    yield from _boxes(backend, Image.fromarray(pixels))
     found = backend.carve(Image.fromarray(pixels), general, general, grid=(3, 4))
     if not isinstance(found.reason, str) or found.refined.size != (80, 60):
         yield f"carve of equal maps: expected the image itself and a reason, got {describe(found.reason)}"
+
+
+def _boxes(backend: Any, image: Any) -> Iterator[str]:
+    """Grids on parts of an image of 80 x 60 pixels: in its middle, side by side, and one over the other."""
+    task, general = _planted(1)
+    task = task[:, :1]
+    fused = _fused(task, general, {"layer_weights": [1.0, 1.0], "step_weights": [1.0]})
+    left, right, middle, whole = (0, 0, 40, 60), (40, 0, 80, 60), (10, 6, 70, 54), (0, 0, 80, 60)
+    cases: list[tuple[str, list[tuple[int, int]], list[tuple[int, ...]]]] = [
+        ("a box", [(3, 4)], [middle]),
+        ("two grids side by side", [(2, 3), (3, 2)], [left, right]),
+        ("two grids, one over the other", [(2, 3), (3, 2)], [whole, right]),
+        ("three grids beside a margin", [(2, 2), (1, 2), (3, 2)], [(0, 0, 40, 30), (0, 30, 40, 60), (40, 0, 70, 60)]),
+    ]
+    for what, grids, boxes in cases:
+        summed, weight, done = numpy.zeros((60, 80)), numpy.zeros((60, 80)), 0
+        for (rows, columns), (x0, y0, x1, y1) in zip(grids, boxes, strict=True):
+            view = _upsample(fused[done : done + rows * columns].reshape(rows, columns), (y1 - y0, x1 - x0))
+            density = rows * columns / ((x1 - x0) * (y1 - y0))
+            summed[y0:y1, x0:x1] += density * view
+            weight[y0:y1, x0:x1] += density
+            done += rows * columns
+        several = len(grids) > 1
+        found = backend.carve(
+            image, task, general, grid=grids if several else grids[0], box=boxes if several else boxes[0],
+            preset={"preset": "paper", "keep": 0.1, "top": 99},
+        )  # fmt: skip
+        seen = weight > 0
+        wanted = summed / numpy.where(seen, weight, 1.0)
+        yield from _differs(f"carve of {what}: saliency", found.saliency, wanted)
+        yield from _differs(f"carve of {what}: seen", found.seen, seen)
+        mask = found.regions.mask.cpu().numpy()
+        threshold = numpy.percentile(wanted[seen], 90)
+        # A pixel at the threshold may be on either side of it.
+        surely, perhaps = ((wanted > threshold * (1 + by)) & seen for by in (_ERROR, -_ERROR))
+        if (mask & ~perhaps).any() or (surely & ~mask).any():
+            yield (
+                f"carve of {what}: expected the highest tenth of the {int(seen.sum())} pixels under the grids, got "
+                f"{int(mask.sum())} pixels, {int((mask & ~seen).sum())} of them beside the grids"
+            )
 
 
 def _refusals(backend: Any) -> Iterator[str]:
@@ -314,6 +379,7 @@ def _refusals(backend: Any) -> Iterator[str]:
         ("saliency", "[N]", lambda: backend.regions(_SALIENCY[0], keep=0.4, top=2)),
         ("keep", "0", lambda: backend.regions(_SALIENCY, keep=0, top=2)),
         ("top", "top and floor", lambda: backend.regions(_SALIENCY, keep=0.4, top=2, floor=2)),
+        ("min_size", "0", lambda: backend.regions(_SALIENCY, keep=0.4, min_size=0)),
         ("score", "'median'", lambda: backend.regions(_SALIENCY, keep=0.4, top=2, score="median")),
         ("query", "a ragged list", lambda: backend.maps([[[[0.0] * 32], [[0.0] * 31]]], query, tokens, scale=1.0)),
         ("query", "[A, R, D]", lambda: backend.maps(query[0], query, tokens, scale=1.0)),
@@ -321,6 +387,8 @@ def _refusals(backend: Any) -> Iterator[str]:
         ("tokens", "fractions", lambda: backend.maps(query, query, tokens + 0.5, scale=1.0)),
         ("scale", "a text", lambda: backend.maps(query, query, tokens, scale="1")),
         ("image", "pixels [3, H, W]", lambda: backend.carve(pixels.transpose(2, 0, 1), task, general, grid=(3, 4))),
+        ("box", "past an edge", lambda: backend.carve(pixels, task, general, grid=(3, 4), box=(4, 0, 12, 6))),
+        ("box", "two for one grid", lambda: backend.carve(pixels, task, general, grid=(3, 4), box=[(0, 0, 4, 6)] * 2)),
         ("preset", "'no such preset'", lambda: backend.carve(pixels, task, general, grid=(3, 4), preset="none")),
     ]
     for name, got, call in calls:

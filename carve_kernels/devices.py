@@ -21,11 +21,12 @@ def usable(name: str, value: Any) -> torch.device:
         # A tensor on meta has no values, so that item() fails.
         torch.zeros(1, device=device).item()
     # torch without CUDA asserts; a device type that is not built lacks kernels or even its module.
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError, ValueError) as error:
         # torch lists all its device types, over pages.
         reason = str(error).split("\n")[0][:120]
+        given = describe(value) if isinstance(value, int) else repr(str(value))
         raise ValueError(
-            f"{name}: {str(value)!r} cannot be used here, expected one of {', '.join(available())} ({reason})"
+            f"{name}: {given} cannot be used here, expected one of {', '.join(available())} ({reason})"
         ) from error
     return device
 

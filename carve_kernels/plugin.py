@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -58,6 +58,10 @@ class KernelsBackend:
         scale: float,
         mask: Array | None = None,
         positions: Array | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        sink: Array | None = None,
+        heads: Literal["mean", "each"] = "mean",
     ) -> Capture:
         query = as_tensor("query", query, floating=True)
         return capture(
@@ -67,6 +71,10 @@ class KernelsBackend:
             scale=scale,
             mask=None if mask is None else as_tensor("mask", mask, like=query),
             positions=None if positions is None else as_tensor("positions", positions, like=query),
+            softcap=softcap,
+            window=window,
+            sink=None if sink is None else as_tensor("sink", sink, floating=True, like=query),
+            heads=heads,
             backend=self.kernels,
         )
 
@@ -97,13 +105,15 @@ class KernelsBackend:
         keep: float,
         top: int | None = None,
         floor: int | None = None,
+        min_size: int | None = None,
         connectivity: int | None = None,
         score: str = "sum",
     ) -> Regions:
         saliency = as_tensor("saliency", saliency, floating=True)
         return regions(
-            saliency, keep=keep, top=top, floor=floor, connectivity=connectivity, score=score, backend=self.kernels
-        )
+            saliency, keep=keep, top=top, floor=floor, min_size=min_size, connectivity=connectivity, score=score,
+            backend=self.kernels,
+        )  # fmt: skip
 
     def carve(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
@@ -80,6 +80,10 @@ class CarveBackend(Protocol):
         scale: float,
         mask: Array | None = None,
         positions: Array | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        sink: Array | None = None,
+        heads: Literal["mean", "each"] = "mean",
     ) -> Capture: ...
 
     def contrast(
@@ -102,6 +106,7 @@ class CarveBackend(Protocol):
         keep: float,
         top: int | None = None,
         floor: int | None = None,
+        min_size: int | None = None,
         connectivity: int | None = None,
         score: str = "sum",
     ) -> Regions: ...

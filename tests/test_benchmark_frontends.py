@@ -16,6 +16,8 @@ import torch
 
 from benchmarks import bench_frontends
 from benchmarks.support import frontends, programs
+from benchmarks.support.models import Shape
+from tests.support import tiny_models
 from tests.support.bench import run
 from tests.test_benchmark_faults import untimed
 
@@ -26,7 +28,7 @@ RELEASE = {
 from dataclasses import replace
 from carve_kernels.frontends import release
 def carve(model, processor, image, question, **options):
-    inputs = processor([image], ["<|image_pad|> a"], return_tensors="pt")
+    inputs = processor([image], [processor.image_token + " a"], return_tensors="pt")
     assert processor.image_processor(images=[image])["pixel_values"].ndim and inputs.to("cpu")
     found = release.carve(model, processor._processor, image, question, **options)
     return {change}
@@ -156,6 +158,28 @@ def test_what_cannot_be_measured_is_refused(words: tuple[str, ...], message: str
     result = run("frontends", *words)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_programs_are_timed_on_a_checkpoint(tmp_path: Path) -> None:
+    model, processor = frontends.Source("llava", Shape(2, 128, "float32")).created("float32")
+    model.save_pretrained(tmp_path / "mine")
+    processor.save_pretrained(tmp_path / "mine")
+    words = "--model", str(tmp_path / "mine"), "--part", "seconds", "--version", "v4"
+    result = run("frontends", *planted(tmp_path), *words, "--output", str(tmp_path / "found.json"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["settings"]["model"] == "mine" and "hidden" not in report["settings"]
+    assert [line["table"] for line in report["results"]] == [
+        "release: ms", "ViCrop, map and box: ms", "ViCrop, both answers: ms",
+    ]  # fmt: skip
+    assert report["results"][0]["labels"]["family"] == "llava"
+
+
+def test_a_checkpoint_that_the_programs_cannot_read_is_refused(tmp_path: Path) -> None:
+    path = str(tiny_models.save(*tiny_models.tiny_llava(), tmp_path / "tiny"))
+    result = run("frontends", *planted(tmp_path), "--model", path)
+    assert result.exit_code == 2
+    assert "--model: the programs take the image token 32000" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_a_program_that_cannot_be_imported_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 import carve_kernels
 from carve_kernels import Capture, Memory, Preset, Probe, View, VisualLayout
+from carve_kernels.conformance import NotConforming, check, check_frontend
+from carve_kernels.plugin import KernelsBackend, backend
 from tests.support.wrong_arguments import (
     at_least,
     either,
@@ -244,3 +246,54 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = {"folder": None, "maps_bytes": 1, "prefix_bytes": 1, "images": 1, "folder_bytes": 1}
     counts = {name: at_least(0, is_integer) for name in right}
     assert not refusals(Memory, right, counts | {"folder": one_of(None, "x")})
+
+
+def test_maps_of_the_plug_in() -> None:
+    right = {"query": QUERY.numpy(), "key": KEY.tolist(), "tokens": TOKENS, "scale": 0.3, "mask": None}
+    more: dict[str, list[Any]] = {"query": [QUERY[0], QUERY[0].tolist(), [[[[1.0, 2.0], [3.0]]]]]}
+    more |= {"tokens": [TOKENS + 0.5, TOKENS[:1], [[1], [2, 3]]], "key": [KEY[..., :31]]}
+    assert not refusals(backend.maps, {**right, "positions": None}, ANY, more=more)
+
+
+def test_contrast_and_regions_of_the_plug_in() -> None:
+    right = {**CONTRASTED, "task": TASK.tolist(), "general": GENERAL.numpy(), "grid": [3, 4], "lam": "mean"}
+    right |= {"layer_weights": None, "step_weights": None, "normalize": "none"}
+    more: dict[str, list[Any]] = {"task": [TASK[0], [[[1.0, 2.0], [3.0]]], -TASK], "general": [GENERAL[..., 1:]]}
+    accepts = {**ANY, "size": one_of((1, 2)), "lam": either(at_least(0), is_scalar)}
+    accepts |= {"layer_weights": one_of(None, (1, 2)), "step_weights": either(nothing, is_range, is_flat)}
+    assert not refusals(backend.contrast, right, accepts, more=more, leaves=["step_weights"])
+    right = {"saliency": SALIENCY.tolist(), "keep": 0.4, "top": 2, "floor": None, "connectivity": None, "score": "sum"}
+    more = {"saliency": [[[1.0, 2.0], [3.0]], SALIENCY[0]]}
+    accepts = {**ANY, "saliency": either(is_map, is_matrix), "top": at_least(1, is_integer)}
+    assert not refusals(backend.regions, right, accepts, more=more)
+
+
+def is_matrix(value: Any) -> bool:
+    """Whether an array [H, W] of numbers without NaN."""
+    return isinstance(value, numpy.ndarray) and value.ndim == 2 and value.dtype.kind == "f" and value[0, 0] == 0
+
+
+def test_carve_and_load_of_the_plug_in() -> None:
+    right = {"image": IMAGE, "task": TASK, "general": GENERAL, "grid": (3, 4), "preset": "paper", "box": None}
+    pixels = [numpy.zeros((60, 80, 3)), numpy.zeros((3, 60, 80), numpy.uint8), [[1, 2], [3]]]
+    accepts = {**ANY, "preset": one_of({})}
+    assert not refusals(backend.carve, right, accepts, more={"image": pixels, "box": BOXES})
+    assert not refusals(KernelsBackend, {"kernels": "auto"}, {})
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_backend_of_another_version_is_one_error(version: int) -> None:
+    class Other(KernelsBackend):
+        pass
+
+    Other.version = version
+    reason = rf"^1 difference.*\nthe backend is for version {version} of the protocol, expected 1; install a newer"
+    for call in (lambda: check(Other()), lambda: check_frontend(lambda engine: engine.name, Other())):
+        with pytest.raises(NotConforming, match=reason):
+            call()
+
+
+def test_a_frontend_is_a_function() -> None:
+    for value in (5, "frontend", None):
+        with pytest.raises(TypeError, match=r"^frontend: expected a function of a backend, got "):
+            check_frontend(value)  # type: ignore[arg-type]

@@ -145,9 +145,61 @@ def says(name: str, other: str) -> Callable[..., Any]:
     return call
 
 
+def any_size(saliency: Any, *, min_size: Any = None, **options: Any) -> Regions:
+    return RIGHT.regions(saliency, **options, min_size=min_size and 1)
+
+
+def counts_small_ones(saliency: Any, **options: Any) -> Regions:
+    """Small regions are removed from what was selected."""
+    min_size = options.pop("min_size", None)
+    if min_size is None or set(options) <= {"keep", "score"}:
+        return RIGHT.regions(saliency, **options, min_size=min_size)
+    found = RIGHT.regions(saliency, **options)
+    large = [
+        index for index, box in enumerate(found.boxes.tolist()) if (box[2] - box[0]) * (box[3] - box[1]) >= min_size
+    ]
+    return dataclasses.replace(found, boxes=found.boxes[large], scores=found.scores[large])
+
+
+def nothing_without_a_reason(saliency: Any, **options: Any) -> Regions:
+    found = RIGHT.regions(saliency, **options)
+    if options.get("min_size") is None or found.reason is None:
+        return found
+    return dataclasses.replace(found, mask=torch.zeros_like(found.mask), reason=None)
+
+
+def first_box_alone(*args: Any, box: Any = None, **options: Any) -> Any:
+    if isinstance(box, list):
+        RIGHT.carve(*args, box=box, **options)
+        box = [box[0]] * len(box)
+    return RIGHT.carve(*args, box=box, **options)
+
+
+def keep_of_the_image(*args: Any, box: Any = None, preset: Any = "paper", **options: Any) -> Any:
+    right = RIGHT.carve(*args, box=box, preset=preset, **options)
+    if right.reason is not None:
+        return right
+    other = {**preset, "keep": preset["keep"] * right.seen.numel() / int(right.seen.sum())}
+    return RIGHT.carve(*args, box=box, preset=other, **options)
+
+
+def highest(*args: Any, preset: Any = "paper", **options: Any) -> Any:
+    return RIGHT.carve(*args, preset={**preset, "overlap": "max"} if isinstance(preset, dict) else preset, **options)
+
+
+def cuts_boxes(image: Any, *args: Any, box: Any = None, **options: Any) -> Any:
+    if isinstance(box, tuple):
+        box = (*box[:2], min(box[2], len(image[0]) if isinstance(image, numpy.ndarray) else image.width), box[3])
+    return RIGHT.carve(image, *args, box=box, **options)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another scale": ({"maps": doubled}, "maps of a torch tensor: maps"),
     "positions are not read": ({"maps": without("maps", "positions")}, "maps of a torch tensor with positions"),
+    "a softcap is not read": ({"maps": without("maps", "softcap")}, "maps of a list with softcap"),
+    "a window is not read": ({"maps": without("maps", "window")}, "maps of a list with positions with window"),
+    "a sink is not read": ({"maps": without("maps", "sink")}, "maps of a list with sink"),
+    "heads are not read": ({"maps": without("maps", "heads")}, "maps of a list with heads"),
     "a mask is not read": ({"maps": without("maps", "mask")}, "maps of a list with mask"),
     "entropy that is not a share": ({"maps": nats}, "entropy"),
     "a tuple": ({"maps": lambda *args, **options: tuple(RIGHT.maps(*args, **options))}, "expected a Capture"),
@@ -161,6 +213,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "arrays come back": ({"contrast": lambda *a, **o: numpy.asarray(RIGHT.contrast(*a, **o))}, "expected a tensor"),
     "an error names another argument": ({"contrast": says("grid", "shape")}, "begins with grid"),
     "connectivity is not read": ({"regions": without("regions", "connectivity")}, "'connectivity': 8"),
+    "min_size is not read": ({"regions": any_size}, "'min_size': 5"),
+    "small regions count": ({"regions": counts_small_ones}, "'min_size': 2, 'top': 2"),
+    "nothing is left without a reason": ({"regions": nothing_without_a_reason}, "all below min_size"),
     "the score is not read": ({"regions": without("regions", "score")}, "'score': 'mean'"),
     "edges are inclusive": ({"regions": inclusive}, "boxes"),
     "an argument is changed": ({"regions": writes_into_its_argument}, "as it was"),
@@ -168,6 +223,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a flat saliency has a region": (
         {"regions": lambda *a, **o: dataclasses.replace(RIGHT.regions(*a, **o), reason=None)}, "flat"
     ),
+    "a box is not read": ({"carve": without("carve", "box")}, "carve of a box: seen"),
+    "boxes are not read": ({"carve": first_box_alone}, "carve of two grids side by side: saliency"),
+    "keep is a share of the image": ({"carve": keep_of_the_image}, "expected the highest tenth of the 2880 pixels"),
+    "the highest view": ({"carve": highest}, "carve of two grids, one over the other: saliency"),
+    "a box past an edge is cut": ({"carve": cuts_boxes}, "box (past an edge): expected an error, got a result"),
     "the preset is not read": ({"carve": without("carve", "preset")}, "exact size"),
     "rows and columns are exchanged": (
         {"carve": lambda image, *a, grid, **o: RIGHT.carve(image, *a, grid=grid[::-1], **o)}, "carve of a PIL image"

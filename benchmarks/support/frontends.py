@@ -29,8 +29,8 @@ from carve_kernels.hf.model import decoder_layers
 THEIRS, OURS = "program", "ours"
 RELEASE, MAP, ANSWERS = "release", "ViCrop, map and box", "ViCrop, both answers"
 QUESTION = "what digit is red"
-# A quarter of the width of CLIP-L; of Qwen2.5-VL's tower.
-TOWERS = {"llava": (24, 256), "qwen2_5": (32, 320)}
+# Layers and the size of a head of CLIP-L; of Qwen2.5-VL's tower.
+TOWERS = {"llava": (24, 64), "qwen2_5": (32, 80)}
 # The last is of 336 pixels, as LLaVA-1.5 reads it, or nearly 256 tokens of 28 pixels, the most that the release takes.
 SIZES = {"llava": ((672, 672), (896, 896), (336, 336)), "qwen2_5": ((588, 336), (392, 504), (448, 448))}
 # ViCrop cuts at least 336 x 336 pixels out.
@@ -69,16 +69,18 @@ class Source:
     def subject(self, dtype: str) -> Subject:
         return _subject(self, dtype)
 
+    def created(self, dtype: str) -> tuple[Any, Any]:
+        """The model and its processor."""
+        return self._loaded(dtype) if self.model else self._random(dtype)
+
     def create(self, dtype: str) -> Subject:
-        model, processor = self._loaded(dtype) if self.model else self._random(dtype)
+        model, processor = self.created(dtype)
         eager = twin(model)
         eager.set_attn_implementation("eager")
         return Subject(self.family, model, programs.adapt(eager), processor)
 
     def _random(self, dtype: str) -> tuple[Any, Any]:
-        shape, tower = self.shape._replace(dtype=dtype), TOWERS[self.family]
-        if shape.layers >= tower[0]:
-            shape = shape._replace(tower_layers=tower[0], tower_hidden=tower[1])
+        shape = self.shape._replace(dtype=dtype)
         texts = [QUESTION, release.GENERAL_INSTRUCTION, ANSWER_SUFFIX]
         if self.family == "llava":
             return llava.random_llava(shape._replace(group=1), "sdpa"), llava.processor(texts)
@@ -99,6 +101,13 @@ def _subject(source: Source, dtype: str) -> Subject:
     return source.create(dtype)
 
 
+def with_tower(shape: Shape, family: str) -> Shape:
+    """A shape with the layers of the family's vision tower, which is as wide beside the decoder as there."""
+    layers, head = TOWERS[family]
+    # 16 heads beside 4096 in LLaVA-1.5, and beside 3584 in Qwen2.5-VL-7B.
+    return shape._replace(tower_layers=layers, tower_hidden=head * max(1, round(shape.hidden / 256)))
+
+
 def family_of(directory: Path) -> str:
     """The family of a checkpoint. Raises ValueError for one that the programs cannot read."""
     model, processor = load(directory)
@@ -106,13 +115,21 @@ def family_of(directory: Path) -> str:
     found = [name for name, kinds in release.pipeline.FAMILIES.items() if kind in kinds]
     if not found:
         raise ValueError(f"expected a model_type of {list(release.pipeline.FAMILIES.values())}, got {kind!r}")
+    config = model.config
     if found == ["llava"]:
-        ids = processor(images=[noise(336)], text=["<image>"], return_tensors="pt")["input_ids"][0]
-        got = model.config.image_token_id, int((ids == model.config.image_token_id).sum())
+        ids = processor(images=[noise(llava.SIDE)], text=["<image>"], return_tensors="pt")["input_ids"][0]
+        got = config.image_token_id, int((ids == config.image_token_id).sum())
         if got != (llava.IMAGE_TOKEN, llava.TOKENS):
             raise ValueError(
                 f"the programs take the image token {llava.IMAGE_TOKEN} and {llava.TOKENS} of them an image for "
                 f"granted, got {got[0]} and {got[1]}"
+            )
+    else:
+        marks = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        expected = [config.vision_start_token_id, config.vision_end_token_id]
+        if marks != expected:
+            raise ValueError(
+                f"the release looks for <|vision_start|> and <|vision_end|>, in the config {expected}, got {marks}"
             )
     return found[0]
 

@@ -36,14 +36,14 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _interrupted() from None
+        except KeyboardInterrupt as error:
+            raise _interrupted(error) from None
         except BrokenPipeError:
             # The reader of the pipe has enough, and typer ends silently.
             raise
         except Exception as error:
             if is_interrupted(error):
-                raise _interrupted() from None
+                raise _interrupted(error) from None
             code = exit_code(error)
             if code is None or ctx.params.get("debug"):
                 raise
@@ -51,8 +51,9 @@ class _Commands(typer.core.TyperGroup):
             raise typer.Exit(code) from error
 
 
-def _interrupted() -> typer.Exit:
-    fail("interrupted; nothing was written")
+def _interrupted(error: BaseException) -> typer.Exit:
+    written = str(error) if isinstance(error, KeyboardInterrupt) else ""
+    fail(f"interrupted; {written or 'nothing was written'}")
     return typer.Exit(INTERRUPTED)
 
 

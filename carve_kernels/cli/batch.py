@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from carve_kernels.cli.questions import QuestionLine
     from carve_kernels.cli.store import Store
     from carve_kernels.hf.engine.result import CarveFailure, CarveResult
+    from carve_kernels.hf.engine.video import VideoResult
     from carve_kernels.presets import Preset
 
 _Marks = dict[str, str | None]
@@ -38,7 +41,11 @@ _Marks = dict[str, str | None]
 def batch(
     input: Annotated[
         str,
-        options.path('Lines of JSON: {"image": path, "question": text, "id": ...}.', "--input", "-i"),
+        options.path(
+            'Lines of JSON: {"image": path or list of paths, "question": text, "id": ...}, or "video" for "image".',
+            "--input",
+            "-i",
+        ),
     ],
     model: Annotated[
         str | None,
@@ -64,7 +71,7 @@ def batch(
     *,
     settings: options.MethodSettings,
 ) -> None:
-    """Ask a local checkpoint many questions about many images, and continue where an earlier run stopped.
+    """Ask a local checkpoint many questions about images and videos, and continue where an earlier run stopped.
 
     Each question has a folder with a result.json, named by its id or else its line; results.jsonl has all of them at
     the end. A question is answered again if it, its image, the checkpoint or the settings changed, or if it failed.
@@ -91,10 +98,15 @@ def batch(
 
         return CarveEngine(*settings.load(model), preset=preset, memory=memory, **settings.engine)
 
-    inputs = {"--input": [questions, *(line.image for line in lines)], "--preset": settings.preset_files}
+    paths = (path for line in lines for path in line.paths)
+    inputs = {"--input": [questions, *paths], "--preset": settings.preset_files}
+    if any(line.is_video for line in lines):
+        from carve_kernels.hf.engine.video import refuse_fit
+
+        refuse_fit(settings.fit)
     with Store(folder).opened() as store:
         store.refuse_twins(line.name for line in lines)
-        store.refuse_inputs([line.name for line in lines], inputs)
+        store.refuse_inputs({line.name: _files(line) for line in lines}, inputs)
         facts = _facts(model, preset, settings)
         _Run(store, lines, facts, name, images or old_images, tokens).work(load)
 
@@ -129,7 +141,7 @@ class _Run:
         start = time.perf_counter()
         try:
             todo = self._todo()
-            self.store.refuse_foreign(todo)
+            self.store.refuse_foreign({line.name: _files(line) for line in self.lines if line.name in todo})
             if todo:
                 with quiet():
                     self._answer(load(), todo)
@@ -150,11 +162,13 @@ class _Run:
         from carve_kernels.hf.engine.fingerprint import key_of
 
         todo = {}
-        digests = {image: file_digest(image) for image in {line.image for line in self.lines}}
+        digests = {path: file_digest(path) for path in {path for line in self.lines for path in line.paths}}
         for line in self.lines:
             key = key_of(format=2, question=line.text, prompt=line.prompt, truth=line.truth, **self.facts)
-            marks = {"fingerprint": key, "image_digest": digests[line.image]}
-            if self.store.has(line.name, marks, self.images):
+            each = [digests[path] for path in line.paths]
+            digest = None if None in each else "+".join(map(str, each))
+            marks = {"fingerprint": key, "video_digest" if line.is_video else "image_digest": digest}
+            if self.store.has(line.name, marks, self.images, _files(line)):
                 self.done += 1
             else:
                 todo[line.name] = marks
@@ -162,36 +176,102 @@ class _Run:
 
     def _answer(self, engine: Any, todo: Mapping[str, _Marks]) -> None:
         lines = [line for line in self.lines if line.name in todo]
-        images, questions, prompts = zip(*((line.image, line.text, line.prompt) for line in lines), strict=True)
-        results = engine.stream(images, questions, prompts=prompts, tokens=self.tokens)
         with counted(len(self.lines), self.done, "questions") as advance:
-            for line, result in zip(lines, results, strict=True):
-                self._write(line, result, engine, todo[line.name])
-                self.done += 1
-                advance()
+            for is_video, group in itertools.groupby(lines, lambda line: line.is_video):
+                together = list(group)
+                results = self._about_videos(engine, together) if is_video else self._about_images(engine, together)
+                for line, result in zip(together, results, strict=True):
+                    try:
+                        self._write(line, result, engine, todo[line.name])
+                    except KeyboardInterrupt as error:
+                        # With a text, it waited until the files were there.
+                        self.done += bool(str(error))
+                        raise
+                    self.done += 1
+                    advance()
 
-    def _write(self, line: QuestionLine, result: CarveResult | CarveFailure, engine: Any, marks: _Marks) -> None:
-        from carve_kernels import deprecation
-        from carve_kernels.cli.ask import model_facts
-        from carve_kernels.cli.report import FILES, RECORD, Question, Report, notes_of, record, write, write_record
+    def _about_images(self, engine: Any, lines: Sequence[QuestionLine]) -> Any:
+        images = [list(line.paths) if line.others else line.image for line in lines]
+        prompts = [line.prompt for line in lines]
+        return engine.stream(images, [line.text for line in lines], prompts=prompts, tokens=self.tokens)
+
+    @staticmethod
+    def _about_videos(engine: Any, lines: Sequence[QuestionLine]) -> Iterator[VideoResult | CarveFailure]:
+        import torch
+
         from carve_kernels.hf.engine.result import CarveFailure
 
-        facts: dict[str, Any] = {"id": line.id, "image_path": str(line.image), **marks, "error": None}
-        facts = deprecation.with_old_keys(facts, picture="image_path", picture_digest="image_digest")
+        for line in lines:
+            try:
+                yield engine.ask_video(line.image, line.text, prompt=line.prompt)
+            except (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                yield CarveFailure(line.text, line.image, error, line.prompt)
+
+    def _write(
+        self, line: QuestionLine, result: CarveResult | VideoResult | CarveFailure, engine: Any, marks: _Marks
+    ) -> None:
+        from carve_kernels.cli.report import RECORD, write_record
+        from carve_kernels.hf.engine.result import CarveFailure, CarveResult
+
+        facts = self._facts_of(line, marks)
         if isinstance(result, CarveFailure):
             error = {"type": type(result.error).__name__, "message": as_typed(result.error)}
             values = {"question": line.text, **facts, "error": error}
+            self.store.write(line.name, (RECORD,), lambda folder: write_record(folder, values))
+        elif isinstance(result, CarveResult):
+            self._write_images(line, result, engine, facts)
         else:
-            question = Question([result.image], line.text, line.truth, facts)
-            notes = {self.preset: notes_of(result, engine.model, engine.processor)}
-            total = sum(result.seconds.values())
-            seconds = {"load": 0.0, "answer": total, "total": total}
-            report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
-            if self.images:
-                self.store.write(line.name, FILES, lambda folder: write(folder, report))
-                return
-            values = record(report)
+            self._write_video(line, result, engine, facts)
+
+    @staticmethod
+    def _facts_of(line: QuestionLine, marks: _Marks) -> dict[str, Any]:
+        from carve_kernels import deprecation
+
+        if line.is_video:
+            return {"id": line.id, "video_path": str(line.image), **marks, "error": None}
+        facts: dict[str, Any] = {"id": line.id, "image_path": str(line.image), **marks, "error": None}
+        if line.others:
+            facts["image_paths"] = [str(path) for path in line.paths]
+        return deprecation.with_old_keys(facts, picture="image_path", picture_digest="image_digest")
+
+    def _write_images(self, line: QuestionLine, result: CarveResult, engine: Any, facts: dict[str, Any]) -> None:
+        from carve_kernels.cli.ask import model_facts
+        from carve_kernels.cli.report import RECORD, Question, Report, notes_of, record, write, write_record
+
+        question = Question([each.image for each in result.images], line.text, line.truth, facts)
+        notes = {self.preset: notes_of(result, engine.model, engine.processor)}
+        total = sum(result.seconds.values())
+        seconds = {"load": 0.0, "answer": total, "total": total}
+        report = Report(question, model_facts(engine.model), {self.preset: result}, notes, seconds)
+        if self.images:
+            self.store.write(line.name, _files(line), lambda folder: write(folder, report))
+            return
+        values = record(report)
         self.store.write(line.name, (RECORD,), lambda folder: write_record(folder, values))
+
+    def _write_video(self, line: QuestionLine, result: VideoResult, engine: Any, facts: dict[str, Any]) -> None:
+        from carve_kernels.cli import video
+        from carve_kernels.cli.ask import model_facts
+        from carve_kernels.cli.report import RECORD, is_right, write_record
+
+        total = sum(result.seconds.values())
+        found = video.record(result, model_facts(engine.model), {"total": total})
+        verdicts = {
+            "right": is_right(result.answer, line.truth),
+            "refined_right": is_right(result.refined_answer, line.truth),
+        }
+        kept = float(result.regions.mask.double().mean())
+        whole = ("question", "video", "model", "seconds", "versions")
+        numbers = {name: value for name, value in found.items() if name not in whole}
+        presets = {self.preset: {**numbers, **verdicts, "kept": kept, "notes": []}}
+        values = {**{name: found[name] for name in whole}, "truth": line.truth, **facts, "presets": presets}
+
+        def fill(folder: Path) -> None:
+            if self.images:
+                video.write(folder, result, found)
+            write_record(folder, values)
+
+        self.store.write(line.name, _files(line) if self.images else (RECORD,), fill)
 
     def _finish(self, done: int, seconds: float) -> None:
         from carve_kernels.cli.report import unseen_warning
@@ -239,7 +319,10 @@ class _Run:
         """The row of a question in the table."""
         lost: dict[str, Any] = {"error": {"type": "FileNotFoundError", "message": "its result.json is gone"}}
         values = self.store.read(line.name) or lost
-        row = {"id": line.id, "line": line.line, "image": str(line.image), "question": line.text}
+        row: dict[str, Any] = {"id": line.id, "line": line.line}
+        row |= {"video" if line.is_video else "image": str(line.image), "question": line.text}
+        if line.others:
+            row["images"] = [str(path) for path in line.paths]
         if values.get("error") is not None:
             return {**row, "error": values["error"]}
         (numbers,) = values["presets"].values()
@@ -261,6 +344,14 @@ class _Run:
         done = f"{self.done} of {number_of(len(self.lines), 'question')}"
         verb = "is" if len(self.lines) == 1 else "are"
         return f"{done} {verb} done, in {self.store.folder}; run the command again to continue"
+
+
+def _files(line: QuestionLine) -> tuple[str, ...]:
+    """The files of a question with --images, the record last."""
+    from carve_kernels.cli import video
+    from carve_kernels.cli.report import RECORD, files_of
+
+    return (*video.files(), RECORD) if line.is_video else files_of(len(line.paths))
 
 
 def _lines(numbers: list[int]) -> str:

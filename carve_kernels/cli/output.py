@@ -6,8 +6,10 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,7 +191,26 @@ def replace_files(
         yield temporary
         # Other programs may have put files there in the meantime.
         refuse_taken(paths, is_ours)
-        _move(temporary, folder, names, [name for name in stale if (folder / name).exists()])
+        with _uninterrupted():
+            _move(temporary, folder, names, [name for name in stale if (folder / name).exists()])
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until files are exchanged: KeyboardInterrupt then says that they were written."""
+    in_main = threading.current_thread() is threading.main_thread()
+    # None: the handler is not one of Python's.
+    if not in_main or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt("all files were written")
 
 
 def check_folder(folder: Path) -> None:

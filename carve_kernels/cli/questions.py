@@ -13,7 +13,7 @@ from urllib.parse import quote
 from carve_kernels import checks
 from carve_kernels.cli.output import first_few
 
-_KEYS = ("id", "image", "question", "prompt", "answer")
+_KEYS = ("id", "image", "video", "question", "prompt", "answer")
 # Windows takes these for devices, with or without a suffix.
 _DEVICES = frozenset(
     ("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10)))
@@ -24,7 +24,10 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class QuestionLine:
-    """One line: `id` is its line number if it has none; `image` is relative to the folder of the file."""
+    """One line: `id` is its line number if it has none; paths are relative to the folder of the file.
+
+    `image` is the image, the first of several, whose `others` follow, or the video if it `is_video`.
+    """
 
     id: str
     line: int
@@ -33,6 +36,13 @@ class QuestionLine:
     prompt: str | None
     truth: str | None
     extra: Mapping[str, Any]
+    others: tuple[Path, ...] = ()
+    is_video: bool = False
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All images, or the video."""
+        return (self.image, *self.others)
 
     @property
     def name(self) -> str:
@@ -45,7 +55,7 @@ class QuestionLine:
 
 
 def read(path: Path) -> list[QuestionLine]:
-    """The questions of a file with lines {"image": path, "question": text}.
+    """The questions of a file with lines {"image": path, "question": text}: a list of paths, or "video", instead.
 
     Optional keys are "id" (text or number), "prompt" (the whole text that the model reads) and "answer" (the true
     one); other keys are stored in `extra`. Empty lines are skipped.
@@ -96,28 +106,44 @@ def _question(text: str, number: int, folder: Path) -> QuestionLine:
     if not isinstance(values, dict):
         raise TypeError(f"expected a JSON object, got {checks.describe(values)}")
     fields = {key: values[key] for key in _KEYS if values.get(key) is not None}
-    missing = [key for key in ("image", "question") if key not in fields]
+    missing = [] if "video" in fields or "image" in fields else ["image: missing"]
+    missing += [] if "question" in fields else ["question: missing"]
     if missing:
-        raise ValueError("; ".join(f"{key}: missing" for key in missing))
-    if isinstance(fields["image"], list):
-        raise TypeError("image: expected one path, a string, got a list; only the Python API takes lists of images")
+        raise ValueError("; ".join(missing))
+    if "video" in fields and "image" in fields:
+        raise ValueError("image, video: expected one of them, got both")
+    kind = "video" if "video" in fields else "image"
+    paths = _paths(kind, fields[kind], folder)
     id = fields.get("id", number)
     if isinstance(id, bool) or not isinstance(id, (str, int)):
         raise TypeError(f"id: expected a text or a number, got {checks.describe(id)}")
     question = QuestionLine(
         id=checks.text("id", str(id)),
         line=number,
-        image=folder / checks.path("image", _text("image", fields["image"])),
+        image=paths[0],
         text=_text("question", fields["question"]),
         prompt=_text("prompt", fields["prompt"]) if "prompt" in fields else None,
         truth=_text("answer", fields["answer"]) if "answer" in fields else None,
         extra={key: value for key, value in values.items() if key not in _KEYS},
+        others=paths[1:],
+        is_video=kind == "video",
     )
     if len(_text("id", question.id)) > _LONGEST or len(question.name) > _LONGEST:
         raise ValueError(
             f"id: expected at most {_LONGEST} characters in a file name, got {checks.describe(question.id)}"
         )
     return question
+
+
+def _paths(name: str, value: Any, folder: Path) -> tuple[Path, ...]:
+    """The path of an image or a video, or those of several images."""
+    if name == "video" or not isinstance(value, list):
+        return (folder / checks.path(name, _text(name, value)),)
+    if not value:
+        raise ValueError("image: expected at least one path, got an empty list")
+    return tuple(
+        folder / checks.path(f"image[{index}]", _text(f"image[{index}]", each)) for index, each in enumerate(value)
+    )
 
 
 def _text(name: str, value: Any) -> str:

@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from carve_kernels.cli import video
 from carve_kernels.cli.ours import is_json, refuse_inputs, write_json
 from carve_kernels.cli.output import TEMPORARY, check_folder, refuse_taken, replace_files, temporary_folder
-from carve_kernels.cli.report import FILES, RECORD, is_ours
+from carve_kernels.cli.report import FILES, RECORD, is_ours, stale_in
 
 TABLE = "results.jsonl"
 SUMMARY = "summary.json"
@@ -65,15 +66,15 @@ class Store:
                     "difference; change one of them"
                 )
 
-    def refuse_inputs(self, names: Iterable[str], inputs: Mapping[str, Iterable[Path]]) -> None:
-        """Raise ValueError for an output that is also an input; `inputs` are paths by their option."""
-        results = (self._results / name / file for name in names for file in FILES)
+    def refuse_inputs(self, files: Mapping[str, Sequence[str]], inputs: Mapping[str, Iterable[Path]]) -> None:
+        """Raise ValueError for an output that is also an input; `files` are by name, `inputs` paths by their option."""
+        results = (self._results / name / file for name, each in files.items() for file in each)
         refuse_inputs((self.folder / TABLE, self.folder / SUMMARY, *results), inputs)
 
-    def refuse_foreign(self, names: Iterable[str]) -> None:
-        """Raise ValueError for a table, or a file of these results, that the commands did not write."""
+    def refuse_foreign(self, files: Mapping[str, Sequence[str]]) -> None:
+        """Raise ValueError for a table, or a file of these results, by name, that the commands did not write."""
         refuse_taken((self.folder / TABLE, self.folder / SUMMARY), is_json(_KIND))
-        refuse_taken((self._results / name / file for name in names for file in FILES), is_ours)
+        refuse_taken((self._results / name / file for name, each in files.items() for file in each), _is_ours)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of a result; None where there is none, or a damaged one."""
@@ -83,8 +84,8 @@ class Store:
             return None
         return values if isinstance(values, dict) else None
 
-    def has(self, name: str, marks: Mapping[str, str | None], images: bool) -> bool:
-        """Whether this very question was answered without an error, and its images are there if they are wanted.
+    def has(self, name: str, marks: Mapping[str, str | None], images: bool, files: Sequence[str] = FILES) -> bool:
+        """Whether this very question was answered without an error, and its `files` are there if images are wanted.
 
         A mark of None is unknown and not compared: an answer outlives the file of its image.
         """
@@ -93,15 +94,16 @@ class Store:
             record is not None
             and record.get("error", "") is None
             and all(value is None or record.get(key) == value for key, value in marks.items())
-            and (not images or all((self._results / name / file).is_file() for file in FILES))
+            and (not images or all((self._results / name / file).is_file() for file in files))
         )
 
     def write(self, name: str, files: Sequence[str], fill: Callable[[Path], None]) -> None:
         """Replace the files of a result by those that `fill` writes into a temporary folder, the record last."""
         # Images of an earlier answer would pass for those of this one.
-        stale = [file for file in FILES if file not in files]
+        stale = stale_in(self._results / name, files)
+        stale += [file for file in video.files() if file not in files]
         # Inside of the run's temporary folder, so that a search for */result.json meets no unfinished one.
-        with replace_files(self._results / name, files, is_ours, self._temporary, stale) as folder:
+        with replace_files(self._results / name, files, _is_ours, self._temporary, stale) as folder:
             fill(folder)
 
     def write_tables(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
@@ -110,6 +112,11 @@ class Store:
         with replace_files(self.folder, (SUMMARY, TABLE), is_json(_KIND), self._temporary) as folder:
             write_json(folder / SUMMARY, _KIND, summary)
             (folder / TABLE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `run` wrote a file of a result, about images or a video."""
+    return video.is_ours(path) if path.name in video.files() else is_ours(path)
 
 
 @contextmanager

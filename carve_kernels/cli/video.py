@@ -52,7 +52,7 @@ def ask(
         )
         announce("writing")
         seconds = {"imports": imported, "total": clock.seconds()}
-        _write(folder, names, result, record(result, model_facts(model), seconds))
+        write(folder, result, record(result, model_facts(model), seconds))
     _summarise(result, output, names)
     return result
 
@@ -103,8 +103,9 @@ def is_ours(path: Path) -> bool:
     return is_saved(path) if path.suffix == ".safetensors" else is_json(_KIND)(path)
 
 
-def _write(folder: Path, names: tuple[str, ...], result: VideoResult, facts: Mapping[str, Any]) -> None:
-    _, heat, refined, array, maps, record_name = names
+def write(folder: Path, result: VideoResult, facts: Mapping[str, Any]) -> None:
+    """Write every file of `files`; `facts` are the record."""
+    _, heat, refined, array, maps, record_name = files()
     video, saliency = result.video, result.saliency
     ends = [*video.seconds, video.duration]
     animation(folder / heat, video.frames, saliency, regions=result.regions, seconds=ends)

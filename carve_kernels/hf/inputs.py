@@ -126,6 +126,11 @@ def bare_prompts(processor: Any) -> str | None:
     return BARE_PROMPTS
 
 
+def images_in(processor: Any, prompt: str, images: int) -> int:
+    """How many images a prompt is for; of a processor that adds the token of its one image, one of those given."""
+    return min(1, images) if adds_image_token(processor) else prompt.count(image_token(processor))
+
+
 def prepare(
     processor: Any,
     images: list[Image.Image],
@@ -143,7 +148,7 @@ def prepare(
     Raises ValueError if prompt and images differ in number, or if the processor refuses an image (Qwen's refuse one
     that is 200 times longer than wide).
     """
-    expected = int(bool(images)) if adds_image_token(processor) else prompt.count(image_token(processor))
+    expected = images_in(processor, prompt, len(images))
     if expected != len(images):
         raise ValueError(f"images: the prompt has {expected} image(s), got {len(images)}; give one image for each")
     settings: dict[str, Any] = {}

@@ -73,6 +73,8 @@ def load(
     with the command that downloads it), if its model does not take images and text, if the weights are pickles, for an
     unknown dtype, or for a device that is unavailable; ImportError if the processor needs a missing library.
     """
+    if not isinstance(allow_pickle, bool):
+        raise TypeError(f"allow_pickle: expected True or False, got {checks.describe(allow_pickle)}")
     torch_dtype = dtype_of("dtype", dtype)
     target = None if device is None else usable("device", device)
     checkpoint, family = check_checkpoint(model, allow_pickle)
@@ -221,11 +223,14 @@ def resolve_preset(
 
     Raises TypeError or ValueError for an invalid preset or profile.
     """
+    is_known = profile is None or profile is False or isinstance(profile, (Mapping, str, os.PathLike))
+    if not is_known:
+        raise TypeError(
+            f"profile: expected a dict, the path of a carve.json, None or False, got {checks.describe(profile)}"
+        )
     if preset is not None:
         return Preset.of(preset)
     if isinstance(profile, bool):
-        if profile:
-            raise TypeError("profile: expected a dict, the path of a carve.json, None or False, got True")
         return Preset.paper()
     if isinstance(profile, Mapping):
         return _preset("profile", profile)

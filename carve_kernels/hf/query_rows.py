@@ -36,10 +36,9 @@ def check_rows(rows: Any, tokenizer: Any) -> RowsSpec:
     by_text = any(isinstance(choice, tuple) and choice[0] in _BY_TEXT for choice in choices)
     if by_text and tokenizer is None:
         raise ValueError(f"processor: expected a processor with rows={rows!r}, got None")
-    if (by_text or "question" in choices) and tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(
-            f"processor: expected a processor with a tokenizer, or a tokenizer, with rows={rows!r}, got "
-            + checks.describe(tokenizer)
+            f"processor: expected a processor with a tokenizer, or a tokenizer, got {checks.describe(tokenizer)}"
         )
     return checked
 
@@ -97,7 +96,7 @@ def _checked(rows: Any) -> Any:
         return checks.choice("rows", rows, _WHOLE)
     if isinstance(rows, int):
         return checks.integer("rows", rows, low=1)
-    if not isinstance(rows, Sequence) or not len(rows):
+    if not isinstance(rows, Sequence) or isinstance(rows, bytes) or not len(rows):
         raise TypeError(
             "rows: expected 'last', 'question', a number of last rows, positions, ('word', WORD), ('text', TEXT), or a "
             f"list with one of these for each prompt, got {checks.describe(rows)}"

@@ -49,7 +49,11 @@ class Model:
         """The first word of each answer, the mean probability of it and of the end, and the maps of each head."""
         for at in range(0, len(images), CHUNK):
             heads, part = recipes.HeadMaps(), slice(at, at + CHUNK)
-            prompts = [f"<image> {text}" for text in texts[part]]
+            turns = [
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+                for text in texts[part]
+            ]
+            prompts = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             inputs = self.processor(images=list(images[part]), text=prompts, return_tensors="pt")
             with capture_attention(self.model, layers="all", heads="each", on_layer=heads):
                 output = self.model.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
-    assert run("-o", tmp_path / "file").exit_code == 1
+    assert run("-o", tmp_path / "file").exit_code == 2
 
     def refuse(**settings: Any) -> str:
         raise PermissionError(13, "Permission denied")
@@ -139,6 +140,23 @@ def test_an_interruption_leaves_everything_as_it_was(
     assert done.exit_code == 130
     assert done.stderr == "error: interrupted; nothing was written\n"
     assert content(tmp_path) == before
+
+
+def test_an_interruption_waits_until_files_are_exchanged(
+    run: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def replace_and_interrupt(source: Any, target: Any) -> None:
+        replace(source, target)
+        if str(target).endswith("panel.png"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(output_module.os, "replace", replace_and_interrupt)
+    done = run()
+    assert done.exit_code == 130 and done.stderr == "error: interrupted; all files were written\n"
+    assert sorted(content(tmp_path / "out")) == sorted(FILES)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupted_import_of_an_extra_is_an_interruption() -> None:

@@ -101,12 +101,12 @@ def test_planted_spatial_entropies() -> None:
     assert found.tolist() == pytest.approx([0, 0, of_two, math.inf])
 
 
-def test_concentrated_heads_look_at_the_image_and_at_one_place() -> None:
+def test_concentrated_heads_attend_to_the_image_and_to_one_place() -> None:
     rows, columns = grid = (6, 5)
     maps = torch.full((3, 4, rows * columns), 0.001)
     scattered = torch.zeros(rows, columns)
     scattered[::2, ::2] = 0.08
-    maps[:] += scattered.flatten()  # all look at the image, at nine places
+    maps[:] += scattered.flatten()  # all attend to the image, at nine places
     maps[0, 1] = maps[2, 3] = maps[1, 1] = 0
     maps[0, 1, 7] = 0.01  # one place, but hardly at the image
     maps[2, 3, [7, 8, 12]] = 0.3
@@ -227,6 +227,23 @@ def test_a_sure_answer_is_the_plain_one_and_an_unsure_one_is_carves(name: str) -
     found = recipes.carve_if_unsure(quick, image, "what digit is red", threshold=1.0)
     assert found.answer == expected.refined_answer and found.carved is not None
     assert found.carved.answer == found.plain == expected.answer and found.carved.answer_ids == expected.answer_ids
+
+
+def test_the_answer_is_of_the_models_generation_config(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scores are those behind its penalties, and its stop strings end the answer, as in the engine."""
+    model, processor = pair("llava")
+    image = draw_scene(3, 4).image.resize((120, 90))
+    engine = CarveEngine(model, processor, preset={"max_new_tokens": 6}, memory=False, profile=False)
+    before = recipes.carve_if_unsure(engine, image, "what digit is red", threshold=0.0)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)
+    monkeypatch.setattr(model.generation_config, "temperature", 0.3)
+    monkeypatch.setattr(model.generation_config, "stop_strings", [engine(image, "what digit is red").answer[0]])
+    expected = engine(image, "what digit is red")
+    found = recipes.carve_if_unsure(engine, image, "what digit is red", threshold=0.0)
+    assert found.plain == expected.answer and found.confidence != pytest.approx(before.confidence, rel=1e-3)
+    assert len(expected.answer_ids) < 6 and not caplog.records
 
 
 def test_the_embedded_model_is_less_sure_of_wrong_answers() -> None:

@@ -200,6 +200,38 @@ def test_tokens_of_the_padding_are_left_out(size: tuple[int, int], inside: Any) 
     np.testing.assert_allclose(found, (maps[0] / maps[1])[inside], rtol=1e-4)
 
 
+def test_each_image_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both answers and both maps share what the vision tower returns for the image, and its cached prefix."""
+    model, _, processor = models("llava")
+    monkeypatch.setitem(vicrop.FAMILIES, "llava", vicrop.FAMILIES["llava"]._replace(bbox_size=36))
+    scene(SIZES["llava"][0]).save(tmp_path / "image.png")
+    honest, read = vicrop.names.image_features, []
+
+    def counted(model: Any, entries: Any) -> Any:
+        read.append(len(entries["pixel_values"]))
+        return honest(model, entries)
+
+    monkeypatch.setattr(vicrop.names, "image_features", counted)
+    given = "llava", "rel_att", tmp_path / "image.png", QUESTION, model, processor, "what is blue"
+    vicrop.vicrop_qa(*given, layer=2)
+    assert read == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["rel_att", "grad_att"])
+def test_answers_with_beams_are_those_of_generate(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager, processor = models("llava")
+    monkeypatch.setitem(vicrop.FAMILIES, "llava", vicrop.FAMILIES["llava"]._replace(bbox_size=36))
+    for each in (model, eager):
+        monkeypatch.setattr(each.generation_config, "num_beams", 3)
+    image = scene(SIZES["llava"][0])
+    image.save(tmp_path / "image.png")
+    given = "llava", method, tmp_path / "image.png", QUESTION, model, processor, QUESTION
+    found = vicrop.vicrop_qa(*given, layer=2)
+    values = (relative if method == "rel_att" else weighted)("llava", image, 2)
+    box = box_of(values, image.size, 36)
+    assert found == (answer("llava", [image]), answer("llava", [image, image.crop(box)]), box)
+
+
 @pytest.mark.parametrize("name", list(KINDS))
 @pytest.mark.parametrize("method", vicrop.METHODS)
 def test_the_answer_about_both_images(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

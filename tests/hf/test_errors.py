@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from carve_kernels import CarveEngine, Preset, Probe, capture_attention, layout_of, load, open_video, profile
-from tests.support.families import family, inputs_of
+from tests.support.families import IMAGES, family, inputs_of
 from tests.support.tiny_models import make_image
 from tests.support.wrong_arguments import at_least, either, is_integer, one_of, optional, refusals
 
@@ -35,6 +35,15 @@ def is_range(value: Any) -> bool:
     return isinstance(value, range) or type(value) is type(iter([]))
 
 
+def is_path(value: Any) -> bool:
+    return isinstance(value, (str, Path))
+
+
+def is_list(value: Any) -> bool:
+    """Whether several at once: what cannot be used of them is a failure in the result."""
+    return isinstance(value, (list, tuple)) or is_range(value)
+
+
 def engine() -> CarveEngine:
     return CarveEngine(*family("llava"), preset=SHORT, memory=False)
 
@@ -43,12 +52,24 @@ def test_capture_attention() -> None:
     model, processor = family("llava")
     right = {"model": model, "layers": [1], "rows": "last", "tokens": None, "processor": processor, "max_steps": 4}
     right |= {"on_layer": None, "backend": "auto", "fused": False, "grad": False, "heads": "mean"}
-    layers = either(is_layer, one_of([1], (1, 2), (-3, -4)), is_range, lambda value: isinstance(value, torch.Tensor))
-    accepts = {"layers": layers, "rows": either(COUNT, one_of([1], (1, 2), (-3, -4)), is_range), "max_steps": COUNT}
+    layers = either(is_layer, one_of([1], (1, 2), (-3, -4), {1, 2}), is_range, is_scalar)
+    accepts = {
+        "layers": layers,
+        "rows": either(COUNT, is_scalar, one_of([1], (1, 2), (-3, -4)), is_range),
+        "max_steps": COUNT,
+    }
     accepts |= {"tokens": either(one_of(None, [1], (1, 2)), is_range), "on_layer": is_function, "fused": is_flag}
     accepts |= {"grad": is_flag, "processor": one_of(None)}
-    more = {"layers": [[99], "deep", [1.0], [1, 1]], "tokens": [[-2], torch.zeros(3)], "heads": ["each"]}
+    more: dict[str, list[Any]] = {
+        "layers": [[99], "deep", [1.0], [1, 1]],
+        "tokens": [[-2], torch.zeros(3)],
+        "heads": ["all"],
+    }
     assert not refusals(capture_attention, right, accepts, more=more)
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def is_layer(value: Any) -> bool:
@@ -57,9 +78,17 @@ def is_layer(value: Any) -> bool:
 
 def test_layout_of() -> None:
     model, processor = family("llava")
-    right = {"model": model, "processor": processor, "inputs": inputs_of("llava", 1), "images": [PHOTO], "videos": None}
+    right = {
+        "model": model,
+        "processor": processor,
+        "inputs": inputs_of("llava", 1),
+        "images": IMAGES[:1],
+        "videos": None,
+    }
     more: dict[str, list[Any]] = {"images": [[PHOTO, PHOTO], ["image.png"], [[PHOTO], [PHOTO]]], "inputs": [{}]}
-    assert not refusals(layout_of, right, {"videos": one_of(None)}, more=more)
+    # A (height, width) is accepted too, and an image that is black is not compared with the inputs.
+    accepts = {"videos": one_of(None), "images": either(one_of((1, 2)), is_image)}
+    assert not refusals(layout_of, right, accepts, more=more)
 
 
 def test_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +97,20 @@ def test_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = {"model": model, "processor": processor, "preset": SHORT, "profile": None, "backend": "auto"}
     right |= {"max_image_pixels": 10**6, "memory": None, "plain": True, "fit": None}
     accepts = {"max_image_pixels": COUNT, "memory": one_of(None, "x"), "plain": is_flag, "preset": one_of(None, {})}
-    accepts["profile"] = one_of(None, True, {})
+    accepts |= {"profile": either(is_path, one_of(None, {}, {"a": 1})), "fit": one_of(None)}
     more = {"processor": [processor.tokenizer, processor.image_processor, type(processor)], "fit": ["crop"]}
     assert not refusals(CarveEngine, right, accepts, more=more)
 
 
 def test_a_question() -> None:
     right = {"image": PHOTO, "question": QUESTION, "prompt": None, "on_progress": None}
-    more = {"image": ["missing.png"], "prompt": ["no image token"], "question": [["a", 3]]}
-    accepts = {"image": is_image, "question": TEXT, "prompt": one_of(None), "on_progress": is_function}
+    more = {"image": ["missing.png"], "prompt": ["no image token"]}
+    accepts = {
+        "image": either(is_image, is_list),
+        "question": either(TEXT, is_list),
+        "prompt": either(one_of(None), is_list),
+    }
+    accepts["on_progress"] = is_function
     assert not refusals(engine(), right, accepts, more=more)
 
 
@@ -93,15 +127,15 @@ def test_a_stream() -> None:
         return engine().stream(**given)
 
     right = {"images": [PHOTO], "questions": [QUESTION], "prompts": None, "tokens": 1, "on_progress": None}
-    accepts = {"tokens": optional(COUNT), "prompts": one_of(None), "on_progress": is_function}
-    several = either(is_image, is_range, one_of("x", [], [1], [None], (), (1, 2)))
-    accepts |= {"images": several, "questions": several}
+    several = either(is_image, is_path, is_list)
+    accepts = {"images": several, "questions": several, "prompts": either(one_of(None), several)}
+    accepts |= {"tokens": optional(COUNT), "on_progress": is_function}
     assert not refusals(stream, right, accepts)
 
 
 def test_load(tmp_path: Path) -> None:
     right = {"model": "small", "dtype": "auto", "device": None, "allow_pickle": False}
-    more = {"dtype": ["float", torch.int8], "device": ["gpu", "cuda:9"], "model": [tmp_path]}
+    more: dict[str, list[Any]] = {"dtype": ["int8", torch.int8], "device": ["gpu", "cuda:9"], "model": [tmp_path]}
     assert not refusals(load, right, {"allow_pickle": is_flag, "device": one_of(None)}, more=more)
 
 
@@ -126,5 +160,6 @@ def test_profile() -> None:
     right |= {"steps": ["t_end"], "backend": "auto", "max_image_pixels": 10**6, "fit": None, "on_progress": None}
     accepts = {"preset": one_of(None, {}), "rows": optional(is_range), "max_image_pixels": COUNT}
     accepts |= {"on_progress": is_function, "rows": either(one_of(None, [1], (1, 2)), is_range)}
+    accepts["fit"] = one_of(None)
     more: dict[str, list[Any]] = {"probes": [[PHOTO], [Probe(PHOTO, QUESTION), 3]], "steps": [["t_last"]], "fit": ["x"]}
     assert not refusals(profile, right, accepts, more=more)

@@ -143,7 +143,8 @@ class CarveEngine:
     ) -> CarveResult | list[CarveResult | CarveFailure]:
         if checks.is_many(image) or checks.is_many(question):
             return batching.answer_all(self, image, question, prompt, on_progress)
-        return self.ask(image, question, prompt=prompt, on_progress=on_progress)
+        checks.function("on_progress", on_progress)
+        return self._answer_one(self.request(image, question, prompt), on_progress)
 
     def ask(
         self,
@@ -171,8 +172,17 @@ class CarveEngine:
         place of their originals, or all originals and then the refined ones (`Preset.images`).
         """
         checks.function("on_progress", on_progress)
+        try:
+            request = self.request(images, question, prompt, refine)
+        except (TypeError, ValueError) as error:
+            # The same image is the argument `image` of a call.
+            if not str(error).startswith("image: "):
+                raise
+            raise type(error)(f"images: {str(error).removeprefix('image: ')}") from error
+        return self._answer_one(request, on_progress)
+
+    def _answer_one(self, request: Request, on_progress: OnProgress | None) -> CarveResult:
         report = on_progress or (lambda stage, done, total: None)
-        request = self.request(images, question, prompt, refine)
         [result] = self.answer([request], lambda stage: report(stage, STAGES.index(stage), len(STAGES)))
         report("done", len(STAGES), len(STAGES))
         return result

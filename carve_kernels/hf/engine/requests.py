@@ -11,9 +11,10 @@ from PIL import Image
 
 from carve_kernels import checks
 from carve_kernels.hf.image_inputs import ImageFeatures, ImageInputs
-from carve_kernels.hf.inputs import build_prompt, open_image
+from carve_kernels.hf.inputs import build_prompt, images_in, open_image
 from carve_kernels.hf.layouts import check_processor, layout_of
 from carve_kernels.hf.layouts.letterbox import Letterbox
+from carve_kernels.hf.processors import image_token
 from carve_kernels.presets import Preset
 from carve_kernels.types import VisualLayout
 
@@ -84,6 +85,11 @@ def make_request(
         raise ValueError(f"images: expected at least one image, got {checks.describe(images)}")
     chosen = chosen_images(refine, len(sources))
     check_processor(model, processor)
+    if prompt is not None and (given := images_in(processor, prompt, len(sources))) != len(sources):
+        raise ValueError(
+            f"prompt: expected {image_token(processor)!r} for each of {len(sources)} image(s), got {given} in "
+            + checks.describe(prompt)
+        )
     originals = [open_image(sources[0], max_image_pixels)] if len(sources) == 1 else _opened(sources, max_image_pixels)
     letterbox = None if fit is None else Letterbox(model, processor, max_image_pixels)
     prepare_image = None if letterbox is None else letterbox.pad

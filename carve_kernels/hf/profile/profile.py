@@ -166,6 +166,8 @@ def profile(
     base = resolve_preset(unwrap(model), preset, None)
     check_processor(model, processor)
     steps = [checks.choice(f"steps[{index}]", step, STEPS) for index, step in enumerate(_list("steps", steps))]
+    if not steps:
+        raise ValueError("steps: expected at least one of them, got none")
     limit = checks.integer("max_image_pixels", max_image_pixels, low=1)
     checks.function("on_progress", on_progress)
     if rows is not None:

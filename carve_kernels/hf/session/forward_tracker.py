@@ -39,9 +39,7 @@ _LAST_COLUMN = 2**31 - 1
 
 
 class _Forward(NamedTuple):
-    """The current forward: its prompt, new ids and cache, the number of tokens after it, and whether it only goes into
-    a CUDA graph.
-    """
+    """The current forward: its prompt, new ids and cache, the tokens after it; whether it only goes into a graph."""
 
     prompt: TrackedPrompt
     ids: torch.Tensor | None
@@ -72,7 +70,6 @@ class ForwardTracker:
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
         self.generation: GenerateCall | None = None
-        # Of the model, for all of its sessions.
         self.drops = TokenDrops(model, [self])
         self._model, self._modules, self._options = model, modules, options
         self.grad = options.grad
@@ -475,7 +472,8 @@ def check_tokens(
         if not bool((columns >= 0).any()):
             raise ValueError("tokens: expected a VisualLayout with tokens, got one without tokens")
         return columns, tokens
-    tokens = torch.as_tensor(tokens) if isinstance(tokens, numpy.ndarray) else tokens
+    if isinstance(tokens, numpy.ndarray) and tokens.dtype.kind in "biuf":
+        tokens = torch.as_tensor(tokens)
     if not isinstance(tokens, torch.Tensor):
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
             raise TypeError(f"tokens: expected a VisualLayout, columns or None, got {checks.describe(tokens)}")

@@ -84,6 +84,8 @@ def capture_attention(
     grad       True: maps, mass and entropy of a prompt are parts of the graph of its forward, for losses of attention
                and gradients of maps by any weight or input; generate and decode steps are refused. False: they are
                detached
+    heads      "each": on_layer gets the maps of each head, [B, A, Q, N], with the mass and the entropy of their mean,
+               which `session.maps` holds
     =========  =========================================================================================================
 
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a

@@ -15,7 +15,7 @@ FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-pthread"]
 # The plain kernels alone, in small waves.
 FLAGS += ["-DCARVE_PLAIN_ALONE", "-DCARVE_GRADIENT_SCORES=2048"]
 KERNELS = "csrc/cpu/capture"
-SOURCES = [f"{KERNELS}/{name}.cpp" for name in ("gradient", "unit", "inputs", "plain")]
+SOURCES = [f"{KERNELS}/{name}.cpp" for name in ("gradient", "inputs", "unit", "plain")]
 SOURCES += ["csrc/cpu/simd/isa.cpp", "tests/native/parallel.cpp", "tests/native/gradient.cpp"]
 
 

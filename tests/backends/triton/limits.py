@@ -82,6 +82,9 @@ def _faults_of_opcodes(row: Row) -> Iterator[str]:
             yield "no LDGSTS of 128 bits: keys are not loaded asynchronously"
         # Eight lanes of 32 halves are too few for 128 bits for each of 128 threads.
         narrow = r"LDGSTS\.(?!.*(128|64))" if "head size 32 " in row.case else r"LDGSTS\.(?!.*128)"
+        if row.kernel == "column_sums_kernel":
+            # Maxima and sums of rows, a float for each thread.
+            narrow += "(?!E$)"
         if row.count(narrow):
             yield "asynchronous loads of fewer than 128 bits: an alignment hint is missing"
         wanted = matrix_instruction(row) if halves else "FFMA"

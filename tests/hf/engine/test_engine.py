@@ -103,9 +103,9 @@ def test_a_prompt_of_ones_own_replaces_the_template() -> None:
     inputs = prepare(processor, [PHOTO], prompt)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
     assert list(result.answer_ids) == ids[0, inputs["input_ids"].shape[1] :].tolist()
-    with pytest.raises(ValueError, match=r"images: the prompt has 2 image\(s\), got 1"):
+    with pytest.raises(ValueError, match=r"prompt: expected '<image>' for each of 1 image\(s\), got 2 in str"):
         engine(PHOTO, QUESTION, prompt="<image><image> which")
-    with pytest.raises(ValueError, match=r"images: the prompt has 0 image\(s\), got 1"):
+    with pytest.raises(ValueError, match=r"prompt: expected '<image>' for each of 1 image\(s\), got 0"):
         engine(PHOTO, QUESTION, prompt="which")
     with pytest.raises(ValueError, match="prompt: expected None where the last question shows more images"):
         CarveEngine(model, processor, preset=RELEASE)(PHOTO, QUESTION, prompt=prompt)

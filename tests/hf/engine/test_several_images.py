@@ -135,8 +135,8 @@ def test_bad_input_is_refused_before_the_model_runs(tmp_path: Path) -> None:
         (ValueError, r"images: expected at least one image", [], {}),
         (ValueError, r"images\[1\]: .*none.png is missing", [PHOTO, tmp_path / "none.png"], {}),
         (TypeError, r"images\[1\]: expected a path or a PIL image, got list", [PHOTO, [OTHER]], {}),
-        (ValueError, r"images: the prompt has 1 image\(s\), got 2", two, {"prompt": "<image> which"}),
-        (ValueError, r"images: the prompt has 3 image\(s\), got 2", two, {"prompt": "<image><image><image> which"}),
+        (ValueError, r"prompt: expected '<image>' for each of 2 image\(s\), got 1", two, {"prompt": "<image> which"}),
+        (ValueError, r"prompt: expected '<image>' for each of 2 image\(s\), got 3", two, {"prompt": "<image><image><image> which"}),
     ]  # fmt: skip
 
     def ran(*_: Any) -> None:

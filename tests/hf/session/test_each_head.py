@@ -84,6 +84,27 @@ def test_the_maps_of_each_head_have_gradients() -> None:
         assert float((gradient - expected).norm()) <= 2e-4 * float(expected.norm()) > 0
 
 
+def test_behind_dropped_tokens() -> None:
+    """The function that gets the maps of each head drops half of the tokens: maps are those without `heads`."""
+    model, inputs = family("qwen2_5_vl")[0], inputs_of("qwen2_5_vl", 1)
+    columns = visual(model, inputs)[0]
+    maps: list[Any] = []
+    heads: dict[tuple[int, int], Capture] = {}
+
+    def drop(layer: int, step: int, capture: Capture) -> Any:
+        heads[layer, step] = capture
+        return columns[::2] if (layer, step) == (1, 0) else None
+
+    for kind in ("mean", "each"):
+        with capture_attention(model, layers="all", on_layer=drop, heads=kind) as session:
+            generate(model, inputs, steps=3)
+        maps.append(session.maps)
+    assert maps[0].missing is not None and torch.equal(maps[0].missing, maps[1].missing)
+    torch.testing.assert_close(maps[1].values, maps[0].values, rtol=1e-6, atol=1e-9)
+    for (layer, step), capture in heads.items():
+        torch.testing.assert_close(capture.maps.mean(1), maps[0].values[:, layer, step], rtol=1e-6, atol=1e-9)
+
+
 def test_the_mean_over_rows_is_of_the_maps_only() -> None:
     """A question's rows reach the function one by one, as they do without `heads`."""
     model, processor = family("llava")

@@ -35,7 +35,7 @@ AT_ONCE: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "tokens empty": (ValueError, "tokens: expected at least one column", {"tokens": []}),
     "tokens below -1": (ValueError, "tokens: expected columns from 0 on", {"tokens": [3, -2]}),
     "tokens beyond any prompt": (ValueError, "tokens: expected columns", {"tokens": torch.tensor([2**33])}),
-    "a token beyond any prompt": (ValueError, "tokens: expected columns", {"tokens": [2**70]}),
+    "a token beyond any prompt": (ValueError, r"tokens\[0\]: expected an integer of at most 64", {"tokens": [2**70]}),
     "tokens all padding": (ValueError, "tokens: expected columns from 0 on", {"tokens": [-1, -1]}),
     "tokens of a bool array": (ValueError, "tokens: expected at least one column", {"tokens": np.array([True])}),
     "tokens of no view": (ValueError, "tokens: expected a VisualLayout", {"tokens": VisualLayout(((),), ((),))}),
