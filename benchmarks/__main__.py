@@ -65,7 +65,7 @@ def capture(
         list[str] | None, typer.Option(help=f"One of {', '.join(cases.GEOMETRIES)}; all by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=3)] = 31,
-    budget: Annotated[float, typer.Option(help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for one case, warm or cold; at least 3 rounds.")] = 6.0,
     threads: Threads = None,
     output: Output = None,
     csv_file: Csv = None,
@@ -91,7 +91,9 @@ def cpu(
         Literal["all", "capture"], typer.Option(help="capture: alone, and only against the fast opponents.")
     ] = "all",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads, may be repeated; 1 and 2.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of a cell, warm or cold; 0.6, headline 1.0.")
+    ] = None,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,
@@ -336,7 +338,9 @@ def gpu(
     section: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(gpu_sections.SECTIONS)}; all by default.")
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds; a measurement that would take longer does not begin.")] = 420,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds; a measurement that would take longer does not begin.")
+    ] = 420,
     output: Output = None,
     csv_file: Csv = None,
     plot_file: Plot = None,

@@ -189,6 +189,12 @@ class Given(NamedTuple):
     mass: torch.Tensor | None
     entropy: torch.Tensor | None
 
+    def of_rows(self, rows: slice) -> Given:
+        """Those of some rows."""
+        maps, mass, entropy = self
+        parts = (None if each is None else each[..., rows] for each in (mass, entropy))
+        return Given(None if maps is None else maps[..., rows, :], *parts)
+
 
 Gradients = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Those with respect to the query, to the key (None where they are left out) and to the sink, in their dtypes."""
@@ -232,6 +238,15 @@ class CaptureOptions(NamedTuple):
     sink: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     heads: HeadsSpec = "mean"
+
+    def of_rows(self, rows: slice) -> CaptureOptions:
+        """Those of some rows."""
+        mask, positions, lse = self.mask, self.positions, self.lse
+        return self._replace(
+            mask=None if mask is None else mask[:, :, rows],
+            positions=None if positions is None else positions[:, rows],
+            lse=None if lse is None else lse[:, :, rows],
+        )
 
 
 class ContrastOptions(NamedTuple):

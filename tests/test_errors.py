@@ -96,6 +96,13 @@ def test_attention() -> None:
     assert not refusals(carve_kernels.attention, right, ANY, more=more)
 
 
+def test_column_sums() -> None:
+    right = {"query": QUERY, "key": KEY, "scale": 0.3, "mask": None, "positions": None, "softcap": None, "lse": None}
+    right |= {"window": None, "sink": None, "heads": "each", "backend": "auto", "check": None}
+    more = {**WRONG_CAPTURED, "heads": ["mean"], "key": [KEY.double(), KEY[:1]], "backend": ["gpu"]}
+    assert not refusals(carve_kernels.column_sums, right, ANY, more=more)
+
+
 def test_capture_layers() -> None:
     out = Capture(torch.zeros(4, 2, 2, 3, 5), torch.zeros(4, 2, 2, 3), torch.zeros(4, 2, 2, 3))
     right = {name: value for name, value in CAPTURED.items() if name not in ("heads", "check")}

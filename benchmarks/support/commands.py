@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -36,7 +36,7 @@ Opponent = Annotated[
 ]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=128, help="A multiple of 128, the head size.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option()]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice by default.")]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import as_typed, number_of, replace_files, say, stages, versions
+from carve_kernels.cli.output import as_typed, check_folder, number_of, replace_files, say, stages, versions
 
 if TYPE_CHECKING:
     from carve_kernels.cli.questions import QuestionLine
@@ -64,6 +64,7 @@ def profile(
     from carve_kernels.presets import STEPS
 
     file, questions = checks.path("output", output), checks.path("input", input)
+    check_folder(file.parent)
     candidates = None if rows is None else [options.parse_rows(text) for text in rows]
     _, base = settings.preset_of(model)
     lines = read(questions)

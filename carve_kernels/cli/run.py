@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from carve_kernels.cli import options
-from carve_kernels.cli.output import say
+from carve_kernels.cli.output import check_folder, say
 
 if TYPE_CHECKING:
     from carve_kernels.presets import Preset
@@ -47,6 +47,7 @@ def run(
 
     checks.text("question", question)
     folder = checks.path("output", output)
+    check_folder(folder)
     if (video is None) == (not image):
         raise ValueError("--image, --video: expected images or a video, got " + ("none" if not image else "both"))
     name, preset = settings.preset_of(model)

@@ -1,1 +1,1 @@
-"""Published methods on this package: a module for each, with the names of its own program, and recipes; see docs/frontends.md."""
+"""Published methods, a module for each with the names of its own program, and recipes; see docs/frontends.md."""

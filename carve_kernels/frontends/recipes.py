@@ -1,11 +1,12 @@
 """Recipes of attention-guided cropping: small functions over the maps of a session; docs/frontends.md has an example.
 
-A layer by its sensitivity to the question, heads that attend to one place, a crop only when the answer is unsure, several
-peaks of one map. Each says which paper its formula is from, or that it is ours.
+A layer by its sensitivity to the question, heads that attend to one place, a crop only when the answer is unsure,
+several peaks of one map. Each says which paper its formula is from, or that it is ours.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from carve_kernels.hf.engine.passes import decode_answer
 from carve_kernels.hf.engine.requests import ImageSource
 from carve_kernels.hf.engine.result import CarveResult
 from carve_kernels.hf.model import unwrap
+from carve_kernels.hf.query_rows import tokenizer_of
 from carve_kernels.types import Capture, Size
 
 Head = tuple[int, int]
@@ -317,8 +319,12 @@ def carve_if_unsure(engine: CarveEngine, image: ImageSource, question: str, *, t
     inputs = {**request.task.inputs, **request.features.entries}
     config = greedy_config(model, engine.preset.max_new_tokens)
     config.update(return_dict_in_generate=True, output_scores=True)
+    # generate takes unset fields from the model's own config, so it gets a shallow copy of the model with this config.
+    twin = copy.copy(model)
+    twin.generation_config = config
+    tokenizer = {"tokenizer": tokenizer_of(engine.processor)} if config.stop_strings else {}
     with exclusive(engine.model), torch.no_grad(), preserved_positions(model):
-        output = model.generate(**inputs, generation_config=config)
+        output = twin.generate(**inputs, **tokenizer)
     ids = output.sequences[0, inputs["input_ids"].shape[1] :]
     sure = confidence(output.scores, ids)
     plain = decode_answer(engine.processor, tuple(ids.tolist()))

@@ -99,7 +99,7 @@ def sdpa_and_capture(
     # Without a mask all rows go into one call.
     step = _ROWS if options.mask is not None or options.positions is not None else max(query.shape[2], 1)
     parts = [
-        _output(query[:, :, rows], key, value, _options_of(options, rows))
+        _output(query[:, :, rows], key, value, options.of_rows(rows))
         for rows in (slice(start, start + step) for start in range(0, query.shape[2], step))
     ]
     attended = torch.cat(parts, 2) if parts else query.new_empty(*query.shape[:3], value.shape[3])
@@ -119,14 +119,6 @@ def _captured(
         return with_gradient(query, key, tokens, options, module, out)
     captured: Capture = module.forward(query, key, tokens, options, out=out)
     return captured
-
-
-def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:
-    """The options of some of the rows."""
-    mask, positions = options.mask, options.positions
-    return options._replace(
-        mask=None if mask is None else mask[:, :, rows], positions=None if positions is None else positions[:, rows]
-    )
 
 
 def _output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: CaptureOptions) -> torch.Tensor:

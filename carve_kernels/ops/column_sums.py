@@ -64,6 +64,7 @@ def column_sums(
     check_options(query, key, options)
     checks.number("scale", scale)
     checks.choice("heads", heads, ("each", "sum"))
+    checks.flag("check", check)
     if needs_gradient(query, key, sink):
         name = next(
             name

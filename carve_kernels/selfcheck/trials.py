@@ -89,7 +89,8 @@ def trials(*, quick: bool) -> list[Build]:
         partial(_capture, "known lse", _BASE.but(view="all", ragged=False), lse=True),
         partial(_layers, "three layers", _BASE.but(rows=2, dtype=_HALF, view="positions"), 3),
         *(partial(_column_sums, name, case) for name, case in cases.items() if case.keys < 1000),
-        partial(_column_sums, "each head, bfloat16", _BASE.but(dtype=_HALF, rows=40, view="positions")),
+        partial(_column_sums, "known lse", _BASE.but(view="all", ragged=False), lse=True),
+        partial(_column_sums, "forty rows, bfloat16", _BASE.but(dtype=_HALF, rows=40, view="positions")),
         *_contrasts(quick),
         *_regions(quick),
     ]
@@ -194,8 +195,10 @@ def _attention(name: str, case: Case, value_size: int, timed: bool = False) -> T
     return Trial("attention", name, attention, (query, key, value, tokens), options, judge, numbers if timed else None)
 
 
-def _column_sums(name: str, case: Case) -> Trial:
+def _column_sums(name: str, case: Case, lse: bool = False) -> Trial:
     (query, key, _), options = planted(case)
+    if lse:
+        options["lse"] = _log_sum_exp(query, key, options["scale"])
     (doubled, doubled_key, _), exact_options = exact((query, key, query), options)
     truth = column_sums(doubled, doubled_key, **exact_options, backend="reference")
     reference = column_sums(query, key, **options, backend="reference")
@@ -261,6 +264,7 @@ def _regions(quick: bool) -> list[Build]:
         name = f"{kind}, {frames} x {shape[0]} x {shape[1]}, connectivity {connectivity}"
         chosen = {"keep": 0.3, "floor": 2, "connectivity": connectivity}
         builds.append(partial(_saliency, name, (shape[0], shape[1]), kind, frames=frames, **chosen))
+    builds.append(partial(_saliency, "noise, 61 x 83, min_size 4", (61, 83), "noise", keep=0.3, min_size=4))
     return [*builds, partial(_saliency, "smooth, float64", (61, 83), "smooth", dtype=torch.float64)]
 
 

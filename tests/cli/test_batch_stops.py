@@ -55,9 +55,9 @@ def test_an_output_that_cannot_be_written(ask: Ask, folder: Path) -> None:
     (folder / "file").write_text("")
     for place in ("file", "file/deep"):
         done = ask(LINES, "-o", folder / place)
-        assert done.exit_code == 1 and "output: cannot write into" in done.stderr
+        assert done.exit_code == 2 and "file is not a folder; choose another --output" in done.stderr
     done = ask(LINES, "--memory", folder / "file")
-    assert done.exit_code == 1 and done.stderr.startswith("error: --memory: ") and done.stderr.count("\n") == 1
+    assert done.exit_code == 2 and done.stderr.startswith("error: --memory: ") and done.stderr.count("\n") == 1
     assert not (folder / "out").exists()
 
 

@@ -55,7 +55,7 @@ def test_a_scene_out_of_range_is_refused(carve: Invoke, tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written(carve: Invoke, stand_in: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = carve("demo", "-o", tmp_path / "file")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "file is not a folder" in done.stderr
 
 

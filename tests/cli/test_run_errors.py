@@ -99,7 +99,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("carve_kernels.hf.loading.load", lambda *args, **kwargs: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
-    assert run("-o", tmp_path / "file").exit_code == 1
+    assert run("-o", tmp_path / "file").exit_code == 2
 
     def refuse(**settings: Any) -> str:
         raise PermissionError(13, "Permission denied")

@@ -197,3 +197,43 @@ def test_the_example(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     IMAGES[0].save(tmp_path / "image.png")
     main(["--model", str(tmp_path / "model"), "--image", str(tmp_path / "image.png"), "--k", "1", "--new", "2"])
     assert "keys up to layer 0" in capsys.readouterr().out
+
+
+def test_padding_on_the_right_and_embeddings() -> None:
+    model, inputs = family("llava")[0], inputs_of("llava", 3)
+    ids, mask = (inputs[name].clone() for name in ("input_ids", "attention_mask"))
+    for row in range(3):
+        pads = int((mask[row] == 0).sum())
+        ids[row], mask[row] = ids[row].roll(-pads), mask[row].roll(-pads)
+    right = {**inputs, "input_ids": ids, "attention_mask": mask}
+    columns, embeddings = visual(model, right), []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, given: embeddings.append(given["inputs_embeds"]), with_kwargs=True
+    )
+    outputs, kept = [], []
+    for given in (inputs, right):
+        with FastV(model) as fastv, torch.no_grad():
+            outputs.append(model(**given).logits)
+            kept.append(fastv.kept)
+    hook.remove()
+    with FastV(model, tokens=torch.stack(columns)), torch.no_grad():
+        embedded = model(inputs_embeds=embeddings[1], attention_mask=mask).logits
+    assert torch.allclose(embedded, outputs[1], rtol=1e-4, atol=1e-5)
+    for row in range(3):
+        expected, last = outputs[0][row, -1], outputs[1][row, int(mask[row].sum()) - 1]
+        assert float((last - expected).abs().max() / expected.abs().max()) < 1e-5
+        pads = int((mask[row] == 0).sum())
+        assert torch.equal(torch.where(kept[1][row] < 0, -1, kept[1][row] + pads), kept[0][row])
+
+
+def test_a_loss_of_the_text_reaches_the_first_layer() -> None:
+    model, inputs = family("llava")[0], inputs_of("llava", 1)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    weight = decoder_layers(model)[0].self_attn.q_proj.weight  # type: ignore[union-attr]
+    with FastV(model):
+        output = model(**inputs, labels=labels)
+    [gradient] = torch.autograd.grad(output.loss, weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        plain = model(**inputs, labels=labels)
+    assert output.logits.shape == plain.logits.shape and bool(gradient.isfinite().all()) and bool(gradient.any())
+    assert 0 < abs(float(output.loss.detach() - plain.loss)) < 1

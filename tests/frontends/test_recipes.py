@@ -229,6 +229,23 @@ def test_a_sure_answer_is_the_plain_one_and_an_unsure_one_is_carves(name: str) -
     assert found.carved.answer == found.plain == expected.answer and found.carved.answer_ids == expected.answer_ids
 
 
+def test_the_answer_is_of_the_models_generation_config(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scores are those behind its penalties, and its stop strings end the answer, as in the engine."""
+    model, processor = pair("llava")
+    image = draw_scene(3, 4).image.resize((120, 90))
+    engine = CarveEngine(model, processor, preset={"max_new_tokens": 6}, memory=False, profile=False)
+    before = recipes.carve_if_unsure(engine, image, "what digit is red", threshold=0.0)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)
+    monkeypatch.setattr(model.generation_config, "temperature", 0.3)
+    monkeypatch.setattr(model.generation_config, "stop_strings", [engine(image, "what digit is red").answer[0]])
+    expected = engine(image, "what digit is red")
+    found = recipes.carve_if_unsure(engine, image, "what digit is red", threshold=0.0)
+    assert found.plain == expected.answer and found.confidence != pytest.approx(before.confidence, rel=1e-3)
+    assert len(expected.answer_ids) < 6 and not caplog.records
+
+
 def test_the_embedded_model_is_less_sure_of_wrong_answers() -> None:
     engine = CarveEngine(*embedded(), plain=False, memory=False)
     scenes = [draw_scene(seed, 4, split="test") for seed in range(12)]

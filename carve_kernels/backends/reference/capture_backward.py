@@ -38,8 +38,8 @@ def backward(
     step = max(1, _SCORES // max(batch * heads * keys, 1))
     for start in range(0, rows if keys and tokens.shape[1] and heads else 0, step):
         part = slice(start, start + step)
-        some = _options_of(options, part)
-        products, sinks = _of_products(query[:, :, part], key, tokens, some, _of_rows(given, part))
+        some = options.of_rows(part)
+        products, sinks = _of_products(query[:, :, part], key, tokens, some, given.of_rows(part))
         if to_sink is not None and sinks is not None:
             to_sink += sinks
         to_query[:, :, part] = _into_query(products, query[:, :, part], key, seen_keys(some, keys), to_key)
@@ -47,21 +47,6 @@ def backward(
         to_query,
         None if to_key is None else to_key.to(key.dtype),
         None if sink is None or to_sink is None else to_sink.to(sink.dtype),
-    )
-
-
-def _of_rows(given: Given, rows: slice) -> Given:
-    maps, mass, entropy = given
-    parts = (None if each is None else each[..., rows] for each in (mass, entropy))
-    return Given(None if maps is None else maps[..., rows, :], *parts)
-
-
-def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:
-    mask, positions, lse = options.mask, options.positions, options.lse
-    return options._replace(
-        mask=None if mask is None else mask[:, :, rows],
-        positions=None if positions is None else positions[:, rows],
-        lse=None if lse is None else lse[:, :, rows],
     )
 
 

@@ -60,10 +60,10 @@ def backward(
         scratch = torch.empty(division[1].floats, dtype=torch.float32, device=device)
         for start in range(0, rows, division[0].rows):
             part = slice(start, start + division[0].rows)
-            some, layers = _options_of(options, part), Layers.single(query[:, :, part], key, None)
+            some, layers = options.of_rows(part), Layers.single(query[:, :, part], key, None)
             launch_scores(layers, some, None, scratch, division)
             sinks = _add_gradients(
-                layers, tokens, some, _given_of(given, part), division, scratch, to_query[:, :, part], to_key, start > 0
+                layers, tokens, some, given.of_rows(part), division, scratch, to_query[:, :, part], to_key, start > 0
             )
             if to_sink is not None and sinks is not None:
                 to_sink -= sinks
@@ -72,21 +72,6 @@ def backward(
         None if to_key is None else to_key.to(key.dtype),
         None if to_sink is None or sink is None else to_sink.to(sink.dtype),
     )
-
-
-def _options_of(options: CaptureOptions, rows: slice) -> CaptureOptions:
-    mask, positions, lse = options.mask, options.positions, options.lse
-    return options._replace(
-        mask=None if mask is None else mask[:, :, rows],
-        positions=None if positions is None else positions[:, rows],
-        lse=None if lse is None else lse[:, :, rows],
-    )
-
-
-def _given_of(given: Given, rows: slice) -> Given:
-    maps, mass, entropy = given
-    parts = (None if each is None else each[..., rows] for each in (mass, entropy))
-    return Given(None if maps is None else maps[..., rows, :], *parts)
 
 
 def _add_gradients(

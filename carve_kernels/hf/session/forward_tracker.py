@@ -70,7 +70,6 @@ class ForwardTracker:
     def __init__(self, model: nn.Module, modules: list[nn.Module], options: SessionOptions) -> None:
         self.record: Record | None = None
         self.generation: GenerateCall | None = None
-        # Of the model, for all of its sessions.
         self.drops = TokenDrops(model, [self])
         self._model, self._modules, self._options = model, modules, options
         self.grad = options.grad
