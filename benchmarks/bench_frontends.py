@@ -53,6 +53,7 @@ from benchmarks.support.lines import Goal, Line, line
 from benchmarks.support.models import Shape
 from benchmarks.support.timing import Spread, no_preparation, paired, ratio
 from benchmarks.support.user_opponent import OpponentFailed
+from carve_kernels import Preset
 
 VERSIONS = ("v1", "v2", "v3", "v4")
 GOALS = {RELEASE: 4.0, MAP: 1.5, ANSWERS: 1.5}
@@ -216,22 +217,22 @@ def _measured(
     source: Source,
     dtype: str,
     runs: Callable[[Subject], Iterable[tuple[dict[str, Any], Runs]]],
-    check: Callable[[str, Any, Any], float],
+    check: Callable[[str, Any, Any], dict[str, Any]],
     rounds: int,
     advance: Callable[[str], None],
 ) -> list[Line]:
     """Lines of all cases; checked in float32, whatever the dtype of the timing."""
     exact = source.subject("float32")
-    errors = [check(f"{name}, {labels}", *_both(name, case)) for labels, case in runs(exact)]
+    checked = [check(f"{name}, {labels}", *_both(name, case)) for labels, case in runs(exact)]
     subject = exact if dtype == "float32" else source.subject(dtype)
     found = []
-    for (labels, case), error in zip(runs(subject), errors, strict=True):
+    for (labels, case), differences in zip(runs(subject), checked, strict=True):
         cpu = {who: OfProcessor(run) for who, run in case.items()}
         seconds = paired(cpu, rounds=rounds, before=no_preparation, warm_up=dtype != "float32")
         goal = Goal(RATIO, GOALS[name])
         spent = {who: run.seconds[-len(seconds[who]) :] for who, run in cpu.items()}
         ratios = {RATIO: ratio(seconds, THEIRS, OURS), CPU_RATIO: ratio(spent, THEIRS, OURS)}
-        named = {**labels, "dtype": dtype, "error": f"{error:.1e}"}
+        named = {**labels, "dtype": dtype, **differences}
         found.append(line(f"{name}: ms", named, ratios, [goal], seconds=seconds))
         advance(f"{name}, {labels}")
     return found
@@ -258,33 +259,41 @@ def _both(name: str, case: Runs) -> tuple[Any, Any]:
     return theirs, case[OURS]()
 
 
-def same_results(name: str, theirs: Any, ours: Any) -> float:
-    """The largest difference of the saliencies over the largest value; all else must be equal."""
+def same_results(name: str, theirs: Any, ours: Any) -> dict[str, Any]:
+    """The largest difference of the saliencies over the largest value, and the pixels whose masks differ.
+
+    Masks may differ in pixels that are as near to the threshold as the saliencies are; all else must be equal.
+    """
     error = _near(name, theirs.sum_att_map, ours.sum_att_map)
-    mask = np.asarray(theirs.mask_map)
+    saliency, mask = np.asarray(theirs.sum_att_map), np.asarray(theirs.mask_map)
     if not 0 < mask.mean() < 1:
         raise WrongAnswer(f"{name}: expected a mask of a part of the image, got {mask.mean():.2f} of it")
+    other = mask != np.asarray(ours.mask_map)
+    threshold = np.percentile(saliency, 100 * (1 - Preset.release().keep))
+    beyond = int((other & (np.abs(saliency - threshold) > NEAR * saliency.max())).sum())
+    if beyond:
+        raise WrongAnswer(f"{name}: expected the same mask of both, got {beyond} other pixels of {mask.size}")
     pairs = {
-        "mask": (mask.tobytes(), np.asarray(ours.mask_map).tobytes()),
         "box": (tuple(theirs.bbox), tuple(ours.bbox)),
-        "refined image": (theirs.refined_image.tobytes(), ours.refined_image.tobytes()),
         "answer": (theirs.original_answer, ours.original_answer),
         "refined answer": (theirs.refined_answer, ours.refined_answer),
     }
+    if not other.any():
+        pairs["refined image"] = theirs.refined_image.tobytes(), ours.refined_image.tobytes()
     _equal(name, pairs)
-    return error
+    return {"error": f"{error:.1e}", "other pixels": int(other.sum())}
 
 
-def same_maps(name: str, theirs: Any, ours: Any) -> float:
+def same_maps(name: str, theirs: Any, ours: Any) -> dict[str, Any]:
     error = _near(name, theirs[0], ours[0])
     _equal(name, {"box": (tuple(theirs[1]), tuple(ours[1]))})
-    return error
+    return {"error": f"{error:.1e}"}
 
 
-def same_answers(name: str, theirs: Any, ours: Any) -> float:
+def same_answers(name: str, theirs: Any, ours: Any) -> dict[str, Any]:
     names = "answer", "answer about both images", "box"
     _equal(name, dict(zip(names, zip(map(_plain, theirs), map(_plain, ours), strict=True), strict=True)))
-    return 0.0
+    return {}
 
 
 def _plain(found: Any) -> Any:

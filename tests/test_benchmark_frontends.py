@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import bench_frontends
 from benchmarks.support import frontends, programs
+from benchmarks.support.answers import WrongAnswer
 from benchmarks.support.models import Shape
 from tests.support import tiny_models
 from tests.support.bench import run
@@ -119,6 +120,11 @@ WRONG = {
     "nearly the saliency": ("change", "replace(found, sum_att_map=found.sum_att_map * 1.0001)", "maps within"),
     "NaN": ("change", "replace(found, sum_att_map=found.sum_att_map * float('nan'))", "expected a map with a peak"),
     "mask": ("change", "replace(found, mask_map=1 - found.mask_map)", "the same mask"),
+    "refined image": (
+        "change",
+        "replace(found, refined_image=found.refined_image.rotate(180))",
+        "the same refined image",
+    ),
     "box": ("change", "replace(found, bbox=(0, 0, 1, 1))", "the same box"),
     "answer": ("change", "replace(found, original_answer='no')", "the same answer"),
     "refined answer": ("change", "replace(found, refined_answer='no')", "the same refined answer"),
@@ -158,6 +164,26 @@ def test_what_cannot_be_measured_is_refused(words: tuple[str, ...], message: str
     result = run("frontends", *words)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_pixels_at_the_threshold_may_differ() -> None:
+    saliency = np.linspace(0, 1, 100)
+    # The 80th percentile is between these two.
+    saliency[79:81] = 0.8, 0.8 + 1e-6
+    saliency = saliency.reshape(10, 10)
+    mask = (saliency >= np.percentile(saliency, 80)).astype(np.uint8)
+    image = SimpleNamespace(tobytes=lambda: b"")
+    found = {
+        "sum_att_map": saliency, "bbox": (0, 8, 10, 10), "refined_image": image, "original_answer": "a",
+        "refined_answer": "b",
+    }  # fmt: skip
+    theirs, ours = SimpleNamespace(**found, mask_map=mask), SimpleNamespace(**found, mask_map=mask.copy())
+    assert bench_frontends.same_results("release", theirs, ours)["other pixels"] == 0
+    ours.mask_map[8, 0] = 0
+    assert bench_frontends.same_results("release", theirs, ours)["other pixels"] == 1
+    ours.mask_map[9, 5] = 0
+    with pytest.raises(WrongAnswer, match="got 1 other pixels of 100"):
+        bench_frontends.same_results("release", theirs, ours)
 
 
 def test_programs_are_timed_on_a_checkpoint(tmp_path: Path) -> None:

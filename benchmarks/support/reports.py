@@ -17,7 +17,7 @@ SECONDS, RATIO, BYTES = "seconds", "ratio", "bytes"
 # The load is never the same; the command also names files.
 _VARYING = ("load",)
 # Labels that say what was measured or predicted, or of which machine, and not which row it is.
-_FINDINGS = ("instructions", "error", "sum", "compiled parts without a graph")
+_FINDINGS = ("instructions", "error", "other pixels", "sum", "compiled parts without a graph")
 _FINDING_ENDS = (", us",)
 
 
