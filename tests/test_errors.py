@@ -19,6 +19,7 @@ from tests.support.wrong_arguments import (
     at_least,
     either,
     is_integer,
+    is_limit,
     is_number,
     never,
     nothing,
@@ -141,7 +142,7 @@ def is_vector(value: Any) -> bool:
 def test_regions() -> None:
     right = {"saliency": SALIENCY, "keep": 0.4, "top": 2, "floor": None, "connectivity": None, "score": "sum"}
     more = {"saliency": [SALIENCY.numpy(), SALIENCY.long(), SALIENCY[0], SALIENCY * NAN], "keep": [1.1, "0.4"]}
-    accepts = {**ANY, "saliency": is_map, "top": at_least(1, is_integer)}
+    accepts = {**ANY, "saliency": is_map, "top": is_limit}
     assert not refusals(carve_kernels.regions, {**right, "check": None, "backend": "auto"}, accepts, more=more)
 
 
@@ -203,7 +204,7 @@ def test_preset() -> None:
         "rows": either(whole, one_of([1], (1, 2), (-3, -4)), is_range),
         "layer_weights": either(one_of(None, [], [1], (), (1, 2)), is_range, is_flat),
         "lam": either(at_least(0), is_scalar),
-        "top": whole,
+        "top": either(is_limit, is_scalar),
         "fill": is_range,
         "size": one_of((1, 2)),
         "limit": either(at_least(1), is_scalar),
@@ -271,7 +272,7 @@ def test_contrast_and_regions_of_the_plug_in() -> None:
     assert not refusals(backend.contrast, right, accepts, more=more, leaves=["step_weights"])
     right = {"saliency": SALIENCY.tolist(), "keep": 0.4, "top": 2, "floor": None, "connectivity": None, "score": "sum"}
     more = {"saliency": [[[1.0, 2.0], [3.0]], SALIENCY[0]]}
-    accepts = {**ANY, "saliency": either(is_map, is_matrix), "top": at_least(1, is_integer)}
+    accepts = {**ANY, "saliency": either(is_map, is_matrix), "top": is_limit}
     assert not refusals(backend.regions, right, accepts, more=more)
 
 

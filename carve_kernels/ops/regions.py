@@ -101,7 +101,7 @@ def region_options(
     """Check the options of `regions` for a saliency of 2 or 3 dimensions."""
     keep = share("keep", keep)
     if min_size is not None:
-        checks.integer("min_size", min_size, low=1)
+        min_size = checks.limit("min_size", min_size)
         top = _ALL if top is None and floor is None else top
     top, floor = limits(top, floor, ", or min_size without both")
     sides, corners = CONNECTIVITY[dims]
@@ -113,7 +113,7 @@ def region_options(
             f"connectivity: expected one of {sides}, {corners} for {shape}, got {checks.describe(connectivity)}"
         )
     checks.choice("score", score, SCORES)
-    return RegionOptions(keep, top, floor, connectivity, score, 1 if min_size is None else int(min_size))
+    return RegionOptions(keep, top, floor, connectivity, score, 1 if min_size is None else min_size)
 
 
 def share(name: str, value: float) -> float:
@@ -131,5 +131,5 @@ def limits(top: int | None, floor: int | None, instead: str = "") -> tuple[int |
             f"floor={floor!r}"
         )
     if top is not None:
-        return checks.integer("top", top, low=1), None
-    return None, checks.integer("floor", floor, low=1)
+        return checks.limit("top", top), None
+    return None, checks.limit("floor", floor)

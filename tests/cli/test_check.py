@@ -17,6 +17,8 @@ from carve_kernels.backends.cpu import capture as cpu_capture
 from carve_kernels.types import CaptureOptions
 from tests.cli.conftest import Invoke, content
 
+STAGES = ("capture", "column_sums", "contrast", "regions")
+
 
 def report_of(path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
@@ -40,7 +42,7 @@ def test_the_backends_of_the_cpu_are_right(carve: Invoke, tmp_path: Path) -> Non
     assert list(content(tmp_path)) == ["check.json"]
     assert {(entry["stage"], entry["backend"]) for entry in found["checks"]} == {
         ("attention", "reference"),
-        *((stage, backend) for stage in ("capture", "contrast", "regions") for backend in ("cpu", "reference")),
+        *((stage, backend) for stage in STAGES for backend in ("cpu", "reference")),
     }
     alone = sum(entry["stage"] == "attention" for entry in found["checks"])
     assert len(found["checks"]) == 2 * selfcheck.count(quick=True) - alone
@@ -76,7 +78,7 @@ def test_a_wrong_backend_ends_with_1_and_names_the_case(
         "sinks, softcap, window, float32", "sinks, softcap, window, bfloat16",
     ]  # fmt: skip
     assert "wrong: capture, backend cpu, sinks, softcap, window, float32: maps: relative error 1.0e-02" in done.stdout
-    assert "2 of 79 cases are wrong." in done.stdout
+    assert "2 of 93 cases are wrong." in done.stdout
 
 
 def test_an_unavailable_backend_is_reported(carve: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,7 @@ def test_an_unavailable_backend_is_reported(carve: Invoke, tmp_path: Path, monke
     found = report_of(tmp_path / "check.json")
     assert {entry["backend"] for entry in found["checks"]} == {"reference"}
     cells = [cell for cell in found["backends"] if cell["backend"] == "cpu" and cell["stage"] != "attention"]
-    assert [cell["unavailable"] for cell in cells] == [cpu.unavailable()] * 3
+    assert [cell["unavailable"] for cell in cells] == [cpu.unavailable()] * len(STAGES)
 
 
 @pytest.mark.parametrize("words", [["--device", "cuda"], ["--device", "cuda:99"], ["--device", "nowhere"]])

@@ -41,6 +41,11 @@ def is_integer(value: Any) -> bool:
     return is_number(value) and isinstance(value, Integral)
 
 
+def is_limit(value: Any) -> bool:
+    """A largest number, which may be beyond 64 bits."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
 def at_least(low: float, kind: Callable[[Any], bool] = is_number) -> Callable[[Any], bool]:
     """Accepts numbers from `low` on."""
     return lambda value: kind(value) and value >= low

@@ -110,18 +110,18 @@ def check_processor(model: nn.Module, processor: Any) -> Family | None:
     Raises TypeError for what is no processor, ValueError if the family's image tokens have no place, or if the
     processor does not fit the model.
     """
-    processors.check(processor)
     config = unwrap(model).config
     family = family_of(config.model_type, processor)
-    if family is None:
-        if names.image_id(config) is None:
-            raise ValueError(
-                f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
-                f"known are {supported()}"
-            )
-        return None
-    if family.reason is not None:
+    if family is None and names.image_id(config) is None:
+        raise ValueError(
+            f"model: the config of {config.model_type!r} names no image token, so its layout cannot be measured; "
+            f"known are {supported()}"
+        )
+    if family is not None and family.reason is not None:
         raise ValueError(f"model: the image tokens of {config.model_type} have no place in the image: {family.reason}")
+    processors.check(processor)
+    if family is None:
+        return None
     token, expected = None if family.placeholder else names.image_id(processor), names.image_id(config)
     if token not in (None, expected):
         raise ValueError(

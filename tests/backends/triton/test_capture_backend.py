@@ -170,7 +170,8 @@ def test_a_step_outside_the_buffers_writes_nothing(step: int) -> None:
     (query, key, tokens), options = planted(case)
     guards = Guards()
     out = Capture(*(guards.put("out", part) for part in slots(case, steps=2, layers=1)))
-    capture_layers([query], [key], tokens, step=torch.tensor(step), out=out, backend="triton", **options)
+    slot = Slot(out, torch.tensor(step))
+    assert capture.forward_layers(Layers([query], [key]), tokens, CaptureOptions(**options), slot)
     guards.check()
 
 

@@ -109,8 +109,12 @@ def test_a_compiled_step_has_one_more_operator_and_keeps_no_memory() -> None:
 def addresses(session: Any) -> set[int]:
     """The memory of the current record's tensors."""
     found: set[int] = set()
+    seen: set[int] = set()
 
     def walk(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
         if isinstance(value, torch.Tensor):
             found.add(value.untyped_storage().data_ptr())
         elif isinstance(value, (list, tuple)):
