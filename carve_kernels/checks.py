@@ -113,7 +113,7 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
 
 def limit(name: str, value: Any) -> int:
     """Check a largest number of at least 1; one beyond 64 bits is no limit."""
-    beyond = isinstance(value, Integral) and value >= 2**63
+    beyond = isinstance(value, Integral) and int(value) >= 2**63
     return 2**63 - 1 if beyond else integer(name, value, low=1)
 
 

@@ -38,8 +38,8 @@ _FLOATS = (torch.float32, torch.float64)
 class HeadMaps:
     """Keeps the maps of each head of a session: `capture_attention(model, heads="each", on_layer=HeadMaps())`.
 
-    They are those of the last prompt and its decode steps, at no further pass. `maps` raises ValueError for what was
-    not captured.
+    They are those of the last prompt and its decode steps, at no further pass. Tokens that were dropped have 0 behind
+    the layer that dropped them: take earlier layers. `maps` raises ValueError for what was not captured.
     """
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ def confidence(scores: Any, ids: Any) -> float:
     Raises TypeError or ValueError for arguments that do not fit. Source: AdaFocus, now LookWise (arXiv 2603.00171), as
     in its program.
     """
-    if isinstance(scores, tuple) and all(isinstance(each, torch.Tensor) and each.ndim == 2 for each in scores):
+    if isinstance(scores, tuple) and all(isinstance(each, torch.Tensor) and each.shape[:-1] == (1,) for each in scores):
         scores = torch.cat(scores) if scores else torch.empty(0, 0)
     logits, tokens = as_tensor("scores", scores, floating=True), as_tensor("ids", ids)
     tokens = tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens

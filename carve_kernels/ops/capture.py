@@ -60,7 +60,7 @@ def capture(
     lse          float             [B, A, R]           natural log-sum-exp of the logits, if it is already known
     heads        str                                   "mean" over the heads, or "each" head by itself
     out          Capture                               tensors to write into, of the shapes below
-    check        bool                                  check for NaN, bad tokens and a wrong lse; default: on a CPU
+    check        bool                                  check query, tokens, lse of the first row; default: on a CPU
     ===========  ================  ==================  =============================================================
 
     Returns Capture(maps [B, R, N] or [B, A, R, N], mass [B, R], entropy [B, R]) in float32 (float64 for float64

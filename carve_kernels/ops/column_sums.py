@@ -48,7 +48,7 @@ def column_sums(
     sink         float             [A]                 one more logit for each head, without a key
     lse          float             [B, A, R]           natural log-sum-exp of the logits, if it is already known
     heads        str                                   sums of "each" head, or their "sum" over the heads
-    check        bool                                  check for NaN and a wrong lse; default: on a CPU
+    check        bool                                  check query, and lse of the first row; default: on a CPU
     ===========  ================  ==================  =============================================================
 
     Returns [B, A, S], or [B, S] where summed over the heads, in float32 (float64 for float64 input). Causal rows are

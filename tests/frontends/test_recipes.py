@@ -361,6 +361,11 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     ),
     "no scores": (ValueError, "scores: expected floating-point scores", lambda: recipes.confidence((), [])),
     "scores NaN": (ValueError, "scores: expected numbers", lambda: recipes.confidence(SCORES * math.nan, [0, 1])),
+    "scores of a batch": (
+        ValueError,
+        "scores: expected floating-point scores",
+        lambda: recipes.confidence((SCORES, SCORES), [0, 1, 0, 1]),
+    ),
     "ids": (ValueError, "ids: expected 2 tokens as the scores", lambda: recipes.confidence(SCORES, [0])),
     "ids float": (ValueError, "ids: expected 2 tokens as the scores", lambda: recipes.confidence(SCORES, [0.0, 1.0])),
     "ids high": (ValueError, "ids: expected tokens from 0 to 4", lambda: recipes.confidence(SCORES, [0, 5])),

@@ -415,3 +415,10 @@ def test_a_checkpoint_is_loaded_as_the_release_loads_it(tmp_path: Path) -> None:
     assert 200 * 28 * 28 < rows * columns * 14 * 14 <= 256 * 28 * 28
     with pytest.raises(ValueError, match="family: expected the one of the model"):
         release.load_model(str(tmp_path), family="llava", device="cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
+def test_a_reversed_map_of_one_line_has_the_mask_of_its_copy(shape: tuple[int, int]) -> None:
+    line = np.random.default_rng(0).random(shape)[::-1, ::-1]
+    found = release.create_attention_mask(line, top_percent=0.3)
+    assert np.array_equal(found, release.create_attention_mask(line.copy(), top_percent=0.3))

@@ -293,3 +293,20 @@ def test_without_gradients_tensors_that_require_one_are_summed() -> None:
     with torch.no_grad():
         found = column_sums(QUERY.clone().requires_grad_(), KEY, scale=1.0)
     torch.testing.assert_close(found, torch.full((2, 4, 5), 0.6))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_window_beyond_int32_hides_nothing(backend: str) -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 6, 8)
+    positions = torch.tensor([[3, 4, 5]], dtype=torch.int32)
+    far = column_sums(query, key, scale=0.3, positions=positions, window=2**40, backend=backend)
+    assert torch.allclose(far, column_sums(query, key, scale=0.3, positions=positions, backend="reference"))
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), -float("inf")])
+def test_an_infinite_lse_of_a_row_that_sees_keys_is_refused(wrong: float) -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 6, 8)
+    with pytest.raises(ValueError, match=r"^lse: expected the natural log-sum-exp"):
+        column_sums(query, key, scale=0.3, lse=torch.full((1, 2, 3), wrong))
+    dead = torch.full((1, 3), -1)
+    assert not column_sums(query, key, scale=0.3, positions=dead, lse=torch.full((1, 2, 3), -float("inf"))).any()

@@ -102,5 +102,6 @@ def visible_keys(options: CaptureOptions, keys: int) -> Tensor | None:
     last = options.positions[:, None, :, None]
     visible = column <= last
     if options.window is not None:
-        visible &= column > last - options.window
+        # In int64: a window may be beyond int32, that of the positions.
+        visible &= column - last > -options.window
     return visible if options.mask is None else visible & options.mask

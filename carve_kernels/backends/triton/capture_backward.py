@@ -189,7 +189,7 @@ def _picked(
         last = options.positions[:, None, :, None]
         seen = seen & (column[:, None, None] <= last)
         if options.window is not None:
-            seen = seen & (column[:, None, None] > last - options.window)
+            seen = seen & (column[:, None, None] - last > -options.window)
     dtype = torch.float32 if query.device.type == "xpu" else torch.float64
     exponents = picked.to(dtype).mul_(factor).sub_(lines.top[..., None])
     probabilities = torch.exp2(exponents).float().mul_(lines.share[..., None])

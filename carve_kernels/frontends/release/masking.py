@@ -42,7 +42,8 @@ def create_attention_mask(
     Raises TypeError or ValueError for an argument of the wrong kind or range, and for a saliency that is not finite.
     """
     floor = check_rule(top_percent, min_keep_regions, outlier_percent, strategy)
-    values = np.ascontiguousarray(as_array("sum_att_map", sum_att_map))
+    # A copy: torch takes no negative strides, which `ascontiguousarray` leaves on axes of length 1.
+    values = np.array(as_array("sum_att_map", sum_att_map), order="C")
     if values.ndim != 2 or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
         raise ValueError(
             f"sum_att_map: expected finite float32 or float64 values [H, W], got {checks.describe(sum_att_map)}"

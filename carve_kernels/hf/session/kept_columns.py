@@ -78,8 +78,15 @@ def columns_to_keep(
             if before.hidden is None
             else torch.zeros_like(processed).scatter(1, before.columns.cpu(), ~before.hidden.cpu())
         )
-    keep = processed & ~_marked(tokens.cpu().long(), length)
+    visual = _marked(tokens.cpu().long(), length)
+    keep = processed & ~visual
     named = _marked(numbers, length)
+    if bool((named & ~visual).any()):
+        row, column = (named & ~visual).nonzero()[0].tolist()
+        raise ValueError(
+            f"on_layer: expected columns of visual tokens to be returned, as `session.tokens` has them, got column "
+            f"{column} of row {row}, which is none; all other columns are kept"
+        )
     if bool((named & ~processed).any()):
         row, column = (named & ~processed).nonzero()[0].tolist()
         raise ValueError(

@@ -91,8 +91,8 @@ def capture_attention(
     `session.maps` is the AttentionMaps of the last prompt and its decode steps. A prefill starts a new record, and a
     step belongs to the prompt of its cache. Layers may run on several devices, and their heads in several processes
     (docs/platforms.md). The vision tower is not touched, and the model is restored on leaving, also after an error or
-    Ctrl-C. Tokens that `on_layer` drops are `missing` behind that layer, in all open sessions of the model; in its
-    output they have the states with which they were dropped.
+    Ctrl-C. Tokens that `on_layer` drops are `missing` behind that layer, in all open sessions of the model, and a row
+    that has lost all of them is not `valid`; in the output they have the states with which they were dropped.
 
     Raises TypeError or ValueError for invalid arguments, and for a prompt, a mask, a cache or a way of decoding whose
     map cannot be known, if possible before the model runs. docs/refusals.md lists them all,

@@ -271,6 +271,7 @@ RETURNED = {
     "a ragged list": (TypeError, "on_layer: expected None or columns of the prompt", [[1, 2], [3]]),
     "of another batch": (ValueError, r"on_layer: expected .* int \[n\] or \[1, n\]", torch.zeros(2, 3).long()),
     "too high": (ValueError, "on_layer: expected columns below the prompt's", [7, 4000]),
+    "a column of the text": (ValueError, "on_layer: expected columns of visual tokens to be returned", [0, 7]),
     "too low": (ValueError, "on_layer: expected columns below the prompt's", [-2]),
 }
 
