@@ -205,3 +205,13 @@ def test_float64_is_left_to_the_reference() -> None:
     query = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
     chosen = resolve_backward(cpu_capture, query.device, query, query, torch.zeros(1, 1), CaptureOptions(1.0))
     assert chosen is reference
+
+
+def test_a_window_beyond_int32_hides_nothing(backward: Any) -> None:
+    arguments, options = planted(CASES["one row"])
+    options["positions"] = options["positions"].to(torch.int32)
+    given = planted_given(CASES["one row"], "mean")
+    found, expected = (backward(arguments, {**options, "window": window}, given) for window in (2**40, None))
+    assert found[0] is not None and found[0].any()
+    for mine, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(mine, other)
